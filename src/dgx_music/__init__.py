@@ -1,0 +1,49 @@
+"""A durable, asynchronous job queue for AI music generation.
+
+``await enqueue("lofi rain", duration=16)`` adds a generation; ``dgx-music worker`` makes it; ``wait_for_generation`` waits.
+Importing this imports nothing heavy: no torch, no Alembic, no SciPy.
+"""
+
+from dgx_music.enqueue import (
+    RequestOptions,
+    cancel_generation,
+    enqueue,
+    enqueue_many,
+    enqueue_sync,
+    queue_position,
+    retry_generation,
+    wait_for_generation,
+    watch_generation,
+)
+from dgx_music.errors import DgxMusicError
+from dgx_music.storage import (
+    Database,
+    Generation,
+    GenerationStatus,
+    close_db,
+    configure_sqlite,
+    get_session,
+    init_db,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Database",
+    "DgxMusicError",
+    "Generation",
+    "GenerationStatus",
+    "RequestOptions",
+    "cancel_generation",
+    "close_db",
+    "configure_sqlite",
+    "enqueue",
+    "enqueue_many",
+    "enqueue_sync",
+    "get_session",
+    "init_db",
+    "queue_position",
+    "retry_generation",
+    "wait_for_generation",
+    "watch_generation",
+]

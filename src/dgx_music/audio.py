@@ -1,0 +1,176 @@
+"""From an engine's samples to the bytes of a file, and what a page or a table wants to know of them.
+
+Synchronous, without state: call ``finish`` in a thread. Samples are float32 ``[channel, frame]``, and 0 dBFS is an
+amplitude of 1, everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from dgx_music.config import AudioFormat, Loudness
+from dgx_music.errors import EngineError, GenerationRejectedError
+from dgx_music.inference.engine import Audio, Samples
+
+TARGET_LUFS = -14.0
+PEAK_LIMIT = 10 ** (-1 / 20)  # -1 dBFS: room for what a lossy decoder adds to a peak
+WAVEFORM_POINTS = 1_000
+MP3_SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+
+_ENCODINGS: dict[AudioFormat, dict[str, Any]] = {
+    "wav": {"format": "WAV", "subtype": "PCM_16"},
+    "flac": {"format": "FLAC", "subtype": "PCM_16"},
+    "mp3": {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": "VARIABLE", "compression_level": 0.0},
+    "ogg": {"format": "OGG", "subtype": "VORBIS"},
+}  # MP3: LAME's best variable rate; at libsndfile's default a chord comes back 16 dB further from what went in
+_BLOCK_FRAMES = 65_536  # libsndfile overflows the stack on a long OGG file that is written in one call
+_CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overflows on much more
+_SILENCE_PEAK = 10 ** (-70 / 20)  # BS.1770 hears nothing below -70 LUFS; noise down there is not made music by gain
+_SHORTEST_MEASURED_SECONDS = 0.4  # one gating block of BS.1770
+_BARS = "▁▂▃▄▅▆▇█"
+_METER_LOCK = threading.Lock()  # pyloudnorm uses warnings.catch_warnings, which threads corrupt for each other
+
+
+@dataclass(frozen=True)
+class FinishedAudio:
+    """A file's content, its extension without the dot, and ``facts`` about what it holds (plain JSON)."""
+
+    data: bytes
+    extension: str
+    facts: dict[str, Any]
+
+
+def finish(
+    audio: Audio, *, sample_rate: int, channels: int, audio_format: AudioFormat, loudness: Loudness
+) -> FinishedAudio:
+    """Return the audio as a file of 1 or 2 ``channels`` at ``sample_rate`` Hz, 16 bits where the format is lossless.
+
+    A lossless file has exactly the audio's frames, or ``round(frames * sample_rate / audio.sample_rate)`` of them. The
+    facts describe the samples that were encoded. Raises ``EngineError`` where the audio is empty or not finite, and
+    ``GenerationRejectedError`` where the format cannot hold the sample rate.
+    """
+    check_format(audio_format, sample_rate)
+    samples = _check_samples(audio.samples)
+    samples = _match_channels(samples, channels)
+    samples = _resample(samples, audio.sample_rate, sample_rate)
+    samples, lufs = _normalise(samples, sample_rate, loudness)
+    data = _encode(samples, sample_rate, audio_format)
+    return FinishedAudio(data, audio_format, _describe(samples, sample_rate, audio_format, lufs))
+
+
+def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
+    """Raise ``GenerationRejectedError`` where the format cannot hold the sample rate; ask before inference."""
+    if audio_format == "mp3" and sample_rate not in MP3_SAMPLE_RATES:
+        known = ", ".join(f"{rate:,}" for rate in MP3_SAMPLE_RATES)
+        raise GenerationRejectedError(
+            f"MP3 cannot hold {sample_rate:,} Hz; use one of {known} Hz, or another audio format."
+        )
+
+
+def warm_up() -> None:
+    """Import the loudness meter (a second or two, because of scipy) before the first clip needs it."""
+    import pyloudnorm  # noqa: F401
+
+
+def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
+    """Return the waveform's peaks (0 to 1) as one line of at most ``width`` blocks; silence is a flat line."""
+    if not waveform:
+        return ""
+    peaks = _peaks(np.asarray(waveform, np.float32), width)
+    return "".join(_BARS[min(int(peak * len(_BARS)), len(_BARS) - 1)] for peak in peaks)
+
+
+def _check_samples(samples: Samples) -> Samples:
+    if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] == 0:
+        raise EngineError(f"The engine's audio has the shape {samples.shape}; it must be [1 or 2 channels, frames].")
+    if not np.isfinite(samples).all():
+        raise EngineError("The engine's audio holds NaN or infinite samples and cannot be stored.")
+    return np.clip(samples, -_CEILING, _CEILING)
+
+
+def _match_channels(samples: Samples, channels: int) -> Samples:
+    if samples.shape[0] == channels:
+        return samples
+    if channels == 1:
+        average: Samples = samples.mean(axis=0, keepdims=True)
+        return average
+    return np.repeat(samples, channels, axis=0)
+
+
+def _resample(samples: Samples, from_rate: int, to_rate: int) -> Samples:
+    if from_rate == to_rate:
+        return samples
+    frames = max(1, round(samples.shape[1] * to_rate / from_rate))
+    resampled = soxr.resample(samples.T, from_rate, to_rate).T[:, :frames]  # soxr's length is off by one now and then
+    return np.pad(resampled, ((0, 0), (0, frames - resampled.shape[1])))
+
+
+def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[Samples, float | None]:
+    """Return the samples at the level asked for, within ±1, and their loudness in LUFS.
+
+    ``lufs`` starts from the peak limit and only ever turns down, so it can neither clip nor pass the limit; a clip too
+    short to be measured stays at the limit.
+    """
+    if loudness == "none":
+        clipped = np.clip(samples, -1, 1)
+        return clipped, _measure_lufs(clipped, sample_rate)
+    peak = float(np.abs(samples).max())
+    if peak < _SILENCE_PEAK:
+        return samples, None
+    scaled = samples * np.float32(PEAK_LIMIT / peak)
+    lufs = _measure_lufs(scaled, sample_rate)
+    if loudness == "peak" or lufs is None or lufs <= TARGET_LUFS:
+        return scaled, lufs
+    return scaled * np.float32(10 ** ((TARGET_LUFS - lufs) / 20)), TARGET_LUFS
+
+
+def _measure_lufs(samples: Samples, sample_rate: int) -> float | None:
+    """Return the integrated loudness by ITU-R BS.1770-4; ``None`` on silence and on clips shorter than its block."""
+    if samples.shape[1] < _SHORTEST_MEASURED_SECONDS * sample_rate:
+        return None
+    import pyloudnorm
+
+    with _METER_LOCK:
+        lufs = float(pyloudnorm.Meter(sample_rate).integrated_loudness(samples.T))
+    return lufs if math.isfinite(lufs) else None
+
+
+def _encode(samples: Samples, sample_rate: int, audio_format: AudioFormat) -> bytes:
+    frames = samples.T  # [frame, channel]
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **_ENCODINGS[audio_format]) as file:
+        for start in range(0, len(frames), _BLOCK_FRAMES):
+            file.write(frames[start : start + _BLOCK_FRAMES])
+    return buffer.getvalue()
+
+
+def _describe(samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None) -> dict[str, Any]:
+    channels, frames = samples.shape
+    envelope = np.abs(samples).max(axis=0)  # [frame]
+    return {
+        "duration_seconds": frames / sample_rate,
+        "sample_rate": sample_rate,
+        "channels": channels,
+        "format": audio_format,
+        "peak": round(float(envelope.max()), 4),
+        "loudness_lufs": None if lufs is None else round(lufs, 2),
+        "waveform": _peaks(envelope, WAVEFORM_POINTS),
+    }
+
+
+def _peaks(envelope: Samples, points: int) -> list[float]:
+    """Return the peak of each of at most ``points`` equal parts, rounded to 4 decimals."""
+    points = min(points, len(envelope))
+    starts = np.arange(points) * len(envelope) // points
+    peaks = np.maximum.reduceat(envelope, starts).astype(np.float64)  # float32 would print 0.1 as 0.10000000149
+    rounded: list[float] = np.round(peaks, 4).tolist()
+    return rounded

@@ -1,0 +1,57 @@
+"""The models a generation may ask for, and what each one can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+MIN_DURATION_SECONDS = 0.08
+MAX_DURATION_SECONDS = 30.0
+SAMPLE_RATE = 32_000
+MUSICGEN_LICENCE = "CC-BY-NC 4.0"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model without loading it.
+
+    ``repository`` and ``revision`` say where its weights are on the Hugging Face hub: ``None`` for a model that has none
+    there, and for a ``revision`` that is not pinned (the commit used is recorded in each generation's ``model_version``).
+    """
+
+    name: str
+    channels: int = 1
+    repository: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    is_untrained: bool = False
+    sample_rate: int = SAMPLE_RATE
+    max_duration_seconds: float = MAX_DURATION_SECONDS
+
+
+def _hub(name: str, revision: str | None = None, channels: int = 1) -> ModelInfo:
+    return ModelInfo(name, channels, f"facebook/{name}", revision, MUSICGEN_LICENCE)
+
+
+MODELS: dict[str, ModelInfo] = {
+    model.name: model
+    for model in (
+        _hub("musicgen-small", "4c8334b02c6ec4e8664a91979669a501ec497792"),
+        _hub("musicgen-medium"),
+        _hub("musicgen-large"),
+        _hub("musicgen-stereo-small", channels=2),
+        _hub("musicgen-stereo-medium", channels=2),
+        _hub("musicgen-stereo-large", channels=2),
+        ModelInfo("musicgen-tiny-untrained", is_untrained=True),
+    )
+}
+
+DEFAULT_MODEL = "musicgen-small"
+UNTRAINED_NOTICE = "untrained weights: the audio is noise"
+
+
+def find_model(name: str) -> ModelInfo | None:
+    """Return the model of this name, or of this absolute path of a local folder; ``None`` where it is neither."""
+    if PurePath(name).is_absolute():
+        return ModelInfo(name)
+    return MODELS.get(name)

@@ -1,0 +1,68 @@
+"""Completions that are ready together share one transaction: the disk is waited for once, not once for each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import anyio
+
+from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.storage import queue
+from dgx_music.storage.database import Database
+from dgx_music.storage.queue import Completion, Lease
+
+logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
+
+
+@dataclass(eq=False)
+class _Entry:
+    completion: Completion
+    is_done: bool | None = None
+
+
+class Completions:
+    """Group commit: while one transaction is written, those that arrive gather for the next."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._waiting: list[_Entry] = []
+        self._turn = asyncio.Lock()
+
+    async def write(self, completion: Completion) -> bool:
+        """Write it; return True once the row is completed, False where its lease was lost or a cancel was requested.
+
+        Waits as long as the database cannot be reached: finished audio is expensive. Cancelling the call leaves it open
+        whether the row was completed.
+        """
+        entry = _Entry(completion)
+        self._waiting.append(entry)
+        async with self._turn:
+            if entry.is_done is None:  # nobody before us took it along
+                await self._write_waiting()
+        return bool(entry.is_done)
+
+    async def _write_waiting(self) -> None:
+        batch, self._waiting = self._waiting, []
+        try:
+            done = await self._complete([entry.completion for entry in batch])
+        except BaseException:
+            self._waiting = batch + self._waiting  # the next in turn writes them; saying it twice is harmless
+            raise
+        for entry in batch:
+            entry.is_done = entry.completion.lease in done
+
+    async def _complete(self, completions: list[Completion]) -> set[Lease]:
+        failures = 0
+        while True:
+            try:
+                async with self._database.session() as session:
+                    return await queue.complete(session, completions)
+            except DatabaseUnavailableError as error:
+                wait = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
+                logger.warning("completions: %d wait %.1f s for the database: %s", len(completions), wait, error)
+                failures += 1
+                await anyio.sleep(wait)

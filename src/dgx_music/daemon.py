@@ -1,0 +1,71 @@
+"""The worker as a daemon: builds it from the settings, and turns signals into a graceful stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+
+import anyio
+
+from dgx_music import audio
+from dgx_music.artifacts import LocalArtifacts
+from dgx_music.config import Settings
+from dgx_music.inference.engine import EngineSettings
+from dgx_music.inference.process import EngineProcess
+from dgx_music.storage.database import Database
+from dgx_music.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+async def run_worker(settings: Settings, *, drain: bool = False) -> None:
+    """Run one worker until a signal stops it, or with ``drain`` until its queue is empty.
+
+    The first SIGTERM or SIGINT lets running generations finish within the grace, a second releases them at once. Embedded
+    SQLite is migrated first. Raises what ``Worker.run`` raises.
+    """
+    database = Database(settings.database_url)
+    engine = EngineProcess(engine_settings(settings))
+    worker = Worker(database, engine, LocalArtifacts(settings.output), settings)
+    try:
+        await database.migrate()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_stop_on_signals, worker, name="signals")
+            tasks.start_soon(anyio.to_thread.run_sync, audio.warm_up, name="audio warm-up")
+            try:
+                await worker.run(drain=drain)
+            finally:
+                tasks.cancel_scope.cancel()
+    finally:
+        await engine.close()
+        await database.dispose()
+
+
+def engine_settings(settings: Settings) -> EngineSettings:
+    """Return what the engine's process needs to know."""
+    return EngineSettings(
+        engine=settings.engine,
+        model=settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        slots=settings.slots,
+        revision=settings.revision,
+    )
+
+
+def configure_logging(level: str) -> None:
+    """Log one line for each event to stderr; only the daemon does this, the library never."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
+    )
+
+
+async def _stop_on_signals(worker: Worker) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            logger.info("worker %s: received %s", worker.id, signal.Signals(number).name)
+            worker.stop()

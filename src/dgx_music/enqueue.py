@@ -1,0 +1,302 @@
+"""What producers call: enqueue, wait, watch, cancel, retry. Never imports torch.
+
+Each coroutine opens a session of its own on the default database (made from the settings where ``init_db`` was not called),
+or works in the caller's: then nothing is committed, rolled back or closed for him.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypedDict, cast, get_type_hints
+
+import anyio
+from sqlalchemy import bindparam, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import Unpack
+
+from dgx_music import validation
+from dgx_music.config import default_model, load_settings
+from dgx_music.errors import GenerationNotFoundError, IdempotencyConflictError, InvalidRequestError, WaitTimeoutError
+from dgx_music.inference.engine import GenerationRequest
+from dgx_music.storage import queue, repository
+from dgx_music.storage.database import Database, ensure_database, finish
+from dgx_music.storage.models import Generation
+from dgx_music.storage.schema import UtcDateTime, new_id, now
+
+DEFAULT_DURATION_SECONDS = 10.0
+MAX_BATCH = 100_000
+_CHUNK = 500
+_POLL_SECONDS = 1.0
+
+
+class RequestOptions(TypedDict, total=False):
+    """What may be said of a generation besides its prompt; every field has a default."""
+
+    duration: float
+    """Seconds of audio; 10 where not given, at most what the model can do."""
+    model: str
+    """A name from the catalogue or a local folder's absolute path; ``DGX_MUSIC_MODEL`` where not given."""
+    channels: int
+    """1 or 2 in the file; the model's own where not given."""
+    sample_rate: int
+    """Of the file, in Hz; the model's own where not given."""
+    guidance_scale: float
+    temperature: float
+    top_k: int
+    top_p: float | None
+    seed: int | None
+    """The same seed, model and settings make the same audio; where not given it follows from the row's id."""
+    priority: int
+    """Higher goes first; 0 where not given."""
+    run_at: Any
+    """A datetime with a zone, or ISO 8601 text: not claimed before; at once where not given."""
+    max_attempts: int
+    """Failures that it takes to give up; 3 where not given."""
+    idempotency_key: str | None
+    """A repeated request with this key gets the existing row; another request with it is refused."""
+    metadata: dict[str, Any] | None
+    """The caller's own JSON, kept with the row."""
+
+
+_OPTIONS = frozenset(get_type_hints(RequestOptions))
+_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
+_AUDIO = ("channels", "sample_rate")
+
+
+async def enqueue(prompt: str, *, session: AsyncSession | None = None, **options: Unpack[RequestOptions]) -> Generation:
+    """Add one generation to the queue and return its row.
+
+    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` where the key belongs to a
+    different request. With the caller's ``session`` the row lives in his transaction: invisible to workers until he
+    commits, gone if he rolls back.
+    """
+    row = plan(prompt, cast("Mapping[str, Any]", options))
+    async with _session(session) as current:
+        return (await finish(_insert(current, [row])))[0]
+
+
+async def enqueue_many(
+    requests: Iterable[str | Mapping[str, Any]],
+    *,
+    session: AsyncSession | None = None,
+    **defaults: Unpack[RequestOptions],
+) -> list[Generation]:
+    """Add many generations in one transaction, all or none, and return their rows in the same order.
+
+    Each request is a prompt, or a mapping with ``prompt`` and any of the options of ``enqueue``; ``defaults`` fill in what
+    it leaves out. An ``InvalidRequestError`` names the request by its place, from 1.
+    """
+    rows = [_plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
+    if len(rows) > MAX_BATCH:
+        raise InvalidRequestError("requests", f"are {len(rows):,}", f"send at most {MAX_BATCH:,} at a time")
+    async with _session(session) as current:
+        return await finish(_insert(current, rows))
+
+
+def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
+    """Add one generation from code that has no event loop, on a connection of its own, and return its row."""
+
+    async def run() -> Generation:
+        database = Database(load_settings().database_url)
+        try:
+            await database.migrate()
+            async with database.session() as session:
+                return await enqueue(prompt, session=session, **options)
+        finally:
+            await database.dispose()
+
+    return asyncio.run(run())
+
+
+async def cancel_generation(generation_id: str, *, session: AsyncSession | None = None) -> str:
+    """Cancel a generation and return the status it has now.
+
+    ``cancelled``, or ``processing`` while its worker stops it: such a row ends cancelled, never completed. Raises
+    ``GenerationNotFoundError``, or ``IllegalTransitionError`` where it has already completed or failed.
+    """
+    async with _session(session) as current:
+        return await finish(queue.cancel(current, generation_id))
+
+
+async def retry_generation(generation_id: str, *, session: AsyncSession | None = None) -> None:
+    """Make a failed or cancelled generation pending again with a fresh budget.
+
+    Raises ``GenerationNotFoundError``, or ``IllegalTransitionError`` where it is pending, running or completed.
+    """
+    async with _session(session) as current:
+        await finish(queue.retry(current, generation_id))
+
+
+async def queue_position(generation_id: str, *, session: AsyncSession | None = None) -> int | None:
+    """Return the place of a pending generation among those of its model, from 1; ``None`` where it does not wait."""
+    async with _session(session, read_only=True) as current:
+        return await finish(queue.queue_position(current, generation_id))
+
+
+async def wait_for_generation(generation_id: str, *, timeout: float | None = None) -> Generation:
+    """Wait until the generation is completed, failed or cancelled, and return its row.
+
+    Raises ``WaitTimeoutError`` after ``timeout`` seconds; the generation goes on. Raises ``GenerationNotFoundError``.
+    """
+    latest: Generation | None = None
+    with anyio.move_on_after(timeout):
+        async for latest in watch_generation(generation_id):
+            if latest.is_finished:
+                return latest
+    status = latest.status if latest is not None else (await _read(await ensure_database(), generation_id)).status
+    raise WaitTimeoutError(generation_id, status, timeout or 0.0)
+
+
+async def watch_generation(generation_id: str) -> AsyncIterator[Generation]:
+    """Yield the generation's row now and whenever its status, attempt or progress changes, up to its end.
+
+    Raises ``GenerationNotFoundError``, also where the row is deleted meanwhile.
+    """
+    database = await ensure_database()
+    seen: tuple[Any, ...] | None = None
+    with database.changes.subscribe() as changes:
+        while True:
+            generation = await _read(database, generation_id)
+            state = (generation.status, generation.attempt, generation.progress, generation.cancel_requested)
+            if state != seen:
+                seen = state
+                yield generation
+            if generation.is_finished:
+                return
+            await changes.wait(_POLL_SECONDS)
+
+
+def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row that this request becomes; raises ``InvalidRequestError`` on the first unacceptable field."""
+    for name in options:
+        if name not in _OPTIONS:
+            raise InvalidRequestError(str(name)[:40], "is not an option", f"use {', '.join(sorted(_OPTIONS))}")
+    model = validation.check_model(options.get("model") or default_model())
+    audio = {"channels": model.channels, "sample_rate": model.sample_rate} | _given(options, _AUDIO)
+    request = GenerationRequest(
+        generation_id=new_id(),
+        prompt=cast("str", prompt),
+        duration=options.get("duration", DEFAULT_DURATION_SECONDS),
+        model=model.name,
+        **audio,
+        **_given(options, _SAMPLING),
+    )
+    metadata, key, run_at = options.get("metadata"), options.get("idempotency_key"), options.get("run_at")
+    row = {
+        "prompt": request.prompt,
+        "model_name": request.model,
+        "duration_seconds": request.duration,
+        "sample_rate": request.sample_rate,
+        "channels": request.channels,
+        "sampling": request.sampling,
+        "metadata_": None if metadata is None else validation.check_metadata(metadata),
+    }
+    return row | {
+        "request_hash": _hash(row),
+        "id": request.generation_id,
+        "idempotency_key": None if key is None else validation.check_name("idempotency_key", key),
+        "priority": validation.check_integer(
+            "priority", options.get("priority", 0), -validation.PRIORITY_LIMIT, validation.PRIORITY_LIMIT
+        ),
+        "max_attempts": validation.check_integer(
+            "max_attempts", options.get("max_attempts", 3), 1, validation.MAX_ATTEMPTS_LIMIT
+        ),
+        "wanted_run_at": None if run_at is None else validation.check_run_at(run_at),
+    }
+
+
+def _given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _plan_numbered(number: int, request: str | Mapping[str, Any], defaults: RequestOptions) -> dict[str, Any]:
+    options = {"prompt": request} if isinstance(request, str) else request
+    try:
+        if not isinstance(options, Mapping):
+            raise InvalidRequestError("request", "is not an object", "use a prompt, or an object with one")
+        if "prompt" not in options:
+            raise InvalidRequestError("prompt", "is missing", "describe the music")
+        return plan(options["prompt"], {**defaults, **{k: v for k, v in options.items() if k != "prompt"}})
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"request {number}: {error.field}", error.problem, error.remedy) from None
+
+
+def _hash(row: Mapping[str, Any]) -> str:
+    """Identify what was asked for, not when or how urgently: the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+@asynccontextmanager
+async def _session(session: AsyncSession | None, *, read_only: bool = False) -> AsyncIterator[AsyncSession]:
+    """Give the caller's session as it is, else one of our own that commits."""
+    if session is not None:
+        yield session
+        return
+    database = await ensure_database()
+    async with database.session(read_only=read_only) as own:
+        yield own
+
+
+async def _insert(session: AsyncSession, rows: list[dict[str, Any]]) -> list[Generation]:
+    """Insert the rows and count their prompts; a repeated idempotency key gives the existing row in its place."""
+    by_key = await _find_by_key(session, rows)
+    owners = {key: (found.id, found.request_hash) for key, found in by_key.items()}
+    for row in rows:
+        if (key := row["idempotency_key"]) is not None:
+            _check_same_request(key, row, owners.setdefault(key, (row["id"], row["request_hash"])))
+    fresh = [row for row in rows if owners.get(row["idempotency_key"], (row["id"],))[0] == row["id"]]
+    inserted = {row.id: row for row in await _insert_fresh(session, fresh)}
+    raced = [row for row in fresh if row["id"] not in inserted]  # another producer was quicker with the same key
+    if raced:
+        by_key |= await _find_by_key(session, raced)
+        await repository.uncount_prompt_uses(session, [row["prompt"] for row in raced])
+        for row in raced:
+            found = by_key[row["idempotency_key"]]
+            _check_same_request(row["idempotency_key"], row, (found.id, found.request_hash))
+    by_key |= {row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None}
+    return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
+
+
+def _check_same_request(key: str, row: Mapping[str, Any], owner: tuple[str, str | None]) -> None:
+    owner_id, request_hash = owner
+    if request_hash != row["request_hash"]:
+        raise IdempotencyConflictError(key, owner_id)
+
+
+async def _find_by_key(session: AsyncSession, rows: list[dict[str, Any]]) -> dict[str, Generation]:
+    keys = sorted({row["idempotency_key"] for row in rows} - {None})
+    found: dict[str, Generation] = {}
+    for start in range(0, len(keys), _CHUNK):
+        query = select(Generation).where(Generation.idempotency_key.in_(keys[start : start + _CHUNK]))
+        found |= {str(row.idempotency_key): row for row in await session.scalars(query)}
+    return found
+
+
+async def _insert_fresh(session: AsyncSession, rows: list[dict[str, Any]]) -> list[Generation]:
+    if not rows:
+        return []
+    prompts = await repository.count_prompt_uses(session, [row["prompt"] for row in rows])
+    prompt_ids = {prompt.text: prompt.id for prompt in prompts}
+    statement = (
+        repository.insert(session, Generation)
+        .values(run_at=func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now()))
+        .on_conflict_do_nothing(index_elements=["idempotency_key"])
+        .returning(Generation)
+    )
+    inserted: list[Generation] = []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = [row | {"prompt_id": prompt_ids[row["prompt"]]} for row in rows[start : start + _CHUNK]]
+        inserted += await session.scalars(statement, chunk)
+    return inserted
+
+
+async def _read(database: Database, generation_id: str) -> Generation:
+    async with database.session(read_only=True) as session:
+        generation = await repository.get_generation(session, generation_id)
+    if generation is None:
+        raise GenerationNotFoundError(generation_id)
+    return generation

@@ -1,0 +1,177 @@
+"""Every error this library raises on purpose.
+
+DgxMusicError
+├── InvalidRequestError (ValueError)      one field of a request is unacceptable
+├── ConfigurationError                    one setting is unacceptable
+├── GenerationNotFoundError               no such row
+├── IllegalTransitionError                the row's status does not allow it
+├── IdempotencyConflictError              the key was used for another request
+├── LeaseLostError                        another attempt, or nobody, owns the row now
+├── WaitTimeoutError (TimeoutError)       the generation did not finish in time
+├── DatabaseError
+│   ├── DatabaseNotInitializedError       init_db() was not called
+│   ├── DatabaseNotMigratedError          the schema is not the one this version needs
+│   └── DatabaseUnavailableError          cannot be opened or reached
+├── ArtifactError                         audio could not be written, or is not there
+└── EngineError
+    ├── EngineUnavailableError            the engine cannot start here (weights, device, package)
+    ├── EngineCrashedError                the engine's process died or hung while this generation ran
+    ├── EngineReplacedError               its process was ended because of another generation
+    ├── GenerationRejectedError           this request can never succeed; do not retry
+    └── GenerationCancelledError          stopped on request
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DgxMusicError(Exception):
+    """Base of all errors of this library; ``exit_code`` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InvalidRequestError(DgxMusicError, ValueError):
+    """A field of a request is unacceptable: names the field, the problem and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{field} {problem}; {remedy}.")
+        self.field = field
+        self.problem = problem
+        self.remedy = remedy
+
+
+class ConfigurationError(DgxMusicError):
+    """A setting is unacceptable: names the setting, the problem and the remedy."""
+
+    exit_code = 2
+
+    def __init__(self, setting: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{setting} {problem}; {remedy}.")
+        self.setting = setting
+
+
+class GenerationNotFoundError(DgxMusicError):
+    """No generation has this id."""
+
+    exit_code = 3
+
+    def __init__(self, generation_id: str) -> None:
+        super().__init__(f"There is no generation {generation_id!r}; `dgx-music list` shows those that exist.")
+        self.generation_id = generation_id
+
+
+class IllegalTransitionError(DgxMusicError):
+    """The generation's status does not allow the change: names both states."""
+
+    exit_code = 4
+
+    def __init__(self, generation_id: str, current: str, wanted: str, reason: str = "") -> None:
+        because = f" ({reason})" if reason else ""
+        super().__init__(f"Generation {generation_id} is {current} and cannot become {wanted}{because}.")
+        self.generation_id = generation_id
+        self.current = current
+        self.wanted = wanted
+
+
+class IdempotencyConflictError(DgxMusicError):
+    """The idempotency key already belongs to a different request."""
+
+    exit_code = 4
+
+    def __init__(self, key: str, generation_id: str) -> None:
+        super().__init__(
+            f"idempotency_key {key!r} already belongs to generation {generation_id}, which asks for something else; "
+            "send the same request again or choose another key."
+        )
+        self.key = key
+        self.generation_id = generation_id
+
+
+class LeaseLostError(DgxMusicError):
+    """The row is no longer this attempt's to write."""
+
+    exit_code = 4
+
+    def __init__(self, generation_id: str, attempt: int) -> None:
+        super().__init__(f"Attempt {attempt} of generation {generation_id} has lost its lease.")
+        self.generation_id = generation_id
+        self.attempt = attempt
+
+
+class WaitTimeoutError(DgxMusicError, TimeoutError):
+    """The generation did not finish within the time given; it goes on all the same."""
+
+    exit_code = 124
+
+    def __init__(self, generation_id: str, status: str, timeout_seconds: float) -> None:
+        super().__init__(f"Generation {generation_id} is still {status} after {timeout_seconds:g} s; it goes on.")
+        self.generation_id = generation_id
+        self.status = status
+
+
+class DatabaseError(DgxMusicError):
+    """Something is wrong with the database."""
+
+    exit_code = 5
+
+
+class DatabaseNotInitializedError(DatabaseError, RuntimeError):
+    """There is no default database yet."""
+
+    def __init__(self) -> None:
+        super().__init__("The database is not initialized; call `await init_db()` first.")
+
+
+class DatabaseNotMigratedError(DatabaseError):
+    """The database's schema is not the one this version needs."""
+
+    def __init__(self, found: str | None, needed: str) -> None:
+        super().__init__(
+            f"The database is at revision {found or 'none'} and this version needs {needed}; run `dgx-music db migrate`."
+        )
+        self.found = found
+        self.needed = needed
+
+
+class DatabaseUnavailableError(DatabaseError):
+    """The database cannot be opened or reached."""
+
+    def __init__(self, url: str, why: str) -> None:
+        super().__init__(f"The database {url} cannot be used: {why}.")
+        self.url = url
+
+
+class ArtifactError(DgxMusicError):
+    """Audio could not be written to, or read from, the output folder."""
+
+    exit_code = 7
+
+
+class EngineError(DgxMusicError):
+    """A generation failed in the engine; it may succeed on another attempt."""
+
+    exit_code = 6
+
+
+class EngineUnavailableError(EngineError):
+    """The engine cannot start here: weights, device or a package are missing."""
+
+
+class EngineCrashedError(EngineError):
+    """The engine's process died or hung while the generation ran."""
+
+
+class EngineReplacedError(EngineError):
+    """The engine's process was ended for a reason that is not this generation's: run it again at no cost to its budget."""
+
+
+class GenerationRejectedError(EngineError):
+    """This request can never succeed; it is not retried."""
+
+
+class GenerationCancelledError(EngineError):
+    """The generation was stopped on request."""

@@ -1,0 +1,1 @@
+"""Engines, and the process they run in. Knows nothing of databases; torch is imported only below here."""

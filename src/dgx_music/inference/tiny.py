@@ -1,0 +1,78 @@
+"""A toy MusicGen with random weights: every part of the real one, built in a moment, to try all else offline."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    ByT5Tokenizer,
+    EncodecConfig,
+    EncodecModel,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
+    T5Config,
+)
+
+_SEED = 2023
+_RMS = 0.1
+_CODEBOOKS = 4  # a channel's
+_BYTE_VOCABULARY = 259  # ByT5's: 256 bytes after pad, end and unknown
+
+
+def build_tiny(channels: int = 1) -> tuple[MusicgenForConditionalGeneration, ByT5Tokenizer]:
+    """Return the toy model in float32, its weights the same in every process, and its byte tokenizer.
+
+    Torch's global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(_SEED)
+        model = MusicgenForConditionalGeneration(_config(channels)).eval()
+        _make_audible(model.audio_encoder)
+    return model, ByT5Tokenizer(extra_ids=0)
+
+
+def _config(channels: int) -> MusicgenConfig:
+    """Return the toy's shape; what fixes the audio's form (rates, codebooks, delays) is as in the real models.
+
+    Weights are spread widely enough that the logits depend on the prompt and on the tokens before.
+    """
+    return MusicgenConfig(
+        text_encoder=T5Config(vocab_size=_BYTE_VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2),
+        audio_encoder=EncodecConfig(
+            sampling_rate=32_000,
+            upsampling_ratios=[8, 5, 4, 4],
+            codebook_size=2_048,
+            target_bandwidths=[2.2],  # kbit/s: 4 codebooks of 11 bits, 50 times a second
+            num_filters=8,
+            hidden_size=32,
+            use_causal_conv=False,
+            use_conv_shortcut=False,
+        ),
+        decoder=MusicgenDecoderConfig(
+            num_hidden_layers=2,
+            hidden_size=64,
+            num_attention_heads=2,
+            ffn_dim=128,
+            num_codebooks=_CODEBOOKS * channels,
+            audio_channels=channels,
+            initializer_factor=0.2,
+        ),
+        initializer_factor=0.2,
+    )
+
+
+def _make_audible(codec: EncodecModel) -> None:
+    """Make random codes sound as noise: fill the codebooks, which start as zeros, and scale the last layer.
+
+    Biases would add a steady tone much louder than what the codes do.
+    """
+    for quantizer in codec.quantizer.layers:
+        quantizer.codebook.embed.normal_()
+    for name, parameter in codec.decoder.named_parameters():
+        if "bias" in name:
+            parameter.zero_()
+    weight = codec.decoder.layers[-1].conv.parametrizations.weight
+    scale, taps = weight.original0, weight.original1  # [1, 1, 1] or [out, 1, 1], and [out, in, tap]
+    taps -= taps.mean(dim=-1, keepdim=True)  # taps that add up to zero let no constant offset through
+    codes = torch.randint(codec.config.codebook_size, (1, 1, _CODEBOOKS, 50))  # [chunk, batch, codebook, frame]
+    scale *= _RMS / codec.decode(codes, [None]).audio_values.std()

@@ -1,0 +1,196 @@
+"""The tone engine: sine waves at once, the same on every machine, without torch; for our tests and for yours.
+
+Pitch follows from the whole request and its attempt, so that two attempts never sound alike. How fast it is and where
+it fails is scripted from outside, by two environment variables of the worker:
+
+``DGX_MUSIC_TONE_SPEED``
+    seconds of audio made in a second of wall time; instant where it is not set.
+
+``DGX_MUSIC_TONE_SCRIPT``
+    path of a JSON file, read anew for each generation, so that a test can change it while the worker runs. It holds a
+    list of rules, and the first that matches a generation decides what becomes of it::
+
+        [
+          {"prompt": "storm", "attempts": [1], "do": "raise", "seconds": 0.5, "message": "no thunder today"},
+          {"prompt": "^rain$", "do": "wait", "seconds": 2}
+        ]
+
+    ``prompt``     regular expression searched in the prompt; any prompt where it is missing
+    ``attempts``   attempts the rule is for; any where it is missing
+    ``do``         ``wait``: succeed after ``seconds``; ``raise``: fail in a way that a retry may cure; ``reject``: fail
+                   for good; ``exit``: end the process with ``exit_code``; ``kill``: end it by SIGKILL; ``hang``: report
+                   progress once, then never end, whatever is cancelled
+    ``seconds``    how long the generation takes, or how long it runs before it fails; 0, of no meaning to ``hang``
+    ``message``    what ``raise`` and ``reject`` say; "scripted failure"
+    ``exit_code``  1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dgx_music.errors import EngineUnavailableError, GenerationRejectedError
+from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest, Run, Samples
+
+SPEED_VARIABLE = "DGX_MUSIC_TONE_SPEED"
+SCRIPT_VARIABLE = "DGX_MUSIC_TONE_SCRIPT"
+NOTICE = "tone engine: sine waves for tests, not music"
+
+_AMPLITUDE = 0.5
+_LOWEST_HZ, _HIGHEST_HZ = 110.0, 880.0
+_SLICE_SECONDS = 0.02
+
+
+class Rule(BaseModel):
+    """One rule of the script; the module's documentation says what the fields mean."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    do: Literal["wait", "raise", "reject", "exit", "kill", "hang"]
+    prompt: re.Pattern[str] = re.compile("")
+    attempts: frozenset[int] | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    message: str = "scripted failure"
+    exit_code: Annotated[int, Field(ge=0, le=255)] = 1
+
+    def is_for(self, request: GenerationRequest) -> bool:
+        """Return whether the rule decides what becomes of this request."""
+        has_attempt = self.attempts is None or request.attempt in self.attempts
+        return has_attempt and self.prompt.search(request.prompt) is not None
+
+
+_SCRIPT = TypeAdapter(tuple[Rule, ...])
+
+
+class ToneEngine:
+    """Makes sine waves of amplitude 0.5; ``speed`` in audio seconds per wall second, instant where it is ``None``."""
+
+    device = "cpu"
+    model_version = "tone"
+    notice: str | None = NOTICE
+
+    def __init__(self, slots: int, speed: float | None, script: Path | None) -> None:
+        self.slots = slots
+        self._speed = speed
+        self._script = script
+
+    def generate(self, request: GenerationRequest, run: Run) -> Audio:
+        """Return the request's tone, unless the script says that it fails, hangs or ends the process."""
+        started_at = time.monotonic()
+        rule = self._rule_for(request)
+        if rule is None:
+            _spend(request.duration / self._speed if self._speed else 0.0, run)
+        elif rule.do == "wait":
+            _spend(rule.seconds, run)
+        elif rule.do == "hang":
+            _hang(run)
+        else:
+            _spend(rule.seconds, run, until=0.5)
+            _fail(rule)
+        return _audio(request, time.monotonic() - started_at)
+
+    def _rule_for(self, request: GenerationRequest) -> Rule | None:
+        if self._script is None:
+            return None
+        try:
+            rules = read_script(self._script)
+        except ValueError as error:
+            raise GenerationRejectedError(str(error)) from None
+        return next((rule for rule in rules if rule.is_for(request)), None)
+
+
+def load(settings: EngineSettings) -> ToneEngine:
+    """Return the engine as the environment scripts it. Raises ``EngineUnavailableError`` where that is malformed."""
+    speed, script = os.environ.get(SPEED_VARIABLE), os.environ.get(SCRIPT_VARIABLE)
+    try:
+        if script:
+            read_script(Path(script))
+        return ToneEngine(settings.slots, read_speed(speed) if speed else None, Path(script) if script else None)
+    except ValueError as error:
+        raise EngineUnavailableError(str(error)) from None
+
+
+def read_speed(text: str) -> float:
+    """Return the speed that the variable sets. Raises ``ValueError`` where it is no number above 0."""
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = 0.0
+    if not 0 < speed < float("inf"):
+        raise ValueError(f"{SPEED_VARIABLE} is {text!r}; use a number above 0.")
+    return speed
+
+
+def read_script(path: Path) -> tuple[Rule, ...]:
+    """Return the rules of a script. Raises ``ValueError`` with one sentence where it is missing or malformed."""
+    try:
+        return _SCRIPT.validate_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"The tone script {path} cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = " ".join(str(part) for part in first["loc"])
+        problem = f"rule {place}: {first['msg']}" if place else first["msg"]
+        raise ValueError(f"The tone script {path} is malformed: {problem}.") from None
+
+
+def pitch_hz(request: GenerationRequest) -> float:
+    """Return the tone's frequency, 110 to 880 Hz, spread evenly over all requests and attempts."""
+    digest = hashlib.sha256(repr(request).encode()).digest()
+    return _LOWEST_HZ + (_HIGHEST_HZ - _LOWEST_HZ) * int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _audio(request: GenerationRequest, run_seconds: float) -> Audio:
+    frequency = pitch_hz(request)
+    facts = {
+        "engine": "tone",
+        "seed": request.effective_seed,
+        "frequency_hz": frequency,
+        "device_seconds": run_seconds,
+        "is_untrained": False,
+    }
+    return Audio(_sine(request, frequency), request.sample_rate, facts)
+
+
+def _sine(request: GenerationRequest, frequency: float) -> Samples:
+    frame_count = round(request.duration * request.sample_rate)
+    phase = np.arange(frame_count) * (2 * np.pi * frequency / request.sample_rate)
+    wave = (_AMPLITUDE * np.sin(phase)).astype(np.float32)
+    return np.tile(wave, (request.channels, 1))  # [channel, frame]
+
+
+def _spend(seconds: float, run: Run, until: float = 1.0) -> None:
+    """Take this long, in slices between which the generation can be cancelled, and report progress up to ``until``."""
+    started_at = time.monotonic()
+    while (spent := time.monotonic() - started_at) < seconds:
+        run.check_cancelled()
+        run.report_progress(until * spent / seconds)
+        time.sleep(min(_SLICE_SECONDS, seconds - spent))
+    run.check_cancelled()
+
+
+def _fail(rule: Rule) -> NoReturn:
+    if rule.do == "raise":
+        raise RuntimeError(rule.message)
+    if rule.do == "reject":
+        raise GenerationRejectedError(rule.message)
+    if rule.do == "exit":
+        os._exit(rule.exit_code)
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable: nothing outlives SIGKILL")
+
+
+def _hang(run: Run) -> NoReturn:
+    run.report_progress(0.5)
+    while True:
+        threading.Event().wait()

@@ -1,0 +1,326 @@
+"""Engines, sessions, and the schema's life: init, migrate, reset.
+
+SQLite needs a recipe, applied by ``configure_sqlite``. A deferred transaction that reads and then writes fails at once with
+"database is locked" whatever the timeout, so writing transactions start with BEGIN IMMEDIATE; ``synchronous=FULL`` because
+NORMAL loses acknowledged rows when the power fails; WAL so that readers never wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from sqlalchemy import URL, Connection, event, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from dgx_music.config import load_settings
+from dgx_music.errors import (
+    ConfigurationError,
+    DatabaseNotInitializedError,
+    DatabaseNotMigratedError,
+    DatabaseUnavailableError,
+)
+from dgx_music.storage.changes import Changes
+from dgx_music.storage.models import Base
+from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
+
+T = TypeVar("T")
+
+READ_ONLY = "dgx_music_read_only"
+"""Execution option of a connection whose transactions only read: they begin deferred and never wait for a writer."""
+
+_BUSY_TIMEOUT_SECONDS = 30
+_READERS = 4
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run the work to its end even if the caller is cancelled, then let the cancellation through.
+
+    Cancelling a statement of SQLAlchemy + aiosqlite in mid-flight leaves the database write-locked until garbage
+    collection, and a commit's fate unknown. A shielded scope keeps anyio's cancellations out, a task of its own asyncio's.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None and (task.cancelled() or task.exception() is None):
+        raise cancelled
+    return task.result()
+
+
+class Session(AsyncSession):
+    """An ``AsyncSession`` whose database calls each run to their end, whoever is cancelled meanwhile."""
+
+    async def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """Like ``AsyncSession.execute``."""
+        return await finish(super().execute(*args, **kwargs))
+
+    async def scalar(self, *args: Any, **kwargs: Any) -> Any:
+        """Like ``AsyncSession.scalar``."""
+        return await finish(super().scalar(*args, **kwargs))
+
+    async def get(self, *args: Any, **kwargs: Any) -> Any:
+        """Like ``AsyncSession.get``."""
+        return await finish(super().get(*args, **kwargs))
+
+    async def refresh(self, *args: Any, **kwargs: Any) -> None:
+        """Like ``AsyncSession.refresh``."""
+        await finish(super().refresh(*args, **kwargs))
+
+    async def flush(self, *args: Any, **kwargs: Any) -> None:
+        """Like ``AsyncSession.flush``."""
+        await finish(super().flush(*args, **kwargs))
+
+    async def delete(self, *args: Any, **kwargs: Any) -> None:
+        """Like ``AsyncSession.delete``."""
+        await finish(super().delete(*args, **kwargs))
+
+    async def commit(self) -> None:
+        """Like ``AsyncSession.commit``."""
+        await finish(super().commit())
+
+    async def rollback(self) -> None:
+        """Like ``AsyncSession.rollback``."""
+        await finish(super().rollback())
+
+    async def close(self) -> None:
+        """Like ``AsyncSession.close``."""
+        await finish(super().close())
+
+
+class Database:
+    """One database: its engine, and sessions on it.
+
+    On SQLite one connection writes, so that this process's writers queue fairly instead of polling each other's lock, and a
+    few others read.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = normalise_url(url)
+        self.is_file = self.url.database not in (None, "", ":memory:")
+        self.engine = _create_engine(self.url, connections=1)
+        self._reading_engine = _create_engine(self.url, connections=_READERS) if self.is_file else self.engine
+        self.changes = Changes(self.path)
+        self._writing = async_sessionmaker(self.engine, class_=Session, expire_on_commit=False)
+        reading = self._reading_engine.execution_options(**{READ_ONLY: True}) if self.is_file else self.engine
+        self._reading = async_sessionmaker(reading, class_=Session, expire_on_commit=False)
+
+    def __str__(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    @property
+    def path(self) -> Path | None:
+        """The file of a SQLite database, ``None`` where there is none."""
+        return Path(str(self.url.database)) if self.is_file else None
+
+    @asynccontextmanager
+    async def session(self, *, read_only: bool = False) -> AsyncIterator[AsyncSession]:
+        """Give a session that commits on success, rolls back on any exception, and always closes.
+
+        A writing one holds SQLite's write lock from its first statement on: keep it short. A reading one sees one moment of
+        the database, never waits for a writer, and must not write.
+        """
+        session = self._reading() if read_only else self._writing()
+        try:
+            yield session
+            await session.commit()
+        except BaseException as error:
+            await session.rollback()
+            if isinstance(error, OperationalError | PoolTimeoutError):
+                raise self._explained(error) from error
+            raise
+        finally:
+            await session.close()
+
+    async def migrate(self) -> None:
+        """Bring the schema to this version's; does nothing, and imports nothing heavy, where it is there already."""
+        self.create_folder()
+        if await self.revision() != SCHEMA_REVISION:
+            await self._run(_upgrade)
+
+    async def revision(self) -> str | None:
+        """Return the schema's revision; ``None`` where the database has none of our tables."""
+        revision: str | None = await self._run(_read_revision)
+        return revision
+
+    async def check_migrated(self) -> None:
+        """Raise ``DatabaseNotMigratedError`` unless the schema is this version's."""
+        found = await self.revision()
+        if found != SCHEMA_REVISION:
+            raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
+
+    async def reset(self) -> None:
+        """Drop all our tables with all they hold, and create them empty."""
+        self.create_folder()
+        await self._run(_drop)
+        await self._run(_upgrade)
+
+    async def dispose(self) -> None:
+        """Close every connection."""
+        await finish(self.engine.dispose())
+        await finish(self._reading_engine.dispose())
+
+    async def _run(self, work: Any) -> Any:
+        async def run() -> Any:
+            async with self.engine.begin() as connection:
+                return await connection.run_sync(work)
+
+        try:
+            return await finish(run())
+        except (OperationalError, PoolTimeoutError) as error:
+            raise self._explained(error) from error
+
+    def create_folder(self) -> None:
+        """Create the folder of a SQLite database."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DatabaseUnavailableError(str(self), f"its folder cannot be created ({error.strerror})") from error
+
+    def _explained(self, error: OperationalError | PoolTimeoutError) -> DatabaseUnavailableError:
+        why = error.orig if isinstance(error, OperationalError) else "all its connections are in use"
+        return DatabaseUnavailableError(str(self), str(why))
+
+
+def normalise_url(url: str) -> URL:
+    """Return the URL with the driver this library uses; ``sqlite:///file.db`` is all that a user need write."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ConfigurationError(
+            "DGX_MUSIC_DATABASE_URL", "is not a database URL", "use something like sqlite:///data/generations.db"
+        ) from None
+    if parsed.drivername in ("sqlite", "sqlite+aiosqlite"):
+        return parsed.set(drivername="sqlite+aiosqlite")
+    raise ConfigurationError(
+        "DGX_MUSIC_DATABASE_URL",
+        f"names the database kind {parsed.drivername!r}, which this version does not support",
+        "use sqlite:///path/to/file.db",
+    )
+
+
+def configure_sqlite(engine: AsyncEngine) -> None:
+    """Give an engine of the caller's own the settings that a SQLite database of ours needs."""
+    event.listen(engine.sync_engine, "connect", _set_up_connection)
+    event.listen(engine.sync_engine, "begin", _begin)
+
+
+def _create_engine(url: URL, connections: int) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        poolclass=AsyncAdaptedQueuePool,
+        pool_size=connections,
+        max_overflow=0,
+        connect_args={"timeout": _BUSY_TIMEOUT_SECONDS},
+    )
+    configure_sqlite(engine)
+    return engine
+
+
+def _set_up_connection(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver opens no transactions of its own; _begin does
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_SECONDS * 1000}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA mmap_size = 0")  # SQLite before 3.51.3 can corrupt a memory-mapped WAL database
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    reading = connection.get_execution_options().get(READ_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _read_revision(connection: Connection) -> str | None:
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    version: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 - a constant
+    return version
+
+
+def _upgrade(connection: Connection) -> None:
+    from dgx_music.storage import migrations
+
+    migrations.upgrade(connection)
+
+
+def _drop(connection: Connection) -> None:
+    Base.metadata.drop_all(connection)
+    connection.execute(text(f"DROP TABLE IF EXISTS {VERSION_TABLE}"))
+
+
+_default: Database | None = None
+
+
+async def init_db(database_url: str | None = None) -> Database:
+    """Make the default database: engine, schema at this version, session factory; a SQLite file's folder is created.
+
+    The URL is the one given, else ``DGX_MUSIC_DATABASE_URL``, else ``DATABASE_URL``, else ``sqlite:///data/generations.db``.
+    Calling it again replaces the default database and closes the former one's connections.
+    """
+    global _default
+    database = Database(database_url or load_settings().database_url)
+    try:
+        await database.migrate()
+    except BaseException:
+        await database.dispose()
+        raise
+    former, _default = _default, database
+    if former is not None:
+        await former.dispose()
+    return database
+
+
+async def close_db() -> None:
+    """Close the default database's connections; ``init_db`` opens it again."""
+    global _default
+    former, _default = _default, None
+    if former is not None:
+        await former.dispose()
+
+
+def get_database() -> Database:
+    """Return the default database; raises ``DatabaseNotInitializedError`` before ``init_db``."""
+    if _default is None:
+        raise DatabaseNotInitializedError
+    return _default
+
+
+async def ensure_database() -> Database:
+    """Return the default database, made from the settings where ``init_db`` was not called."""
+    return _default or await init_db()
+
+
+@asynccontextmanager
+async def get_session(*, read_only: bool = False) -> AsyncIterator[AsyncSession]:
+    """Give a session on the default database: commits on success, rolls back on any exception, always closes."""
+    async with get_database().session(read_only=read_only) as session:
+        yield session
+
+
+async def reset_database() -> None:
+    """Drop and recreate all tables of the default database. Everything in them is lost."""
+    await get_database().reset()
+
+
+def warn_of_old_sqlite() -> str | None:
+    """Return a sentence where the SQLite library has the WAL-reset bug, fixed in 3.51.3; ``None`` where it has not."""
+    if sqlite3.sqlite_version_info >= (3, 51, 3):
+        return None
+    return f"SQLite {sqlite3.sqlite_version} is older than 3.51.3, which fixed a rare WAL bug; memory mapping is off."

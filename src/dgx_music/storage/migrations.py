@@ -1,0 +1,43 @@
+"""Alembic from inside the library; imported only when a migration runs, because Alembic takes half a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+import dgx_music
+
+
+def folder() -> Path:
+    """Return the folder of the migrations: the wheel's, else the source tree's (an editable install has no copy)."""
+    package = Path(dgx_music.__file__).parent
+    shipped = package / "_migrations"
+    return shipped if shipped.is_dir() else package.parents[1] / "migrations"
+
+
+def config(connection: Connection | None = None) -> Config:
+    """Return Alembic's configuration, running on this connection and in its transaction where one is given."""
+    result = Config()
+    result.set_main_option("script_location", str(folder()).replace("%", "%%"))
+    result.set_main_option("path_separator", "os")
+    result.attributes["connection"] = connection
+    return result
+
+
+def head() -> str | None:
+    """Return the newest revision."""
+    return ScriptDirectory.from_config(config()).get_current_head()
+
+
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Migrate up, inside the connection's transaction: all of it or nothing."""
+    command.upgrade(config(connection), revision)
+
+
+def downgrade(connection: Connection, revision: str) -> None:
+    """Migrate down, inside the connection's transaction."""
+    command.downgrade(config(connection), revision)

@@ -1,0 +1,322 @@
+"""The tables: generations, the prompts they use, the attempts made at them, and the workers that make them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, MetaData, desc, false, inspect
+from sqlalchemy import text as sql
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from dgx_music.errors import IllegalTransitionError
+from dgx_music.storage.schema import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    FINISHED,
+    LEGAL_TRANSITIONS,
+    PENDING,
+    PROCESSING,
+    GenerationStatus,
+    HashText,
+    Id,
+    JsonObject,
+    LongText,
+    Real,
+    ShortText,
+    StatusText,
+    UtcDateTime,
+    new_id,
+    now,
+)
+
+_FINISHED_SQL = "status IN ('completed', 'failed', 'cancelled')"
+
+
+class Base(DeclarativeBase):
+    """Naming convention included, so that migrations can name every constraint on every database."""
+
+    type_annotation_map = {float: Real}  # noqa: RUF012 - SQLAlchemy's interface
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class Prompt(Base):
+    """A prompt's text, once, with how often it was asked for."""
+
+    __tablename__ = "prompts"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    text: Mapped[str] = mapped_column(LongText)
+    text_hash: Mapped[str] = mapped_column(HashText, unique=True)
+    """SHA-256 of the text: unique in its place, since PostgreSQL's index rows are shorter than a long prompt."""
+    used_count: Mapped[int] = mapped_column(default=1, server_default=sql("1"))
+    first_used_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    last_used_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+
+    __table_args__ = (CheckConstraint("used_count >= 1", "used_count"), Index("ix_prompts_used_count", "used_count"))
+
+    def __init__(self, **values: Any) -> None:
+        if "text" in values:
+            values.setdefault("text_hash", text_hash(values["text"]))
+        super().__init__(**{"used_count": 1} | values)
+
+    def increment_usage(self) -> None:
+        """Count one more use in this object; ``track_prompt_usage`` does it in one atomic statement."""
+        self.used_count += 1
+        self.last_used_at = datetime.now(UTC)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain JSON values, times in ISO 8601."""
+        return _columns_as_json(self)
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of the text, as hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Generation(Base):
+    """One request for music, from enqueue to file.
+
+    ``attempt`` counts claims, only ever goes up, and fences every write after a claim; it is also SQLAlchemy's version
+    counter, so an ORM write that raced with a claim raises ``StaleDataError`` instead of overwriting it.
+    """
+
+    __tablename__ = "generations"
+
+    # What was asked for: set by the producer, never changed.
+    id: Mapped[str] = mapped_column(Id, primary_key=True, default=new_id)
+    prompt: Mapped[str] = mapped_column(LongText)
+    prompt_id: Mapped[int | None] = mapped_column(ForeignKey("prompts.id", ondelete="SET NULL"))
+    model_name: Mapped[str] = mapped_column(ShortText)
+    duration_seconds: Mapped[float]
+    sample_rate: Mapped[int]
+    channels: Mapped[int]
+    sampling: Mapped[dict[str, Any] | None] = mapped_column(JsonObject)
+    """guidance_scale, temperature, top_k, top_p, seed; null means the defaults."""
+    priority: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    max_attempts: Mapped[int] = mapped_column(default=3, server_default=sql("3"))
+    """How many failures it takes to give up."""
+    idempotency_key: Mapped[str | None] = mapped_column(ShortText, unique=True)
+    request_hash: Mapped[str | None] = mapped_column(HashText)
+    """SHA-256 of what was asked for, to tell a repeated request from another one under the same key."""
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+
+    # Where it is: moved by the guarded statements of queue.py.
+    status: Mapped[str] = mapped_column(StatusText, default=PENDING, server_default=PENDING)
+    run_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    """Not claimed before this moment: the producer's wish at first, after a failure the end of the backoff."""
+    attempt: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    failures: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    """Errors, crashes and lost workers so far; a graceful release costs nothing, a retry by hand starts at 0 again."""
+    worker_id: Mapped[str | None] = mapped_column(ShortText)
+    """Who holds it; null for a row that was marked processing by hand, which belongs to its caller and is never rescued."""
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """When its current or last attempt began."""
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Not indexed: renewals would no longer be heap-only updates on PostgreSQL."""
+    progress: Mapped[float] = mapped_column(default=0.0, server_default=sql("0"))
+    """0 to 1, of the current or last attempt."""
+    cancel_requested: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Set while it runs; such a row ends cancelled, whatever its attempt comes to."""
+
+    # What came of it: written when it finishes.
+    completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """When it finished: completed, failed for good, or cancelled."""
+    model_version: Mapped[str | None] = mapped_column(ShortText)
+    file_path: Mapped[str | None] = mapped_column(LongText)
+    """A creator's wish until completion replaces it with where the audio really is."""
+    file_size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    sha256: Mapped[str | None] = mapped_column(HashText)
+    generation_time_seconds: Mapped[float | None]
+    error_message: Mapped[str | None] = mapped_column(LongText)
+    """Why the last attempt failed; kept while the next one runs, gone once it completes."""
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JsonObject)
+
+    __mapper_args__ = {"version_id_col": attempt, "version_id_generator": False}  # noqa: RUF012 - SQLAlchemy's interface
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'processing', 'completed', 'failed', 'cancelled')", "status"),
+        CheckConstraint(f"({_FINISHED_SQL}) = (completed_at IS NOT NULL)", "finished_has_time"),
+        CheckConstraint("(worker_id IS NULL) = (lease_expires_at IS NULL)", "claim_has_lease"),
+        CheckConstraint("worker_id IS NULL OR status = 'processing'", "only_processing_is_held"),
+        CheckConstraint("duration_seconds > 0 AND sample_rate > 0 AND channels > 0", "audio_shape"),
+        CheckConstraint("attempt >= 0 AND failures >= 0 AND max_attempts >= 1", "counts"),
+        CheckConstraint("progress >= 0 AND progress <= 1", "progress"),
+        # The claim reads this one in order and nothing else, however many finished rows are kept.
+        Index(
+            "ix_generations_claim",
+            "model_name",
+            desc("priority"),
+            "run_at",
+            "id",
+            sqlite_where=sql("status = 'pending'"),
+            postgresql_where=sql("status = 'pending'"),
+        ),
+        Index(
+            "ix_generations_processing",
+            "worker_id",
+            sqlite_where=sql("status = 'processing'"),
+            postgresql_where=sql("status = 'processing'"),
+        ),
+        Index("ix_generations_status_created_at", "status", "created_at", "id"),
+        Index("ix_generations_created_at", "created_at", "id"),
+        Index("ix_generations_model_name_created_at", "model_name", "created_at"),
+        Index("ix_generations_completed_at", "completed_at"),
+        Index("ix_generations_prompt_id", "prompt_id"),
+        {"postgresql_with": {"fillfactor": 80}},
+    )
+
+    def __init__(self, **values: Any) -> None:
+        metadata = values.pop("metadata", None)
+        super().__init__(
+            **{"id": new_id(), "status": PENDING, "attempt": 0, "failures": 0, "cancel_requested": False} | values
+        )
+        if metadata is not None:
+            self.set_metadata(metadata)
+
+    @property
+    def is_pending(self) -> bool:
+        """True while it waits to be claimed."""
+        return self.status == PENDING
+
+    @property
+    def is_processing(self) -> bool:
+        """True while an attempt runs."""
+        return self.status == PROCESSING
+
+    @property
+    def is_complete(self) -> bool:
+        """True once its audio is stored."""
+        return self.status == COMPLETED
+
+    @property
+    def is_failed(self) -> bool:
+        """True once it has failed for good."""
+        return self.status == FAILED
+
+    @property
+    def is_cancelled(self) -> bool:
+        """True once it has been cancelled."""
+        return self.status == CANCELLED
+
+    @property
+    def is_finished(self) -> bool:
+        """True once it is completed, failed or cancelled."""
+        return self.status in FINISHED
+
+    def get_metadata(self) -> dict[str, Any]:
+        """Return a copy of the metadata; empty where there is none."""
+        return dict(self.metadata_ or {})
+
+    def set_metadata(self, metadata: dict[str, Any]) -> None:
+        """Replace the metadata."""
+        self.metadata_ = dict(metadata)
+
+    def mark_processing(self) -> None:
+        """Take this row to work on by hand; two sessions that do so at once end in one ``StaleDataError``."""
+        self._move(PROCESSING)
+        self.attempt += 1
+        self.started_at = datetime.now(UTC)
+        self.progress = 0.0
+
+    def mark_completed(self, generation_time_seconds: float) -> None:
+        """Finish it as completed, after this many seconds of work."""
+        self._move(COMPLETED)
+        self.generation_time_seconds = generation_time_seconds
+        self.completed_at = datetime.now(UTC)
+        self.error_message = None
+        self.progress = 1.0
+
+    def mark_failed(self, error_message: str) -> None:
+        """Finish it as failed, for this reason."""
+        self._move(FAILED)
+        self.error_message = error_message
+        self.completed_at = datetime.now(UTC)
+
+    def _move(self, wanted: str) -> None:
+        """Change the status by hand. An object that was never stored has no life to contradict and may take any."""
+        if inspect(self).has_identity:
+            if self.worker_id is not None:
+                raise IllegalTransitionError(self.id, self.status, wanted, f"worker {self.worker_id} holds it")
+            if wanted not in LEGAL_TRANSITIONS[self.status]:
+                raise IllegalTransitionError(self.id, self.status, wanted)
+        self.status = wanted
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain JSON values, times in ISO 8601."""
+        return _columns_as_json(self)
+
+    def __repr__(self) -> str:
+        return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
+
+
+class Attempt(Base):
+    """One claim of a generation by a worker: who, when, how it ended."""
+
+    __tablename__ = "attempts"
+
+    generation_id: Mapped[str] = mapped_column(ForeignKey("generations.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    worker_id: Mapped[str] = mapped_column(ShortText)
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    outcome: Mapped[str | None] = mapped_column(StatusText)
+    error_message: Mapped[str | None] = mapped_column(LongText)
+    device_seconds: Mapped[float | None]
+
+    __table_args__ = (
+        CheckConstraint("outcome IN ('completed', 'failed', 'released', 'cancelled', 'lost')", "outcome"),
+        CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", "finished_has_outcome"),
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain JSON values, times in ISO 8601."""
+        return _columns_as_json(self)
+
+
+class WorkerInfo(Base):
+    """One worker daemon: where it runs and when it was last heard of."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(ShortText, primary_key=True)
+    host: Mapped[str] = mapped_column(ShortText)
+    pid: Mapped[int]
+    model_name: Mapped[str] = mapped_column(ShortText)
+    device: Mapped[str] = mapped_column(ShortText)
+    slots: Mapped[int]
+    running_count: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    heartbeat_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    lease_seconds: Mapped[float]
+    """Silent for longer than this, it is taken for dead."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain JSON values, times in ISO 8601."""
+        return _columns_as_json(self)
+
+
+def _columns_as_json(row: Base) -> dict[str, Any]:
+    mapper = inspect(type(row))
+    return {attribute.columns[0].name: _as_json(getattr(row, attribute.key)) for attribute in mapper.column_attrs}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, GenerationStatus):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

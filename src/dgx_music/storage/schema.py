@@ -1,0 +1,179 @@
+"""Statuses and their legal transitions, column types, and the database's clock."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import JSON, ColumnElement, DateTime, Dialect, Double, Float, String, Text, literal
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+SCHEMA_REVISION = "0001"
+"""The newest migration; a test keeps it equal to Alembic's head, so that start-up need not import Alembic."""
+
+VERSION_TABLE = "dgx_music_alembic_version"
+"""Our own, so that our tables can live inside a database that has migrations of its own."""
+
+
+class GenerationStatus(StrEnum):
+    """Where a generation is in its life."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = (status.value for status in GenerationStatus)
+FINISHED = (COMPLETED, FAILED, CANCELLED)
+
+LEGAL_TRANSITIONS: dict[str, frozenset[str]] = {
+    PENDING: frozenset({PROCESSING, CANCELLED}),
+    PROCESSING: frozenset({COMPLETED, FAILED, CANCELLED, PENDING}),
+    COMPLETED: frozenset(),
+    FAILED: frozenset({PENDING}),
+    CANCELLED: frozenset({PENDING}),
+}
+
+
+def sources_of(status: str) -> list[str]:
+    """Return the statuses from which ``status`` may be reached."""
+    return [source for source, targets in LEGAL_TRANSITIONS.items() if status in targets]
+
+
+class AttemptOutcome(StrEnum):
+    """How an attempt ended; a running one has none yet."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    RELEASED = "released"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+"""``jsonb`` on PostgreSQL: plain ``json`` stores text that it later fails to read."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware moment in UTC; SQLite keeps it as ``YYYY-MM-DD HH:MM:SS.ffffff`` text, which sorts by time."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Store in UTC; refuse a time without a zone."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone is ambiguous; use datetime.now(UTC)")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give back in UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Real(TypeDecorator[float]):
+    """A double that comes back as a float: SQLite's RETURNING gives 16.0 back as the integer 16."""
+
+    impl = Double
+    cache_ok = True
+
+    def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
+        """Give back a float."""
+        return None if value is None else float(value)
+
+
+class now_plus(FunctionElement[datetime]):  # noqa: N801 - reads as the SQL function it is
+    """The database's clock plus a number of seconds, at the moment the statement runs.
+
+    One clock for all workers; they send durations, never times. PostgreSQL's ``now()`` would be the transaction's start,
+    so it is ``clock_timestamp()`` there. SQLite's ``unixepoch('subsec')`` is NULL before 3.42, so it is ``strftime`` here.
+    """
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+    def __init__(self, seconds: float | ColumnElement[Any] = 0.0) -> None:
+        super().__init__(literal(seconds, Float) if isinstance(seconds, int | float) else seconds)
+
+
+@compiles(now_plus, "sqlite")
+def _now_plus_sqlite(element: now_plus, compiler: SQLCompiler, **kwargs: Any) -> str:
+    seconds = compiler.process(element.clauses, **kwargs)
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', ({seconds}) || ' seconds') || '000')"
+
+
+@compiles(now_plus, "postgresql")
+def _now_plus_postgresql(element: now_plus, compiler: SQLCompiler, **kwargs: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kwargs)}))"
+
+
+class now(FunctionElement[datetime]):  # noqa: N801 - reads as the SQL function it is
+    """The database's clock at the moment the statement runs; also a column's server default."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: SQLCompiler, **kwargs: Any) -> str:
+    return "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: SQLCompiler, **kwargs: Any) -> str:
+    return "clock_timestamp()"
+
+
+class with_json_key(FunctionElement[dict[str, Any]]):  # noqa: N801 - reads as the SQL function it is
+    """A JSON object column with one more key: ``with_json_key(column, key, json_text)``; other keys stay as they are."""
+
+    type: TypeEngine[Any] = JsonObject
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any], key: ColumnElement[str], value: ColumnElement[str]) -> None:
+        super().__init__(column, key, value)
+
+
+@compiles(with_json_key, "sqlite")
+def _with_json_key_sqlite(element: with_json_key, compiler: SQLCompiler, **kwargs: Any) -> str:
+    column, key, value = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    return f"json_set(coalesce({column}, '{{}}'), '$.' || {key}, json({value}))"
+
+
+@compiles(with_json_key, "postgresql")
+def _with_json_key_postgresql(element: with_json_key, compiler: SQLCompiler, **kwargs: Any) -> str:
+    column, key, value = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    return f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
+
+
+Id = String(36)
+HashText = String(64)
+ShortText = String(200)
+StatusText = String(20)
+LongText = Text()
+
+
+def new_id() -> str:
+    """Return a UUID version 7 as text (RFC 9562, 5.7): ids made later sort later, to a quarter of a microsecond.
+
+    The 12 bits behind the milliseconds are the fraction of the millisecond (RFC 9562, 6.2, method 3).
+    """
+    nanoseconds = time.time_ns()
+    milliseconds, rest = divmod(nanoseconds, 1_000_000)
+    fraction = rest * 4096 // 1_000_000
+    random = int.from_bytes(os.urandom(8), "big") >> 2
+    return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | random))

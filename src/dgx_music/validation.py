@@ -1,0 +1,199 @@
+"""The one validator: library, command line and web all refuse the same things in the same words.
+
+Each check returns the value in the form that is stored, or raises ``InvalidRequestError``. They run before any driver sees
+the value, because drivers differ: SQLite enforces no length, turns NaN into NULL and stores NUL bytes; PostgreSQL refuses
+NUL bytes and lone surrogates only when the statement runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from dgx_music.catalog import MIN_DURATION_SECONDS, MODELS, ModelInfo, find_model
+from dgx_music.errors import InvalidRequestError
+
+MAX_PROMPT_CHARACTERS = 2_000
+MAX_NAME_CHARACTERS = 200
+MAX_PATH_CHARACTERS = 4_096
+MAX_MESSAGE_CHARACTERS = 2_000
+MAX_METADATA_BYTES = 16_384
+MAX_METADATA_DEPTH = 8
+MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2_048
+PRIORITY_LIMIT = 1_000
+MAX_ATTEMPTS_LIMIT = 25
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def check_prompt(value: object, field: str = "prompt") -> str:
+    """Return the prompt without surrounding white space: 1 to 2,000 characters of clean text."""
+    text = _clean_text(field, value, "newlines and tabs are the only control characters allowed").strip()
+    if not text:
+        raise InvalidRequestError(field, "is empty", f"describe the music in 1 to {MAX_PROMPT_CHARACTERS:,} characters")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_PROMPT_CHARACTERS:,}")
+    return text
+
+
+def check_name(field: str, value: object) -> str:
+    """Return a short identifier (an idempotency key, a model name): 1 to 200 characters on one line."""
+    text = _clean_text(field, value, "use printable characters on one line")
+    if "\n" in text or "\t" in text:
+        raise InvalidRequestError(field, "has a line break or tab", "use printable characters on one line")
+    if not text.strip():
+        raise InvalidRequestError(field, "is empty", f"use 1 to {MAX_NAME_CHARACTERS} characters")
+    if len(text) > MAX_NAME_CHARACTERS:
+        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_NAME_CHARACTERS}")
+    return text
+
+
+def check_path(field: str, value: object) -> str:
+    """Return a path as text: 1 to 4,096 characters on one line."""
+    text = _clean_text(field, value, "use printable characters on one line")
+    if not 1 <= len(text) <= MAX_PATH_CHARACTERS:
+        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use 1 to {MAX_PATH_CHARACTERS:,}")
+    return text
+
+
+def tidy_text(message: str) -> str:
+    """Return an error's message in a form that every database keeps: unprintable characters shown, length bounded."""
+    shown = _SURROGATE.sub("\ufffd", _CONTROL.sub("\ufffd", message)).strip()
+    return shown[:MAX_MESSAGE_CHARACTERS] or "no message"
+
+
+def check_model(value: object, field: str = "model") -> ModelInfo:
+    """Return what is known of the model of this name, or of this local folder."""
+    name = check_name(field, value)
+    model = find_model(name)
+    if model is None:
+        known = ", ".join(MODELS)
+        raise InvalidRequestError(field, f"{name!r} is not known", f"use {known}, or a local folder's absolute path")
+    return model
+
+
+def check_duration(value: object, longest: float, field: str = "duration") -> float:
+    """Return the duration in seconds, within what the model can do."""
+    seconds = _number(field, value, "use a number of seconds")
+    if not MIN_DURATION_SECONDS <= seconds <= longest:
+        raise InvalidRequestError(field, f"is {seconds:g} s", f"use {MIN_DURATION_SECONDS:g} to {longest:g} seconds")
+    return seconds
+
+
+def check_positive(field: str, value: object) -> float:
+    """Return a finite number above zero."""
+    number = _number(field, value, "use a number above 0")
+    if number <= 0:
+        raise InvalidRequestError(field, f"is {number:g}", "use a number above 0")
+    return number
+
+
+def check_between(field: str, value: object, low: float, high: float) -> float:
+    """Return a finite number from ``low`` to ``high``, both included."""
+    remedy = f"use a number from {low:g} to {high:g}"
+    number = _number(field, value, remedy)
+    if not low <= number <= high:
+        raise InvalidRequestError(field, f"is {number:g}", remedy)
+    return number
+
+
+def check_integer(field: str, value: object, low: int, high: int) -> int:
+    """Return a whole number from ``low`` to ``high``, both included."""
+    remedy = f"use a whole number from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(field, f"is {_shown(value)}", remedy)
+    if not low <= value <= high:
+        raise InvalidRequestError(field, f"is {_shown(value)}", remedy)
+    return value
+
+
+def check_run_at(value: object, field: str = "run_at") -> datetime:
+    """Return the moment in UTC, given as a datetime or as ISO 8601 text.
+
+    A time without a zone is refused: two machines would read it differently.
+    """
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            raise InvalidRequestError(field, f"is {_shown(value)}", "use a time such as 2026-01-31T12:00:00Z") from None
+    if not isinstance(value, datetime):
+        raise InvalidRequestError(field, f"is {_shown(value)}", "use a datetime with a time zone")
+    if value.tzinfo is None:
+        raise InvalidRequestError(field, "has no time zone", "add one, such as Z or +01:00")
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise InvalidRequestError(field, f"is {value.isoformat()}", "use a date between the years 2 and 9998") from None
+
+
+def check_metadata(value: object, field: str = "metadata") -> dict[str, Any]:
+    """Return the metadata as plain JSON: an object of at most 16 KiB, 8 levels deep, every number finite."""
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(field, f"is {_shown(value)}", "use a JSON object (a dict)")
+    _check_json(field, value, depth=1)
+    size = len(json.dumps(value, ensure_ascii=False).encode())
+    if size > MAX_METADATA_BYTES:
+        raise InvalidRequestError(field, f"takes {size:,} bytes as JSON", f"use at most {MAX_METADATA_BYTES:,}")
+    return dict(value)
+
+
+def _check_json(field: str, value: object, depth: int) -> None:
+    if depth > MAX_METADATA_DEPTH:
+        raise InvalidRequestError(field, "is nested too deeply", f"use at most {MAX_METADATA_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise InvalidRequestError(field, f"has the key {_shown(key)}", "use text for every key")
+            _clean_text(field, key, "remove it from the key")
+            _check_json(field, item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_json(field, item, depth + 1)
+    elif isinstance(value, str):
+        _clean_text(field, value, "remove it from the text")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRequestError(field, f"holds {value}", "JSON has finite numbers only")
+    elif isinstance(value, int) and abs(value) > MAX_SEED:
+        raise InvalidRequestError(field, "holds a whole number of more than 63 bits", "store it as text")
+    elif not (value is None or isinstance(value, bool | int | float)):
+        raise InvalidRequestError(
+            field, f"holds {_shown(value)}", "use text, numbers, true, false, null, lists and objects"
+        )
+
+
+def _clean_text(field: str, value: object, remedy: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequestError(field, f"is {_shown(value)}", "use text")
+    if _SURROGATE.search(value):
+        raise InvalidRequestError(field, "has a lone surrogate, which is not a character", "send well-formed Unicode")
+    found = _CONTROL.search(value)
+    if found:
+        raise InvalidRequestError(field, f"has the control character U+{ord(found.group()):04X}", remedy)
+    return value
+
+
+def _number(field: str, value: object, remedy: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequestError(field, f"is {_shown(value)}", remedy)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise InvalidRequestError(field, f"is {number}", remedy)
+    return number
+
+
+def _shown(value: object) -> str:
+    """Describe a refused value briefly: its repr where that is short, else its type."""
+    if value is None:
+        return "missing"
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__} too long to show"

@@ -1,0 +1,516 @@
+"""The worker: claims generations, has an engine make them, stores the audio, completes the rows.
+
+``Worker.perform`` is the table of contents. This process holds the database, the heartbeats and the files; the engine is in
+a child process, so that whatever happens there costs one child and never a lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import anyio
+from anyio.abc import TaskGroup
+
+from dgx_music import audio
+from dgx_music.artifacts import Artifact, Artifacts
+from dgx_music.completions import Completions
+from dgx_music.config import Settings
+from dgx_music.errors import (
+    ArtifactError,
+    DatabaseUnavailableError,
+    DgxMusicError,
+    EngineCrashedError,
+    EngineError,
+    EngineReplacedError,
+    EngineUnavailableError,
+    GenerationRejectedError,
+    InvalidRequestError,
+)
+from dgx_music.inference.engine import Audio, GenerationRequest
+from dgx_music.inference.process import EngineInfo
+from dgx_music.storage import queue, workers
+from dgx_music.storage.changes import Subscription
+from dgx_music.storage.database import Database
+from dgx_music.storage.queue import Claim, Completion, Lease
+from dgx_music.storage.schema import CANCELLED
+from dgx_music.validation import tidy_text
+
+logger = logging.getLogger(__name__)
+
+BROKEN_AFTER = 4
+"""So many different generations in a row killed the engine, without one success: it is not the generations."""
+_ENGINE_STARTS = 5
+_CANCEL_LOOK_SECONDS = 0.1
+_LAST_WRITE_SECONDS = 15.0
+_SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
+
+
+class EngineHost(Protocol):
+    """What the worker needs of an engine: ``inference.process.EngineProcess``, or an imitation in a test."""
+
+    async def start(self) -> EngineInfo:
+        """Return what the loaded engine says of itself, after starting it where it is not alive."""
+
+    async def generate(self, request: GenerationRequest, on_progress: Callable[[float], None]) -> Audio:
+        """Return the audio of one request; cancelling the call stops the generation."""
+
+    async def close(self) -> None:
+        """End the engine."""
+
+
+class Stop(Enum):
+    """Why a running generation is stopped from outside."""
+
+    CANCELLED = "cancel requested"
+    LOST = "lease lost"
+    RELEASED = "worker stops"
+    REFUSED = "completion refused"
+
+
+@dataclass
+class Running:
+    """One generation in hand."""
+
+    claim: Claim
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    progress: float = 0.0
+    stopped_for: Stop | None = None
+    has_slot: bool = True
+    is_completing: bool = False
+
+    @property
+    def lease(self) -> Lease:
+        """What lets us write the row."""
+        return self.claim.lease
+
+    def stop(self, reason: Stop) -> None:
+        """Stop it, unless its completion is being written: then that write says who owns the row."""
+        if self.stopped_for is None and not self.is_completing:
+            self.stopped_for = reason
+            self.scope.cancel()
+
+
+class Worker:
+    """Serves one model: ``await Worker(database, engine, artifacts, settings).run()``."""
+
+    def __init__(
+        self,
+        database: Database,
+        engine: EngineHost,
+        artifacts: Artifacts,
+        settings: Settings,
+        *,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.id = f"{socket.gethostname()[:150]}-{os.getpid()}-{secrets.token_hex(3)}"
+        self._database = database
+        self._engine = engine
+        self._artifacts = artifacts
+        self._settings = settings
+        self._rng = rng or random.Random()  # noqa: S311 - spreads retries, guards nothing
+        self._completions = Completions(database)
+        self._running: dict[Lease, Running] = {}
+        self._slots = 1
+        self._model_version = ""
+        self._stopping = anyio.Event()
+        self._releasing = anyio.Event()
+        self._wake: Subscription | None = None
+        self._troubled: set[str] = set()
+        self._broken: DgxMusicError | None = None
+        self._last_sweep: float | None = None
+        self._no_rescue_before = 0.0
+
+    async def run(self, *, drain: bool = False) -> None:
+        """Serve until stopped, or with ``drain`` until every generation of the model is finished.
+
+        Raises ``DatabaseNotMigratedError``, ``EngineUnavailableError`` where the engine cannot start, and the last trouble
+        where engine or output folder turn out to be broken; the queue is left as it was.
+        """
+        await self._database.check_migrated()
+        await self._check_artifacts()
+        info = await self._engine.start()
+        self._slots, self._model_version = info.slots, info.model_version
+        await self._register(info)
+        try:
+            with self._database.changes.subscribe() as self._wake:
+                async with anyio.create_task_group() as tasks:
+                    for loop in (self._beat, self._sweep, self._notice_cancels):
+                        tasks.start_soon(loop, name=loop.__qualname__)
+                    await self._claim_until_stopped(tasks, drain)
+                    await self._finish_running()
+                    tasks.cancel_scope.cancel()
+        finally:
+            await self._unregister()
+        if self._broken is not None:
+            raise self._broken
+
+    def stop(self) -> None:
+        """Stop claiming, let what runs finish within the grace, and end; called again, release it at once."""
+        if self._stopping.is_set():
+            self._releasing.set()
+        self._stopping.set()
+        if self._wake is not None:
+            self._wake.wake()
+
+    async def perform(self, running: Running) -> None:
+        """Carry one claimed generation through: infer, store, complete."""
+        started = time.monotonic()
+        made = await self._infer(running)
+        device_seconds = time.monotonic() - started
+        artifact, facts = await self._store(running, made)
+        await self._complete(running, artifact, facts, device_seconds)
+
+    # ---------------------------------------------------------------------------------------------------- claiming
+
+    async def _claim_until_stopped(self, tasks: TaskGroup, drain: bool) -> None:
+        while not self._stopping.is_set():
+            claims = await self._claim() if self._free_slots() else []
+            for claim in claims:
+                running = self._running[claim.lease] = Running(claim)
+                tasks.start_soon(self._run, running, name=f"generation {claim.lease.generation_id}")
+            if drain and not self._running and not await self._has_work():
+                return
+            if not claims or not self._free_slots():
+                await self._wait()
+
+    def _free_slots(self) -> int:
+        """Slots that the engine has free, while no more than as many again wait for their audio to be stored."""
+        in_slots = sum(running.has_slot for running in self._running.values())
+        return min(self._slots - in_slots, 2 * self._slots - len(self._running))
+
+    async def _claim(self) -> list[Claim]:
+        try:
+            await self._start_engine()
+            async with self._database.session() as session:
+                return await queue.claim(
+                    session,
+                    worker_id=self.id,
+                    model_name=self._settings.model,
+                    limit=self._free_slots(),
+                    lease_seconds=self._settings.lease_seconds,
+                )
+        except DatabaseUnavailableError as error:
+            logger.warning("worker %s: cannot claim: %s", self.id, error)
+        except EngineUnavailableError as error:
+            self._give_up(error)
+        return []
+
+    async def _start_engine(self) -> None:
+        """Have a living engine, a fresh one where the last has died; raises after several that could not start."""
+        for start in range(_ENGINE_STARTS):
+            try:
+                await self._engine.start()
+                return
+            except EngineUnavailableError as error:
+                logger.warning("worker %s: engine start %d of %d failed: %s", self.id, start + 1, _ENGINE_STARTS, error)
+                if start + 1 == _ENGINE_STARTS or self._stopping.is_set():
+                    raise
+                await self._wait_at_most(2.0**start)
+
+    async def _has_work(self) -> bool:
+        try:
+            async with self._database.session(read_only=True) as session:
+                return await queue.has_work(session, self._settings.model)
+        except DatabaseUnavailableError:
+            return True
+
+    async def _wait(self) -> None:
+        """Wait for a change of the database, a free slot or a stop, at most the poll interval."""
+        if self._wake is not None and not self._stopping.is_set():
+            await self._wake.wait(self._settings.poll_seconds)
+
+    async def _wait_at_most(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds):
+            await self._stopping.wait()
+
+    # --------------------------------------------------------------------------------------------- one generation
+
+    async def _run(self, running: Running) -> None:
+        """Perform, and turn whatever else happens into one storage call."""
+        lease = running.lease
+        logger.info("generation %s attempt %d: started", lease.generation_id, lease.attempt)
+        try:
+            with running.scope:
+                await self.perform(running)
+        except EngineReplacedError as error:
+            await self._release(running, str(error))
+        except ArtifactError as error:  # the next one's audio would be lost as well
+            await self._release(running, str(error))
+            self._give_up(error)
+        except (GenerationRejectedError, InvalidRequestError) as error:
+            await self._fail(running, error, is_permanent=True)
+        except Exception as error:
+            await self._fail(running, error)
+            self._note_trouble(running, error)
+        except BaseException:  # the worker itself is cancelled; a completion under way is left to the lease
+            if not running.is_completing:
+                await self._release(running, Stop.RELEASED.value)
+            raise
+        else:
+            if running.stopped_for is not None:
+                await self._release(running, running.stopped_for.value)
+        finally:
+            del self._running[lease]
+            self._free(running)
+
+    async def _infer(self, running: Running) -> Audio:
+        request = _as_request(running.claim)
+        deadline = self._settings.deadline_floor_seconds + self._settings.deadline_factor * request.duration
+
+        def note(progress: float) -> None:
+            running.progress = progress
+
+        try:
+            with anyio.fail_after(deadline):
+                return await self._engine.generate(request, note)
+        except TimeoutError:
+            raise TimeoutError(f"The attempt took longer than its deadline of {deadline:g} s.") from None
+        finally:
+            self._free(running)
+
+    async def _store(self, running: Running, made: Audio) -> tuple[Artifact, dict[str, object]]:
+        claim, lease = running.claim, running.lease
+        finished = await anyio.to_thread.run_sync(
+            lambda: audio.finish(
+                made,
+                sample_rate=claim.sample_rate,
+                channels=claim.channels,
+                audio_format=self._settings.audio_format,
+                loudness=self._settings.loudness,
+            )
+        )
+        if lease.attempt > 1:  # what earlier attempts left can never be completed: this one holds the claim
+            await self._artifacts.delete(lease.generation_id, range(1, lease.attempt))
+        artifact = await self._artifacts.publish(lease.generation_id, lease.attempt, finished.extension, finished.data)
+        return artifact, {**finished.facts, **made.facts}
+
+    async def _complete(
+        self, running: Running, artifact: Artifact, facts: dict[str, object], device_seconds: float
+    ) -> None:
+        completion = Completion(
+            lease=running.lease,
+            file_path=artifact.path,
+            file_size_bytes=artifact.size_bytes,
+            sha256=artifact.sha256,
+            model_version=self._model_version,
+            generation_time_seconds=device_seconds,
+            audio=facts,
+        )
+        running.is_completing = True
+        is_done = await self._completions.write(completion)
+        running.is_completing = False
+        if not is_done:
+            running.stopped_for = Stop.REFUSED
+            return
+        self._troubled.clear()
+        logger.info(
+            "generation %s attempt %d: completed in %.2f s, %d bytes",
+            running.lease.generation_id,
+            running.lease.attempt,
+            device_seconds,
+            artifact.size_bytes,
+        )
+
+    async def _fail(self, running: Running, error: Exception, *, is_permanent: bool = False) -> None:
+        lease, message = running.lease, tidy_text(str(error) or type(error).__name__)
+        wait = queue.backoff_seconds(running.claim.failures + 1, self._settings.backoff_base_seconds, self._rng)
+        await self._artifacts.delete(lease.generation_id, [lease.attempt])
+        try:
+            async with self._database.session() as session:
+                status = await queue.fail(session, lease, message, retry_in_seconds=None if is_permanent else wait)
+        except DatabaseUnavailableError as unavailable:  # the lease runs out, and a rescue counts the failure
+            logger.warning("generation %s attempt %d: %s", lease.generation_id, lease.attempt, unavailable)
+            return
+        logger.warning(
+            "generation %s attempt %d: %s: %s", lease.generation_id, lease.attempt, status or "lease lost", message
+        )
+
+    async def _release(self, running: Running, why: str) -> None:
+        """Drop the file and give the row back where it is still ours; one with a cancel request becomes cancelled."""
+        lease = running.lease
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._artifacts.delete(lease.generation_id, [lease.attempt])
+                async with self._database.session() as session:
+                    moved = await queue.release(session, [lease])
+            except (DatabaseUnavailableError, ArtifactError) as error:  # the lease runs out, and a rescue does the rest
+                logger.warning("generation %s attempt %d: %s", lease.generation_id, lease.attempt, error)
+                return
+        ended = {CANCELLED: "cancelled"}.get(moved.get(lease, ""), "released" if lease in moved else "dropped")
+        logger.info("generation %s attempt %d: %s: %s", lease.generation_id, lease.attempt, ended, why)
+
+    def _free(self, running: Running) -> None:
+        running.has_slot = False
+        if self._wake is not None:
+            self._wake.wake()
+
+    def _note_trouble(self, running: Running, error: Exception) -> None:
+        """Stop when the engine dies of one generation after another: the whole queue would fail with them."""
+        if isinstance(error, EngineCrashedError):
+            self._troubled.add(running.lease.generation_id)
+            if len(self._troubled) >= BROKEN_AFTER:
+                self._give_up(error)
+        elif not isinstance(error, EngineError | TimeoutError):
+            logger.error("generation %s attempt %d: unexpected", *_named(running.lease), exc_info=error)
+
+    def _give_up(self, error: DgxMusicError) -> None:
+        logger.error("worker %s: stops: %s", self.id, error)
+        self._broken = error
+        self.stop()
+
+    async def _finish_running(self) -> None:
+        """Let what runs finish within the grace, then release it; a second stop releases at once."""
+        if not self._running:
+            return
+        logger.info(
+            "worker %s: stops within %g s, %d running", self.id, self._settings.grace_seconds, len(self._running)
+        )
+        with anyio.move_on_after(self._settings.grace_seconds):
+            while self._running and not self._releasing.is_set():
+                await self._wait_for_end()
+        for running in tuple(self._running.values()):
+            running.stop(Stop.RELEASED)
+        with anyio.move_on_after(_LAST_WRITE_SECONDS):
+            while self._running:
+                await self._wait_for_end()
+
+    async def _wait_for_end(self) -> None:
+        if self._wake is not None:
+            await self._wake.wait(0.1)
+
+    # ------------------------------------------------------------------------------------------------- side loops
+
+    async def _beat(self) -> None:
+        """Renew every lease and the worker's own row, and stop what was lost or cancelled."""
+        while True:
+            held = {lease: running.progress for lease, running in self._running.items()}
+            try:
+                async with self._database.session() as session:
+                    await workers.heartbeat_worker(session, self.id, len(held))
+                    renewed = await queue.renew(session, held, lease_seconds=self._settings.lease_seconds)
+            except DatabaseUnavailableError as error:
+                logger.warning("worker %s: heartbeat missed: %s", self.id, error)
+            else:
+                for lease in held:
+                    if lease not in renewed:
+                        self._stop_one(lease, Stop.LOST)
+                    elif renewed[lease]:
+                        self._stop_one(lease, Stop.CANCELLED)
+            await anyio.sleep(self._settings.heartbeat_seconds)
+
+    async def _notice_cancels(self) -> None:
+        """Look for cancel requests whenever the database changes, not only at the next heartbeat."""
+        with self._database.changes.subscribe() as changes:
+            while True:
+                await changes.wait(self._settings.poll_seconds)
+                if not self._running:
+                    continue
+                try:
+                    async with self._database.session(read_only=True) as session:
+                        wanted = await queue.find_cancel_requests(session, self.id)
+                except DatabaseUnavailableError as error:
+                    logger.warning("worker %s: cannot look for cancels: %s", self.id, error)
+                else:
+                    for lease in wanted:
+                        self._stop_one(lease, Stop.CANCELLED)
+                await anyio.sleep(_CANCEL_LOOK_SECONDS)
+
+    def _stop_one(self, lease: Lease, reason: Stop) -> None:
+        if lease in self._running:
+            self._running[lease].stop(reason)
+
+    async def _sweep(self) -> None:
+        """Rescue what lost workers left, a few times in each lease."""
+        while True:
+            try:
+                await self._rescue()
+            except (DatabaseUnavailableError, ArtifactError) as error:
+                logger.warning("worker %s: cannot rescue: %s", self.id, error)
+            await anyio.sleep(self._settings.lease_seconds / 4 * self._rng.uniform(0.8, 1.2))
+
+    async def _rescue(self) -> None:
+        rescued = None
+        while rescued is None or len(rescued) == queue.RESCUE_CHUNK:
+            async with self._database.session() as session:
+                await queue.check_answers(session)
+                rescued = await queue.rescue(session) if self._may_rescue(time.monotonic()) else []
+            for item in rescued:
+                logger.warning("generation %s attempt %d: worker lost, now %s", *_named(item.lease), item.status)
+                await self._artifacts.delete(item.lease.generation_id, [item.lease.attempt])
+
+    def _may_rescue(self, now: float) -> bool:
+        """Return False for one lease after a lease without a sweep; call it when the database has just answered.
+
+        A database that was away, or a machine that slept, makes every lease look dead: give the living time to renew.
+        """
+        if self._last_sweep is not None and now - self._last_sweep > self._settings.lease_seconds:
+            self._no_rescue_before = now + self._settings.lease_seconds
+        self._last_sweep = now
+        return now >= self._no_rescue_before
+
+    # ------------------------------------------------------------------------------------------- start and end
+
+    async def _check_artifacts(self) -> None:
+        problem = await self._artifacts.find_problem()
+        if problem is not None:
+            raise ArtifactError(problem)
+
+    async def _register(self, info: EngineInfo) -> None:
+        async with self._database.session() as session:
+            await workers.register_worker(
+                session,
+                id=self.id,
+                host=socket.gethostname()[:200],
+                pid=os.getpid(),
+                model_name=self._settings.model,
+                device=info.device,
+                slots=info.slots,
+                lease_seconds=self._settings.lease_seconds,
+            )
+        logger.info(
+            "worker %s: serves %s on %s, %d slots, pid %d",
+            self.id,
+            self._settings.model,
+            info.device,
+            info.slots,
+            os.getpid(),
+        )
+        if info.notice:
+            logger.warning("worker %s: %s", self.id, info.notice)
+
+    async def _unregister(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._engine.close()
+            try:
+                async with self._database.session() as session:
+                    await workers.remove_worker(session, self.id)
+            except DatabaseUnavailableError as error:
+                logger.warning("worker %s: %s", self.id, error)
+        logger.info("worker %s: stopped", self.id)
+
+
+def _as_request(claim: Claim) -> GenerationRequest:
+    """Return the request of a claimed row; raises ``InvalidRequestError`` for what no engine can do."""
+    return GenerationRequest(
+        generation_id=claim.lease.generation_id,
+        attempt=claim.lease.attempt,
+        prompt=claim.prompt,
+        duration=claim.duration_seconds,
+        model=claim.model_name,
+        channels=claim.channels,
+        sample_rate=claim.sample_rate,
+        **{name: claim.sampling[name] for name in _SAMPLING_FIELDS if claim.sampling.get(name) is not None},
+    )
+
+
+def _named(lease: Lease) -> tuple[str, int]:
+    return lease.generation_id, lease.attempt

@@ -1,0 +1,53 @@
+"""Requests, engines and the first sign of life of a generation."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from dgx_music.errors import GenerationCancelledError
+from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
+from dgx_music.inference.process import EngineProcess
+
+
+def make_request(**fields: Any) -> GenerationRequest:
+    return GenerationRequest(**{"generation_id": "g1", "prompt": "lofi rain", "duration": 0.08, "attempt": 1} | fields)
+
+
+def make_settings(**fields: Any) -> EngineSettings:
+    return EngineSettings(**{"engine": "tone", "model": "musicgen-small", "slots": 4} | fields)
+
+
+def make_process(*, start_timeout_seconds: float = 30, cancel_grace_seconds: float = 5, **fields: Any) -> EngineProcess:
+    return EngineProcess(
+        make_settings(**fields),
+        start_timeout_seconds=start_timeout_seconds,
+        cancel_grace_seconds=cancel_grace_seconds,
+    )
+
+
+def ignore(progress: float) -> None:
+    """Be the ``on_progress`` of a generation that nobody watches."""
+
+
+async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:
+    """Return the task of a generation that has reported progress: it is running in the child."""
+    started = asyncio.Event()
+    task = asyncio.create_task(process.generate(make_request(**fields), lambda progress: started.set()))
+    await asyncio.wait_for(started.wait(), 5)
+    return task
+
+
+class QuietRun:
+    """A ``Run`` of the test's own: keeps the progress, is cancelled from the start where it is told so."""
+
+    def __init__(self, *, is_cancelled: bool = False) -> None:
+        self.progress: list[float] = []
+        self.is_cancelled = is_cancelled
+
+    def report_progress(self, progress: float) -> None:
+        self.progress.append(progress)
+
+    def check_cancelled(self) -> None:
+        if self.is_cancelled:
+            raise GenerationCancelledError("The generation was cancelled.")

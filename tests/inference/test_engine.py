@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+
+from dgx_music.errors import InvalidRequestError
+from dgx_music.inference.engine import Audio, GenerationRequest, is_untrained
+from tests.inference.factories import make_request
+
+SEED_OF_G1 = 4_074_095_729_657_203_136
+
+
+def test_the_defaults_are_audiocrafts() -> None:
+    request = GenerationRequest(generation_id="g1", prompt="rain", duration=1)
+
+    assert (request.model, request.channels, request.sample_rate, request.attempt) == ("musicgen-small", 1, 32_000, 0)
+    assert request.sampling == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 250, "top_p": None, "seed": None}
+
+
+def test_a_request_is_stored_in_its_normal_form() -> None:
+    request = make_request(prompt="  rain\n", duration=2, guidance_scale=3, temperature=0, top_p=1)
+
+    assert request.prompt == "rain"
+    numbers = (request.duration, request.guidance_scale, request.temperature, request.top_p)
+    assert [type(number) for number in numbers] == [float] * 4
+
+
+def test_a_request_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        make_request().prompt = "snow"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ""),
+        ("prompt", None),
+        ("prompt", "x" * 2_001),
+        ("model", "musicgen-gigantic"),
+        ("duration", 0.079),
+        ("duration", 30.01),
+        ("duration", float("nan")),
+        ("channels", 0),
+        ("channels", 3),
+        ("sample_rate", 7_999),
+        ("sample_rate", 192_001),
+        ("sample_rate", 32_000.0),
+        ("guidance_scale", 0.99),
+        ("guidance_scale", 20.1),
+        ("temperature", -0.01),
+        ("temperature", 5.01),
+        ("top_k", -1),
+        ("top_k", 2_049),
+        ("top_p", 0.009),
+        ("top_p", 1.001),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", True),
+    ],
+)
+def test_an_unacceptable_field_is_named(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        make_request(**{field: value})
+
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field} ")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"duration": 0.08, "channels": 1, "sample_rate": 8_000, "top_k": 0, "seed": 0},
+        {"duration": 30, "channels": 2, "sample_rate": 192_000, "top_k": 2_048, "seed": 2**63 - 1},
+        {"guidance_scale": 1, "temperature": 0, "top_p": 0.01},
+        {"guidance_scale": 20, "temperature": 5, "top_p": 1},
+    ],
+)
+def test_the_limits_are_acceptable(fields: dict[str, float]) -> None:
+    request = make_request(**fields)
+
+    assert {name: getattr(request, name) for name in fields} == fields
+
+
+def test_the_seed_asked_for_is_the_effective_one() -> None:
+    assert make_request(seed=0).effective_seed == 0
+
+
+def test_the_effective_seed_follows_from_the_id_for_ever() -> None:
+    seeds = {
+        make_request(generation_id="g1", attempt=attempt, prompt=f"p{attempt}").effective_seed for attempt in (1, 2)
+    }
+
+    assert seeds == {SEED_OF_G1}
+    assert make_request(generation_id="g2").effective_seed != SEED_OF_G1
+    assert 0 <= SEED_OF_G1 < 2**63
+
+
+def test_the_duration_of_audio_is_that_of_its_frames() -> None:
+    assert Audio(np.zeros((2, 16_000), dtype=np.float32), 32_000).duration == 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"), [("musicgen-tiny-untrained", True), ("musicgen-small", False), ("/models/mine", False)]
+)
+def test_only_the_untrained_model_is_called_so(model: str, expected: bool) -> None:
+    assert is_untrained(model) is expected

@@ -1,0 +1,534 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import numpy as np
+import pytest
+
+from dgx_music.errors import (
+    EngineCrashedError,
+    EngineError,
+    EngineReplacedError,
+    EngineUnavailableError,
+    GenerationRejectedError,
+)
+from dgx_music.inference import process as process_module
+from dgx_music.inference.process import EngineInfo, EngineProcess
+from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
+from tests.inference.conftest import WriteScript
+from tests.inference.factories import QuietRun, begin, ignore, make_process, make_request
+
+SLOW = {"do": "wait", "seconds": 60}
+
+
+def has_vanished(pid: int, within_seconds: float = 2) -> bool:
+    """Return whether the process ends in time, by its pidfd: a zombie counts as ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], within_seconds)[0])
+    finally:
+        os.close(pidfd)
+
+
+def pid_of(process: EngineProcess) -> int:
+    assert process.pid is not None
+    return process.pid
+
+
+@pytest.fixture
+def stuck_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every child load for ever."""
+    monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, "import time; time.sleep(60)"))
+
+
+def write_impostor(folder: Path, code: str) -> str:
+    """Return the path of an interpreter that runs this code, whatever it is asked to run."""
+    path = folder / "python"
+    path.write_text(f"#!{sys.executable}\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+async def begin_start(process: EngineProcess) -> asyncio.Task[EngineInfo]:
+    """Return the task of a start whose child is there, and loading."""
+    starting = asyncio.create_task(process.start())
+    with anyio.fail_after(5):
+        while process.pid is None:  # noqa: ASYNC110 - nothing tells of a child before it is loaded
+            await asyncio.sleep(0.001)
+    return starting
+
+
+# start
+
+
+async def test_start_says_what_was_loaded(process: EngineProcess) -> None:
+    info = await process.start()
+
+    assert (info.slots, info.device, info.model_version, info.notice) == (4, "cpu", "tone", NOTICE)
+    assert info.pid == process.pid != os.getpid()
+
+
+async def test_two_starts_at_once_share_one_child() -> None:
+    async with make_process() as process:
+        first, second = await asyncio.gather(process.start(), process.start())
+
+    assert first.pid == second.pid
+
+
+async def test_a_cancelled_start_leaves_the_child_to_the_next_one() -> None:
+    async with make_process() as process:
+        starting = await begin_start(process)
+        pid = process.pid
+        starting.cancel()
+
+        assert (await process.start()).pid == pid
+        assert starting.cancelled()
+
+
+async def test_a_start_cancelled_at_any_moment_leaks_nothing() -> None:
+    async with make_process() as process:
+        for delay_seconds in np.linspace(0, 0.01, 12):
+            with anyio.move_on_after(delay_seconds):
+                await process.start()
+
+        await process.start()
+
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.usefixtures("stuck_interpreter")
+async def test_a_child_killed_while_it_loads_makes_the_engine_unavailable() -> None:
+    async with make_process() as process:
+        starting = await begin_start(process)
+        os.kill(pid_of(process), signal.SIGKILL)
+
+        with pytest.raises(EngineUnavailableError, match=r"did not load: its process was killed by SIGKILL \(often"):
+            await starting
+
+
+@pytest.mark.usefixtures("stuck_interpreter")
+async def test_an_engine_that_takes_too_long_to_load_is_ended() -> None:
+    async with make_process(start_timeout_seconds=0.01) as process:
+        with pytest.raises(EngineUnavailableError, match=r"its process was ended after 0\.01 s\."):
+            await process.start()
+
+        assert not process.is_alive
+
+
+async def test_an_unavailable_engine_says_why_in_its_own_words(script: WriteScript) -> None:
+    script().write_text("{")
+
+    async with make_process() as process:
+        with pytest.raises(EngineUnavailableError, match=r"^The tone script .* is malformed: .*\.$"):
+            await process.start()
+
+        assert process.pid is None
+
+
+async def test_an_unknown_engine_is_unavailable() -> None:
+    async with make_process(engine="theremin") as process:
+        with pytest.raises(EngineUnavailableError, match="'theremin' is not known; use musicgen or tone"):
+            await process.start()
+
+
+async def test_an_engine_can_become_available(script: WriteScript) -> None:
+    script().write_text("{")
+    async with make_process() as process:
+        with pytest.raises(EngineUnavailableError):
+            await process.start()
+        script()
+
+        assert (await process.start()).pid == process.pid
+
+
+async def test_an_interpreter_that_is_missing_makes_the_engine_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+
+    async with make_process() as process:
+        with pytest.raises(EngineUnavailableError, match="cannot be started"):
+            await process.start()
+
+
+# generate
+
+
+async def test_audio_arrives_as_the_engine_made_it(process: EngineProcess) -> None:
+    request = make_request(duration=1.5, channels=2)
+    expected = ToneEngine(1, None, None).generate(request, QuietRun())
+
+    audio = await process.generate(request, ignore)
+
+    np.testing.assert_array_equal(audio.samples, expected.samples)
+    assert (audio.samples.dtype, audio.sample_rate, audio.duration) == (np.float32, 32_000, 1.5)
+    assert audio.facts["frequency_hz"] == expected.facts["frequency_hz"]
+
+
+async def test_the_samples_can_be_changed_in_place(process: EngineProcess) -> None:
+    audio = await process.generate(make_request(), ignore)
+
+    audio.samples[:] = 0
+
+    assert not audio.samples.any()
+
+
+async def test_progress_rises_below_one(process: EngineProcess, script: WriteScript) -> None:
+    script({"do": "wait", "seconds": 0.35})
+    progress: list[float] = []
+
+    await process.generate(make_request(), progress.append)
+
+    assert 2 <= len(progress) <= 5
+    assert progress == sorted(progress)
+    assert 0 <= progress[0] < progress[-1] < 1
+
+
+async def test_a_broken_progress_callback_breaks_nothing_else(process: EngineProcess, script: WriteScript) -> None:
+    script({"do": "wait", "seconds": 0.01})
+    errors: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
+
+    await process.generate(make_request(), lambda progress: progress / 0)
+
+    assert [type(error) for error in errors] == [ZeroDivisionError]
+
+
+async def test_sixteen_slots_mix_nothing_up() -> None:
+    requests = [make_request(generation_id=f"g{number}") for number in range(200)]
+    engine = ToneEngine(1, None, None)
+
+    async with make_process(slots=16) as process:
+        await process.start()
+        audios = await asyncio.gather(*(process.generate(request, ignore) for request in requests))
+
+    for request, audio in zip(requests, audios, strict=True):
+        np.testing.assert_array_equal(audio.samples, engine.generate(request, QuietRun()).samples)
+
+
+async def test_an_error_in_the_engine_costs_one_generation(process: EngineProcess, script: WriteScript) -> None:
+    script({"prompt": "storm", "do": "raise", "message": "no thunder today"})
+
+    with pytest.raises(EngineError, match=r"^RuntimeError: no thunder today$") as caught:
+        await process.generate(make_request(prompt="storm"), ignore)
+
+    assert type(caught.value) is EngineError
+    assert (await process.generate(make_request(), ignore)).duration == 0.08
+
+
+async def test_a_rejection_comes_back_as_itself(process: EngineProcess, script: WriteScript) -> None:
+    script({"do": "reject", "message": "This prompt is too long for the model."})
+
+    with pytest.raises(GenerationRejectedError, match=r"^This prompt is too long for the model\.$"):
+        await process.generate(make_request(), ignore)
+
+
+async def test_a_process_that_was_never_started_generates_nothing() -> None:
+    with pytest.raises(EngineReplacedError, match="not running"):
+        await make_process().generate(make_request(), ignore)
+
+
+@pytest.mark.usefixtures("stuck_interpreter")
+async def test_a_process_that_is_still_loading_generates_nothing() -> None:
+    async with make_process() as process:
+        starting = await begin_start(process)
+        starting.cancel()
+
+        with pytest.raises(EngineReplacedError, match="not running"):
+            await process.generate(make_request(), ignore)
+
+
+# cancel
+
+
+@pytest.mark.parametrize("by_scope", [True, False])
+async def test_a_cancel_frees_the_slot_within_a_second(script: WriteScript, by_scope: bool) -> None:
+    script({"prompt": "slow", **SLOW})
+    async with make_process(slots=1) as process:
+        pid = (await process.start()).pid
+        began_at = time.monotonic()
+        await (cancel_by_scope if by_scope else cancel_by_task)(process)
+        await process.generate(make_request(), ignore)
+
+        assert time.monotonic() - began_at < 1
+        assert process.pid == pid
+
+
+async def cancel_by_scope(process: EngineProcess) -> None:
+    with anyio.CancelScope() as scope:
+        await process.generate(make_request(prompt="slow"), lambda progress: scope.cancel())
+    assert scope.cancelled_caught
+
+
+async def cancel_by_task(process: EngineProcess) -> None:
+    task = await begin(process, prompt="slow")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancel_leaves_the_other_generation_alone(process: EngineProcess, script: WriteScript) -> None:
+    script({"prompt": "slow", **SLOW}, {"do": "wait", "seconds": 0.5})
+    doomed = await begin(process, prompt="slow")
+    other = await begin(process)
+    doomed.cancel()
+
+    expected = ToneEngine(1, None, None).generate(make_request(), QuietRun())
+    np.testing.assert_array_equal((await other).samples, expected.samples)
+    assert doomed.cancelled()
+
+
+async def test_a_generation_cancelled_in_the_queue_never_reaches_the_child(script: WriteScript) -> None:
+    script({"prompt": "slow", **SLOW})
+    async with make_process(slots=1) as process:
+        pid = (await process.start()).pid
+        running = await begin(process, prompt="slow")
+        with anyio.move_on_after(0.05) as scope:
+            await process.generate(make_request(), ignore)
+        running.cancel()
+
+        assert scope.cancelled_caught
+        assert (await process.start()).pid == pid
+
+
+async def test_a_hang_costs_the_child_and_the_others_are_not_to_blame(script: WriteScript) -> None:
+    script({"prompt": "hang", "do": "hang"}, SLOW)
+    async with make_process(cancel_grace_seconds=0.2) as process:
+        pid = (await process.start()).pid
+        other, hung = await begin(process), await begin(process, prompt="hang")
+        hung.cancel()
+
+        await asyncio.wait((hung, other), timeout=2)
+        assert hung.cancelled()
+        assert isinstance(other.exception(), EngineReplacedError)
+        assert (has_vanished(pid), process.is_alive) == (True, False)
+
+
+async def test_a_hung_child_is_ended_even_when_nobody_waits_for_it_any_more(script: WriteScript) -> None:
+    script({"do": "hang"})
+    async with make_process(cancel_grace_seconds=0.2) as process:
+        pid = (await process.start()).pid
+        hung = await begin(process)
+        for _ in range(2):
+            hung.cancel()
+            await asyncio.sleep(0.01)
+
+        assert hung.cancelled()
+        assert await asyncio.to_thread(has_vanished, pid)
+
+
+async def test_a_stopped_child_is_ended_by_a_cancel(script: WriteScript) -> None:
+    script(SLOW)
+    async with make_process(cancel_grace_seconds=0.1) as process:
+        pid = (await process.start()).pid
+        running = await begin(process)
+        os.kill(pid, signal.SIGSTOP)
+        running.cancel()
+
+        await asyncio.wait((running,), timeout=2)
+        assert running.cancelled()
+        assert has_vanished(pid)
+
+
+# crashes
+
+
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        ({"do": "kill"}, r"The engine's process was killed by SIGKILL \(often the kernel's out-of-memory killer\)\."),
+        ({"do": "exit", "exit_code": 3}, r"The engine's process exited with code 3\."),
+    ],
+)
+async def test_a_child_that_dies_says_how(
+    process: EngineProcess, script: WriteScript, rule: dict[str, object], sentence: str
+) -> None:
+    script(rule)
+
+    with pytest.raises(EngineCrashedError, match=f"^{sentence}$"):
+        await process.generate(make_request(), ignore)
+
+    assert not process.is_alive
+
+
+async def test_a_segfault_crashes_every_generation_in_the_child(process: EngineProcess, script: WriteScript) -> None:
+    script(SLOW)
+    tasks = [await begin(process, generation_id=name) for name in "abc"]
+
+    os.kill(pid_of(process), signal.SIGSEGV)
+
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [str(outcome) for outcome in outcomes] == ["The engine's process was killed by SIGSEGV."] * 3
+    assert {type(outcome) for outcome in outcomes} == {EngineCrashedError}
+
+
+async def test_a_generation_that_waited_for_a_slot_is_not_to_blame_for_the_crash(script: WriteScript) -> None:
+    script(SLOW)
+    async with make_process(slots=1) as process:
+        await process.start()
+        running = await begin(process)
+        waiting = asyncio.create_task(process.generate(make_request(), ignore))
+        await asyncio.sleep(0)
+        os.kill(pid_of(process), signal.SIGKILL)
+
+        outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [EngineCrashedError, EngineReplacedError]
+
+
+async def test_start_replaces_a_crashed_child(process: EngineProcess, script: WriteScript) -> None:
+    script({"attempts": [1], "do": "kill"})
+    first_pid = process.pid
+    with pytest.raises(EngineCrashedError):
+        await process.generate(make_request(attempt=1), ignore)
+
+    assert (await process.start()).pid not in (None, first_pid)
+    assert (await process.generate(make_request(attempt=2), ignore)).duration == 0.08
+
+
+async def test_a_generation_cancelled_while_its_child_dies_is_cancelled(
+    process: EngineProcess, script: WriteScript
+) -> None:
+    script(SLOW)
+    running = await begin(process)
+
+    os.kill(pid_of(process), signal.SIGKILL)
+    running.cancel()
+
+    await asyncio.wait((running,), timeout=1)
+    assert running.cancelled()
+
+
+async def test_what_libraries_print_goes_to_stderr(process: EngineProcess) -> None:
+    stdout, stderr = (os.readlink(f"/proc/{process.pid}/fd/{number}") for number in (1, 2))  # noqa: PTH115
+
+    assert stdout == stderr == os.readlink("/proc/self/fd/2")  # noqa: PTH115
+
+
+async def test_terminals_and_supervisors_do_not_reach_the_child(process: EngineProcess) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid_of(process), number)
+
+    assert (await process.generate(make_request(), ignore)).duration == 0.08
+    assert os.getsid(pid_of(process)) == process.pid
+
+
+PARENT = """
+import asyncio
+from tests.inference.factories import begin, make_process
+
+async def main():
+    async with make_process() as process:
+        await process.start()
+        await begin(process)
+        print(process.pid, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("do", ["wait", "hang"])
+def test_the_child_vanishes_with_its_parent(script: WriteScript, do: str) -> None:
+    script({"do": do, "seconds": 60})
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=root, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child_pid = int(parent.stdout.readline())
+
+        parent.kill()
+
+        assert has_vanished(child_pid)
+
+
+async def test_a_child_that_closes_its_channel_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys, time; os.close(int(sys.argv[4])); time.sleep(60)"
+    monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, code))
+    monkeypatch.setattr(process_module, "_LAST_WORDS_SECONDS", 0.1)
+
+    async with make_process() as process:
+        with pytest.raises(EngineUnavailableError, match="closed its channel and lived on"):
+            await process.start()
+
+
+async def test_what_the_engine_started_dies_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fifo = tmp_path / "pid"
+    os.mkfifo(fifo)
+    code = f"import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, file=open({str(fifo)!r}, 'w'))"
+    monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, f"{code}; time.sleep(60)"))
+    async with make_process() as process:
+        starting = await begin_start(process)
+        helper_pid = int(await asyncio.to_thread(fifo.read_text))
+        starting.cancel()
+
+    assert has_vanished(helper_pid)
+
+
+# close
+
+
+async def test_close_ends_the_child_for_good(process: EngineProcess) -> None:
+    pid = pid_of(process)
+
+    await process.close()
+    await process.close()
+
+    assert (has_vanished(pid), process.is_alive, process.pid) == (True, False, None)
+    with pytest.raises(EngineUnavailableError, match="was closed"):
+        await process.start()
+
+
+async def test_close_is_not_the_fault_of_what_still_runs(process: EngineProcess, script: WriteScript) -> None:
+    script(SLOW)
+    running = await begin(process)
+
+    await process.close()
+
+    with pytest.raises(EngineReplacedError, match=r"^The engine's process was closed\.$"):
+        await running
+
+
+@pytest.mark.usefixtures("stuck_interpreter")
+async def test_close_ends_a_child_that_is_loading() -> None:
+    process = make_process()
+    starting = await begin_start(process)
+
+    await process.close()
+
+    with pytest.raises(EngineUnavailableError, match="its process was closed"):
+        await starting
+
+
+async def test_nothing_is_left_behind(script: WriteScript) -> None:
+    script({"prompt": "kill", "do": "kill"})
+    before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+    async with make_process() as process:
+        for prompt in ("kill", "rain", "kill"):
+            await process.start()
+            await asyncio.gather(process.generate(make_request(prompt=prompt), ignore), return_exceptions=True)
+    gc.collect()
+
+    assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+# speed comes from the environment of the worker
+
+
+async def test_the_child_inherits_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SPEED_VARIABLE, "quick")
+    monkeypatch.delenv(SCRIPT_VARIABLE, raising=False)
+
+    async with make_process() as process:
+        with pytest.raises(EngineUnavailableError, match="DGX_MUSIC_TONE_SPEED is 'quick'; use a number above 0"):
+            await process.start()

@@ -1,0 +1,340 @@
+import asyncio
+import errno
+import hashlib
+import os
+import re
+import resource
+import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgx_music.artifacts import EXTENSIONS, LocalArtifacts, MemoryArtifacts
+from dgx_music.errors import ArtifactError, InvalidRequestError
+
+DATA = b"RIFF" + bytes(100_000)
+OTHER = b"RIFF" + bytes(range(256))
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "data" / "audio"
+
+
+@pytest.fixture
+def local(root):
+    return LocalArtifacts(root)
+
+
+@pytest.fixture(params=["local", "memory"])
+def artifacts(request, root):
+    return LocalArtifacts(root) if request.param == "local" else MemoryArtifacts()
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def content(artifact):
+    return Path(artifact.path).read_bytes()
+
+
+def mode_of(artifact):
+    return Path(artifact.path).stat().st_mode & 0o777
+
+
+@contextmanager
+def largest_file(size_bytes):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fail_call(monkeypatch, name, number, code):
+    """Let the given call of ``os.name`` (from 0) fail with the error code; the others go through."""
+    real, calls = getattr(os, name), iter(range(1_000))
+
+    def call(*args, **kwargs):
+        if next(calls) == number:
+            raise OSError(code, os.strerror(code))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, call)
+
+
+def refuse_links(monkeypatch, code=errno.EPERM):
+    def link(*_args, **_kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+# Every kind of artifacts
+
+
+async def test_what_is_published_is_described(artifacts):
+    artifact = await artifacts.publish("song", 2, "wav", DATA)
+
+    assert artifact.path.endswith("song-2.wav")
+    assert (artifact.size_bytes, artifact.sha256) == (len(DATA), hashlib.sha256(DATA).hexdigest())
+
+
+async def test_the_same_data_again_is_the_same_publication(artifacts):
+    first = await artifacts.publish("song", 1, "wav", DATA)
+
+    assert await artifacts.publish("song", 1, "wav", DATA) == first
+
+
+async def test_other_data_under_the_same_name_is_refused(artifacts):
+    first = await artifacts.publish("song", 1, "wav", DATA)
+
+    with pytest.raises(ArtifactError, match=r"song-1\.wav already holds other audio"):
+        await artifacts.publish("song", 1, "wav", OTHER)
+    assert await artifacts.publish("song", 1, "wav", DATA) == first
+
+
+async def test_attempts_have_files_of_their_own(artifacts):
+    first = await artifacts.publish("song", 1, "wav", DATA)
+    second = await artifacts.publish("song", 2, "wav", OTHER)
+
+    assert first.path != second.path
+
+
+async def test_delete_removes_these_attempts_in_every_format_and_nothing_else(artifacts):
+    for attempt, extension in ((1, "wav"), (1, "ogg"), (2, "flac"), (3, "mp3")):
+        await artifacts.publish("song", attempt, extension, DATA)
+    await artifacts.publish("song-1", 1, "wav", DATA)
+
+    assert await artifacts.delete("song", [1, 2]) == 3
+    assert await artifacts.delete("song", range(10)) == 1
+    assert await artifacts.delete("song-1", iter([1])) == 1
+
+
+async def test_to_delete_what_is_not_there_is_fine(artifacts):
+    assert await artifacts.delete("song", [1]) == 0
+
+
+@pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "../a", "a\\b", "a.b", "a\0", "a\n", "ä", "a" * 65])
+async def test_an_id_that_is_no_name_is_refused(artifacts, bad):
+    with pytest.raises(InvalidRequestError, match="generation_id"):
+        await artifacts.publish(bad, 1, "wav", DATA)
+    with pytest.raises(InvalidRequestError, match="generation_id"):
+        await artifacts.delete(bad, [1])
+
+
+@pytest.mark.parametrize("bad", ["", "exe", "../wav", "wav.part"])
+async def test_an_extension_that_is_no_audio_format_is_refused(artifacts, bad):
+    with pytest.raises(InvalidRequestError, match="extension"):
+        await artifacts.publish("song", 1, bad, DATA)
+
+
+@given(st.text("aZ9-_./\\\0\n", max_size=8))
+async def test_a_name_never_leaves_the_folder(generation_id):
+    try:
+        artifact = await MemoryArtifacts().publish(generation_id, 1, "wav", b"")
+    except InvalidRequestError:
+        return
+    assert PurePath("root", artifact.path.removeprefix("memory:")).parts == ("root", f"{generation_id}-1.wav")
+
+
+async def test_a_good_place_has_no_problem(artifacts):
+    assert await artifacts.find_problem() is None
+
+
+# A local folder
+
+
+async def test_the_file_has_the_data_and_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    artifact = await LocalArtifacts(Path("audio")).publish("song", 1, "wav", DATA)
+
+    assert artifact.path == str(tmp_path / "audio" / "song-1.wav")
+    assert content(artifact) == DATA
+    assert names_in(tmp_path / "audio") == ["song-1.wav"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+async def test_the_file_follows_the_umask(local, mask, mode):
+    before = os.umask(mask)
+    try:
+        artifact = await local.publish("song", 1, "wav", DATA)
+    finally:
+        os.umask(before)
+    assert mode_of(artifact) == mode
+
+
+async def test_a_part_file_that_a_dead_worker_left_is_replaced(local, root):
+    root.mkdir(parents=True)
+    (root / "song-1.wav.part").write_bytes(b"half")
+
+    artifact = await local.publish("song", 1, "wav", DATA)
+
+    assert content(artifact) == DATA
+    assert names_in(root) == ["song-1.wav"]
+
+
+async def test_delete_removes_part_files_too(local, root):
+    root.mkdir(parents=True)
+    for extension in EXTENSIONS:
+        (root / f"song-1.{extension}.part").write_bytes(b"half")
+
+    assert await local.delete("song", [1]) == len(EXTENSIONS)
+    assert names_in(root) == []
+
+
+async def test_file_and_folders_are_flushed_before_publish_returns(local, root, monkeypatch):
+    flushed, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(Path(f"/proc/self/fd/{fd}").readlink()), real(fd)))
+
+    await local.publish("song", 1, "wav", DATA)
+
+    assert flushed == [root.parent.parent, root.parent, root / "song-1.wav.part", root]
+
+
+# Failures
+
+
+FAILURES = [("mkdir", 0), ("mkdir", 1), *[("open", n) for n in range(4)], *[("fsync", n) for n in range(4)]]
+FAILURES += [("unlink", 0), ("write", 0), ("link", 0), ("close", 2), ("close", 3)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize(("call", "number"), FAILURES)
+async def test_a_step_that_fails_leaves_the_whole_file_or_nothing(local, root, monkeypatch, call, number, code):
+    with monkeypatch.context() as patch:
+        fail_call(patch, call, number, code)
+        with pytest.raises(ArtifactError, match=f"{re.escape(str(root))}: {os.strerror(code).lower()}"):
+            await local.publish("song", 1, "wav", DATA)
+
+    assert names_in(root) in ([], ["song-1.wav"])
+    assert content(await local.publish("song", 1, "wav", DATA)) == DATA
+
+
+async def test_a_file_that_outgrows_the_limit_of_the_system_leaves_nothing(local, root):
+    """A real short write, then a real EFBIG; a full disk takes the same way."""
+    with largest_file(65_536), pytest.raises(ArtifactError, match="file too large"):
+        await local.publish("song", 1, "wav", DATA)
+
+    assert names_in(root) == []
+
+
+async def test_short_writes_are_continued(local, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:1_000]))
+
+    artifact = await local.publish("song", 1, "wav", DATA)
+
+    assert content(artifact) == DATA
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/below"])
+async def test_a_root_that_is_a_file_is_named(tmp_path, folder):
+    (tmp_path / "taken").write_bytes(b"")
+    local = LocalArtifacts(tmp_path / folder)
+
+    with pytest.raises(ArtifactError, match=f"stored in {tmp_path / folder}: not a directory"):
+        await local.publish("song", 1, "wav", DATA)
+    with pytest.raises(ArtifactError, match=f"removed from {tmp_path / folder}: not a directory"):
+        await local.delete("song", [1])
+    assert "not a directory" in await local.find_problem()
+
+
+# File systems without hard links
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+async def test_without_hard_links_a_file_is_published_all_the_same(local, root, monkeypatch, code):
+    refuse_links(monkeypatch, code)
+
+    artifact = await local.publish("song", 1, "wav", DATA)
+
+    assert content(artifact) == DATA
+    assert names_in(root) == ["song-1.wav"]
+
+
+async def test_without_hard_links_other_data_is_still_refused(local, root, monkeypatch):
+    refuse_links(monkeypatch)
+    await local.publish("song", 1, "wav", DATA)
+
+    with pytest.raises(ArtifactError, match="already holds other audio"):
+        await local.publish("song", 1, "wav", OTHER)
+    assert (root / "song-1.wav").read_bytes() == DATA
+
+
+async def test_without_hard_links_a_rename_that_fails_leaves_nothing(local, root, monkeypatch):
+    refuse_links(monkeypatch)
+    fail_call(monkeypatch, "replace", 0, errno.EIO)
+
+    with pytest.raises(ArtifactError, match="input/output error"):
+        await local.publish("song", 1, "wav", DATA)
+    assert names_in(root) == []
+
+
+# Cancellation
+
+
+async def test_a_cancelled_publish_leaves_nothing_that_delete_does_not_remove(local, root, monkeypatch):
+    writing, may_go_on, real = threading.Event(), threading.Event(), os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: (writing.set(), may_go_on.wait(), real(fd, data))[2])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(local.publish, "song", 1, "wav", DATA)
+        await anyio.to_thread.run_sync(writing.wait)
+        tasks.cancel_scope.cancel()
+        may_go_on.set()
+
+    assert names_in(root) == ["song-1.wav"]
+    assert await local.delete("song", [1]) == 1
+
+
+async def test_delete_ends_a_publish_whose_thread_was_left_alone(local, root, monkeypatch):
+    """``asyncio.Task.cancel`` passes through anyio's shield: the thread may still be writing when the delete comes."""
+    linking, may_go_on, linked, real = threading.Event(), threading.Event(), threading.Event(), os.link
+
+    def link(part, target):
+        linking.set()
+        may_go_on.wait()
+        try:
+            real(part, target)
+        finally:
+            linked.set()
+
+    monkeypatch.setattr(os, "link", link)
+    publish = asyncio.create_task(local.publish("song", 1, "wav", DATA))
+    await anyio.to_thread.run_sync(linking.wait)
+    publish.cancel()
+    await asyncio.wait([publish])
+
+    assert await local.delete("song", [1]) == 1
+    may_go_on.set()
+    await anyio.to_thread.run_sync(linked.wait)
+    assert names_in(root) == []
+
+
+# Room
+
+
+async def test_a_disk_without_room_is_a_problem(local, root, monkeypatch):
+    full = shutil._ntuple_diskusage(10**12, 10**12 - 2**20, 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: full)
+
+    assert await local.find_problem() == f"The disk of {root} has 1 MiB left; free at least 100 MiB."
+
+
+async def test_a_check_leaves_no_trace(local, tmp_path):
+    await local.find_problem()
+
+    assert names_in(tmp_path) == []
+
+
+async def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
+    assert "cannot be stored in /proc/audio" in await LocalArtifacts(Path("/proc/audio")).find_problem()

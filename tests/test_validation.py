@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgx_music import validation
+from dgx_music.catalog import MODELS
+from dgx_music.errors import InvalidRequestError
+
+quick = settings(deadline=None)
+any_text = st.text(st.characters(exclude_categories=())) | st.text()
+anything = st.one_of(
+    any_text, st.none(), st.booleans(), st.integers(), st.floats(), st.binary(), st.lists(st.integers())
+)
+
+
+def refused(check: Callable[..., object], *arguments: object) -> str:
+    """Return the sentence with which the check refuses."""
+    with pytest.raises(InvalidRequestError) as caught:
+        check(*arguments)
+    return str(caught.value)
+
+
+def accepted(check: Callable[..., Any], *arguments: object) -> Any:
+    """Return what the check returns, ``None`` where it refuses."""
+    try:
+        return check(*arguments)
+    except InvalidRequestError:
+        return None
+
+
+# text
+
+
+def test_a_prompt_loses_the_white_space_around_it() -> None:
+    assert validation.check_prompt("  warm\tpads\nand rain \n") == "warm\tpads\nand rain"
+
+
+@pytest.mark.parametrize("length", [1, 2_000])
+def test_a_prompt_of_the_least_and_greatest_length_is_accepted(length: int) -> None:
+    assert len(validation.check_prompt(" " + "ü" * length)) == length
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("", "prompt is empty; describe the music in 1 to 2,000 characters."),
+        (" \n\t", "prompt is empty; describe the music in 1 to 2,000 characters."),
+        ("x" * 2_001, "prompt has 2,001 characters; use at most 2,000."),
+        (None, "prompt is missing; use text."),
+        (b"rain", "prompt is b'rain'; use text."),
+        (["x" * 50], "prompt is a list too long to show; use text."),
+        (
+            "a\x00b",
+            "prompt has the control character U+0000; newlines and tabs are the only control characters allowed.",
+        ),
+        ("a\ud800", "prompt has a lone surrogate, which is not a character; send well-formed Unicode."),
+    ],
+)
+def test_a_prompt_is_refused_in_one_sentence(prompt: object, sentence: str) -> None:
+    assert refused(validation.check_prompt, prompt) == sentence
+
+
+@pytest.mark.parametrize("code", [*range(0x20), *range(0x7F, 0xA0)])
+def test_tab_and_newline_are_the_only_control_characters(code: int) -> None:
+    assert (accepted(validation.check_prompt, f"a{chr(code)}b") is not None) == (chr(code) in "\t\n")
+
+
+@quick
+@given(anything)
+def test_an_accepted_prompt_survives_every_encoding_and_a_second_check(value: object) -> None:
+    prompt = accepted(validation.check_prompt, value)
+    if prompt is not None:
+        assert prompt.encode().decode() == json.loads(json.dumps(prompt)) == prompt
+        assert validation.check_prompt(prompt) == prompt
+
+
+@pytest.mark.parametrize("name", ["k", "k" * 200, "order 7/é"])
+def test_a_name_is_returned_as_it_is(name: str) -> None:
+    assert validation.check_name("idempotency_key", name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "is empty"),
+        ("   ", "is empty"),
+        ("k" * 201, "has 201 characters"),
+        ("a\nb", "has a line break or tab"),
+        ("a\tb", "has a line break or tab"),
+        ("a\x7f", "has the control character U+007F"),
+        ("\udfff", "has a lone surrogate"),
+        (7, "is 7; use text"),
+    ],
+)
+def test_a_name_is_refused(name: object, problem: str) -> None:
+    assert refused(validation.check_name, "idempotency_key", name).startswith(f"idempotency_key {problem}")
+
+
+@quick
+@given(anything)
+def test_an_accepted_name_survives_every_encoding(value: object) -> None:
+    name = accepted(validation.check_name, "name", value)
+    if name is not None:
+        assert name.encode().decode() == json.loads(json.dumps(name)) == value
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_the_catalog_is_known(name: str) -> None:
+    assert validation.check_model(name) is MODELS[name]
+
+
+def test_an_absolute_path_is_a_model() -> None:
+    assert validation.check_model("/models/mine").name == "/models/mine"
+
+
+@pytest.mark.parametrize("name", ["musicgen", "models/mine", "./mine"])
+def test_an_unknown_model_is_refused_with_those_that_are_known(name: str) -> None:
+    sentence = refused(validation.check_model, name)
+
+    assert sentence.startswith(f"model {name!r} is not known; use musicgen-small, ")
+    assert sentence.endswith("or a local folder's absolute path.")
+
+
+# numbers
+
+
+@pytest.mark.parametrize("seconds", [0.08, 1, 29.999, 30])
+def test_a_duration_within_the_limits_is_a_float(seconds: float) -> None:
+    duration = validation.check_duration(seconds, 30)
+
+    assert (duration, type(duration)) == (seconds, float)
+
+
+@pytest.mark.parametrize("seconds", [math.nextafter(0.08, 0), 0, -0.0, -1, math.nextafter(30, 31), 10**400])
+def test_a_duration_just_past_a_limit_is_refused(seconds: float) -> None:
+    assert refused(validation.check_duration, seconds, 30).startswith("duration is ")
+
+
+NOT_NUMBERS = [None, "1", True, math.nan, math.inf, -math.inf, 1j, [1], 10**400]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+def test_what_is_no_finite_number_is_refused(value: object) -> None:
+    for check, limits in ((validation.check_duration, (30,)), (validation.check_between, (0, 1))):
+        arguments = ("x", value) if check is validation.check_between else (value,)
+        assert "; use " in refused(check, *arguments, *limits)
+    assert refused(validation.check_positive, "x", value).endswith("; use a number above 0.")
+
+
+@pytest.mark.parametrize("value", [5e-324, 1, 1e308])
+def test_a_number_above_zero_is_positive(value: float) -> None:
+    assert validation.check_positive("speed", value) == value
+
+
+@pytest.mark.parametrize("value", [0, -0.0, -5e-324])
+def test_zero_and_below_is_not_positive(value: float) -> None:
+    assert refused(validation.check_positive, "speed", value).startswith("speed is ")
+
+
+@quick
+@given(st.floats(), st.floats(-5, 5), st.floats(0, 5))
+def test_a_number_is_accepted_just_when_it_lies_between(value: float, low: float, width: float) -> None:
+    high = low + width
+
+    assert accepted(validation.check_between, "x", value, low, high) == (value if low <= value <= high else None)
+
+
+@quick
+@given(st.integers(), st.integers(-50, 50), st.integers(0, 50))
+def test_a_whole_number_is_accepted_just_when_it_lies_between(value: int, low: int, width: int) -> None:
+    high = low + width
+
+    assert accepted(validation.check_integer, "x", value, low, high) == (value if low <= value <= high else None)
+
+
+@pytest.mark.parametrize("value", [-1, 4, 1.0, "1", True, None, math.nan])
+def test_what_is_no_whole_number_within_the_limits_is_refused(value: object) -> None:
+    assert refused(validation.check_integer, "top_k", value, 0, 3).endswith("; use a whole number from 0 to 3.")
+
+
+def test_a_huge_number_is_not_shown() -> None:
+    sentence = refused(validation.check_integer, "seed", 10**60, 0, 9)
+
+    assert sentence == "seed is a int too long to show; use a whole number from 0 to 9."
+
+
+# time
+
+
+def test_a_moment_is_returned_in_utc() -> None:
+    moment = datetime(2026, 1, 1, 1, tzinfo=timezone(timedelta(hours=2)))
+
+    assert validation.check_run_at(moment).isoformat() == "2025-12-31T23:00:00+00:00"
+
+
+def test_a_moment_may_be_iso_text() -> None:
+    assert validation.check_run_at("2026-01-31T13:00:00+01:00") == datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (datetime(2026, 1, 1), "has no time zone; add one"),  # noqa: DTZ001 - that is the point
+        ("2026-01-01", "has no time zone; add one"),
+        (datetime.max.replace(tzinfo=timezone(-timedelta(hours=1))), "is 9999-12-31T23:59:59.999999-01:00; use a date"),
+        ("0001-01-01T00:00:00+01:00", "is 0001-01-01T00:00:00+01:00; use a date"),
+        (1_700_000_000, "is 1700000000; use a datetime"),
+        ("tomorrow", "is 'tomorrow'; use a time such as"),
+        ("", "is ''; use a time such as"),
+        (None, "is missing; use a datetime"),
+    ],
+)
+def test_a_moment_is_refused(value: object, problem: str) -> None:
+    assert refused(validation.check_run_at, value).startswith(f"run_at {problem}")
+
+
+@quick
+@given(st.datetimes(timezones=st.timezones()))
+def test_an_accepted_moment_is_the_same_moment(value: datetime) -> None:
+    moment = accepted(validation.check_run_at, value)
+    if moment is not None:
+        assert (moment, moment.tzinfo) == (value.astimezone(UTC), UTC)
+
+
+# metadata
+
+json_leaves = st.none() | st.booleans() | st.integers() | st.floats() | any_text
+json_like = st.recursive(
+    json_leaves | st.binary(), lambda inner: st.lists(inner) | st.dictionaries(any_text, inner), max_leaves=12
+)
+
+
+@quick
+@given(st.dictionaries(any_text, json_like, max_size=4))
+def test_accepted_metadata_survives_json_and_utf8(value: dict[str, Any]) -> None:
+    metadata = accepted(validation.check_metadata, value)
+    if metadata is not None:
+        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        assert json.loads(text.encode().decode()) == value
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"inner": nested(levels - 1)} if levels > 1 else {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, {"a": [1, 2.5, None, True, "x\n"]}, {"n": 2**63 - 1, "m": 1 - 2**63}, nested(8), {"t": "x" * (16_384 - 9)}],
+)
+def test_plain_json_is_returned_as_it_is(value: dict[str, Any]) -> None:
+    assert validation.check_metadata(value) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (None, "is missing"),
+        ([], "is []"),
+        ("{}", "is '{}'"),
+        ({"t": "x" * (16_384 - 8)}, "takes 16,385 bytes as JSON"),
+        ({"t": "ü" * 8_189}, "takes 16,387 bytes as JSON"),
+        (nested(9), "is nested too deeply"),
+        ({1: "x"}, "has the key 1"),
+        ({"a\x00": 1}, "has the control character U+0000"),
+        ({"a": ["\x1b"]}, "has the control character U+001B"),
+        ({"a": "\ud800"}, "has a lone surrogate, which is not a character"),
+        ({"a": math.nan}, "holds nan"),
+        ({"a": [-math.inf]}, "holds -inf"),
+        ({"a": 2**63}, "holds a whole number of more than 63 bits"),
+        ({"a": {"b": b"x"}}, "holds b'x'"),
+        ({"a": {1}}, "holds {1}"),
+    ],
+)
+def test_metadata_is_refused(value: object, problem: str) -> None:
+    assert refused(validation.check_metadata, value).startswith(f"metadata {problem}; ")
+
+
+def test_metadata_that_holds_itself_is_refused() -> None:
+    value: dict[str, Any] = {}
+    value["self"] = value
+
+    assert "nested too deeply" in refused(validation.check_metadata, value)
