@@ -37,8 +37,8 @@ MODELS: dict[str, ModelInfo] = {
     model.name: model
     for model in (
         _hub("musicgen-small", "4c8334b02c6ec4e8664a91979669a501ec497792"),
-        _hub("musicgen-medium"),
-        _hub("musicgen-large"),
+        _hub("musicgen-medium", "d3bd7b00761b78ad7a8a05145ee31e7832e9916c"),
+        _hub("musicgen-large", "15ccdc92099879e47b6da12c350cdb71d4eab3ca"),
         _hub("musicgen-stereo-small", channels=2),
         _hub("musicgen-stereo-medium", channels=2),
         _hub("musicgen-stereo-large", channels=2),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dgx_music.catalog import DEFAULT_MODEL, MODELS, find_model
@@ -14,6 +16,7 @@ from dgx_music.errors import ConfigurationError
 
 DEFAULT_DATABASE_URL = "sqlite:///data/generations.db"
 PREFIX = "DGX_MUSIC_"
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 AudioFormat = Literal["wav", "flac", "mp3", "ogg"]
 Loudness = Literal["lufs", "peak", "none"]
@@ -23,10 +26,13 @@ EngineName = Literal["musicgen", "tone"]
 class Settings(BaseSettings):
     """Everything that can be set, validated when built; ``load_settings`` turns a mistake into one sentence."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, populate_by_name=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, populate_by_name=True, extra="forbid", frozen=True
+    )
 
     database_url: str = Field(
         DEFAULT_DATABASE_URL,
+        repr=False,  # it may hold a password
         validation_alias=AliasChoices("DGX_MUSIC_DATABASE_URL", "DATABASE_URL"),
         description="where generations are kept",
     )
@@ -34,7 +40,7 @@ class Settings(BaseSettings):
     model: str = Field(DEFAULT_MODEL, description="model a worker serves, and the default for new generations")
     revision: str | None = Field(None, description="commit of the model's weights on the hub; default: the pinned one")
     engine: EngineName = Field("musicgen", description="`musicgen`, or `tone`: sine waves for tests, no torch needed")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the model's number format")
     slots: int = Field(1, ge=1, le=256, description="generations at a time (engine `musicgen` has one slot)")
     audio_format: AudioFormat = Field("wav", description="file format")
@@ -58,7 +64,18 @@ class Settings(BaseSettings):
     @classmethod
     def _model_is_known(cls, name: str) -> str:
         if find_model(name) is None:
-            raise ValueError(f"is not known; use {', '.join(MODELS)}, or a local folder's absolute path")
+            raise ConfigurationError(
+                f"{PREFIX}MODEL",
+                f"is {name!r}, which is not known",
+                f"use {', '.join(MODELS)}, or a local folder's absolute path",
+            )
+        return name
+
+    @field_validator("device")
+    @classmethod
+    def _device_has_a_known_form(cls, name: str) -> str:
+        if _DEVICE.fullmatch(name) is None:
+            raise ConfigurationError(f"{PREFIX}DEVICE", f"is {name!r}", "use auto, cpu, cuda or cuda:N")
         return name
 
     @model_validator(mode="after")
@@ -90,8 +107,18 @@ def load_settings(**given: Any) -> Settings:
 
 def _explain(error: ValidationError) -> ConfigurationError:
     first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else "settings"
+    name = str(first["loc"][0])
+    field = Settings.model_fields.get(name)
     setting = name if name.isupper() else f"{PREFIX}{name.upper()}"
-    message = str(first["msg"]).removeprefix("Value error, ")
-    problem = f"is {first['input']!r}" if name != "database_url" else "is unacceptable"
-    return ConfigurationError(setting, problem, message[:1].lower() + message[1:])
+    problem = f"is {first['input']!r}" if field is not None and field.repr else "is unacceptable"
+    return ConfigurationError(setting, problem, _remedy(field) if field is not None else "leave it out")
+
+
+def _remedy(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return f"use one of {', '.join(get_args(field.annotation))}"
+    bounds = {side: getattr(limit, side) for limit in field.metadata for side in ("ge", "le") if hasattr(limit, side)}
+    if bounds:
+        number = "whole number" if field.annotation is int else "number"
+        return f"use a {number} from {bounds['ge']:g} to {bounds['le']:g}"
+    return f"use text: {field.description}"

@@ -62,6 +62,7 @@ def configure_logging(level: str) -> None:
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S%z",
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 async def _stop_on_signals(worker: Worker) -> None:

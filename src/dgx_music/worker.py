@@ -7,6 +7,7 @@ a child process, so that whatever happens there costs one child and never a leas
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import secrets
@@ -264,6 +265,7 @@ class Worker:
 
     async def _infer(self, running: Running) -> Audio:
         request = _as_request(running.claim)
+        audio.check_format(self._settings.audio_format, request.sample_rate)
         deadline = self._settings.deadline_floor_seconds + self._settings.deadline_factor * request.duration
 
         def note(progress: float) -> None:
@@ -390,22 +392,29 @@ class Worker:
     # ------------------------------------------------------------------------------------------------- side loops
 
     async def _beat(self) -> None:
-        """Renew every lease and the worker's own row, and stop what was lost or cancelled."""
+        """Renew every lease and the worker's own row; an idle worker says only now and then that it lives."""
+        last = -math.inf
         while True:
-            held = {lease: running.progress for lease, running in self._running.items()}
-            try:
-                async with self._database.session() as session:
-                    await workers.heartbeat_worker(session, self.id, len(held))
-                    renewed = await queue.renew(session, held, lease_seconds=self._settings.lease_seconds)
-            except DatabaseUnavailableError as error:
-                logger.warning("worker %s: heartbeat missed: %s", self.id, error)
-            else:
-                for lease in held:
-                    if lease not in renewed:
-                        self._stop_one(lease, Stop.LOST)
-                    elif renewed[lease]:
-                        self._stop_one(lease, Stop.CANCELLED)
+            if self._running or time.monotonic() - last > self._settings.lease_seconds / 4:
+                await self._renew()
+                last = time.monotonic()
             await anyio.sleep(self._settings.heartbeat_seconds)
+
+    async def _renew(self) -> None:
+        """Renew, and stop what was lost or cancelled."""
+        held = {lease: running.progress for lease, running in self._running.items()}
+        try:
+            async with self._database.session() as session:
+                await workers.heartbeat_worker(session, self.id, len(held))
+                renewed = await queue.renew(session, held, lease_seconds=self._settings.lease_seconds)
+        except DatabaseUnavailableError as error:
+            logger.warning("worker %s: heartbeat missed: %s", self.id, error)
+            return
+        for lease in held:
+            if lease not in renewed:
+                self._stop_one(lease, Stop.LOST)
+            elif renewed[lease]:
+                self._stop_one(lease, Stop.CANCELLED)
 
     async def _notice_cancels(self) -> None:
         """Look for cancel requests whenever the database changes, not only at the next heartbeat."""

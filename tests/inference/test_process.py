@@ -65,7 +65,7 @@ async def begin_start(process: EngineProcess) -> asyncio.Task[EngineInfo]:
     """Return the task of a start whose child is there, and loading."""
     starting = asyncio.create_task(process.start())
     with anyio.fail_after(5):
-        while process.pid is None:  # noqa: ASYNC110 - nothing tells of a child before it is loaded
+        while process.pid is None:
             await asyncio.sleep(0.001)
     return starting
 
@@ -286,6 +286,17 @@ async def test_a_cancel_leaves_the_other_generation_alone(process: EngineProcess
     expected = ToneEngine(1, None, None).generate(make_request(), QuietRun())
     np.testing.assert_array_equal((await other).samples, expected.samples)
     assert doomed.cancelled()
+
+
+async def test_a_cancel_that_was_heard_has_no_consequences_later(script: WriteScript) -> None:
+    script({"prompt": "slow", **SLOW}, {"do": "wait", "seconds": 0.4})
+    async with make_process(cancel_grace_seconds=0.2) as process:
+        pid = (await process.start()).pid
+        await cancel_by_task(process)
+
+        await process.generate(make_request(), ignore)
+
+        assert process.pid == pid
 
 
 async def test_a_generation_cancelled_in_the_queue_never_reaches_the_child(script: WriteScript) -> None:

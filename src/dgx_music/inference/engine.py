@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dgx_music import validation
 from dgx_music.catalog import DEFAULT_MODEL, MODELS
 
-Samples = NDArray[np.float32]
+if TYPE_CHECKING:  # producers build requests too, and need no NumPy for that
+    import numpy as np
+    from numpy.typing import NDArray
+
+Samples: TypeAlias = "NDArray[np.float32]"
 
 
 @dataclass(frozen=True, kw_only=True)

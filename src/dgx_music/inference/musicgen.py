@@ -76,8 +76,8 @@ class MusicGenEngine:
         self._model = model
         self._tokenizer = weights.tokenizer
         self._sample_rate: int = model.config.audio_encoder.sampling_rate
-        self._samples_per_frame: int = model.config.audio_encoder.hop_length
-        self._longest_delay = model.config.decoder.num_codebooks // model.config.decoder.audio_channels - 1
+        self._frame_size: int = model.config.audio_encoder.hop_length
+        self._longest_delay: int = model.config.decoder.num_codebooks // model.config.decoder.audio_channels - 1
         self._is_untrained = is_untrained
         self.device = str(device)
         self.model_version = weights.version
@@ -101,13 +101,13 @@ class MusicGenEngine:
         )
         samples = audio[0, :, :sample_count].cpu().numpy()
         if not np.isfinite(samples).all():
-            raise EngineError("The codec made samples that are not finite numbers; its weights may be damaged.")
+            raise EngineError("The codec's samples are not finite; its weights may be damaged.")
         run.report_progress(1.0)
         return Audio(samples, self._sample_rate, self._facts(request, time.perf_counter() - started))
 
     def _frame_count(self, sample_count: int) -> int:
-        """Return how many frames hold the samples: at least the longest delay, or ``generate`` drops its delay pattern."""
-        return max(math.ceil(sample_count / self._samples_per_frame), self._longest_delay)
+        """Return how many frames hold the samples; with fewer than the longest delay ``generate`` would not delay."""
+        return max(math.ceil(sample_count / self._frame_size), self._longest_delay)
 
     def _generation_config(self, request: GenerationRequest, step_count: int) -> GenerationConfig:
         """Return all options of ``generate`` that matter here: transformers' own defaults differ (its top_k is 50)."""
@@ -150,7 +150,7 @@ class _StepWatch(LogitsProcessor):  # type: ignore[misc]
         """Return the scores unchanged, ``[batch * codebook, token]``."""
         self._run.check_cancelled()
         if not torch.isfinite(scores).all():
-            raise EngineError("The model's numbers overflowed; set DGX_MUSIC_DTYPE to float32 or bfloat16.")
+            raise EngineError("The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights.")
         self._done += 1
         self._run.report_progress(self._done / self._total)
         return scores
@@ -208,14 +208,10 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[MusicgenForCondition
         model, report = _Musicgen.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"its files lack {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first"
-            )
+        if missing := sorted(report["missing_keys"]):  # transformers has made them up at random
+            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if (
-            tokenizer.unk_token_id in tokenizer("music").input_ids
-        ):  # transformers makes an empty one where files are missing
+        if tokenizer.unk_token_id in tokenizer("music").input_ids:  # transformers makes do without a vocabulary
             raise ValueError("its tokenizer has no vocabulary")
     except Exception as error:
         raise EngineUnavailableError(

@@ -43,7 +43,7 @@ def _config(channels: int) -> MusicgenConfig:
             upsampling_ratios=[8, 5, 4, 4],
             codebook_size=2_048,
             target_bandwidths=[2.2],  # kbit/s: 4 codebooks of 11 bits, 50 times a second
-            num_filters=8,
+            num_filters=4,
             hidden_size=32,
             use_causal_conv=False,
             use_conv_shortcut=False,

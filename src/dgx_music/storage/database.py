@@ -118,7 +118,13 @@ class Database:
         self._reading = async_sessionmaker(reading, class_=Session, expire_on_commit=False)
 
     def __str__(self) -> str:
-        return self.url.render_as_string(hide_password=True)
+        shown = self.url.set(drivername=self.url.get_backend_name())
+        return shown.render_as_string(hide_password=True)
+
+    @property
+    def engines(self) -> tuple[AsyncEngine, ...]:
+        """The SQLAlchemy engines: of writing sessions, and of reading ones where they have their own."""
+        return (self.engine, self._reading_engine) if self.is_file else (self.engine,)
 
     @property
     def path(self) -> Path | None:
@@ -200,10 +206,14 @@ def normalise_url(url: str) -> URL:
     """Return the URL with the driver this library uses; ``sqlite:///file.db`` is all that a user need write."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # a ValueError would quote a part of the URL, maybe of its password
         raise ConfigurationError(
             "DGX_MUSIC_DATABASE_URL", "is not a database URL", "use something like sqlite:///data/generations.db"
         ) from None
+    if parsed.get_backend_name() == "sqlite" and parsed.host is not None:
+        raise ConfigurationError(
+            "DGX_MUSIC_DATABASE_URL", "names a host, which a SQLite file has not", "write sqlite:/// with three slashes"
+        )
     if parsed.drivername in ("sqlite", "sqlite+aiosqlite"):
         return parsed.set(drivername="sqlite+aiosqlite")
     raise ConfigurationError(

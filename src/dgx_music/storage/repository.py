@@ -68,6 +68,12 @@ async def get_generation(session: AsyncSession, generation_id: str) -> Generatio
     return await session.get(Generation, generation_id)
 
 
+async def find_generation_ids(session: AsyncSession, prefix: str, limit: int = 2) -> list[str]:
+    """Return the ids that start with this, at most ``limit`` of them; reads the whole index of ids."""
+    query = select(Generation.id).where(Generation.id.startswith(prefix, autoescape=True)).order_by(Generation.id)
+    return list(await session.scalars(_page(query, limit)))
+
+
 async def get_all_generations(
     session: AsyncSession, limit: int = 100, offset: int = 0, status: GenerationStatus | str | None = None
 ) -> list[Generation]:

@@ -1,0 +1,61 @@
+"""An engine without a process or a GPU, driven from the test: events instead of sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import defaultdict
+
+import numpy as np
+
+from dgx_music.inference.engine import Audio
+from dgx_music.inference.process import EngineInfo
+
+
+class FakeEngine:
+    """Makes 0.08 s of silence at once, or what ``script[prompt]`` says: an exception to raise, or an event to wait for."""
+
+    def __init__(self, slots=1):
+        self.slots = slots
+        self.script = {}
+        self.progress = {}
+        self.started = defaultdict(asyncio.Event)
+        self.stopped = defaultdict(asyncio.Event)
+        self.running = 0
+        self.most_running = 0
+        self.start_errors = []
+        self.is_closed = False
+
+    async def start(self):
+        if self.start_errors:
+            raise self.start_errors.pop(0)
+        return EngineInfo(slots=self.slots, device="cpu", model_version="fake", notice=None, pid=os.getpid())
+
+    async def generate(self, request, on_progress):
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        self.started[request.prompt].set()
+        try:
+            on_progress(self.progress.get(request.prompt, 0.0))
+            await asyncio.sleep(0)  # let the others start
+            await self._act(self.script.get(request.prompt))
+        finally:
+            self.running -= 1
+            self.stopped[request.prompt].set()
+        return Audio(np.zeros((1, 2560), dtype=np.float32), 32_000)
+
+    async def _act(self, what):
+        if isinstance(what, list):
+            what = what.pop(0) if what else None
+        if isinstance(what, Exception):
+            raise what
+        if isinstance(what, asyncio.Event):
+            await what.wait()
+
+    def hold(self, prompt):
+        """Make this prompt's generation last until the returned event is set."""
+        self.script[prompt] = asyncio.Event()
+        return self.script[prompt]
+
+    async def close(self):
+        self.is_closed = True

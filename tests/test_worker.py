@@ -1,0 +1,472 @@
+"""The worker with a real database and real files; only the engine is imitated."""
+
+import asyncio
+import hashlib
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from sqlalchemy import select
+
+from dgx_music import cancel_generation, enqueue
+from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
+from dgx_music.config import load_settings
+from dgx_music.errors import (
+    ArtifactError,
+    DatabaseNotMigratedError,
+    DatabaseUnavailableError,
+    EngineCrashedError,
+    EngineError,
+    EngineReplacedError,
+    EngineUnavailableError,
+    GenerationRejectedError,
+)
+from dgx_music.storage import create_generation, queue, workers
+from dgx_music.storage.database import Database
+from dgx_music.storage.models import Attempt, Generation
+from dgx_music.storage.queue import Lease
+from dgx_music.worker import BROKEN_AFTER, Stop, Worker
+from tests.factories import MODEL, back_date
+from tests.fakes import FakeEngine
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "audio"
+
+
+@pytest.fixture
+def make_worker(database, engine, output):
+    def make(artifacts=None, **changes):
+        settings = load_settings(**{"lease_seconds": 30.0, "heartbeat_seconds": 0.05, "poll_seconds": 0.1} | changes)
+        settings = settings.model_copy(update={"backoff_base_seconds": 0.01})
+        return Worker(database, engine, artifacts or LocalArtifacts(output), settings)
+
+    return make
+
+
+@asynccontextmanager
+async def at_work(worker, **options):
+    """Run the worker beside the block, and stop it, at once, at its end."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: worker.run(**options))
+        yield
+        worker.stop()
+        worker.stop()
+
+
+async def add(database, prompt="lofi rain", **options):
+    async with database.session() as session:
+        return await enqueue(prompt, session=session, **{"duration": 0.08, "model": MODEL} | options)
+
+
+async def read(database, generation):
+    async with database.session(read_only=True) as session:
+        return await session.get(Generation, generation.id)
+
+
+async def attempts_of(database, generation):
+    query = select(Attempt).where(Attempt.generation_id == generation.id).order_by(Attempt.attempt)
+    async with database.session(read_only=True) as session:
+        return [(attempt.attempt, attempt.outcome) for attempt in await session.scalars(query)]
+
+
+async def until(database, generation, status):
+    """Return the row once it has this status."""
+    with anyio.fail_after(10), database.changes.subscribe() as changes:
+        while (row := await read(database, generation)).status != status:
+            await changes.wait(0.1)
+        return row
+
+
+async def test_a_drained_generation_is_completed_with_what_its_file_has(database, make_worker):
+    generation = await add(database)
+    await make_worker().run(drain=True)
+    row = await read(database, generation)
+    data = Path(row.file_path).read_bytes()
+    assert (row.status, row.attempt, row.progress, row.model_version) == ("completed", 1, 1.0, "fake")
+    assert (row.file_size_bytes, row.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert row.get_metadata()["audio"]["duration_seconds"] == pytest.approx(0.08)
+
+
+async def test_the_producers_metadata_survives_completion(database, make_worker):
+    generation = await add(database, metadata={"album": "night", "duration_seconds": "mine"})
+    await make_worker().run(drain=True)
+    metadata = (await read(database, generation)).get_metadata()
+    assert (metadata["album"], metadata["duration_seconds"]) == ("night", "mine")
+
+
+async def test_an_attempt_keeps_who_and_how_long(database, make_worker):
+    generation = await add(database)
+    worker = make_worker()
+    await worker.run(drain=True)
+    async with database.session() as session:
+        attempt = await session.get(Attempt, (generation.id, 1))
+    assert (attempt.worker_id, attempt.outcome) == (worker.id, "completed")
+    assert attempt.device_seconds >= 0
+    assert attempt.finished_at >= attempt.started_at
+
+
+async def test_no_more_run_at_once_than_there_are_slots(database, make_worker, engine):
+    engine.slots = 3
+    for number in range(10):
+        await add(database, f"prompt {number}")
+    await make_worker().run(drain=True)
+    assert engine.most_running == 3
+
+
+async def test_another_models_generations_are_left_alone(database, make_worker):
+    other = await add(database, model="musicgen-large")
+    await make_worker().run(drain=True)
+    assert (await read(database, other)).status == "pending"
+
+
+async def test_a_failure_is_retried_until_it_succeeds(database, make_worker, engine):
+    generation = await add(database)
+    engine.script["lofi rain"] = [EngineError("boom"), TimeoutError("slow"), None]
+    await make_worker().run(drain=True)
+    assert await attempts_of(database, generation) == [(1, "failed"), (2, "failed"), (3, "completed")]
+    assert (await read(database, generation)).error_message is None
+
+
+async def test_a_spent_budget_fails_with_the_reason(database, make_worker, engine):
+    generation = await add(database, max_attempts=2)
+    engine.script["lofi rain"] = [EngineError("first"), EngineError("second\x00")]
+    await make_worker().run(drain=True)
+    row = await read(database, generation)
+    assert (row.status, row.failures, row.error_message) == ("failed", 2, "second\ufffd")
+
+
+async def test_an_unexpected_error_fails_its_generation_and_not_the_worker(database, make_worker, engine):
+    generation, other = await add(database, max_attempts=1), await add(database, "other")
+    engine.script["lofi rain"] = KeyError("surprise")
+    await make_worker().run(drain=True)
+    assert [(await read(database, row)).status for row in (generation, other)] == ["failed", "completed"]
+
+
+async def test_a_rejected_generation_is_not_retried(database, make_worker, engine):
+    generation = await add(database)
+    engine.script["lofi rain"] = GenerationRejectedError("not this one")
+    await make_worker().run(drain=True)
+    row = await read(database, generation)
+    assert (row.status, row.failures, row.error_message) == ("failed", 1, "not this one")
+
+
+async def test_a_row_that_no_engine_can_make_fails_with_a_sentence(database, make_worker):
+    async with database.session() as session:
+        generation = await create_generation(session, "epic", MODEL, 4000.0, 32_000, 1)
+    await make_worker().run(drain=True)
+    row = await read(database, generation)
+    assert (row.status, row.error_message) == ("failed", "duration is 4000 s; use 0.08 to 30 seconds.")
+
+
+async def test_a_format_that_cannot_hold_the_sample_rate_is_refused_before_the_engine_works(
+    database, make_worker, engine
+):
+    generation = await add(database, sample_rate=96_000)
+    await make_worker(audio_format="mp3").run(drain=True)
+    assert (await read(database, generation)).status == "failed"
+    assert not engine.started
+
+
+async def test_a_replaced_engine_costs_no_budget(database, make_worker, engine):
+    generation = await add(database, max_attempts=1)
+    engine.script["lofi rain"] = [EngineReplacedError("another one hung"), None]
+    await make_worker().run(drain=True)
+    assert await attempts_of(database, generation) == [(1, "released"), (2, "completed")]
+
+
+async def test_a_deadline_ends_an_attempt_that_hangs(database, make_worker, engine):
+    generation = await add(database, max_attempts=1)
+    engine.hold("lofi rain")
+    worker = make_worker()
+    worker._settings = worker._settings.model_copy(update={"deadline_floor_seconds": 0.05, "deadline_factor": 0.0})
+    await worker.run(drain=True)
+    assert (await read(database, generation)).error_message == "The attempt took longer than its deadline of 0.05 s."
+
+
+async def test_a_cancelled_generation_stops_and_its_slot_serves_the_next(database, make_worker, engine):
+    generation, other = await add(database), await add(database, "other")
+    engine.hold("lofi rain")
+    async with at_work(make_worker(heartbeat_seconds=10.0, poll_seconds=10.0)):
+        await engine.started["lofi rain"].wait()
+        async with database.session() as session:
+            assert await cancel_generation(generation.id, session=session) == "processing"
+        assert (await until(database, generation, "cancelled")).file_path is None
+        await until(database, other, "completed")
+    assert await attempts_of(database, generation) == [(1, "cancelled")]
+
+
+async def test_a_cancel_that_comes_while_audio_is_stored_wins_over_completion(database, make_worker, output):
+    generation = await add(database)
+
+    class CancelMeanwhile(LocalArtifacts):
+        async def publish(self, *args):
+            artifact = await super().publish(*args)
+            async with database.session() as session:
+                await queue.cancel(session, generation.id)
+            return artifact
+
+    worker = make_worker(CancelMeanwhile(output))
+    worker._notice_cancels = anyio.sleep_forever
+    await worker.run(drain=True)
+    assert (await read(database, generation)).status == "cancelled"
+    assert list(output.iterdir()) == []
+
+
+async def test_a_lost_lease_stops_the_generation_and_leaves_the_successor_alone(database, make_worker, engine):
+    generation = await add(database)
+    engine.hold("lofi rain")
+    async with at_work(make_worker()):
+        await engine.started["lofi rain"].wait()
+        async with database.session() as session:
+            await back_date(session, generation.id, lease_expires_at=1)
+            await queue.rescue(session)
+            await queue.claim(session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60)
+        await engine.stopped["lofi rain"].wait()
+    row = await read(database, generation)
+    assert (row.status, row.worker_id, row.attempt) == ("processing", "rival", 2)
+
+
+async def test_audio_of_a_lost_lease_is_dropped(database, make_worker, output):
+    generation = await add(database)
+
+    class LoseMeanwhile(LocalArtifacts):
+        async def publish(self, *args):
+            artifact = await super().publish(*args)
+            async with database.session() as session:
+                await back_date(session, generation.id, lease_expires_at=1)
+                await queue.rescue(session)
+                await queue.claim(session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60)
+            return artifact
+
+    worker = make_worker(LoseMeanwhile(output))
+    async with at_work(worker):
+        with anyio.fail_after(10):
+            while not output.exists() or list(output.iterdir()) or worker._running:
+                await anyio.sleep(0.01)
+    assert (await read(database, generation)).worker_id == "rival"
+
+
+async def test_heartbeats_store_progress_and_extend_the_lease(database, make_worker, engine):
+    generation = await add(database)
+    engine.hold("lofi rain")
+    engine.progress["lofi rain"] = 0.25
+    async with at_work(make_worker()):
+        await engine.started["lofi rain"].wait()
+        before = (await read(database, generation)).lease_expires_at
+        with anyio.fail_after(10):
+            while (row := await read(database, generation)).lease_expires_at == before or not row.progress:
+                await anyio.sleep(0.01)
+    assert row.lease_expires_at > before
+    assert row.progress == 0.25
+
+
+async def test_a_stop_lets_what_runs_finish_and_claims_nothing_more(database, make_worker, engine):
+    generation, other = await add(database), await add(database, "other")
+    release = engine.hold("lofi rain")
+    worker = make_worker()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(worker.run)
+        await engine.started["lofi rain"].wait()
+        worker.stop()
+        release.set()
+    assert (await read(database, generation)).status == "completed"
+    assert (await read(database, other)).status == "pending"
+
+
+@pytest.mark.parametrize(("grace", "stops"), [(0.0, 1), (30.0, 2)])
+async def test_what_outlives_the_grace_or_a_second_stop_is_released_at_no_cost(
+    database, make_worker, engine, grace, stops
+):
+    generation = await add(database)
+    engine.hold("lofi rain")
+    worker = make_worker(grace_seconds=grace)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(worker.run)
+        await engine.started["lofi rain"].wait()
+        for _ in range(stops):
+            worker.stop()
+    row = await read(database, generation)
+    assert (row.status, row.failures, row.attempt) == ("pending", 0, 1)
+    assert await attempts_of(database, generation) == [(1, "released")]
+
+
+async def test_a_cancelled_worker_task_releases_what_it_holds(database, make_worker, engine):
+    generation = await add(database)
+    engine.hold("lofi rain")
+    task = asyncio.create_task(make_worker().run())
+    await engine.started["lofi rain"].wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert (await read(database, generation)).status == "pending"
+
+
+async def test_an_engine_that_dies_of_everything_stops_the_worker_and_spares_the_queue(database, make_worker, engine):
+    rows = [await add(database, f"prompt {number}") for number in range(BROKEN_AFTER + 3)]
+    for number in range(len(rows)):
+        engine.script[f"prompt {number}"] = EngineCrashedError("killed by SIGSEGV")
+    with pytest.raises(EngineCrashedError):
+        await make_worker().run(drain=True)
+    failures = [(await read(database, row)).failures for row in rows]
+    assert BROKEN_AFTER <= sum(failures) <= BROKEN_AFTER + 1  # one more may have been in the slot already
+    assert failures[-1] == 0
+
+
+async def test_one_prompt_that_kills_its_engine_runs_out_of_budget_and_the_next_is_served(
+    database, make_worker, engine
+):
+    poison, other = await add(database), await add(database, "other")
+    engine.script["lofi rain"] = [EngineCrashedError("died") for _ in range(5)]
+    await make_worker().run(drain=True)
+    assert [(await read(database, row)).status for row in (poison, other)] == ["failed", "completed"]
+
+
+async def test_a_full_disk_stops_the_worker_and_costs_no_budget(database, make_worker):
+    generation, other = await add(database), await add(database, "other")
+
+    class FullDisk(MemoryArtifacts):
+        async def publish(self, *args):
+            raise ArtifactError("no space left")
+
+    with pytest.raises(ArtifactError):
+        await make_worker(FullDisk()).run(drain=True)
+    assert [(await read(database, row)).failures for row in (generation, other)] == [0, 0]
+
+
+async def test_an_engine_that_cannot_start_at_first_stops_the_worker(database, make_worker, engine):
+    engine.start_errors = [EngineUnavailableError("no weights")]
+    with pytest.raises(EngineUnavailableError, match="no weights"):
+        await make_worker().run(drain=True)
+
+
+async def test_an_unusable_output_folder_stops_the_worker_before_anything_is_claimed(database, make_worker, tmp_path):
+    generation = await add(database)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(ArtifactError):
+        await make_worker(LocalArtifacts(blocked / "audio")).run(drain=True)
+    assert (await read(database, generation)).attempt == 0
+
+
+async def test_a_database_that_is_not_migrated_is_refused(make_worker, tmp_path):
+    worker = make_worker()
+    worker._database = Database(f"sqlite:///{tmp_path / 'empty.db'}")
+    with pytest.raises(DatabaseNotMigratedError, match="dgx-music db migrate"):
+        await worker.run()
+    await worker._database.dispose()
+
+
+def fail_commits(database, monkeypatch, *, times, after):
+    """Make this many completing transactions fail, before or after they were committed."""
+    complete = queue.complete
+    left = [times]
+
+    async def failing(session, completions):
+        if left[0] and not after:
+            left[0] -= 1
+            raise DatabaseUnavailableError("db", "gone")
+        done = await complete(session, completions)
+        if left[0]:
+            left[0] -= 1
+            await session.commit()
+            raise DatabaseUnavailableError("db", "gone after the commit")
+        return done
+
+    monkeypatch.setattr(queue, "complete", failing)
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_a_database_hiccup_at_completion_loses_nothing(database, make_worker, monkeypatch, after):
+    generation = await add(database)
+    monkeypatch.setattr("dgx_music.completions._RETRY_SECONDS", (0.01,))
+    fail_commits(database, monkeypatch, times=3, after=after)
+    await make_worker().run(drain=True)
+    row = await read(database, generation)
+    assert (row.status, row.failures) == ("completed", 0)
+    assert Path(row.file_path).exists()
+
+
+async def test_completions_that_are_ready_together_share_a_transaction(database, make_worker, engine, monkeypatch):
+    engine.slots = 8
+    for number in range(8):
+        await add(database, f"prompt {number}")
+    sizes = []
+    complete = queue.complete
+
+    async def counting(session, completions):
+        sizes.append(len(completions))
+        return await complete(session, completions)
+
+    monkeypatch.setattr(queue, "complete", counting)
+    await make_worker(MemoryArtifacts()).run(drain=True)
+    assert sum(sizes) == 8
+    assert len(sizes) < 8
+
+
+async def test_a_lost_workers_generation_is_rescued_and_its_file_removed(database, make_worker, output):
+    generation = await add(database)
+    async with database.session() as session:
+        await queue.claim(session, worker_id="dead", model_name=MODEL, limit=1, lease_seconds=30)
+        await back_date(session, generation.id, lease_expires_at=1)
+    await LocalArtifacts(output).publish(generation.id, 1, "wav", b"half a generation")
+    await make_worker().run(drain=True)
+    assert await attempts_of(database, generation) == [(1, "lost"), (2, "completed")]
+    assert [file.name for file in output.iterdir()] == [f"{generation.id}-2.wav"]
+
+
+async def test_files_of_earlier_attempts_are_removed_before_completion(database, make_worker, output, engine):
+    generation = await add(database)
+    engine.script["lofi rain"] = [EngineError("boom"), None]
+    await LocalArtifacts(output).publish(generation.id, 1, "flac", b"left behind")
+    await make_worker().run(drain=True)
+    assert [file.name for file in output.iterdir()] == [f"{generation.id}-2.wav"]
+
+
+async def test_a_sweeper_that_could_not_sweep_for_a_lease_waits_one_more(make_worker):
+    worker = make_worker(lease_seconds=10.0)
+    assert worker._may_rescue(0.0)
+    assert worker._may_rescue(10.0)
+    assert not worker._may_rescue(20.1)
+    assert not worker._may_rescue(30.0)
+    assert worker._may_rescue(30.1)
+
+
+async def test_a_worker_is_listed_while_it_runs(database, make_worker, engine):
+    await add(database)
+    engine.hold("lofi rain")
+    worker = make_worker()
+    async with at_work(worker):
+        await engine.started["lofi rain"].wait()
+        async with database.session() as session:
+            [listed] = await workers.get_workers(session)
+        assert (listed["id"], listed["is_alive"], listed["slots"]) == (worker.id, True, 1)
+    async with database.session() as session:
+        assert await workers.get_workers(session) == []
+
+
+async def test_a_drain_leaves_what_is_scheduled_for_later(database, make_worker):
+    generation = await add(database, run_at="2999-01-01T00:00:00Z")
+    await make_worker().run(drain=True)
+    assert (await read(database, generation)).status == "pending"
+
+
+async def test_a_completion_under_way_is_not_stopped(database, make_worker, engine, monkeypatch):
+    generation = await add(database)
+    complete = queue.complete
+    worker = make_worker(heartbeat_seconds=10.0)
+
+    async def completing(session, completions):
+        done = await complete(session, completions)
+        worker._stop_one(Lease(generation.id, 1), Stop.LOST)
+        return done
+
+    monkeypatch.setattr(queue, "complete", completing)
+    await worker.run(drain=True)
+    assert Path((await read(database, generation)).file_path).exists()
