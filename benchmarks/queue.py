@@ -69,10 +69,11 @@ QUICK = Size(2, 50, 200, 200, 20, 20, (0, 10_000), 3.0)
 
 
 class NoopEngine:
-    """Stands in for the engine's process: 80 ms of silence, at once. ``started`` tells when each generation got here."""
+    """Stands in for the engine's process: 80 ms of silence, at once. ``arrived_at`` is when the last generation got here."""
 
     def __init__(self) -> None:
-        self.started: dict[str, float] = {}
+        self.arrived = asyncio.Event()
+        self.arrived_at = 0.0
         self.silence = np.zeros((1, 2_560), dtype=np.float32)
 
     async def start(self) -> EngineInfo:
@@ -81,7 +82,8 @@ class NoopEngine:
 
     async def generate(self, request: GenerationRequest, on_progress: Callable[[float], None]) -> Audio:
         """Return silence."""
-        self.started[request.generation_id] = time.perf_counter()
+        self.arrived_at = time.perf_counter()
+        self.arrived.set()
         return Audio(self.silence, 32_000)
 
     async def close(self) -> None:
@@ -253,20 +255,19 @@ async def measure_drain(folder: Path, count: int) -> tuple[float, float]:
 
 async def measure_pickup(folder: Path, count: int, rng: random.Random) -> list[float]:
     """Return milliseconds from a producer's commit to the engine's start, for an idle worker."""
-    database, producer = await fresh(folder), None
-    engine = NoopEngine()
+    database, engine = await fresh(folder), NoopEngine()
     worker = Worker(database, engine, MemoryArtifacts(), load_settings(model=MODEL, engine="tone", slots=SLOTS))
     running = asyncio.create_task(worker.run())
     producer = Database(str(database.url))
     waits: list[float] = []
     for number in range(count):
         await asyncio.sleep(rng.uniform(0.02, 0.08))
+        engine.arrived.clear()
         async with producer.session() as session:
-            row = await enqueue(f"prompt {number}", duration=0.08, model=MODEL, session=session)
+            await enqueue(f"prompt {number}", duration=0.08, model=MODEL, session=session)
         committed = time.perf_counter()
-        while row.id not in engine.started:
-            await asyncio.sleep(0.0005)
-        waits.append((engine.started[row.id] - committed) * 1000)
+        await engine.arrived.wait()
+        waits.append((engine.arrived_at - committed) * 1000)
     worker.stop()
     await running
     await producer.dispose()
@@ -292,30 +293,48 @@ def add_finished(path: Path, count: int) -> None:
     connection.close()
 
 
-async def measure_claim(folder: Path, kept: int, count: int) -> tuple[float, float]:
-    """Return milliseconds of one claim of one row with this many finished rows kept: ours and raw."""
-    database = await fresh(folder)
-    if kept:
-        add_finished(file_of(database), kept)
-    async with database.session() as session:
-        await enqueue_many([f"prompt {n}" for n in range(2 * count + 4)], duration=0.08, model=MODEL, session=session)
-    ours, floor = [], []
+async def measure_claims(
+    folder: Path, kept: tuple[int, ...], rounds: int, count: int
+) -> dict[int, tuple[float, float]]:
+    """Return milliseconds of one claim of one row, ours and raw, for each number of finished rows kept.
+
+    The databases are all made first and measured in turn, so that a slow moment of the machine meets them alike.
+    """
+    databases = {number: await fresh(folder) for number in kept}
+    for number, database in databases.items():
+        if number:
+            add_finished(file_of(database), number)
+        prompts = [f"prompt {n}" for n in range(2 * (rounds + 1) * count)]
+        async with database.session() as session:
+            await enqueue_many(prompts, duration=0.08, model=MODEL, session=session)
+    times: dict[int, list[tuple[float, float]]] = {number: [] for number in kept}
+    for turn in range(rounds + 1):
+        for number, database in databases.items():
+            pairs = await time_claims(database, count)
+            times[number] += pairs if turn else []  # the first turn compiles statements and fills the page cache
+    for database in databases.values():
+        await database.dispose()
+    return {
+        number: (statistics.median(ours for ours, _ in pairs), statistics.median(raw for _, raw in pairs))
+        for number, pairs in times.items()
+    }
+
+
+async def time_claims(database: Database, count: int) -> list[tuple[float, float]]:
+    pairs = []
     connection = raw_connection(file_of(database))
-    for number in range(count + 2):
+    for _ in range(count):
         started = time.perf_counter()
         async with database.session() as session:
             claimed = await queue.claim(session, worker_id="w", model_name=MODEL, limit=1, lease_seconds=30)
         between = time.perf_counter()
         with raw_transaction(connection):
             lease = raw_claim(connection)
-        if number >= 2:  # the first ones compile statements and fill the page cache
-            ours.append((between - started) * 1000)
-            floor.append((time.perf_counter() - between) * 1000)
+        pairs.append(((between - started) * 1000, (time.perf_counter() - between) * 1000))
         if not claimed or lease is None:
             raise RuntimeError("nothing was claimed")
     connection.close()
-    await database.dispose()
-    return statistics.median(ours), statistics.median(floor)
+    return pairs
 
 
 async def measure_idle(folder: Path, duration: float) -> tuple[float, float]:
@@ -370,17 +389,17 @@ async def main(size: Size, folder: Path) -> list[str]:
     await rounds("enqueue, one transaction each", "/s", lambda: measure_enqueue(folder, size.one_by_one))
     await rounds("enqueue, in bulk", "/s", lambda: measure_bulk(folder, size.bulk))
     await rounds("drain, 16 slots, no-op engine", "/s", lambda: measure_drain(folder, size.drain))
-    base = 0.0
-    for kept in size.kept:
-        console.print(f"claim with {kept:,} finished rows")
-        ours, floor = await measure_claim(folder, kept, size.claims)
-        base = base or ours
-        name = f"claim one row, {kept:,} finished kept ({ours / base:.2f} × of 0 kept)"
+    console.print("claim with finished rows kept")
+    claims = await measure_claims(folder, size.kept, size.rounds, size.claims)
+    for kept, (ours, floor) in claims.items():
+        name = f"claim one row, {kept:,} finished kept ({ours / claims[0][0]:.2f} × of 0 kept)"
         lines.append(f"| {name} | {ours:.2f} ms | {floor:.2f} ms | {ours / floor:.2f} × |")
     console.print("pickup by an idle worker")
     waits = await measure_pickup(folder, size.pickups, rng)
-    for share in (0.5, 0.95):
-        lines.append(f"| pickup by an idle worker, p{share * 100:.0f} | {percentile(waits, share):.1f} ms | | |")
+    lines += [
+        f"| pickup by an idle worker, p{share * 100:.0f} | {percentile(waits, share):.1f} ms | | |"
+        for share in (0.5, 0.95)
+    ]
     console.print("idle worker")
     cpu, rate = await measure_idle(folder, size.idle_seconds)
     lines.append(f"| idle worker, CPU of one core | {cpu:.2f} % | | |")

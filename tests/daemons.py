@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anyio
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -43,6 +45,12 @@ class Daemon:
     def children(self) -> list[int]:
         """Return the pids of its children: its engine."""
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    async def says(self, words: str) -> None:
+        """Return once its log has these words."""
+        with anyio.fail_after(20):
+            while words not in Path(self.log.name).read_text():
+                await anyio.sleep(0.02)
 
     def close(self) -> None:
         """Kill it, if need be, and let go of its log."""

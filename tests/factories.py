@@ -44,6 +44,7 @@ async def add_generation(session: AsyncSession, **overrides: Any) -> Generation:
         attempt = Attempt(generation_id=generation.id, attempt=generation.attempt, worker_id=generation.worker_id)
         session.add(attempt)
         await session.flush()
+    await session.refresh(generation)
     return generation
 
 
@@ -103,11 +104,11 @@ class Program:
         self.process = process
 
     @classmethod
-    async def start(cls, *arguments: object) -> Program:
+    async def start(cls, name: str, url: str, *arguments: str) -> Program:
         """Start it and wait until it is ready to begin."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "tests.storage.programs", *map(str, arguments)),
+            *("-m", "tests.storage.programs", name, url, *arguments),
             cwd=ROOT,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -112,6 +112,31 @@ def test_an_accepted_name_survives_every_encoding(value: object) -> None:
         assert name.encode().decode() == json.loads(json.dumps(name)) == value
 
 
+@pytest.mark.parametrize("length", [1, validation.MAX_PATH_CHARACTERS])
+def test_a_path_of_the_least_and_greatest_length_is_accepted(length: int) -> None:
+    assert validation.check_path("file_path", "p" * length) == "p" * length
+
+
+@pytest.mark.parametrize("path", ["", "p" * (validation.MAX_PATH_CHARACTERS + 1), "a\x00b", "\ud800", None, b"p"])
+def test_a_path_is_refused(path: object) -> None:
+    assert refused(validation.check_path, "file_path", path).startswith("file_path ")
+
+
+@quick
+@given(any_text)
+def test_a_tidy_text_is_one_that_every_database_keeps(message: str) -> None:
+    text = validation.tidy_text(message)
+
+    assert text.encode().decode() == text
+    assert 1 <= len(text) <= validation.MAX_MESSAGE_CHARACTERS
+    assert validation._clean_text("message", text, "") == text
+
+
+def test_what_cannot_be_printed_is_shown_in_a_tidy_text() -> None:
+    assert validation.tidy_text(" a\x00b\ud800\n") == "a\ufffdb\ufffd"
+    assert validation.tidy_text(" \n") == "no message"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_of_the_catalog_is_known(name: str) -> None:
     assert validation.check_model(name) is MODELS[name]

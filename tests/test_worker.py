@@ -22,11 +22,12 @@ from dgx_music.errors import (
     EngineUnavailableError,
     GenerationRejectedError,
 )
+from dgx_music.leases import Stop
 from dgx_music.storage import create_generation, queue, workers
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.queue import Lease
-from dgx_music.worker import BROKEN_AFTER, Stop, Worker
+from dgx_music.worker import BROKEN_AFTER, Worker
 from tests.factories import MODEL, back_date
 from tests.fakes import FakeEngine
 
@@ -214,7 +215,7 @@ async def test_a_cancel_that_comes_while_audio_is_stored_wins_over_completion(da
             return artifact
 
     worker = make_worker(CancelMeanwhile(output))
-    worker._notice_cancels = anyio.sleep_forever
+    worker._leases.notice_cancels = anyio.sleep_forever
     await worker.run(drain=True)
     assert (await read(database, generation)).status == "cancelled"
     assert list(output.iterdir()) == []
@@ -322,8 +323,8 @@ async def test_an_engine_that_dies_of_everything_stops_the_worker_and_spares_the
 async def test_one_prompt_that_kills_its_engine_runs_out_of_budget_and_the_next_is_served(
     database, make_worker, engine
 ):
-    poison, other = await add(database), await add(database, "other")
-    engine.script["lofi rain"] = [EngineCrashedError("died") for _ in range(5)]
+    poison, other = await add(database, max_attempts=3), await add(database, "other")
+    engine.script["lofi rain"] = EngineCrashedError("died")
     await make_worker().run(drain=True)
     assert [(await read(database, row)).status for row in (poison, other)] == ["failed", "completed"]
 
@@ -344,6 +345,18 @@ async def test_an_engine_that_cannot_start_at_first_stops_the_worker(database, m
     engine.start_errors = [EngineUnavailableError("no weights")]
     with pytest.raises(EngineUnavailableError, match="no weights"):
         await make_worker().run(drain=True)
+
+
+async def test_a_stop_while_the_engine_loads_ends_the_worker(database, make_worker, engine, monkeypatch):
+    generation = await add(database)
+    monkeypatch.setattr(engine, "start", anyio.sleep_forever)
+    worker = make_worker()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(worker.run)
+        await anyio.wait_all_tasks_blocked()
+        worker.stop()
+    assert engine.is_closed
+    assert (await read(database, generation)).attempt == 0
 
 
 async def test_an_unusable_output_folder_stops_the_worker_before_anything_is_claimed(database, make_worker, tmp_path):
@@ -430,12 +443,12 @@ async def test_files_of_earlier_attempts_are_removed_before_completion(database,
 
 
 async def test_a_sweeper_that_could_not_sweep_for_a_lease_waits_one_more(make_worker):
-    worker = make_worker(lease_seconds=10.0)
-    assert worker._may_rescue(0.0)
-    assert worker._may_rescue(10.0)
-    assert not worker._may_rescue(20.1)
-    assert not worker._may_rescue(30.0)
-    assert worker._may_rescue(30.1)
+    leases = make_worker(lease_seconds=10.0)._leases
+    assert leases.may_rescue(0.0)
+    assert leases.may_rescue(10.0)
+    assert not leases.may_rescue(20.1)
+    assert not leases.may_rescue(30.0)
+    assert leases.may_rescue(30.1)
 
 
 async def test_a_worker_is_listed_while_it_runs(database, make_worker, engine):
@@ -464,7 +477,7 @@ async def test_a_completion_under_way_is_not_stopped(database, make_worker, engi
 
     async def completing(session, completions):
         done = await complete(session, completions)
-        worker._stop_one(Lease(generation.id, 1), Stop.LOST)
+        worker._running[Lease(generation.id, 1)].stop(Stop.LOST)
         return done
 
     monkeypatch.setattr(queue, "complete", completing)

@@ -41,7 +41,7 @@ def upgrade() -> None:
         sa.Column("channels", sa.Integer, nullable=False),
         sa.Column("sampling", JsonObject),
         sa.Column("priority", sa.Integer, server_default=sa.text("0"), nullable=False),
-        sa.Column("max_attempts", sa.Integer, server_default=sa.text("3"), nullable=False),
+        sa.Column("max_attempts", sa.Integer, server_default=sa.text("10"), nullable=False),
         sa.Column("idempotency_key", ShortText),
         sa.Column("request_hash", HashText),
         sa.Column("created_at", UtcDateTime, server_default=now(), nullable=False),

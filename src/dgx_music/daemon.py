@@ -11,6 +11,7 @@ import anyio
 from dgx_music import audio
 from dgx_music.artifacts import LocalArtifacts
 from dgx_music.config import Settings
+from dgx_music.errors import DgxMusicError
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.process import EngineProcess
 from dgx_music.storage.database import Database
@@ -28,6 +29,7 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     database = Database(settings.database_url)
     engine = EngineProcess(engine_settings(settings))
     worker = Worker(database, engine, LocalArtifacts(settings.output), settings)
+    trouble: DgxMusicError | None = None
     try:
         await database.migrate()
         async with anyio.create_task_group() as tasks:
@@ -35,11 +37,14 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
             tasks.start_soon(anyio.to_thread.run_sync, audio.warm_up, name="audio warm-up")
             try:
                 await worker.run(drain=drain)
-            finally:
-                tasks.cancel_scope.cancel()
+            except DgxMusicError as error:  # raised below: a task group would wrap it
+                trouble = error
+            tasks.cancel_scope.cancel()
     finally:
         await engine.close()
         await database.dispose()
+    if trouble is not None:
+        raise trouble
 
 
 def engine_settings(settings: Settings) -> EngineSettings:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypedDict, cast, get_type_hints
 
 import anyio
@@ -25,7 +25,7 @@ from dgx_music.inference.engine import GenerationRequest
 from dgx_music.storage import queue, repository
 from dgx_music.storage.database import Database, ensure_database, finish
 from dgx_music.storage.models import Generation
-from dgx_music.storage.schema import UtcDateTime, new_id, now
+from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, UtcDateTime, new_id, now
 
 DEFAULT_DURATION_SECONDS = 10.0
 MAX_BATCH = 100_000
@@ -55,7 +55,7 @@ class RequestOptions(TypedDict, total=False):
     run_at: Any
     """A datetime with a zone, or ISO 8601 text: not claimed before; at once where not given."""
     max_attempts: int
-    """Failures that it takes to give up; 3 where not given."""
+    """Failures that it takes to give up, lost workers included; 10 where not given."""
     idempotency_key: str | None
     """A repeated request with this key gets the existing row; another request with it is refused."""
     metadata: dict[str, Any] | None
@@ -99,13 +99,14 @@ async def enqueue_many(
 
 def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
     """Add one generation from code that has no event loop, on a connection of its own, and return its row."""
+    row = plan(prompt, cast("Mapping[str, Any]", options))
 
     async def run() -> Generation:
         database = Database(load_settings().database_url)
         try:
             await database.migrate()
             async with database.session() as session:
-                return await enqueue(prompt, session=session, **options)
+                return (await finish(_insert(session, [row])))[0]
         finally:
             await database.dispose()
 
@@ -144,14 +145,15 @@ async def wait_for_generation(generation_id: str, *, timeout: float | None = Non
     """
     latest: Generation | None = None
     with anyio.move_on_after(timeout):
-        async for latest in watch_generation(generation_id):
-            if latest.is_finished:
-                return latest
+        async with aclosing(watch_generation(generation_id)) as rows:
+            async for latest in rows:
+                if latest.is_finished:
+                    return latest
     status = latest.status if latest is not None else (await _read(await ensure_database(), generation_id)).status
     raise WaitTimeoutError(generation_id, status, timeout or 0.0)
 
 
-async def watch_generation(generation_id: str) -> AsyncIterator[Generation]:
+async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, None]:
     """Yield the generation's row now and whenever its status, attempt or progress changes, up to its end.
 
     Raises ``GenerationNotFoundError``, also where the row is deleted meanwhile.
@@ -175,7 +177,8 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
     for name in options:
         if name not in _OPTIONS:
             raise InvalidRequestError(str(name)[:40], "is not an option", f"use {', '.join(sorted(_OPTIONS))}")
-    model = validation.check_model(options.get("model") or default_model())
+    wanted = options.get("model")
+    model = validation.check_model(default_model() if wanted is None else wanted)
     audio = {"channels": model.channels, "sample_rate": model.sample_rate} | _given(options, _AUDIO)
     request = GenerationRequest(
         generation_id=new_id(),
@@ -203,7 +206,7 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
             "priority", options.get("priority", 0), -validation.PRIORITY_LIMIT, validation.PRIORITY_LIMIT
         ),
         "max_attempts": validation.check_integer(
-            "max_attempts", options.get("max_attempts", 3), 1, validation.MAX_ATTEMPTS_LIMIT
+            "max_attempts", options.get("max_attempts", DEFAULT_MAX_ATTEMPTS), 1, validation.MAX_ATTEMPTS_LIMIT
         ),
         "wanted_run_at": None if run_at is None else validation.check_run_at(run_at),
     }

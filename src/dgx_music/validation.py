@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,7 +32,9 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def check_prompt(value: object, field: str = "prompt") -> str:
-    """Return the prompt without surrounding white space: 1 to 2,000 characters of clean text."""
+    """Return the prompt without surrounding white space: 1 to 2,000 characters of clean text, lines ended by newlines."""
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n")  # what browsers and Windows send
     text = _clean_text(field, value, "newlines and tabs are the only control characters allowed").strip()
     if not text:
         raise InvalidRequestError(field, "is empty", f"describe the music in 1 to {MAX_PROMPT_CHARACTERS:,} characters")
@@ -44,9 +45,7 @@ def check_prompt(value: object, field: str = "prompt") -> str:
 
 def check_name(field: str, value: object) -> str:
     """Return a short identifier (an idempotency key, a model name): 1 to 200 characters on one line."""
-    text = _clean_text(field, value, "use printable characters on one line")
-    if "\n" in text or "\t" in text:
-        raise InvalidRequestError(field, "has a line break or tab", "use printable characters on one line")
+    text = _one_line(field, value)
     if not text.strip():
         raise InvalidRequestError(field, "is empty", f"use 1 to {MAX_NAME_CHARACTERS} characters")
     if len(text) > MAX_NAME_CHARACTERS:
@@ -56,7 +55,7 @@ def check_name(field: str, value: object) -> str:
 
 def check_path(field: str, value: object) -> str:
     """Return a path as text: 1 to 4,096 characters on one line."""
-    text = _clean_text(field, value, "use printable characters on one line")
+    text = _one_line(field, value)
     if not 1 <= len(text) <= MAX_PATH_CHARACTERS:
         raise InvalidRequestError(field, f"has {len(text):,} characters", f"use 1 to {MAX_PATH_CHARACTERS:,}")
     return text
@@ -135,13 +134,15 @@ def check_run_at(value: object, field: str = "run_at") -> datetime:
 
 def check_metadata(value: object, field: str = "metadata") -> dict[str, Any]:
     """Return the metadata as plain JSON: an object of at most 16 KiB, 8 levels deep, every number finite."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         raise InvalidRequestError(field, f"is {_shown(value)}", "use a JSON object (a dict)")
     _check_json(field, value, depth=1)
-    size = len(json.dumps(value, ensure_ascii=False).encode())
+    text = json.dumps(value, ensure_ascii=False)
+    size = len(text.encode())
     if size > MAX_METADATA_BYTES:
         raise InvalidRequestError(field, f"takes {size:,} bytes as JSON", f"use at most {MAX_METADATA_BYTES:,}")
-    return dict(value)
+    plain: dict[str, Any] = json.loads(text)
+    return plain
 
 
 def _check_json(field: str, value: object, depth: int) -> None:
@@ -177,6 +178,13 @@ def _clean_text(field: str, value: object, remedy: str) -> str:
     if found:
         raise InvalidRequestError(field, f"has the control character U+{ord(found.group()):04X}", remedy)
     return value
+
+
+def _one_line(field: str, value: object) -> str:
+    text = _clean_text(field, value, "use printable characters on one line")
+    if "\n" in text or "\t" in text:
+        raise InvalidRequestError(field, "has a line break or tab", "use printable characters on one line")
+    return text
 
 
 def _number(field: str, value: object, remedy: str) -> float:

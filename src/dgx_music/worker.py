@@ -7,15 +7,12 @@ a child process, so that whatever happens there costs one child and never a leas
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Protocol
 
 import anyio
@@ -38,6 +35,7 @@ from dgx_music.errors import (
 )
 from dgx_music.inference.engine import Audio, GenerationRequest
 from dgx_music.inference.process import EngineInfo
+from dgx_music.leases import Leases, Running, Stop
 from dgx_music.storage import queue, workers
 from dgx_music.storage.changes import Subscription
 from dgx_music.storage.database import Database
@@ -50,7 +48,6 @@ logger = logging.getLogger(__name__)
 BROKEN_AFTER = 4
 """So many different generations in a row killed the engine, without one success: it is not the generations."""
 _ENGINE_STARTS = 5
-_CANCEL_LOOK_SECONDS = 0.1
 _LAST_WRITE_SECONDS = 15.0
 _SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
 
@@ -66,38 +63,6 @@ class EngineHost(Protocol):
 
     async def close(self) -> None:
         """End the engine."""
-
-
-class Stop(Enum):
-    """Why a running generation is stopped from outside."""
-
-    CANCELLED = "cancel requested"
-    LOST = "lease lost"
-    RELEASED = "worker stops"
-    REFUSED = "completion refused"
-
-
-@dataclass
-class Running:
-    """One generation in hand."""
-
-    claim: Claim
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    progress: float = 0.0
-    stopped_for: Stop | None = None
-    has_slot: bool = True
-    is_completing: bool = False
-
-    @property
-    def lease(self) -> Lease:
-        """What lets us write the row."""
-        return self.claim.lease
-
-    def stop(self, reason: Stop) -> None:
-        """Stop it, unless its completion is being written: then that write says who owns the row."""
-        if self.stopped_for is None and not self.is_completing:
-            self.stopped_for = reason
-            self.scope.cancel()
 
 
 class Worker:
@@ -119,16 +84,16 @@ class Worker:
         self._settings = settings
         self._rng = rng or random.Random()  # noqa: S311 - spreads retries, guards nothing
         self._completions = Completions(database)
-        self._running: dict[Lease, Running] = {}
+        self._leases = Leases(self.id, database, artifacts, settings, self._rng)
+        self._running = self._leases.running
         self._slots = 1
         self._model_version = ""
         self._stopping = anyio.Event()
         self._releasing = anyio.Event()
+        self._loading: anyio.CancelScope | None = None
         self._wake: Subscription | None = None
         self._troubled: set[str] = set()
         self._broken: DgxMusicError | None = None
-        self._last_sweep: float | None = None
-        self._no_rescue_before = 0.0
 
     async def run(self, *, drain: bool = False) -> None:
         """Serve until stopped, or with ``drain`` until every generation of the model is finished.
@@ -138,17 +103,11 @@ class Worker:
         """
         await self._database.check_migrated()
         await self._check_artifacts()
-        info = await self._engine.start()
-        self._slots, self._model_version = info.slots, info.model_version
-        await self._register(info)
         try:
-            with self._database.changes.subscribe() as self._wake:
-                async with anyio.create_task_group() as tasks:
-                    for loop in (self._beat, self._sweep, self._notice_cancels):
-                        tasks.start_soon(loop, name=loop.__qualname__)
-                    await self._claim_until_stopped(tasks, drain)
-                    await self._finish_running()
-                    tasks.cancel_scope.cancel()
+            info = await self._load_engine()
+            if info is not None:
+                await self._register(info)
+                await self._serve(drain)
         finally:
             await self._unregister()
         if self._broken is not None:
@@ -159,6 +118,8 @@ class Worker:
         if self._stopping.is_set():
             self._releasing.set()
         self._stopping.set()
+        if self._loading is not None:
+            self._loading.cancel()
         if self._wake is not None:
             self._wake.wake()
 
@@ -170,17 +131,26 @@ class Worker:
         artifact, facts = await self._store(running, made)
         await self._complete(running, artifact, facts, device_seconds)
 
+    async def _serve(self, drain: bool) -> None:
+        with self._database.changes.subscribe() as self._wake:
+            async with anyio.create_task_group() as tasks:
+                for loop in self._leases.loops:
+                    tasks.start_soon(loop, name=loop.__qualname__)
+                await self._claim_until_stopped(tasks, drain)
+                await self._finish_running()
+                tasks.cancel_scope.cancel()
+
     # ---------------------------------------------------------------------------------------------------- claiming
 
     async def _claim_until_stopped(self, tasks: TaskGroup, drain: bool) -> None:
         while not self._stopping.is_set():
-            claims = await self._claim() if self._free_slots() else []
+            free = self._free_slots()
+            claims = await self._claim(free) if free else []
             for claim in claims:
-                running = self._running[claim.lease] = Running(claim)
-                tasks.start_soon(self._run, running, name=f"generation {claim.lease.generation_id}")
+                tasks.start_soon(self._run, self._leases.add(claim), name=f"generation {claim.lease.generation_id}")
             if drain and not self._running and not await self._has_work():
                 return
-            if not claims or not self._free_slots():
+            if len(claims) < free or not free:
                 await self._wait()
 
     def _free_slots(self) -> int:
@@ -188,7 +158,7 @@ class Worker:
         in_slots = sum(running.has_slot for running in self._running.values())
         return min(self._slots - in_slots, 2 * self._slots - len(self._running))
 
-    async def _claim(self) -> list[Claim]:
+    async def _claim(self, limit: int) -> list[Claim]:
         try:
             await self._start_engine()
             async with self._database.session() as session:
@@ -196,7 +166,7 @@ class Worker:
                     session,
                     worker_id=self.id,
                     model_name=self._settings.model,
-                    limit=self._free_slots(),
+                    limit=limit,
                     lease_seconds=self._settings.lease_seconds,
                 )
         except DatabaseUnavailableError as error:
@@ -209,7 +179,7 @@ class Worker:
         """Have a living engine, a fresh one where the last has died; raises after several that could not start."""
         for start in range(_ENGINE_STARTS):
             try:
-                await self._engine.start()
+                await self._load_engine()
                 return
             except EngineUnavailableError as error:
                 logger.warning("worker %s: engine start %d of %d failed: %s", self.id, start + 1, _ENGINE_STARTS, error)
@@ -365,9 +335,10 @@ class Worker:
             logger.error("generation %s attempt %d: unexpected", *_named(running.lease), exc_info=error)
 
     def _give_up(self, error: DgxMusicError) -> None:
-        logger.error("worker %s: stops: %s", self.id, error)
-        self._broken = error
-        self.stop()
+        if self._broken is None:
+            logger.error("worker %s: stops: %s", self.id, error)
+            self._broken = error
+            self.stop()
 
     async def _finish_running(self) -> None:
         """Let what runs finish within the grace, then release it; a second stop releases at once."""
@@ -389,84 +360,13 @@ class Worker:
         if self._wake is not None:
             await self._wake.wait(0.1)
 
-    # ------------------------------------------------------------------------------------------------- side loops
-
-    async def _beat(self) -> None:
-        """Renew every lease and the worker's own row; an idle worker says only now and then that it lives."""
-        last = -math.inf
-        while True:
-            if self._running or time.monotonic() - last > self._settings.lease_seconds / 4:
-                await self._renew()
-                last = time.monotonic()
-            await anyio.sleep(self._settings.heartbeat_seconds)
-
-    async def _renew(self) -> None:
-        """Renew, and stop what was lost or cancelled."""
-        held = {lease: running.progress for lease, running in self._running.items()}
-        try:
-            async with self._database.session() as session:
-                await workers.heartbeat_worker(session, self.id, len(held))
-                renewed = await queue.renew(session, held, lease_seconds=self._settings.lease_seconds)
-        except DatabaseUnavailableError as error:
-            logger.warning("worker %s: heartbeat missed: %s", self.id, error)
-            return
-        for lease in held:
-            if lease not in renewed:
-                self._stop_one(lease, Stop.LOST)
-            elif renewed[lease]:
-                self._stop_one(lease, Stop.CANCELLED)
-
-    async def _notice_cancels(self) -> None:
-        """Look for cancel requests whenever the database changes, not only at the next heartbeat."""
-        with self._database.changes.subscribe() as changes:
-            while True:
-                await changes.wait(self._settings.poll_seconds)
-                if not self._running:
-                    continue
-                try:
-                    async with self._database.session(read_only=True) as session:
-                        wanted = await queue.find_cancel_requests(session, self.id)
-                except DatabaseUnavailableError as error:
-                    logger.warning("worker %s: cannot look for cancels: %s", self.id, error)
-                else:
-                    for lease in wanted:
-                        self._stop_one(lease, Stop.CANCELLED)
-                await anyio.sleep(_CANCEL_LOOK_SECONDS)
-
-    def _stop_one(self, lease: Lease, reason: Stop) -> None:
-        if lease in self._running:
-            self._running[lease].stop(reason)
-
-    async def _sweep(self) -> None:
-        """Rescue what lost workers left, a few times in each lease."""
-        while True:
-            try:
-                await self._rescue()
-            except (DatabaseUnavailableError, ArtifactError) as error:
-                logger.warning("worker %s: cannot rescue: %s", self.id, error)
-            await anyio.sleep(self._settings.lease_seconds / 4 * self._rng.uniform(0.8, 1.2))
-
-    async def _rescue(self) -> None:
-        rescued = None
-        while rescued is None or len(rescued) == queue.RESCUE_CHUNK:
-            async with self._database.session() as session:
-                await queue.check_answers(session)
-                rescued = await queue.rescue(session) if self._may_rescue(time.monotonic()) else []
-            for item in rescued:
-                logger.warning("generation %s attempt %d: worker lost, now %s", *_named(item.lease), item.status)
-                await self._artifacts.delete(item.lease.generation_id, [item.lease.attempt])
-
-    def _may_rescue(self, now: float) -> bool:
-        """Return False for one lease after a lease without a sweep; call it when the database has just answered.
-
-        A database that was away, or a machine that slept, makes every lease look dead: give the living time to renew.
-        """
-        if self._last_sweep is not None and now - self._last_sweep > self._settings.lease_seconds:
-            self._no_rescue_before = now + self._settings.lease_seconds
-        self._last_sweep = now
-        return now >= self._no_rescue_before
-
     # ------------------------------------------------------------------------------------------- start and end
+
+    async def _load_engine(self) -> EngineInfo | None:
+        """Return what the engine says of itself, or ``None`` where a stop came first: loading may take minutes."""
+        with anyio.CancelScope() as self._loading:
+            return None if self._stopping.is_set() else await self._engine.start()
+        return None
 
     async def _check_artifacts(self) -> None:
         problem = await self._artifacts.find_problem()
@@ -474,6 +374,7 @@ class Worker:
             raise ArtifactError(problem)
 
     async def _register(self, info: EngineInfo) -> None:
+        self._slots, self._model_version = info.slots, info.model_version
         async with self._database.session() as session:
             await workers.register_worker(
                 session,

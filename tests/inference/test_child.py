@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +38,7 @@ class Parent:
     """The other end of the channel of a child that runs in a thread."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(5)
+        connection.settimeout(20)
         self.connection = connection
         self._decoder = Decoder()
         self._received: list[Message] = []
@@ -207,17 +205,15 @@ def test_a_run_is_cancelled_for_ever() -> None:
 # the real process
 
 
-def start_child(connection: socket.socket, **options: Any) -> subprocess.Popen[bytes]:
-    fd = connection.fileno()
+def child_command(connection: socket.socket) -> list[str]:
     settings = '{"engine": "tone", "model": "musicgen-small"}'
-    arguments = [sys.executable, "-m", "dgx_music.inference.child", str(fd), settings]
-    return subprocess.Popen(arguments, pass_fds=(fd,), **options)
+    return [sys.executable, "-m", "dgx_music.inference.child", str(connection.fileno()), settings]
 
 
 def test_the_end_of_the_channel_ends_the_process_in_mid_generation(script: WriteScript) -> None:
     script({"do": "hang"})
     ours, theirs = socket.socketpair()
-    with theirs, ours, start_child(theirs) as process:
+    with theirs, ours, subprocess.Popen(child_command(theirs), pass_fds=(theirs.fileno(),)) as process:
         parent = Parent(ours)
         parent.receive()
         parent.send(kind="generate", key=1, request=vars(make_request()))
@@ -225,14 +221,13 @@ def test_the_end_of_the_channel_ends_the_process_in_mid_generation(script: Write
 
         ours.shutdown(socket.SHUT_RDWR)
 
-        assert process.wait(2) == 0
+        assert process.wait(5) == 0
 
 
 FOSTER_PARENT = """
-import socket, sys, time
-from tests.inference.test_child import start_child
+import subprocess, sys, time
 
-start_child(socket.socket(fileno=int(sys.argv[1])))
+subprocess.Popen(sys.argv[2:], pass_fds=(int(sys.argv[1]),))
 time.sleep(60)
 """
 
@@ -241,12 +236,10 @@ time.sleep(60)
 def test_the_death_of_the_parent_ends_the_process_though_the_channel_is_open(script: WriteScript) -> None:
     script()
     ours, theirs = socket.socketpair()
-    arguments = [sys.executable, "-c", FOSTER_PARENT, str(theirs.fileno())]
-    root = Path(__file__).parents[2]
-    with ours, theirs, subprocess.Popen(arguments, cwd=root, pass_fds=(theirs.fileno(),)) as parent:
+    command = [sys.executable, "-c", FOSTER_PARENT, str(theirs.fileno()), *child_command(theirs)]
+    with ours, theirs, subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as parent:
         pid = Parent(ours).receive().header["info"]["pid"]
 
         parent.kill()
 
         assert has_vanished(pid)
-        assert pid != os.getpid()

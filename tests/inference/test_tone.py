@@ -62,7 +62,7 @@ def test_speed_is_audio_seconds_per_wall_second() -> None:
 
     ToneEngine(1, 10, None).generate(make_request(duration=1), run)
 
-    assert 0.1 <= time.monotonic() - began_at < 0.3
+    assert 0.1 <= time.monotonic() - began_at < 1
     assert len(run.progress) > 1
     assert run.progress == sorted(run.progress)
 

@@ -33,6 +33,7 @@ from dgx_music.storage import (
     track_prompt_usage,
     update_generation_status,
 )
+from dgx_music.storage.repository import find_generation_ids
 from tests.factories import add_generation, back_date, read, start_one
 
 STATUSES = ["pending", "processing", "completed", "failed", "cancelled"]
@@ -295,6 +296,15 @@ async def test_get_generation_gives_the_row_or_none(database):
     async with database.session() as session:
         assert (await get_generation(session, added.id)).id == added.id
         assert await get_generation(session, "unknown") is None
+
+
+@pytest.mark.parametrize(("prefix", "found"), [("ab", 2), ("abc", 1), ("", 2), ("b", 0), ("%", 0), ("a_", 0)])
+async def test_ids_are_found_by_what_they_start_with(database, prefix, found):
+    for generation_id in ("abc", "abd", "xyz"):
+        await add_with(database, id=generation_id)
+
+    async with database.session() as session:
+        assert await find_generation_ids(session, prefix) == ["abc", "abd"][:found]
 
 
 async def test_all_generations_come_newest_first_in_pages(database):

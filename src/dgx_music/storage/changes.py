@@ -46,7 +46,7 @@ class Changes:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._path = path
+        self._uri = None if path is None else path.absolute().as_uri()
         self._subscriptions: set[Subscription] = set()
         self._stop = threading.Event()
 
@@ -54,7 +54,7 @@ class Changes:
     def subscribe(self) -> Iterator[Subscription]:
         """Give a subscription for as long as the block runs."""
         subscription = Subscription()
-        if not self._subscriptions and self._path is not None:
+        if not self._subscriptions and self._uri is not None:
             self._start()
         self._subscriptions.add(subscription)
         try:
@@ -65,6 +65,7 @@ class Changes:
                 self._stop.set()
 
     def _start(self) -> None:
+        self._stop.set()  # a former thread may still run, if its last subscriber's event loop was closed
         self._stop = threading.Event()
         threading.Thread(target=self._watch, args=(self._stop,), name="dgx-music-changes", daemon=True).start()
 
@@ -76,7 +77,7 @@ class Changes:
                 stop.wait(_LOOK_AGAIN_SECONDS)
 
     def _watch_connection(self, stop: threading.Event) -> None:
-        connection = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True, isolation_level=None)
+        connection = sqlite3.connect(f"{self._uri}?mode=ro", uri=True, isolation_level=None)
         try:
             seen, cursor = -1, connection.cursor()
             while not stop.is_set():

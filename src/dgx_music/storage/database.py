@@ -8,7 +8,9 @@ NORMAL loses acknowledged rows when the power fails; WAL so that readers never w
 from __future__ import annotations
 
 import asyncio
+import functools
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,9 +18,16 @@ from typing import Any, TypeVar
 
 import anyio
 from sqlalchemy import URL, Connection, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DatabaseError as DriverError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    AsyncSessionTransaction,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from dgx_music.config import load_settings
@@ -55,49 +64,56 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
                 await asyncio.wait([task])
             except asyncio.CancelledError as error:
                 cancelled = error
-    if cancelled is not None and (task.cancelled() or task.exception() is None):
-        raise cancelled
+    if cancelled is not None:  # it comes only once: a caller who survives an error of the work must not miss it
+        raise cancelled from (None if task.cancelled() else task.exception())
     return task.result()
 
 
+def _finished(method: Any) -> Any:
+    """Return the coroutine method with each call run to its end, whoever is cancelled meanwhile."""
+
+    @functools.wraps(method)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        return await finish(method(*args, **kwargs))
+
+    return call
+
+
+class _Transaction(AsyncSessionTransaction):
+    start = _finished(AsyncSessionTransaction.start)
+    commit = _finished(AsyncSessionTransaction.commit)
+    rollback = _finished(AsyncSessionTransaction.rollback)
+    __aexit__ = _finished(AsyncSessionTransaction.__aexit__)
+
+
 class Session(AsyncSession):
-    """An ``AsyncSession`` whose database calls each run to their end, whoever is cancelled meanwhile."""
+    """An ``AsyncSession`` whose database calls each run to their end; not those made on a ``stream`` or ``connection``."""
 
-    async def execute(self, *args: Any, **kwargs: Any) -> Any:
-        """Like ``AsyncSession.execute``."""
-        return await finish(super().execute(*args, **kwargs))
+    execute = _finished(AsyncSession.execute)
+    scalar = _finished(AsyncSession.scalar)
+    get = _finished(AsyncSession.get)
+    get_one = _finished(AsyncSession.get_one)
+    refresh = _finished(AsyncSession.refresh)
+    merge = _finished(AsyncSession.merge)
+    merge_all = _finished(AsyncSession.merge_all)
+    delete = _finished(AsyncSession.delete)
+    delete_all = _finished(AsyncSession.delete_all)
+    flush = _finished(AsyncSession.flush)
+    run_sync = _finished(AsyncSession.run_sync)
+    connection = _finished(AsyncSession.connection)
+    commit = _finished(AsyncSession.commit)
+    rollback = _finished(AsyncSession.rollback)
+    close = _finished(AsyncSession.close)
+    reset = _finished(AsyncSession.reset)
+    invalidate = _finished(AsyncSession.invalidate)
 
-    async def scalar(self, *args: Any, **kwargs: Any) -> Any:
-        """Like ``AsyncSession.scalar``."""
-        return await finish(super().scalar(*args, **kwargs))
+    def begin(self) -> AsyncSessionTransaction:
+        """Like ``AsyncSession.begin``."""
+        return _Transaction(self)
 
-    async def get(self, *args: Any, **kwargs: Any) -> Any:
-        """Like ``AsyncSession.get``."""
-        return await finish(super().get(*args, **kwargs))
-
-    async def refresh(self, *args: Any, **kwargs: Any) -> None:
-        """Like ``AsyncSession.refresh``."""
-        await finish(super().refresh(*args, **kwargs))
-
-    async def flush(self, *args: Any, **kwargs: Any) -> None:
-        """Like ``AsyncSession.flush``."""
-        await finish(super().flush(*args, **kwargs))
-
-    async def delete(self, *args: Any, **kwargs: Any) -> None:
-        """Like ``AsyncSession.delete``."""
-        await finish(super().delete(*args, **kwargs))
-
-    async def commit(self) -> None:
-        """Like ``AsyncSession.commit``."""
-        await finish(super().commit())
-
-    async def rollback(self) -> None:
-        """Like ``AsyncSession.rollback``."""
-        await finish(super().rollback())
-
-    async def close(self) -> None:
-        """Like ``AsyncSession.close``."""
-        await finish(super().close())
+    def begin_nested(self) -> AsyncSessionTransaction:
+        """Like ``AsyncSession.begin_nested``."""
+        return _Transaction(self, nested=True)
 
 
 class Database:
@@ -144,7 +160,7 @@ class Database:
             await session.commit()
         except BaseException as error:
             await session.rollback()
-            if isinstance(error, OperationalError | PoolTimeoutError):
+            if _is_unavailable(error):
                 raise self._explained(error) from error
             raise
         finally:
@@ -153,7 +169,11 @@ class Database:
     async def migrate(self) -> None:
         """Bring the schema to this version's; does nothing, and imports nothing heavy, where it is there already."""
         self.create_folder()
-        if await self.revision() != SCHEMA_REVISION:
+        found = await self.revision()
+        if found is not None and found > SCHEMA_REVISION:
+            why = f"its revision {found} is newer than this version's, {SCHEMA_REVISION}; upgrade dgx-music"
+            raise DatabaseUnavailableError(str(self), why)
+        if found != SCHEMA_REVISION:
             await self._run(_upgrade)
 
     async def revision(self) -> str | None:
@@ -185,8 +205,10 @@ class Database:
 
         try:
             return await finish(run())
-        except (OperationalError, PoolTimeoutError) as error:
-            raise self._explained(error) from error
+        except SQLAlchemyError as error:
+            if _is_unavailable(error):
+                raise self._explained(error) from error
+            raise
 
     def create_folder(self) -> None:
         """Create the folder of a SQLite database."""
@@ -197,9 +219,14 @@ class Database:
         except OSError as error:
             raise DatabaseUnavailableError(str(self), f"its folder cannot be created ({error.strerror})") from error
 
-    def _explained(self, error: OperationalError | PoolTimeoutError) -> DatabaseUnavailableError:
-        why = error.orig if isinstance(error, OperationalError) else "all its connections are in use"
-        return DatabaseUnavailableError(str(self), str(why))
+    def _explained(self, error: BaseException) -> DatabaseUnavailableError:
+        nested = "all its connections are in use; is a session opened inside another one?"
+        return DatabaseUnavailableError(str(self), str(error.orig) if isinstance(error, DriverError) else nested)
+
+
+def _is_unavailable(error: BaseException) -> bool:
+    """Tell a database that cannot be used from a mistake in using it; the plain class is SQLite's for a damaged file."""
+    return isinstance(error, OperationalError | PoolTimeoutError) or type(error) is DriverError
 
 
 def normalise_url(url: str) -> URL:
@@ -237,19 +264,38 @@ def _create_engine(url: URL, connections: int) -> AsyncEngine:
         max_overflow=0,
         connect_args={"timeout": _BUSY_TIMEOUT_SECONDS},
     )
+    event.listen(engine.sync_engine, "do_connect", _open_once)
     configure_sqlite(engine)
     return engine
+
+
+def _open_once(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+    """Let a file that cannot be opened fail here: the driver's thread would report it to an event loop closed by then."""
+    sqlite3.connect(arguments[0], uri=options.get("uri", False)).close()
 
 
 def _set_up_connection(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver opens no transactions of its own; _begin does
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_SECONDS * 1000}")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    _switch_to_wal(connection, cursor)
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute("PRAGMA mmap_size = 0")  # SQLite before 3.51.3 can corrupt a memory-mapped WAL database
     cursor.close()
+
+
+def _switch_to_wal(connection: Any, cursor: Any) -> None:
+    """Switch, as patiently as for any lock: of two that switch a new file at once, SQLite refuses one without waiting."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise
+            connection.run_async(lambda _driver: asyncio.sleep(0.01))
 
 
 def _begin(connection: Connection) -> None:
@@ -285,15 +331,20 @@ async def init_db(database_url: str | None = None) -> Database:
     Calling it again replaces the default database and closes the former one's connections.
     """
     global _default
-    database = Database(database_url or load_settings().database_url)
+    database = await _open(database_url or load_settings().database_url)
+    former, _default = _default, database
+    if former is not None:
+        await former.dispose()
+    return database
+
+
+async def _open(url: str) -> Database:
+    database = Database(url)
     try:
         await database.migrate()
     except BaseException:
         await database.dispose()
         raise
-    former, _default = _default, database
-    if former is not None:
-        await former.dispose()
     return database
 
 
@@ -314,7 +365,17 @@ def get_database() -> Database:
 
 async def ensure_database() -> Database:
     """Return the default database, made from the settings where ``init_db`` was not called."""
-    return _default or await init_db()
+    return _default or await _open_default()
+
+
+async def _open_default() -> Database:
+    global _default
+    database = await _open(load_settings().database_url)
+    if _default is None:
+        _default = database
+    if _default is not database:  # another task was quicker, and may be using its own already
+        await database.dispose()
+    return _default
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from dgx_music.errors import IllegalTransitionError
 from dgx_music.storage.schema import (
     CANCELLED,
     COMPLETED,
+    DEFAULT_MAX_ATTEMPTS,
     FAILED,
     FINISHED,
     LEGAL_TRANSITIONS,
@@ -82,8 +83,8 @@ class Prompt(Base):
 
 
 def text_hash(text: str) -> str:
-    """Return the SHA-256 of the text, as hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Return the SHA-256 of the text, as hexadecimal; also of one that cannot be stored, so that it is looked for in vain."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 class Generation(Base):
@@ -106,7 +107,9 @@ class Generation(Base):
     sampling: Mapped[dict[str, Any] | None] = mapped_column(JsonObject)
     """guidance_scale, temperature, top_k, top_p, seed; null means the defaults."""
     priority: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
-    max_attempts: Mapped[int] = mapped_column(default=3, server_default=sql("3"))
+    max_attempts: Mapped[int] = mapped_column(
+        default=DEFAULT_MAX_ATTEMPTS, server_default=sql(str(DEFAULT_MAX_ATTEMPTS))
+    )
     """How many failures it takes to give up."""
     idempotency_key: Mapped[str | None] = mapped_column(ShortText, unique=True)
     request_hash: Mapped[str | None] = mapped_column(HashText)

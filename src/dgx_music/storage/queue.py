@@ -172,6 +172,8 @@ async def complete(session: AsyncSession, completions: Sequence[Completion]) -> 
     The rest were taken by another attempt, deleted, or have a cancel requested. Saying it again after a lost reply gives
     the same answer.
     """
+    if not completions:
+        return set()
     await session.execute(_COMPLETE, [_completion_values(completion) for completion in completions])
     query = select(g.id, g.attempt).where(
         _is_among(completion.lease for completion in completions), g.status == COMPLETED

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.errors import IllegalTransitionError, InvalidRequestError
-from dgx_music.storage.models import Generation, Prompt, text_hash
+from dgx_music.storage.models import Attempt, Generation, Prompt, text_hash
 from dgx_music.storage.schema import (
     FINISHED,
     PENDING,
@@ -72,6 +72,12 @@ async def find_generation_ids(session: AsyncSession, prefix: str, limit: int = 2
     """Return the ids that start with this, at most ``limit`` of them; reads the whole index of ids."""
     query = select(Generation.id).where(Generation.id.startswith(prefix, autoescape=True)).order_by(Generation.id)
     return list(await session.scalars(_page(query, limit)))
+
+
+async def get_attempts(session: AsyncSession, generation_id: str) -> list[Attempt]:
+    """Return the attempts made at the generation, first to last."""
+    query = select(Attempt).where(Attempt.generation_id == generation_id).order_by(Attempt.attempt)
+    return list(await session.scalars(query))
 
 
 async def get_all_generations(

@@ -23,6 +23,10 @@ VERSION_TABLE = "dgx_music_alembic_version"
 """Our own, so that our tables can live inside a database that has migrations of its own."""
 
 
+DEFAULT_MAX_ATTEMPTS = 10
+"""Lost workers count as failures too: with fewer, a machine that is killed every second fails what is not to blame."""
+
+
 class GenerationStatus(StrEnum):
     """Where a generation is in its life."""
 

@@ -1,0 +1,120 @@
+"""The command line: ``dgx-music``, or ``main([...])`` from code.
+
+Data goes to stdout, all talk to stderr. Exit codes:
+
+=====  ====================================================================================
+    0  all is well
+    1  a generation failed or was cancelled (enqueue --wait, watch, demo), or a check (doctor)
+    2  bad input or a bad setting; nothing was stored
+    3  no such generation
+    4  the generation's status does not allow it, or the idempotency key is another request's
+    5  the database cannot be used
+    6  the engine cannot be used
+    7  audio cannot be written or read: the output folder, or the disk
+  124  a --timeout passed; the generation goes on
+  130  interrupted
+=====  ====================================================================================
+
+Nothing heavy is imported before a command needs it: completion and ``--help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from dgx_music import __version__
+from dgx_music.cli import database, demo, doctor, enqueue, generations, prune, show, worker
+from dgx_music.cli.output import fail
+from dgx_music.errors import DgxMusicError
+
+__all__ = ["app", "main"]
+
+PROGRAM = "dgx-music"
+EXIT_CODES = (
+    "Exit codes: 0 all is well · 1 a generation failed or was cancelled · 2 bad input or setting · 3 no such generation · "
+    "4 its status does not allow it · 5 database · 6 engine · 7 output folder or disk · 124 timeout · 130 interrupted"
+)
+
+app = typer.Typer(
+    help="A durable queue for AI music generation: enqueue prompts, run workers, collect audio.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_QUEUE, _WORK, _CARE = "Generations", "Workers", "Care"
+app.command("enqueue", rich_help_panel=_QUEUE)(enqueue.enqueue)
+app.command("list", rich_help_panel=_QUEUE)(generations.list_generations)
+app.command("show", rich_help_panel=_QUEUE)(show.show)
+app.command("watch", rich_help_panel=_QUEUE)(generations.watch)
+app.command("cancel", rich_help_panel=_QUEUE)(generations.cancel)
+app.command("retry", rich_help_panel=_QUEUE)(generations.retry)
+app.command("stats", rich_help_panel=_QUEUE)(generations.stats)
+app.command("prompts", rich_help_panel=_QUEUE)(generations.prompts)
+app.command("worker", rich_help_panel=_WORK, epilog=EXIT_CODES)(worker.worker)
+app.command("workers", rich_help_panel=_WORK)(worker.workers)
+app.command("demo", rich_help_panel=_CARE)(demo.demo)
+app.command("doctor", rich_help_panel=_CARE)(doctor.doctor)
+app.command("prune", rich_help_panel=_CARE)(prune.prune)
+app.add_typer(database.app, name="db", rich_help_panel=_CARE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; ``argv`` are the arguments, by default this process's."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? where a waveform would be
+    try:
+        code = app(args=argv, prog_name=PROGRAM, standalone_mode=False)
+    except SystemExit as end:  # from shell completion, and where the reader of a pipe has left
+        return end.code if isinstance(end.code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        return _explain(_alone(error))
+    return code if isinstance(code, int) else 0
+
+
+def _explain(error: BaseException) -> int:
+    """Print what went wrong in one line and return the exit code; an unexpected error keeps its traceback."""
+    match error:
+        case DgxMusicError():
+            return fail(str(error), error.exit_code)
+        case TyperException():
+            return _explain_usage(error)
+    raise error
+
+
+def _explain_usage(error: TyperException) -> int:
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    if message:  # empty where the help was printed instead
+        context = getattr(error, "ctx", None)
+        fail(f"{message}; see `{context.command_path if context else PROGRAM} --help`.", 2)
+    return 2
+
+
+def _alone(error: BaseException) -> BaseException:
+    """Return the error that a task group wrapped, where it is the only one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A durable queue for AI music generation: enqueue prompts, run workers, collect audio."""

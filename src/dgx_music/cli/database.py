@@ -1,0 +1,143 @@
+"""``dgx-music db``: the database's own life. And how every other command opens it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import typer
+
+from dgx_music.cli.options import AsJson, DatabaseUrl, Yes, given
+from dgx_music.cli.output import print_json, print_line, tell
+from dgx_music.config import load_settings
+from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
+from dgx_music.storage import Database, Generation, close_db, count_generations, get_generation, init_db
+from dgx_music.storage.repository import find_generation_ids
+from dgx_music.storage.schema import SCHEMA_REVISION
+from dgx_music.validation import check_name
+
+app = typer.Typer(help="Create, migrate, empty or look at the database.", no_args_is_help=True)
+
+_SHORTEST_PREFIX = 8
+
+
+@app.command()
+def init(database_url: DatabaseUrl = None) -> None:
+    """Create the database and its tables."""
+    asyncio.run(_migrate(database_url))
+
+
+@app.command()
+def migrate(database_url: DatabaseUrl = None) -> None:
+    """Bring the tables to this version; what is in them stays."""
+    asyncio.run(_migrate(database_url))
+
+
+@app.command()
+def reset(database_url: DatabaseUrl = None, yes: Yes = False) -> None:
+    """Delete everything in the database.
+
+    Its tables are created anew, empty; audio files stay where they are. Asks first.
+    """
+    asyncio.run(_reset(database_url, is_agreed=yes))
+
+
+@app.command()
+def current(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Print the revision that the database is at."""
+    found = asyncio.run(_read_revision(database_url))
+    if as_json:
+        print_json({"revision": found, "head": SCHEMA_REVISION, "is_at_head": found == SCHEMA_REVISION})
+        return
+    print_line(f"{found or 'none'}{' (head)' if found == SCHEMA_REVISION else ''}")
+    if found != SCHEMA_REVISION:
+        tell(f"This version needs {SCHEMA_REVISION}: run `dgx-music db migrate`.")
+
+
+@asynccontextmanager
+async def opened(database_url: str | None) -> AsyncIterator[Database]:
+    """Give the default database of one command; an embedded one is created, which is told, and migrated."""
+    url = load_settings(**given(database_url=database_url)).database_url
+    is_new = not exists(Database(url))
+    database = await init_db(url)
+    if is_new:
+        tell(f"Created the database {database}.")
+    try:
+        yield database
+    finally:
+        await close_db()
+
+
+def exists(database: Database) -> bool:
+    """Return False where the database is a file that is not there yet."""
+    return database.path is None or database.path.exists()
+
+
+async def find_generation(database: Database, wanted: str) -> Generation:
+    """Return the generation with this id, or the only one whose id starts so."""
+    start = check_name("ID", wanted).lower()
+    async with database.session(read_only=True) as session:
+        ids = await find_generation_ids(session, start) if len(start) >= _SHORTEST_PREFIX else []
+        if len(ids) > 1 and start not in ids:
+            raise InvalidRequestError("ID", f"{wanted!r} fits more than one generation", "give more of it")
+        generation = await get_generation(session, start if start in ids or not ids else ids[0])
+    if generation is None:
+        raise GenerationNotFoundError(wanted)
+    return generation
+
+
+def confirm(question: str, *, is_agreed: bool) -> None:
+    """Return once a person, or ``--yes``, has agreed; raises ``typer.Exit`` where not, and where nobody can be asked."""
+    if is_agreed:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidRequestError("--yes", "is missing and there is no terminal to ask on", "add it to go ahead")
+    if not typer.confirm(question, err=True):
+        tell("Nothing was changed.")
+        raise typer.Exit(1)
+
+
+async def _migrate(database_url: str | None) -> None:
+    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    try:
+        before = await _revision_of(database)
+        await database.migrate()
+    finally:
+        await database.dispose()
+    if before == SCHEMA_REVISION:
+        tell(f"The database {database} is at revision {SCHEMA_REVISION} already.")
+    else:
+        tell(f"The database {database} is now at revision {SCHEMA_REVISION} (was: {before or 'none'}).")
+
+
+async def _reset(database_url: str | None, *, is_agreed: bool) -> None:
+    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    try:
+        confirm(f"Delete {await _contents(database)} from {database}?", is_agreed=is_agreed)
+        await database.reset()
+    finally:
+        await database.dispose()
+    tell(f"The database {database} is empty, at revision {SCHEMA_REVISION}.")
+
+
+async def _contents(database: Database) -> str:
+    if await _revision_of(database) is None:
+        return "nothing"
+    async with database.session(read_only=True) as session:
+        count = await count_generations(session)
+    return "1 generation" if count == 1 else f"all {count:,} generations"
+
+
+async def _read_revision(database_url: str | None) -> str | None:
+    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    try:
+        return await _revision_of(database)
+    finally:
+        await database.dispose()
+
+
+async def _revision_of(database: Database) -> str | None:
+    """Return the revision without creating a database by looking."""
+    return await database.revision() if exists(database) else None

@@ -1,0 +1,234 @@
+"""``dgx-music enqueue``: prompts in, ids out; with ``--wait`` and ``--out``, audio out."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgx_music.cli.database import opened
+from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, complete_model, given
+from dgx_music.cli.output import print_json, print_line, tell
+from dgx_music.cli.progress import describe, follow, tell_of_idle_models, tell_outcome, tell_untrained
+from dgx_music.cli.prompt_file import parse_object, read_requests
+from dgx_music.enqueue import enqueue_many, plan, queue_position
+from dgx_music.errors import ArtifactError, InvalidRequestError
+from dgx_music.storage import Generation
+from dgx_music.validation import check_positive
+
+_MAX_IDS_ON_TERMINAL = 20
+_MUSIC, _QUEUEING = "Music", "Queueing"
+
+
+def enqueue(
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Describe the music.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="Enqueue every line of a file, all or none: a prompt, or a JSON object with `prompt` and any of the "
+            "options below (with _ for -). `-` is stdin.",
+        ),
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option("--duration", "-d", help="Seconds of audio, default 10.", rich_help_panel=_MUSIC)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model's name, or a local folder's absolute path; default DGX_MUSIC_MODEL, else musicgen-small.",
+            autocompletion=complete_model,
+            rich_help_panel=_MUSIC,
+        ),
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="1 or 2; default: the model's own.", rich_help_panel=_MUSIC)
+    ] = None,
+    sample_rate: Annotated[
+        int | None,
+        typer.Option(help="Hz in the file, 8000 to 192000; default: the model's own.", rich_help_panel=_MUSIC),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="How closely to keep to the prompt, 1 to 20; default 3.", rich_help_panel=_MUSIC),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="How adventurous, 0 to 5; default 1.", rich_help_panel=_MUSIC)
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Choose among so many likeliest tokens, 0 for all; default 250.", rich_help_panel=_MUSIC),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Or among those of this total probability; default off.", rich_help_panel=_MUSIC),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed makes the same audio; default: from the id.", rich_help_panel=_MUSIC),
+    ] = None,
+    priority: Annotated[
+        int | None, typer.Option("--priority", "-p", help="Higher goes first; default 0.", rich_help_panel=_QUEUEING)
+    ] = None,
+    run_at: Annotated[
+        str | None, typer.Option(help="Not before this time, such as 2026-01-31T12:00:00Z.", rich_help_panel=_QUEUEING)
+    ] = None,
+    max_attempts: Annotated[
+        int | None,
+        typer.Option(
+            help="Failures that it takes to give up, lost workers included; default 10.", rich_help_panel=_QUEUEING
+        ),
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(help="The same request under the same key is enqueued only once.", rich_help_panel=_QUEUEING),
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="An object of your own to keep with it.", rich_help_panel=_QUEUEING),
+    ] = None,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait", "-w", help="Wait until it is made; ends with 1 where it was not.", rich_help_panel=WAITING
+        ),
+    ] = False,
+    timeout: Timeout = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Wait, and copy the audio to this file.", rich_help_panel=WAITING),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Let --out overwrite a file.", rich_help_panel=WAITING)
+    ] = False,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add a prompt, or a file of prompts, to the queue.
+
+    Prints the ids on stdout.
+    """
+    options = given(
+        duration=duration,
+        model=model,
+        channels=channels,
+        sample_rate=sample_rate,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        priority=priority,
+        run_at=run_at,
+        max_attempts=max_attempts,
+        idempotency_key=idempotency_key,
+        metadata=None if metadata is None else parse_object("metadata", metadata, '{"bpm": 140}'),
+    )
+    requests = _read(prompt, file, options)
+    is_waiting = wait or out is not None
+    _check_waiting(out, timeout, len(requests), is_waiting=is_waiting, force=force)
+    rows = asyncio.run(_enqueue(requests, database_url, is_waiting=is_waiting, timeout=timeout, prints_ids=not as_json))
+    if as_json:
+        print_json([row.to_dict() for row in rows] if file is not None else rows[0].to_dict())
+    if is_waiting and not tell_outcome(rows):
+        raise typer.Exit(1)
+    if out is not None:
+        _copy_audio(rows[0], out, force=force)
+
+
+def _read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the checked requests; nothing has been opened or created yet."""
+    if file is not None and prompt is None:
+        if "idempotency_key" in options:
+            raise InvalidRequestError("--idempotency-key", "is for one prompt", "give each line of the file its own")
+        return read_requests(file, options)
+    if prompt is not None and file is None:
+        plan(prompt, options)
+        return [{"prompt": prompt, **options}]
+    problem = "is missing" if prompt is None else "and --file are given together"
+    raise InvalidRequestError("PROMPT", problem, "describe the music in quotes, or name a file of prompts with --file")
+
+
+def _check_waiting(out: Path | None, timeout: float | None, count: int, *, is_waiting: bool, force: bool) -> None:
+    """Refuse now what would only be noticed when the audio is there."""
+    if timeout is not None:
+        check_positive("--timeout", timeout)
+        if not is_waiting:
+            raise InvalidRequestError("--timeout", "is given without --wait", "add --wait, or leave it out")
+    if out is None:
+        return
+    if count > 1:
+        raise InvalidRequestError(
+            "--out", f"is one file and there are {count:,} prompts", "use --wait and `dgx-music show`"
+        )
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        problem = "is a folder" if out.is_dir() else "is in a folder that does not exist"
+        raise InvalidRequestError("--out", f"{str(out)!r} {problem}", "name a file in a folder that exists")
+    if out.exists() and not force:
+        raise InvalidRequestError("--out", f"{str(out)!r} exists already", "choose another name, or add --force")
+
+
+async def _enqueue(
+    requests: list[dict[str, Any]],
+    database_url: str | None,
+    *,
+    is_waiting: bool,
+    timeout: float | None,
+    prints_ids: bool,
+) -> list[Generation]:
+    """Enqueue, say so, wait where that is asked for, and return the rows as they are then."""
+    async with opened(database_url) as database:
+        rows = await enqueue_many(requests)
+        if prints_ids:
+            _print_ids(rows)
+        await _tell_of_queue(rows, is_waiting=is_waiting)
+        await tell_of_idle_models(database, rows)
+        return await _follow(rows, timeout) if is_waiting else rows
+
+
+async def _follow(rows: list[Generation], timeout: float | None) -> list[Generation]:
+    try:
+        return await follow([row.id for row in rows], timeout=timeout)
+    except asyncio.CancelledError:
+        tell(f"Stopped waiting, not making; see: dgx-music watch {rows[0].id}")
+        raise
+
+
+def _print_ids(rows: list[Generation]) -> None:
+    """Print every id, unless they would flood a terminal."""
+    if sys.stdout.isatty() and len(rows) > _MAX_IDS_ON_TERMINAL:
+        return
+    for row in rows:
+        print_line(row.id)
+    sys.stdout.flush()  # a script reads the id while we wait for the audio
+
+
+async def _tell_of_queue(rows: list[Generation], *, is_waiting: bool) -> None:
+    tell_untrained(rows)
+    if len(rows) > 1:
+        tell(f"{len(rows):,} generations enqueued; `dgx-music list` shows them.")
+        return
+    if rows[0].is_finished:  # an idempotency key's
+        tell(f"It was made before: {describe(rows[0])}")
+    elif not is_waiting:
+        position = await queue_position(rows[0].id)
+        place = f"Enqueued, place {position:,} in the queue" if position else "Enqueued before, and running"
+        tell(f"{place}; follow it with: dgx-music watch {rows[0].id}")
+
+
+def _copy_audio(row: Generation, out: Path, *, force: bool) -> None:
+    source = Path(row.file_path or "")
+    try:
+        with source.open("rb") as audio, out.open("wb" if force else "xb") as target:
+            shutil.copyfileobj(audio, target)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ArtifactError(f"{source} cannot be copied to {out}: {why}.") from error
+    tell(f"Copied to {out}.")
+    if out.suffix.lower() != source.suffix:
+        tell(f"Note: {out.name} holds {source.suffix[1:].upper()} audio, whatever its name says.")

@@ -1,0 +1,163 @@
+"""Lists, counts, and the few things a person can do to a generation."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from dgx_music.cli.database import find_generation, opened
+from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId, Limit, Timeout
+from dgx_music.cli.output import distance, print_fields, print_json, print_table, tell
+from dgx_music.cli.progress import follow, tell_of_idle_models, tell_outcome
+from dgx_music.enqueue import cancel_generation, retry_generation
+from dgx_music.storage import (
+    Generation,
+    GenerationStatus,
+    Prompt,
+    count_generations,
+    get_all_generations,
+    get_database_stats,
+    get_most_used_prompts,
+)
+from dgx_music.validation import check_positive
+
+
+def list_generations(
+    status: Annotated[
+        GenerationStatus | None, typer.Option("--status", "-s", help="Only those of this status.")
+    ] = None,
+    limit: Limit = 20,
+    offset: Annotated[int, typer.Option(min=0, help="Leave out this many of the newest.")] = 0,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """List generations, newest first."""
+    rows, count = asyncio.run(_list(status, limit, offset, database_url))
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+    elif rows:
+        headings = ("ID", "STATUS", "DURATION", "CREATED", "PROMPT")
+        print_table(headings, [_as_line(row) for row in rows], numbers=["DURATION"])
+    if not count:
+        kind = (
+            f"{status.value} generations" if status else 'generations yet; add one with: dgx-music enqueue "lofi rain"'
+        )
+        tell(f"There are no {kind}")
+    elif len(rows) < count:
+        tell(f"{len(rows):,} of {count:,}; --limit and --offset show others.")
+
+
+def watch(
+    generation_id: GenerationId, timeout: Timeout = None, database_url: DatabaseUrl = None, as_json: AsJson = False
+) -> None:
+    """Watch a generation until it is finished.
+
+    Ends with 1 where it failed or was cancelled.
+    With --json every change of the row is printed as one line of JSON.
+    """
+    if timeout is not None:
+        check_positive("--timeout", timeout)
+    generation = asyncio.run(_watch(generation_id, timeout, database_url, as_json=as_json))
+    is_completed = generation.is_complete if as_json else tell_outcome([generation])
+    if not is_completed:
+        raise typer.Exit(1)
+
+
+def cancel(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Cancel a generation.
+
+    One that waits is cancelled at once, one that runs as soon as its worker has stopped it.
+    """
+    generation = asyncio.run(_cancel(generation_id, database_url))
+    if as_json:
+        print_json(generation.to_dict())
+    elif generation.is_processing:
+        tell(f"Generation {generation.id} is running; its worker has been asked to stop it.")
+    else:
+        tell(f"Generation {generation.id} is {generation.status}.")
+
+
+def retry(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Put a failed or cancelled generation back into the queue.
+
+    It gets a fresh budget of failures; its attempts keep counting. A completed generation never runs again.
+    """
+    generation = asyncio.run(_retry(generation_id, database_url))
+    if as_json:
+        print_json(generation.to_dict())
+    else:
+        tell(
+            f"Generation {generation.id} is {generation.status} again; follow it with: dgx-music watch {generation.id}"
+        )
+
+
+def stats(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Count generations by status, and distinct prompts."""
+    counts = asyncio.run(_stats(database_url))
+    if as_json:
+        print_json(counts)
+    else:
+        print_fields((name.replace("_", " "), f"{count:,}") for name, count in counts.items())
+
+
+def prompts(limit: Limit = 10, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """List the prompts that are used most."""
+    rows = asyncio.run(_prompts(limit, database_url))
+    if as_json:
+        print_json([row.to_dict() for row in rows])
+    elif rows:
+        print_table(
+            ("USED", "LAST", "PROMPT"), [(row.used_count, distance(row.last_used_at), row.text) for row in rows]
+        )
+    else:
+        tell("There are no prompts yet.")
+
+
+def _print_as_line(row: Generation) -> None:
+    print_json(row.to_dict(), indent=None)
+
+
+def _as_line(row: Generation) -> tuple[object, ...]:
+    status = f"{row.status} {row.progress:.0%}" if row.is_processing else row.status
+    return row.id, status, f"{row.duration_seconds:g} s", distance(row.created_at), row.prompt
+
+
+async def _list(
+    status: GenerationStatus | None, limit: int, offset: int, database_url: str | None
+) -> tuple[list[Generation], int]:
+    async with opened(database_url) as database, database.session(read_only=True) as session:
+        rows = await get_all_generations(session, limit, offset, status)
+        return rows, await count_generations(session, status)
+
+
+async def _watch(wanted: str, timeout: float | None, database_url: str | None, *, as_json: bool) -> Generation:
+    async with opened(database_url) as database:
+        generation = await find_generation(database, wanted)
+        await tell_of_idle_models(database, [generation])
+        return (await follow([generation.id], timeout=timeout, show=_print_as_line if as_json else None))[0]
+
+
+async def _cancel(wanted: str, database_url: str | None) -> Generation:
+    async with opened(database_url) as database:
+        generation = await find_generation(database, wanted)
+        await cancel_generation(generation.id)
+        return await find_generation(database, generation.id)
+
+
+async def _retry(wanted: str, database_url: str | None) -> Generation:
+    async with opened(database_url) as database:
+        generation = await find_generation(database, wanted)
+        await retry_generation(generation.id)
+        return await find_generation(database, generation.id)
+
+
+async def _stats(database_url: str | None) -> dict[str, int]:
+    async with opened(database_url) as database, database.session(read_only=True) as session:
+        return await get_database_stats(session)
+
+
+async def _prompts(limit: int, database_url: str | None) -> list[Prompt]:
+    async with opened(database_url) as database, database.session(read_only=True) as session:
+        return await get_most_used_prompts(session, limit)

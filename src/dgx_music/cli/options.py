@@ -1,0 +1,48 @@
+"""Options that several commands share, and options made from settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgx_music.catalog import MODELS
+from dgx_music.config import PREFIX, Settings
+
+WAITING = "Waiting"
+
+
+def setting(name: str, **more: Any) -> Any:
+    """Return the option that overrides this setting; its help is the setting's own description."""
+    field, description = Settings.model_fields[name], str(Settings.model_fields[name].description)
+    shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    text = description if description.startswith("`") else description[:1].upper() + description[1:]
+    text = f"{text.replace('`', '')} ({PREFIX}{name.upper()}{'' if shown is None else f', default {shown}'})"
+    return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, **more)
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given: the others keep their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return the catalogue's models that start so, for the shell."""
+    return [name for name in MODELS if name.startswith(incomplete)]
+
+
+DatabaseUrl = Annotated[str | None, setting("database_url", metavar="URL")]
+Output = Annotated[Path | None, setting("output", metavar="FOLDER")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="How many to print at most.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        help="Give up waiting after this many seconds (exit code 124); the generation goes on.", rich_help_panel=WAITING
+    ),
+]
+GenerationId = Annotated[
+    str, typer.Argument(metavar="ID", help="The generation's id, or its first characters (8 or more).")
+]

@@ -1,0 +1,186 @@
+"""What is printed, and where: data on stdout, talk on stderr; colours only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+WAVEFORM_WIDTH = 72
+ID_PREFIX_CHARACTERS = 18
+"""A UUIDv7's time, to a quarter of a microsecond: enough to tell two ids apart where the terminal is narrow."""
+
+_NARROW = 110
+_PIPE_WIDTH = 10_000
+_LEAST_ROOM = 12
+_GAP = Text("  ")
+_LABELS = {"device_seconds": "device time"}
+_STATES = {"STATUS", "OUTCOME", "STATE", "CHECK"}
+_STYLES = {
+    "pending": "yellow",
+    "processing": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+    "lost": "red",
+    "ok": "green",
+    "warning": "yellow",
+    "alive": "green",
+    "silent": "red",
+}
+_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+
+
+def tell(message: str) -> None:
+    """Say one line on stderr: what a person wants to know and a program does not."""
+    typer.echo(message, err=True)
+
+
+def fail(message: str, exit_code: int) -> int:
+    """Say on one line of stderr what went wrong, and return the exit code."""
+    label = typer.style("Error:", fg="red", bold=True)
+    typer.echo(f"{label} {one_line(message)}", err=True)
+    return exit_code
+
+
+def print_json(value: object, indent: int | None = 2) -> None:
+    """Print the value as JSON on stdout, in ASCII where stdout cannot carry all of Unicode."""
+    is_unicode = str(sys.stdout.encoding).lower().replace("-", "") == "utf8"
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=not is_unicode))
+
+
+def print_line(text: str = "") -> None:
+    """Print one line of data on stdout, as it is."""
+    typer.echo(text)
+
+
+def make_console(file: TextIO | None = None) -> Console:
+    """Return a view of stdout, or of another stream, that takes no text for markup.
+
+    As wide as the terminal, or as COLUMNS says; in a pipe as wide as it takes, so that nothing is cut.
+    """
+    stream = file or sys.stdout
+    is_bounded = stream.isatty() or "COLUMNS" in os.environ
+    width = None if is_bounded else _PIPE_WIDTH
+    return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Iterable[str] = (), is_cut: bool = True
+) -> None:
+    """Print a table without lines; where the terminal is narrow its last column is cut, or else wraps."""
+    console = make_console()
+    cells = [[Text(heading, style="bold") for heading in headings]]
+    cells += [
+        [_cell(heading, value, console.width) for heading, value in zip(headings, row, strict=True)] for row in rows
+    ]
+    widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
+    for row_cells in cells:
+        for heading, cell, width in zip(headings, row_cells[:-1], widths, strict=False):
+            cell.pad_left(width - cell.cell_len) if heading in numbers else cell.pad_right(width - cell.cell_len)
+        _print_row(console, _GAP.join(row_cells[:-1]), row_cells[-1], is_cut=is_cut)
+
+
+def print_fields(fields: Iterable[tuple[str, object]]) -> None:
+    """Print names and values in two columns; a long value is left to the terminal, so that it can be copied whole."""
+    console, lines = make_console(), list(fields)
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        text = str(value).replace("\n", "\n" + " " * (width + _GAP.cell_len))
+        line = Text.assemble((f"{name:{width}}", "bold"), _GAP, (text, _STYLES.get(text, "")))
+        console.print(line, soft_wrap=True)
+
+
+def _print_row(console: Console, start: Text, last: Text, *, is_cut: bool) -> None:
+    indent = start.cell_len + _GAP.cell_len
+    room = max(console.width - indent, _LEAST_ROOM)
+    if is_cut:
+        last.truncate(room, overflow="ellipsis")
+    first, *others = last.wrap(console, room)
+    console.print(start + _GAP + first, soft_wrap=True)
+    for line in others:
+        console.print(Text(" " * indent) + line, soft_wrap=True)
+
+
+def _cell(heading: str, value: object, width: int) -> Text:
+    text = one_line(str(value))
+    if heading == "ID" and width < _NARROW:
+        text = text[:ID_PREFIX_CHARACTERS]
+    return Text(text, style=_STYLES.get(text.partition(" ")[0], "") if heading in _STATES else "")
+
+
+def shown(name: str, value: Any, now: datetime) -> str:
+    """Return a row's field in words, by what its name says it is."""
+    if name.endswith("_at"):
+        moment = datetime.fromisoformat(value)
+        return f"{moment:%Y-%m-%d %H:%M:%S} UTC ({distance(moment, now)})"
+    if name.endswith("_bytes"):
+        return size(value)
+    if name.endswith("_seconds"):
+        return f"{value:.3f}".rstrip("0").rstrip(".") + " s"
+    if name == "progress":
+        return f"{value:.0%}"
+    if name == "sample_rate":
+        return f"{value:,} Hz"
+    if name == "sampling":
+        return ", ".join(f"{label(key)} {item}" for key, item in value.items() if item is not None)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def label(name: str) -> str:
+    """Return a field's name in words; its unit stands with the value."""
+    return _LABELS.get(name) or name.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
+
+
+def distance(moment: datetime, now: datetime | None = None) -> str:
+    """Return how far away a moment is: ``3 min ago``, or ``in 2 h``."""
+    passed = (now or datetime.now(UTC)) - moment
+    return f"{span(passed)} ago" if passed >= timedelta(0) else f"in {span(-passed)}"
+
+
+def span(length: timedelta) -> str:
+    """Return a length of time in its largest whole unit."""
+    seconds = length.total_seconds()
+    unit, unit_seconds = next(((unit, size) for unit, size in _UNITS if seconds >= size), _UNITS[-1])
+    return f"{int(seconds // unit_seconds)} {unit}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in KiB, MiB or GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def one_line(text: str) -> str:
+    """Return the text with every run of white space as one space."""
+    return " ".join(text.split())
+
+
+def shorten(text: str, length: int) -> str:
+    """Return at most this many characters, the last one a sign that some are missing."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def near(path: str) -> str:
+    """Return a path from here where it is beneath this folder, else as it is."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return path

@@ -1,0 +1,77 @@
+"""Requests from a file or a pipe: a prompt in each line, or a JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dgx_music.enqueue import plan
+from dgx_music.errors import InvalidRequestError
+
+_JSON_LINES = {".jsonl", ".ndjson"}
+_STDIN = Path("-")
+
+
+def read_requests(file: Path, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the file's requests, each with the defaults it does not override; blank lines are skipped.
+
+    A line is JSON where it starts with ``{``, and every line is where the file's name ends in ``.jsonl``. All are checked:
+    raises ``InvalidRequestError`` that names the first line that cannot be enqueued.
+    """
+    requests = []
+    for number, line in _read_lines(file):
+        try:
+            request = {**defaults, **_parse(line, is_json=file.suffix in _JSON_LINES)}
+            plan(request.get("prompt"), {name: value for name, value in request.items() if name != "prompt"})
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"line {number}: {error.field}", error.problem, error.remedy) from None
+        requests.append(request)
+    if not requests:
+        raise InvalidRequestError("--file", f"{str(file)!r} holds no prompts", "write one in each line")
+    return requests
+
+
+def parse_object(field: str, text: str, example: str) -> dict[str, Any]:
+    """Return a JSON object; raises ``InvalidRequestError`` that names the field and shows the example."""
+    remedy = f"use an object such as {example}"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(field, f"is not JSON ({error.msg} at column {error.colno})", remedy) from None
+    except (ValueError, RecursionError):
+        raise InvalidRequestError(field, "is JSON with a number or a nesting beyond all bounds", remedy) from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError(field, "is JSON, but not an object", remedy)
+    return value
+
+
+def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers from 1."""
+    for number, line in enumerate(_read(file).splitlines(), 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError:
+            raise InvalidRequestError(f"line {number}", "is not UTF-8 text", "save the file as UTF-8") from None
+        if text:
+            yield number, text
+
+
+def _read(file: Path) -> bytes:
+    if file == _STDIN:
+        return sys.stdin.buffer.read()
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise InvalidRequestError(
+            "--file", f"{str(file)!r} cannot be read ({why})", "name a text file, or - for stdin"
+        ) from None
+
+
+def _parse(line: str, *, is_json: bool) -> dict[str, Any]:
+    if is_json or line.startswith("{"):
+        return parse_object("request", line, '{"prompt": "lofi rain", "duration": 16}')
+    return {"prompt": line}

@@ -1,0 +1,96 @@
+"""``dgx-music show``: all that is known of one generation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from dgx_music.cli.database import find_generation, opened
+from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
+from dgx_music.cli.output import (
+    WAVEFORM_WIDTH,
+    distance,
+    label,
+    make_console,
+    print_fields,
+    print_json,
+    print_line,
+    print_table,
+    shown,
+)
+from dgx_music.enqueue import queue_position
+from dgx_music.storage import Generation
+from dgx_music.storage.repository import get_attempts
+
+
+def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """Show all of one generation: fields, attempts, waveform."""
+    generation, attempts, position = asyncio.run(_read(generation_id, database_url))
+    if as_json:
+        print_json({**generation.to_dict(), "attempts": attempts, "queue_position": position})
+        return
+    _print_generation(generation, position)
+    print_waveform(generation)
+    _print_attempts(attempts)
+
+
+def _print_generation(generation: Generation, position: int | None) -> None:
+    now = datetime.now(UTC)
+    fields = {name: value for name, value in generation.to_dict().items() if value is not None and name != "metadata"}
+    lines = [(label(name), shown(name, value, now)) for name, value in fields.items()]
+    if position is not None:
+        lines.append(("queue position", f"{position:,}"))
+    if generation.generation_time_seconds:
+        rtf = generation.generation_time_seconds / generation.duration_seconds
+        lines.append(("RTF", f"{rtf:.3g} (run seconds for each second of audio)"))
+    metadata = generation.get_metadata()
+    facts = _audio_facts(metadata.pop("audio", {}))
+    lines += [(f"audio {label(name)}", shown(name, value, now)) for name, value in facts.items()]
+    print_fields(lines + [(name, json.dumps(value, ensure_ascii=False)) for name, value in metadata.items()])
+
+
+def _audio_facts(facts: object) -> dict[str, Any]:
+    """Return what is worth a line: the waveform is drawn instead."""
+    named = facts if isinstance(facts, dict) else {"metadata": facts}
+    return {name: value for name, value in named.items() if name != "waveform" and value is not None}
+
+
+def print_waveform(generation: Generation) -> None:
+    """Draw the peaks of a completed generation's audio in one line."""
+    facts = generation.get_metadata().get("audio")
+    if not isinstance(facts, dict) or not facts.get("waveform"):
+        return
+    from dgx_music.audio import waveform_text
+
+    print_line(waveform_text(facts["waveform"], min(WAVEFORM_WIDTH, make_console().width)))
+
+
+def _print_attempts(attempts: list[dict[str, Any]]) -> None:
+    if not attempts:
+        return
+    now = datetime.now(UTC)
+    print_line()
+    print_table(
+        ("ATTEMPT", "OUTCOME", "DEVICE", "STARTED", "WORKER", "ERROR"),
+        [
+            (
+                item["attempt"],
+                item["outcome"] or "running",
+                "" if item["device_seconds"] is None else shown("device_seconds", item["device_seconds"], now),
+                distance(datetime.fromisoformat(item["started_at"]), now),
+                item["worker_id"],
+                item["error_message"] or "",
+            )
+            for item in attempts
+        ],
+    )
+
+
+async def _read(wanted: str, database_url: str | None) -> tuple[Generation, list[dict[str, Any]], int | None]:
+    async with opened(database_url) as database:
+        generation = await find_generation(database, wanted)
+        async with database.session(read_only=True) as session:
+            attempts = await get_attempts(session, generation.id)
+        return generation, [attempt.to_dict() for attempt in attempts], await queue_position(generation.id)

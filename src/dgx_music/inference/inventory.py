@@ -1,0 +1,23 @@
+"""What this machine has to run a model with, without running one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def find_cuda_devices() -> list[str]:
+    """Return the names of the CUDA devices that torch finds, in their order. Needs torch."""
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def has_weights(repository: str, revision: str) -> bool:
+    """Return whether the Hugging Face cache holds weights of this revision; asks no network. Needs huggingface_hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(repository, revision=revision, local_files_only=True)
+    except OSError:
+        return False
+    return any(Path(folder).glob("*.safetensors"))

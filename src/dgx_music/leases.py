@@ -1,0 +1,167 @@
+"""The leases of what a worker runs: renewed while it lives, rescued where another worker has died.
+
+Three loops beside the work, none of which can be held up by it: the model is in another process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import anyio
+
+from dgx_music.artifacts import Artifacts
+from dgx_music.config import Settings
+from dgx_music.errors import ArtifactError, DatabaseUnavailableError
+from dgx_music.storage import queue, workers
+from dgx_music.storage.database import Database
+from dgx_music.storage.queue import Claim, Lease
+
+logger = logging.getLogger(__name__)
+
+_CANCEL_LOOK_SECONDS = 0.1
+
+
+class Stop(Enum):
+    """Why a running generation is stopped from outside."""
+
+    CANCELLED = "cancel requested"
+    LOST = "lease lost"
+    RELEASED = "worker stops"
+    REFUSED = "completion refused"
+
+
+@dataclass
+class Running:
+    """One generation in hand."""
+
+    claim: Claim
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    progress: float = 0.0
+    stopped_for: Stop | None = None
+    has_slot: bool = True
+    is_completing: bool = False
+
+    @property
+    def lease(self) -> Lease:
+        """What lets us write the row."""
+        return self.claim.lease
+
+    def stop(self, reason: Stop) -> None:
+        """Stop it, unless its completion is being written: then that write says who owns the row."""
+        if self.stopped_for is None and not self.is_completing:
+            self.stopped_for = reason
+            self.scope.cancel()
+
+
+class Leases:
+    """What one worker has in hand, by lease, and the loops that look after it."""
+
+    def __init__(
+        self, worker_id: str, database: Database, artifacts: Artifacts, settings: Settings, rng: random.Random
+    ) -> None:
+        self.running: dict[Lease, Running] = {}
+        self._worker_id = worker_id
+        self._database = database
+        self._artifacts = artifacts
+        self._settings = settings
+        self._rng = rng
+        self._last_sweep: float | None = None
+        self._no_rescue_before = 0.0
+
+    @property
+    def loops(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
+        """What has to run beside the work, for ever."""
+        return self.beat, self.notice_cancels, self.sweep
+
+    def add(self, claim: Claim) -> Running:
+        """Take a claimed generation in hand."""
+        running = self.running[claim.lease] = Running(claim)
+        return running
+
+    async def beat(self) -> None:
+        """Renew every lease and the worker's own row; an idle worker says only now and then that it lives."""
+        last = -math.inf
+        while True:
+            if self.running or time.monotonic() - last > self._settings.lease_seconds / 4:
+                await self._renew()
+                last = time.monotonic()
+            await anyio.sleep(self._settings.heartbeat_seconds)
+
+    async def _renew(self) -> None:
+        """Renew, and stop what was lost or cancelled."""
+        held = {lease: running.progress for lease, running in self.running.items()}
+        try:
+            async with self._database.session() as session:
+                await workers.heartbeat_worker(session, self._worker_id, len(held))
+                renewed = await queue.renew(session, held, lease_seconds=self._settings.lease_seconds)
+        except DatabaseUnavailableError as error:
+            logger.warning("worker %s: heartbeat missed: %s", self._worker_id, error)
+            return
+        for lease in held:
+            if lease not in renewed:
+                self._stop(lease, Stop.LOST)
+            elif renewed[lease]:
+                self._stop(lease, Stop.CANCELLED)
+
+    async def notice_cancels(self) -> None:
+        """Look for cancel requests whenever the database changes, not only at the next heartbeat."""
+        with self._database.changes.subscribe() as changes:
+            while True:
+                await changes.wait(self._settings.poll_seconds)
+                if self.running:
+                    await self._stop_cancelled()
+                    await anyio.sleep(_CANCEL_LOOK_SECONDS)
+
+    async def _stop_cancelled(self) -> None:
+        try:
+            async with self._database.session(read_only=True) as session:
+                wanted = await queue.find_cancel_requests(session, self._worker_id)
+        except DatabaseUnavailableError as error:
+            logger.warning("worker %s: cannot look for cancels: %s", self._worker_id, error)
+            return
+        for lease in wanted:
+            self._stop(lease, Stop.CANCELLED)
+
+    def _stop(self, lease: Lease, reason: Stop) -> None:
+        if lease in self.running:
+            self.running[lease].stop(reason)
+
+    async def sweep(self) -> None:
+        """Rescue what lost workers left, a few times in each lease."""
+        while True:
+            try:
+                await self._rescue()
+            except (DatabaseUnavailableError, ArtifactError) as error:
+                logger.warning("worker %s: cannot rescue: %s", self._worker_id, error)
+            await anyio.sleep(self._settings.lease_seconds / 4 * self._rng.uniform(0.8, 1.2))
+
+    async def _rescue(self) -> None:
+        rescued = None
+        while rescued is None or len(rescued) == queue.RESCUE_CHUNK:
+            async with self._database.session() as session:
+                await queue.check_answers(session)
+                rescued = await queue.rescue(session) if self.may_rescue(time.monotonic()) else []
+            for item in rescued:
+                lease = item.lease
+                logger.warning(
+                    "generation %s attempt %d: worker lost, now %s", lease.generation_id, lease.attempt, item.status
+                )
+                await self._artifacts.delete(lease.generation_id, [lease.attempt])
+
+    def may_rescue(self, now: float) -> bool:
+        """Return False for one lease after a lease without a sweep; call it when the database has just answered.
+
+        A database that was away, or a machine that slept, makes every lease look dead: give the living time to renew.
+        ``now`` is of a monotonic clock, in seconds.
+        """
+        if self._last_sweep is not None and now - self._last_sweep > self._settings.lease_seconds:
+            self._no_rescue_before = now + self._settings.lease_seconds
+        self._last_sweep = now
+        return now >= self._no_rescue_before

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.cli.conftest import Run, add, count_rows
+
+BAD_ARGUMENTS = {
+    "no prompt": [],
+    "an empty prompt": [""],
+    "a blank prompt": [" \n "],
+    "a long prompt": ["x" * 2_001],
+    "a control character": ["a\x07b"],
+    "a NUL byte": ["a\0b"],
+    "a lone surrogate": ["a\udc80b"],
+    "an endless duration": ["x", "--duration", "inf"],
+    "a duration that is not a number": ["x", "--duration", "nan"],
+    "a duration of nothing": ["x", "--duration", "0"],
+    "a negative duration": ["x", "--duration", "-3"],
+    "a long duration": ["x", "--duration", "31"],
+    "a duration in words": ["x", "--duration", "long"],
+    "an unknown model": ["x", "--model", "musicgen-huge"],
+    "a relative folder": ["x", "--model", "./model"],
+    "three channels": ["x", "--channels", "3"],
+    "a slow sample rate": ["x", "--sample-rate", "100"],
+    "too much guidance": ["x", "--guidance-scale", "21"],
+    "a negative temperature": ["x", "--temperature", "-1"],
+    "a negative top-k": ["x", "--top-k", "-1"],
+    "a top-p above 1": ["x", "--top-p", "1.5"],
+    "a negative seed": ["x", "--seed", "-1"],
+    "a seed beyond 63 bits": ["x", "--seed", str(2**63)],
+    "a fractional seed": ["x", "--seed", "1.5"],
+    "a priority beyond all": ["x", "--priority", "1001"],
+    "no attempts": ["x", "--max-attempts", "0"],
+    "a time in words": ["x", "--run-at", "tomorrow"],
+    "a time without a zone": ["x", "--run-at", "2026-01-31T12:00:00"],
+    "an empty key": ["x", "--idempotency-key", ""],
+    "metadata that is not JSON": ["x", "--metadata", "{bpm: 140}"],
+    "metadata that is a list": ["x", "--metadata", "[1]"],
+    "metadata that holds NaN": ["x", "--metadata", '{"a": NaN}'],
+    "metadata beyond 16 KiB": ["x", "--metadata", json.dumps({"a": "x" * 17_000})],
+    "metadata nested too deeply": ["x", "--metadata", '{"a":' * 9 + "1" + "}" * 9],
+    "metadata nested beyond the parser": ["x", "--metadata", '{"a":' + "[" * 100_000],
+    "an unknown option": ["x", "--durations", "3"],
+    "a prompt and a file": ["x", "--file", "prompts.txt"],
+    "a file that is not there": ["--file", "prompts.txt"],
+    "a folder for a file": ["--file", "."],
+    "a timeout without a wait": ["x", "--timeout", "3"],
+    "a negative timeout": ["x", "--wait", "--timeout", "-1"],
+    "a folder for the audio": ["x", "--out", "."],
+    "audio in a folder that is not there": ["x", "--out", "nowhere/rain.wav"],
+}
+
+BAD_LINES = {
+    "a blank prompt": '{"prompt": " "}',
+    "no prompt": '{"duration": 3}',
+    "a number for a prompt": '{"prompt": 3}',
+    "a long duration": '{"prompt": "x", "duration": 31}',
+    "a duration in words": '{"prompt": "x", "duration": "3"}',
+    "an unknown option": '{"prompt": "x", "durations": 3}',
+    "broken JSON": '{"prompt": "x"',
+    "metadata that holds NaN": '{"prompt": "x", "metadata": {"a": NaN}}',
+    "a number beyond all bounds": '{"prompt": "x", "seed": ' + "9" * 5_000 + "}",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
+def test_bad_input_ends_2_with_one_sentence_and_stores_nothing(run: Run, arguments: list[str]) -> None:
+    result = run("enqueue", *arguments)
+
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("Error: ")
+    assert result.err.count("\n") == 1
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_one_bad_line_refuses_the_whole_file_and_is_named(run: Run, line: str) -> None:
+    Path("prompts.jsonl").write_text(f'{{"prompt": "lofi rain"}}\n\n{line}\n')
+
+    result = run("enqueue", "--file", "prompts.jsonl")
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Error: line 3: ")
+    assert result.err.count("\n") == 1
+    assert count_rows() == 0
+
+
+def test_a_refused_request_leaves_an_existing_database_unchanged(run: Run) -> None:
+    add("lofi rain")
+    before = run("list", "--json").json
+
+    run("enqueue", "x", "--duration", 99)
+
+    assert run("list", "--json").json == before
+
+
+def test_prints_the_id_on_stdout_and_all_else_on_stderr(run: Run) -> None:
+    result = run("enqueue", "lofi rain")
+
+    assert run("show", result.out.strip(), "--json").json["prompt"] == "lofi rain"
+    assert "place 1" in result.err
+    assert "No worker serves musicgen-small" in result.err
+
+
+def test_json_is_the_row_with_every_option_that_was_given(run: Run) -> None:
+    row = run(
+        *("enqueue", "lofi rain", "--json", "--duration", 16, "--model", "musicgen-stereo-small", "--seed", 7),
+        *("--priority", 5, "--max-attempts", 1, "--idempotency-key", "k", "--metadata", '{"bpm": 140}'),
+        *("--guidance-scale", 4, "--temperature", 0.5, "--top-k", 10, "--top-p", 0.9, "--sample-rate", 48_000),
+        *("--run-at", "2030-01-31T12:00:00+01:00", "--channels", 1),
+    ).json
+
+    assert (row["duration_seconds"], row["model_name"], row["channels"]) == (16.0, "musicgen-stereo-small", 1)
+    assert row["sampling"] == {"guidance_scale": 4.0, "temperature": 0.5, "top_k": 10, "top_p": 0.9, "seed": 7}
+    assert (row["priority"], row["max_attempts"], row["idempotency_key"]) == (5, 1, "k")
+    assert (row["metadata"], row["sample_rate"]) == ({"bpm": 140}, 48_000)
+    assert row["run_at"] == "2030-01-31T11:00:00+00:00"
+
+
+def test_a_text_file_is_a_prompt_in_each_line_with_the_options_as_defaults(run: Run) -> None:
+    Path("prompts.txt").write_text('\ufefflofi rain\n\n  trap beat \r\n{"prompt": "pads", "duration": 2}\n')
+
+    rows = run("enqueue", "--file", "prompts.txt", "--duration", 5, "--json").json
+
+    assert [(row["prompt"], row["duration_seconds"]) for row in rows] == [
+        ("lofi rain", 5),
+        ("trap beat", 5),
+        ("pads", 2),
+    ]
+
+
+def test_prompts_come_from_stdin_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("лофи\nrain\n".encode()), isatty=lambda: False))
+
+    result = run("enqueue", "--file", "-", "--json")
+
+    assert [row["prompt"] for row in result.json] == ["лофи", "rain"]
+
+
+def test_a_line_that_is_not_utf8_is_named(run: Run) -> None:
+    Path("prompts.txt").write_bytes(b"lofi rain\n\xff\n")
+
+    result = run("enqueue", "--file", "prompts.txt")
+
+    assert (result.code, result.err) == (2, "Error: line 2 is not UTF-8 text; save the file as UTF-8.\n")
+
+
+def test_a_file_without_prompts_is_refused(run: Run) -> None:
+    Path("prompts.txt").write_text("\n \n")
+
+    assert run("enqueue", "--file", "prompts.txt").code == 2
+
+
+def test_one_key_for_a_whole_file_is_refused(run: Run) -> None:
+    Path("prompts.txt").write_text("a\nb\n")
+
+    assert run("enqueue", "--file", "prompts.txt", "--idempotency-key", "k").code == 2
+
+
+def test_one_audio_file_for_many_prompts_is_refused(run: Run) -> None:
+    Path("prompts.txt").write_text("a\nb\n")
+
+    assert run("enqueue", "--file", "prompts.txt", "--out", "rain.wav").code == 2
+    assert count_rows() == 0
+
+
+def test_an_audio_file_that_exists_is_refused_before_anything_is_made(run: Run) -> None:
+    Path("rain.wav").write_text("mine")
+
+    result = run("enqueue", "lofi rain", "--out", "rain.wav")
+
+    assert (result.code, Path("rain.wav").read_text()) == (2, "mine")
+    assert "--force" in result.err
+    assert not Path("data").exists()
+
+
+def test_the_same_request_under_its_key_is_the_same_row_and_another_one_ends_4(run: Run) -> None:
+    first = run("enqueue", "lofi rain", "--idempotency-key", "k").out
+
+    assert run("enqueue", "lofi rain", "--idempotency-key", "k").out == first
+    assert run("enqueue", "trap beat", "--idempotency-key", "k").code == 4
+
+
+def test_noise_is_announced_where_a_model_is_untrained(run: Run) -> None:
+    assert "the audio is noise" in run("enqueue", "x", "--model", "musicgen-tiny-untrained").err
+
+
+def test_a_wait_that_takes_too_long_ends_124_and_leaves_the_row(run: Run) -> None:
+    result = run("enqueue", "lofi rain", "--wait", "--timeout", 0.1)
+
+    assert result.code == 124
+    assert "still pending" in result.err
+    assert count_rows() == 1
+
+
+def test_a_database_that_is_no_database_ends_5_in_one_sentence(run: Run) -> None:
+    Path("notes.txt").write_text("not a database, but long enough to look at" * 50)
+
+    result = run("enqueue", "lofi rain", "--database-url", "sqlite:///notes.txt")
+
+    assert result.code == 5
+    assert result.err == "Error: The database sqlite:///notes.txt cannot be used: file is not a database.\n"
+
+
+def test_a_folder_that_cannot_be_made_ends_5(run: Run) -> None:
+    Path("data").write_text("a file")
+
+    result = run("enqueue", "lofi rain")
+
+    assert (result.code, result.out, result.err.count("\n")) == (5, "", 1)

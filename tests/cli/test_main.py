@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dgx_music
+from dgx_music.cli import _explain, main
+from dgx_music.errors import EngineUnavailableError
+from tests.cli.conftest import Run, Spawn, add
+
+HEAVY = ("torch", "transformers", "alembic", "scipy", "pyloudnorm", "numpy", "soundfile", "soxr", "fastapi")
+COMMANDS = ["enqueue", "list", "show", "watch", "cancel", "retry", "stats", "prompts", "worker", "workers"]
+COMMANDS += ["prune", "doctor", "demo", "db", "db init", "db migrate", "db reset", "db current"]
+LOADED = "import sys, json; from dgx_music.cli import main; code = main(['--help']); print(json.dumps([*sys.modules]))"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    output = subprocess.run([sys.executable, "-c", LOADED], check=True, capture_output=True, text=True).stdout
+
+    loaded = json.loads(output.splitlines()[-1])
+
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(run: Run, command: str) -> None:
+    result = run(*command.split(), "--help")
+
+    assert (result.code, result.err) == (0, "")
+    assert f"dgx-music {command}" in result.out
+
+
+def test_help_documents_the_exit_codes(run: Run) -> None:
+    text = " ".join(run("--help").out.split())
+
+    assert "3 no such generation" in text
+    assert "124 timeout" in text
+
+
+def test_nothing_to_do_prints_the_help_and_ends_2(run: Run) -> None:
+    result = run()
+
+    assert result.code == 2
+    assert "enqueue" in result.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").out == f"dgx-music {dgx_music.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["list", "--bogus"], ["db", "frobnicate"], ["show"]])
+def test_a_usage_error_ends_2_with_one_sentence(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith("Error: ")
+    assert "--help`" in result.err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://ann:hunter2@host/db",
+        "postgresql://ann:hunter2@host:port/db",
+        "postgresql://ann:p@ss:hunter2@host/db",
+        "ann:hunter2@host",
+        "sqlite://ann:hunter2@host/db",
+        "",
+    ],
+)
+@pytest.mark.parametrize("command", ["list", "doctor", "worker", "db current", "db init"])
+def test_a_bad_database_url_is_named_and_its_password_never_printed(run: Run, command: str, url: str) -> None:
+    result = run(*command.split(), "--database-url", url)
+
+    assert result.code == (1 if command == "doctor" else 2)
+    assert "DGX_MUSIC_DATABASE_URL" in result.out + result.err
+    assert "hunter2" not in result.out + result.err
+
+
+def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGX_MUSIC_SLOTS", "many")
+
+    assert run("list").err == "Error: DGX_MUSIC_SLOTS is 'many'; use a whole number from 1 to 256.\n"
+
+
+def test_a_lone_error_comes_out_of_its_groups(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    def fail(*_: object) -> None:
+        raise ExceptionGroup("tasks", [ExceptionGroup("more", [EngineUnavailableError("No weights.")])])
+
+    monkeypatch.setattr("dgx_music.cli.generations._stats", fail)
+
+    assert run("stats")[::2] == (6, "Error: No weights.\n")
+
+
+def test_an_unexpected_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        _explain(ZeroDivisionError())
+
+
+def test_an_interrupt_ends_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dgx_music.cli.generations._stats", interrupt)
+
+    assert main(["stats"]) == 130
+
+
+def test_a_reader_that_leaves_early_is_no_trouble(spawn: Spawn) -> None:
+    add(*("lofi rain " * 100 for _ in range(200)))
+    process = spawn("list", "--json", "--limit", 200)
+    assert process.stdout is not None
+    assert process.stderr is not None
+
+    process.stdout.readline()
+    process.stdout.close()
+
+    assert process.stderr.read() == ""
+
+
+def test_output_that_fits_the_pipe_is_no_trouble_either() -> None:
+    add("lofi rain")
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    command = [sys.executable, "-m", "dgx_music.cli", "list"]
+    process = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+
+    assert process.stderr == b""
+
+
+def test_the_shell_completes_commands(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setenv("_DGX_MUSIC_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "dgx-music enq")
+    monkeypatch.setenv("COMP_CWORD", "1")
+
+    assert run().out.strip() == "enqueue"
+
+
+def test_worker_py_is_the_worker_command(place: Path) -> None:
+    script = Path(dgx_music.__file__).parents[2] / "worker.py"
+
+    result = subprocess.run([sys.executable, script, "--slots", "0"], check=False, capture_output=True, text=True)
+
+    assert (result.returncode, "DGX_MUSIC_SLOTS" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_terminal_without_unicode_is_no_trouble(options: list[str]) -> None:
+    (generation_id,) = add("лофи", status="completed", metadata={"audio": {"waveform": [0.5]}})
+    command = [sys.executable, "-m", "dgx_music.cli", "show", generation_id, *options]
+
+    process = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+
+    assert process.stderr == b""
+    assert (json.loads(process.stdout)["prompt"] == "лофи") if options else (b"????" in process.stdout)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, add, count_rows
+
+pytestmark = pytest.mark.usefixtures("migrated")
+
+
+def test_prune_needs_to_be_told_how_long_to_keep(run: Run) -> None:
+    result = run("prune")
+
+    assert (result.code, "--failed-days 7" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("days", ["-1", "nan", "1e9"])
+def test_days_that_are_no_length_of_time_end_2(run: Run, days: str) -> None:
+    add("lofi rain", status="failed")
+
+    assert (run("prune", "--failed-days", days).code, count_rows()) == (2, 1)
+
+
+def test_a_dry_run_only_counts(run: Run) -> None:
+    add("a", "b", status="failed")
+
+    assert run("prune", "--failed-days", 0, "--dry-run", "--json").json == {"failed": 2}
+    assert "Would delete 2 failed" in run("prune", "--failed-days", 0, "--dry-run").err
+    assert count_rows() == 2
+
+
+def test_what_is_older_goes_with_its_audio_and_the_rest_stays(run: Run) -> None:
+    (gone,) = add("a", status="completed", attempt=1)
+    add("b", status="cancelled")
+    Path("audio").mkdir()
+    file = Path(f"audio/{gone}-1.wav")
+    file.write_text("music")
+
+    result = run("prune", "--completed-days", 0, "--failed-days", 0, "--output", "audio", "--json")
+
+    assert result.json == {"completed": 1, "failed": 0}
+    assert (file.exists(), count_rows()) == (False, 1)
+
+
+def test_on_a_terminal_a_no_deletes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    add("a", status="failed")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("typer.confirm", lambda question, err: False)
+
+    result = run("prune", "--failed-days", 0)
+
+    assert (result.code, result.err, count_rows()) == (1, "Nothing was changed.\n", 1)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from dgx_music.cli.enqueue import _copy_audio
+from dgx_music.config import Settings
+from dgx_music.errors import ArtifactError
+from dgx_music.storage import Generation
+from tests.cli.conftest import Run, Spawn
+
+pytestmark = pytest.mark.usefixtures("migrated")
+
+Tone = Callable[..., None]
+
+
+def wait_until_says(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stderr is not None
+    assert any(words in line for line in process.stderr)
+
+
+def test_every_setting_is_an_option(run: Run) -> None:
+    text = run("worker", "--help").out
+
+    assert [name for name in Settings.model_fields if f"--{name.replace('_', '-')[:20]}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("--slots", "0", "DGX_MUSIC_SLOTS"),
+        ("--device", "gpu", "DGX_MUSIC_DEVICE"),
+        ("--model", "musicgen-huge", "DGX_MUSIC_MODEL"),
+        ("--lease-seconds", "nan", "DGX_MUSIC_LEASE_SECONDS"),
+        ("--heartbeat-seconds", "29", "DGX_MUSIC_HEARTBEAT_SECONDS"),
+        ("--audio-format", "aiff", "--audio-format"),
+        ("--slots", "many", "--slots"),
+        ("--log-level", "loud", "--log-level"),
+    ],
+)
+def test_a_wrong_setting_ends_2_and_is_named(run: Run, option: str, value: str, name: str) -> None:
+    result = run("worker", option, value)
+
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert name in result.err
+
+
+def test_an_output_folder_that_cannot_be_written_ends_7(run: Run, tone: Tone) -> None:
+    Path("taken").write_text("a file")
+
+    assert run("worker", "--drain", "--output", "taken/audio").code == 7
+
+
+def test_a_model_that_cannot_be_loaded_ends_6(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgx_music.worker._ENGINE_STARTS", 1)
+    monkeypatch.setenv("DGX_MUSIC_TONE_SPEED", "slow")
+
+    result = run("worker", "--drain", "--engine", "tone")
+
+    assert (result.code, "DGX_MUSIC_TONE_SPEED" in result.err) == (6, True)
+
+
+def test_a_drained_queue_ends_0_and_the_rows_tell_the_truth(run: Run, tone: Tone) -> None:
+    generation_id = run("enqueue", "lofi rain", "--duration", 2).out.strip()
+
+    assert run("worker", "--drain").code == 0
+
+    shown = run("show", generation_id, "--json").json
+    assert (shown["status"], [attempt["outcome"] for attempt in shown["attempts"]]) == ("completed", ["completed"])
+    assert soundfile.info(shown["file_path"]).duration == 2.0
+    assert "█" in run("show", generation_id).out or "▃" in run("show", generation_id).out
+
+
+def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn, tone: Tone) -> None:
+    process = spawn("worker")
+    wait_until_says(process, "serves")
+
+    listed = run("workers", "--json").json
+    assert [(row["pid"], row["is_alive"]) for row in listed] == [(process.pid, True)]
+    assert "alive" in run("workers").out
+
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert run("workers", "--json").json == []
+
+
+def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(run: Run, spawn: Spawn, tone: Tone) -> None:
+    spawn("worker")
+
+    result = run("enqueue", "lofi rain", "--duration", 1, "--out", "rain.wav", "--json")
+
+    assert (result.code, result.json["status"]) == (0, "completed")
+    assert Path("rain.wav").read_bytes() == Path(result.json["file_path"]).read_bytes()
+    assert "Copied to rain.wav" in result.err
+    assert run("enqueue", "trap", "--duration", 1, "--out", "rain.ogg", "--wait").err.endswith(
+        "whatever its name says.\n"
+    )
+
+
+def test_waiting_for_a_file_ends_1_where_one_of_its_generations_failed(run: Run, spawn: Spawn, tone: Tone) -> None:
+    tone({"prompt": "storm", "do": "reject", "message": "no thunder today"})
+    Path("prompts.txt").write_text("".join(f"rain {number}\n" for number in range(10)) + "storm\n")
+    spawn("worker", "--slots", 4)
+
+    result = run("enqueue", "--file", "prompts.txt", "--duration", 0.1, "--wait")
+
+    assert (result.code, len(result.out.split())) == (1, 11)
+    assert "no thunder today" in result.err
+    assert "10 of 11 completed." in result.err
+
+
+def test_an_audio_file_that_appears_meanwhile_is_not_overwritten() -> None:
+    Path("made.wav").write_text("music")
+    Path("rain.wav").write_text("mine")
+
+    with pytest.raises(ArtifactError, match="file exists"):
+        _copy_audio(Generation(file_path="made.wav"), Path("rain.wav"), force=False)
+
+    assert Path("rain.wav").read_text() == "mine"
+
+
+def test_audio_that_is_on_another_machine_is_said_to_be_missing() -> None:
+    with pytest.raises(ArtifactError, match="no such file"):
+        _copy_audio(Generation(file_path="/elsewhere/made.wav"), Path("rain.wav"), force=False)

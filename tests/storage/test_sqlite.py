@@ -1,0 +1,364 @@
+"""What only SQLite needs: the recipe of its connections, its files, and a process that dies in mid-write."""
+
+import asyncio
+import sqlite3
+import threading
+
+import anyio
+import pytest
+from sqlalchemy import func, select, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.storage import configure_sqlite, create_generation, database, migrations
+from dgx_music.storage.database import Database, warn_of_old_sqlite
+from dgx_music.storage.models import Generation
+from dgx_music.storage.schema import VERSION_TABLE
+from tests.factories import Program, read_all
+
+WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
+
+
+@pytest.fixture
+def path(database):
+    return database.path
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Make connections give up on a lock at once."""
+    monkeypatch.setattr(database, "_BUSY_TIMEOUT_SECONDS", 0)
+
+
+async def refusal(url):
+    """Return the sentence with which a database is refused."""
+    refused = Database(url)
+    with pytest.raises(DatabaseUnavailableError) as caught:
+        await refused.migrate()
+    await refused.dispose()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize(
+    ("pragma", "value"),
+    [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 30_000), ("mmap_size", 0)],
+)
+async def test_every_connection_is_set_up(database, pragma, value, read_only):
+    async with database.session(read_only=read_only) as session:
+        assert await session.scalar(text(f"PRAGMA {pragma}")) == value
+
+
+async def test_an_engine_of_the_callers_own_is_set_up(path):
+    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
+    configure_sqlite(engine)
+    async with engine.connect() as connection:
+        assert await connection.scalar(text("PRAGMA synchronous")) == 2
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            sqlite3.connect(path, timeout=0).execute("BEGIN IMMEDIATE")
+    await engine.dispose()
+
+
+@pytest.mark.parametrize(("read_only", "is_locked"), [(False, True), (True, False)])
+async def test_only_a_writing_session_takes_the_write_lock_and_takes_it_at_once(database, path, read_only, is_locked):
+    raw = sqlite3.connect(path, timeout=0)
+    async with database.session(read_only=read_only) as session:
+        await session.scalar(select(func.count()).select_from(Generation))
+        try:
+            raw.execute("BEGIN IMMEDIATE")
+            assert not is_locked
+        except sqlite3.OperationalError:
+            assert is_locked
+        raw.rollback()
+    raw.close()
+
+
+async def test_a_foreign_key_is_enforced(database):
+    async with database.session() as session:
+        assert await session.scalar(text("PRAGMA foreign_key_check")) is None
+        with pytest.raises(Exception, match="FOREIGN KEY constraint failed"):
+            await session.execute(text("INSERT INTO attempts (generation_id, attempt, worker_id) VALUES ('x', 1, 'w')"))
+        await session.rollback()
+
+
+async def test_a_database_in_memory_works_for_a_single_session(impatient):
+    memory = Database("sqlite://")
+    await memory.migrate()
+    async with memory.session() as session:
+        await create_generation(session, *WISH)
+
+    assert len(await read_all(memory, select(Generation))) == 1
+    assert (memory.path, len(memory.engines)) == (None, 1)
+    await memory.dispose()
+
+
+@pytest.fixture
+def read_in_old_mode(tmp_path):
+    """A connection that reads a file that is not in WAL mode yet."""
+    raw = sqlite3.connect(tmp_path / "old.db", isolation_level=None)
+    raw.execute("CREATE TABLE theirs (id INTEGER)")
+    raw.execute("BEGIN")
+    raw.execute("SELECT * FROM theirs").fetchall()
+    yield raw
+    raw.close()
+
+
+async def test_a_switch_to_wal_waits_until_nobody_else_is_in_the_file(tmp_path, read_in_old_mode):
+    old = Database(f"sqlite:///{tmp_path / 'old.db'}")
+    looking = asyncio.create_task(old.revision())
+    await asyncio.wait([looking], timeout=0.1)
+    assert not looking.done()
+    read_in_old_mode.execute("COMMIT")
+
+    with anyio.fail_after(5):
+        assert await looking is None
+    await old.dispose()
+
+
+class BusyAtFirst:
+    """A connection and its cursor that answer as SQLite does where two switch a new file at the same moment."""
+
+    def __init__(self, code):
+        self.answers = [sqlite3.OperationalError("database is locked"), sqlite3.OperationalError("database is locked")]
+        for error in self.answers:
+            error.sqlite_errorcode = code
+
+    def cursor(self):
+        return self
+
+    def execute(self, statement):
+        if "journal_mode" in statement and self.answers:
+            raise self.answers.pop()
+
+    def close(self):
+        pass
+
+    def run_async(self, work):
+        work(self).close()
+
+
+def test_a_switch_to_wal_that_is_refused_without_waiting_is_tried_again():
+    busy = BusyAtFirst(sqlite3.SQLITE_BUSY)
+    database._set_up_connection(busy, None)
+
+    assert busy.answers == []
+
+
+def test_a_switch_to_wal_that_fails_otherwise_is_not_tried_again():
+    broken = BusyAtFirst(sqlite3.SQLITE_IOERR)
+    with pytest.raises(sqlite3.OperationalError):
+        database._set_up_connection(broken, None)
+
+    assert len(broken.answers) == 1
+
+
+async def test_a_switch_to_wal_is_given_up_in_one_sentence(impatient, tmp_path, read_in_old_mode):
+    assert (await refusal(f"sqlite:///{tmp_path / 'old.db'}")).endswith("cannot be used: database is locked.")
+
+
+# files
+
+
+async def test_the_folders_of_a_new_database_are_created(tmp_path):
+    new = Database(f"sqlite:///{tmp_path / 'a' / 'b' / 'new.db'}")
+    await new.migrate()
+    await new.dispose()
+
+    assert (tmp_path / "a" / "b" / "new.db").exists()
+
+
+@pytest.mark.parametrize("name", ["50% off.db", "what?.db", "a#b.db", "naïve ♫.db", "file:x.db"])
+async def test_a_file_may_have_any_name(tmp_path, name):
+    path = tmp_path / name
+    odd = Database(f"sqlite:///{str(path).replace('?', '%3F')}" if "?" not in name else f"sqlite:///{path}")
+    await odd.migrate()
+    await odd.dispose()
+
+
+async def test_a_folder_that_cannot_be_created_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    assert await refusal(f"sqlite:///{tmp_path}/file/new.db") == (
+        f"The database sqlite:///{tmp_path}/file/new.db cannot be used: its folder cannot be created (File exists)."
+    )
+
+
+async def test_a_folder_in_the_files_place_is_one_sentence(tmp_path):
+    assert (await refusal(f"sqlite:///{tmp_path}")).endswith("cannot be used: unable to open database file.")
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_thread_to_complain(tmp_path, monkeypatch):
+    complaints = []
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+    for _ in range(100):
+        with asyncio.Runner() as runner:
+            runner.run(refusal(f"sqlite:///{tmp_path}"))
+
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"this is a text file, and no database at all" * 50, b"SQLite format 3\0" + b"\xff" * 4080]
+)
+async def test_a_file_that_is_no_database_is_one_sentence(tmp_path, content):
+    (tmp_path / "x.db").write_bytes(content)
+
+    assert (await refusal(f"sqlite:///{tmp_path / 'x.db'}")).endswith("cannot be used: file is not a database.")
+
+
+async def test_a_damaged_database_is_one_sentence(path, database):
+    await database.dispose()
+    damaged = bytearray(path.read_bytes())
+    damaged[4096:] = b"\x55" * (len(damaged) - 4096)
+    path.write_bytes(damaged)
+
+    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: database disk image is malformed\.$"):
+        await read_all(database, select(Generation))
+
+
+async def test_a_database_that_cannot_be_written_is_one_sentence(database):
+    async with database.engine.connect() as connection:
+        await connection.execute(text("PRAGMA query_only = ON"))
+
+    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: attempt to write a readonly database\.$"):
+        await add_one(database)
+
+
+async def add_one(database):
+    async with database.session() as session:
+        return await create_generation(session, *WISH)
+
+
+async def test_a_lock_that_is_held_too_long_is_one_sentence(impatient, database, path):
+    raw = sqlite3.connect(path)
+    raw.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: database is locked\.$"):
+        await add_one(database)
+    raw.close()
+
+    assert (await add_one(database)).is_pending
+
+
+async def test_a_session_inside_another_is_one_sentence(monkeypatch, database):
+    monkeypatch.setattr(database.engine.pool, "_timeout", 0.05)
+
+    async with database.session() as session:
+        await create_generation(session, *WISH)
+        with pytest.raises(DatabaseUnavailableError, match="all its connections are in use"):
+            await add_one(database)
+
+
+@pytest.mark.parametrize(("version", "is_warned"), [((3, 40, 1), True), ((3, 51, 2), True), ((3, 51, 3), False)])
+def test_an_old_sqlite_is_warned_of(monkeypatch, version, is_warned):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+
+    assert (warn_of_old_sqlite() is not None) == is_warned
+
+
+# the schema, to the letter
+
+
+def schema_of(path):
+    """Return what SQLite keeps of the schema: the statements that made it, white space aside."""
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    connection.close()
+    return {name: " ".join(sql.split()) for name, sql in rows if name not in (VERSION_TABLE, "sqlite_sequence")}
+
+
+def columns_of(path, table):
+    connection = sqlite3.connect(path)
+    rows = connection.execute(f"PRAGMA table_xinfo({table})").fetchall()
+    connection.close()
+    return rows
+
+
+@pytest.fixture
+async def from_models(tmp_path):
+    """A file with the tables that the models say."""
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'models.db'}")
+    async with engine.begin() as connection:
+        await connection.run_sync(database.Base.metadata.create_all)
+    await engine.dispose()
+    return tmp_path / "models.db"
+
+
+def test_migrated_indexes_are_the_models_to_the_letter(migrated_file, from_models):
+    migrated, modelled = schema_of(migrated_file), schema_of(from_models)
+
+    assert {name: sql for name, sql in migrated.items() if name.startswith("ix_")} == {
+        name: sql for name, sql in modelled.items() if name.startswith("ix_")
+    }
+    assert migrated["ix_generations_claim"] == (
+        "CREATE INDEX ix_generations_claim ON generations (model_name, priority DESC, run_at, id) "
+        "WHERE status = 'pending'"
+    )
+
+
+@pytest.mark.parametrize("table", database.Base.metadata.tables)
+def test_migrated_tables_are_the_models_to_the_letter(migrated_file, from_models, table):
+    migrated, modelled = schema_of(migrated_file)[table], schema_of(from_models)[table]
+
+    assert columns_of(migrated_file, table) == columns_of(from_models, table)
+    assert clauses_of(migrated) == clauses_of(modelled)
+
+
+def clauses_of(sql):
+    return sorted(clause.strip(" ,)") for clause in sql.split("CONSTRAINT")[1:])
+
+
+async def test_the_claim_reads_its_index_in_order_and_sorts_nothing(database):
+    query = "EXPLAIN QUERY PLAN SELECT id FROM generations WHERE status = 'pending' AND model_name = 'm' AND "
+    query += "run_at <= '2026' ORDER BY priority DESC, run_at, id LIMIT 5"
+    async with database.session() as session:
+        plan = [row.detail for row in (await session.execute(text(query))).all()]
+
+    assert plan == ["SEARCH generations USING INDEX ix_generations_claim (model_name=?)"]
+
+
+def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):
+    assert (migrations.folder() / "versions" / "0001_first_tables.py").exists()
+    (tmp_path / "_migrations").mkdir()
+    monkeypatch.setattr(migrations.dgx_music, "__file__", str(tmp_path / "__init__.py"))
+
+    assert migrations.folder() == tmp_path / "_migrations"
+
+
+# a process that dies
+
+
+@pytest.mark.parametrize("lines", [1, 20, 57])
+async def test_a_writer_killed_in_mid_write_loses_nothing_and_leaves_no_lock(database_url, database, path, lines):
+    program = await Program.start("write", database_url)
+    program.begin()
+    told = [await program.read_line() for _ in range(lines)]
+    program.process.kill()
+    told += await program.rest()
+
+    raw = sqlite3.connect(path, timeout=0, isolation_level=None)
+    raw.execute("BEGIN IMMEDIATE")
+    assert raw.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    raw.close()
+    await assert_told_is_there(database, told)
+
+
+async def assert_told_is_there(database, told):
+    statuses = {row.id: row.status for row in await read_all(database, select(Generation))}
+    added = {generation_id for what, generation_id in told if what == "added"}
+    completed = {generation_id for what, generation_id in told if what == "completed"}
+
+    assert added <= statuses.keys()
+    assert {statuses[generation_id] for generation_id in completed} <= {"completed"}
+
+
+async def test_a_writer_waits_for_another_process_to_finish(database, path):
+    raw = sqlite3.connect(path, isolation_level=None)
+    raw.execute("BEGIN IMMEDIATE")
+    adding = asyncio.create_task(add_one(database))
+    await asyncio.wait([adding], timeout=0.05)
+    assert not adding.done()
+    raw.execute("COMMIT")
+    raw.close()
+
+    with anyio.fail_after(5):
+        assert (await adding).is_pending

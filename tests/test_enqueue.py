@@ -1,0 +1,731 @@
+"""What producers call, on every database."""
+
+import asyncio
+import sys
+import uuid
+from datetime import UTC, datetime, timedelta, timezone
+
+import anyio
+import pytest
+from sqlalchemy import event, func, select
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+from dgx_music import (
+    DgxMusicError,
+    cancel_generation,
+    configure_sqlite,
+    enqueue,
+    enqueue_many,
+    enqueue_sync,
+    queue_position,
+    retry_generation,
+    wait_for_generation,
+    watch_generation,
+)
+from dgx_music.errors import (
+    GenerationNotFoundError,
+    IdempotencyConflictError,
+    IllegalTransitionError,
+    InvalidRequestError,
+    WaitTimeoutError,
+)
+from dgx_music.storage import delete_generation, queue
+from dgx_music.storage.changes import Changes
+from dgx_music.storage.models import Generation, Prompt
+from tests.factories import Program, add_generation, claim_one, completion_of, read, read_all
+
+pytestmark = pytest.mark.usefixtures("default_database")
+
+enqueueing = sys.modules["dgx_music.enqueue"]  # the package's attribute of this name is the coroutine
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def database(default_database):
+    return default_database
+
+
+async def count(database, model=Generation):
+    return (await read_all(database, select(func.count()).select_from(model)))[0]
+
+
+async def uses(database):
+    """Return how often each prompt was asked for."""
+    async with database.session(read_only=True) as session:
+        return dict((await session.execute(select(Prompt.text, Prompt.used_count))).all())
+
+
+async def add(database, **overrides):
+    async with database.session() as session:
+        return await add_generation(session, **overrides)
+
+
+async def complete(database, generation_id):
+    """Claim the one pending generation and complete it."""
+    async with database.session() as session:
+        lease = await claim_one(session)
+        assert lease.generation_id == generation_id
+        await queue.complete(session, [completion_of(lease)])
+
+
+# one generation
+
+
+async def test_enqueue_returns_the_row_that_is_stored(database):
+    generation = await enqueue("  lofi rain ")
+
+    assert (await read(database, generation.id)).to_dict() == generation.to_dict()
+    assert (generation.prompt, generation.status, generation.attempt) == ("lofi rain", "pending", 0)
+    assert uuid.UUID(generation.id).version == 7
+
+
+async def test_what_is_not_said_has_its_default(database):
+    row = (await enqueue("lofi rain")).to_dict()
+
+    audio = {"model_name": "musicgen-small", "duration_seconds": 10.0, "sample_rate": 32_000, "channels": 1}
+    sampling = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 250, "top_p": None, "seed": None}
+    assert row | audio | {"sampling": sampling, "priority": 0, "max_attempts": 10, "metadata": None} == row
+    assert abs(datetime.fromisoformat(row["run_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+async def test_what_is_said_is_stored(database):
+    sampling = {"guidance_scale": 4.5, "temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 2**63 - 1}
+    generation = await enqueue(
+        "lofi rain",
+        duration=16,
+        model="musicgen-stereo-small",
+        channels=1,
+        sample_rate=44_100,
+        priority=-7,
+        max_attempts=1,
+        run_at=NOON,
+        idempotency_key="order-7",
+        metadata={"bpm": 140, "tags": ["a", None]},
+        **sampling,
+    )
+
+    row = (await read(database, generation.id)).to_dict()
+    assert row["sampling"] == sampling
+    assert row | {"duration_seconds": 16.0, "model_name": "musicgen-stereo-small", "channels": 1} == row
+    assert row | {"sample_rate": 44_100, "priority": -7, "max_attempts": 1, "idempotency_key": "order-7"} == row
+    assert row | {"metadata": {"bpm": 140, "tags": ["a", None]}, "run_at": NOON.isoformat()} == row
+
+
+@pytest.mark.parametrize(
+    "run_at", ["2026-01-31T13:00:00+01:00", datetime(2026, 1, 31, 7, tzinfo=timezone(timedelta(hours=-5))), NOON]
+)
+async def test_a_wish_for_later_is_kept_in_utc(database, run_at):
+    generation = await enqueue("lofi rain", run_at=run_at)
+
+    assert (await read(database, generation.id)).run_at == NOON
+
+
+@pytest.mark.parametrize(
+    ("model", "channels"), [("musicgen-large", 1), ("musicgen-stereo-large", 2), ("/models/own", 1)]
+)
+async def test_a_model_brings_its_own_channels(model, channels):
+    generation = await enqueue("lofi rain", model=model)
+
+    assert (generation.model_name, generation.channels) == (model, channels)
+
+
+async def test_the_default_model_is_the_one_of_the_settings(monkeypatch):
+    monkeypatch.setenv("DGX_MUSIC_MODEL", "musicgen-tiny-untrained")
+
+    assert (await enqueue("lofi rain")).model_name == "musicgen-tiny-untrained"
+
+
+async def test_an_option_of_none_is_as_good_as_none_given():
+    options = ("model", "channels", "sample_rate", "guidance_scale", "temperature", "top_k", "top_p", "seed", "run_at")
+    generation = await enqueue("lofi rain", **dict.fromkeys(options), idempotency_key=None, metadata=None)
+
+    assert (generation.model_name, generation.sampling["top_k"]) == ("musicgen-small", 250)
+
+
+async def test_generations_enqueued_later_have_greater_ids():
+    ids = [(await enqueue(f"rain {number}")).id for number in range(5)]
+
+    assert ids == sorted(ids)
+
+
+async def test_every_enqueue_counts_the_prompts_use(database):
+    for prompt in ("rain", "sun", " rain "):
+        await enqueue(prompt)
+
+    assert await uses(database) == {"rain": 2, "sun": 1}
+
+
+# bad input
+
+BAD = [
+    ("prompt", ""),
+    ("prompt", " \n"),
+    ("prompt", "x" * 2001),
+    ("prompt", "a\x00b"),
+    ("prompt", "a\x1bb"),
+    ("prompt", "\ud800"),
+    ("prompt", None),
+    ("prompt", b"rain"),
+    ("duration", 0),
+    ("duration", -1.0),
+    ("duration", 30.1),
+    ("duration", float("nan")),
+    ("duration", float("inf")),
+    ("duration", "16"),
+    ("duration", None),
+    ("duration", True),
+    ("model", "musicgen-huge"),
+    ("model", ""),
+    ("model", "../models/own"),
+    ("model", 7),
+    ("channels", 0),
+    ("channels", 3),
+    ("sample_rate", 7_999),
+    ("sample_rate", 44_100.0),
+    ("guidance_scale", 0.5),
+    ("guidance_scale", float("nan")),
+    ("temperature", -0.1),
+    ("temperature", 5.1),
+    ("top_k", -1),
+    ("top_k", 2_049),
+    ("top_k", 1.5),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("seed", -1),
+    ("seed", 2**63),
+    ("seed", "7"),
+    ("priority", 1_001),
+    ("priority", None),
+    ("priority", True),
+    ("max_attempts", 0),
+    ("max_attempts", 26),
+    ("run_at", "tomorrow"),
+    ("run_at", datetime(2026, 1, 31)),  # noqa: DTZ001
+    ("run_at", 1_800_000_000),
+    ("idempotency_key", ""),
+    ("idempotency_key", "k" * 201),
+    ("idempotency_key", "a\nb"),
+    ("idempotency_key", 7),
+    ("metadata", [1]),
+    ("metadata", "{}"),
+    ("metadata", {"x": float("nan")}),
+    ("metadata", {"x": "\x00"}),
+    ("metadata", {"x": "\ud800"}),
+    ("metadata", {1: "x"}),
+    ("metadata", {"x": "y" * 20_000}),
+    ("metadata", {"x": [[[[[[[[[1]]]]]]]]]}),
+    ("metadata", {"x": {1, 2}}),
+    ("metadata", {"x": 2**64}),
+]
+
+
+def request_with(field, value):
+    options = {"prompt": "lofi rain", "idempotency_key": "order-7"} | {field: value}
+    return options.pop("prompt"), options
+
+
+async def assert_unchanged(database):
+    assert (await count(database), await count(database, Prompt)) == (0, 0)
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+async def test_bad_input_is_refused_by_its_field_and_the_database_unchanged(database, field, value):
+    prompt, options = request_with(field, value)
+
+    with pytest.raises(InvalidRequestError) as caught:
+        await enqueue(prompt, **options)
+
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{field} ")
+    assert "\n" not in str(caught.value)
+    await assert_unchanged(database)
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+async def test_bad_input_in_a_batch_is_refused_by_its_place_and_nothing_stored(database, field, value):
+    prompt, options = request_with(field, value)
+
+    with pytest.raises(InvalidRequestError) as caught:
+        await enqueue_many(["fine", {"prompt": prompt, **options}, "fine too"])
+
+    assert caught.value.field == f"request 2: {field}"
+    await assert_unchanged(database)
+
+
+async def test_an_unknown_option_is_refused_by_its_name(database):
+    with pytest.raises(InvalidRequestError, match=r"^lenght is not an option; use channels, duration, "):
+        await enqueue("lofi rain", lenght=16)
+
+    await assert_unchanged(database)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (7, "request 1: request is not an object"),
+        (None, "request 1: request is not an object"),
+        ({"duration": 16}, "request 1: prompt is missing"),
+        ({"prompt": "x", 7: 7}, "request 1: 7 is not an option"),
+    ],
+)
+async def test_a_request_of_no_known_form_is_refused(database, request_, sentence):
+    with pytest.raises(InvalidRequestError) as caught:
+        await enqueue_many([request_])
+
+    assert str(caught.value).startswith(sentence)
+    await assert_unchanged(database)
+
+
+async def test_a_batch_too_large_is_refused(database, monkeypatch):
+    monkeypatch.setattr(enqueueing, "MAX_BATCH", 2)
+
+    with pytest.raises(InvalidRequestError, match=r"^requests are 3; send at most 2 at a time"):
+        await enqueue_many(["a", "b", "c"])
+    await assert_unchanged(database)
+
+
+@pytest.mark.parametrize(("field", "value"), [("prompt", ""), ("duration", 31), ("metadata", {"x": float("nan")})])
+async def test_a_script_is_refused_in_the_same_words_before_any_database_is_made(tmp_path, monkeypatch, field, value):
+    monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", f"sqlite:///{tmp_path / 'none' / 'new.db'}")
+    prompt, options = request_with(field, value)
+
+    with pytest.raises(InvalidRequestError) as caught:
+        await asyncio.to_thread(enqueue_sync, prompt, **options)
+
+    assert caught.value.field == field
+    assert not (tmp_path / "none").exists()
+
+
+# idempotency
+
+
+async def test_the_same_request_under_the_same_key_gets_the_existing_row(database):
+    first = await enqueue("lofi rain", idempotency_key="order-7", duration=16)
+    await complete(database, first.id)
+    again = await enqueue(" lofi rain", idempotency_key="order-7", duration=16.0)
+
+    assert (again.id, again.status) == (first.id, "completed")
+    assert (await count(database), await uses(database)) == (1, {"lofi rain": 1})
+
+
+@pytest.mark.parametrize("urgency", [{"priority": 5}, {"run_at": NOON}, {"max_attempts": 1}])
+async def test_when_and_how_urgently_are_no_part_of_the_request(urgency):
+    first = await enqueue("lofi rain", idempotency_key="order-7")
+
+    assert (await enqueue("lofi rain", idempotency_key="order-7", **urgency)).id == first.id
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"prompt": "sun"},
+        {"duration": 9},
+        {"model": "musicgen-large"},
+        {"seed": 1},
+        {"channels": 2},
+        {"metadata": {"x": 1}},
+    ],
+)
+async def test_another_request_under_the_same_key_is_refused(database, other):
+    first = await enqueue("lofi rain", idempotency_key="order-7")
+    request = {"prompt": "lofi rain", "idempotency_key": "order-7"} | other
+
+    with pytest.raises(IdempotencyConflictError) as caught:
+        await enqueue(**request)
+
+    assert (caught.value.key, caught.value.generation_id) == ("order-7", first.id)
+    assert (await count(database), await uses(database)) == (1, {"lofi rain": 1})
+
+
+async def test_a_key_repeated_inside_a_batch_is_one_row(database):
+    request = {"prompt": "lofi rain", "idempotency_key": "order-7"}
+    rows = await enqueue_many([request, "sun", request])
+
+    assert [row.prompt for row in rows] == ["lofi rain", "sun", "lofi rain"]
+    assert rows[0].id == rows[2].id
+    assert (await count(database), await uses(database)) == (2, {"lofi rain": 1, "sun": 1})
+
+
+async def test_two_requests_under_one_key_inside_a_batch_are_refused_with_all_the_rest(database):
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue_many(["sun", "rain", "sun"], idempotency_key="order-7")
+
+    await assert_unchanged(database)
+
+
+async def test_producers_that_race_with_one_key_share_one_row(database_url, database):
+    programs = [await Program.start("produce", database_url, "order-7", "lofi rain") for _ in range(2)]
+    for program in programs:
+        program.begin()
+    ids = [await program.rest() for program in programs]
+
+    assert ids[0] == ids[1]
+    assert (await count(database), await uses(database)) == (1, {"lofi rain": 1})
+
+
+@pytest.fixture
+def quicker_rival(monkeypatch):
+    """Return a function that lets a rival enqueue between our look for a key and our insert."""
+
+    def arrange(rival):
+        look = enqueueing._find_by_key
+
+        async def look_too_early(session, rows):
+            found = await look(session, rows)
+            monkeypatch.setattr(enqueueing, "_find_by_key", look)
+            await rival(session)
+            return found
+
+        monkeypatch.setattr(enqueueing, "_find_by_key", look_too_early)
+
+    return arrange
+
+
+async def test_a_producer_whose_rival_was_quicker_gets_the_rivals_row(database, quicker_rival):
+    rivals = []
+
+    async def rival(session):
+        rivals.append(await enqueue("lofi rain", session=session, idempotency_key="order-7"))
+
+    quicker_rival(rival)
+    rows = await enqueue_many(["sun", {"prompt": "lofi rain", "idempotency_key": "order-7"}])
+
+    assert rows[1].id == rivals[0].id
+    assert await uses(database) == {"lofi rain": 1, "sun": 1}
+
+
+async def test_a_producer_whose_rival_asked_for_something_else_is_refused(database, quicker_rival):
+    async def rival(session):
+        await enqueue("sun", session=session, idempotency_key="order-7")
+
+    quicker_rival(rival)
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue("lofi rain", idempotency_key="order-7")
+
+    await assert_unchanged(database)
+
+
+# the caller's own session
+
+
+@pytest.fixture(params=["configured", "plain"])
+async def own(request, database):
+    """A session of the caller's own, on an engine of his own."""
+    engine = create_async_engine(database.url)
+    if request.param == "configured" and engine.dialect.name == "sqlite":
+        configure_sqlite(engine)
+    async with AsyncSession(engine, expire_on_commit=False) as session:
+        yield session
+    await engine.dispose()
+
+
+def calls_of(session):
+    """Return a list that grows with every commit and rollback of the session."""
+    calls = []
+    event.listen(session.sync_session, "after_commit", lambda _: calls.append("commit"))
+    event.listen(session.sync_session, "after_rollback", lambda _: calls.append("rollback"))
+    return calls
+
+
+async def everything(session, pending, failed):
+    await enqueue("lofi rain", session=session)
+    await enqueue("lofi rain", session=session, idempotency_key="order-7")
+    await enqueue_many(["sun", "rain"], session=session)
+    await cancel_generation(pending, session=session)
+    await retry_generation(failed, session=session)
+    await queue_position(failed, session=session)
+
+
+async def test_nothing_is_committed_rolled_back_or_closed_for_the_caller(database, own):
+    pending, failed = (await add(database)).id, (await add(database, status="failed")).id
+    calls = calls_of(own)
+
+    await everything(own, pending, failed)
+
+    assert calls == []
+    assert own.in_transaction()
+    await own.rollback()
+
+
+async def test_a_row_in_the_callers_transaction_is_invisible_until_he_commits(database, own):
+    generation = await enqueue("lofi rain", session=own)
+    assert await count(database) == 0
+    async with database.session(read_only=True) as session:
+        assert await session.get(Generation, generation.id) is None
+
+    await own.commit()
+
+    assert (await read(database, generation.id)).is_pending
+
+
+async def test_a_row_is_gone_when_the_caller_rolls_back(database, own):
+    await enqueue("lofi rain", session=own)
+    await own.rollback()
+
+    await assert_unchanged(database)
+
+
+async def test_an_idempotent_duplicate_leaves_the_callers_transaction_usable(database, own):
+    first = await enqueue("lofi rain", idempotency_key="order-7")
+
+    again = await enqueue("lofi rain", session=own, idempotency_key="order-7")
+    other = await enqueue("sun", session=own)
+    await own.commit()
+
+    assert again.id == first.id
+    assert await uses(database) == {"lofi rain": 1, "sun": 1}
+    assert (await read(database, other.id)).is_pending
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        ({"prompt": ""}, InvalidRequestError),
+        ({"prompt": "sun", "idempotency_key": "order-7"}, IdempotencyConflictError),
+    ],
+)
+async def test_a_refusal_leaves_the_callers_transaction_usable(database, own, request_, error):
+    await enqueue("lofi rain", idempotency_key="order-7")
+    with pytest.raises(error):
+        await enqueue(**request_, session=own)
+
+    await enqueue("rain", session=own)
+    await own.commit()
+
+    assert await uses(database) == {"lofi rain": 1, "rain": 1}
+
+
+async def test_a_generation_of_the_callers_session_counts_from_his_view(database, own):
+    generation = await enqueue("lofi rain", session=own)
+
+    assert await queue_position(generation.id, session=own) == 1
+    assert await queue_position(generation.id) is None
+    await own.rollback()
+
+
+# batches
+
+
+async def test_a_batch_gives_its_rows_in_order_with_its_defaults(database):
+    rows = await enqueue_many(["a", {"prompt": "b", "duration": 5, "seed": 1}, "c"], duration=7, priority=3)
+
+    assert [(row.prompt, row.duration_seconds, row.priority) for row in rows] == [("a", 7, 3), ("b", 5, 3), ("c", 7, 3)]
+    assert [row.id for row in rows] == sorted(row.id for row in rows)
+
+
+async def test_a_batch_may_come_from_any_iterable(database):
+    assert len(await enqueue_many(f"rain {number}" for number in range(3))) == 3
+    assert await enqueue_many([]) == []
+
+
+async def test_a_long_batch_keeps_its_order_and_counts_every_prompt(database):
+    prompts = [f"rain {number % 700}" for number in range(1200)]
+    rows = await enqueue_many({"prompt": prompt, "idempotency_key": f"k{n}"} for n, prompt in enumerate(prompts))
+
+    assert [row.prompt for row in rows] == prompts
+    assert await uses(database) == {f"rain {number}": 2 if number < 500 else 1 for number in range(700)}
+
+
+async def test_a_long_batch_said_again_gives_the_same_rows(database):
+    requests = [{"prompt": "rain", "idempotency_key": f"key {number}"} for number in range(600)]
+    first = await enqueue_many(requests)
+    again = await enqueue_many([*requests[:300], "new", *requests[300:]])
+
+    assert [row.id for row in again if row.prompt == "rain"] == [row.id for row in first]
+    assert await uses(database) == {"rain": 600, "new": 1}
+
+
+# scripts
+
+
+async def test_a_script_without_an_event_loop_enqueues(database, database_url, monkeypatch):
+    monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", database_url)
+
+    generation = await asyncio.to_thread(enqueue_sync, "lofi rain", duration=16)
+
+    assert (await read(database, generation.id)).to_dict() == generation.to_dict()
+
+
+async def test_a_script_makes_the_database_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'folder' / 'new.db'}")
+
+    await asyncio.to_thread(enqueue_sync, "lofi rain")
+
+    assert (tmp_path / "folder" / "new.db").exists()
+
+
+# waiting and watching
+
+
+async def test_waiting_returns_the_row_once_it_is_finished(database):
+    generation = await enqueue("lofi rain")
+    waiting = asyncio.create_task(wait_for_generation(generation.id, timeout=30))
+    await asyncio.sleep(0)
+    await complete(database, generation.id)
+
+    with anyio.fail_after(5):
+        assert (await waiting).file_path == f"{generation.id}-1.wav"
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+@pytest.mark.parametrize("timeout", [None, 0, 30])
+async def test_waiting_for_a_finished_generation_returns_at_once(database, status, timeout):
+    generation = await add(database, status=status)
+
+    with anyio.fail_after(5):
+        assert (await wait_for_generation(generation.id, timeout=timeout)).status == status
+
+
+@pytest.mark.parametrize("timeout", [0, 0.02])
+async def test_waiting_too_long_raises_and_the_generation_goes_on(database, timeout):
+    generation = await enqueue("lofi rain")
+
+    with pytest.raises(WaitTimeoutError, match=f"is still pending after {timeout:g} s; it goes on") as caught:
+        await wait_for_generation(generation.id, timeout=timeout)
+
+    assert isinstance(caught.value, TimeoutError)
+    assert (await read(database, generation.id)).is_pending
+
+
+async def test_waiting_for_what_is_not_there_says_so():
+    with pytest.raises(GenerationNotFoundError):
+        await wait_for_generation("unknown", timeout=5)
+
+
+async def test_waiting_for_what_is_deleted_meanwhile_says_so(database):
+    generation = await enqueue("lofi rain")
+    waiting = asyncio.create_task(wait_for_generation(generation.id))
+    await asyncio.sleep(0)
+    async with database.session() as session:
+        await delete_generation(session, generation.id)
+
+    with anyio.fail_after(5), pytest.raises(GenerationNotFoundError):
+        await waiting
+
+
+async def test_nothing_watches_the_database_once_the_waiting_is_over(database):
+    generation = await enqueue("lofi rain")
+    with pytest.raises(WaitTimeoutError):
+        await wait_for_generation(generation.id, timeout=0)
+    await cancel_generation(generation.id)
+    await wait_for_generation(generation.id)
+
+    assert database.changes._subscriptions == set()
+
+
+async def test_a_waiter_can_be_cancelled(database):
+    generation = await enqueue("lofi rain")
+    with anyio.move_on_after(0.02) as scope:
+        await wait_for_generation(generation.id)
+
+    assert scope.cancelled_caught
+    assert database.changes._subscriptions == set()
+
+
+async def test_watching_yields_every_change_up_to_the_end(database):
+    generation = await enqueue("lofi rain")
+    rows = watch_generation(generation.id)
+    seen = [await anext(rows)]
+    async with database.session() as session:
+        lease = await claim_one(session)
+    seen.append(await anext(rows))
+    async with database.session() as session:
+        await queue.renew(session, {lease: 0.5}, lease_seconds=30)
+    seen.append(await anext(rows))
+    async with database.session() as session:
+        await queue.cancel(session, generation.id)
+        await queue.release(session, [lease])
+    seen += [row async for row in rows]
+
+    assert [(row.status, row.progress) for row in seen] == [
+        ("pending", 0.0),
+        ("processing", 0.0),
+        ("processing", 0.5),
+        ("cancelled", 0.5),
+    ]
+
+
+async def test_a_change_that_nobody_watches_for_is_not_yielded(database):
+    generation = await enqueue("lofi rain")
+    rows = watch_generation(generation.id)
+    await anext(rows)
+    watching = asyncio.create_task(anext(rows))
+    await enqueue("sun")
+    await asyncio.wait([watching], timeout=0.1)
+    assert not watching.done()
+
+    await cancel_generation(generation.id)
+    with anyio.fail_after(5):
+        assert (await watching).status == "cancelled"
+    await rows.aclose()
+
+
+async def test_watching_goes_on_without_a_hint_by_its_slow_poll(database, monkeypatch):
+    monkeypatch.setattr(database, "changes", Changes(None))
+    monkeypatch.setattr(enqueueing, "_POLL_SECONDS", 0.01)
+    generation = await enqueue("lofi rain")
+    waiting = asyncio.create_task(wait_for_generation(generation.id))
+    await asyncio.sleep(0)
+    await cancel_generation(generation.id)
+
+    with anyio.fail_after(5):
+        assert (await waiting).status == "cancelled"
+
+
+# cancel, retry, position
+
+
+async def test_cancelling_a_pending_generation_ends_it(database):
+    generation = await enqueue("lofi rain")
+
+    assert await cancel_generation(generation.id) == "cancelled"
+    assert await cancel_generation(generation.id) == "cancelled"
+    assert (await read(database, generation.id)).status == "cancelled"
+
+
+async def test_cancelling_a_running_generation_asks_its_worker(database):
+    generation = await enqueue("lofi rain")
+    async with database.session() as session:
+        lease = await claim_one(session)
+
+    assert await cancel_generation(generation.id) == "processing"
+    async with database.session() as session:
+        assert await queue.find_cancel_requests(session, "worker-1") == [lease]
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+async def test_a_retried_generation_waits_again(database, status):
+    generation = await add(database, status=status, failures=3)
+
+    assert await retry_generation(generation.id) is None
+    assert (await read(database, generation.id)).is_pending
+
+
+@pytest.mark.parametrize(
+    ("call", "statuses"),
+    [(cancel_generation, ["completed", "failed"]), (retry_generation, ["pending", "processing", "completed"])],
+)
+async def test_what_the_status_does_not_allow_is_refused(database, call, statuses):
+    for status in statuses:
+        generation = await add(database, status=status)
+        with pytest.raises(IllegalTransitionError, match=f"is {status} and cannot become"):
+            await call(generation.id)
+        assert (await read(database, generation.id)).to_dict() == generation.to_dict()
+
+
+@pytest.mark.parametrize("call", [cancel_generation, retry_generation])
+async def test_what_is_not_there_is_refused(call):
+    with pytest.raises(GenerationNotFoundError, match="There is no generation 'unknown'"):
+        await call("unknown")
+
+
+async def test_the_position_counts_those_that_go_first():
+    later, first = await enqueue("later"), await enqueue("first", priority=1)
+
+    assert [await queue_position(row.id) for row in (first, later)] == [1, 2]
+    assert await queue_position("unknown") is None
+
+
+def test_every_refusal_is_one_family_of_errors():
+    assert issubclass(InvalidRequestError, ValueError)
+    assert all(issubclass(error, DgxMusicError) for error in (InvalidRequestError, IdempotencyConflictError))
