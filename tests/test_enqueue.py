@@ -729,3 +729,8 @@ async def test_the_position_counts_those_that_go_first():
 def test_every_refusal_is_one_family_of_errors():
     assert issubclass(InvalidRequestError, ValueError)
     assert all(issubclass(error, DgxMusicError) for error in (InvalidRequestError, IdempotencyConflictError))
+
+
+async def test_the_synchronous_helper_is_refused_inside_an_event_loop():
+    with pytest.raises(RuntimeError, match="await enqueue"):
+        enqueue_sync("lofi rain")

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
+from functools import cache
 from typing import Any, TypedDict, cast, get_type_hints
 
 import anyio
@@ -98,7 +99,12 @@ async def enqueue_many(
 
 
 def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
-    """Add one generation from code that has no event loop, on a connection of its own, and return its row."""
+    """Add one generation from code that has no event loop, on a connection of its own, and return its row.
+
+    Raises ``RuntimeError`` inside an event loop: await ``enqueue`` there.
+    """
+    if _is_in_event_loop():
+        raise RuntimeError("enqueue_sync would block the event loop that runs here; await enqueue(...) instead.")
     row = plan(prompt, cast("Mapping[str, Any]", options))
 
     async def run() -> Generation:
@@ -111,6 +117,14 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
             await database.dispose()
 
     return asyncio.run(run())
+
+
+def _is_in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def cancel_generation(generation_id: str, *, session: AsyncSession | None = None) -> str:
@@ -284,17 +298,22 @@ async def _insert_fresh(session: AsyncSession, rows: list[dict[str, Any]]) -> li
         return []
     prompts = await repository.count_prompt_uses(session, [row["prompt"] for row in rows])
     prompt_ids = {prompt.text: prompt.id for prompt in prompts}
-    statement = (
-        repository.insert(session, Generation)
-        .values(run_at=func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now()))
-        .on_conflict_do_nothing(index_elements=["idempotency_key"])
-        .returning(Generation)
-    )
+    statement = _insert_statement(repository.dialect_of(session))
     inserted: list[Generation] = []
     for start in range(0, len(rows), _CHUNK):
         chunk = [row | {"prompt_id": prompt_ids[row["prompt"]]} for row in rows[start : start + _CHUNK]]
         inserted += await session.scalars(statement, chunk)
     return inserted
+
+
+@cache
+def _insert_statement(dialect: str) -> Any:
+    return (
+        repository.insert(dialect, Generation)
+        .values(run_at=func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now()))
+        .on_conflict_do_nothing(index_elements=["idempotency_key"])
+        .returning(Generation)
+    )
 
 
 async def _read(database: Database, generation_id: str) -> Generation:

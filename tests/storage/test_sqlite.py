@@ -14,7 +14,7 @@ from dgx_music.storage import configure_sqlite, create_generation, database, mig
 from dgx_music.storage.database import Database, warn_of_old_sqlite
 from dgx_music.storage.models import Generation
 from dgx_music.storage.schema import VERSION_TABLE
-from tests.factories import Program, read_all
+from tests.factories import Program, add_generation, read_all
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
 
@@ -362,3 +362,9 @@ async def test_a_writer_waits_for_another_process_to_finish(database, path):
 
     with anyio.fail_after(5):
         assert (await adding).is_pending
+
+
+async def test_a_reading_session_cannot_write(database):
+    with pytest.raises(DatabaseUnavailableError, match="readonly"):
+        async with database.session(read_only=True) as session:
+            await add_generation(session)

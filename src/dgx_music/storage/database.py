@@ -127,7 +127,7 @@ class Database:
         self.url = normalise_url(url)
         self.is_file = self.url.database not in (None, "", ":memory:")
         self.engine = _create_engine(self.url, connections=1)
-        self._reading_engine = _create_engine(self.url, connections=_READERS) if self.is_file else self.engine
+        self._reading_engine = _create_engine(self.url, _READERS, read_only=True) if self.is_file else self.engine
         self.changes = Changes(self.path)
         self._writing = async_sessionmaker(self.engine, class_=Session, expire_on_commit=False)
         reading = self._reading_engine.execution_options(**{READ_ONLY: True}) if self.is_file else self.engine
@@ -256,7 +256,7 @@ def configure_sqlite(engine: AsyncEngine) -> None:
     event.listen(engine.sync_engine, "begin", _begin)
 
 
-def _create_engine(url: URL, connections: int) -> AsyncEngine:
+def _create_engine(url: URL, connections: int, *, read_only: bool = False) -> AsyncEngine:
     engine = create_async_engine(
         url,
         poolclass=AsyncAdaptedQueuePool,
@@ -266,7 +266,15 @@ def _create_engine(url: URL, connections: int) -> AsyncEngine:
     )
     event.listen(engine.sync_engine, "do_connect", _open_once)
     configure_sqlite(engine)
+    if read_only:
+        event.listen(engine.sync_engine, "connect", _refuse_writes)
     return engine
+
+
+def _refuse_writes(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA query_only = ON")
+    cursor.close()
 
 
 def _open_once(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, case, delete, func, not_, or_, select, true, update
@@ -178,12 +179,17 @@ async def count_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> list
         {"text": text, "text_hash": text_hash(text), "used_count": count}
         for text, count in sorted(Counter(texts).items())
     ]
-    upsert = insert(session, Prompt)
-    upsert = upsert.on_conflict_do_update(
+    statement = _count_statement(dialect_of(session))
+    return list(await session.scalars(statement, rows, execution_options={"populate_existing": True}))
+
+
+@cache
+def _count_statement(dialect: str) -> Any:
+    upsert = insert(dialect, Prompt)
+    return upsert.on_conflict_do_update(
         index_elements=["text_hash"],
         set_={"used_count": Prompt.used_count + upsert.excluded.used_count, "last_used_at": now()},
-    )
-    return list(await session.scalars(upsert.returning(Prompt), rows, execution_options={"populate_existing": True}))
+    ).returning(Prompt)
 
 
 async def uncount_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> None:
@@ -222,9 +228,13 @@ def check_status(status: GenerationStatus | str) -> str:
         raise InvalidRequestError("status", f"{status!r} is not one", f"use {known}") from None
 
 
-def insert(session: AsyncSession, model: type[Any]) -> Any:
-    """Return an INSERT of the session's database that can say ON CONFLICT."""
-    dialect = session.get_bind().dialect.name
+def dialect_of(session: AsyncSession) -> str:
+    """Return the kind of the session's database: ``sqlite`` or ``postgresql``."""
+    return session.get_bind().dialect.name
+
+
+def insert(dialect: str, model: type[Any]) -> Any:
+    """Return an INSERT of this kind of database, one that can say ON CONFLICT."""
     return (postgresql.insert if dialect == "postgresql" else sqlite.insert)(model)
 
 

@@ -8,7 +8,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.models import WorkerInfo
-from dgx_music.storage.repository import insert
+from dgx_music.storage.repository import dialect_of, insert
 from dgx_music.storage.schema import now, now_plus
 
 _FORGET_AFTER_SECONDS = 86_400.0
@@ -16,7 +16,7 @@ _FORGET_AFTER_SECONDS = 86_400.0
 
 async def register_worker(session: AsyncSession, **values: Any) -> None:
     """Add the worker's row, or take over one of the same id."""
-    statement = insert(session, WorkerInfo).values(**values)
+    statement = insert(dialect_of(session), WorkerInfo).values(**values)
     changes = {**values, "running_count": 0, "started_at": now(), "heartbeat_at": now()}
     await session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=changes))
 
