@@ -227,3 +227,10 @@ def test_another_database_can_be_named(run: Run) -> None:
     assert run("show", generation_id).code == 3
     assert run("show", generation_id, "--database-url", "sqlite:///other.db").code == 0
     assert Path("other.db").exists()
+
+
+@pytest.mark.parametrize("command", ["list", "show"])
+def test_noise_is_called_noise_wherever_it_is_looked_at(run, command):
+    generation_id = run("enqueue", "rain", "--model", "musicgen-tiny-untrained").out.strip()
+    shown = run(*([command] if command == "list" else [command, generation_id]))
+    assert "noise" in shown.err

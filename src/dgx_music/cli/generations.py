@@ -10,7 +10,7 @@ import typer
 from dgx_music.cli.database import find_generation, opened
 from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId, Limit, Timeout
 from dgx_music.cli.output import distance, print_fields, print_json, print_table, tell
-from dgx_music.cli.progress import follow, tell_of_idle_models, tell_outcome
+from dgx_music.cli.progress import follow, tell_of_idle_models, tell_outcome, tell_untrained
 from dgx_music.enqueue import cancel_generation, retry_generation
 from dgx_music.storage import (
     Generation,
@@ -47,6 +47,7 @@ def list_generations(
         tell(f"There are no {kind}")
     elif len(rows) < count:
         tell(f"{len(rows):,} of {count:,}; --limit and --offset show others.")
+    tell_untrained(rows)
 
 
 def watch(

@@ -20,6 +20,7 @@ from dgx_music.cli.output import (
     print_table,
     shown,
 )
+from dgx_music.cli.progress import tell_untrained
 from dgx_music.enqueue import queue_position
 from dgx_music.storage import Generation
 from dgx_music.storage.repository import get_attempts
@@ -34,6 +35,7 @@ def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json:
     _print_generation(generation, position)
     print_waveform(generation)
     _print_attempts(attempts)
+    tell_untrained([generation])
 
 
 def _print_generation(generation: Generation, position: int | None) -> None:
