@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import defaultdict
 
 import numpy as np
 
+from dgx_music.errors import EngineCrashedError
 from dgx_music.inference.engine import Audio
 from dgx_music.inference.process import EngineInfo
 
@@ -19,17 +19,20 @@ class FakeEngine:
         self.slots = slots
         self.script = {}
         self.progress = {}
+        self.facts = {}
+        self.dies_at_once = False
         self.started = defaultdict(asyncio.Event)
         self.stopped = defaultdict(asyncio.Event)
         self.running = 0
         self.most_running = 0
         self.start_errors = []
+        self.pid = 1
         self.is_closed = False
 
     async def start(self):
         if self.start_errors:
             raise self.start_errors.pop(0)
-        return EngineInfo(slots=self.slots, device="cpu", model_version="fake", notice=None, pid=os.getpid())
+        return EngineInfo(slots=self.slots, device="cpu", model_version="fake", notice=None, pid=self.pid)
 
     async def generate(self, request, on_progress):
         self.running += 1
@@ -42,11 +45,13 @@ class FakeEngine:
         finally:
             self.running -= 1
             self.stopped[request.prompt].set()
-        return Audio(np.zeros((1, 2560), dtype=np.float32), 32_000)
+        return Audio(np.zeros((1, 2560), dtype=np.float32), 32_000, self.facts.get(request.prompt, {}))
 
     async def _act(self, what):
         if isinstance(what, list):
             what = what.pop(0) if what else None
+        if isinstance(what, EngineCrashedError) and not (self.dies_at_once and self.pid > 1):
+            self.pid += 1  # the next one is a fresh process
         if isinstance(what, Exception):
             raise what
         if isinstance(what, asyncio.Event):

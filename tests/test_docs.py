@@ -16,6 +16,11 @@ def test_the_readme_lists_every_setting_with_its_default():
         assert f"| `{PREFIX}{name.upper()}` | {shown(field.default)} | {field.description}" in readme
 
 
+def test_no_document_has_a_gap():
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        assert "@@" not in path.read_text(), path
+
+
 def test_the_documents_name_only_files_that_exist():
     for document in ("README.md", "docs/architecture.md"):
         words = (

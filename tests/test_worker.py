@@ -78,10 +78,10 @@ async def attempts_of(database, generation):
         return [(attempt.attempt, attempt.outcome) for attempt in await session.scalars(query)]
 
 
-async def until(database, generation, status):
-    """Return the row once it has this status."""
+async def until(database, generation, status, is_so=lambda row: True):
+    """Return the row once it has this status, and this holds of it."""
     with anyio.fail_after(10), database.changes.subscribe() as changes:
-        while (row := await read(database, generation)).status != status:
+        while (row := await read(database, generation)).status != status or not is_so(row):
             await changes.wait(0.1)
         return row
 
@@ -320,6 +320,16 @@ async def test_an_engine_that_dies_of_everything_stops_the_worker_and_spares_the
     assert failures[-1] == 0
 
 
+async def test_one_death_of_the_engine_is_no_reason_to_stop_however_many_it_hits(database, make_worker, engine):
+    engine.slots = 2 * BROKEN_AFTER
+    rows = [await add(database, f"prompt {number}") for number in range(engine.slots)]
+    for row in rows:
+        engine.script[row.prompt] = [EngineCrashedError("killed by SIGKILL"), None]
+    engine.dies_at_once = True
+    await make_worker().run(drain=True)
+    assert {(await read(database, row)).status for row in rows} == {"completed"}
+
+
 async def test_one_prompt_that_kills_its_engine_runs_out_of_budget_and_the_next_is_served(
     database, make_worker, engine
 ):
@@ -404,6 +414,102 @@ async def test_a_database_hiccup_at_completion_loses_nothing(database, make_work
     row = await read(database, generation)
     assert (row.status, row.failures) == ("completed", 0)
     assert Path(row.file_path).exists()
+
+
+async def test_a_completion_that_cannot_be_stored_fails_alone(database, make_worker, engine):
+    engine.slots = 4
+    bad = await add(database, "bad", max_attempts=1)
+    good = [await add(database, f"prompt {number}") for number in range(3)]
+    engine.facts["bad"] = {"x": float("nan")}
+    await make_worker(MemoryArtifacts()).run(drain=True)
+    assert (await read(database, bad)).status == "failed"
+    assert {(await read(database, row)).status for row in good} == {"completed"}
+
+
+async def test_a_stop_while_audio_is_stored_never_takes_the_file_of_a_completed_row(database, make_worker, output):
+    generation = await add(database)
+    storing, stored = asyncio.Event(), asyncio.Event()
+
+    class Slow(LocalArtifacts):
+        async def publish(self, *args):
+            storing.set()
+            with anyio.CancelScope(shield=True):
+                await stored.wait()
+                return await super().publish(*args)
+
+    worker = make_worker(Slow(output))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(worker.run)
+        await storing.wait()
+        worker.stop()
+        worker.stop()
+        await anyio.wait_all_tasks_blocked()
+        stored.set()
+    row = await read(database, generation)
+    assert (row.status, row.failures, list(output.iterdir())) == ("pending", 0, [])
+
+
+async def test_a_folder_that_nothing_can_be_removed_from_stops_no_worker(database, make_worker, engine, output):
+    generation, other = await add(database, max_attempts=1), await add(database, "other")
+    engine.script["lofi rain"] = EngineError("boom")
+
+    class Stuck(MemoryArtifacts):
+        async def delete(self, generation_id, attempts):
+            if generation_id == generation.id:
+                raise ArtifactError("read-only file system")
+            return 0
+
+    await make_worker(Stuck()).run(drain=True)
+    assert [(await read(database, row)).status for row in (generation, other)] == ["failed", "completed"]
+
+
+@pytest.mark.parametrize("progress", [1.0000001, -0.5, float("nan")])
+async def test_progress_out_of_range_is_not_stored(database, make_worker, engine, progress):
+    generation = await add(database)
+    engine.hold("lofi rain")
+    engine.progress["lofi rain"] = progress
+    async with at_work(make_worker()):
+        await engine.started["lofi rain"].wait()
+        before = (await read(database, generation)).lease_expires_at
+        await until(database, generation, "processing", lambda row: row.lease_expires_at > before)
+    assert (await read(database, generation)).progress == 0.0
+
+
+async def test_heartbeats_that_fail_for_a_while_cost_nothing(database, make_worker, engine, monkeypatch):
+    generation = await add(database)
+    held = engine.hold("lofi rain")
+    renew, failures = queue.renew, iter([DatabaseUnavailableError("db", "gone")] * 3)
+
+    async def failing(session, progress, **options):
+        for error in failures:
+            raise error
+        held.set()
+        return await renew(session, progress, **options)
+
+    monkeypatch.setattr(queue, "renew", failing)
+    await make_worker().run(drain=True)
+    assert await attempts_of(database, generation) == [(1, "completed")]
+
+
+async def test_what_was_claimed_for_a_worker_that_is_cancelled_meanwhile_is_released(
+    database, make_worker, monkeypatch
+):
+    generation = await add(database)
+    claim, committing = queue.claim, asyncio.Event()
+
+    async def claiming(session, **options):
+        claims = await claim(session, **options)
+        committing.set()
+        await session.commit()
+        return claims
+
+    monkeypatch.setattr(queue, "claim", claiming)
+    task = asyncio.create_task(make_worker().run())
+    await committing.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    row = await read(database, generation)
+    assert (row.status, row.failures, row.worker_id) == ("pending", 0, None)
 
 
 async def test_completions_that_are_ready_together_share_a_transaction(database, make_worker, engine, monkeypatch):

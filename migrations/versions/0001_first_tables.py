@@ -13,6 +13,7 @@ down_revision = None
 
 PENDING = sa.text("status = 'pending'")
 PROCESSING = sa.text("status = 'processing'")
+FINISHED = sa.text("completed_at IS NOT NULL")
 
 
 def upgrade() -> None:
@@ -106,6 +107,20 @@ def upgrade() -> None:
     op.create_index("ix_generations_created_at", "generations", ["created_at", "id"])
     op.create_index("ix_generations_model_name_created_at", "generations", ["model_name", "created_at"])
     op.create_index("ix_generations_completed_at", "generations", ["completed_at"])
+    op.create_index(
+        "ix_generations_due",
+        "generations",
+        ["model_name", "run_at"],
+        sqlite_where=PENDING,
+        postgresql_where=PENDING,
+    )
+    op.create_index(
+        "ix_generations_finished",
+        "generations",
+        ["status", "completed_at"],
+        sqlite_where=FINISHED,
+        postgresql_where=FINISHED,
+    )
     op.create_index("ix_generations_prompt_id", "generations", ["prompt_id"])
 
     op.create_table(

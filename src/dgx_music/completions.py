@@ -22,6 +22,11 @@ _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 class _Entry:
     completion: Completion
     is_done: bool | None = None
+    error: Exception | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.is_done is None and self.error is None
 
 
 class Completions:
@@ -41,19 +46,32 @@ class Completions:
         entry = _Entry(completion)
         self._waiting.append(entry)
         async with self._turn:
-            if entry.is_done is None:  # nobody before us took it along
+            if entry.is_open:  # nobody before us took it along
                 await self._write_waiting()
+        if entry.error is not None:
+            raise entry.error
         return bool(entry.is_done)
 
     async def _write_waiting(self) -> None:
         batch, self._waiting = self._waiting, []
         try:
+            await self._write(batch)
+        finally:  # where this task was cancelled, the next in turn writes them; saying it twice is harmless
+            self._waiting = [entry for entry in batch if entry.is_open] + self._waiting
+
+    async def _write(self, batch: list[_Entry]) -> None:
+        """Write them together, or, where one of them cannot be stored, one by one: the others must not suffer."""
+        try:
             done = await self._complete([entry.completion for entry in batch])
-        except BaseException:
-            self._waiting = batch + self._waiting  # the next in turn writes them; saying it twice is harmless
-            raise
-        for entry in batch:
-            entry.is_done = entry.completion.lease in done
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            for entry in batch:
+                await self._write([entry])
+        else:
+            for entry in batch:
+                entry.is_done = entry.completion.lease in done
 
     async def _complete(self, completions: list[Completion]) -> set[Lease]:
         failures = 0

@@ -31,11 +31,11 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     worker = Worker(database, engine, LocalArtifacts(settings.output), settings)
     trouble: DgxMusicError | None = None
     try:
-        await database.migrate()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_stop_on_signals, worker, name="signals")
             tasks.start_soon(anyio.to_thread.run_sync, audio.warm_up, name="audio warm-up")
             try:
+                await database.migrate()
                 await worker.run(drain=drain)
             except DgxMusicError as error:  # raised below: a task group would wrap it
                 trouble = error

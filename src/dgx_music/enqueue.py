@@ -29,7 +29,7 @@ from dgx_music.storage.models import Generation
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, UtcDateTime, new_id, now
 
 DEFAULT_DURATION_SECONDS = 10.0
-MAX_BATCH = 100_000
+MAX_BATCH = 10_000
 _CHUNK = 500
 _POLL_SECONDS = 1.0
 
@@ -157,14 +157,15 @@ async def wait_for_generation(generation_id: str, *, timeout: float | None = Non
 
     Raises ``WaitTimeoutError`` after ``timeout`` seconds; the generation goes on. Raises ``GenerationNotFoundError``.
     """
-    latest: Generation | None = None
     with anyio.move_on_after(timeout):
         async with aclosing(watch_generation(generation_id)) as rows:
             async for latest in rows:
                 if latest.is_finished:
                     return latest
-    status = latest.status if latest is not None else (await _read(await ensure_database(), generation_id)).status
-    raise WaitTimeoutError(generation_id, status, timeout or 0.0)
+    latest = await _read(await ensure_database(), generation_id)
+    if latest.is_finished:
+        return latest
+    raise WaitTimeoutError(generation_id, latest.status, timeout or 0.0)
 
 
 async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, None]:

@@ -6,7 +6,6 @@ DgxMusicError
 ├── GenerationNotFoundError               no such row
 ├── IllegalTransitionError                the row's status does not allow it
 ├── IdempotencyConflictError              the key was used for another request
-├── LeaseLostError                        another attempt, or nobody, owns the row now
 ├── WaitTimeoutError (TimeoutError)       the generation did not finish in time
 ├── DatabaseError
 │   ├── DatabaseNotInitializedError       init_db() was not called
@@ -89,17 +88,6 @@ class IdempotencyConflictError(DgxMusicError):
         )
         self.key = key
         self.generation_id = generation_id
-
-
-class LeaseLostError(DgxMusicError):
-    """The row is no longer this attempt's to write."""
-
-    exit_code = 4
-
-    def __init__(self, generation_id: str, attempt: int) -> None:
-        super().__init__(f"Attempt {attempt} of generation {generation_id} has lost its lease.")
-        self.generation_id = generation_id
-        self.attempt = attempt
 
 
 class WaitTimeoutError(DgxMusicError, TimeoutError):

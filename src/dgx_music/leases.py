@@ -47,6 +47,7 @@ class Running:
     stopped_for: Stop | None = None
     has_slot: bool = True
     is_completing: bool = False
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def lease(self) -> Lease:
@@ -146,8 +147,8 @@ class Leases:
         rescued = None
         while rescued is None or len(rescued) == queue.RESCUE_CHUNK:
             async with self._database.session() as session:
-                await queue.check_answers(session)
-                rescued = await queue.rescue(session) if self.may_rescue(time.monotonic()) else []
+                now = await queue.read_clock(session)
+                rescued = await queue.rescue(session) if self.may_rescue(now.timestamp()) else []
             for item in rescued:
                 lease = item.lease
                 logger.warning(
@@ -156,10 +157,10 @@ class Leases:
                 await self._artifacts.delete(lease.generation_id, [lease.attempt])
 
     def may_rescue(self, now: float) -> bool:
-        """Return False for one lease after a lease without a sweep; call it when the database has just answered.
+        """Return False for one lease after a lease without a sweep; ``now`` is what the database's clock has just said.
 
         A database that was away, or a machine that slept, makes every lease look dead: give the living time to renew.
-        ``now`` is of a monotonic clock, in seconds.
+        The leases are of that clock, so the gap is measured on it too; a monotonic one would stand still in sleep.
         """
         if self._last_sweep is not None and now - self._last_sweep > self._settings.lease_seconds:
             self._no_rescue_before = now + self._settings.lease_seconds

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from dgx_music import audio
@@ -40,13 +41,12 @@ from dgx_music.storage import queue, workers
 from dgx_music.storage.changes import Subscription
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
-from dgx_music.storage.schema import CANCELLED
 from dgx_music.validation import tidy_text
 
 logger = logging.getLogger(__name__)
 
 BROKEN_AFTER = 4
-"""So many different generations in a row killed the engine, without one success: it is not the generations."""
+"""The engine died so often, and of so many different generations, without one success: it is not the generations."""
 _ENGINE_STARTS = 5
 _LAST_WRITE_SECONDS = 15.0
 _SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
@@ -92,7 +92,10 @@ class Worker:
         self._releasing = anyio.Event()
         self._loading: anyio.CancelScope | None = None
         self._wake: Subscription | None = None
-        self._troubled: set[str] = set()
+        self._victims: set[str] = set()
+        self._engine_pid: int | None = None
+        self._engine_deaths = 0
+        self._undecided: set[Lease] = set()
         self._broken: DgxMusicError | None = None
 
     async def run(self, *, drain: bool = False) -> None:
@@ -143,14 +146,16 @@ class Worker:
     # ---------------------------------------------------------------------------------------------------- claiming
 
     async def _claim_until_stopped(self, tasks: TaskGroup, drain: bool) -> None:
+        is_idle = False
         while not self._stopping.is_set():
             free = self._free_slots()
-            claims = await self._claim(free) if free else []
+            claims = await self._claim(free, look_first=is_idle) if free else []
+            is_idle = len(claims) < free
             for claim in claims:
                 tasks.start_soon(self._run, self._leases.add(claim), name=f"generation {claim.lease.generation_id}")
             if drain and not self._running and not await self._has_work():
                 return
-            if len(claims) < free or not free:
+            if is_idle or not free:
                 await self._wait()
 
     def _free_slots(self) -> int:
@@ -158,9 +163,12 @@ class Worker:
         in_slots = sum(running.has_slot for running in self._running.values())
         return min(self._slots - in_slots, 2 * self._slots - len(self._running))
 
-    async def _claim(self, limit: int) -> list[Claim]:
+    async def _claim(self, limit: int, *, look_first: bool) -> list[Claim]:
+        """Claim what is due; ``look_first`` spares an idle worker the write lock at each commit of somebody else's."""
         try:
             await self._start_engine()
+            if self._stopping.is_set() or (look_first and not await self._has_due()):
+                return []
             async with self._database.session() as session:
                 return await queue.claim(
                     session,
@@ -179,13 +187,20 @@ class Worker:
         """Have a living engine, a fresh one where the last has died; raises after several that could not start."""
         for start in range(_ENGINE_STARTS):
             try:
-                await self._load_engine()
+                info = await self._load_engine()
+                if info is not None and info.pid != self._engine_pid:
+                    self._engine_pid = info.pid
+                    self._engine_deaths += 1
                 return
             except EngineUnavailableError as error:
                 logger.warning("worker %s: engine start %d of %d failed: %s", self.id, start + 1, _ENGINE_STARTS, error)
-                if start + 1 == _ENGINE_STARTS or self._stopping.is_set():
+                if start + 1 == _ENGINE_STARTS:
                     raise
                 await self._wait_at_most(2.0**start)
+
+    async def _has_due(self) -> bool:
+        async with self._database.session(read_only=True) as session:
+            return await queue.has_due(session, self._settings.model)
 
     async def _has_work(self) -> bool:
         try:
@@ -223,7 +238,9 @@ class Worker:
             await self._fail(running, error)
             self._note_trouble(running, error)
         except BaseException:  # the worker itself is cancelled; a completion under way is left to the lease
-            if not running.is_completing:
+            if running.is_completing:
+                self._undecided.add(lease)
+            else:
                 await self._release(running, Stop.RELEASED.value)
             raise
         else:
@@ -239,7 +256,8 @@ class Worker:
         deadline = self._settings.deadline_floor_seconds + self._settings.deadline_factor * request.duration
 
         def note(progress: float) -> None:
-            running.progress = progress
+            if 0 <= progress <= 1:
+                running.progress = progress
 
         try:
             with anyio.fail_after(deadline):
@@ -260,8 +278,8 @@ class Worker:
                 loudness=self._settings.loudness,
             )
         )
-        if lease.attempt > 1:  # what earlier attempts left can never be completed: this one holds the claim
-            await self._artifacts.delete(lease.generation_id, range(1, lease.attempt))
+        # Whatever is there by these names was never completed and never can be: this attempt holds the claim.
+        await self._artifacts.delete(lease.generation_id, range(1, lease.attempt + 1))
         artifact = await self._artifacts.publish(lease.generation_id, lease.attempt, finished.extension, finished.data)
         return artifact, {**finished.facts, **made.facts}
 
@@ -277,13 +295,15 @@ class Worker:
             generation_time_seconds=device_seconds,
             audio=facts,
         )
+        await anyio.lowlevel.checkpoint_if_cancelled()  # the last moment at which a stop can win
         running.is_completing = True
         is_done = await self._completions.write(completion)
         running.is_completing = False
         if not is_done:
             running.stopped_for = Stop.REFUSED
             return
-        self._troubled.clear()
+        self._victims.clear()
+        self._engine_deaths = 0
         logger.info(
             "generation %s attempt %d: completed in %.2f s, %d bytes",
             running.lease.generation_id,
@@ -295,30 +315,38 @@ class Worker:
     async def _fail(self, running: Running, error: Exception, *, is_permanent: bool = False) -> None:
         lease, message = running.lease, tidy_text(str(error) or type(error).__name__)
         wait = queue.backoff_seconds(running.claim.failures + 1, self._settings.backoff_base_seconds, self._rng)
-        await self._artifacts.delete(lease.generation_id, [lease.attempt])
         try:
             async with self._database.session() as session:
-                status = await queue.fail(session, lease, message, retry_in_seconds=None if is_permanent else wait)
+                status = await queue.fail(
+                    session,
+                    lease,
+                    message,
+                    retry_in_seconds=None if is_permanent else wait,
+                    device_seconds=time.monotonic() - running.started,
+                )
         except DatabaseUnavailableError as unavailable:  # the lease runs out, and a rescue counts the failure
-            logger.warning("generation %s attempt %d: %s", lease.generation_id, lease.attempt, unavailable)
-            return
-        logger.warning(
-            "generation %s attempt %d: %s: %s", lease.generation_id, lease.attempt, status or "lease lost", message
-        )
+            status = str(unavailable)
+        logger.warning("generation %s attempt %d: %s: %s", *_named(lease), status or "lease lost", message)
+        await self._drop_file(lease)
 
     async def _release(self, running: Running, why: str) -> None:
-        """Drop the file and give the row back where it is still ours; one with a cancel request becomes cancelled."""
+        """Give the row back where it is still ours, cancelled where that was requested, and drop the file."""
         lease = running.lease
         with anyio.CancelScope(shield=True):
             try:
-                await self._artifacts.delete(lease.generation_id, [lease.attempt])
                 async with self._database.session() as session:
-                    moved = await queue.release(session, [lease])
-            except (DatabaseUnavailableError, ArtifactError) as error:  # the lease runs out, and a rescue does the rest
-                logger.warning("generation %s attempt %d: %s", lease.generation_id, lease.attempt, error)
-                return
-        ended = {CANCELLED: "cancelled"}.get(moved.get(lease, ""), "released" if lease in moved else "dropped")
-        logger.info("generation %s attempt %d: %s: %s", lease.generation_id, lease.attempt, ended, why)
+                    status = (await queue.release(session, [lease])).get(lease, "lease lost")
+            except DatabaseUnavailableError as error:  # the lease runs out, and a rescue does the rest
+                status = str(error)
+            logger.info("generation %s attempt %d: %s: %s", *_named(lease), status, why)
+            await self._drop_file(lease)
+
+    async def _drop_file(self, lease: Lease) -> None:
+        """Remove what an attempt that will not complete has left; where that fails, the next attempt or prune does."""
+        try:
+            await self._artifacts.delete(lease.generation_id, [lease.attempt])
+        except ArtifactError as error:
+            logger.warning("generation %s attempt %d: %s", *_named(lease), error)
 
     def _free(self, running: Running) -> None:
         running.has_slot = False
@@ -326,10 +354,13 @@ class Worker:
             self._wake.wake()
 
     def _note_trouble(self, running: Running, error: Exception) -> None:
-        """Stop when the engine dies of one generation after another: the whole queue would fail with them."""
+        """Stop when the engine dies of one generation after another: the whole queue would fail with them.
+
+        One death may have many victims, and one poison prompt may cause many deaths: neither alone says much.
+        """
         if isinstance(error, EngineCrashedError):
-            self._troubled.add(running.lease.generation_id)
-            if len(self._troubled) >= BROKEN_AFTER:
+            self._victims.add(running.lease.generation_id)
+            if min(self._engine_deaths, len(self._victims)) >= BROKEN_AFTER:
                 self._give_up(error)
         elif not isinstance(error, EngineError | TimeoutError):
             logger.error("generation %s attempt %d: unexpected", *_named(running.lease), exc_info=error)
@@ -338,7 +369,8 @@ class Worker:
         if self._broken is None:
             logger.error("worker %s: stops: %s", self.id, error)
             self._broken = error
-            self.stop()
+            if not self._stopping.is_set():
+                self.stop()
 
     async def _finish_running(self) -> None:
         """Let what runs finish within the grace, then release it; a second stop releases at once."""
@@ -374,7 +406,7 @@ class Worker:
             raise ArtifactError(problem)
 
     async def _register(self, info: EngineInfo) -> None:
-        self._slots, self._model_version = info.slots, info.model_version
+        self._slots, self._model_version, self._engine_pid = info.slots, info.model_version, info.pid
         async with self._database.session() as session:
             await workers.register_worker(
                 session,
@@ -402,6 +434,7 @@ class Worker:
             await self._engine.close()
             try:
                 async with self._database.session() as session:
+                    await queue.release_all(session, self.id, but=self._undecided)
                     await workers.remove_worker(session, self.id)
             except DatabaseUnavailableError as error:
                 logger.warning("worker %s: %s", self.id, error)

@@ -29,6 +29,7 @@ from dgx_music.storage import (
     get_prompt_by_text,
     get_session,
     init_db,
+    queue,
     reset_database,
     track_prompt_usage,
     update_generation_status,
@@ -676,3 +677,13 @@ def test_a_prompt_counts_its_uses():
     assert prompt.used_count == 2
     assert abs(prompt.last_used_at - datetime.now(UTC)) < timedelta(minutes=1)
     assert {"id", "text", "used_count", "first_used_at", "last_used_at"} <= set(prompt.to_dict())
+
+
+async def test_a_row_worked_on_by_hand_is_not_completed_after_its_cancel_was_requested(database):
+    async with database.session() as session:
+        generation = await add_generation(session, status="processing", attempt=1)
+        await queue.cancel(session, generation.id)
+        with pytest.raises(IllegalTransitionError, match="cancellation was requested"):
+            await complete_generation(session, generation.id, 1.0, 1)
+        ended = await update_generation_status(session, generation.id, "cancelled")
+    assert ended.status == "cancelled"

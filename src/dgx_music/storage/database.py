@@ -177,8 +177,8 @@ class Database:
             await self._run(_upgrade)
 
     async def revision(self) -> str | None:
-        """Return the schema's revision; ``None`` where the database has none of our tables."""
-        revision: str | None = await self._run(_read_revision)
+        """Return the schema's revision, without waiting for a writer; ``None`` where there are none of our tables."""
+        revision: str | None = await self._run(_read_revision, read_only=True)
         return revision
 
     async def check_migrated(self) -> None:
@@ -198,9 +198,11 @@ class Database:
         await finish(self.engine.dispose())
         await finish(self._reading_engine.dispose())
 
-    async def _run(self, work: Any) -> Any:
+    async def _run(self, work: Any, *, read_only: bool = False) -> Any:
+        engine = self._reading_engine.execution_options(**{READ_ONLY: True}) if read_only else self.engine
+
         async def run() -> Any:
-            async with self.engine.begin() as connection:
+            async with engine.begin() as connection:
                 return await connection.run_sync(work)
 
         try:

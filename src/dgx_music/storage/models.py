@@ -156,7 +156,7 @@ class Generation(Base):
         CheckConstraint("duration_seconds > 0 AND sample_rate > 0 AND channels > 0", "audio_shape"),
         CheckConstraint("attempt >= 0 AND failures >= 0 AND max_attempts >= 1", "counts"),
         CheckConstraint("progress >= 0 AND progress <= 1", "progress"),
-        # The claim reads this one in order and nothing else, however many finished rows are kept.
+        # The claim chooses by this one, in order, however many finished rows are kept.
         Index(
             "ix_generations_claim",
             "model_name",
@@ -176,6 +176,22 @@ class Generation(Base):
         Index("ix_generations_created_at", "created_at", "id"),
         Index("ix_generations_model_name_created_at", "model_name", "created_at"),
         Index("ix_generations_completed_at", "completed_at"),
+        # Whether anything is due at all, however much is scheduled for later.
+        Index(
+            "ix_generations_due",
+            "model_name",
+            "run_at",
+            sqlite_where=sql("status = 'pending'"),
+            postgresql_where=sql("status = 'pending'"),
+        ),
+        # What retention may delete, oldest first.
+        Index(
+            "ix_generations_finished",
+            "status",
+            "completed_at",
+            sqlite_where=sql("completed_at IS NOT NULL"),
+            postgresql_where=sql("completed_at IS NOT NULL"),
+        ),
         Index("ix_generations_prompt_id", "prompt_id"),
         {"postgresql_with": {"fillfactor": 80}},
     )
@@ -254,6 +270,8 @@ class Generation(Base):
                 raise IllegalTransitionError(self.id, self.status, wanted, f"worker {self.worker_id} holds it")
             if wanted not in LEGAL_TRANSITIONS[self.status]:
                 raise IllegalTransitionError(self.id, self.status, wanted)
+            if self.cancel_requested and wanted == COMPLETED:
+                raise IllegalTransitionError(self.id, self.status, wanted, "its cancellation was requested")
         self.status = wanted
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -45,6 +46,7 @@ from dgx_music.storage.schema import (
     AttemptOutcome,
     now,
     now_plus,
+    unindexed,
     with_json_key,
 )
 
@@ -116,7 +118,7 @@ async def claim(
     """Take up to ``limit`` due generations of this model for this worker, most urgent first, and return them."""
     due = (
         select(g.id)
-        .where(g.status == PENDING, g.model_name == model_name, g.run_at <= now())
+        .where(g.status == PENDING, g.model_name == model_name, unindexed(g.run_at) <= now())
         .order_by(g.priority.desc(), g.run_at, g.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -220,10 +222,7 @@ async def release(session: AsyncSession, leases: Collection[Lease]) -> dict[Leas
     statement = _let_go(case((g.cancel_requested, CANCELLED), else_=PENDING)).where(_is_held_by(leases))
     rows = (await session.execute(statement)).all()
     moved = {Lease(row.id, row.attempt): str(row.status) for row in rows}
-    ends = [
-        _end(lease, AttemptOutcome.CANCELLED if status == CANCELLED else AttemptOutcome.RELEASED)
-        for lease, status in moved.items()
-    ]
+    ends = [_end(lease, _released(status)) for lease, status in moved.items()]
     if ends:
         await session.execute(_END_ATTEMPT, ends)
     return moved
@@ -267,9 +266,9 @@ async def rescue(session: AsyncSession, *, limit: int = RESCUE_CHUNK) -> list[Re
     return rescued
 
 
-async def check_answers(session: AsyncSession) -> None:
-    """Return once the database has answered."""
-    await session.execute(select(now()))
+async def read_clock(session: AsyncSession) -> datetime:
+    """Return what the database's clock says now."""
+    return (await session.execute(select(now()))).scalar_one()
 
 
 WORKER_LOST = "worker lost: it stopped renewing its lease"
@@ -288,6 +287,22 @@ async def retry(session: AsyncSession, generation_id: str) -> None:
     )
     if await session.scalar(statement) is None:
         await _refuse(session, generation_id, PENDING)
+
+
+async def has_due(session: AsyncSession, model_name: str) -> bool:
+    """Return True where a claim would find something; takes no lock, and reads one entry of an index."""
+    is_due = and_(g.status == PENDING, g.model_name == model_name, g.run_at <= now())
+    return bool(await session.scalar(select(select(g.id).where(is_due).exists())))
+
+
+async def release_all(session: AsyncSession, worker_id: str, *, but: Collection[Lease]) -> int:
+    """Give back what this worker still holds, ``but`` for these, at no cost to their budget; return how many."""
+    statement = _let_go(case((g.cancel_requested, CANCELLED), else_=PENDING))
+    statement = statement.where(g.status == PROCESSING, g.worker_id == worker_id, not_(_is_among(but)))
+    rows = (await session.execute(statement)).all()
+    if rows:
+        await session.execute(_END_ATTEMPT, [_end(Lease(row.id, row.attempt), _released(row.status)) for row in rows])
+    return len(rows)
 
 
 async def has_work(session: AsyncSession, model_name: str) -> bool:
@@ -318,13 +333,14 @@ async def prune(session: AsyncSession, leases: Collection[Lease]) -> int:
 
 async def queue_position(session: AsyncSession, generation_id: str) -> int | None:
     """Return the place of a pending generation among those of its model, from 1; ``None`` where it does not wait."""
-    own = select(g.model_name, g.priority, g.run_at, g.id).where(g.id == generation_id, g.status == PENDING).cte("own")
-    is_ahead = or_(
-        g.priority > own.c.priority,
-        and_(g.priority == own.c.priority, tuple_(g.run_at, g.id) <= tuple_(own.c.run_at, own.c.id)),
-    )
-    query = select(func.count()).where(g.status == PENDING, g.model_name == own.c.model_name, is_ahead)
-    return await session.scalar(query) or None
+    query = select(g.model_name, g.priority, g.run_at).where(g.id == generation_id, g.status == PENDING)
+    own = (await session.execute(query)).one_or_none()
+    if own is None:
+        return None
+    is_sooner = or_(g.run_at < own.run_at, and_(g.run_at == own.run_at, g.id <= generation_id))
+    is_ahead = or_(g.priority > own.priority, and_(g.priority == own.priority, is_sooner))
+    counted = select(func.count()).where(g.status == PENDING, g.model_name == own.model_name, is_ahead)
+    return await session.scalar(counted) or None
 
 
 _CLAIMED = (
@@ -347,6 +363,7 @@ _COMPLETE = (
         g.id == bindparam("lease_id"),
         g.attempt == bindparam("lease_attempt"),
         g.status == PROCESSING,
+        g.worker_id.is_not(None),
         not_(g.cancel_requested),
     )
     .values(
@@ -396,9 +413,12 @@ def _let_go(status: ColumnElement[str]) -> Any:
 
 
 def _is_one_of(rows: Select[tuple[str]]) -> ColumnElement[bool]:
-    """Choose rows by a query that is evaluated once: without MATERIALIZED its LIMIT may be applied again and again."""
+    """Choose rows by a query that is evaluated once: without MATERIALIZED its LIMIT may be applied again and again.
+
+    A join (UPDATE … FROM), not ``IN``: with that SQLite walks all rows of the status in search of the few.
+    """
     chosen = rows.cte("chosen").prefix_with("MATERIALIZED")
-    return g.id.in_(select(chosen.c.id))
+    return g.id == chosen.c.id
 
 
 def _is_among(leases: Any) -> ColumnElement[bool]:
@@ -434,6 +454,10 @@ def _completion_values(completion: Completion) -> dict[str, Any]:
         "seconds": completion.generation_time_seconds,
         "audio": json.dumps(completion.audio, allow_nan=False),
     }
+
+
+def _released(status: str) -> AttemptOutcome:
+    return AttemptOutcome.CANCELLED if status == CANCELLED else AttemptOutcome.RELEASED
 
 
 def _attempt_values(outcome: AttemptOutcome, completion: Completion) -> dict[str, Any]:

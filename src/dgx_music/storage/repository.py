@@ -20,6 +20,7 @@ from dgx_music import validation
 from dgx_music.errors import IllegalTransitionError, InvalidRequestError
 from dgx_music.storage.models import Attempt, Generation, Prompt, text_hash
 from dgx_music.storage.schema import (
+    COMPLETED,
     FINISHED,
     PENDING,
     PROCESSING,
@@ -259,14 +260,14 @@ async def _move_by_hand(
     if current is None:
         return None
     reason = f"worker {current.worker_id} holds it" if current.worker_id else ""
-    if current.cancel_requested and current.is_processing and wanted == PENDING:
+    if current.cancel_requested and current.is_processing and wanted in (PENDING, COMPLETED):
         reason = "its cancellation was requested"
     raise IllegalTransitionError(generation_id, current.status, wanted, reason)
 
 
 def _may_leave(wanted: str) -> ColumnElement[bool]:
-    """Keep a row whose cancel was requested from being revived."""
-    if wanted != PENDING:
+    """Keep a row whose cancel was requested from being revived or completed."""
+    if wanted not in (PENDING, COMPLETED):
         return true()
     return or_(not_(Generation.cancel_requested), Generation.status != PROCESSING)
 

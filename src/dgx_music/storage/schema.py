@@ -142,6 +142,26 @@ def _now_postgresql(element: now, compiler: SQLCompiler, **kwargs: Any) -> str:
     return "clock_timestamp()"
 
 
+class unindexed(FunctionElement[Any]):  # noqa: N801 - reads as the SQL term it is
+    """A column in a condition that SQLite must not choose its index by: ``+column`` (sqlite.org/optoverview.html)."""
+
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any]) -> None:
+        self.type = column.type
+        super().__init__(column)
+
+
+@compiles(unindexed, "sqlite")
+def _unindexed_sqlite(element: unindexed, compiler: SQLCompiler, **kwargs: Any) -> str:
+    return f"+{compiler.process(element.clauses, **kwargs)}"
+
+
+@compiles(unindexed, "postgresql")
+def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kwargs: Any) -> str:
+    return compiler.process(element.clauses, **kwargs)
+
+
 class with_json_key(FunctionElement[dict[str, Any]]):  # noqa: N801 - reads as the SQL function it is
     """A JSON object column with one more key: ``with_json_key(column, key, json_text)``; other keys stay as they are."""
 
