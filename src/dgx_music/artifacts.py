@@ -50,6 +50,9 @@ class Artifacts(Protocol):
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
         """Remove all that these attempts left, half-written files too, and return how many; none is fine."""
 
+    def holds(self, path: str) -> bool:
+        """Return whether an artifact of this path is, or was, one of this place."""
+
     async def find_problem(self) -> str | None:
         """Return one sentence on why nothing could be published here now, or ``None``."""
 
@@ -69,6 +72,10 @@ class LocalArtifacts:
         """See ``Artifacts.delete``."""
         names = _file_names(generation_id, attempts)
         return await to_thread.run_sync(self._delete, names)
+
+    def holds(self, path: str) -> bool:
+        """See ``Artifacts.holds``."""
+        return Path(path).parent == self.root
 
     async def find_problem(self) -> str | None:
         """See ``Artifacts.find_problem``; writes a nameless file as a test, in the nearest folder that exists."""
@@ -133,6 +140,10 @@ class MemoryArtifacts:
         for name in found:
             del self.files[name]
         return len(found)
+
+    def holds(self, path: str) -> bool:
+        """See ``Artifacts.holds``."""
+        return path.startswith("memory:")
 
     async def find_problem(self) -> str | None:
         """Return ``None``: memory is always there."""

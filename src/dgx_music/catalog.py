@@ -53,5 +53,5 @@ UNTRAINED_NOTICE = "untrained weights: the audio is noise"
 def find_model(name: str) -> ModelInfo | None:
     """Return the model of this name, or of this absolute path of a local folder; ``None`` where it is neither."""
     if PurePath(name).is_absolute():
-        return ModelInfo(name)
+        return ModelInfo(str(PurePath(name)))  # without the slash that a shell's completion adds
     return MODELS.get(name)

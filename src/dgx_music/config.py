@@ -60,16 +60,27 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much the worker tells")
 
+    @field_validator("database_url")
+    @classmethod
+    def _database_is_kept(cls, url: str) -> str:
+        if url in ("sqlite://", "sqlite:///") or ":memory:" in url:
+            problem = "names a database in memory, which ends with the process that made it"
+            raise ConfigurationError(
+                f"{PREFIX}DATABASE_URL", problem, "use something like sqlite:///data/generations.db"
+            )
+        return url
+
     @field_validator("model")
     @classmethod
     def _model_is_known(cls, name: str) -> str:
-        if find_model(name) is None:
+        model = find_model(name)
+        if model is None:
             raise ConfigurationError(
                 f"{PREFIX}MODEL",
                 f"is {name!r}, which is not known",
                 f"use {', '.join(MODELS)}, or a local folder's absolute path",
             )
-        return name
+        return model.name
 
     @field_validator("device")
     @classmethod

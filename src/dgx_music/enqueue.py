@@ -26,6 +26,7 @@ from dgx_music.inference.engine import GenerationRequest
 from dgx_music.storage import queue, repository
 from dgx_music.storage.database import Database, ensure_database, finish
 from dgx_music.storage.models import Generation
+from dgx_music.storage.queue import AUDIO_KEY
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, UtcDateTime, new_id, now
 
 DEFAULT_DURATION_SECONDS = 10.0
@@ -91,6 +92,8 @@ async def enqueue_many(
     Each request is a prompt, or a mapping with ``prompt`` and any of the options of ``enqueue``; ``defaults`` fill in what
     it leaves out. An ``InvalidRequestError`` names the request by its place, from 1.
     """
+    if isinstance(requests, str | Mapping):
+        raise InvalidRequestError("requests", "are a single one", "send a list of prompts, or call enqueue")
     rows = [_plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
     if len(rows) > MAX_BATCH:
         raise InvalidRequestError("requests", f"are {len(rows):,}", f"send at most {MAX_BATCH:,} at a time")
@@ -133,6 +136,7 @@ async def cancel_generation(generation_id: str, *, session: AsyncSession | None 
     ``cancelled``, or ``processing`` while its worker stops it: such a row ends cancelled, never completed. Raises
     ``GenerationNotFoundError``, or ``IllegalTransitionError`` where it has already completed or failed.
     """
+    validation.check_name("generation_id", generation_id)
     async with _session(session) as current:
         return await finish(queue.cancel(current, generation_id))
 
@@ -142,12 +146,14 @@ async def retry_generation(generation_id: str, *, session: AsyncSession | None =
 
     Raises ``GenerationNotFoundError``, or ``IllegalTransitionError`` where it is pending, running or completed.
     """
+    validation.check_name("generation_id", generation_id)
     async with _session(session) as current:
         await finish(queue.retry(current, generation_id))
 
 
 async def queue_position(generation_id: str, *, session: AsyncSession | None = None) -> int | None:
     """Return the place of a pending generation among those of its model, from 1; ``None`` where it does not wait."""
+    validation.check_name("generation_id", generation_id)
     async with _session(session, read_only=True) as current:
         return await finish(queue.queue_position(current, generation_id))
 
@@ -157,6 +163,8 @@ async def wait_for_generation(generation_id: str, *, timeout: float | None = Non
 
     Raises ``WaitTimeoutError`` after ``timeout`` seconds; the generation goes on. Raises ``GenerationNotFoundError``.
     """
+    if timeout is not None:
+        validation.check_positive("timeout", timeout)
     with anyio.move_on_after(timeout):
         async with aclosing(watch_generation(generation_id)) as rows:
             async for latest in rows:
@@ -173,6 +181,7 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
 
     Raises ``GenerationNotFoundError``, also where the row is deleted meanwhile.
     """
+    validation.check_name("generation_id", generation_id)
     database = await ensure_database()
     seen: tuple[Any, ...] | None = None
     with database.changes.subscribe() as changes:
@@ -204,6 +213,8 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
         **_given(options, _SAMPLING),
     )
     metadata, key, run_at = options.get("metadata"), options.get("idempotency_key"), options.get("run_at")
+    if isinstance(metadata, dict) and AUDIO_KEY in metadata:
+        raise InvalidRequestError("metadata", f"has the key {AUDIO_KEY!r}, which completion writes", "use another key")
     row = {
         "prompt": request.prompt,
         "model_name": request.model,

@@ -48,6 +48,7 @@ READ_ONLY = "dgx_music_read_only"
 
 _BUSY_TIMEOUT_SECONDS = 30
 _READERS = 4
+_LONGEST_NAME_BYTES = 240  # 255 is the file system's limit; SQLite's own files have longer names than the database
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:
@@ -244,12 +245,26 @@ def normalise_url(url: str) -> URL:
             "DGX_MUSIC_DATABASE_URL", "names a host, which a SQLite file has not", "write sqlite:/// with three slashes"
         )
     if parsed.drivername in ("sqlite", "sqlite+aiosqlite"):
+        _check_file_name(parsed)
         return parsed.set(drivername="sqlite+aiosqlite")
     raise ConfigurationError(
         "DGX_MUSIC_DATABASE_URL",
         f"names the database kind {parsed.drivername!r}, which this version does not support",
         "use sqlite:///path/to/file.db",
     )
+
+
+def _check_file_name(url: URL) -> None:
+    name = url.database or ""
+    if url.query:
+        raise ConfigurationError("DGX_MUSIC_DATABASE_URL", "has options behind a ?", "leave them out; none is needed")
+    is_text = name.isprintable() and all(len(part.encode()) <= _LONGEST_NAME_BYTES for part in name.split("/"))
+    if not is_text:
+        raise ConfigurationError(
+            "DGX_MUSIC_DATABASE_URL",
+            "names a file that cannot be",
+            f"use printable names of at most {_LONGEST_NAME_BYTES} bytes",
+        )
 
 
 def configure_sqlite(engine: AsyncEngine) -> None:
@@ -327,6 +342,11 @@ def _upgrade(connection: Connection) -> None:
 
 
 def _drop(connection: Connection) -> None:
+    foreign = set(Base.metadata.tables) & set(inspect(connection).get_table_names())
+    if foreign and _read_revision(connection) is None:
+        raise DatabaseUnavailableError(
+            connection.engine.url.database or "", f"its table {min(foreign)} is not one of ours"
+        )
     Base.metadata.drop_all(connection)
     connection.execute(text(f"DROP TABLE IF EXISTS {VERSION_TABLE}"))
 

@@ -50,6 +50,8 @@ from dgx_music.storage.schema import (
     with_json_key,
 )
 
+AUDIO_KEY = "audio"
+"""What completion adds to a row's metadata."""
 RESCUE_CHUNK = 100
 _BACKOFF_LIMIT_SECONDS = 3600.0
 
@@ -325,6 +327,12 @@ async def find_prunable(session: AsyncSession, *, status: str, older_than_second
     return [Lease(row.id, row.attempt) for row in (await session.execute(query)).all()]
 
 
+async def find_files(session: AsyncSession, leases: Collection[Lease]) -> list[str]:
+    """Return where workers have put the audio of these generations."""
+    query = select(g.file_path).where(_is_among(leases), g.sha256.is_not(None), g.file_path.is_not(None))
+    return list(await session.scalars(query))
+
+
 async def prune(session: AsyncSession, leases: Collection[Lease]) -> int:
     """Delete these rows where they are still finished; return how many. Delete their files first."""
     statement = delete(generations).where(_is_among(leases), g.status.in_(FINISHED)).returning(g.id)
@@ -339,7 +347,8 @@ async def queue_position(session: AsyncSession, generation_id: str) -> int | Non
         return None
     is_sooner = or_(g.run_at < own.run_at, and_(g.run_at == own.run_at, g.id <= generation_id))
     is_ahead = or_(g.priority > own.priority, and_(g.priority == own.priority, is_sooner))
-    counted = select(func.count()).where(g.status == PENDING, g.model_name == own.model_name, is_ahead)
+    is_counted = or_(g.run_at <= now(), g.id == generation_id)  # what is scheduled for later is in nobody's way
+    counted = select(func.count()).where(g.status == PENDING, g.model_name == own.model_name, is_ahead, is_counted)
     return await session.scalar(counted) or None
 
 
@@ -378,7 +387,7 @@ _COMPLETE = (
         sha256=bindparam("hash"),
         model_version=bindparam("version"),
         generation_time_seconds=bindparam("seconds"),
-        metadata=with_json_key(g.metadata, literal("audio"), bindparam("audio")),
+        metadata=with_json_key(g.metadata, literal(AUDIO_KEY), bindparam("audio")),
     )
 )
 

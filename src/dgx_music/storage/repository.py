@@ -67,6 +67,8 @@ async def create_generation(
 
 async def get_generation(session: AsyncSession, generation_id: str) -> Generation | None:
     """Return the generation, or ``None`` where there is none of this id."""
+    if not generation_id.isprintable():  # some such text no driver can send, and none of it is an id
+        return None
     return await session.get(Generation, generation_id)
 
 
