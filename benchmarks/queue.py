@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import random
@@ -32,7 +33,7 @@ import sqlalchemy
 from rich.console import Console
 from sqlalchemy import event
 
-from dgx_music import enqueue, enqueue_many
+from dgx_music import audio, enqueue, enqueue_many
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.inference.engine import Audio, GenerationRequest
@@ -47,6 +48,7 @@ MODEL = "musicgen-small"
 SLOTS = 16
 NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 LEASE_END = "(strftime('%Y-%m-%d %H:%M:%f', 'now', '30.0 seconds') || '000')"
+SILENCE = Audio(np.zeros((1, 2_560), dtype=np.float32), 32_000)
 console = Console(stderr=True)
 
 
@@ -74,7 +76,6 @@ class NoopEngine:
     def __init__(self) -> None:
         self.arrived = asyncio.Event()
         self.arrived_at = 0.0
-        self.silence = np.zeros((1, 2_560), dtype=np.float32)
 
     async def start(self) -> EngineInfo:
         """Say what the engine is."""
@@ -84,7 +85,7 @@ class NoopEngine:
         """Return silence."""
         self.arrived_at = time.perf_counter()
         self.arrived.set()
-        return Audio(self.silence, 32_000)
+        return SILENCE
 
     async def close(self) -> None:
         """Do nothing."""
@@ -139,14 +140,14 @@ def raw_claim(connection: sqlite3.Connection) -> tuple[str, int] | None:
     return lease
 
 
-def raw_complete(connection: sqlite3.Connection, lease: tuple[str, int]) -> None:
+def raw_complete(connection: sqlite3.Connection, lease: tuple[str, int], facts: str) -> None:
     connection.execute(
         f"UPDATE generations SET status = 'completed', completed_at = {NOW}, worker_id = NULL, lease_expires_at = NULL,"
         " progress = 1, error_message = NULL, file_path = 'memory', file_size_bytes = 1, sha256 = 'x',"
         " model_version = 'noop', generation_time_seconds = 0,"
-        " metadata = json_set(coalesce(metadata, '{}'), '$.audio', json('{}'))"
+        " metadata = json_set(coalesce(metadata, '{}'), '$.' || 'audio', json(?))"
         " WHERE id = ? AND attempt = ? AND status = 'processing' AND NOT cancel_requested",
-        lease,
+        (facts, *lease),
     )
     connection.execute(
         f"UPDATE attempts SET finished_at = {NOW}, outcome = 'completed', device_seconds = 0"
@@ -156,14 +157,17 @@ def raw_complete(connection: sqlite3.Connection, lease: tuple[str, int]) -> None
 
 
 def raw_drain(path: Path) -> None:
+    """Claim and complete, one row at a time; what a row learns of its audio is made once, so that it costs nothing here."""
     connection = raw_connection(path)
+    finished = audio.finish(SILENCE, sample_rate=32_000, channels=1, audio_format="wav", loudness="lufs")
+    facts = json.dumps(finished.facts)
     while True:
         with raw_transaction(connection):
             lease = raw_claim(connection)
         if lease is None:
             break
         with raw_transaction(connection):
-            raw_complete(connection, lease)
+            raw_complete(connection, lease, facts)
     connection.close()
 
 
@@ -403,7 +407,7 @@ async def main(size: Size, folder: Path) -> list[str]:
     console.print("idle worker")
     cpu, rate = await measure_idle(folder, size.idle_seconds)
     lines.append(f"| idle worker, CPU of one core | {cpu:.2f} % | | |")
-    lines.append(f"| idle worker, statements (and 100 looks at the data version, without a lock) | {rate:.1f} /s | | |")
+    lines.append(f"| idle worker, statements (and 80 looks at the data version, without a lock) | {rate:.1f} /s | | |")
     return lines
 
 

@@ -15,6 +15,8 @@ from dgx_music.storage.queue import Completion, Lease
 
 logger = logging.getLogger(__name__)
 
+_GATHER_SECONDS = 0.002
+"""For those that are about to arrive, as PostgreSQL's ``commit_delay`` does."""
 _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -47,6 +49,7 @@ class Completions:
         self._waiting.append(entry)
         async with self._turn:
             if entry.is_open:  # nobody before us took it along
+                await anyio.sleep(_GATHER_SECONDS)
                 await self._write_waiting()
         if entry.error is not None:
             raise entry.error
@@ -77,8 +80,7 @@ class Completions:
         failures = 0
         while True:
             try:
-                async with self._database.session() as session:
-                    return await queue.complete(session, completions)
+                return await self._database.transact(lambda session: queue.complete(session, completions))
             except DatabaseUnavailableError as error:
                 wait = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
                 logger.warning("completions: %d wait %.1f s for the database: %s", len(completions), wait, error)

@@ -164,7 +164,7 @@ async def wait_for_generation(generation_id: str, *, timeout: float | None = Non
     Raises ``WaitTimeoutError`` after ``timeout`` seconds; the generation goes on. Raises ``GenerationNotFoundError``.
     """
     if timeout is not None:
-        validation.check_positive("timeout", timeout)
+        validation.check_between("timeout", timeout, 0, 1e9)
     with anyio.move_on_after(timeout):
         async with aclosing(watch_generation(generation_id)) as rows:
             async for latest in rows:

@@ -1,7 +1,7 @@
 """Waking up when the database changes, instead of asking it over and over.
 
 SQLite has no notifications between processes, but ``PRAGMA data_version`` tells whether another connection has committed:
-it reads shared memory, takes microseconds and no lock. One thread looks at it a hundred times a second, on a connection of
+it reads shared memory, takes microseconds and no lock. One thread looks at it eighty times a second, on a connection of
 its own, and wakes whoever waits. It is a hint: every waiter has a slow poll of its own behind it.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import anyio
 
-_LOOK_EVERY_SECONDS = 0.01
+_LOOK_EVERY_SECONDS = 0.0125
 _LOOK_AGAIN_SECONDS = 1.0
 
 

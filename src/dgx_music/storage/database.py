@@ -11,8 +11,9 @@ import asyncio
 import functools
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,13 +52,19 @@ _READERS = 4
 _LONGEST_NAME_BYTES = 240  # 255 is the file system's limit; SQLite's own files have longer names than the database
 
 
+_is_finishing: ContextVar[bool] = ContextVar("dgx_music_is_finishing", default=False)
+
+
 async def finish(work: Coroutine[Any, Any, T]) -> T:
     """Run the work to its end even if the caller is cancelled, then let the cancellation through.
 
     Cancelling a statement of SQLAlchemy + aiosqlite in mid-flight leaves the database write-locked until garbage
     collection, and a commit's fate unknown. A shielded scope keeps anyio's cancellations out, a task of its own asyncio's.
+    Inside such work another ``finish`` is a plain await: a transaction that is finished as a whole pays once.
     """
-    task = asyncio.ensure_future(work)
+    if _is_finishing.get():
+        return await work
+    task = asyncio.create_task(_finishing(work))
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -68,6 +75,11 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     if cancelled is not None:  # it comes only once: a caller who survives an error of the work must not miss it
         raise cancelled from (None if task.cancelled() else task.exception())
     return task.result()
+
+
+async def _finishing(work: Coroutine[Any, Any, T]) -> T:
+    _is_finishing.set(True)  # in this task's own context
+    return await work
 
 
 def _finished(method: Any) -> Any:
@@ -167,6 +179,15 @@ class Database:
         finally:
             await session.close()
 
+    async def transact(self, work: Callable[[AsyncSession], Awaitable[T]], *, read_only: bool = False) -> T:
+        """Return what ``work`` returns, done in a transaction of its own that is finished whoever is cancelled."""
+
+        async def run() -> T:
+            async with self.session(read_only=read_only) as session:
+                return await work(session)
+
+        return await finish(run())
+
     async def migrate(self) -> None:
         """Bring the schema to this version's; does nothing, and imports nothing heavy, where it is there already."""
         self.create_folder()
@@ -208,7 +229,7 @@ class Database:
 
         try:
             return await finish(run())
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, sqlite3.DatabaseError) as error:
             if _is_unavailable(error):
                 raise self._explained(error) from error
             raise
@@ -224,12 +245,15 @@ class Database:
 
     def _explained(self, error: BaseException) -> DatabaseUnavailableError:
         nested = "all its connections are in use; is a session opened inside another one?"
-        return DatabaseUnavailableError(str(self), str(error.orig) if isinstance(error, DriverError) else nested)
+        if isinstance(error, PoolTimeoutError):
+            return DatabaseUnavailableError(str(self), nested)
+        return DatabaseUnavailableError(str(self), str(getattr(error, "orig", error)))
 
 
 def _is_unavailable(error: BaseException) -> bool:
     """Tell a database that cannot be used from a mistake in using it; the plain class is SQLite's for a damaged file."""
-    return isinstance(error, OperationalError | PoolTimeoutError) or type(error) is DriverError
+    known = (OperationalError, PoolTimeoutError, sqlite3.OperationalError)  # the last from _begin, which nothing wraps
+    return isinstance(error, known) or type(error) in (DriverError, sqlite3.DatabaseError)
 
 
 def normalise_url(url: str) -> URL:
@@ -324,8 +348,10 @@ def _switch_to_wal(connection: Any, cursor: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
-    reading = connection.get_execution_options().get(READ_ONLY, False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+    """Begin on the driver's own connection: one trip to its thread where a statement takes three."""
+    statement = "BEGIN" if connection.get_execution_options().get(READ_ONLY, False) else "BEGIN IMMEDIATE"
+    driver: Any = connection.connection.dbapi_connection
+    driver.run_async(lambda raw: raw.execute(statement))
 
 
 def _read_revision(connection: Connection) -> str | None:
