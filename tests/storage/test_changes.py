@@ -36,6 +36,13 @@ async def assert_thread_ends(thread):
     assert not thread.is_alive()
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_of_an_earlier_test():
+    """The kernel takes its time to close a watch."""
+    for thread in threads():
+        thread.join(5)
+
+
 async def quiet(subscription):
     """Take in the wake-up with which the watching begins."""
     with anyio.fail_after(5):

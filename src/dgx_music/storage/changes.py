@@ -1,24 +1,33 @@
 """Waking up when the database changes, instead of asking it over and over.
 
-SQLite has no notifications between processes, but ``PRAGMA data_version`` tells whether another connection has committed:
-it reads shared memory, takes microseconds and no lock. One thread looks at it eighty times a second, on a connection of
-its own, and wakes whoever waits. It is a hint: every waiter has a slow poll of its own behind it.
+SQLite has no notifications between processes, but a commit writes to the write-ahead log, of which the kernel tells
+(inotify), and ``PRAGMA data_version`` then says when another connection's commit has become visible: it reads shared memory
+and takes no lock. One thread waits for the kernel and wakes whoever waits for it; where there is no inotify it looks eighty
+times a second. It is a hint: every waiter has a slow poll of its own behind it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
+import select
+import socket
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import anyio
 
 _LOOK_EVERY_SECONDS = 0.0125
 _LOOK_AGAIN_SECONDS = 1.0
+_VISIBLE_SECONDS = 0.001
+_NEXT_COMMIT_SECONDS = 0.05
+_IN_MODIFY, _IN_NONBLOCK, _IN_CLOEXEC = 0x2, 0o4000, 0o2000000  # <sys/inotify.h>
 
 
 class Subscription:
@@ -39,6 +48,28 @@ class Subscription:
         self._changed.clear()
 
 
+class _Stop:
+    """Ends the thread: an event that ``select`` can wait for."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        self._writer.close()
+
+    def is_set(self) -> bool:
+        return self._writer.fileno() < 0
+
+    def wait(self, seconds: float) -> None:
+        select.select([self], [], [], seconds)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
 class Changes:
     """Wakes its subscribers after each commit to a SQLite file; its thread runs while there are any.
 
@@ -46,48 +77,73 @@ class Changes:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._uri = None if path is None else path.absolute().as_uri()
+        self._path = Path() if path is None else path.absolute()
+        self._is_file = path is not None
         self._subscriptions: set[Subscription] = set()
-        self._stop = threading.Event()
+        self._stop: _Stop | None = None
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:
         """Give a subscription for as long as the block runs."""
         subscription = Subscription()
-        if not self._subscriptions and self._uri is not None:
-            self._start()
+        is_first = not self._subscriptions
         self._subscriptions.add(subscription)
+        if is_first and self._is_file:
+            self._start()
         try:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
             if not self._subscriptions:
-                self._stop.set()
+                self._end()
 
     def _start(self) -> None:
-        self._stop.set()  # a former thread may still run, if its last subscriber's event loop was closed
-        self._stop = threading.Event()
+        self._end()
+        self._stop = _Stop()
         threading.Thread(target=self._watch, args=(self._stop,), name="dgx-music-changes", daemon=True).start()
 
-    def _watch(self, stop: threading.Event) -> None:
+    def _end(self) -> None:
+        if self._stop is not None:
+            self._stop.set()
+            self._stop = None
+
+    def _watch(self, stop: _Stop) -> None:
+        with closing(stop):
+            self._watch_until(stop)
+
+    def _watch_until(self, stop: _Stop) -> None:
         while not stop.is_set():
             try:
                 self._watch_connection(stop)
             except sqlite3.Error:  # the file is gone or cannot be read for a moment
                 stop.wait(_LOOK_AGAIN_SECONDS)
 
-    def _watch_connection(self, stop: threading.Event) -> None:
-        connection = sqlite3.connect(f"{self._uri}?mode=ro", uri=True, isolation_level=None)
-        try:
+    def _watch_connection(self, stop: _Stop) -> None:
+        path = self._path
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+        with closing(connection), closing(_open_log_watch(path)) as log:
             seen, cursor = -1, connection.cursor()
             while not stop.is_set():
-                time.sleep(_LOOK_EVERY_SECONDS)  # costs a fifth of what waiting for the event would
-                version = cursor.execute("PRAGMA data_version").fetchone()[0]
-                if version != seen:
-                    seen = version
-                    self._wake_all()
-        finally:
-            connection.close()
+                seen = self._look(cursor, seen, log, stop)
+                log.wait(stop)
+
+    def _look(self, cursor: sqlite3.Cursor, seen: int, log: _LogWatch | _NoLogWatch, stop: _Stop) -> int:
+        """Wake everybody once the version is another than the one seen, and return the version.
+
+        Looks on for a moment: the log is written first, then flushed to disk, and only then is the commit visible.
+        """
+        until = time.monotonic() + log.look_seconds
+        while not stop.is_set():
+            log.drain()
+            version: int = cursor.execute("PRAGMA data_version").fetchone()[0]
+            if version != seen:
+                seen = version
+                self._wake_all()
+                until = min(until, time.monotonic() + _NEXT_COMMIT_SECONDS)
+            if time.monotonic() >= until:
+                break
+            time.sleep(_VISIBLE_SECONDS)
+        return seen
 
     def _wake_all(self) -> None:
         for subscription in tuple(self._subscriptions):
@@ -95,3 +151,55 @@ class Changes:
                 subscription.wake()
             except RuntimeError:  # its event loop has closed
                 self._subscriptions.discard(subscription)
+
+
+class _LogWatch:
+    """Waits for the kernel to tell of a write to the database's log; watches the folder, since the log comes and goes."""
+
+    look_seconds = 0.25
+
+    def __init__(self, path: Path) -> None:
+        self._log = f"{path.name}-wal".encode()
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._events = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
+        if self._events < 0 or libc.inotify_add_watch(self._events, bytes(path.parent), _IN_MODIFY) < 0:
+            raise OSError(ctypes.get_errno(), "inotify")
+
+    def wait(self, stop: _Stop) -> None:
+        """Wait for a write to the log, or the stop."""
+        while not stop.is_set():
+            readable, _, _ = select.select([self._events, stop], [], [])
+            if self._events in readable and self.drain():
+                return
+
+    def drain(self) -> bool:
+        """Take what the kernel has told so far; return whether the log was written."""
+        try:
+            return self._log in os.read(self._events, 65_536)
+        except BlockingIOError:
+            return False
+
+    def close(self) -> None:
+        os.close(self._events)
+
+
+class _NoLogWatch:
+    """Stands in where the kernel does not tell: it may always have been written."""
+
+    look_seconds = 0.0
+
+    def wait(self, stop: _Stop) -> None:
+        stop.wait(_LOOK_EVERY_SECONDS)
+
+    def drain(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        return
+
+
+def _open_log_watch(path: Path) -> _LogWatch | _NoLogWatch:
+    try:
+        return _LogWatch(path) if sys.platform == "linux" else _NoLogWatch()
+    except OSError:  # the user's limit of watches is reached
+        return _NoLogWatch()
