@@ -407,7 +407,7 @@ async def main(size: Size, folder: Path) -> list[str]:
     console.print("idle worker")
     cpu, rate = await measure_idle(folder, size.idle_seconds)
     lines.append(f"| idle worker, CPU of one core | {cpu:.2f} % | | |")
-    lines.append(f"| idle worker, statements (and 80 looks at the data version, without a lock) | {rate:.1f} /s | | |")
+    lines.append(f"| idle worker, statements of SQL | {rate:.1f} /s | | |")
     return lines
 
 

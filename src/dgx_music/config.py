@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     loudness: Loudness = Field("lufs", description="`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`")
     lease_seconds: float = Field(30.0, ge=1, le=3600, description="a worker silent for this long has lost its rows")
     heartbeat_seconds: float = Field(2.0, ge=0.05, le=600, description="time between two renewals of the lease")
-    poll_seconds: float = Field(2.0, ge=0.05, le=600, description="longest time between two looks for work")
+    poll_seconds: float = Field(5.0, ge=0.05, le=600, description="longest time between two looks for work")
     grace_seconds: float = Field(
         30.0, ge=0, le=3600, description="time that running generations get to finish at a stop"
     )

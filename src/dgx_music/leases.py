@@ -90,7 +90,7 @@ class Leases:
         """Renew every lease and the worker's own row; an idle worker says only now and then that it lives."""
         last = -math.inf
         while True:
-            if self.running or time.monotonic() - last > self._settings.lease_seconds / 4:
+            if self.running or time.monotonic() - last > self._settings.lease_seconds / 3:
                 await self._renew()
                 last = time.monotonic()
             await anyio.sleep(self._settings.heartbeat_seconds)
@@ -141,7 +141,7 @@ class Leases:
                 await self._rescue()
             except (DatabaseUnavailableError, ArtifactError) as error:
                 logger.warning("worker %s: cannot rescue: %s", self._worker_id, error)
-            await anyio.sleep(self._settings.lease_seconds / 4 * self._rng.uniform(0.8, 1.2))
+            await anyio.sleep(self._settings.lease_seconds / 3 * self._rng.uniform(0.8, 1.2))
 
     async def _rescue(self) -> None:
         rescued = None
