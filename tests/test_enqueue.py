@@ -734,3 +734,16 @@ def test_every_refusal_is_one_family_of_errors():
 async def test_the_synchronous_helper_is_refused_inside_an_event_loop():
     with pytest.raises(RuntimeError, match="await enqueue"):
         enqueue_sync("lofi rain")
+
+
+@pytest.mark.parametrize("requests", ["abc", {"prompt": "a"}])
+async def test_a_single_request_is_no_batch(default_database, requests):
+    with pytest.raises(InvalidRequestError, match="single one"):
+        await enqueue_many(requests)
+    assert await read_all(default_database, select(Generation)) == []
+
+
+async def test_the_key_that_completion_writes_is_refused_in_metadata(default_database):
+    with pytest.raises(InvalidRequestError, match="metadata has the key 'audio'"):
+        await enqueue("lofi rain", metadata={"audio": 1})
+    assert await read_all(default_database, select(Generation)) == []

@@ -11,7 +11,7 @@ from dgx_music.errors import ArtifactError
 from dgx_music.prune import prune
 from dgx_music.storage import Database, count_generations
 from dgx_music.storage.schema import FINISHED
-from tests.factories import add_generation, back_date, start_one
+from tests.factories import add_generation, back_date, read, start_one
 
 
 async def add_finished(database: Database, status: str, seconds_ago: float = 0, **values: Any) -> str:
@@ -101,3 +101,10 @@ async def test_a_file_that_cannot_be_deleted_keeps_its_row(database: Database, t
         await prune(database, LocalArtifacts(tmp_path / "audio"), {"completed": 10})
 
     assert await count(database) == 1
+
+
+async def test_audio_in_another_place_is_refused_and_its_row_kept(database, tmp_path):
+    kept = await add_finished(database, "completed", 10, sha256="ab", file_path="/elsewhere/x.wav")
+    with pytest.raises(ArtifactError, match="not in the output folder"):
+        await prune(database, LocalArtifacts(tmp_path / "audio"), {"completed": 0.0})
+    assert (await read(database, kept)).status == "completed"

@@ -269,7 +269,7 @@ def normalise_url(url: str) -> URL:
             "DGX_MUSIC_DATABASE_URL", "names a host, which a SQLite file has not", "write sqlite:/// with three slashes"
         )
     if parsed.drivername in ("sqlite", "sqlite+aiosqlite"):
-        _check_file_name(parsed)
+        _check_file_name(parsed, has_options="?" in url)
         return parsed.set(drivername="sqlite+aiosqlite")
     raise ConfigurationError(
         "DGX_MUSIC_DATABASE_URL",
@@ -278,9 +278,9 @@ def normalise_url(url: str) -> URL:
     )
 
 
-def _check_file_name(url: URL) -> None:
+def _check_file_name(url: URL, *, has_options: bool) -> None:
     name = url.database or ""
-    if url.query:
+    if has_options:
         raise ConfigurationError("DGX_MUSIC_DATABASE_URL", "has options behind a ?", "leave them out; none is needed")
     is_text = name.isprintable() and all(len(part.encode()) <= _LONGEST_NAME_BYTES for part in name.split("/"))
     if not is_text:
