@@ -1,6 +1,7 @@
 # `make demo` shows the product at work, `make test` proves it. Both install what they need into .venv, and only what changed.
 
 PYTHON ?= python3
+TESTERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,8 +12,8 @@ DEVELOPING := $(VENV)/.installed-dev
 demo: $(INSTALLED) ## first audio: migrate, enqueue, run the real worker, verify, show
 	$(BIN)/dgx-music demo
 
-test: $(DEVELOPING) ## run the tests
-	$(BIN)/pytest
+test: $(DEVELOPING) ## run the tests, on SQLite and on a PostgreSQL that comes with them
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
 
 check: $(DEVELOPING) ## everything: format, lint, types, migrations, tests with coverage
 	$(BIN)/ruff format --check .
@@ -20,7 +21,7 @@ check: $(DEVELOPING) ## everything: format, lint, types, migrations, tests with 
 	$(BIN)/mypy
 	DGX_MUSIC_DATABASE_URL=sqlite:///$(VENV)/check.db $(BIN)/alembic upgrade head
 	DGX_MUSIC_DATABASE_URL=sqlite:///$(VENV)/check.db $(BIN)/alembic check
-	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 soak: $(DEVELOPING) ## the long fault runs
 	$(BIN)/pytest -m soak --timeout=900

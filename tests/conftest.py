@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from dgx_music.storage import close_db, init_db
 from dgx_music.storage.database import Database
+from tests.factories import DATABASE_KINDS, with_driver
 
-DATABASE_KINDS = ["sqlite"]
+if TYPE_CHECKING:
+    from tests.postgres import PostgresServer
+
+pytest_plugins = ["tests.postgres", "tests.daemons"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,21 +35,60 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated SQLite file, to be copied: a migration takes longer than most tests."""
     path = tmp_path_factory.mktemp("migrated") / "test.db"
 
-    async def make() -> None:
-        database = Database(f"sqlite:///{path}")
-        await database.migrate()
-        await database.dispose()
-
-    with asyncio.Runner() as runner:
-        runner.run(make())
+    _migrate(f"sqlite:///{path}")
     return path
 
 
-@pytest.fixture(params=DATABASE_KINDS)
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty, migrated database."""
-    shutil.copy(request.getfixturevalue("migrated_file"), tmp_path / "test.db")
+@pytest.fixture(scope="session")
+def migrated_template(postgres: PostgresServer) -> Iterator[str]:
+    """The name of a migrated PostgreSQL database, to be copied likewise."""
+    name = f"template_{secrets.token_hex(4)}"
+    _migrate(postgres.create_database(name))
+    yield name
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def sqlite_url(migrated_file: Path, tmp_path: Path) -> str:
+    """The URL of an empty, migrated SQLite file."""
+    shutil.copy(migrated_file, tmp_path / "test.db")
     return f"sqlite:///{tmp_path / 'test.db'}"
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer, migrated_template: str) -> Iterator[str]:
+    """The URL of an empty, migrated PostgreSQL database."""
+    name = f"test_{secrets.token_hex(4)}"
+    yield postgres.create_database(name, template=migrated_template)
+    postgres.drop_database(name)
+
+
+@pytest.fixture(params=DATABASE_KINDS)
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty, migrated database, of each kind in turn; ``factories.on`` says of which."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_url"))
+    return with_driver(request.getfixturevalue("postgres_url"), request.param)
+
+
+@pytest.fixture(params=DATABASE_KINDS)
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a database of each kind in which there is nothing at all."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'folder' / 'empty.db'}"
+        return
+    server: PostgresServer = request.getfixturevalue("postgres")
+    name = f"empty_{secrets.token_hex(4)}"
+    yield with_driver(server.create_database(name), request.param)
+    server.drop_database(name)
+
+
+@pytest.fixture
+async def empty_database(empty_url: str) -> AsyncIterator[Database]:
+    """A database in which there is nothing at all."""
+    database = Database(empty_url)
+    yield database
+    await database.dispose()
 
 
 @pytest.fixture
@@ -59,3 +104,13 @@ async def default_database(database_url: str) -> AsyncIterator[Database]:
     """An empty, migrated database that ``get_session`` and the public coroutines use."""
     yield await init_db(database_url)
     await close_db()
+
+
+def _migrate(url: str) -> None:
+    async def migrate() -> None:
+        database = Database(url)
+        await database.migrate()
+        await database.dispose()
+
+    with asyncio.Runner() as runner:
+        runner.run(migrate())

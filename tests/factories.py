@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import Select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,8 +18,19 @@ from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.storage.schema import FINISHED, PENDING, PROCESSING, now, now_plus
 
+SQLITE, *POSTGRES = DATABASE_KINDS = ["sqlite", "asyncpg", "psycopg"]
 MODEL = "musicgen-small"
 ROOT = Path(__file__).parents[1]
+
+
+def on(*kinds: str) -> pytest.MarkDecorator:
+    """Run a test on these kinds of database only, since it is about them, or since it is not about databases."""
+    return pytest.mark.parametrize("database_url", kinds, indirect=True)
+
+
+def with_driver(url: str, driver: str) -> str:
+    """Return the URL of a PostgreSQL database with this driver."""
+    return url.replace("postgresql://", f"postgresql+{driver}://")
 
 
 async def add_generation(session: AsyncSession, **overrides: Any) -> Generation:

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from dgx_music.errors import EngineCrashedError
+from dgx_music.errors import EngineCrashedError, EngineUnavailableError
 from dgx_music.inference.engine import Audio
 from dgx_music.inference.process import EngineInfo
 
@@ -27,11 +27,20 @@ class FakeEngine:
         self.most_running = 0
         self.start_errors = []
         self.pid = 1
+        self.model = None
+        self.loaded = []
+        self.unloadable = set()
         self.is_closed = False
 
-    async def start(self):
+    async def start(self, model):
         if self.start_errors:
             raise self.start_errors.pop(0)
+        if model in self.unloadable:
+            raise EngineUnavailableError(f"{model} is not here.")
+        if model != self.model:
+            assert not self.running, "the engine was replaced while a generation ran"
+            self.model, self.pid = model, self.pid + 1
+            self.loaded.append(model)
         return EngineInfo(slots=self.slots, device="cpu", model_version="fake", notice=None, pid=self.pid)
 
     async def generate(self, request, on_progress):
@@ -50,7 +59,7 @@ class FakeEngine:
     async def _act(self, what):
         if isinstance(what, list):
             what = what.pop(0) if what else None
-        if isinstance(what, EngineCrashedError) and not (self.dies_at_once and self.pid > 1):
+        if isinstance(what, EngineCrashedError) and not (self.dies_at_once and self.pid > 2):
             self.pid += 1  # the next one is a fresh process
         if isinstance(what, Exception):
             raise what

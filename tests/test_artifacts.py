@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePath
 
 import anyio
@@ -14,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgx_music.artifacts import EXTENSIONS, LocalArtifacts, MemoryArtifacts
+from dgx_music.artifacts import EXTENSIONS, LocalArtifacts, MemoryArtifacts, open_output
+from dgx_music.artifacts.interface import CHUNK_BYTES
 from dgx_music.errors import ArtifactError, InvalidRequestError
+from tests.object_store import s3_fixture, s3_port_fixture  # noqa: F401
 
 DATA = b"RIFF" + bytes(100_000)
 OTHER = b"RIFF" + bytes(range(256))
@@ -31,9 +34,19 @@ def local(root):
     return LocalArtifacts(root)
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def artifacts(request, root):
-    return LocalArtifacts(root) if request.param == "local" else MemoryArtifacts()
+    if request.param == "memory":
+        return MemoryArtifacts()
+    return open_output(root if request.param == "local" else request.getfixturevalue("s3"))
+
+
+async def read(artifacts, path):
+    return b"".join([chunk async for chunk in artifacts.stream(path)])
+
+
+async def listed(artifacts):
+    return {(file.generation_id, file.attempt, file.size_bytes) async for file in artifacts.list_files()}
 
 
 def names_in(folder):
@@ -98,7 +111,7 @@ async def test_other_data_under_the_same_name_is_refused(artifacts):
 
     with pytest.raises(ArtifactError, match=r"song-1\.wav already holds other audio"):
         await artifacts.publish("song", 1, "wav", OTHER)
-    assert await artifacts.publish("song", 1, "wav", DATA) == first
+    assert await read(artifacts, first.path) == DATA
 
 
 async def test_attempts_have_files_of_their_own(artifacts):
@@ -145,8 +158,63 @@ async def test_a_name_never_leaves_the_folder(generation_id):
     assert PurePath("root", artifact.path.removeprefix("memory:")).parts == ("root", f"{generation_id}-1.wav")
 
 
-async def test_a_good_place_has_no_problem(artifacts):
+async def test_a_good_place_has_no_problem_and_a_look_at_it_leaves_no_trace(artifacts):
     assert await artifacts.find_problem() is None
+    assert await listed(artifacts) == set()
+
+
+async def test_a_place_holds_what_it_publishes_and_nothing_else(artifacts):
+    path = (await artifacts.publish("song", 1, "wav", DATA)).path
+
+    assert artifacts.holds(path)
+    assert not any(map(artifacts.holds, ["", "/etc/passwd", "s3://other/song-1.wav", path.replace("song", "x/song")]))
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1])
+async def test_what_is_published_streams_back(artifacts, size):
+    data = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    artifact = await artifacts.publish("song", 1, "wav", data)
+
+    assert await read(artifacts, artifact.path) == data
+
+
+async def test_what_is_not_there_does_not_stream(artifacts):
+    path = (await artifacts.publish("song", 1, "wav", DATA)).path
+    await artifacts.delete("song", [1])
+
+    with pytest.raises(ArtifactError, match=r"song-1\.wav .*(no such|not there)"):
+        await read(artifacts, path)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "s3://other/song-1.wav", "other:song-1.wav"])
+async def test_a_path_of_another_place_is_neither_streamed_nor_linked(artifacts, path):
+    with pytest.raises(ArtifactError, match=f"{path} is not in {artifacts}"):
+        await read(artifacts, path)
+    with pytest.raises(ArtifactError, match=f"{path} is not in {artifacts}"):
+        await artifacts.link(path, 60)
+
+
+async def test_the_list_has_what_is_published_and_not_what_is_deleted(artifacts):
+    await artifacts.publish("song-1", 2, "wav", DATA)
+    await artifacts.publish("song", 12, "ogg", OTHER)
+    await artifacts.publish("gone", 1, "flac", DATA)
+    await artifacts.delete("gone", [1])
+
+    assert await listed(artifacts) == {("song-1", 2, len(DATA)), ("song", 12, len(OTHER))}
+
+
+async def test_the_list_says_where_a_file_is_and_how_old(artifacts):
+    before = datetime.now(UTC) - timedelta(seconds=1)  # a store counts whole seconds
+    artifact = await artifacts.publish("song", 1, "wav", DATA)
+
+    (file,) = [file async for file in artifacts.list_files()]
+
+    assert file.path == artifact.path
+    assert before <= file.modified_at <= datetime.now(UTC)
+
+
+async def test_nothing_published_is_an_empty_list(artifacts):
+    assert await listed(artifacts) == set()
 
 
 # A local folder
@@ -180,6 +248,29 @@ async def test_a_part_file_that_a_dead_worker_left_is_replaced(local, root):
 
     assert content(artifact) == DATA
     assert names_in(root) == ["song-1.wav"]
+
+
+async def test_the_list_has_part_files_and_passes_over_what_is_not_ours(local, root):
+    await local.publish("song", 1, "wav", DATA)
+    for name in ("song-2.wav.part", "notes.txt", "song.wav", "song-01.wav", "song-1.exe", "song-1.wav.bak"):
+        (root / name).write_bytes(b"half")
+    (root / "folder-1.wav").mkdir()
+    (root / "link-1.wav").symlink_to(root / "song-1.wav")
+
+    assert await listed(local) == {("song", 1, len(DATA)), ("song", 2, 4)}
+
+
+async def test_a_folder_gives_no_links(local):
+    artifact = await local.publish("song", 1, "wav", DATA)
+
+    assert await local.link(artifact.path, 60) is None
+
+
+async def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
+    (tmp_path / "taken").write_bytes(b"")
+
+    with pytest.raises(ArtifactError, match="taken cannot be listed: not a directory"):
+        await listed(LocalArtifacts(tmp_path / "taken"))
 
 
 async def test_delete_removes_part_files_too(local, root):

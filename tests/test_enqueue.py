@@ -32,7 +32,7 @@ from dgx_music.errors import (
 from dgx_music.storage import delete_generation, queue
 from dgx_music.storage.changes import Changes
 from dgx_music.storage.models import Generation, Prompt
-from tests.factories import Program, add_generation, claim_one, completion_of, read, read_all
+from tests.factories import SQLITE, Program, add_generation, claim_one, completion_of, on, read, read_all
 
 pytestmark = pytest.mark.usefixtures("default_database")
 
@@ -228,6 +228,7 @@ async def assert_unchanged(database):
     assert (await count(database), await count(database, Prompt)) == (0, 0)
 
 
+@on(SQLITE)
 @pytest.mark.parametrize(("field", "value"), BAD)
 async def test_bad_input_is_refused_by_its_field_and_the_database_unchanged(database, field, value):
     prompt, options = request_with(field, value)
@@ -241,6 +242,7 @@ async def test_bad_input_is_refused_by_its_field_and_the_database_unchanged(data
     await assert_unchanged(database)
 
 
+@on(SQLITE)
 @pytest.mark.parametrize(("field", "value"), BAD)
 async def test_bad_input_in_a_batch_is_refused_by_its_place_and_nothing_stored(database, field, value):
     prompt, options = request_with(field, value)
@@ -284,6 +286,7 @@ async def test_a_batch_too_large_is_refused(database, monkeypatch):
     await assert_unchanged(database)
 
 
+@on(SQLITE)
 @pytest.mark.parametrize(("field", "value"), [("prompt", ""), ("duration", 31), ("metadata", {"x": float("nan")})])
 async def test_a_script_is_refused_in_the_same_words_before_any_database_is_made(tmp_path, monkeypatch, field, value):
     monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", f"sqlite:///{tmp_path / 'none' / 'new.db'}")
@@ -411,8 +414,10 @@ async def test_a_producer_whose_rival_asked_for_something_else_is_refused(databa
 @pytest.fixture(params=["configured", "plain"])
 async def own(request, database):
     """A session of the caller's own, on an engine of his own."""
-    engine = create_async_engine(database.url)
-    if request.param == "configured" and engine.dialect.name == "sqlite":
+    is_ours, is_sqlite = request.param == "configured", database.is_embedded
+    options = {"isolation_level": "REPEATABLE READ"} if is_ours and not is_sqlite else {}
+    engine = create_async_engine(database.url, **options)
+    if is_ours and is_sqlite:
         configure_sqlite(engine)
     async with AsyncSession(engine, expire_on_commit=False) as session:
         yield session

@@ -1,117 +1,58 @@
 """What must hold when things die: real daemons, real signals, the torch-free engine."""
 
 import asyncio
-import hashlib
-import json
+import contextlib
 import os
 import random
 import signal
 import sqlite3
+import time
+from collections import Counter
 from pathlib import Path
 
 import anyio
 import pytest
-from sqlalchemy import select
 
-from dgx_music import cancel_generation, enqueue, enqueue_many
-from dgx_music.storage import queue
-from dgx_music.storage.models import Attempt, Generation
-from dgx_music.storage.workers import get_workers
-from tests.daemons import Daemon
-
-
-@pytest.fixture
-def folder(database):
-    return database.path.parent
-
-
-@pytest.fixture
-def start(database, folder):
-    daemons = []
-
-    def start_daemon(*options, **settings):
-        daemons.append(Daemon(folder, *options, **settings))
-        return daemons[-1]
-
-    yield start_daemon
-    for daemon in daemons:
-        daemon.close()
+from dgx_music import cancel_generation
+from dgx_music.storage import due
+from tests.daemons import (
+    Daemon,
+    add,
+    add_many,
+    attempts_of,
+    check_everything_is_true,
+    is_finished,
+    is_running,
+    rows_of,
+    until,
+    until_registered,
+)
+from tests.factories import MODEL
 
 
 @pytest.fixture
-def script(folder):
-    """Return a function that sets what the tone engine does from the next generation on."""
-    path = folder / "script.json"
-
-    def write(*rules):
-        path.with_suffix(".new").write_text(json.dumps(rules))
-        path.with_suffix(".new").rename(path)
-        return path
-
-    return write
+def database_url(sqlite_url):
+    return sqlite_url
 
 
-async def add(database, prompt="lofi rain", **options):
-    async with database.session() as session:
-        return await enqueue(prompt, session=session, **{"duration": 0.5, "model": "musicgen-small"} | options)
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+ON_POSTGRES = pytest.mark.parametrize("database_url", ["asyncpg"], indirect=True)
+ON_ASYNCPG = pytest.mark.parametrize("database_url", ["sqlite", "asyncpg"], indirect=True)
+ON_PSYCOPG = pytest.mark.parametrize("database_url", ["sqlite", "psycopg"], indirect=True)
 
 
-async def rows_of(database):
-    async with database.session(read_only=True) as session:
-        return {row.id: row for row in await session.scalars(select(Generation))}
+async def check_everything_is_true_and_sound(database, folder, count):
+    await check_everything_is_true(database, folder, count)
+    if database.is_embedded:
+        with contextlib.closing(sqlite3.connect(database.path)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-async def until(database, generation, is_so, seconds=20):
-    """Return the row once this holds of it."""
-    with anyio.fail_after(seconds), database.changes.subscribe() as changes:
-        while not is_so(row := (await rows_of(database))[generation.id]):
-            await changes.wait(0.1)
-        return row
-
-
-async def until_registered(database, daemons):
-    """Return once each of these has loaded its engine and said so."""
-    with anyio.fail_after(20), database.changes.subscribe() as changes:
-        while True:
-            async with database.session(read_only=True) as session:
-                if {daemon.pid for daemon in daemons} <= {row["pid"] for row in await get_workers(session)}:
-                    return
-            await changes.wait(0.1)
-
-
-def is_running(row):
-    return row.status == "processing"
-
-
-def is_finished(row):
-    return row.is_finished
-
-
-async def check_everything_is_true(database, folder, count):
-    """Every row completed once, by its last attempt; one file each, as the row says; history and database are sound."""
-    rows = await rows_of(database)
-    assert [row.status for row in rows.values()] == ["completed"] * count
-    async with database.session(read_only=True) as session:
-        attempts = list(await session.scalars(select(Attempt)))
-    assert sorted(a.generation_id for a in attempts if a.outcome == "completed") == sorted(rows)
-    assert all(rows[a.generation_id].attempt == a.attempt for a in attempts if a.outcome == "completed")
-    assert {a.outcome for a in attempts} <= {"completed", "lost", "released", "failed"}
-    assert len(attempts) == sum(row.attempt for row in rows.values())
-    files = {str(file): file.read_bytes() for file in (folder / "audio").iterdir()}
-    assert sorted(files) == sorted(row.file_path for row in rows.values())
-    assert all(hashlib.sha256(files[row.file_path]).hexdigest() == row.sha256 for row in rows.values())
-    with sqlite3.connect(database.path) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
-
-
-async def drain_under_fire(database, folder, start, script, *, count, kill_every, seconds):
+async def drain_under_fire(database, start, script, *, count, kill_every, seconds):
     """Drain with three daemons while one of them is killed, over and over, and replaced."""
     rng = random.Random(7)
     path = script({"do": "wait", "seconds": seconds})
-    async with database.session() as session:
-        prompts = [f"prompt {number}" for number in range(count)]
-        await enqueue_many(prompts, duration=0.1, model="musicgen-small", max_attempts=25, session=session)
+    await add_many(database, count, max_attempts=25)
     daemons = [start(script=path) for _ in range(3)]
     kills = 0
     while not all(row.is_finished for row in (await rows_of(database)).values()):
@@ -128,24 +69,29 @@ async def drain_under_fire(database, folder, start, script, *, count, kill_every
     return kills
 
 
+@ON_ASYNCPG
 @pytest.mark.timeout(120)
-async def test_killed_workers_lose_nothing_and_finish_nothing_twice(database, folder, start, script):
-    kills = await drain_under_fire(database, folder, start, script, count=150, kill_every=1.5, seconds=0.2)
+async def test_killed_workers_lose_nothing_and_finish_nothing_twice(database, tmp_path, start, script):
+    count = 100 if database.is_embedded else 60
+    kills = await drain_under_fire(database, start, script, count=count, kill_every=1.5, seconds=0.2)
     assert kills >= 2
-    await check_everything_is_true(database, folder, 150)
+    await check_everything_is_true_and_sound(database, tmp_path, count)
 
 
+@ON_ASYNCPG
 @pytest.mark.soak
-async def test_two_thousand_generations_survive_a_kill_every_second(database, folder, start, script):
-    kills = await drain_under_fire(database, folder, start, script, count=2_000, kill_every=1.0, seconds=0.05)
+async def test_two_thousand_generations_survive_a_kill_every_second(database, tmp_path, start, script):
+    kills = await drain_under_fire(database, start, script, count=2_000, kill_every=1.0, seconds=0.05)
     assert kills >= 10
-    await check_everything_is_true(database, folder, 2_000)
+    await check_everything_is_true_and_sound(database, tmp_path, 2_000)
 
 
 async def stall_outside_a_transaction(daemon, database):
     """Stop the process where it holds no lock: SQLite's write lock of a stopped process would stop all writers."""
     while True:
         daemon.send(signal.SIGSTOP)
+        if not database.is_embedded:
+            return
         connection = sqlite3.connect(database.path, timeout=0.1, isolation_level=None)
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -157,7 +103,8 @@ async def stall_outside_a_transaction(daemon, database):
             connection.close()
 
 
-async def test_a_stalled_worker_cannot_change_what_another_finished(database, folder, start, script):
+@ON_PSYCOPG
+async def test_a_stalled_worker_cannot_change_what_another_finished(database, tmp_path, start, script):
     path = script({"attempts": [1], "do": "wait", "seconds": 1.0})
     generation = await add(database)
     stalled = start(script=path)
@@ -173,9 +120,10 @@ async def test_a_stalled_worker_cannot_change_what_another_finished(database, fo
     assert (done.status, done.attempt) == ("completed", 2)
     row = (await rows_of(database))[generation.id]
     assert (row.sha256, row.file_path, row.completed_at) == (done.sha256, done.file_path, done.completed_at)
-    assert not (folder / "audio" / f"{generation.id}-1.wav").exists()
+    assert not (tmp_path / "audio" / f"{generation.id}-1.wav").exists()
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("rule", "reason"),
     [
@@ -200,6 +148,7 @@ async def test_whatever_befalls_the_engine_the_worker_lives_and_the_next_succeed
     assert daemon.process.poll() is None
 
 
+@ON_PSYCOPG
 async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retried(database, start, script):
     path = script({"attempts": [1], "do": "wait", "seconds": 30})
     generation = await add(database)
@@ -212,6 +161,7 @@ async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retrie
     assert daemon.children() != [child]
 
 
+@ON_ASYNCPG
 async def test_sigterm_finishes_what_runs_and_ends_with_0(database, start, script):
     generation = await add(database)
     daemon = start(script=script({"do": "wait", "seconds": 1.0}))
@@ -221,6 +171,7 @@ async def test_sigterm_finishes_what_runs_and_ends_with_0(database, start, scrip
     assert (await rows_of(database))[generation.id].status == "completed"
 
 
+@ON_PSYCOPG
 async def test_a_second_sigterm_releases_at_once_and_ends_with_0(database, start, script):
     generation = await add(database)
     daemon = start(script=script({"do": "wait", "seconds": 60}))
@@ -233,6 +184,7 @@ async def test_a_second_sigterm_releases_at_once_and_ends_with_0(database, start
     assert (row.status, row.failures, row.attempt) == ("pending", 0, 1)
 
 
+@ON_SQLITE
 async def test_a_killed_worker_takes_its_engine_with_it(database, start, script):
     generation = await add(database)
     daemon = start(script=script({"do": "wait", "seconds": 60}))
@@ -245,6 +197,7 @@ async def test_a_killed_worker_takes_its_engine_with_it(database, start, script)
             await asyncio.sleep(0.02)
 
 
+@ON_PSYCOPG
 async def test_a_cancelled_generation_frees_the_engine_for_the_next(database, start, script):
     generation, other = await add(database, "long"), await add(database, "next")
     start(script=script({"prompt": "long", "do": "wait", "seconds": 60}), slots=1)
@@ -256,9 +209,61 @@ async def test_a_cancelled_generation_frees_the_engine_for_the_next(database, st
     assert (cancelled.status, completed.status) == ("cancelled", "completed")
 
 
+@ON_ASYNCPG
 async def test_a_drain_ends_by_itself_with_nothing_left(database, start):
     for number in range(20):
         await add(database, f"prompt {number}")
     assert start("--drain").wait() == 0
     async with database.session() as session:
-        assert not await queue.has_work(session, "musicgen-small")
+        assert not await due.has_work(session, ["musicgen-small"])
+
+
+async def until_nothing_is_left(database):
+    with database.changes.subscribe() as changes:
+        while await database.transact(lambda session: due.has_work(session, [MODEL]), read_only=True):
+            await changes.wait(0.2)
+            await anyio.sleep(0.1)
+
+
+async def drain_with_four(database, start, folder, *, count, seconds, script):
+    """Let four daemons that have nothing to do share so many generations; return how many attempts each has made."""
+    path = script({"do": "wait", "seconds": seconds})
+    daemons = [start(script=path, lease_seconds=30.0) for _ in range(4)]  # so that no slow machine costs one
+    await until_registered(database, daemons)
+    await add_many(database, count)
+    await until_nothing_is_left(database)
+    await check_everything_is_true_and_sound(database, folder, count)
+    return Counter(attempt.worker_id for attempt in await attempts_of(database))
+
+
+@ON_POSTGRES
+async def test_four_workers_share_a_queue_and_each_claims_what_no_other_has(database, tmp_path, start, script):
+    made = await drain_with_four(database, start, tmp_path, count=300, seconds=0.02, script=script)
+    assert sum(made.values()) == 300
+    assert min(made.values()) > 300 / 4 / 2
+
+
+@ON_POSTGRES
+@pytest.mark.soak
+async def test_four_workers_share_five_thousand_generations(database, tmp_path, start, script):
+    began = time.monotonic()
+    made = await drain_with_four(database, start, tmp_path, count=5_000, seconds=0.02, script=script)
+    print(f"5,000 generations: {time.monotonic() - began:.0f} s, {sorted(made.values())}")
+    assert sum(made.values()) == 5_000
+    assert min(made.values()) > 5_000 / 4 / 2
+
+
+@ON_PSYCOPG
+async def test_two_daemons_that_start_at_once_share_the_work(database, tmp_path, start, script):
+    await add_many(database, 20)
+    daemons = [start("--drain", slots=1, script=script({"do": "wait", "seconds": 0.3})) for _ in range(2)]
+    assert [daemon.wait() for daemon in daemons] == [0, 0]
+    await check_everything_is_true_and_sound(database, tmp_path, 20)
+    assert len({attempt.worker_id for attempt in await attempts_of(database)}) == 2
+
+
+async def test_two_daemons_that_start_at_once_on_a_new_file_both_serve(tmp_path):
+    daemons = [Daemon(tmp_path, "--drain") for _ in range(2)]
+    assert [daemon.wait() for daemon in daemons] == [0, 0]
+    for daemon in daemons:
+        daemon.close()

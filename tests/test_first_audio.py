@@ -10,8 +10,9 @@ from sqlalchemy import select
 from dgx_music import cancel_generation, enqueue
 from dgx_music.catalog import UNTRAINED_NOTICE
 from dgx_music.storage.models import Generation
-from tests.daemons import Daemon
-from tests.test_faults import is_finished, is_running, until
+from tests.daemons import Daemon, is_finished, is_running, until
+
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 TINY = {
     "engine": "musicgen",

@@ -23,12 +23,13 @@ HEAVY = [
     "fastapi",
     "typer",
     "rich",
+    "obstore",
 ]
 LAYERS = [
-    ["errors", "catalog", "validation", "config", "storage.schema"],
+    ["errors", "catalog", "validation", "config", "forecast", "storage.schema"],
     ["storage.models", "storage.changes", "inference.engine"],
     ["storage", "inference", "audio", "artifacts"],
-    ["enqueue", "completions", "leases", "prune", "worker"],
+    ["enqueue", "estimates", "fleet", "completions", "leases", "prune", "worker"],
     ["daemon", "cli", "web"],
 ]
 """Lowest first: a module imports from its own layer and those below. A package stands for all in it that is not named."""
@@ -80,6 +81,14 @@ def test_importing_the_library_imports_nothing_heavy():
     program = f"import sys, dgx_music; print([name for name in {HEAVY} if name in sys.modules])"
 
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
+
+
+def test_a_local_output_does_without_the_object_stores_client():
+    program = (
+        "import sys; from dgx_music.artifacts import open_output; open_output('x'); print('obstore' in sys.modules)"
+    )
+
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
 
 
 @pytest.mark.parametrize("name", sorted(IMPORTS))

@@ -24,11 +24,10 @@ from dgx_music.errors import (
 )
 from dgx_music.leases import Stop
 from dgx_music.storage import create_generation, queue, workers
-from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.queue import Lease
 from dgx_music.worker import BROKEN_AFTER, Worker
-from tests.factories import MODEL, back_date
+from tests.factories import MODEL, SQLITE, back_date, on
 from tests.fakes import FakeEngine
 
 
@@ -359,7 +358,7 @@ async def test_an_engine_that_cannot_start_at_first_stops_the_worker(database, m
 
 async def test_a_stop_while_the_engine_loads_ends_the_worker(database, make_worker, engine, monkeypatch):
     generation = await add(database)
-    monkeypatch.setattr(engine, "start", anyio.sleep_forever)
+    monkeypatch.setattr(engine, "start", lambda model: anyio.sleep_forever())
     worker = make_worker()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(worker.run)
@@ -378,12 +377,13 @@ async def test_an_unusable_output_folder_stops_the_worker_before_anything_is_cla
     assert (await read(database, generation)).attempt == 0
 
 
-async def test_a_database_that_is_not_migrated_is_refused(make_worker, tmp_path):
+@on(SQLITE)  # the worker's own database, in whose place another one is put
+async def test_a_database_that_is_not_migrated_is_refused(make_worker, empty_database):
     worker = make_worker()
-    worker._database = Database(f"sqlite:///{tmp_path / 'empty.db'}")
-    with pytest.raises(DatabaseNotMigratedError, match="dgx-music db migrate"):
+    worker._database = empty_database
+    empty_database.create_folder()
+    with pytest.raises(DatabaseNotMigratedError, match="run `dgx-music db migrate`"):
         await worker.run()
-    await worker._database.dispose()
 
 
 def fail_commits(database, monkeypatch, *, times, after):
@@ -420,7 +420,7 @@ async def test_a_completion_that_cannot_be_stored_fails_alone(database, make_wor
     engine.slots = 4
     bad = await add(database, "bad", max_attempts=1)
     good = [await add(database, f"prompt {number}") for number in range(3)]
-    engine.facts["bad"] = {"x": float("nan")}
+    engine.facts["bad"] = {"x": "\ud800"}
     await make_worker(MemoryArtifacts()).run(drain=True)
     assert (await read(database, bad)).status == "failed"
     assert {(await read(database, row)).status for row in good} == {"completed"}

@@ -16,6 +16,8 @@ from dgx_music.enqueue import (
     watch_generation,
 )
 from dgx_music.errors import DgxMusicError
+from dgx_music.estimates import estimate_generation
+from dgx_music.fleet import pause, resume
 from dgx_music.storage import (
     Database,
     Generation,
@@ -40,9 +42,12 @@ __all__ = [
     "enqueue",
     "enqueue_many",
     "enqueue_sync",
+    "estimate_generation",
     "get_session",
     "init_db",
+    "pause",
     "queue_position",
+    "resume",
     "retry_generation",
     "wait_for_generation",
     "watch_generation",

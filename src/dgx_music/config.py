@@ -17,6 +17,9 @@ from dgx_music.errors import ConfigurationError
 DEFAULT_DATABASE_URL = "sqlite:///data/generations.db"
 PREFIX = "DGX_MUSIC_"
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+_URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
+_STORE_SCHEMES = ("s3", "gs", "az")
+_STORE_PLACE = re.compile(r"/[A-Za-z0-9][A-Za-z0-9._-]*(/(?!\.{1,2}(/|$))[A-Za-z0-9._=-]+)*/?")
 
 AudioFormat = Literal["wav", "flac", "mp3", "ogg"]
 Loudness = Literal["lufs", "peak", "none"]
@@ -36,8 +39,31 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("DGX_MUSIC_DATABASE_URL", "DATABASE_URL"),
         description="where generations are kept",
     )
-    output: Path = Field(Path("data/audio"), description="folder the audio is published in")
+    replica_url: str | None = Field(
+        None,
+        repr=False,
+        description="read replica of a PostgreSQL database, for lists, searches and statistics",
+    )
+    pool_size: int = Field(5, ge=1, le=200, description="connections to PostgreSQL that a process keeps at most")
+    connect_timeout_seconds: float = Field(
+        5.0, ge=0.1, le=600, description="longest wait for a connection to PostgreSQL"
+    )
+    statement_timeout_seconds: float = Field(
+        10.0, ge=0.1, le=3600, description="time that PostgreSQL gives one statement, migrations aside"
+    )
+    command_timeout_seconds: float = Field(
+        15.0, ge=0.1, le=3600, description="longest wait for PostgreSQL's answer; then the connection is given up"
+    )
+    output: Path | str = Field(
+        Path("data/audio"), description="where audio is published: a folder, or `s3://…`, `gs://…` or `az://…`"
+    )
     model: str = Field(DEFAULT_MODEL, description="model a worker serves, and the default for new generations")
+    models: str | None = Field(
+        None, description="models a worker serves, separated by commas; default: `DGX_MUSIC_MODEL` alone"
+    )
+    model_switch_seconds: float = Field(
+        60.0, ge=0, le=86_400, description="longest time that the loaded model goes first while another one waits"
+    )
     revision: str | None = Field(None, description="commit of the model's weights on the hub; default: the pinned one")
     engine: EngineName = Field("musicgen", description="`musicgen`, or `tone`: sine waves for tests, no torch needed")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
@@ -45,6 +71,12 @@ class Settings(BaseSettings):
     slots: int = Field(1, ge=1, le=256, description="generations at a time (engine `musicgen` has one slot)")
     audio_format: AudioFormat = Field("wav", description="file format")
     loudness: Loudness = Field("lufs", description="`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`")
+    tenant_limit: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="generations of one tenant that run at a time in the whole fleet; default: any",
+    )
     lease_seconds: float = Field(30.0, ge=1, le=3600, description="a worker silent for this long has lost its rows")
     heartbeat_seconds: float = Field(2.0, ge=0.05, le=600, description="time between two renewals of the lease")
     poll_seconds: float = Field(5.0, ge=0.05, le=600, description="longest time between two looks for work")
@@ -70,6 +102,11 @@ class Settings(BaseSettings):
             )
         return url
 
+    @field_validator("output", mode="before")
+    @classmethod
+    def _output_is_a_place(cls, place: object) -> object:
+        return parse_output(place) if isinstance(place, str | Path) else place
+
     @field_validator("model")
     @classmethod
     def _model_is_known(cls, name: str) -> str:
@@ -82,12 +119,30 @@ class Settings(BaseSettings):
             )
         return model.name
 
+    @field_validator("models")
+    @classmethod
+    def _models_are_known(cls, names: str | None) -> str | None:
+        known = [cls._model_is_known(name.strip()) for name in (names or "").split(",") if name.strip()]
+        return ",".join(known) or None
+
+    @property
+    def served_models(self) -> tuple[str, ...]:
+        """The models a worker serves; the first is loaded first."""
+        return (self.model,) if self.models is None else tuple(dict.fromkeys(self.models.split(",")))
+
     @field_validator("device")
     @classmethod
     def _device_has_a_known_form(cls, name: str) -> str:
         if _DEVICE.fullmatch(name) is None:
             raise ConfigurationError(f"{PREFIX}DEVICE", f"is {name!r}", "use auto, cpu, cuda or cuda:N")
         return name
+
+    @model_validator(mode="after")
+    def _revision_is_of_one_model(self) -> Self:
+        if self.revision is not None and len(self.served_models) > 1:
+            problem = f"is given for the {len(self.served_models)} models of {PREFIX}MODELS"
+            raise ConfigurationError(f"{PREFIX}REVISION", problem, "leave it out, or serve one model")
+        return self
 
     @model_validator(mode="after")
     def _lease_outlives_heartbeats(self) -> Self:
@@ -100,6 +155,31 @@ class Settings(BaseSettings):
         return self
 
 
+def parse_output(place: str | Path) -> Path | str:
+    """Return the folder as a path, or the object store's URL without a slash at its end.
+
+    Raises ``ConfigurationError`` for a URL that is none of a bucket and a prefix; what it shows is no password.
+    """
+    url = _URL.fullmatch(str(place))
+    if url is None:
+        return Path(place)
+    scheme, rest = url["scheme"].lower(), url["rest"]
+    if scheme not in _STORE_SCHEMES:
+        raise _bad_output(f"begins with {scheme}://, which is not known", "name a folder, or use s3://, gs:// or az://")
+    if re.search("[@?#]", rest):
+        raise _bad_output(
+            "holds a user, a password or a query", f"use {scheme}://bucket/prefix, and the environment for credentials"
+        )
+    if _STORE_PLACE.fullmatch(rest) is None:
+        problem = f"is {str(place)!r}, which is not a bucket and a prefix"
+        raise _bad_output(problem, f"use something like {scheme}://bucket/prefix, of letters, digits, . _ - and =")
+    return f"{scheme}:/{rest.rstrip('/')}"
+
+
+def _bad_output(problem: str, remedy: str) -> ConfigurationError:
+    return ConfigurationError(f"{PREFIX}OUTPUT", problem, remedy)
+
+
 def default_model() -> str:
     """Return the model of a generation that names none: ``DGX_MUSIC_MODEL``, else the catalogue's default."""
     return os.environ.get(f"{PREFIX}MODEL") or DEFAULT_MODEL
@@ -108,12 +188,19 @@ def default_model() -> str:
 def load_settings(**given: Any) -> Settings:
     """Return the settings: what is given, else the environment, else the defaults.
 
-    Raises ``ConfigurationError`` that names the setting, its problem and the remedy.
+    The environment's read replica is one of the environment's database, and of no other that is given. Raises
+    ``ConfigurationError`` that names the setting, its problem and the remedy.
     """
+    if given.get("database_url") not in (None, _environments_database()):
+        given = {"replica_url": None} | given
     try:
         return Settings(**given)
     except ValidationError as error:
         raise _explain(error) from None
+
+
+def _environments_database() -> str:
+    return os.environ.get(f"{PREFIX}DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL
 
 
 def _explain(error: ValidationError) -> ConfigurationError:

@@ -9,7 +9,7 @@ import sys
 import anyio
 
 from dgx_music import audio
-from dgx_music.artifacts import LocalArtifacts
+from dgx_music.artifacts import open_output
 from dgx_music.config import Settings
 from dgx_music.errors import DgxMusicError
 from dgx_music.inference.engine import EngineSettings
@@ -26,16 +26,16 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     The first SIGTERM or SIGINT lets running generations finish within the grace, a second releases them at once. Embedded
     SQLite is migrated first. Raises what ``Worker.run`` raises.
     """
-    database = Database(settings.database_url)
+    database = Database.from_settings(settings)
     engine = EngineProcess(engine_settings(settings))
-    worker = Worker(database, engine, LocalArtifacts(settings.output), settings)
+    worker = Worker(database, engine, open_output(settings.output), settings)
     trouble: DgxMusicError | None = None
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_stop_on_signals, worker, name="signals")
             tasks.start_soon(anyio.to_thread.run_sync, audio.warm_up, name="audio warm-up")
             try:
-                await database.migrate()
+                await database.prepare()
                 await worker.run(drain=drain)
             except DgxMusicError as error:  # raised below: a task group would wrap it
                 trouble = error
@@ -51,7 +51,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
     """Return what the engine's process needs to know."""
     return EngineSettings(
         engine=settings.engine,
-        model=settings.model,
+        model=settings.served_models[0],
         device=settings.device,
         dtype=settings.dtype,
         slots=settings.slots,

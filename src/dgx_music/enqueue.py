@@ -23,11 +23,12 @@ from dgx_music import validation
 from dgx_music.config import default_model, load_settings
 from dgx_music.errors import GenerationNotFoundError, IdempotencyConflictError, InvalidRequestError, WaitTimeoutError
 from dgx_music.inference.engine import GenerationRequest
-from dgx_music.storage import queue, repository
-from dgx_music.storage.database import Database, ensure_database, finish
+from dgx_music.storage import due, queue, repository
+from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, UtcDateTime, new_id, now
+from dgx_music.storage.sessions import finish
 
 DEFAULT_DURATION_SECONDS = 10.0
 MAX_BATCH = 10_000
@@ -53,7 +54,9 @@ class RequestOptions(TypedDict, total=False):
     seed: int | None
     """The same seed, model and settings make the same audio; where not given it follows from the row's id."""
     priority: int
-    """Higher goes first; 0 where not given."""
+    """Higher goes first, a point being worth a minute of waiting; 0 where not given."""
+    tenant: str | None
+    """For whom it is made: a worker's ``tenant_limit`` says how many of one tenant's run at a time."""
     run_at: Any
     """A datetime with a zone, or ISO 8601 text: not claimed before; at once where not given."""
     max_attempts: int
@@ -111,9 +114,9 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
     row = plan(prompt, cast("Mapping[str, Any]", options))
 
     async def run() -> Generation:
-        database = Database(load_settings().database_url)
+        database = Database.from_settings(load_settings())
         try:
-            await database.migrate()
+            await database.prepare()
             async with database.session() as session:
                 return (await finish(_insert(session, [row])))[0]
         finally:
@@ -155,7 +158,7 @@ async def queue_position(generation_id: str, *, session: AsyncSession | None = N
     """Return the place of a pending generation among those of its model, from 1; ``None`` where it does not wait."""
     validation.check_name("generation_id", generation_id)
     async with _session(session, read_only=True) as current:
-        return await finish(queue.queue_position(current, generation_id))
+        return await finish(due.queue_position(current, generation_id))
 
 
 async def wait_for_generation(generation_id: str, *, timeout: float | None = None) -> Generation:
@@ -213,6 +216,7 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
         **_given(options, _SAMPLING),
     )
     metadata, key, run_at = options.get("metadata"), options.get("idempotency_key"), options.get("run_at")
+    tenant = {} if options.get("tenant") is None else {"tenant": validation.check_name("tenant", options["tenant"])}
     if isinstance(metadata, dict) and AUDIO_KEY in metadata:
         raise InvalidRequestError("metadata", f"has the key {AUDIO_KEY!r}, which completion writes", "use another key")
     row = {
@@ -223,8 +227,10 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
         "channels": request.channels,
         "sampling": request.sampling,
         "metadata_": None if metadata is None else validation.check_metadata(metadata),
+        **tenant,
     }
     return row | {
+        "tenant": row.get("tenant", ""),
         "request_hash": _hash(row),
         "id": request.generation_id,
         "idempotency_key": None if key is None else validation.check_name("idempotency_key", key),
@@ -278,14 +284,16 @@ async def _insert(session: AsyncSession, rows: list[dict[str, Any]]) -> list[Gen
         if (key := row["idempotency_key"]) is not None:
             _check_same_request(key, row, owners.setdefault(key, (row["id"], row["request_hash"])))
     fresh = [row for row in rows if owners.get(row["idempotency_key"], (row["id"],))[0] == row["id"]]
-    inserted = {row.id: row for row in await _insert_fresh(session, fresh)}
-    raced = [row for row in fresh if row["id"] not in inserted]  # another producer was quicker with the same key
-    if raced:
-        by_key |= await _find_by_key(session, raced)
-        await repository.uncount_prompt_uses(session, [row["prompt"] for row in raced])
+    inserted: dict[str, Generation] = {}
+    while fresh:
+        inserted |= {row.id: row for row in await _insert_fresh(session, fresh)}
+        raced = [row for row in fresh if row["id"] not in inserted]  # another producer was quicker with the same key
+        found = await _find_by_key(session, raced)
         for row in raced:
-            found = by_key[row["idempotency_key"]]
-            _check_same_request(row["idempotency_key"], row, (found.id, found.request_hash))
+            if (owner := found.get(row["idempotency_key"])) is not None:
+                _check_same_request(row["idempotency_key"], row, (owner.id, owner.request_hash))
+        by_key |= found
+        fresh = [row for row in raced if row["idempotency_key"] not in found]  # and its row is gone again
     by_key |= {row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None}
     return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
 
@@ -306,15 +314,17 @@ async def _find_by_key(session: AsyncSession, rows: list[dict[str, Any]]) -> dic
 
 
 async def _insert_fresh(session: AsyncSession, rows: list[dict[str, Any]]) -> list[Generation]:
-    if not rows:
-        return []
+    """Insert these rows, with their prompts counted, and return those whose key was free."""
     prompts = await repository.count_prompt_uses(session, [row["prompt"] for row in rows])
     prompt_ids = {prompt.text: prompt.id for prompt in prompts}
     statement = _insert_statement(repository.dialect_of(session))
     inserted: list[Generation] = []
     for start in range(0, len(rows), _CHUNK):
-        chunk = [row | {"prompt_id": prompt_ids[row["prompt"]]} for row in rows[start : start + _CHUNK]]
+        chunk = [row | {"prompt_id": prompt_ids.get(row["prompt"])} for row in rows[start : start + _CHUNK]]
         inserted += await session.scalars(statement, chunk)
+    stored = {row.id for row in inserted}
+    raced = [row["prompt"] for row in rows if row["id"] not in stored and row["prompt"] in prompt_ids]
+    await repository.uncount_prompt_uses(session, raced)
     return inserted
 
 

@@ -51,6 +51,8 @@ class ConfigurationError(DgxMusicError):
     def __init__(self, setting: str, problem: str, remedy: str) -> None:
         super().__init__(f"{setting} {problem}; {remedy}.")
         self.setting = setting
+        self.problem = problem
+        self.remedy = remedy
 
 
 class GenerationNotFoundError(DgxMusicError):

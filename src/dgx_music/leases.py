@@ -12,20 +12,27 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from dgx_music.artifacts import Artifacts
 from dgx_music.config import Settings
 from dgx_music.errors import ArtifactError, DatabaseUnavailableError
-from dgx_music.storage import queue, workers
+from dgx_music.forecast import Speedometer
+from dgx_music.storage import queue, repository, workers
+from dgx_music.storage.changes import Topic
 from dgx_music.storage.database import Database
+from dgx_music.storage.estimates import record_speed
 from dgx_music.storage.queue import Claim, Lease
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 logger = logging.getLogger(__name__)
 
 _CANCEL_LOOK_SECONDS = 0.1
+_TIDY_SECONDS = 60.0
 
 
 class Stop(Enum):
@@ -65,16 +72,29 @@ class Leases:
     """What one worker has in hand, by lease, and the loops that look after it."""
 
     def __init__(
-        self, worker_id: str, database: Database, artifacts: Artifacts, settings: Settings, rng: random.Random
+        self,
+        database: Database,
+        artifacts: Artifacts,
+        settings: Settings,
+        rng: random.Random,
+        describe: Callable[[], dict[str, Any]],
     ) -> None:
         self.running: dict[Lease, Running] = {}
-        self._worker_id = worker_id
+        self.free_workers = 1
+        """How many workers, this one included, would claim what is due now, as the last heartbeat has found."""
+        self.speeds = Speedometer()
+        self._describe = describe
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
         self._rng = rng
         self._last_sweep: float | None = None
+        self._last_tidying = -math.inf
         self._no_rescue_before = 0.0
+
+    @property
+    def _worker_id(self) -> str:
+        return str(self._describe()["id"])
 
     @property
     def loops(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
@@ -100,8 +120,10 @@ class Leases:
         held = {lease: running.progress for lease, running in self.running.items()}
         try:
             async with self._database.session() as session:
-                await workers.heartbeat_worker(session, self._worker_id, len(held))
+                own = self._describe()
+                await workers.heartbeat_worker(session, **own, running_count=len(held))
                 renewed = await queue.renew(session, held, lease_seconds=self._settings.lease_seconds)
+                self.free_workers = await workers.count_free_workers(session, own["model_name"])
         except DatabaseUnavailableError as error:
             logger.warning("worker %s: heartbeat missed: %s", self._worker_id, error)
             return
@@ -113,7 +135,7 @@ class Leases:
 
     async def notice_cancels(self) -> None:
         """Look for cancel requests whenever the database changes, not only at the next heartbeat."""
-        with self._database.changes.subscribe() as changes:
+        with self._database.changes.subscribe(Topic.CANCEL, [self._worker_id]) as changes:
             while True:
                 await changes.wait(self._settings.poll_seconds)
                 if self.running:
@@ -138,16 +160,27 @@ class Leases:
         """Rescue what lost workers left, a few times in each lease."""
         while True:
             try:
+                await self._record_speeds()
                 await self._rescue()
+                await self._tidy()
             except (DatabaseUnavailableError, ArtifactError) as error:
                 logger.warning("worker %s: cannot rescue: %s", self._worker_id, error)
             await anyio.sleep(self._settings.lease_seconds / 3 * self._rng.uniform(0.8, 1.2))
+
+    async def _record_speeds(self) -> None:
+        """Tell what was measured since the last time; never with the heartbeat, which nobody else's write may hold up."""
+        device = str(self._describe()["device"])
+        for model, measured in self.speeds.take().items():
+            async with self._database.session() as session:
+                await record_speed(session, model, device, *measured)
 
     async def _rescue(self) -> None:
         rescued = None
         while rescued is None or len(rescued) == queue.RESCUE_CHUNK:
             async with self._database.session() as session:
                 now = await queue.read_clock(session)
+                if self._last_sweep is None and not self._database.is_embedded:
+                    await self._note_silence(session)
                 rescued = await queue.rescue(session) if self.may_rescue(now.timestamp()) else []
             for item in rescued:
                 lease = item.lease
@@ -155,6 +188,23 @@ class Leases:
                     "generation %s attempt %d: worker lost, now %s", lease.generation_id, lease.attempt, item.status
                 )
                 await self._artifacts.delete(lease.generation_id, [lease.attempt])
+
+    async def _note_silence(self, session: AsyncSession) -> None:
+        """Let a new worker wait one lease where another is silent: a server that was away may have silenced it.
+
+        That of all but one, and a third who was quick to be heard again says nothing of the rest.
+        """
+        since = await workers.longest_silent(session, but=self._worker_id)
+        if since is not None:
+            self._last_sweep = since.timestamp()
+
+    async def _tidy(self) -> None:
+        """Once a minute, make up for what enqueues and triggers left to be done."""
+        if time.monotonic() - self._last_tidying < _TIDY_SECONDS:
+            return
+        self._last_tidying = time.monotonic()
+        await self._database.transact(repository.compact_tallies)
+        await self._database.transact(repository.count_overlooked_prompts)
 
     def may_rescue(self, now: float) -> bool:
         """Return False for one lease after a lease without a sweep; ``now`` is what the database's clock has just said.

@@ -1,16 +1,21 @@
-"""Retention: finished generations that are older than somebody wants to keep, gone with their audio."""
+"""Retention: finished generations that are older than somebody wants to keep, gone with their audio; and lost files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
-from dgx_music.artifacts import Artifacts
+from dgx_music.artifacts import Artifacts, StoredFile
 from dgx_music.errors import ArtifactError
 from dgx_music.storage import queue
 from dgx_music.storage.database import Database
+from dgx_music.storage.files import Owner, find_owners
 from dgx_music.storage.queue import Lease
 
 CHUNK = 200
+ORPHAN_SECONDS = 86_400.0
+"""How old a file has to be to count as an orphan: no publication takes so long to reach its row."""
 _ALL = 2**31 - 1
 
 
@@ -27,13 +32,79 @@ async def prune(
     return {status: await work(database, artifacts, status, seconds) for status, seconds in keep.items()}
 
 
+async def prune_orphans(
+    database: Database, artifacts: Artifacts, *, older_than_seconds: float = ORPHAN_SECONDS, dry_run: bool = False
+) -> int:
+    """Delete the files that no generation has or can get, where they are older than this; return how many files.
+
+    They are of generations that are gone, and of attempts that can never complete: a crash at the wrong moment leaves
+    them. With ``dry_run`` nothing is deleted. Raises ``ArtifactError`` where the database knows none of the files that
+    are here: then it is likely not theirs. Two databases must never share one output.
+    """
+    orphans = await _find_orphans(database, artifacts, timedelta(seconds=older_than_seconds))
+    if not dry_run:
+        for lease in dict.fromkeys(Lease(file.generation_id, file.attempt) for file in orphans):
+            await artifacts.delete(lease.generation_id, [lease.attempt])
+    return len(orphans)
+
+
+async def _find_orphans(database: Database, artifacts: Artifacts, safe_age: timedelta) -> list[StoredFile]:
+    """List first, then read the rows: so no file is of a later attempt than its row.
+
+    What is dead then stays dead, however long its deletion takes: an attempt that is over never completes.
+    """
+    now, orphans, is_known = datetime.now(UTC), list[StoredFile](), False
+    async for files in _chunks(artifacts):
+        async with database.session(read_only=True) as session:
+            owners = await find_owners(session, {file.generation_id for file in files})
+        is_known = is_known or bool(owners)
+        orphans += [
+            file
+            for file in files
+            if now - file.modified_at >= safe_age and _is_dead(file, owners.get(file.generation_id))
+        ]
+    if orphans and not is_known:
+        raise ArtifactError(
+            f"{database} knows none of the files in {artifacts}, so they may be another database's; nothing is deleted. "
+            "Set DGX_MUSIC_DATABASE_URL to theirs, or delete them yourself."
+        )
+    return orphans
+
+
+def _is_dead(file: StoredFile, owner: Owner | None) -> bool:
+    if owner is None:
+        return True
+    is_own = file.attempt > owner.attempt or (file.attempt == owner.attempt and owner.is_live)
+    return not is_own and file.path != owner.file_path
+
+
+async def _chunks(artifacts: Artifacts) -> AsyncIterator[list[StoredFile]]:
+    """Yield the files that are named by an id of ours: a ``my-song-1.wav`` is somebody's own."""
+    chunk: list[StoredFile] = []
+    async for file in artifacts.list_files():
+        if _is_our_id(file.generation_id):
+            chunk.append(file)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _is_our_id(text: str) -> bool:
+    try:
+        return str(UUID(text)) == text
+    except ValueError:
+        return False
+
+
 async def _check_place(database: Database, artifacts: Artifacts, leases: list[Lease]) -> None:
     async with database.session(read_only=True) as session:
         files = await queue.find_files(session, leases)
     elsewhere = [file for file in files if not artifacts.holds(file)]
     if elsewhere:
         raise ArtifactError(
-            f"The audio {elsewhere[0]} is not in the output folder; nothing more is pruned. Set DGX_MUSIC_OUTPUT to its folder."
+            f"The audio {elsewhere[0]} is not in {artifacts}; nothing more is pruned. Set DGX_MUSIC_OUTPUT to where it is."
         )
 
 

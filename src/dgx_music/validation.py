@@ -43,6 +43,16 @@ def check_prompt(value: object, field: str = "prompt") -> str:
     return text
 
 
+def check_search(value: object, field: str = "words") -> str:
+    """Return what to search for without surrounding white space: 1 to 2,000 characters of clean text."""
+    text = _clean_text(field, value, "use printable characters").strip()
+    if not text:
+        raise InvalidRequestError(field, "is empty", "give at least one word to look for")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_PROMPT_CHARACTERS:,}")
+    return text
+
+
 def check_name(field: str, value: object) -> str:
     """Return a short identifier (an idempotency key, a model name): 1 to 200 characters on one line."""
     text = _one_line(field, value)

@@ -7,14 +7,15 @@ a child process, so that whatever happens there costs one child and never a leas
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -38,11 +39,14 @@ from dgx_music.errors import (
 from dgx_music.inference.engine import Audio, GenerationRequest
 from dgx_music.inference.process import EngineInfo
 from dgx_music.leases import Leases, Running, Stop
-from dgx_music.storage import queue, workers
-from dgx_music.storage.changes import Subscription
+from dgx_music.storage import due, queue, workers
+from dgx_music.storage.changes import Subscription, Topic
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.validation import tidy_text
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +64,8 @@ _SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
 class EngineHost(Protocol):
     """What the worker needs of an engine: ``inference.process.EngineProcess``, or an imitation in a test."""
 
-    async def start(self) -> EngineInfo:
-        """Return what the loaded engine says of itself, after starting it where it is not alive."""
+    async def start(self, model: str) -> EngineInfo:
+        """Return what the engine with this model loaded says of itself, after starting it where it is not alive."""
 
     async def generate(self, request: GenerationRequest, on_progress: Callable[[float], None]) -> Audio:
         """Return the audio of one request; cancelling the call stops the generation."""
@@ -71,7 +75,7 @@ class EngineHost(Protocol):
 
 
 class Worker:
-    """Serves one model: ``await Worker(database, engine, artifacts, settings).run()``."""
+    """Serves one model or several: ``await Worker(database, engine, artifacts, settings).run()``."""
 
     def __init__(
         self,
@@ -89,9 +93,13 @@ class Worker:
         self._settings = settings
         self._rng = rng or random.Random()  # noqa: S311 - spreads retries, guards nothing
         self._completions = Completions(database)
-        self._leases = Leases(self.id, database, artifacts, settings, self._rng)
+        self._leases = Leases(database, artifacts, settings, self._rng, self._describe)
         self._running = self._leases.running
+        self._models = list(settings.served_models)
+        self._model = self._models[0]
+        self._loaded_at = time.monotonic()
         self._slots = 1
+        self._device = ""
         self._model_version = ""
         self._stopping = anyio.Event()
         self._releasing = anyio.Event()
@@ -101,6 +109,7 @@ class Worker:
         self._engine_pid: int | None = None
         self._engine_deaths = 0
         self._undecided: set[Lease] = set()
+        self._in_doubt_until = -math.inf
         self._broken: DgxMusicError | None = None
 
     async def run(self, *, drain: bool = False) -> None:
@@ -136,11 +145,12 @@ class Worker:
         started = time.monotonic()
         made = await self._infer(running)
         device_seconds = time.monotonic() - started
+        self._leases.speeds.note(running.claim.model_name, device_seconds, running.claim.duration_seconds)
         artifact, facts = await self._store(running, made)
         await self._complete(running, artifact, facts, device_seconds)
 
     async def _serve(self, drain: bool) -> None:
-        with self._database.changes.subscribe() as self._wake:
+        with self._database.changes.subscribe(Topic.WORK, self._models) as self._wake:
             async with anyio.create_task_group() as tasks:
                 for loop in self._leases.loops:
                     tasks.start_soon(loop, name=loop.__qualname__)
@@ -151,18 +161,18 @@ class Worker:
     # ---------------------------------------------------------------------------------------------------- claiming
 
     async def _claim_until_stopped(self, tasks: TaskGroup, drain: bool) -> None:
-        is_idle = False
+        look_first = False
         while not self._stopping.is_set():
             if self._running and self._slots > 1:
                 await anyio.sleep(_GATHER_SECONDS)
             free = self._free_slots()
-            claims = await self._claim(free, look_first=is_idle) if free else []
-            is_idle = len(claims) < free
+            claims = await self._claim(free, look_first=look_first) if free else []
+            look_first = len(claims) < free
             for claim in claims:
                 tasks.start_soon(self._run, self._leases.add(claim), name=f"generation {claim.lease.generation_id}")
             if drain and not self._running and not await self._has_work():
                 return
-            if is_idle or not free:
+            if not claims:
                 await self._wait()
 
     def _free_slots(self) -> int:
@@ -174,22 +184,82 @@ class Worker:
         """Claim what is due; ``look_first`` spares an idle worker the write lock at each commit of somebody else's."""
         try:
             await self._start_engine()
-            if self._stopping.is_set() or (look_first and not await self._has_due()):
+            if time.monotonic() < self._in_doubt_until:
+                await self._give_back_unknown()
+            if self._stopping.is_set() or not await self._is_ready_for_work(look_first):
                 return []
-            return await self._database.transact(
-                lambda session: queue.claim(
-                    session,
-                    worker_id=self.id,
-                    model_name=self._settings.model,
-                    limit=limit,
-                    lease_seconds=self._settings.lease_seconds,
-                )
-            )
+            return await self._claim_up_to(limit)
         except DatabaseUnavailableError as error:
             logger.warning("worker %s: cannot claim: %s", self.id, error)
         except EngineUnavailableError as error:
             self._give_up(error)
         return []
+
+    async def _claim_up_to(self, limit: int) -> list[Claim]:
+        """Claim what is due of the loaded model, no more than this worker's share of it."""
+
+        async def work(session: AsyncSession) -> list[Claim]:
+            return await queue.claim(
+                session,
+                worker_id=self.id,
+                model_name=self._model,
+                limit=await due.fair_share(session, self._model, limit, self._leases.free_workers),
+                lease_seconds=self._settings.lease_seconds,
+                tenant_limit=self._settings.tenant_limit,
+            )
+
+        former, self._in_doubt_until = self._in_doubt_until, math.inf
+        claims = await self._database.transact(work)
+        self._in_doubt_until = former
+        return claims
+
+    async def _give_back_unknown(self) -> None:
+        """Give back what a claim whose commit was not answered may have taken, or it would wait for a rescue.
+
+        For a whole lease: the network may still be on its way with the commit.
+        """
+        known = self._undecided | self._running.keys()
+        await self._database.transact(lambda session: queue.release_all(session, self.id, but=known))
+        self._in_doubt_until = min(self._in_doubt_until, time.monotonic() + self._settings.lease_seconds)
+
+    async def _is_ready_for_work(self, look_first: bool) -> bool:
+        """Return True where the loaded model is the one to claim; loads another one where that is its turn."""
+        if len(self._models) == 1 and not look_first:
+            return True
+        waits = await self._database.transact(lambda session: due.find_waits(session, self._models), read_only=True)
+        wanted = self._choose_model(waits)
+        if wanted in (None, self._model):
+            return wanted is not None
+        if self._running:  # they finish first, and nothing more is claimed meanwhile
+            return False
+        logger.info("worker %s: loads %s, which has waited %.0f s", self.id, wanted, waits[str(wanted)])
+        await self._switch(str(wanted))
+        return self._model == wanted
+
+    def _choose_model(self, waits: Mapping[str, float]) -> str | None:
+        """Return the model to claim next: the loaded one, unless another has waited too long or it has nothing due.
+
+        A model just loaded is served for as long as another may have to wait, or two backlogs would only ever be loaded.
+        """
+        if not waits:
+            return None
+        longest = max(waits, key=lambda model: waits[model])
+        bound = self._settings.model_switch_seconds
+        is_overdue = waits[longest] > bound and time.monotonic() - self._loaded_at > bound
+        return self._model if self._model in waits and not is_overdue else longest
+
+    async def _switch(self, model: str) -> None:
+        """Load another model; one that cannot be loaded here is no longer served, while there are others."""
+        former, self._model, self._engine_pid = self._model, model, None
+        try:
+            info = await self._load_engine()
+        except EngineUnavailableError as error:
+            logger.error("worker %s: no longer serves %s: %s", self.id, model, error)
+            self._models.remove(model)
+            self._model = former
+            return
+        if info is not None:
+            self._note_engine(info)
 
     async def _start_engine(self) -> None:
         """Have a living engine, a fresh one where the last has died; raises after several that could not start."""
@@ -206,14 +276,10 @@ class Worker:
                     raise
                 await self._wait_at_most(2.0**start)
 
-    async def _has_due(self) -> bool:
-        model = self._settings.model
-        return await self._database.transact(lambda session: queue.has_due(session, model), read_only=True)
-
     async def _has_work(self) -> bool:
         try:
             async with self._database.session(read_only=True) as session:
-                return await queue.has_work(session, self._settings.model)
+                return await due.has_work(session, self._models)
         except DatabaseUnavailableError:
             return True
 
@@ -405,7 +471,7 @@ class Worker:
     async def _load_engine(self) -> EngineInfo | None:
         """Return what the engine says of itself, or ``None`` where a stop came first: loading may take minutes."""
         with anyio.CancelScope() as self._loading:
-            return None if self._stopping.is_set() else await self._engine.start()
+            return None if self._stopping.is_set() else await self._engine.start(self._model)
         return None
 
     async def _check_artifacts(self) -> None:
@@ -414,28 +480,33 @@ class Worker:
             raise ArtifactError(problem)
 
     async def _register(self, info: EngineInfo) -> None:
-        self._slots, self._model_version, self._engine_pid = info.slots, info.model_version, info.pid
+        self._note_engine(info)
         async with self._database.session() as session:
-            await workers.register_worker(
-                session,
-                id=self.id,
-                host=socket.gethostname()[:200],
-                pid=os.getpid(),
-                model_name=self._settings.model,
-                device=info.device,
-                slots=info.slots,
-                lease_seconds=self._settings.lease_seconds,
-            )
+            await workers.register_worker(session, **self._describe())
+            self._leases.free_workers = await workers.count_free_workers(session, self._model)
+        served = ", ".join(self._models)
         logger.info(
-            "worker %s: serves %s on %s, %d slots, pid %d",
-            self.id,
-            self._settings.model,
-            info.device,
-            info.slots,
-            os.getpid(),
+            "worker %s: serves %s on %s, %d slots, pid %d", self.id, served, info.device, info.slots, os.getpid()
         )
+
+    def _note_engine(self, info: EngineInfo) -> None:
+        self._slots, self._device, self._model_version = info.slots, info.device, info.model_version
+        self._engine_pid, self._loaded_at = info.pid, time.monotonic()
         if info.notice:
             logger.warning("worker %s: %s", self.id, info.notice)
+
+    def _describe(self) -> dict[str, Any]:
+        """Return the worker's own row."""
+        return {
+            "id": self.id,
+            "host": socket.gethostname()[:200],
+            "pid": os.getpid(),
+            "model_name": self._model,
+            "models": self._models,
+            "device": self._device,
+            "slots": self._slots,
+            "lease_seconds": self._settings.lease_seconds,
+        }
 
     async def _unregister(self) -> None:
         with anyio.CancelScope(shield=True):

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from dgx_music.storage.schema import SCHEMA_REVISION
 from tests.cli.conftest import Run, add, count_rows
 
 
 def test_current_looks_without_creating_anything(run: Run) -> None:
     result = run("db", "current", "--json")
 
-    assert result.json == {"revision": None, "head": "0001", "is_at_head": False}
+    assert result.json == {"revision": None, "head": SCHEMA_REVISION, "is_at_head": False}
     assert run("db", "current").out == "none\n"
     assert not Path("data").exists()
 
@@ -19,7 +20,7 @@ def test_current_looks_without_creating_anything(run: Run) -> None:
 def test_init_and_migrate_bring_the_database_to_head(run: Run, command: str) -> None:
     assert run("db", command).code == 0
 
-    assert run("db", "current").out == "0001 (head)\n"
+    assert run("db", "current").out == f"{SCHEMA_REVISION} (head)\n"
     assert "already" in run("db", command).err
 
 
@@ -28,7 +29,7 @@ def test_reset_deletes_everything_once_agreed(run: Run) -> None:
 
     assert run("db", "reset", "--yes").code == 0
 
-    assert (count_rows(), run("db", "current").out) == (0, "0001 (head)\n")
+    assert (count_rows(), run("db", "current").out) == (0, f"{SCHEMA_REVISION} (head)\n")
 
 
 def test_reset_without_a_terminal_to_ask_on_is_refused(run: Run) -> None:

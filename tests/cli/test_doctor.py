@@ -6,6 +6,7 @@ import pytest
 
 from dgx_music.cli.doctor import _examine_device, _examine_model
 from dgx_music.config import load_settings
+from dgx_music.storage.schema import SCHEMA_REVISION
 from tests.cli.conftest import Result, Run, add
 
 
@@ -20,7 +21,7 @@ def test_doctor_finds_all_well_for_the_tone_engine(run: Run) -> None:
 
     assert (result.code, result.json["is_usable"]) == (0, True)
     found = findings(result)
-    assert found["database"] == ("ok", "sqlite:///data/generations.db is at head (0001)")
+    assert found["database"] == ("ok", f"sqlite:///data/generations.db is at head ({SCHEMA_REVISION})")
     assert found["output"][0] == "ok"
     assert "free" in found["output"][1]
 
@@ -66,7 +67,7 @@ def test_doctor_says_whether_the_weights_are_here_and_their_licence(
 ) -> None:
     monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda repository, revision: is_there)
 
-    finding = _examine_model(load_settings(model="musicgen-large"))
+    finding = _examine_model(load_settings(), "musicgen-large")
 
     assert (finding.verdict, "CC-BY-NC" in finding.detail) == (verdict, True)
 

@@ -65,9 +65,11 @@ def test_a_usage_error_ends_2_with_one_sentence(run: Run, arguments: list[str]) 
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql://ann:hunter2@host/db",
+        "mysql://ann:hunter2@host/db",
+        "postgresql://ann:hunter2@host",
         "postgresql://ann:hunter2@host:port/db",
-        "postgresql://ann:p@ss:hunter2@host/db",
+        "postgresql+psycopg2://ann:hunter2@host/db",
+        "postgresql://ann:hunter2@host/db?verify=yes",
         "ann:hunter2@host",
         "sqlite://ann:hunter2@host/db",
         "",
@@ -79,6 +81,18 @@ def test_a_bad_database_url_is_named_and_its_password_never_printed(run: Run, co
 
     assert result.code == (1 if command == "doctor" else 2)
     assert "DGX_MUSIC_DATABASE_URL" in result.out + result.err
+    assert "hunter2" not in result.out + result.err
+
+
+@pytest.mark.parametrize("driver", ["", "+asyncpg", "+psycopg"])
+@pytest.mark.parametrize("command", ["list", "doctor", "worker --engine tone", "db current", "db init"])
+def test_a_server_that_is_not_there_ends_5_and_its_password_is_never_printed(
+    run: Run, command: str, driver: str
+) -> None:
+    result = run(*command.split(), "--database-url", f"postgresql{driver}://ann:hunter2@127.0.0.1:1/db")
+
+    assert result.code == (1 if command == "doctor" else 5)
+    assert "127.0.0.1:1/db cannot be used" in result.out + result.err
     assert "hunter2" not in result.out + result.err
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -51,3 +53,26 @@ def test_on_a_terminal_a_no_deletes_nothing(run: Run, monkeypatch: pytest.Monkey
     result = run("prune", "--failed-days", 0)
 
     assert (result.code, result.err, count_rows()) == (1, "Nothing was changed.\n", 1)
+
+
+def put_old_file(name: str) -> Path:
+    file = Path("audio", name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("music")
+    os.utime(file, (0, 0))
+    return file
+
+
+def test_orphans_go_where_that_is_agreed(run: Run) -> None:
+    (kept,) = add("a", status="completed", attempt=1)
+    files = [put_old_file(f"{owner}-1.wav") for owner in (kept, uuid4())]
+    options = ("prune", "--orphans", "--output", "audio")
+
+    assert run(*options).code == 2
+    assert run(*options, "--dry-run", "--json").json == {"orphans": 1}
+    assert "Deleted 1 orphans." in run(*options, "--yes").err
+    assert [file.exists() for file in files] == [True, False]
+
+
+def test_where_nothing_is_an_orphan_nobody_has_to_agree(run: Run) -> None:
+    assert run("prune", "--orphans", "--json").json == {"orphans": 0}

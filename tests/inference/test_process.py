@@ -87,6 +87,25 @@ async def test_two_starts_at_once_share_one_child() -> None:
     assert first.pid == second.pid
 
 
+async def test_another_model_is_loaded_by_a_process_of_its_own(process: EngineProcess) -> None:
+    first = process.pid
+    info = await process.start("musicgen-medium")
+
+    assert info.pid == process.pid != first
+    assert (await process.start("musicgen-medium")).pid == info.pid
+    assert not Path(f"/proc/{first}").exists()
+
+
+async def test_loading_another_model_releases_what_still_runs(process: EngineProcess, script: WriteScript) -> None:
+    script({"do": "wait", "seconds": 60})
+    running = asyncio.create_task(process.generate(make_request(), lambda _progress: None))
+    await asyncio.sleep(0)
+    await process.start("musicgen-medium")
+
+    with pytest.raises(EngineReplacedError, match="musicgen-medium"):
+        await running
+
+
 async def test_a_cancelled_start_leaves_the_child_to_the_next_one() -> None:
     async with make_process() as process:
         starting = await begin_start(process)

@@ -7,7 +7,7 @@ import json
 import sys
 
 from dgx_music.enqueue import enqueue
-from dgx_music.storage import create_generation, init_db, queue
+from dgx_music.storage import create_generation, queue
 from dgx_music.storage.database import Database
 from tests.factories import claim_up_to, completion_of
 
@@ -51,7 +51,8 @@ async def write(url: str) -> None:
 
 async def migrate(url: str) -> None:
     """Migrate; tell the revision that is found afterwards."""
-    database = await init_db(url)
+    database = Database(url)
+    await database.migrate()
     tell(await database.revision())
     await database.dispose()
 

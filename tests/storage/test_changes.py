@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 import threading
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -12,6 +13,11 @@ from dgx_music.storage.changes import Changes
 from tests.factories import Program
 
 LONG = 60.0
+
+
+@pytest.fixture
+def database_url(sqlite_url):
+    return sqlite_url
 
 
 @pytest.fixture
@@ -94,6 +100,8 @@ async def test_many_subscribers_share_one_thread_that_ends_with_the_last(path):
     with changes.subscribe() as first:
         with changes.subscribe() as second, changes.subscribe() as third:
             (thread,) = threads()
+            await quiet(first)  # the others may have come too late for that
+            await asyncio.to_thread(commit, path)
             for subscription in (first, second, third):
                 await quiet(subscription)
         assert thread.is_alive()
@@ -180,3 +188,15 @@ def leave_open(changes):
 def generate(changes):
     with changes.subscribe():
         yield
+
+
+def test_a_commit_that_a_slow_disk_holds_up_is_noticed(path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(changes_module.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(changes_module.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    written = iter([False, True])  # the first commit is visible, then the log has the next one, which is not yet
+    log = SimpleNamespace(look_seconds=2.0, drain=lambda: next(written, False))
+    cursor = SimpleNamespace(execute=lambda _: SimpleNamespace(fetchone=lambda: (1 if clock.now < 0.5 else 2,)))
+    never = SimpleNamespace(is_set=lambda: False)
+
+    assert Changes(path)._look(cursor, 0, log, never) == 2

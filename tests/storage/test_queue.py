@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
-from dgx_music.storage import queue, update_generation_status
+from dgx_music.storage import due, queue, update_generation_status
 from dgx_music.storage.models import Attempt, Generation, Prompt, WorkerInfo
 from dgx_music.storage.queue import Lease, backoff_seconds
 from dgx_music.storage.repository import get_attempts
@@ -44,8 +44,12 @@ def stopped_clock(monkeypatch):
     def at(seconds=0.0):
         return literal(NOON + timedelta(seconds=float(seconds)), UtcDateTime())
 
-    monkeypatch.setattr(queue, "now", at)
+    for module in (queue, due):
+        monkeypatch.setattr(module, "now", at)
     monkeypatch.setattr(queue, "now_plus", at)
+    queue._claim_statement.cache_clear()
+    yield
+    queue._claim_statement.cache_clear()
 
 
 async def attempts_of(database, generation_id):
@@ -198,17 +202,26 @@ async def test_a_claim_tells_all_that_an_engine_needs(database):
     assert type(claimed.duration_seconds) is float
 
 
-async def test_claims_go_by_priority_then_due_time_then_age(database):
+async def add_due(session, minutes, **overrides):
+    """Add a row that became due so many minutes after noon, and return its id."""
+    return (await add_generation(session, run_at=NOON + timedelta(minutes=minutes), **overrides)).id
+
+
+async def test_of_rows_due_at_the_same_time_the_more_urgent_and_then_the_older_goes_first(database):
     async with database.session() as session:
-        plain = [(await add_generation(session, priority=0)).id for _ in range(2)]
-        early, urgent, low = [(await add_generation(session, priority=p)).id for p in (0, 5, -5)]
-        for generation_id in plain:
-            await back_date(session, generation_id, run_at=10)
-        await session.execute(update(Generation).where(Generation.id.in_(plain)).values(run_at=NOON - timedelta(1000)))
-        await session.execute(update(Generation).where(Generation.id == early).values(run_at=NOON - timedelta(1001)))
+        low, *plain, urgent = [await add_due(session, 0, priority=priority) for priority in (-1, 0, 0, 1)]
         claims = await claim_up_to(session, 10)
 
-    assert [claimed.lease.generation_id for claimed in claims] == [urgent, early, *plain, low]
+    assert [claimed.lease.generation_id for claimed in claims] == [urgent, *plain, low]
+
+
+@pytest.mark.parametrize(("minutes", "goes_first"), [(2.99, "urgent"), (3.01, "waiting")])
+async def test_a_point_of_priority_is_worth_a_minute_of_waiting(database, minutes, goes_first):
+    async with database.session() as session:
+        ids = {await add_due(session, 0): "waiting", await add_due(session, minutes, priority=3): "urgent"}
+        (claimed,) = await claim_up_to(session, 1)
+
+    assert ids[claimed.lease.generation_id] == goes_first
 
 
 @pytest.mark.parametrize("limit", [1, 3, 5, 9])
@@ -805,32 +818,34 @@ async def test_there_is_work_while_a_row_is_due_waits_for_a_retry_or_is_held(dat
     async with database.session() as session:
         await add_generation(session, **overrides)
 
-        assert await queue.has_work(session, MODEL) is answer
+        assert await due.has_work(session, [MODEL]) is answer
 
 
 async def test_the_position_counts_those_that_go_first(database):
     async with database.session() as session:
-        ids = [(await add_generation(session, run_at=NOON + timedelta(seconds=n))).id for n in (2, 0, 1)]
-        urgent = (await add_generation(session, run_at=NOON + timedelta(days=1), priority=1)).id
-        await add_generation(session, model_name="musicgen-large", run_at=NOON)
+        ids = [await add_due(session, minutes) for minutes in (2, 0, 1)]
+        urgent = await add_due(session, 2, priority=3)
+        await add_due(session, 0, model_name="musicgen-large")
         await add_generation(session, worker_id="worker-1")
-        positions = [await queue.queue_position(session, generation_id) for generation_id in [urgent, *ids]]
+        positions = [await due.queue_position(session, generation_id) for generation_id in [urgent, *ids]]
 
     assert positions == [1, 4, 2, 3]
+
+
+async def test_what_is_scheduled_for_later_is_in_nobodys_way(database):
+    async with database.session() as session:
+        later = await add_generation(session, run_at=now_plus(3600), priority=1000)
+        row = await add_generation(session)
+        positions = [await due.queue_position(session, each.id) for each in (row, later)]
+
+    assert positions == [1, 1]
 
 
 async def test_the_position_is_the_order_of_the_claims(database):
     rng = random.Random(7)
     async with database.session() as session:
-        ids = [
-            (
-                await add_generation(
-                    session, priority=rng.randrange(3), run_at=NOON - timedelta(rng.randrange(400, 403))
-                )
-            ).id
-            for _ in range(20)
-        ]
-        positions = {generation_id: await queue.queue_position(session, generation_id) for generation_id in ids}
+        ids = [await add_due(session, -rng.randrange(4), priority=rng.randrange(3)) for _ in range(20)]
+        positions = {generation_id: await due.queue_position(session, generation_id) for generation_id in ids}
         claims = await claim_up_to(session, 20)
 
     assert [positions[claimed.lease.generation_id] for claimed in claims] == [*range(1, 21)]
@@ -841,8 +856,8 @@ async def test_what_does_not_wait_has_no_position(database, overrides):
     async with database.session() as session:
         row = await add_generation(session, **overrides)
 
-        assert await queue.queue_position(session, row.id) is None
-        assert await queue.queue_position(session, "unknown") is None
+        assert await due.queue_position(session, row.id) is None
+        assert await due.queue_position(session, "unknown") is None
 
 
 async def test_the_database_answers(database):

@@ -11,13 +11,18 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
-from dgx_music.storage import configure_sqlite, create_generation, database, migrations
-from dgx_music.storage.database import Database, warn_of_old_sqlite
-from dgx_music.storage.models import Generation
+from dgx_music.storage import configure_sqlite, create_generation, migrations, sqlite
+from dgx_music.storage.database import Database
+from dgx_music.storage.models import Base, Generation
 from dgx_music.storage.schema import VERSION_TABLE
 from tests.factories import Program, add_generation, claim_up_to, read_all
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
+
+
+@pytest.fixture
+def database_url(sqlite_url):
+    return sqlite_url
 
 
 @pytest.fixture
@@ -28,7 +33,7 @@ def path(database):
 @pytest.fixture
 def impatient(monkeypatch):
     """Make connections give up on a lock at once."""
-    monkeypatch.setattr(database, "_BUSY_TIMEOUT_SECONDS", 0)
+    monkeypatch.setattr(sqlite, "_BUSY_TIMEOUT_SECONDS", 0)
 
 
 async def refusal(url):
@@ -140,7 +145,7 @@ class BusyAtFirst:
 
 def test_a_switch_to_wal_that_is_refused_without_waiting_is_tried_again():
     busy = BusyAtFirst(sqlite3.SQLITE_BUSY)
-    database._set_up_connection(busy, None)
+    sqlite._set_up_connection(busy, None)
 
     assert busy.answers == []
 
@@ -148,7 +153,7 @@ def test_a_switch_to_wal_that_is_refused_without_waiting_is_tried_again():
 def test_a_switch_to_wal_that_fails_otherwise_is_not_tried_again():
     broken = BusyAtFirst(sqlite3.SQLITE_IOERR)
     with pytest.raises(sqlite3.OperationalError):
-        database._set_up_connection(broken, None)
+        sqlite._set_up_connection(broken, None)
 
     assert len(broken.answers) == 1
 
@@ -254,7 +259,7 @@ async def test_a_session_inside_another_is_one_sentence(monkeypatch, database):
 def test_an_old_sqlite_is_warned_of(monkeypatch, version, is_warned):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
 
-    assert (warn_of_old_sqlite() is not None) == is_warned
+    assert (sqlite.warn_of_old_sqlite() is not None) == is_warned
 
 
 # the schema, to the letter
@@ -272,7 +277,7 @@ def columns_of(path, table):
     connection = sqlite3.connect(path)
     rows = connection.execute(f"PRAGMA table_xinfo({table})").fetchall()
     connection.close()
-    return rows
+    return sorted(row[1:] for row in rows)  # a column that a migration adds is the last one
 
 
 @pytest.fixture
@@ -280,7 +285,7 @@ async def from_models(tmp_path):
     """A file with the tables that the models say."""
     engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'models.db'}")
     async with engine.begin() as connection:
-        await connection.run_sync(database.Base.metadata.create_all)
+        await connection.run_sync(Base.metadata.create_all)
     await engine.dispose()
     return tmp_path / "models.db"
 
@@ -292,12 +297,12 @@ def test_migrated_indexes_are_the_models_to_the_letter(migrated_file, from_model
         name: sql for name, sql in modelled.items() if name.startswith("ix_")
     }
     assert migrated["ix_generations_claim"] == (
-        "CREATE INDEX ix_generations_claim ON generations (model_name, priority DESC, run_at, id) "
-        "WHERE status = 'pending'"
+        "CREATE INDEX ix_generations_claim ON generations "
+        "(model_name, (julianday(run_at) * 86400.0 - priority * 60), id) WHERE status = 'pending'"
     )
 
 
-@pytest.mark.parametrize("table", database.Base.metadata.tables)
+@pytest.mark.parametrize("table", Base.metadata.tables)
 def test_migrated_tables_are_the_models_to_the_letter(migrated_file, from_models, table):
     migrated, modelled = schema_of(migrated_file)[table], schema_of(from_models)[table]
 
@@ -309,25 +314,44 @@ def clauses_of(sql):
     return sorted(clause.strip(" ,)") for clause in sql.split("CONSTRAINT")[1:])
 
 
-@pytest.mark.parametrize("statistics", ["", "ANALYZE"])
-async def test_the_claim_reads_its_index_in_order_and_sorts_nothing(database, statistics):
+async def plan_of_claim(database, statistics, **options):
+    """Return the steps of a claim's plan, with statistics or without."""
     async with database.session() as session:
         for number in range(50):
-            await add_generation(session, status=["pending", "completed"][number % 2])
+            await add_generation(session, tenant="ab"[number % 2], status=["pending", "completed"][number // 2 % 2])
         await session.execute(text(statistics or "SELECT 1"))
     statements = []
     event.listen(database.engine.sync_engine, "before_cursor_execute", lambda *call: statements.append(call[2:4]))
     async with database.session() as session:
-        await claim_up_to(session, 5)
+        await claim_up_to(session, 5, **options)
     [(sql, values)] = [(sql, values) for sql, values in statements if "UPDATE" in sql]
     with sqlite3.connect(database.path) as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
     connection.close()
-    assert plan[1:] == [
+    return plan
+
+
+@pytest.mark.parametrize("statistics", ["", "ANALYZE"])
+async def test_the_claim_reads_its_index_in_order_and_sorts_nothing(database, statistics):
+    assert (await plan_of_claim(database, statistics))[1:] == [
         "SEARCH generations USING INDEX ix_generations_claim (model_name=?)",
+        "SCALAR SUBQUERY 1",
+        "SEARCH pauses USING COVERING INDEX sqlite_autoindex_pauses_1 (model_name=?)",
         "SCAN chosen",
         "SEARCH generations USING INDEX sqlite_autoindex_generations_1 (id=?)",
     ]
+
+
+@pytest.mark.parametrize("statistics", ["", "ANALYZE"])
+async def test_a_claim_under_a_tenant_limit_reads_each_tenants_own_queue_and_sorts_only_what_it_found(
+    database, statistics
+):
+    plan = await plan_of_claim(database, statistics, tenant_limit=2)
+
+    queue = "ix_generations_tenant_claim (model_name=? AND tenant>? AND tenant<?)"
+    assert [step for step in plan if step.startswith("SEARCH queue")] == [f"SEARCH queue USING INDEX {queue}"]
+    assert not [step for step in plan if step.startswith("SCAN generations")]
+    assert sum("TEMP B-TREE" in step for step in plan) == 1
 
 
 def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):
@@ -389,7 +413,7 @@ async def test_a_reset_refuses_tables_that_are_not_ours(tmp_path):
         connection.execute("CREATE TABLE workers (name TEXT)")
         connection.execute("INSERT INTO workers VALUES ('Ada')")
     theirs = Database(f"sqlite:///{tmp_path / 'theirs.db'}")
-    with pytest.raises(DatabaseUnavailableError, match="not one of ours"):
+    with pytest.raises(DatabaseUnavailableError, match="its table workers is not ours"):
         await theirs.reset()
     await theirs.dispose()
     assert connection.execute("SELECT name FROM workers").fetchall() == [("Ada",)]

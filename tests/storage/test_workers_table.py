@@ -5,21 +5,26 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import update
 
+from dgx_music.storage import queue
 from dgx_music.storage.models import WorkerInfo
 from dgx_music.storage.schema import now_plus
 from dgx_music.storage.workers import (
+    count_free_workers,
     get_workers,
     has_live_worker,
     heartbeat_worker,
+    longest_silent,
     register_worker,
     remove_worker,
 )
+from tests.factories import start_one
 
 WORKER = {
     "id": "worker-1",
     "host": "dgx",
     "pid": 4711,
     "model_name": "musicgen-small",
+    "models": ["musicgen-small", "musicgen-medium"],
     "device": "cuda:0",
     "slots": 4,
     "lease_seconds": 30.0,
@@ -28,6 +33,10 @@ WORKER = {
 
 async def register(session, **overrides):
     await register_worker(session, **WORKER | overrides)
+
+
+async def beat(session, **overrides):
+    await heartbeat_worker(session, **WORKER | {"running_count": 0} | overrides)
 
 
 async def silence(session, worker_id, seconds):
@@ -48,12 +57,14 @@ async def test_a_worker_that_registers_is_alive_with_all_it_said(database):
 async def test_a_worker_that_registers_again_takes_over_its_row(database):
     async with database.session() as session:
         await register(session)
-        await heartbeat_worker(session, "worker-1", 3)
+        await beat(session, running_count=3)
         await silence(session, "worker-1", 3600)
+        await session.execute(update(WorkerInfo).values(started_at=now_plus(-3600)))
         await register(session, pid=4712)
         (worker,) = await get_workers(session)
 
     assert (worker["pid"], worker["running_count"], worker["is_alive"]) == (4712, 0, True)
+    assert datetime.now(UTC) - datetime.fromisoformat(worker["started_at"]) < timedelta(minutes=1)
 
 
 async def test_a_heartbeat_tells_how_many_are_in_hand(database):
@@ -61,17 +72,31 @@ async def test_a_heartbeat_tells_how_many_are_in_hand(database):
         await register(session)
         await register(session, id="worker-2")
         await silence(session, "worker-1", 3600)
-        await heartbeat_worker(session, "worker-1", 3)
+        await beat(session, running_count=3)
         workers = await get_workers(session)
 
     assert [(worker["running_count"], worker["is_alive"]) for worker in workers] == [(3, True), (0, True)]
 
 
-async def test_a_heartbeat_of_an_unknown_worker_adds_none(database):
+async def test_a_heartbeat_tells_which_model_is_loaded_and_leaves_the_start_as_it_was(database):
     async with database.session() as session:
-        await heartbeat_worker(session, "unknown", 1)
+        await register(session)
+        (before,) = await get_workers(session)
+        await beat(session, model_name="musicgen-medium")
+        (after,) = await get_workers(session)
 
-        assert await get_workers(session) == []
+    assert (after["model_name"], after["started_at"]) == ("musicgen-medium", before["started_at"])
+    assert after["heartbeat_at"] >= before["heartbeat_at"]
+
+
+async def test_a_heartbeat_of_a_worker_that_was_removed_adds_it_again(database):
+    async with database.session() as session:
+        await register(session)
+        await remove_worker(session, "worker-1")
+        await beat(session, running_count=2)
+        (worker,) = await get_workers(session)
+
+    assert worker | WORKER | {"running_count": 2, "is_alive": True} == worker
 
 
 @pytest.mark.parametrize(("silent_seconds", "is_alive"), [(29, True), (31, False)])
@@ -89,7 +114,53 @@ async def test_a_live_worker_is_one_that_serves_the_model(database):
         await register(session)
 
         assert await has_live_worker(session, "musicgen-small")
+        assert await has_live_worker(session, "musicgen-medium")
         assert not await has_live_worker(session, "musicgen-large")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "silent_seconds", "count"),
+    [
+        ({}, 0, 1),
+        ({"running_count": 3}, 0, 1),
+        ({"running_count": 4}, 0, 0),
+        ({"model_name": "musicgen-medium"}, 0, 0),
+        ({}, 31, 0),
+    ],
+)
+async def test_a_free_worker_is_alive_with_the_model_loaded_and_a_slot_to_spare(
+    database, overrides, silent_seconds, count
+):
+    async with database.session() as session:
+        await beat(session, **overrides)
+        await silence(session, "worker-1", silent_seconds)
+
+        assert await count_free_workers(session, "musicgen-small") == count
+
+
+async def test_what_a_worker_has_in_hand_is_listed_with_it(database):
+    lease = await start_one(database)
+    async with database.session() as session:
+        await register(session)
+        await register(session, id="worker-2")
+        await queue.renew(session, {lease: 0.25}, lease_seconds=30)
+        running = {worker["id"]: worker["running"] for worker in await get_workers(session)}
+
+    (fact,) = running["worker-1"]
+    assert (fact["id"], fact["model_name"], fact["progress"]) == (lease.generation_id, "musicgen-small", 0.25)
+    assert running["worker-2"] == []
+
+
+async def test_the_longest_silent_of_the_others_is_the_one_heard_of_first(database):
+    async with database.session() as session:
+        await register(session)
+        assert await longest_silent(session, but="worker-1") is None
+        for worker_id, seconds in (("worker-2", 60), ("worker-3", 20)):
+            await register(session, id=worker_id)
+            await silence(session, worker_id, seconds)
+        since = await longest_silent(session, but="worker-1")
+
+    assert timedelta(seconds=50) < datetime.now(UTC) - since < timedelta(seconds=80)
 
 
 async def test_workers_are_listed_oldest_first(database):

@@ -28,7 +28,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dgx_music import __version__
-from dgx_music.cli import database, demo, doctor, enqueue, generations, prune, show, worker
+from dgx_music.cli import database, demo, doctor, enqueue, generations, prune, search, show, worker
 from dgx_music.cli.output import fail
 from dgx_music.errors import DgxMusicError
 
@@ -51,6 +51,7 @@ app = typer.Typer(
 _QUEUE, _WORK, _CARE = "Generations", "Workers", "Care"
 app.command("enqueue", rich_help_panel=_QUEUE)(enqueue.enqueue)
 app.command("list", rich_help_panel=_QUEUE)(generations.list_generations)
+app.command("search", rich_help_panel=_QUEUE)(search.search)
 app.command("show", rich_help_panel=_QUEUE)(show.show)
 app.command("watch", rich_help_panel=_QUEUE)(generations.watch)
 app.command("cancel", rich_help_panel=_QUEUE)(generations.cancel)
@@ -59,6 +60,8 @@ app.command("stats", rich_help_panel=_QUEUE)(generations.stats)
 app.command("prompts", rich_help_panel=_QUEUE)(generations.prompts)
 app.command("worker", rich_help_panel=_WORK, epilog=EXIT_CODES)(worker.worker)
 app.command("workers", rich_help_panel=_WORK)(worker.workers)
+app.command("pause", rich_help_panel=_WORK)(worker.pause)
+app.command("resume", rich_help_panel=_WORK)(worker.resume)
 app.command("demo", rich_help_panel=_CARE)(demo.demo)
 app.command("doctor", rich_help_panel=_CARE)(doctor.doctor)
 app.command("prune", rich_help_panel=_CARE)(prune.prune)

@@ -100,7 +100,7 @@ def confirm(question: str, *, is_agreed: bool) -> None:
 
 
 async def _migrate(database_url: str | None) -> None:
-    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    database = Database.from_settings(load_settings(**given(database_url=database_url)))
     try:
         before = await _revision_of(database)
         await database.migrate()
@@ -113,7 +113,7 @@ async def _migrate(database_url: str | None) -> None:
 
 
 async def _reset(database_url: str | None, *, is_agreed: bool) -> None:
-    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    database = Database.from_settings(load_settings(**given(database_url=database_url)))
     try:
         confirm(f"Delete {await _contents(database)} from {database}?", is_agreed=is_agreed)
         await database.reset()
@@ -131,7 +131,7 @@ async def _contents(database: Database) -> str:
 
 
 async def _read_revision(database_url: str | None) -> str | None:
-    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    database = Database.from_settings(load_settings(**given(database_url=database_url)))
     try:
         return await _revision_of(database)
     finally:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dgx_music.artifacts import LocalArtifacts
+from dgx_music.artifacts import LocalArtifacts, open_output
 from dgx_music.catalog import UNTRAINED_NOTICE, find_model
 from dgx_music.cli.database import exists
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting
@@ -22,8 +22,8 @@ from dgx_music.config import EngineName, Settings, load_settings
 from dgx_music.errors import ConfigurationError, DatabaseError
 from dgx_music.inference import inventory
 from dgx_music.storage import Database
-from dgx_music.storage.database import warn_of_old_sqlite
 from dgx_music.storage.schema import SCHEMA_REVISION
+from dgx_music.storage.sqlite import warn_of_old_sqlite
 
 PACKAGES = ("sqlalchemy", "aiosqlite", "alembic", "anyio", "numpy", "soundfile", "pyloudnorm", "soxr")
 ENGINE_PACKAGES = ("torch", "transformers", "safetensors")
@@ -72,13 +72,13 @@ def examine(options: dict[str, object]) -> Iterator[Finding]:
     yield _examine_packages("packages", PACKAGES, "pip install --upgrade dgx-music")
     try:
         settings = load_settings(**options)
-        database = Database(settings.database_url)
+        database = Database.from_settings(settings)
     except ConfigurationError as error:
         yield Finding("failed", "settings", str(error))
         return
     yield from _examine_engine(settings)
     yield asyncio.run(_examine_database(database))
-    if (warning := warn_of_old_sqlite()) is not None:
+    if database.is_embedded and (warning := warn_of_old_sqlite()) is not None:
         yield Finding("warning", "sqlite", warning)
     yield asyncio.run(_examine_output(settings.output))
 
@@ -106,7 +106,7 @@ def _examine_engine(settings: Settings) -> Iterator[Finding]:
     yield packages
     if packages.verdict == "ok":
         yield _examine_device(settings.device)
-        yield _examine_model(settings)
+        yield from (_examine_model(settings, name) for name in settings.served_models)
 
 
 def _examine_device(wanted: str) -> Finding:
@@ -123,10 +123,10 @@ def _examine_device(wanted: str) -> Finding:
     )
 
 
-def _examine_model(settings: Settings) -> Finding:
-    model = find_model(settings.model)
+def _examine_model(settings: Settings, name: str) -> Finding:
+    model = find_model(name)
     if model is None or model.is_untrained:
-        return Finding("warning", "model", f"{settings.model} is built here; {UNTRAINED_NOTICE}")
+        return Finding("warning", "model", f"{name} is built here; {UNTRAINED_NOTICE}")
     if model.repository is None:
         return _examine_folder(Path(model.name))
     revision = settings.revision or model.revision or "main"
@@ -156,13 +156,19 @@ async def _examine_database(database: Database) -> Finding:
         await database.dispose()
     if found == SCHEMA_REVISION:
         return Finding("ok", "database", f"{database} is at head ({found})")
-    return Finding("warning", "database", f"{database} is at revision {found or 'none'}; run `dgx-music db migrate`")
+    verdict: Verdict = "warning" if database.is_embedded else "failed"  # an embedded one migrates itself
+    return Finding(verdict, "database", f"{database} is at revision {found or 'none'}; run `dgx-music db migrate`")
 
 
-async def _examine_output(folder: Path) -> Finding:
-    artifacts = LocalArtifacts(folder)
+async def _examine_output(output: Path | str) -> Finding:
+    try:
+        artifacts = open_output(output)
+    except ConfigurationError as error:
+        return Finding("failed", "output", str(error))
     problem = await artifacts.find_problem()
     if problem is not None:
         return Finding("failed", "output", problem)
+    if not isinstance(artifacts, LocalArtifacts):
+        return Finding("ok", "output", f"{output} can be written")
     existing = next(path for path in (artifacts.root, *artifacts.root.parents) if path.exists())
-    return Finding("ok", "output", f"{folder} can be written; {size(shutil.disk_usage(existing).free)} free")
+    return Finding("ok", "output", f"{output} can be written; {size(shutil.disk_usage(existing).free)} free")

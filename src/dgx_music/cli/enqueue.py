@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from dgx_music.artifacts import open_place_of
 from dgx_music.cli.database import opened
+from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, complete_model, given
 from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_of_idle_models, tell_outcome, tell_untrained
 from dgx_music.cli.prompt_file import parse_object, read_requests
-from dgx_music.enqueue import enqueue_many, plan, queue_position
+from dgx_music.enqueue import enqueue_many, plan
 from dgx_music.errors import ArtifactError, InvalidRequestError
+from dgx_music.estimates import estimate_generation
 from dgx_music.storage import Generation
 from dgx_music.validation import check_positive
 
@@ -73,7 +77,16 @@ def enqueue(
         typer.Option(help="The same seed makes the same audio; default: from the id.", rich_help_panel=_MUSIC),
     ] = None,
     priority: Annotated[
-        int | None, typer.Option("--priority", "-p", help="Higher goes first; default 0.", rich_help_panel=_QUEUEING)
+        int | None,
+        typer.Option(
+            "--priority",
+            "-p",
+            help="Higher goes first, a point being worth a minute of waiting; default 0.",
+            rich_help_panel=_QUEUEING,
+        ),
+    ] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="For whom: workers may limit each tenant's share.", rich_help_panel=_QUEUEING)
     ] = None,
     run_at: Annotated[
         str | None, typer.Option(help="Not before this time, such as 2026-01-31T12:00:00Z.", rich_help_panel=_QUEUEING)
@@ -124,6 +137,7 @@ def enqueue(
         top_p=top_p,
         seed=seed,
         priority=priority,
+        tenant=tenant,
         run_at=run_at,
         max_attempts=max_attempts,
         idempotency_key=idempotency_key,
@@ -216,19 +230,41 @@ async def _tell_of_queue(rows: list[Generation], *, is_waiting: bool) -> None:
     if rows[0].is_finished:  # an idempotency key's
         tell(f"It was made before: {describe(rows[0])}")
     elif not is_waiting:
-        position = await queue_position(rows[0].id)
-        place = f"Enqueued, place {position:,} in the queue" if position else "Enqueued before, and running"
-        tell(f"{place}; follow it with: dgx-music watch {rows[0].id}")
+        outlook = await estimate_generation(rows[0].id)
+        place = (
+            f"Enqueued, place {outlook.position:,} in the queue" if outlook.position else "Enqueued before, and running"
+        )
+        words = ", ".join(part for part in (place, in_words(outlook)) if part)
+        tell(f"{words}; follow it with: dgx-music watch {rows[0].id}")
 
 
 def _copy_audio(row: Generation, out: Path, *, force: bool) -> None:
-    source = Path(row.file_path or "")
+    source = row.file_path or ""
     try:
-        with source.open("rb") as audio, out.open("wb" if force else "xb") as target:
-            shutil.copyfileobj(audio, target)
+        asyncio.run(_copy(source, out, "wb" if force else "xb"))
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise ArtifactError(f"{source} cannot be copied to {out}: {why}.") from error
     tell(f"Copied to {out}.")
-    if out.suffix.lower() != source.suffix:
-        tell(f"Note: {out.name} holds {source.suffix[1:].upper()} audio, whatever its name says.")
+    suffix = Path(source).suffix
+    if out.suffix.lower() != suffix:
+        tell(f"Note: {out.name} holds {suffix[1:].upper()} audio, whatever its name says.")
+
+
+async def _copy(source: str, out: Path, mode: Literal["wb", "xb"]) -> None:
+    """Copy from wherever the audio is; the file is opened once there is something to write, and never left half-written."""
+    chunks = open_place_of(source).stream(source)
+    first = await anext(chunks, b"")
+    with out.open(mode) as target, _removed_on_failure(out):
+        target.write(first)
+        async for chunk in chunks:
+            target.write(chunk)
+
+
+@contextmanager
+def _removed_on_failure(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.unlink()
+        raise

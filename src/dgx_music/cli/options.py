@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dgx_music.catalog import MODELS
 from dgx_music.config import PREFIX, Settings
+from dgx_music.storage import Filters, GenerationStatus
+from dgx_music.validation import check_run_at
 
 WAITING = "Waiting"
 
@@ -32,8 +33,20 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in MODELS if name.startswith(incomplete)]
 
 
+def filters_of(
+    status: GenerationStatus | None, model: str | None, tenant: str | None, since: str | None, before: str | None
+) -> Filters:
+    """Return the filters that were given."""
+    filters = Filters(status=status, model=model, tenant=tenant)
+    if since is not None:
+        filters["created_from"] = check_run_at(since, "--since")
+    if before is not None:
+        filters["created_before"] = check_run_at(before, "--before")
+    return filters
+
+
 DatabaseUrl = Annotated[str | None, setting("database_url", metavar="URL")]
-Output = Annotated[Path | None, setting("output", metavar="FOLDER")]
+Output = Annotated[str | None, setting("output", metavar="FOLDER|URL")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="How many to print at most.")]
@@ -43,6 +56,15 @@ Timeout = Annotated[
         help="Give up waiting after this many seconds (exit code 124); the generation goes on.", rich_help_panel=WAITING
     ),
 ]
+Status = Annotated[GenerationStatus | None, typer.Option("--status", "-s", help="Only those of this status.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="Only those of this model.", autocompletion=complete_model)
+]
+Tenant = Annotated[str | None, typer.Option(help="Only those made for this tenant.")]
+Since = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Only those created then or later, as in 2026-01-31T12:00:00Z.")
+]
+Before = Annotated[str | None, typer.Option(metavar="TIME", help="Only those created earlier.")]
 GenerationId = Annotated[
     str, typer.Argument(metavar="ID", help="The generation's id, or its first characters (8 or more).")
 ]

@@ -15,6 +15,8 @@ from dgx_music.enqueue import watch_generation
 from dgx_music.errors import WaitTimeoutError
 from dgx_music.inference.engine import is_untrained
 from dgx_music.storage import Database, Generation
+from dgx_music.storage.models import ALL_MODELS
+from dgx_music.storage.pauses import get_pauses
 from dgx_music.storage.schema import COMPLETED
 from dgx_music.storage.workers import has_live_worker
 
@@ -144,8 +146,11 @@ async def tell_of_idle_models(database: Database, generations: Sequence[Generati
     waiting = {row.model_name for row in generations if not row.is_finished}
     async with database.session(read_only=True) as session:
         unserved = [name for name in sorted(waiting) if not await has_live_worker(session, name)]
+        paused = {item.model_name for item in await get_pauses(session)}
     for name in unserved:
         tell(f"No worker serves {name} now; start one with: dgx-music worker --model {name}")
+    for name in sorted(waiting if ALL_MODELS in paused else waiting & paused):
+        tell(f"{name} is paused; it goes on after: dgx-music resume")
 
 
 def _short_state(generation: Generation) -> str:

@@ -1,20 +1,23 @@
-"""``dgx-music prune``: forget finished generations, and their audio, after some days."""
+"""``dgx-music prune``: forget finished generations, and their audio, after some days; delete orphaned files."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from dgx_music.artifacts import LocalArtifacts
+from dgx_music.artifacts import Artifacts, open_output
 from dgx_music.cli.database import confirm, opened
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, Yes, given
 from dgx_music.cli.output import print_json, tell
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
 from dgx_music.prune import prune as prune_generations
+from dgx_music.prune import prune_orphans
+from dgx_music.storage import Database
 from dgx_music.validation import check_between
 
 _DAY_SECONDS = 86_400
@@ -25,6 +28,14 @@ def prune(
     completed_days: Annotated[float | None, typer.Option(help="Days to keep completed generations.")] = None,
     failed_days: Annotated[float | None, typer.Option(help="Days to keep failed ones.")] = None,
     cancelled_days: Annotated[float | None, typer.Option(help="Days to keep cancelled ones.")] = None,
+    orphans: Annotated[
+        bool,
+        typer.Option(
+            "--orphans",
+            help="Delete files older than a day that belong to no generation, or to an attempt that never completed. "
+            "Not where two databases share one output.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
     yes: Yes = False,
     output: Output = None,
@@ -33,10 +44,11 @@ def prune(
 ) -> None:
     """Delete old finished generations and their audio.
 
-    A status for which no days are given is kept for ever. On a terminal it asks first.
+    A status for which no days are given is kept for ever. On a terminal it asks first; elsewhere
+    --orphans needs --yes.
     """
     days = given(completed=completed_days, failed=failed_days, cancelled=cancelled_days)
-    if not days:
+    if not days and not orphans:
         raise InvalidRequestError(
             "a number of days", "is missing", "say how long to keep what, such as --completed-days 30 --failed-days 7"
         )
@@ -44,26 +56,40 @@ def prune(
         status: check_between(f"--{status}-days", count, 0, _LONGEST_DAYS) * _DAY_SECONDS
         for status, count in days.items()
     }
-    artifacts = LocalArtifacts(load_settings(**given(output=output)).output)
-    is_agreed = yes or not sys.stdin.isatty()
-    counts = asyncio.run(_prune(database_url, artifacts, keep, dry_run=dry_run, is_agreed=is_agreed))
+    artifacts = open_output(load_settings(**given(output=output)).output)
+    is_agreed = yes or (not orphans and not sys.stdin.isatty())
+    plan = _Plan(artifacts, keep, has_orphans=orphans)
+    counts = asyncio.run(_prune(database_url, plan, dry_run=dry_run, is_agreed=is_agreed))
     if as_json:
         print_json(counts)
     else:
         tell(f"{'Would delete' if dry_run else 'Deleted'} {_in_words(counts)}.")
 
 
-async def _prune(
-    database_url: str | None, artifacts: LocalArtifacts, keep: dict[str, float], *, dry_run: bool, is_agreed: bool
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class _Plan:
+    """What to delete, from where."""
+
+    artifacts: Artifacts
+    keep: dict[str, float]
+    has_orphans: bool
+
+    async def carry_out(self, database: Database, *, dry_run: bool) -> dict[str, int]:
+        """Delete, or only count, and return the numbers."""
+        counts = await prune_generations(database, self.artifacts, self.keep, dry_run=dry_run)
+        if self.has_orphans:
+            counts["orphans"] = await prune_orphans(database, self.artifacts, dry_run=dry_run)
+        return counts
+
+
+async def _prune(database_url: str | None, plan: _Plan, *, dry_run: bool, is_agreed: bool) -> dict[str, int]:
     async with opened(database_url) as database:
-        counts = await prune_generations(database, artifacts, keep, dry_run=True)
+        counts = await plan.carry_out(database, dry_run=True)
         if dry_run or not any(counts.values()):
             return counts
-        confirm(
-            f"Delete {_in_words(counts)} from {database}, with their audio in {artifacts.root}?", is_agreed=is_agreed
-        )
-        return await prune_generations(database, artifacts, keep)
+        question = f"Delete {_in_words(counts)} from {database}, with their audio in {plan.artifacts}?"
+        confirm(question, is_agreed=is_agreed)
+        return await plan.carry_out(database, dry_run=False)
 
 
 def _in_words(counts: dict[str, int]) -> str:

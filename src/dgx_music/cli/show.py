@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dgx_music.cli.database import find_generation, opened
+from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
 from dgx_music.cli.output import (
     WAVEFORM_WIDTH,
@@ -21,29 +22,37 @@ from dgx_music.cli.output import (
     shown,
 )
 from dgx_music.cli.progress import tell_untrained
-from dgx_music.enqueue import queue_position
 from dgx_music.storage import Generation
+from dgx_music.storage.estimates import Estimate, estimate
 from dgx_music.storage.repository import get_attempts
 
 
 def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
-    """Show all of one generation: fields, attempts, waveform."""
-    generation, attempts, position = asyncio.run(_read(generation_id, database_url))
+    """Show all of one generation: fields, attempts, waveform.
+
+    While it waits or runs, also when it will start and be done, as far as anybody can say.
+    With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a `low` and a `high`, which
+    about 8 of 10 generations keep to, and `unknown_because` says why they are null.
+    """
+    generation, attempts, outlook = asyncio.run(_read(generation_id, database_url))
     if as_json:
-        print_json({**generation.to_dict(), "attempts": attempts, "queue_position": position})
+        more = {"attempts": attempts, "queue_position": outlook.position, "estimate": outlook.to_dict()}
+        print_json({**generation.to_dict(), **more})
         return
-    _print_generation(generation, position)
+    _print_generation(generation, outlook)
     print_waveform(generation)
     _print_attempts(attempts)
     tell_untrained([generation])
 
 
-def _print_generation(generation: Generation, position: int | None) -> None:
+def _print_generation(generation: Generation, outlook: Estimate) -> None:
     now = datetime.now(UTC)
     fields = {name: value for name, value in generation.to_dict().items() if value is not None and name != "metadata"}
     lines = [(label(name), shown(name, value, now)) for name, value in fields.items()]
-    if position is not None:
-        lines.append(("queue position", f"{position:,}"))
+    if outlook.position is not None:
+        lines.append(("queue position", f"{outlook.position:,}"))
+    if words := in_words(outlook):
+        lines.append(("estimate", words))
     if generation.generation_time_seconds:
         rtf = generation.generation_time_seconds / generation.duration_seconds
         lines.append(("RTF", f"{rtf:.3g} (run seconds for each second of audio)"))
@@ -90,9 +99,10 @@ def _print_attempts(attempts: list[dict[str, Any]]) -> None:
     )
 
 
-async def _read(wanted: str, database_url: str | None) -> tuple[Generation, list[dict[str, Any]], int | None]:
+async def _read(wanted: str, database_url: str | None) -> tuple[Generation, list[dict[str, Any]], Estimate]:
     async with opened(database_url) as database:
         generation = await find_generation(database, wanted)
         async with database.session(read_only=True) as session:
             attempts = await get_attempts(session, generation.id)
-        return generation, [attempt.to_dict() for attempt in attempts], await queue_position(generation.id)
+            outlook = await estimate(session, generation.id)
+        return generation, [attempt.to_dict() for attempt in attempts], outlook

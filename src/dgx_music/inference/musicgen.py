@@ -79,7 +79,8 @@ class MusicGenEngine:
         self._frame_size: int = model.config.audio_encoder.hop_length
         self._longest_delay: int = model.config.decoder.num_codebooks // model.config.decoder.audio_channels - 1
         self._is_untrained = is_untrained
-        self.device = str(device)
+        self.device = str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+        self._device = device
         self.model_version = weights.version
         self.notice = weights.notice
 
@@ -92,7 +93,7 @@ class MusicGenEngine:
         sample_count = round(request.duration * self._sample_rate)
         step_count = self._frame_count(sample_count) + self._longest_delay
         watch = _StepWatch(run, step_count)
-        prompt = self._tokenizer(request.prompt, return_tensors="pt").to(self.device)
+        prompt = self._tokenizer(request.prompt, return_tensors="pt").to(self._device)
         torch.manual_seed(request.effective_seed)
         audio = self._model.generate(  # [1, channel, sample]
             **prompt,

@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -80,13 +80,14 @@ class EngineProcess:
         """The id of the process, ``None`` while there is none."""
         return self._child.pid if self._child is not None and self._child.is_alive else None
 
-    async def start(self) -> EngineInfo:
+    async def start(self, model: str | None = None) -> EngineInfo:
         """Return what the loaded engine says of itself, after starting its process where none is alive.
 
-        Concurrent calls share one process; cancelling a call leaves the process loading. Raises
+        With a ``model`` that is not the one loaded, the process is replaced by one that loads it; what still runs raises
+        ``EngineReplacedError``. Concurrent calls share one process; cancelling a call leaves the process loading. Raises
         ``EngineUnavailableError`` where the engine cannot load, dies while it loads or takes too long.
         """
-        child = await self._living_child()
+        child = await self._living_child(model or self._settings.model)
         return await child.wait_until_loaded(self._start_timeout_seconds)
 
     async def generate(self, request: GenerationRequest, on_progress: ReportProgress) -> Audio:
@@ -118,10 +119,14 @@ class EngineProcess:
     ) -> None:
         await self.close()
 
-    async def _living_child(self) -> _Child:
+    async def _living_child(self, model: str) -> _Child:
         async with self._spawning:
             if self._is_closed:
                 raise EngineUnavailableError("The engine's process was closed.")
+            if model != self._settings.model:
+                self._settings = replace(self._settings, model=model)
+                if self._child is not None:
+                    await self._child.end(f"was ended to load {model}")
             if self._child is not None and self._child.is_alive:
                 return self._child
             if self._child is not None:

@@ -3,13 +3,13 @@
 from dgx_music.storage.database import (
     Database,
     close_db,
-    configure_sqlite,
     get_database,
     get_session,
     init_db,
     reset_database,
 )
-from dgx_music.storage.models import Attempt, Base, Generation, Prompt, WorkerInfo
+from dgx_music.storage.listing import Filters, Page, list_generations
+from dgx_music.storage.models import Attempt, Base, Generation, Pause, Prompt, Speed, WorkerInfo
 from dgx_music.storage.repository import (
     complete_generation,
     count_generations,
@@ -25,15 +25,22 @@ from dgx_music.storage.repository import (
     update_generation_status,
 )
 from dgx_music.storage.schema import AttemptOutcome, GenerationStatus
+from dgx_music.storage.search import SearchHit, search_generations
+from dgx_music.storage.sqlite import configure_sqlite
 
 __all__ = [
     "Attempt",
     "AttemptOutcome",
     "Base",
     "Database",
+    "Filters",
     "Generation",
     "GenerationStatus",
+    "Page",
+    "Pause",
     "Prompt",
+    "SearchHit",
+    "Speed",
     "WorkerInfo",
     "close_db",
     "complete_generation",
@@ -50,7 +57,9 @@ __all__ = [
     "get_prompt_by_text",
     "get_session",
     "init_db",
+    "list_generations",
     "reset_database",
+    "search_generations",
     "track_prompt_usage",
     "update_generation_status",
 ]

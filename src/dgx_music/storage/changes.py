@@ -1,4 +1,4 @@
-"""Waking up when the database changes, instead of asking it over and over.
+"""Waking up when a SQLite database changes, instead of asking it over and over; notifications.py is PostgreSQL's.
 
 SQLite has no notifications between processes, but a commit writes to the write-ahead log, of which the kernel tells
 (inotify), and ``PRAGMA data_version`` then says when another connection's commit has become visible: it reads shared memory
@@ -17,25 +17,47 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
+from enum import StrEnum
 from pathlib import Path
 
 import anyio
+
+EVERYTHING = "*"
+"""The key of a hint that is for every subscriber of its topic."""
 
 _LOOK_EVERY_SECONDS = 0.0125
 _LOOK_AGAIN_SECONDS = 1.0
 _VISIBLE_SECONDS = 0.001
 _NEXT_COMMIT_SECONDS = 0.05
+_SLOW_DISK_SECONDS = 0.02
 _IN_MODIFY, _IN_NONBLOCK, _IN_CLOEXEC = 0x2, 0o4000, 0o2000000  # <sys/inotify.h>
+
+
+class Topic(StrEnum):
+    """What a waiter wants to hear of; PostgreSQL's channels are named so."""
+
+    WORK = "dgx_music_work"
+    """Something of a model (the key) may be due."""
+    CANCEL = "dgx_music_cancel"
+    """A cancel was requested of a worker (the key)."""
+    DONE = "dgx_music_done"
+    """A generation (the key) was completed, failed or cancelled."""
 
 
 class Subscription:
     """One waiter's view of the changes, on the event loop that made it."""
 
-    def __init__(self) -> None:
+    def __init__(self, topic: Topic | None = None, keys: Collection[str] = ()) -> None:
+        self._topic = topic
+        self._keys = keys
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
+
+    def wants(self, topic: str, key: str) -> bool:
+        """Return True where this waiter wants to hear of it."""
+        return self._topic in (None, topic) and (not self._keys or key in self._keys or key == EVERYTHING)
 
     def wake(self) -> None:
         """Wake the waiter; from any thread."""
@@ -83,9 +105,9 @@ class Changes:
         self._stop: _Stop | None = None
 
     @contextmanager
-    def subscribe(self) -> Iterator[Subscription]:
-        """Give a subscription for as long as the block runs."""
-        subscription = Subscription()
+    def subscribe(self, topic: Topic | None = None, keys: Collection[str] = ()) -> Iterator[Subscription]:
+        """Give a subscription for as long as the block runs; any commit wakes it, whatever its topic and keys."""
+        subscription = Subscription(topic, keys)
         is_first = not self._subscriptions
         self._subscriptions.add(subscription)
         if is_first and self._is_file:
@@ -130,19 +152,23 @@ class Changes:
     def _look(self, cursor: sqlite3.Cursor, seen: int, log: _LogWatch | _NoLogWatch, stop: _Stop) -> int:
         """Wake everybody once the version is another than the one seen, and return the version.
 
-        Looks on for a moment: the log is written first, then flushed to disk, and only then is the commit visible.
+        Looks on for a while after each write: the log is written first, then flushed to disk, which may take its time, and
+        only then is the commit visible.
         """
-        until = time.monotonic() + log.look_seconds
+        until, pause = time.monotonic() + log.look_seconds, _VISIBLE_SECONDS
         while not stop.is_set():
-            log.drain()
+            if is_written := log.drain():
+                until, pause = time.monotonic() + log.look_seconds, _VISIBLE_SECONDS
             version: int = cursor.execute("PRAGMA data_version").fetchone()[0]
             if version != seen:
                 seen = version
                 self._wake_all()
-                until = min(until, time.monotonic() + _NEXT_COMMIT_SECONDS)
+                if not is_written:  # else the next commit may be on its way already
+                    until = min(until, time.monotonic() + _NEXT_COMMIT_SECONDS)
             if time.monotonic() >= until:
                 break
-            time.sleep(_VISIBLE_SECONDS)
+            time.sleep(pause)
+            pause = min(pause * 1.1, _SLOW_DISK_SECONDS)
         return seen
 
     def _wake_all(self) -> None:
@@ -156,7 +182,7 @@ class Changes:
 class _LogWatch:
     """Waits for the kernel to tell of a write to the database's log; watches the folder, since the log comes and goes."""
 
-    look_seconds = 0.25
+    look_seconds = 2.0
 
     def __init__(self, path: Path) -> None:
         self._log = f"{path.name}-wal".encode()

@@ -7,35 +7,44 @@ coroutine works in the session it is given and leaves committing to whoever open
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, cast
 
+from pydantic_core import to_json
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
+    Double,
+    Integer,
     Select,
     Table,
     and_,
     bindparam,
     case,
+    column,
     delete,
     func,
     insert,
     literal,
     not_,
     null,
-    or_,
     select,
     tuple_,
     update,
 )
+from sqlalchemy import cast as cast_to
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
-from dgx_music.storage.models import Attempt, Generation
+from dgx_music.storage.due import CLAIM_ORDER, due_rows, g, generations, take_turns
+from dgx_music.storage.models import Attempt
+from dgx_music.storage.repository import dialect_of
 from dgx_music.storage.schema import (
     CANCELLED,
     COMPLETED,
@@ -44,10 +53,15 @@ from dgx_music.storage.schema import (
     PENDING,
     PROCESSING,
     AttemptOutcome,
+    HashText,
+    Id,
+    JsonObject,
+    LongText,
+    ShortText,
     now,
     now_plus,
-    unindexed,
     with_json_key,
+    written,
 )
 
 AUDIO_KEY = "audio"
@@ -55,9 +69,7 @@ AUDIO_KEY = "audio"
 RESCUE_CHUNK = 100
 _BACKOFF_LIMIT_SECONDS = 3600.0
 
-generations = cast("Table", Generation.__table__)
 attempts = cast("Table", Attempt.__table__)
-g = generations.c
 
 
 @dataclass(frozen=True)
@@ -115,30 +127,23 @@ def backoff_seconds(failures: int, base: float, rng: random.Random) -> float:
 
 
 async def claim(
-    session: AsyncSession, *, worker_id: str, model_name: str, limit: int, lease_seconds: float
+    session: AsyncSession,
+    *,
+    worker_id: str,
+    model_name: str,
+    limit: int,
+    lease_seconds: float,
+    tenant_limit: int | None = None,
 ) -> list[Claim]:
-    """Take up to ``limit`` due generations of this model for this worker, most urgent first, and return them."""
-    due = (
-        select(g.id)
-        .where(g.status == PENDING, g.model_name == model_name, unindexed(g.run_at) <= now())
-        .order_by(g.priority.desc(), g.run_at, g.id)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    statement = (
-        update(generations)
-        .where(_is_one_of(due), g.status == PENDING)
-        .values(
-            status=PROCESSING,
-            attempt=g.attempt + 1,
-            worker_id=worker_id,
-            started_at=now(),
-            lease_expires_at=now_plus(lease_seconds),
-            progress=0.0,
-        )
-        .returning(*_CLAIMED)
-    )
-    rows = sorted((await session.execute(statement)).all(), key=lambda row: (-row.priority, row.run_at, row.id))
+    """Take up to ``limit`` due generations of this model for this worker, most urgent first, and return them.
+
+    With a ``tenant_limit`` no tenant has more than so many in hand, whoever works on them: counted in the rows themselves,
+    by one claim at a time. Nothing of a paused model is taken.
+    """
+    if tenant_limit is not None:
+        await take_turns(session)
+    statement = _claim_statement(dialect_of(session), worker_id, model_name, limit, lease_seconds, tenant_limit)
+    rows = sorted((await session.execute(statement)).all(), key=lambda row: (row.claim_order, row.id))
     if rows:
         made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
         await session.execute(insert(attempts), made)
@@ -154,9 +159,10 @@ async def renew(session: AsyncSession, progress: Mapping[Lease, float], *, lease
     if not progress:
         return {}
     by_id = {lease.generation_id: done for lease, done in progress.items()}
+    held = select(g.id).where(_is_held_by(progress.keys())).order_by(g.id).with_for_update(key_share=True)
     statement = (
         update(generations)
-        .where(_is_held_by(progress.keys()))
+        .where(_is_one_of(held), _is_held_by(progress.keys()))
         .values(lease_expires_at=now_plus(lease_seconds), progress=case(by_id, value=g.id, else_=g.progress))
         .returning(g.id, g.attempt, g.cancel_requested)
     )
@@ -166,7 +172,7 @@ async def renew(session: AsyncSession, progress: Mapping[Lease, float], *, lease
 
 async def find_cancel_requests(session: AsyncSession, worker_id: str) -> list[Lease]:
     """Return the leases of this worker whose generations somebody wants cancelled."""
-    query = select(g.id, g.attempt).where(g.status == PROCESSING, g.worker_id == worker_id, g.cancel_requested)
+    query = select(g.id, g.attempt).where(g.status == written(PROCESSING), g.worker_id == worker_id, g.cancel_requested)
     return [Lease(row.id, row.attempt) for row in (await session.execute(query)).all()]
 
 
@@ -178,15 +184,27 @@ async def complete(session: AsyncSession, completions: Sequence[Completion]) -> 
     """
     if not completions:
         return set()
-    await session.execute(_COMPLETE, [_completion_values(completion) for completion in completions])
-    query = select(g.id, g.attempt).where(
-        _is_among(completion.lease for completion in completions), g.status == COMPLETED
-    )
-    done = {Lease(row.id, row.attempt) for row in (await session.execute(query)).all()}
-    ended = [completion for completion in completions if completion.lease in done]
-    if ended:
-        await session.execute(_END_ATTEMPT, [_attempt_values(AttemptOutcome.COMPLETED, item) for item in ended])
+    completions = sorted(completions, key=lambda completion: completion.lease.generation_id)  # as renewals lock them
+    done = await _complete(session, completions)
+    if len(done) < len(completions):  # lost, or said before
+        is_given = _is_among(completion.lease for completion in completions)
+        done = await _read_leases(session, select(g.id, g.attempt).where(is_given, g.status == COMPLETED))
+    if done:
+        await session.execute(_end_completed(done))
     return done
+
+
+async def _complete(session: AsyncSession, completions: Sequence[Completion]) -> set[Lease]:
+    """Complete what can be and return it; SQLite, which has no round trips to spare, does not say."""
+    rows = [_completion_values(completion) for completion in completions]
+    if dialect_of(session) == "postgresql":
+        return await _read_leases(session, _COMPLETE_TOGETHER, {"completions": _as_json(rows)})
+    await session.execute(_COMPLETE, [row | {"audio": _as_json(row["audio"])} for row in rows])
+    return set()
+
+
+async def _read_leases(session: AsyncSession, statement: Any, values: Any = None) -> set[Lease]:
+    return {Lease(row.id, row.attempt) for row in (await session.execute(statement, values)).all()}
 
 
 async def fail(
@@ -256,8 +274,9 @@ async def rescue(session: AsyncSession, *, limit: int = RESCUE_CHUNK) -> list[Re
 
     Counts a failure each: a generation that kills its worker again and again must run out of budget.
     """
-    is_lost = and_(g.status == PROCESSING, g.worker_id.is_not(None), g.lease_expires_at < now())
-    lost = select(g.id).where(is_lost).order_by(g.lease_expires_at).limit(limit).with_for_update(skip_locked=True)
+    is_lost = and_(g.status == written(PROCESSING), g.worker_id.is_not(None), g.lease_expires_at < now())
+    lost = select(g.id).where(is_lost).order_by(g.lease_expires_at).limit(limit)
+    lost = lost.with_for_update(skip_locked=True, key_share=True)
     status = case((g.cancel_requested, CANCELLED), (g.failures + 1 >= g.max_attempts, FAILED), else_=PENDING)
     statement = _let_go(status).where(_is_one_of(lost), is_lost)
     statement = statement.values(failures=g.failures + 1, error_message=WORKER_LOST, run_at=now())
@@ -291,29 +310,14 @@ async def retry(session: AsyncSession, generation_id: str) -> None:
         await _refuse(session, generation_id, PENDING)
 
 
-async def has_due(session: AsyncSession, model_name: str) -> bool:
-    """Return True where a claim would find something; takes no lock, and reads one entry of an index."""
-    is_due = and_(g.status == PENDING, g.model_name == model_name, g.run_at <= now())
-    return bool(await session.scalar(select(select(g.id).where(is_due).exists())))
-
-
 async def release_all(session: AsyncSession, worker_id: str, *, but: Collection[Lease]) -> int:
     """Give back what this worker still holds, ``but`` for these, at no cost to their budget; return how many."""
     statement = _let_go(case((g.cancel_requested, CANCELLED), else_=PENDING))
-    statement = statement.where(g.status == PROCESSING, g.worker_id == worker_id, not_(_is_among(but)))
+    statement = statement.where(g.status == written(PROCESSING), g.worker_id == worker_id, not_(_is_among(but)))
     rows = (await session.execute(statement)).all()
     if rows:
         await session.execute(_END_ATTEMPT, [_end(Lease(row.id, row.attempt), _released(row.status)) for row in rows])
     return len(rows)
-
-
-async def has_work(session: AsyncSession, model_name: str) -> bool:
-    """Return True while a generation of this model is due, waits for its next attempt, or is held by any worker."""
-    is_waiting = and_(g.status == PENDING, g.model_name == model_name, or_(g.run_at <= now(), g.failures > 0))
-    is_held = and_(g.status == PROCESSING, g.model_name == model_name, g.worker_id.is_not(None))
-    return bool(
-        await session.scalar(select(select(g.id).where(is_waiting).exists() | select(g.id).where(is_held).exists()))
-    )
 
 
 async def find_prunable(session: AsyncSession, *, status: str, older_than_seconds: float, limit: int) -> list[Lease]:
@@ -339,17 +343,13 @@ async def prune(session: AsyncSession, leases: Collection[Lease]) -> int:
     return len((await session.execute(statement)).all())
 
 
-async def queue_position(session: AsyncSession, generation_id: str) -> int | None:
-    """Return the place of a pending generation among those of its model, from 1; ``None`` where it does not wait."""
-    query = select(g.model_name, g.priority, g.run_at).where(g.id == generation_id, g.status == PENDING)
-    own = (await session.execute(query)).one_or_none()
-    if own is None:
-        return None
-    is_sooner = or_(g.run_at < own.run_at, and_(g.run_at == own.run_at, g.id <= generation_id))
-    is_ahead = or_(g.priority > own.priority, and_(g.priority == own.priority, is_sooner))
-    is_counted = or_(g.run_at <= now(), g.id == generation_id)  # what is scheduled for later is in nobody's way
-    counted = select(func.count()).where(g.status == PENDING, g.model_name == own.model_name, is_ahead, is_counted)
-    return await session.scalar(counted) or None
+def _is_one_of(rows: Select[tuple[str]]) -> ColumnElement[bool]:
+    """Choose rows by a query that is evaluated once: without MATERIALIZED its LIMIT may be applied again and again.
+
+    A join (UPDATE … FROM), not ``IN``: with that SQLite walks all rows of the status in search of the few.
+    """
+    chosen = rows.cte("chosen").prefix_with("MATERIALIZED")
+    return g.id == chosen.c.id
 
 
 _CLAIMED = (
@@ -362,34 +362,81 @@ _CLAIMED = (
     g.channels,
     g.sampling,
     g.failures,
-    g.priority,
-    g.run_at,
+    CLAIM_ORDER.label("claim_order"),
 )
 
-_COMPLETE = (
-    update(generations)
-    .where(
-        g.id == bindparam("lease_id"),
-        g.attempt == bindparam("lease_attempt"),
-        g.status == PROCESSING,
-        g.worker_id.is_not(None),
-        not_(g.cancel_requested),
+
+@lru_cache
+def _claim_statement(
+    dialect: str, worker_id: str, model_name: str, limit: int, lease_seconds: float, tenant_limit: int | None
+) -> Any:
+    """Return the UPDATE that claims; a worker says the same few again and again, and building one takes its time."""
+    return (
+        update(generations)
+        .where(_is_one_of(due_rows(dialect, model_name, limit, tenant_limit)), g.status == written(PENDING))
+        .values(
+            status=PROCESSING,
+            attempt=g.attempt + 1,
+            worker_id=worker_id,
+            started_at=now(),
+            lease_expires_at=now_plus(lease_seconds),
+            progress=0.0,
+        )
+        .returning(*_CLAIMED)
     )
-    .values(
-        status=COMPLETED,
-        completed_at=now(),
-        worker_id=null(),
-        lease_expires_at=null(),
-        progress=1.0,
-        error_message=null(),
-        file_path=bindparam("path"),
-        file_size_bytes=bindparam("size"),
-        sha256=bindparam("hash"),
-        model_version=bindparam("version"),
-        generation_time_seconds=bindparam("seconds"),
-        metadata=with_json_key(g.metadata, literal(AUDIO_KEY), bindparam("audio")),
-    )
+
+
+_COMPLETION_COLUMNS = (
+    column("lease_id", Id),
+    column("lease_attempt", Integer),
+    column("path", LongText),
+    column("size", BigInteger),
+    column("hash", HashText),
+    column("version", ShortText),
+    column("seconds", Double),
+    column("audio", JsonObject),
 )
+
+
+def _is_completable(values: Any) -> ColumnElement[bool]:
+    """Keep a completion to the row that its attempt holds, and that nobody wants cancelled: the fence."""
+    is_held = and_(g.status == PROCESSING, g.worker_id.is_not(None), not_(g.cancel_requested))
+    return and_(g.id == values.lease_id, g.attempt == values.lease_attempt, is_held)
+
+
+def _complete_with(values: Any) -> Any:
+    """Return the UPDATE that completes rows with these values: bind parameters, or a table's columns."""
+    return (
+        update(generations)
+        .where(_is_completable(values))
+        .values(
+            status=COMPLETED,
+            completed_at=now(),
+            worker_id=null(),
+            lease_expires_at=null(),
+            progress=1.0,
+            error_message=null(),
+            file_path=values.path,
+            file_size_bytes=values.size,
+            sha256=values.hash,
+            model_version=values.version,
+            generation_time_seconds=values.seconds,
+            metadata=with_json_key(g.metadata, literal(AUDIO_KEY), values.audio),
+        )
+    )
+
+
+def _complete_together() -> Any:
+    """Return PostgreSQL's UPDATE of many rows at once, with their values in one JSON text; they are locked by id first."""
+    rows = func.jsonb_to_recordset(cast_to(bindparam("completions", type_=LongText), JSONB))
+    values = rows.table_valued(*_COMPLETION_COLUMNS, name="given").render_derived(with_types=True)
+    given = select(values).cte("given").prefix_with("MATERIALIZED")
+    held = select(g.id).where(_is_completable(given.c)).order_by(g.id).with_for_update(of=generations, key_share=True)
+    return _complete_with(given.c).where(_is_one_of(held)).returning(g.id, g.attempt)
+
+
+_COMPLETE = _complete_with(SimpleNamespace(**{c.name: bindparam(c.name) for c in _COMPLETION_COLUMNS}))
+_COMPLETE_TOGETHER = _complete_together()
 
 _END_ATTEMPT = (
     update(attempts)
@@ -419,15 +466,6 @@ def _let_go(status: ColumnElement[str]) -> Any:
         )
         .returning(g.id, g.attempt, g.status)
     )
-
-
-def _is_one_of(rows: Select[tuple[str]]) -> ColumnElement[bool]:
-    """Choose rows by a query that is evaluated once: without MATERIALIZED its LIMIT may be applied again and again.
-
-    A join (UPDATE … FROM), not ``IN``: with that SQLite walks all rows of the status in search of the few.
-    """
-    chosen = rows.cte("chosen").prefix_with("MATERIALIZED")
-    return g.id == chosen.c.id
 
 
 def _is_among(leases: Any) -> ColumnElement[bool]:
@@ -461,16 +499,35 @@ def _completion_values(completion: Completion) -> dict[str, Any]:
         "hash": completion.sha256,
         "version": completion.model_version,
         "seconds": completion.generation_time_seconds,
-        "audio": json.dumps(completion.audio, allow_nan=False),
+        "audio": completion.audio,
     }
+
+
+def _as_json(value: Any) -> str:
+    """Return the value as JSON, null for what is not a number; ``json`` takes four times as long over a waveform."""
+    return to_json(value, inf_nan_mode="null").decode()
 
 
 def _released(status: str) -> AttemptOutcome:
     return AttemptOutcome.CANCELLED if status == CANCELLED else AttemptOutcome.RELEASED
 
 
-def _attempt_values(outcome: AttemptOutcome, completion: Completion) -> dict[str, Any]:
-    return _end(completion.lease, outcome, None, completion.generation_time_seconds)
+def _end_completed(leases: Collection[Lease]) -> Any:
+    """Return the UPDATE that ends the attempts of completed generations as they have ended."""
+    named = [(lease.generation_id, lease.attempt) for lease in leases]
+    return (
+        update(attempts)
+        .where(
+            tuple_(attempts.c.generation_id, attempts.c.attempt).in_(named),
+            attempts.c.outcome.is_(None),
+            g.id == attempts.c.generation_id,
+        )
+        .values(
+            finished_at=g.completed_at,
+            outcome=AttemptOutcome.COMPLETED.value,
+            device_seconds=g.generation_time_seconds,
+        )
+    )
 
 
 def _end(

@@ -8,17 +8,19 @@ caller works on by hand, and refuse one that a worker holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, not_, or_, select, true, update
+from sqlalchemy import ColumnElement, Integer, and_, bindparam, case, delete, func, not_, or_, select, true, update
+from sqlalchemy import insert as core_insert
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.errors import IllegalTransitionError, InvalidRequestError
-from dgx_music.storage.models import Attempt, Generation, Prompt, text_hash
+from dgx_music.storage.models import Attempt, Generation, Prompt, Tally, text_hash
 from dgx_music.storage.schema import (
     COMPLETED,
     FINISHED,
@@ -30,6 +32,11 @@ from dgx_music.storage.schema import (
 )
 
 _MAX_ROWS = 2**31 - 1
+_COUNT_LOCK = 0x6467_7870  # "dgxp": the first half of advisory locks' numbers
+_TALLY_ROWS = 500
+_TALLY_CHUNK = 5_000
+PROMPTS = "prompts"
+"""The tally of distinct prompts."""
 
 
 async def create_generation(
@@ -58,8 +65,8 @@ async def create_generation(
         "model_version": None if model_version is None else validation.check_name("model_version", model_version),
         "metadata": None if metadata is None else validation.check_metadata(metadata),
     }
-    used = await track_prompt_usage(session, values["prompt"])
-    generation = Generation(**values, prompt_id=used.id)
+    used = await count_prompt_uses(session, [values["prompt"]])
+    generation = Generation(**values, prompt_id=used[0].id if used else None)
     session.add(generation)
     await session.flush()
     return generation
@@ -101,11 +108,11 @@ async def get_pending_generations(session: AsyncSession, limit: int = 100) -> li
 
 
 async def count_generations(session: AsyncSession, status: GenerationStatus | str | None = None) -> int:
-    """Return how many generations there are, of one status where one is given."""
-    query = select(func.count()).select_from(Generation)
-    if status is not None:
-        query = query.where(Generation.status == check_status(status))
-    return await session.scalar(query) or 0
+    """Return how many generations there are, of one status where one is given; reads no finished row."""
+    if status is None:
+        return sum((await _count_by_status(session, *GenerationStatus)).values())
+    wanted = check_status(status)
+    return (await _count_by_status(session, wanted))[wanted]
 
 
 async def update_generation_status(
@@ -170,14 +177,58 @@ async def delete_generation(session: AsyncSession, generation_id: str) -> bool:
 
 async def track_prompt_usage(session: AsyncSession, prompt_text: str) -> Prompt:
     """Count one use of this prompt in one atomic statement, and return its row."""
-    return (await count_prompt_uses(session, [validation.check_prompt(prompt_text)]))[0]
+    text = validation.check_prompt(prompt_text)
+    if dialect_of(session) == "postgresql":
+        await session.execute(select(func.pg_advisory_xact_lock(_COUNT_LOCK, _bucket(text))))
+    return (await _count(session, [text]))[0]
 
 
 async def count_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
-    """Count one use for each text given, repeated ones too, and return the rows of the distinct texts.
+    """Count one use for each text given, repeated ones too, and return the rows of those that were counted.
 
-    In the texts' order: two batches that count the same prompts in different orders would deadlock on PostgreSQL.
+    On PostgreSQL a text that another open transaction is counting is left out instead of waited for: who enqueues inside
+    a long transaction must not hold up everybody with the same prompt, nor be anybody's deadlock. ``count_overlooked_prompts``
+    makes up for it.
     """
+    texts = list(texts)
+    if dialect_of(session) == "postgresql":
+        free = await _lock_buckets(session, {_bucket(text) for text in texts})
+        texts = [text for text in texts if _bucket(text) in free]
+    return await _count(session, texts) if texts else []
+
+
+async def count_overlooked_prompts(session: AsyncSession, limit: int = 500) -> int:
+    """Count the prompts of generations whose enqueue had to leave that out; return of how many. SQLite has none."""
+    if dialect_of(session) != "postgresql":
+        return 0
+    overlooked = select(Generation.id, Generation.prompt).where(Generation.prompt_id.is_(None)).limit(limit)
+    rows = (await session.execute(overlooked.with_for_update(skip_locked=True, key_share=True))).all()
+    counted = {prompt.text: prompt.id for prompt in await count_prompt_uses(session, [row.prompt for row in rows])}
+    for row in rows:
+        if row.prompt in counted:
+            linked = update(Generation).where(Generation.id == row.id).values(prompt_id=counted[row.prompt])
+            await session.execute(linked, execution_options={"synchronize_session": False})
+    return sum(row.prompt in counted for row in rows)
+
+
+async def _lock_buckets(session: AsyncSession, buckets: Collection[int]) -> set[int]:
+    """Lock these for the rest of the transaction and return those that nobody else has; waits for nobody."""
+    return set(await session.scalars(_lock_statement(), {"buckets": sorted(buckets)}))
+
+
+@cache
+def _lock_statement() -> Any:
+    bucket = func.unnest(bindparam("buckets", type_=ARRAY(Integer))).column_valued("bucket")
+    return select(bucket).where(func.pg_try_advisory_xact_lock(_COUNT_LOCK, bucket))
+
+
+def _bucket(text: str) -> int:
+    """Return which of 256 locks counts this text: one for each text would fill the server's table of locks."""
+    return int(text_hash(text)[:2], 16)
+
+
+async def _count(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
+    """Count in the texts' order: two that count the same prompts in different orders would deadlock on PostgreSQL."""
     rows = [
         {"text": text, "text_hash": text_hash(text), "used_count": count}
         for text, count in sorted(Counter(texts).items())
@@ -215,11 +266,39 @@ async def get_most_used_prompts(session: AsyncSession, limit: int = 10) -> list[
 
 async def get_database_stats(session: AsyncSession) -> dict[str, int]:
     """Return how many generations there are in all and by status, and how many distinct prompts."""
-    counted = await session.execute(select(Generation.status, func.count()).group_by(Generation.status))
-    counts = {status: count for status, count in counted.all()}  # noqa: C416 - rows are not pairs to the type checker
-    stats = {f"{status.value}_generations": counts.get(status.value, 0) for status in GenerationStatus}
-    prompts = await session.scalar(select(func.count()).select_from(Prompt)) or 0
-    return {"total_generations": sum(counts.values()), **stats, "total_prompts": prompts}
+    counts = await _count_by_status(session, *GenerationStatus)
+    tallies = await _read_tallies(session)
+    stats = {f"{status}_generations": count for status, count in counts.items()}
+    return {"total_generations": sum(counts.values()), **stats, "total_prompts": tallies.get(PROMPTS, 0)}
+
+
+async def compact_tallies(session: AsyncSession) -> int:
+    """Sum up the tallies into one row each where there are many; return how many rows went into that."""
+    few = select(Tally.id).limit(_TALLY_ROWS).subquery()
+    if (await session.scalar(select(func.count()).select_from(few)) or 0) < _TALLY_ROWS:
+        return 0
+    oldest = select(Tally.id).order_by(Tally.id).limit(_TALLY_CHUNK).with_for_update(skip_locked=True)
+    gone = (await session.execute(delete(Tally).where(Tally.id.in_(oldest)).returning(Tally.name, Tally.delta))).all()
+    sums: Counter[str] = Counter()
+    for row in gone:
+        sums[row.name] += row.delta
+    await session.execute(core_insert(Tally), [{"name": name, "delta": delta} for name, delta in sums.items()])
+    return len(gone)
+
+
+async def _count_by_status(session: AsyncSession, *statuses: str) -> dict[str, int]:
+    """Count the live rows, of which there are few, and sum the tallies of the finished ones, of which there are many."""
+    tallies = await _read_tallies(session) if set(statuses) & set(FINISHED) else {}
+    counts = {}
+    for status in map(str, statuses):
+        live = select(func.count()).select_from(Generation).where(Generation.status == status)
+        counts[status] = tallies.get(status, 0) if status in FINISHED else await session.scalar(live) or 0
+    return counts
+
+
+async def _read_tallies(session: AsyncSession) -> dict[str, int]:
+    rows = await session.execute(select(Tally.name, func.sum(Tally.delta)).group_by(Tally.name))
+    return {name: int(total) for name, total in rows.all()}
 
 
 def check_status(status: GenerationStatus | str) -> str:

@@ -9,19 +9,21 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, DateTime, Dialect, Double, Float, String, Text, literal
+from sqlalchemy import JSON, ColumnElement, DateTime, Dialect, Double, Float, String, Text, literal, literal_column
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The newest migration; a test keeps it equal to Alembic's head, so that start-up need not import Alembic."""
 
 VERSION_TABLE = "dgx_music_alembic_version"
 """Our own, so that our tables can live inside a database that has migrations of its own."""
 
+AGEING_SECONDS = 60
+"""One point of priority is worth a minute of waiting."""
 
 DEFAULT_MAX_ATTEMPTS = 10
 """Lost workers count as failures too: with fewer, a machine that is killed every second fails what is not to blame."""
@@ -162,6 +164,33 @@ def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kwargs: A
     return compiler.process(element.clauses, **kwargs)
 
 
+class claim_order(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
+    """What claims are ordered by: seconds at which a row became due, less ``AGEING_SECONDS`` for each point of priority.
+
+    Waiting raises a row's rank as steadily as priority does, so that nothing starves; since all rows age alike, their order
+    never changes and an index can hold it. Written the same in every statement and in the index, or the index is not used.
+    """
+
+    type = Double()
+    inherit_cache = True
+
+    def __init__(self, run_at: ColumnElement[Any], priority: ColumnElement[Any]) -> None:
+        super().__init__(run_at, priority)
+
+
+@compiles(claim_order, "sqlite")
+def _claim_order_sqlite(element: claim_order, compiler: SQLCompiler, **kwargs: Any) -> str:
+    run_at, priority = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    return f"(julianday({run_at}) * 86400.0 - {priority} * {AGEING_SECONDS})"
+
+
+@compiles(claim_order, "postgresql")
+def _claim_order_postgresql(element: claim_order, compiler: SQLCompiler, **kwargs: Any) -> str:
+    run_at, priority = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    since = f"({run_at} - timestamptz '2000-01-01 00:00:00+00')"  # an interval: unlike a date's, its epoch is immutable
+    return f"(extract(epoch FROM {since})::double precision - {priority} * {AGEING_SECONDS})"
+
+
 class with_json_key(FunctionElement[dict[str, Any]]):  # noqa: N801 - reads as the SQL function it is
     """A JSON object column with one more key: ``with_json_key(column, key, json_text)``; other keys stay as they are."""
 
@@ -189,6 +218,11 @@ HashText = String(64)
 ShortText = String(200)
 StatusText = String(20)
 LongText = Text()
+
+
+def written(status: str) -> ColumnElement[str]:
+    """Return a status as SQL text: with a parameter in its place PostgreSQL's prepared plans could use no partial index."""
+    return literal_column(f"'{GenerationStatus(status)}'", StatusText)
 
 
 def new_id() -> str:

@@ -1,60 +1,34 @@
-"""Where finished audio is kept: one file per generation and attempt, whole or not there at all."""
+"""Audio in a folder: written to a part file, flushed to disk, then linked into place."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol, get_args
 
-from anyio import to_thread
+from anyio import open_file, to_thread
 
-from dgx_music.config import AudioFormat
-from dgx_music.errors import ArtifactError, InvalidRequestError
+from dgx_music.artifacts.interface import (
+    CHUNK_BYTES,
+    PART,
+    Artifact,
+    StoredFile,
+    check_held,
+    describe,
+    file_name,
+    file_names,
+    name_is_taken,
+    parse_name,
+)
+from dgx_music.errors import ArtifactError
 
-EXTENSIONS: tuple[str, ...] = get_args(AudioFormat)
 MIN_FREE_BYTES = 100 * 2**20
 
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published file: where it is, its size, and the SHA-256 of its content in hexadecimal."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-
-
-class Artifacts(Protocol):
-    """A place for audio. Names are made of a generation's id and attempt, so two attempts never meet in one file.
-
-    One attempt has one publisher at a time: the fence on the row sees to it.
-    """
-
-    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
-        """Store the data, durably and in one step: once this returns, the file outlives a power cut.
-
-        The same data again is the same publication; other data under a name that is taken raises ``ArtifactError`` and
-        changes nothing, as does any failure to write.
-        """
-
-    async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
-        """Remove all that these attempts left, half-written files too, and return how many; none is fine."""
-
-    def holds(self, path: str) -> bool:
-        """Return whether an artifact of this path is, or was, one of this place."""
-
-    async def find_problem(self) -> str | None:
-        """Return one sentence on why nothing could be published here now, or ``None``."""
 
 
 class LocalArtifacts:
@@ -63,19 +37,41 @@ class LocalArtifacts:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
+    def __str__(self) -> str:
+        return str(self.root)
+
     async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
         """See ``Artifacts.publish``; the path is absolute. A cancelled scope waits for the thread to end its write."""
-        target = self.root / _file_name(generation_id, attempt, extension)
+        target = self.root / file_name(generation_id, attempt, extension)
         return await to_thread.run_sync(self._publish, target, data)
 
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
         """See ``Artifacts.delete``."""
-        names = _file_names(generation_id, attempts)
+        names = file_names(generation_id, attempts)
         return await to_thread.run_sync(self._delete, names)
 
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""
-        return Path(path).parent == self.root
+        return Path(path).absolute().parent == self.root
+
+    async def stream(self, path: str) -> AsyncIterator[bytes]:
+        """See ``Artifacts.stream``; a file that is deleted meanwhile is read to its end."""
+        check_held(self, path)
+        try:
+            async with await open_file(path, "rb") as file:
+                while chunk := await file.read(CHUNK_BYTES):
+                    yield chunk
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {_explain(error)}.") from error
+
+    async def link(self, path: str, seconds: float) -> None:
+        """Return ``None``: a folder has no links that end, and who can read it needs only the path."""
+        check_held(self, path)
+
+    async def list_files(self) -> AsyncIterator[StoredFile]:
+        """See ``Artifacts.list_files``; all are looked up before the first is yielded."""
+        for file in await to_thread.run_sync(self._scan):
+            yield file
 
     async def find_problem(self) -> str | None:
         """See ``Artifacts.find_problem``; writes a nameless file as a test, in the nearest folder that exists."""
@@ -94,7 +90,7 @@ class LocalArtifacts:
             _sync_folder(self.root)
         except OSError as error:
             raise ArtifactError(f"Audio cannot be stored in {self.root}: {_explain(error)}.") from error
-        return _describe(str(target), data)
+        return describe(str(target), data)
 
     def _delete(self, names: list[str]) -> int:
         files = [self.root / name for name in names]
@@ -105,6 +101,15 @@ class LocalArtifacts:
         except OSError as error:
             raise ArtifactError(f"Audio cannot be removed from {self.root}: {_explain(error)}.") from error
         return count
+
+    def _scan(self) -> list[StoredFile]:
+        try:
+            with os.scandir(self.root) as entries:
+                return [file for entry in entries if (file := _look_at(entry)) is not None]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ArtifactError(f"The audio in {self.root} cannot be listed: {_explain(error)}.") from error
 
     def _find_problem(self) -> str | None:
         try:
@@ -121,52 +126,8 @@ class LocalArtifacts:
         return None
 
 
-class MemoryArtifacts:
-    """Audio in a dictionary from file name to content; for tests and benchmarks."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-
-    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
-        """See ``Artifacts.publish``; nothing here is durable."""
-        name = _file_name(generation_id, attempt, extension)
-        if self.files.setdefault(name, data) != data:
-            raise _name_is_taken(name)
-        return _describe(f"memory:{name}", data)
-
-    async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
-        """See ``Artifacts.delete``."""
-        found = [name for name in _file_names(generation_id, attempts) if name in self.files]
-        for name in found:
-            del self.files[name]
-        return len(found)
-
-    def holds(self, path: str) -> bool:
-        """See ``Artifacts.holds``."""
-        return path.startswith("memory:")
-
-    async def find_problem(self) -> str | None:
-        """Return ``None``: memory is always there."""
-        return None
-
-
-def _file_name(generation_id: str, attempt: int, extension: str) -> str:
-    """Return the only name this attempt's file can have; refuses all that could name another place."""
-    if not _ID.fullmatch(generation_id):
-        raise InvalidRequestError(
-            "generation_id", f"{generation_id!r} cannot name a file", "use 1 to 64 letters, digits, - and _"
-        )
-    if extension not in EXTENSIONS:
-        raise InvalidRequestError("extension", f"{extension!r} is not known", f"use one of {', '.join(EXTENSIONS)}")
-    return f"{generation_id}-{attempt:d}.{extension}"
-
-
-def _file_names(generation_id: str, attempts: Iterable[int]) -> list[str]:
-    return [_file_name(generation_id, attempt, extension) for attempt in attempts for extension in EXTENSIONS]
-
-
 def _part_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.part")
+    return target.with_name(f"{target.name}{PART}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -193,7 +154,7 @@ def _move_into_place(part: Path, target: Path, data: bytes) -> None:
         _link(part, target)
     except FileExistsError:
         if target.read_bytes() != data:
-            raise _name_is_taken(target.name) from None
+            raise name_is_taken(target.name) from None
 
 
 def _link(part: Path, target: Path) -> None:
@@ -235,12 +196,16 @@ def _remove(file: Path) -> bool:
     return True
 
 
-def _describe(path: str, data: bytes) -> Artifact:
-    return Artifact(path, len(data), hashlib.sha256(data).hexdigest())
-
-
-def _name_is_taken(name: str) -> ArtifactError:
-    return ArtifactError(f"{name} already holds other audio; it is left as it is.")
+def _look_at(entry: os.DirEntry[str]) -> StoredFile | None:
+    """Return the file where it is one of ours; one that has gone meanwhile is not."""
+    named = parse_name(entry.name)
+    if named is None or not entry.is_file(follow_symlinks=False):
+        return None
+    try:
+        facts = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return StoredFile(*named, entry.path, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
 
 
 def _explain(error: OSError) -> str:

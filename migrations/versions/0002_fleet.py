@@ -1,0 +1,231 @@
+"""Many workers: tenants, ageing priorities, pauses, speeds, tallies, search, and PostgreSQL's notifications.
+
+Revises: 0001
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from dgx_music.storage.schema import JsonObject, ShortText, StatusText, UtcDateTime, claim_order, now
+
+revision = "0002"
+down_revision = "0001"
+
+PENDING = sa.text("status = 'pending'")
+TENANT = sa.text("tenant <> ''")
+CLAIM_ORDER = claim_order(sa.column("run_at"), sa.column("priority"))
+
+# What the tables do by themselves. A tally is one more row, never an update: a shared counter would make everybody wait.
+SQLITE = """
+CREATE TRIGGER tally_added_generation AFTER INSERT ON generations WHEN NEW.completed_at IS NOT NULL BEGIN
+  INSERT INTO tallies (name, delta) VALUES (NEW.status, 1);
+END;
+
+CREATE TRIGGER tally_moved_generation AFTER UPDATE OF status ON generations
+WHEN OLD.status <> NEW.status AND (OLD.completed_at IS NOT NULL OR NEW.completed_at IS NOT NULL) BEGIN
+  INSERT INTO tallies (name, delta) SELECT OLD.status, -1 WHERE OLD.completed_at IS NOT NULL;
+  INSERT INTO tallies (name, delta) SELECT NEW.status, 1 WHERE NEW.completed_at IS NOT NULL;
+END;
+
+CREATE TRIGGER tally_deleted_generation AFTER DELETE ON generations WHEN OLD.completed_at IS NOT NULL BEGIN
+  INSERT INTO tallies (name, delta) VALUES (OLD.status, -1);
+END;
+
+CREATE VIRTUAL TABLE prompts_search
+USING fts5(text, content='prompts', content_rowid='id', tokenize='porter unicode61 remove_diacritics 2');
+
+INSERT INTO prompts_search (prompts_search) VALUES ('rebuild');
+
+CREATE TRIGGER search_added_prompt AFTER INSERT ON prompts BEGIN
+  INSERT INTO prompts_search (rowid, text) VALUES (NEW.id, NEW.text);
+  INSERT INTO tallies (name, delta) VALUES ('prompts', 1);
+END;
+
+CREATE TRIGGER search_changed_prompt AFTER UPDATE OF text ON prompts BEGIN
+  INSERT INTO prompts_search (prompts_search, rowid, text) VALUES ('delete', OLD.id, OLD.text);
+  INSERT INTO prompts_search (rowid, text) VALUES (NEW.id, NEW.text);
+END;
+
+CREATE TRIGGER search_deleted_prompt AFTER DELETE ON prompts BEGIN
+  INSERT INTO prompts_search (prompts_search, rowid, text) VALUES ('delete', OLD.id, OLD.text);
+  INSERT INTO tallies (name, delta) VALUES ('prompts', -1);
+END
+"""
+
+# The search's text is without accents and punctuation, as SQLite's is: PostgreSQL would take rock/pop for a file's path
+# and the 90 of 80-90 for a negative number.
+# Notifications are hints: of work that is due (with the model), of a cancel (with the worker), of an end (with the id).
+POSTGRESQL = r"""
+CREATE FUNCTION dgx_music_generations_added() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO tallies (name, delta) SELECT status, count(*) FROM added WHERE completed_at IS NOT NULL GROUP BY status;
+  PERFORM pg_notify('dgx_music_work', model_name)
+  FROM (SELECT DISTINCT model_name FROM added WHERE status = 'pending') AS models;
+  RETURN NULL;
+END $$;
+
+CREATE TRIGGER dgx_music_added AFTER INSERT ON generations REFERENCING NEW TABLE AS added
+FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_generations_added();
+
+CREATE FUNCTION dgx_music_generation_moved() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF OLD.completed_at IS NOT NULL AND OLD.status <> NEW.status THEN
+    INSERT INTO tallies (name, delta) VALUES (OLD.status, -1);
+  END IF;
+  IF NEW.completed_at IS NOT NULL AND OLD.status <> NEW.status THEN
+    INSERT INTO tallies (name, delta) VALUES (NEW.status, 1);
+    PERFORM pg_notify('dgx_music_done', NEW.id);
+  ELSIF NEW.status = 'pending' THEN
+    PERFORM pg_notify('dgx_music_work', NEW.model_name);
+  ELSIF NEW.cancel_requested AND NEW.worker_id IS NOT NULL THEN
+    PERFORM pg_notify('dgx_music_cancel', NEW.worker_id);
+  END IF;
+  RETURN NULL;
+END $$;
+
+CREATE TRIGGER dgx_music_moved AFTER UPDATE ON generations FOR EACH ROW
+WHEN (OLD.status <> NEW.status AND NEW.status <> 'processing' OR NEW.cancel_requested AND NOT OLD.cancel_requested)
+EXECUTE FUNCTION dgx_music_generation_moved();
+
+CREATE FUNCTION dgx_music_generations_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO tallies (name, delta) SELECT status, -count(*) FROM gone WHERE completed_at IS NOT NULL GROUP BY status;
+  RETURN NULL;
+END $$;
+
+CREATE TRIGGER dgx_music_deleted AFTER DELETE ON generations REFERENCING OLD TABLE AS gone
+FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_generations_deleted();
+
+CREATE FUNCTION dgx_music_prompts_counted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  INSERT INTO tallies (name, delta)
+  SELECT 'prompts', CASE TG_OP WHEN 'INSERT' THEN count(*) ELSE -count(*) END FROM changed HAVING count(*) > 0;
+  RETURN NULL;
+END $$;
+
+CREATE TRIGGER dgx_music_added AFTER INSERT ON prompts REFERENCING NEW TABLE AS changed
+FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_prompts_counted();
+
+CREATE TRIGGER dgx_music_deleted AFTER DELETE ON prompts REFERENCING OLD TABLE AS changed
+FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_prompts_counted();
+
+CREATE FUNCTION dgx_music_resumed() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_notify('dgx_music_work', '*');
+  RETURN NULL;
+END $$;
+
+CREATE TRIGGER dgx_music_resumed AFTER DELETE ON pauses
+FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_resumed();
+
+ALTER TABLE prompts ADD COLUMN text_search tsvector GENERATED ALWAYS AS (to_tsvector('english', regexp_replace(
+  regexp_replace(normalize(text, NFKD), '[\u0300-\u036F]+', '', 'g'), '[!-/:-@[-`{-~]+', ' ', 'g'
+))) STORED;
+
+CREATE INDEX ix_prompts_text_search ON prompts USING gin (text_search);
+
+ALTER TABLE generations SET (autovacuum_vacuum_scale_factor = 0.05)
+"""
+
+SQLITE_DOWN = """
+DROP TRIGGER search_deleted_prompt;
+DROP TRIGGER search_changed_prompt;
+DROP TRIGGER search_added_prompt;
+DROP TABLE prompts_search;
+DROP TRIGGER tally_deleted_generation;
+DROP TRIGGER tally_moved_generation;
+DROP TRIGGER tally_added_generation
+"""
+
+POSTGRESQL_DOWN = """
+ALTER TABLE generations RESET (autovacuum_vacuum_scale_factor);
+ALTER TABLE prompts DROP COLUMN text_search;
+DROP TRIGGER dgx_music_resumed ON pauses;
+DROP TRIGGER dgx_music_deleted ON prompts;
+DROP TRIGGER dgx_music_added ON prompts;
+DROP TRIGGER dgx_music_deleted ON generations;
+DROP TRIGGER dgx_music_moved ON generations;
+DROP TRIGGER dgx_music_added ON generations;
+DROP FUNCTION dgx_music_resumed();
+DROP FUNCTION dgx_music_prompts_counted();
+DROP FUNCTION dgx_music_generations_deleted();
+DROP FUNCTION dgx_music_generation_moved();
+DROP FUNCTION dgx_music_generations_added()
+"""
+
+
+def upgrade() -> None:
+    is_sqlite = op.get_context().dialect.name == "sqlite"
+    op.add_column("generations", sa.Column("tenant", ShortText, server_default="", nullable=False))
+    op.drop_index("ix_generations_claim", "generations")
+    create_index("claim", ["model_name", CLAIM_ORDER, "id"], PENDING)
+    create_index("tenant_claim", ["model_name", "tenant", CLAIM_ORDER, "id"], PENDING)
+    create_index("tenant_created_at", ["tenant", "created_at", "id"], TENANT)
+    op.drop_index("ix_generations_model_name_created_at", "generations")
+    create_index("model_name_created_at", ["model_name", "created_at", "id"])
+    op.drop_index("ix_generations_prompt_id", "generations")
+    create_index("prompt_id_created_at", ["prompt_id", "created_at", "id"])
+    op.add_column("workers", sa.Column("models", JsonObject, server_default="[]", nullable=False))
+    op.create_table(
+        "pauses",
+        sa.Column("model_name", ShortText, nullable=False),
+        sa.Column("paused_at", UtcDateTime, server_default=now(), nullable=False),
+        sa.PrimaryKeyConstraint("model_name", name=op.f("pk_pauses")),
+    )
+    op.create_table(
+        "speeds",
+        sa.Column("model_name", ShortText, nullable=False),
+        sa.Column("device", ShortText, nullable=False),
+        sa.Column("low", sa.Double, nullable=False),
+        sa.Column("typical", sa.Double, nullable=False),
+        sa.Column("high", sa.Double, nullable=False),
+        sa.Column("measured_count", sa.Integer, nullable=False),
+        sa.Column("measured_at", UtcDateTime, server_default=now(), nullable=False),
+        sa.PrimaryKeyConstraint("model_name", "device", name=op.f("pk_speeds")),
+    )
+    op.create_table(
+        "tallies",
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), autoincrement=True, nullable=False),
+        sa.Column("name", StatusText, nullable=False),
+        sa.Column("delta", sa.Integer, nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_tallies")),
+    )
+    op.execute(
+        "INSERT INTO tallies (name, delta) SELECT status, count(*) FROM generations"
+        " WHERE completed_at IS NOT NULL GROUP BY status"
+    )
+    op.execute("INSERT INTO tallies (name, delta) SELECT 'prompts', count(*) FROM prompts")
+    if not is_sqlite:
+        op.execute("ALTER TABLE workers SET (fillfactor = 50)")
+    execute_each(SQLITE if is_sqlite else POSTGRESQL)
+
+
+def downgrade() -> None:
+    is_sqlite = op.get_context().dialect.name == "sqlite"
+    execute_each(SQLITE_DOWN if is_sqlite else POSTGRESQL_DOWN)
+    if not is_sqlite:
+        op.execute("ALTER TABLE workers RESET (fillfactor)")
+    op.drop_table("tallies")
+    op.drop_table("speeds")
+    op.drop_table("pauses")
+    op.drop_column("workers", "models")
+    op.drop_index("ix_generations_prompt_id_created_at", "generations")
+    create_index("prompt_id", ["prompt_id"])
+    op.drop_index("ix_generations_model_name_created_at", "generations")
+    create_index("model_name_created_at", ["model_name", "created_at"])
+    op.drop_index("ix_generations_tenant_created_at", "generations")
+    op.drop_index("ix_generations_tenant_claim", "generations")
+    op.drop_index("ix_generations_claim", "generations")
+    create_index("claim", ["model_name", sa.text("priority DESC"), "run_at", "id"], PENDING)
+    op.drop_column("generations", "tenant")
+
+
+def create_index(name: str, columns: list, where: sa.TextClause | None = None) -> None:
+    op.create_index(f"ix_generations_{name}", "generations", columns, sqlite_where=where, postgresql_where=where)
+
+
+def execute_each(script: str) -> None:
+    """Execute the statements that empty lines separate, or, where there are none, the lines."""
+    separator = ";\n\n" if ";\n\n" in script else ";\n"
+    for statement in script.strip().split(separator):
+        op.get_bind().exec_driver_sql(statement)

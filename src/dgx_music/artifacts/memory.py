@@ -1,0 +1,72 @@
+"""Audio in this process's memory, for tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
+
+from dgx_music.artifacts.interface import (
+    Artifact,
+    StoredFile,
+    check_held,
+    describe,
+    file_name,
+    file_names,
+    name_is_taken,
+    parse_name,
+)
+from dgx_music.errors import ArtifactError
+
+_SCHEME = "memory:"
+
+
+class MemoryArtifacts:
+    """Audio in a dictionary from file name to content; ``modified_at`` says when each was published."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.modified_at: dict[str, datetime] = {}
+
+    def __str__(self) -> str:
+        return "memory"
+
+    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
+        """See ``Artifacts.publish``; nothing here is durable."""
+        name = file_name(generation_id, attempt, extension)
+        if self.files.setdefault(name, data) != data:
+            raise name_is_taken(name)
+        self.modified_at.setdefault(name, datetime.now(UTC))
+        return describe(f"{_SCHEME}{name}", data)
+
+    async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
+        """See ``Artifacts.delete``."""
+        found = [name for name in file_names(generation_id, attempts) if name in self.files]
+        for name in found:
+            del self.files[name], self.modified_at[name]
+        return len(found)
+
+    def holds(self, path: str) -> bool:
+        """See ``Artifacts.holds``."""
+        return path.startswith(_SCHEME) and "/" not in path
+
+    async def stream(self, path: str) -> AsyncIterator[bytes]:
+        """See ``Artifacts.stream``; one chunk."""
+        check_held(self, path)
+        data = self.files.get(path.removeprefix(_SCHEME))
+        if data is None:
+            raise ArtifactError(f"{path} is not there.")
+        yield data
+
+    async def link(self, path: str, seconds: float) -> None:
+        """Return ``None``: nobody else can read this memory."""
+        check_held(self, path)
+
+    async def list_files(self) -> AsyncIterator[StoredFile]:
+        """See ``Artifacts.list_files``."""
+        for name, data in [*self.files.items()]:
+            if (named := parse_name(name)) is not None:
+                yield StoredFile(*named, f"{_SCHEME}{name}", len(data), self.modified_at[name])
+
+    async def find_problem(self) -> str | None:
+        """Return ``None``: memory is always there."""
+        return None

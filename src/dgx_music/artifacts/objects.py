@@ -1,0 +1,209 @@
+"""Audio in an object store (S3, Google Cloud Storage, Azure), through ``obstore``; imported only for such outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+
+import anyio
+import obstore
+from anyio import to_thread
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import from_url
+
+from dgx_music.artifacts.interface import (
+    CHUNK_BYTES,
+    LONGEST_LINK_SECONDS,
+    Artifact,
+    StoredFile,
+    check_held,
+    describe,
+    file_name,
+    file_names,
+    name_is_taken,
+    parse_name,
+)
+from dgx_music.config import PREFIX
+from dgx_music.errors import ArtifactError, ConfigurationError
+from dgx_music.validation import check_between
+
+if TYPE_CHECKING:
+    from obstore._sign import SignCapableStore
+    from obstore.store import RetryConfig, S3Config
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+RETRY: RetryConfig = {"max_retries": 10, "retry_timeout": timedelta(minutes=1)}
+"""What the client does about 5xx replies, and about lost connections and timeouts of requests that only read."""
+WAITS_SECONDS = (0.5, 2.0)
+"""Between the rounds of a write whose outcome is not known."""
+
+_PROBE = "dgx-music-can-write-here"
+_LONGEST_REASON = 200
+_CREDENTIAL_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
+"""Whom the client asks for credentials where the environment has none."""
+
+
+class ObjectArtifacts:
+    """Audio under one prefix of one bucket; endpoint, region, credentials and timeouts come from the environment.
+
+    Trouble that may pass (5xx, timeouts, lost replies) is waited out for about a minute, then raised as ``ArtifactError``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        # The store compares it with what arrived; Google and Azure are given none, and have TLS.
+        config: S3Config = {"checksum_algorithm": "SHA256"} if url.startswith("s3:") else {}
+        try:
+            self._store = from_url(url, config=config, retry_config=RETRY)
+        except BaseError as error:
+            raise ConfigurationError(
+                f"{PREFIX}OUTPUT", f"is {url}, which cannot be opened ({_explain(error)})", "check its variables"
+            ) from error
+
+    def __str__(self) -> str:
+        return self.url
+
+    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
+        """See ``Artifacts.publish``; the path is the object's URL. What was cancelled may still arrive, as an orphan."""
+        name = file_name(generation_id, attempt, extension)
+        with self._explained("Audio cannot be stored in"):
+            await _settle(lambda: self._create(name, data))
+        return describe(f"{self.url}/{name}", data)
+
+    async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
+        """See ``Artifacts.delete``; nothing here is ever half-written."""
+        names = file_names(generation_id, attempts)
+        with self._explained("Audio cannot be removed from"):
+            return sum(await asyncio.gather(*map(self._remove, names)))
+
+    def holds(self, path: str) -> bool:
+        """See ``Artifacts.holds``."""
+        return path.rpartition("/")[0] == self.url
+
+    async def stream(self, path: str) -> AsyncIterator[bytes]:
+        """See ``Artifacts.stream``; every chunk is a request of its own, so that a slow reader meets no timeout."""
+        check_held(self, path)
+        name = self._name_of(path)
+        with self._explained(f"{name} cannot be read from"):
+            size = (await _call(obstore.head, self._store, name))["size"]
+        for start in range(0, size, CHUNK_BYTES):
+            with self._explained(f"{name} cannot be read from"):
+                end = min(start + CHUNK_BYTES, size)
+                chunk = await _call(obstore.get_range, self._store, name, start=start, end=end)
+            yield bytes(chunk)
+
+    async def link(self, path: str, seconds: float) -> str:
+        """See ``Artifacts.link``; a presigned URL for GET."""
+        check_held(self, path)
+        seconds = check_between("seconds", seconds, 1, LONGEST_LINK_SECONDS)
+        store = cast("SignCapableStore", self._store)
+        with self._explained("No link can be signed for"):
+            return await _call(obstore.sign, store, "GET", self._name_of(path), timedelta(seconds=seconds))
+
+    async def list_files(self) -> AsyncIterator[StoredFile]:
+        """See ``Artifacts.list_files``; what is deeper than the prefix itself is passed over."""
+        with self._explained("There is no listing of"):
+            pages = obstore.list(self._store, chunk_size=1_000)
+            while page := await _call(next, pages, None):
+                for entry in page:
+                    if (named := parse_name(entry["path"])) is not None:
+                        path = f"{self.url}/{entry['path']}"
+                        yield StoredFile(*named, path, entry["size"], entry["last_modified"])
+
+    async def find_problem(self) -> str | None:
+        """See ``Artifacts.find_problem``; writes and deletes an object, always the same."""
+        try:
+            with self._explained("Audio cannot be stored in"):
+                await self._remove(_PROBE)  # to ask for what is not there takes a right of its own, to list
+                await _call(obstore.put, self._store, _PROBE, b"", use_multipart=False)
+                await self._remove(_PROBE)
+        except ArtifactError as error:
+            return str(error)
+        return None
+
+    async def _create(self, name: str, data: bytes) -> None:
+        """Put the object where there is none; one that is there is fine where it holds the same data."""
+        try:
+            await _call(obstore.put, self._store, name, data, mode="create", use_multipart=False)
+        except AlreadyExistsError as error:
+            held = await self._read(name)
+            if held is None:  # somebody else's write, or a delete, was under way
+                raise GenericError(str(error)) from error
+            if held != data:
+                raise name_is_taken(name) from None
+
+    async def _read(self, name: str) -> bytes | None:
+        try:
+            return await _call(lambda: bytes(obstore.get(self._store, name).bytes()))
+        except FileNotFoundError:
+            return None
+
+    async def _remove(self, name: str) -> bool:
+        """Delete the object and return whether it was there: a store does not say so itself."""
+        try:
+            await _call(obstore.head, self._store, name)
+            await _settle(lambda: _call(obstore.delete, self._store, name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _name_of(self, path: str) -> str:
+        return path.removeprefix(f"{self.url}/")
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (BaseError, FileNotFoundError) as error:
+            raise ArtifactError(f"{what} {self.url}: {_explain(error)}.") from error
+
+
+async def _call(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """Return what the client says, asked in a thread of ours; a cancelled scope does not wait for it.
+
+    Its coroutines are not for us: at the interpreter's end, a thread that is late to deliver their result aborts the process.
+    """
+    return await to_thread.run_sync(partial(function, *args, **options), abandon_on_cancel=True)
+
+
+async def _settle(write: Callable[[], Awaitable[None]]) -> None:
+    """Write until the outcome is known: the client itself never repeats a write that may have been carried out.
+
+    Each of our writes comes to the same when it is repeated.
+    """
+    for wait in WAITS_SECONDS:
+        try:
+            return await write()
+        except GenericError as error:
+            logger.info("object store: writes again in %g s: %s", wait, _explain(error))
+            await anyio.sleep(wait)
+    return await write()
+
+
+def _explain(error: Exception) -> str:
+    """Return the reason in a few words: the client's own text goes on for pages."""
+    text = str(error)
+    if any(host in text for host in _CREDENTIAL_HOSTS):
+        return "the environment has no credentials for it"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return "access is denied; check the credentials in the environment"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such bucket, or no such object in it"
+    line = text.partition("\n")[0]
+    reason = (line.partition(" - ")[2] or line).partition(": <")[0]
+    return reason.strip()[:_LONGEST_REASON]

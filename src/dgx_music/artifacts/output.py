@@ -1,0 +1,36 @@
+"""Which place for audio a setting, or a row's path, means."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from dgx_music.artifacts.interface import Artifacts
+from dgx_music.artifacts.local import LocalArtifacts
+from dgx_music.config import PREFIX, parse_output
+from dgx_music.errors import ConfigurationError
+
+
+def open_output(output: str | Path) -> Artifacts:
+    """Return the place that ``DGX_MUSIC_OUTPUT`` names: a folder, or a bucket and a prefix in an object store.
+
+    Nothing is looked at yet: see ``Artifacts.find_problem``. Raises ``ConfigurationError`` for a URL that names no such
+    place, and where the package for object stores is not installed.
+    """
+    place = parse_output(output)
+    if isinstance(place, Path):
+        return LocalArtifacts(place)
+    if find_spec("obstore") is None:
+        raise ConfigurationError(
+            f"{PREFIX}OUTPUT", f"is {place}, for which obstore is not installed", "run pip install 'dgx-music[s3]'"
+        )
+    from dgx_music.artifacts.objects import ObjectArtifacts
+
+    return ObjectArtifacts(place)
+
+
+def open_place_of(path: str) -> Artifacts:
+    """Return the place that a file is in, by the path in its row; raises what ``open_output`` raises."""
+    if "://" in path:
+        return open_output(path.rpartition("/")[0])
+    return LocalArtifacts(Path(path).absolute().parent)

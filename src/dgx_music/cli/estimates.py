@@ -1,0 +1,32 @@
+"""Estimates in words: rounded outwards, and never more exact than they are."""
+
+from __future__ import annotations
+
+import math
+
+from dgx_music.forecast import Range
+from dgx_music.storage.estimates import Estimate
+from dgx_music.storage.schema import PENDING
+
+_STEPS = ((20, 1, 1, "s"), (120, 10, 1, "s"), (7_200, 60, 60, "min"), (172_800, 3_600, 3_600, "h"))
+_LONGEST_STEP = (math.inf, 86_400, 86_400, "d")
+_AT_ONCE_SECONDS = 1.0
+
+
+def in_words(estimate: Estimate) -> str | None:
+    """Return ``starts in about 2 to 5 min, done in about 3 to 7 min``, or why nobody knows; ``None`` for what is finished."""
+    if estimate.unknown_because is not None:
+        return f"{'start' if estimate.status == PENDING else 'end'} unknown: {estimate.unknown_because}"
+    ranges = (("starts", estimate.starts_in), ("done", estimate.done_in))
+    return ", ".join(f"{what} {_moment(each)}" for what, each in ranges if each is not None) or None
+
+
+def _moment(each: Range) -> str:
+    """Return from when to when in the unit that fits the later one."""
+    if each.high < _AT_ONCE_SECONDS:
+        return "at once"
+    _, step, size, unit = next((row for row in _STEPS if each.high <= row[0]), _LONGEST_STEP)
+    low, high = (math.floor(each.low / step) * step // size, math.ceil(each.high / step) * step // size)
+    if low == 0:
+        return f"within {high:,} {unit}"
+    return f"in about {high:,} {unit}" if low == high else f"in about {low:,} to {high:,} {unit}"

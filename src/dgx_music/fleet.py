@@ -1,0 +1,45 @@
+"""What an operator asks of all workers at once: pause and resume."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dgx_music import validation
+from dgx_music.storage.database import ensure_database
+from dgx_music.storage.models import ALL_MODELS, Pause
+from dgx_music.storage.pauses import get_pauses, pause_model, resume_model
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+
+async def pause(model: str | None = None) -> list[Pause]:
+    """Let no worker claim anything of this model, or anything at all, and return all that is paused now.
+
+    It holds at once, for the whole fleet, until ``resume``; what runs goes on. Raises ``InvalidRequestError``.
+    """
+    name = _model_name(model)
+
+    async def work(session: AsyncSession) -> list[Pause]:
+        await pause_model(session, name)
+        return await get_pauses(session)
+
+    return await (await ensure_database()).transact(work)
+
+
+async def resume(model: str | None = None) -> list[Pause]:
+    """Let this model be claimed again, or with none named everything, and return what is still paused.
+
+    A pause of everything outlasts the resumption of one model. Raises ``InvalidRequestError``.
+    """
+    name = _model_name(model)
+
+    async def work(session: AsyncSession) -> list[Pause]:
+        await resume_model(session, name)
+        return await get_pauses(session)
+
+    return await (await ensure_database()).transact(work)
+
+
+def _model_name(model: str | None) -> str:
+    return ALL_MODELS if model is None else validation.check_model(model).name

@@ -1,0 +1,117 @@
+"""How fast audio is made, and when a fleet gets to the next generation: arithmetic on numbers, without clock or database."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import quantiles
+from typing import NamedTuple
+
+REMEMBERED = 50
+LEAST_MEASURED = 5
+"""Fewer say too little of how much the speed varies."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """From ``low`` to ``high``: seconds, or seconds for one second of audio; ``high`` may be infinite."""
+
+    low: float
+    high: float
+
+
+class Measured(NamedTuple):
+    """Seconds for one second of audio: 10, 50 and 90 of 100 generations take at most so long."""
+
+    low: float
+    typical: float
+    high: float
+    measured_count: int
+
+
+class Speedometer:
+    """What one worker's device takes for one second of audio, by model, as its last generations were."""
+
+    def __init__(self) -> None:
+        self._logs: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._news: set[str] = set()
+
+    def note(self, model_name: str, run_seconds: float, audio_seconds: float) -> None:
+        """Remember one generation, made with however many others beside it; one that took no time says nothing."""
+        if run_seconds > 0 and audio_seconds > 0:
+            self._logs[model_name].append(math.log(run_seconds / audio_seconds))
+            self._news.add(model_name)
+
+    def take(self) -> dict[str, Measured]:
+        """Return the speeds of the models of which one more was noted since the last call, and enough in all.
+
+        In the order of their names: whoever writes them locks their rows so.
+        """
+        news = sorted(name for name in self._news if len(self._logs[name]) >= LEAST_MEASURED)
+        self._news.difference_update(news)
+        return {name: _measured(self._logs[name]) for name in news}
+
+
+def _measured(logs: Sequence[float]) -> Measured:
+    """Return the deciles of a sample of logarithms, for a population with more extreme values than the sample's.
+
+    The i-th of n sorted values has i/(n + 1) of the population below it (R's type 6; Hyndman and Fan, "Sample Quantiles in
+    Statistical Packages", 1996): the fewer were seen, the wider. On logarithms none comes out below 0.
+    """
+    deciles = [math.exp(value) for value in quantiles(logs, n=10, method="exclusive")]
+    return Measured(deciles[0], deciles[4], deciles[8], len(logs))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot that serves the model."""
+
+    speed: Range
+    """Seconds that it takes for one second of the model's audio."""
+    free_in: Range = Range(0.0, 0.0)
+    """Seconds until what it runs now ends; ``high`` is infinite where nobody knows."""
+    sharers: int = 1
+    """Models that take turns on it, ours included."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What waits before a generation: how many, their audio in all, and that of the longest."""
+
+    count: int
+    audio_seconds: float
+    longest_seconds: float
+
+
+def earliest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
+    """Return the seconds before which no slot can begin the generation that comes after ``ahead``.
+
+    Each slot makes at most ``1 / low`` seconds of audio in a second. At the start all that was ahead is made, but for what
+    the other slots then have in hand, at most the longest each: ``(audio - (slots - 1) * longest) / sum(1 / low)``, and not
+    before some slot is free. That is Graham's bound for list scheduling turned round (R. L. Graham, "Bounds on
+    Multiprocessing Timing Anomalies", 1969). Slots that several models share count as if all were for ours.
+    """
+    slots = list(slots)
+    in_hand = [slot.free_in.low / slot.speed.low for slot in slots]
+    left = (len(slots) - 1) * max(ahead.longest_seconds, *in_hand)
+    rate = sum(1 / slot.speed.low for slot in slots)
+    return max(min(slot.free_in.low for slot in slots), (ahead.audio_seconds + sum(in_hand) - left) / rate)
+
+
+def latest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
+    """Return the seconds within which a slot begins the generation that comes after ``ahead``; infinite where unknown.
+
+    While it waits no slot is idle, so any set of slots that are free after ``high_i`` and then make at least
+    ``1 / (speed_i * sharers_i)`` seconds of audio in a second has made all that was ahead by
+    ``(audio + sum(high_i * rate_i)) / sum(rate_i)``: the smallest of these, over the slots that are free first. And where
+    fewer are ahead than slots become free, it need not wait for more of them. Sharing evenly is an assumption.
+    """
+    by_work, audio, rate = math.inf, ahead.audio_seconds, 0.0
+    for slot in sorted(slots, key=lambda slot: slot.free_in.high):
+        own_rate = 1 / (slot.speed.high * slot.sharers)
+        audio, rate = audio + slot.free_in.high * own_rate, rate + own_rate
+        by_work = min(by_work, audio / rate)
+    free = sorted(slot.free_in.high for slot in slots if slot.sharers == 1)
+    return min(by_work, free[ahead.count]) if ahead.count < len(free) else by_work

@@ -1,0 +1,28 @@
+"""Who owns a file: what garbage collection has to know of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dgx_music.storage.models import Generation
+from dgx_music.storage.schema import COMPLETED, PROCESSING
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A generation as it is now: its last attempt, whether that one may have a file, and the file it names itself."""
+
+    attempt: int
+    is_live: bool
+    file_path: str | None
+
+
+async def find_owners(session: AsyncSession, generation_ids: Collection[str]) -> dict[str, Owner]:
+    """Return those of these generations that exist, by id."""
+    query = select(Generation.id, Generation.attempt, Generation.status, Generation.file_path)
+    rows = (await session.execute(query.where(Generation.id.in_(generation_ids)))).all()
+    return {row.id: Owner(row.attempt, row.status in (PROCESSING, COMPLETED), row.file_path) for row in rows}

@@ -1,0 +1,256 @@
+"""PostgreSQL's connections, by asyncpg or psycopg: how they are made, how long they wait, and when they are given up.
+
+Both drivers are handed the URL as PostgreSQL's own libraries read it, so that ``sslmode``, several hosts and sockets mean
+the same with each. Neither gives up by itself on a network that swallows everything: every wait has an end here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import URL, Dialect, Engine, event
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.storage.sessions import NoAnswerError
+from dgx_music.storage.urls import connect_timeout, is_pooled_by_transaction, server_address
+
+_TRANSIENT = {"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25006"}
+"""Serialisation, deadlock, lock and statement timeouts, shutdown; the last is a server that has become a replica."""
+_WORTH_REPEATING = {"40001", "40P01"}
+_GOODBYE_SECONDS = 0.3
+_TRUSTED_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many connections a process keeps, and how long it waits for what, in seconds."""
+
+    pool_size: int = 5
+    connect_seconds: float = 5.0
+    statement_seconds: float = 10.0
+    """What the server gives one statement."""
+    command_seconds: float = 15.0
+    """What we give the server to answer, network included; then the connection is given up."""
+    idle_seconds: float = 60.0
+    """What the server gives an open transaction to go on: its client may be gone, and its locks must not stay."""
+
+
+def create_engines(url: URL, limits: Limits) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return the engine of writing sessions, and the same with the options of reading ones."""
+    engine = create_async_engine(
+        url.set(query={}),
+        pool_size=limits.pool_size,
+        max_overflow=0,
+        pool_timeout=limits.command_seconds,
+        pool_use_lifo=True,
+        isolation_level="READ COMMITTED",
+        connect_args={"async_creator_fn": creator(url, limits), **_dialect_options(url)},
+    )
+    _replace_dead_connections(engine.sync_engine)
+    reading = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    return engine, reading
+
+
+def _replace_dead_connections(engine: Engine) -> None:
+    """Have the pool find out who died while resting: after a restart of the server the first statement succeeds.
+
+    asyncpg learns of a connection's end by itself, so one that was in use lately need not be asked; its dialect's
+    ``pool_pre_ping`` would ask every time, in three round trips: as many as a claim takes.
+    """
+    is_asyncpg = engine.dialect.driver == "asyncpg"
+
+    def note_rest(_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["rests_since"] = time.monotonic()
+
+    def look(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if "rests_since" not in record.info:  # it is new
+            return
+        rested = time.monotonic() - record.info["rests_since"]
+        if is_asyncpg and rested < _TRUSTED_SECONDS:
+            is_dead = connection.driver_connection.is_closed()
+        else:
+            is_dead = not _answers(engine.dialect, connection)
+        if is_dead:
+            raise InvalidatePoolError
+
+    event.listen(engine, "checkin", note_rest)
+    event.listen(engine, "checkout", look)
+
+
+def _answers(dialect: Dialect, connection: Any) -> bool:
+    try:
+        if dialect.driver == "asyncpg":
+            connection.run_async(lambda driver: driver.execute("SELECT 1"))
+        else:
+            dialect.do_ping(connection)
+    except Exception:  # the drivers' own
+        return False
+    return True
+
+
+def creator(url: URL, limits: Limits, *, is_patient: bool = False) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Return a coroutine that connects; ``is_patient`` leaves out the limits on statements, for migrations.
+
+    It raises ``DatabaseUnavailableError`` whatever the driver calls the trouble.
+    """
+    connect = _connect_asyncpg if url.get_driver_name() == "asyncpg" else _connect_psycopg
+    limits = replace(limits, connect_seconds=connect_timeout(url) or limits.connect_seconds)
+
+    async def create(*_arguments: Any, **_options: Any) -> Any:  # SQLAlchemy's reading of the URL
+        try:
+            async with asyncio.timeout(limits.connect_seconds):
+                return await connect(url, limits, is_patient)
+        except TimeoutError:
+            raise DatabaseUnavailableError(shown(url), f"no connection in {limits.connect_seconds:g} s") from None
+        except Exception as error:  # OSError and the driver's own, each with causes of its own
+            raise DatabaseUnavailableError(shown(url), first_line(error)) from error
+
+    return create
+
+
+def shown(url: URL) -> str:
+    """Return the URL as a user may see it."""
+    return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Tell a server that is away, or too busy for now, from a mistake in using it."""
+    if not isinstance(error, DBAPIError):
+        return False
+    code = sqlstate(error)
+    return error.connection_invalidated or code in _TRANSIENT or code.startswith(("08", "53"))
+
+
+def is_worth_repeating(error: BaseException) -> bool:
+    """Return True where the very same transaction may succeed at once: a deadlock's victim, a lost race."""
+    return isinstance(error, DBAPIError) and sqlstate(error) in _WORTH_REPEATING
+
+
+def sqlstate(error: DBAPIError) -> str:
+    """Return PostgreSQL's five characters for the error; empty where the server had no say in it."""
+    return getattr(error.orig, "sqlstate", None) or ""
+
+
+async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
+    import asyncpg
+
+    pooled = is_pooled_by_transaction(url)
+    return await asyncpg.connect(
+        server_address(url),
+        connection_class=_bounded_asyncpg(),
+        command_timeout=None if is_patient else limits.command_seconds,
+        server_settings={} if pooled else _server_settings(url, limits, is_patient),
+        **({"statement_cache_size": 0} if pooled else {}),
+    )
+
+
+async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
+    settings = {} if is_pooled_by_transaction(url) else _server_settings(url, limits, is_patient)
+    name = settings.pop("application_name", None)
+    connection = await _bounded_psycopg().connect(
+        server_address(url),
+        connect_timeout=max(2, round(limits.connect_seconds)),
+        options=" ".join(f"-c {setting}={value}" for setting, value in settings.items()),
+        prepare_threshold=None if is_pooled_by_transaction(url) else 2,
+        **({"application_name": name} if name else {}),
+    )
+    connection.command_seconds = None if is_patient else limits.command_seconds
+    return connection
+
+
+def _server_settings(url: URL, limits: Limits, is_patient: bool) -> dict[str, str]:
+    settings = {"jit": "off"}  # compiling costs more than any statement of ours takes
+    if "application_name" not in url.query:
+        settings["application_name"] = "dgx-music"
+    if not is_patient:
+        settings["statement_timeout"] = f"{limits.statement_seconds * 1000:.0f}"
+        settings["idle_in_transaction_session_timeout"] = f"{limits.idle_seconds * 1000:.0f}"
+    return settings
+
+
+def _dialect_options(url: URL) -> dict[str, Any]:
+    """Leave nothing prepared on a server session that the next transaction may not get."""
+    if url.get_driver_name() != "asyncpg" or not is_pooled_by_transaction(url):
+        return {}
+    return {"prepared_statement_cache_size": 0, "prepared_statement_name_func": lambda: f"dgx_music_{uuid4()}"}
+
+
+@cache
+def _bounded_asyncpg() -> Any:
+    import asyncpg
+
+    class BoundedConnection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg says nothing of its types
+        """A connection that is given up when the server does not answer, where asyncpg would keep it.
+
+        SQLAlchemy begins, pings, commits and prepares by these, and concludes from a lost connection that the whole pool
+        must be made anew. After a timeout it would say goodbye first, and wait two seconds for the answer to that.
+        """
+
+        async def execute(self, *arguments: Any, **options: Any) -> Any:
+            return await self._bounded(super().execute(*arguments, **options))
+
+        async def fetchrow(self, *arguments: Any, **options: Any) -> Any:
+            return await self._bounded(super().fetchrow(*arguments, **options))
+
+        async def prepare(self, *arguments: Any, **options: Any) -> Any:
+            return await self._bounded(super().prepare(*arguments, **options))
+
+        async def close(self, *, timeout: float | None = None) -> None:
+            """Say goodbye, and do not wait for long to hear it: of many connections each would take so long."""
+            with suppress(TimeoutError):
+                await super().close(timeout=min(timeout or _GOODBYE_SECONDS, _GOODBYE_SECONDS))
+
+        async def _bounded(self, call: Coroutine[Any, Any, Any]) -> Any:
+            try:
+                return await call
+            except TimeoutError:
+                self.terminate()
+                raise asyncpg.ConnectionDoesNotExistError(str(NoAnswerError())) from None
+
+    return BoundedConnection
+
+
+@cache
+def _bounded_psycopg() -> Any:
+    import psycopg
+
+    class BoundedConnection(psycopg.AsyncConnection[Any]):
+        """A connection that is given up when the server does not answer: every wait of the driver passes ``wait``."""
+
+        command_seconds: float | None = None
+
+        async def wait(self, *arguments: Any, **options: Any) -> Any:
+            """Wait for the server; hang up when it takes too long, which libpq reports as a lost connection.
+
+            Not a timeout around the wait: the driver would answer its cancellation by two more waits of five seconds.
+            """
+            if self.command_seconds is None:
+                return await super().wait(*arguments, **options)
+            timer = asyncio.get_running_loop().call_later(self.command_seconds, self._hang_up)
+            try:
+                return await super().wait(*arguments, **options)
+            finally:
+                timer.cancel()
+
+        def _hang_up(self) -> None:
+            with suppress(OSError), socket.socket(fileno=os.dup(self.pgconn.socket)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+
+    return BoundedConnection
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what the error says, without its full stop; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(".")

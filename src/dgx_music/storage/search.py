@@ -1,0 +1,128 @@
+"""Full-text search in the prompts: the same words find the same on SQLite (FTS5) and on PostgreSQL (tsvector).
+
+Whatever a user types is words and nothing else. It is taken apart here, in one way for both databases, and put together
+again in the language of each; so no operator of either, and no quote left open, ever gets there.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
+
+from sqlalchemy import ColumnElement, Select, column, func, join, literal_column, select, table
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
+
+from dgx_music import validation
+from dgx_music.errors import InvalidRequestError
+from dgx_music.storage.listing import MAX_ROWS, Filters, conditions
+from dgx_music.storage.models import Generation, Prompt
+from dgx_music.storage.repository import dialect_of
+
+_PIECE = re.compile(r'(-?)(?:"([^"]*)"?|([^\s"]+))')
+_WORD = re.compile(r"[^\W_]+")
+_ACCENT = re.compile("[\u0300-\u036f]+")
+_STOP_WORDS = """
+i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it
+its itself they them their theirs themselves what which who whom this that these those am is are was were be been
+being have has had having do does did doing a an the and but if or because as until while of at by for with about
+against between into through during before after above below to from up down in out on off over under again
+further then once here there when where why how all any both each few more most other some such no nor not only
+own same so than too very s t can will just don should now
+"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+"""What PostgreSQL's 'english' leaves out of its index; SQLite's index has them, and would look for them."""
+
+_BY_LENGTH = 2
+"""ts_rank_cd's normalisation: divided by the number of words, so that a prompt that is about nothing else comes first."""
+
+
+@dataclass(frozen=True)
+class SearchHit:
+    """A prompt that was found, by its newest generation."""
+
+    generation: Generation
+    """The newest one of this prompt that fits the filters."""
+    rank: float
+    """How well the prompt fits: higher is better, of no unit, and comparable within one search only."""
+    used_count: int
+    """How often the prompt was asked for in all."""
+
+
+class _Terms(NamedTuple):
+    """What to look for: each term is a word, or several that must follow one another."""
+
+    wanted: tuple[str, ...]
+    excluded: tuple[str, ...]
+
+
+async def search_generations(
+    session: AsyncSession, words: str, *, limit: int = 20, **filters: Unpack[Filters]
+) -> list[SearchHit]:
+    """Return at most ``limit`` prompts that hold all the words, best first, each by its newest generation.
+
+    A prompt is one hit however often it was used; of equally good ones that used last comes first. Words match in any
+    form (``drum`` finds ``drums``), without regard to case and accents; ``"in quotes"`` they must follow one another, and
+    ``-words`` must not be there. The filters are those of ``list_generations``. A generation without ``prompt_id`` (added by
+    hand, or whose prompt is yet to be counted) is not found. Raises ``InvalidRequestError``.
+    """
+    terms = _parse(validation.check_search(words))
+    limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
+    find = _find_postgresql if dialect_of(session) == "postgresql" else _find_sqlite
+    rows = await session.execute(find(terms, filters).limit(limit))
+    return [SearchHit(generation, rank, used_count) for generation, rank, used_count in rows.all()]
+
+
+def _find_postgresql(terms: _Terms, filters: Filters) -> Select[Any]:
+    asked = " ".join([*_quoted(terms.wanted), *(f"-{term}" for term in _quoted(terms.excluded))])
+    query = func.websearch_to_tsquery(literal_column("'english'::regconfig"), asked)
+    text: ColumnElement[Any] = literal_column("prompts.text_search")  # the model has no such column: nobody reads it
+    rank = func.ts_rank_cd(text, query, _BY_LENGTH)
+    return _newest_of(Prompt, rank, filters).where(text.op("@@")(query))
+
+
+def _find_sqlite(terms: _Terms, filters: Filters) -> Select[Any]:
+    asked = " AND ".join(_quoted(terms.wanted))
+    if terms.excluded:
+        asked = f"({asked}) NOT ({' OR '.join(_quoted(terms.excluded))})"
+    index = table("prompts_search", column("rowid"), column("rank"))
+    found = join(index, Prompt, Prompt.id == index.c.rowid)
+    return _newest_of(found, -index.c.rank, filters).where(literal_column("prompts_search").op("MATCH")(asked))
+
+
+def _newest_of(found: Any, rank: ColumnElement[Any], filters: Filters) -> Select[Any]:
+    """Return the prompts found that have a generation that fits, best first: its newest one, rank, uses of the prompt."""
+    other = aliased(Generation)
+    newest = select(other.id).where(other.prompt_id == Prompt.id, *conditions(filters, other))
+    newest = newest.order_by(other.created_at.desc(), other.id.desc()).limit(1)
+    chosen = Generation.id == newest.correlate(Prompt).scalar_subquery()
+    query = select(Generation, rank, Prompt.used_count).select_from(found).join(Generation, chosen)
+    return query.order_by(rank.desc(), Prompt.last_used_at.desc(), Prompt.id.desc())
+
+
+def _quoted(terms: Sequence[str]) -> list[str]:
+    return [f'"{term}"' for term in terms]
+
+
+def _parse(text: str) -> _Terms:
+    """Take the text apart, or raise ``InvalidRequestError`` where there is nothing to look for."""
+    plain = _ACCENT.sub("", unicodedata.normalize("NFKD", text)).lower()
+    wanted: dict[str, None] = {}
+    excluded: dict[str, None] = {}
+    for minus, quoted, bare in _PIECE.findall(plain):
+        term = " ".join(_without_stop_words(_WORD.findall(quoted or bare)))
+        if term:
+            (excluded if minus else wanted)[term] = None
+    if not wanted:
+        problem = "only says what to leave out" if excluded else "has no word to look for"
+        raise InvalidRequestError("words", problem, "add one, and not one as frequent as 'the'")
+    return _Terms(tuple(wanted), tuple(excluded))
+
+
+def _without_stop_words(words: list[str]) -> list[str]:
+    """Leave out the words at both ends that PostgreSQL's index has not; those in between it only counts."""
+    kept = [place for place, word in enumerate(words) if word not in STOP_WORDS]
+    return words[kept[0] : kept[-1] + 1] if kept else []

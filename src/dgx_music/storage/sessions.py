@@ -1,0 +1,100 @@
+"""Sessions whose database calls each run to their end, whoever is cancelled meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Coroutine
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import anyio
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+
+T = TypeVar("T")
+
+_is_finishing: ContextVar[bool] = ContextVar("dgx_music_is_finishing", default=False)
+
+
+class NoAnswerError(Exception):
+    """The driver gave up waiting for the server; a class of our own, since a caller's timeouts are TimeoutErrors too."""
+
+    def __init__(self) -> None:
+        super().__init__("it did not answer in time")
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run the work to its end even if the caller is cancelled, then let the cancellation through.
+
+    Cancelling a statement of SQLAlchemy + aiosqlite in mid-flight leaves the database write-locked until garbage
+    collection, and a commit's fate unknown. A shielded scope keeps anyio's cancellations out, a task of its own asyncio's.
+    Inside such work another ``finish`` is a plain await: a transaction that is finished as a whole pays once.
+    """
+    if _is_finishing.get():
+        return await work
+    task = asyncio.create_task(_finishing(work))
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:  # it comes only once: a caller who survives an error of the work must not miss it
+        raise cancelled from (None if task.cancelled() else task.exception())
+    return task.result()
+
+
+async def _finishing(work: Coroutine[Any, Any, T]) -> T:
+    _is_finishing.set(True)  # in this task's own context
+    return await work
+
+
+def _finished(method: Any) -> Any:
+    """Return the coroutine method with each call run to its end, whoever is cancelled meanwhile."""
+
+    @functools.wraps(method)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await finish(method(*args, **kwargs))
+        except TimeoutError as error:  # asyncpg's; what SQLAlchemy raises itself has other classes
+            raise NoAnswerError from error
+
+    return call
+
+
+class _Transaction(AsyncSessionTransaction):
+    start = _finished(AsyncSessionTransaction.start)
+    commit = _finished(AsyncSessionTransaction.commit)
+    rollback = _finished(AsyncSessionTransaction.rollback)
+    __aexit__ = _finished(AsyncSessionTransaction.__aexit__)
+
+
+class Session(AsyncSession):
+    """An ``AsyncSession`` whose database calls each run to their end; not those made on a ``stream`` or ``connection``."""
+
+    execute = _finished(AsyncSession.execute)
+    scalar = _finished(AsyncSession.scalar)
+    get = _finished(AsyncSession.get)
+    get_one = _finished(AsyncSession.get_one)
+    refresh = _finished(AsyncSession.refresh)
+    merge = _finished(AsyncSession.merge)
+    merge_all = _finished(AsyncSession.merge_all)
+    delete = _finished(AsyncSession.delete)
+    delete_all = _finished(AsyncSession.delete_all)
+    flush = _finished(AsyncSession.flush)
+    run_sync = _finished(AsyncSession.run_sync)
+    connection = _finished(AsyncSession.connection)
+    commit = _finished(AsyncSession.commit)
+    rollback = _finished(AsyncSession.rollback)
+    close = _finished(AsyncSession.close)
+    reset = _finished(AsyncSession.reset)
+    invalidate = _finished(AsyncSession.invalidate)
+
+    def begin(self) -> AsyncSessionTransaction:
+        """Like ``AsyncSession.begin``."""
+        return _Transaction(self)
+
+    def begin_nested(self) -> AsyncSessionTransaction:
+        """Like ``AsyncSession.begin_nested``."""
+        return _Transaction(self, nested=True)

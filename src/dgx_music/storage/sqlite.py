@@ -1,0 +1,111 @@
+"""SQLite's recipe, applied by ``configure_sqlite``.
+
+A deferred transaction that reads and then writes fails at once with "database is locked" whatever the timeout, so writing
+transactions start with BEGIN IMMEDIATE; ``synchronous=FULL`` because NORMAL loses acknowledged rows when the power fails;
+WAL so that readers never wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from typing import Any
+
+from sqlalchemy import URL, Connection, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+READ_ONLY = "dgx_music_read_only"
+"""Execution option of a connection whose transactions only read: they begin deferred and never wait for a writer."""
+
+_BUSY_TIMEOUT_SECONDS = 30
+_READERS = 4
+
+
+def create_engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return the engine of writing and that of reading sessions; the same one where the database is in memory.
+
+    One connection writes, so that this process's writers queue fairly instead of polling each other's lock, and a few
+    others read.
+    """
+    writing = _create_engine(url, connections=1)
+    if url.database in (None, "", ":memory:"):
+        return writing, writing
+    reading = _create_engine(url, _READERS)
+    event.listen(reading.sync_engine, "connect", _refuse_writes)
+    return writing, reading.execution_options(**{READ_ONLY: True})
+
+
+def configure_sqlite(engine: AsyncEngine) -> None:
+    """Give an engine of the caller's own the settings that a SQLite database of ours needs."""
+    event.listen(engine.sync_engine, "connect", _set_up_connection)
+    event.listen(engine.sync_engine, "begin", _begin)
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Tell a database that cannot be used from a mistake in using it; the plain class is SQLite's for a damaged file."""
+    # The first comes from _begin, which nothing wraps.
+    return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+
+
+def warn_of_old_sqlite() -> str | None:
+    """Return a sentence where the SQLite library has the WAL-reset bug, fixed in 3.51.3; ``None`` where it has not."""
+    if sqlite3.sqlite_version_info >= (3, 51, 3):
+        return None
+    return f"SQLite {sqlite3.sqlite_version} is older than 3.51.3, which fixed a rare WAL bug; memory mapping is off."
+
+
+def _create_engine(url: URL, connections: int) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        poolclass=AsyncAdaptedQueuePool,
+        pool_size=connections,
+        max_overflow=0,
+        connect_args={"timeout": _BUSY_TIMEOUT_SECONDS},
+    )
+    event.listen(engine.sync_engine, "do_connect", _open_once)
+    configure_sqlite(engine)
+    return engine
+
+
+def _refuse_writes(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA query_only = ON")
+    cursor.close()
+
+
+def _open_once(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+    """Let a file that cannot be opened fail here: the driver's thread would report it to an event loop closed by then."""
+    sqlite3.connect(arguments[0], uri=options.get("uri", False)).close()
+
+
+def _set_up_connection(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver opens no transactions of its own; _begin does
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_SECONDS * 1000}")
+    _switch_to_wal(connection, cursor)
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA mmap_size = 0")  # SQLite before 3.51.3 can corrupt a memory-mapped WAL database
+    cursor.close()
+
+
+def _switch_to_wal(connection: Any, cursor: Any) -> None:
+    """Switch, as patiently as for any lock: of two that switch a new file at once, SQLite refuses one without waiting."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise
+            connection.run_async(lambda _driver: asyncio.sleep(0.01))
+
+
+def _begin(connection: Connection) -> None:
+    """Begin on the driver's own connection: one trip to its thread where a statement takes three."""
+    statement = "BEGIN" if connection.get_execution_options().get(READ_ONLY, False) else "BEGIN IMMEDIATE"
+    driver: Any = connection.connection.dbapi_connection
+    driver.run_async(lambda raw: raw.execute(statement))

@@ -1,0 +1,131 @@
+"""What a user may write as the database's URL, and what it means: one function for every form."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from urllib.parse import unquote
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from dgx_music.errors import ConfigurationError
+
+POSTGRES_OPTIONS = (
+    "application_name",
+    "connect_timeout",
+    "host",
+    "pgbouncer",
+    "port",
+    "sslcert",
+    "sslkey",
+    "sslmode",
+    "sslrootcert",
+    "target_session_attrs",
+)
+"""What may stand behind the ``?``: libpq's own names, and ``pgbouncer=true`` for a pooler in transaction mode."""
+
+_SETTING = "DGX_MUSIC_DATABASE_URL"
+_POSTGRES_DRIVERS = ("asyncpg", "psycopg")
+_LONGEST_NAME_BYTES = 240  # 255 is the file system's limit; SQLite's own files have longer names than the database
+
+
+def normalise_url(url: str) -> URL:
+    """Return the URL with the driver this library uses.
+
+    ``sqlite:///file.db``, ``postgres://…`` and ``postgresql://…`` are all that a user need write; the latter may name
+    ``+asyncpg`` or ``+psycopg``, several hosts (``//one:5432,two:5432/name``), a socket's folder (``?host=/run/postgresql``)
+    and ``POSTGRES_OPTIONS``. Raises ``ConfigurationError``, whose sentence never quotes a password.
+    """
+    parsed = _parse(url)
+    kind, _, driver = parsed.drivername.partition("+")
+    if kind == "sqlite" and driver in ("", "aiosqlite"):
+        _check_file(parsed, has_options="?" in url)
+        return parsed.set(drivername="sqlite+aiosqlite")
+    if kind in ("postgres", "postgresql"):
+        _check_server(parsed)
+        return parsed.set(drivername=f"postgresql+{_choose_driver(driver)}")
+    raise _refusal(
+        f"names the database kind {parsed.drivername!r}, which is not supported",
+        "use sqlite:///path/to/file.db or postgresql://user@host/name",
+    )
+
+
+def server_address(url: URL) -> str:
+    """Return the URL as PostgreSQL's own libraries read it, password included; what is for us is left out.
+
+    A space has to be ``%20`` for libpq: SQLAlchemy writes it as it is, and as ``+`` behind the ``?``.
+    """
+    plain = url.set(drivername="postgresql").difference_update_query(["connect_timeout", "pgbouncer"])
+    place, mark, options = plain.render_as_string(hide_password=False).partition("?")
+    return place.replace(" ", "%20") + mark + options.replace("+", "%20")
+
+
+def connect_timeout(url: URL) -> float | None:
+    """Return for how many seconds a connection may be waited for, where the URL says it."""
+    said = url.query.get("connect_timeout")
+    return None if said is None else float(str(said))
+
+
+def is_pooled_by_transaction(url: URL) -> bool:
+    """Return True where a pooler may give each transaction another server session (``?pgbouncer=true``)."""
+    return str(url.query.get("pgbouncer", "")).lower() in ("1", "true", "yes", "on")
+
+
+def _parse(url: str) -> URL:
+    scheme, separator, rest = url.partition("://")
+    hosts: dict[str, str] = {}
+    if scheme.startswith("postgres") and "," in rest.partition("/")[0].rpartition("@")[2]:
+        rest, hosts = _take_hosts(rest)
+    try:
+        return make_url(f"{scheme}{separator}{rest}").update_query_dict(hosts)
+    except (ArgumentError, ValueError):  # a ValueError would quote a part of the URL, maybe of its password
+        raise _refusal("is not a database URL", "use something like sqlite:///data/generations.db") from None
+
+
+def _take_hosts(rest: str) -> tuple[str, dict[str, str]]:
+    """Move several hosts from where SQLAlchemy reads one to the query, where every driver reads several."""
+    network, slash, path = rest.partition("/")
+    user, at, hosts = network.rpartition("@")
+    pairs = [host.rpartition(":") if not host.endswith("]") else (host, "", "") for host in hosts.split(",")]
+    names = [unquote(name or port) for name, _, port in pairs]
+    ports = [port if name else "5432" for name, _, port in pairs]
+    return f"{user}{at}{slash}{path}", {"host": ",".join(names), "port": ",".join(port or "5432" for port in ports)}
+
+
+def _check_file(url: URL, *, has_options: bool) -> None:
+    if url.host is not None:
+        raise _refusal("names a host, which a SQLite file has not", "write sqlite:/// with three slashes")
+    if has_options:
+        raise _refusal("has options behind a ?", "leave them out; none is needed")
+    name = url.database or ""
+    is_text = name.isprintable() and all(len(part.encode()) <= _LONGEST_NAME_BYTES for part in name.split("/"))
+    if not is_text:
+        raise _refusal("names a file that cannot be", f"use printable names of at most {_LONGEST_NAME_BYTES} bytes")
+
+
+def _check_server(url: URL) -> None:
+    if not url.database:
+        raise _refusal("names no database", "write its name behind the host, as in postgresql://user@host/name")
+    unknown = sorted(set(url.query) - set(POSTGRES_OPTIONS))
+    if unknown:
+        raise _refusal(f"has the unknown option {unknown[0]!r}", f"use {', '.join(POSTGRES_OPTIONS)}")
+    if not re.fullmatch(r"[1-9]\d{0,3}", str(url.query.get("connect_timeout", 1))):
+        raise _refusal("has a connect_timeout that is none", "use whole seconds, from 1 to 9999")
+
+
+def _choose_driver(wanted: str) -> str:
+    """Return the driver asked for, else one that is installed."""
+    if wanted and wanted not in _POSTGRES_DRIVERS:
+        raise _refusal(f"names the driver {wanted!r}", "use postgresql+asyncpg or postgresql+psycopg, or name none")
+    for driver in (wanted,) if wanted else _POSTGRES_DRIVERS:
+        if find_spec(driver) is not None:
+            return driver
+    raise _refusal(
+        f"needs the package {wanted or 'asyncpg or psycopg'}, which is not installed",
+        "pip install 'dgx-music[postgres]'",
+    )
+
+
+def _refusal(problem: str, remedy: str) -> ConfigurationError:
+    return ConfigurationError(_SETTING, problem, remedy)

@@ -1,0 +1,263 @@
+"""Search: the same words find the same on every database, the obvious one first, whatever a user types."""
+
+import random
+
+import pytest
+from sqlalchemy import insert
+
+from dgx_music.errors import DatabaseUnavailableError, InvalidRequestError
+from dgx_music.storage import Database, create_generation, search_generations
+from dgx_music.storage.models import Generation, Prompt, text_hash
+from tests.factories import MODEL, back_date
+from tests.storage.plans import analyze, plan_of
+
+WORDS = """\
+melancholic happy eerie calm energetic dreamy aggressive romantic nostalgic suspenseful uplifting raw
+piano cello violin guitar flute trumpet synth organ accordion harp banjo saxophone sitar marimba
+jazz techno folk metal reggae classical ambient house country blues disco samba gospel
+cathedral club studio street festival cave room stadium forest market station"""
+MOODS, INSTRUMENTS, GENRES, PLACES = (line.split() for line in WORDS.splitlines())
+OBVIOUS = {
+    "lofi rain": "lofi beat with soft rain on a window",
+    "throat singing": "deep throat singing over horse hooves",
+    "melancholic cello glacier": "melancholic cello above a melting glacier",
+    "140 bpm trap": "dark trap beat, 140 BPM",
+    "gospel": "gospel choir",
+}
+
+
+def captions(count):
+    """Return texts like those people write: long, much alike, each word in many of them."""
+    rng = random.Random(7)
+    for number in range(count):
+        mood, other = rng.sample(MOODS, 2)
+        one, two, three = rng.sample(INSTRUMENTS, 3)
+        yield (
+            f"The low quality recording features a {mood} {rng.choice(GENRES)} song that consists of a {other} {one} melody,"
+            f" a {two} solo and soft rain of {three} notes, played at {rng.randrange(60, 180)} bpm in a {rng.choice(PLACES)}."
+            f" It sounds {mood}, like take {number} of a lofi beat and its singing trap drums."
+        )
+
+
+async def fill(database, texts):
+    """Store a generation for each text, at once."""
+    shape = {"model_name": MODEL, "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
+    numbered = list(enumerate(texts, 1))
+    prompts = [{"id": number, "text": text, "text_hash": text_hash(text)} for number, text in numbered]
+    async with database.session() as session:
+        await session.execute(insert(Prompt), prompts)
+        rows = [{"id": f"g-{number}", "prompt": text, "prompt_id": number} | shape for number, text in numbered]
+        await session.execute(insert(Generation), rows)
+    await analyze(database)
+
+
+async def ask_for(database, *prompts, **values):
+    """Store a generation for each prompt, oldest first, and return their ids."""
+    async with database.session() as session:
+        made = [await create_generation(session, text, MODEL, 8.0, 32_000, 1) for text in prompts]
+        for generation in made:
+            for name, value in values.items():
+                setattr(generation, name, value)
+        return [generation.id for generation in made]
+
+
+async def found(database, words, **options):
+    """Return the prompts found, best first."""
+    async with database.session(read_only=True) as session:
+        return [hit.generation.prompt for hit in await search_generations(session, words, **options)]
+
+
+# ranking, and what it costs
+
+
+async def test_among_5000_captions_the_obvious_one_is_first(database):
+    await fill(database, [*OBVIOUS.values(), *captions(5_000)])
+
+    assert {words: (await found(database, words))[0] for words in OBVIOUS} == OBVIOUS
+
+
+async def test_among_5000_captions_the_index_finds_them(database):
+    await fill(database, [*captions(5_000), *OBVIOUS.values()])
+
+    plan = await plan_of(database, lambda session: search_generations(session, "melancholic glacier", status="pending"))
+
+    words = "prompts_search VIRTUAL TABLE INDEX" if database.is_embedded else "Index Scan on ix_prompts_text_search"
+    assert words in plan
+    assert "ix_generations_prompt_id_created_at" in plan
+    assert "Seq Scan" not in plan
+
+
+async def test_a_prompt_used_10000_times_is_one_hit_by_its_newest_generation(database):
+    await fill(database, ["lofi rain", "lofi rain at night in a city far away"])
+    row = {"model_name": MODEL, "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1, "prompt_id": 1}
+    async with database.session() as session:
+        rows = [{"id": f"new-{number:05}", "prompt": "lofi rain"} | row for number in range(10_000)]
+        await session.execute(insert(Generation), rows)
+        await back_date(session, "new-00500", created_at=-60)
+
+    async with database.session(read_only=True) as session:
+        first, second = await search_generations(session, "lofi rain")
+    assert (first.generation.id, second.generation.id) == ("new-00500", "g-2")
+    assert first.rank > second.rank
+
+
+async def test_of_equally_good_prompts_the_one_used_last_is_first(database):
+    await ask_for(database, "rain one", "rain two", "rain six")
+    await ask_for(database, "rain two")
+
+    async with database.session(read_only=True) as session:
+        hits = await search_generations(session, "rain")
+    assert [hit.generation.prompt for hit in hits] == ["rain two", "rain six", "rain one"]
+    assert [hit.used_count for hit in hits] == [2, 1, 1]
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt"),
+    [
+        ("DRUM", "loud drums"),
+        ("drums", "a drum"),
+        ("chirping", "birds chirp"),
+        ("cafe", "café noises"),
+        ("CAFÉ", "cafe noises"),
+        ("pop", "rock/pop"),
+        ("rock/pop", "rock pop"),
+        ("lo-fi", "lo fi beat"),
+        ("90 bpm", "80-90bpm, or 90 bpm"),
+        ("3.5", "3.5 minutes"),
+        ("r&b", "R&B ballad"),
+        ("don't stop", "don't ever stop"),
+        ("the rain in the city", "city rain"),
+        ('"rain in the city"', "soft rain in the city"),
+        ('"the rain"', "rain"),
+        ('"open quote', "an open quote"),
+        ("rain or snow", "snow, rain"),
+        ("rain AND NOT", "rain"),
+        ("rain -snow", "rain"),
+        ("rain - snow", "rain, snow"),
+        ("音楽", "日本 音楽"),
+    ],
+)
+async def test_words_find_the_prompt(database, words, prompt):
+    await ask_for(database, prompt, "something else")
+
+    assert await found(database, words) == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("words", "prompt"),
+    [
+        ("rain snow", "rain"),
+        ('"city rain"', "rain city"),
+        ("rain -snow", "rain and snow"),
+        ('rain -"in the city"', "rain in the city"),
+        ("rain -snow -city", "rain in the city"),
+        ("NEAR(rain city)", "rain city"),
+        ("text:rain", "rain"),
+        ("rai*", "rain"),
+    ],
+)
+async def test_words_do_not_find_the_prompt(database, words, prompt):
+    await ask_for(database, prompt)
+
+    assert await found(database, words) == []
+
+
+@pytest.mark.parametrize(
+    "operator", ["(rain", "rain)", "^rain", "rain:*", "rain & !", "{rain}", "rain \\", "+rain", "%rain"]
+)
+async def test_operators_of_either_database_mean_nothing(database, operator):
+    await ask_for(database, "rain")
+
+    assert await found(database, operator) == ["rain"]
+
+
+@pytest.mark.parametrize("one", ["w{}", "-w{}", '"w{} x"', '-"w{} x"'])
+async def test_hundreds_of_words_are_no_trouble(database, one):
+    await ask_for(database, "rain")
+    many = " ".join(one.format(number) for number in range(200))
+
+    assert await found(database, f"rain {many}") == (["rain"] if one.startswith("-") else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("  ", "words is empty; give at least one word to look for."),
+        ("x" * 10_000, "words has 10,000 characters; use at most 2,000."),
+        ("a\0b", "words has the control character U+0000; use printable characters."),
+        ("\ud800", "words has a lone surrogate, which is not a character; send well-formed Unicode."),
+        (None, "words is missing; use text."),
+        ("-rain", "words only says what to leave out; add one, and not one as frequent as 'the'."),
+        *(
+            (words, "words has no word to look for; add one")
+            for words in ('"', '""', "!?", "-", "* & |", "the", "\u0301")
+        ),
+    ],
+)
+async def test_words_that_cannot_be_looked_for_are_refused_in_a_sentence(database, words, sentence):
+    with pytest.raises(InvalidRequestError) as refused:
+        await found(database, words)
+    assert str(refused.value).startswith(sentence)
+
+
+async def test_a_database_that_cannot_hold_every_character_is_refused(postgres):
+    locale = "ENCODING 'SQL_ASCII' LOCALE 'C' LOCALE_PROVIDER libc TEMPLATE template0"
+    postgres.execute(f"CREATE DATABASE search_ascii {locale}")
+    database = Database(postgres.url("search_ascii"))
+
+    with pytest.raises(DatabaseUnavailableError, match="its encoding is SQL_ASCII; create it with: CREATE DATABASE"):
+        await database.migrate()
+    await database.dispose()
+    postgres.drop_database("search_ascii")
+
+
+# filters
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"status": "failed"},
+        {"model": "musicgen-large"},
+        {"tenant": "acme"},
+        {"created_before": "2001-01-01T00:00:00Z"},
+        {"tenant": "acme", "status": "pending", "model": MODEL, "created_from": "2001-01-01T00:00:00Z"},
+    ],
+)
+async def test_a_filter_that_no_generation_of_the_prompt_fits_hides_it(database, filters):
+    await ask_for(database, "lofi rain")
+
+    assert await found(database, "rain", **filters) == []
+
+
+async def test_a_hit_shows_the_newest_generation_that_fits(database):
+    (failed,) = await ask_for(database, "rain", tenant="acme")
+    await ask_for(database, "rain", tenant="other")
+    await ask_for(database, "rain")
+
+    async with database.session(read_only=True) as session:
+        (hit,) = await search_generations(session, "rain", tenant="acme")
+        assert hit.generation.id == failed
+        (hit,) = await search_generations(session, "rain", tenant="")
+        assert hit.generation.tenant == ""
+
+
+async def test_the_limit_counts_prompts_that_have_a_generation(database):
+    await fill(database, ["rain one", "rain two", "rain six"])
+    async with database.session() as session:
+        await session.delete(await session.get_one(Generation, "g-3"))
+
+    assert await found(database, "rain", limit=1) == ["rain two"]
+    assert await found(database, "rain", limit=0) == []
+
+
+async def test_a_changed_prompt_is_found_by_its_new_words_only(database):
+    await ask_for(database, "lofi rain")
+    async with database.session() as session:
+        (await session.get_one(Prompt, 1)).text = "lofi snow"
+
+    assert await found(database, "rain") == []
+    assert await found(database, "snow") == ["lofi rain"]
