@@ -181,7 +181,7 @@ class Worker:
         return min(self._slots - in_slots, 2 * self._slots - len(self._running))
 
     async def _claim(self, limit: int, *, look_first: bool) -> list[Claim]:
-        """Claim what is due; ``look_first`` spares an idle worker the write lock at each commit of somebody else's."""
+        """Claim what is due; ``look_first`` spares an idle worker SQLite's write lock at each commit of somebody else's."""
         try:
             await self._start_engine()
             if time.monotonic() < self._in_doubt_until:
@@ -224,7 +224,7 @@ class Worker:
 
     async def _is_ready_for_work(self, look_first: bool) -> bool:
         """Return True where the loaded model is the one to claim; loads another one where that is its turn."""
-        if len(self._models) == 1 and not look_first:
+        if len(self._models) == 1 and not (look_first and self._database.is_embedded):
             return True
         waits = await self._database.transact(lambda session: due.find_waits(session, self._models), read_only=True)
         wanted = self._choose_model(waits)

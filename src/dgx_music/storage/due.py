@@ -46,6 +46,8 @@ def due_rows(dialect: str, model_name: str, limit: int, tenant_limit: int | None
     if tenant_limit is not None:
         return _due_by_tenant(dialect, model_name, limit, tenant_limit)
     most_urgent = select(g.id).where(*_is_due(model_name)).order_by(CLAIM_ORDER, g.id).limit(limit)
+    if dialect == "postgresql":
+        most_urgent = most_urgent.where(_is_anything_due(model_name))
     return most_urgent.with_for_update(skip_locked=True, key_share=True)
 
 
@@ -117,6 +119,17 @@ def is_paused(model_name: str) -> ColumnElement[bool]:
 
 def _is_due(model_name: str) -> tuple[ColumnElement[bool], ...]:
     return g.status == _PENDING, g.model_name == model_name, unindexed(g.run_at) <= now(), not_(is_paused(model_name))
+
+
+def _is_anything_due(model_name: str) -> ColumnElement[bool]:
+    """Return a condition that is looked at once: without it, a claim of nothing would walk all that is scheduled for later.
+
+    SQLite's workers look before they claim, since a claim takes the write lock. The statement's time, unlike the clock's, is
+    a constant to PostgreSQL.
+    """
+    others = generations.alias("others").c
+    first = select(func.min(others.run_at)).where(others.status == written(PENDING), others.model_name == model_name)
+    return first.scalar_subquery() <= func.statement_timestamp()
 
 
 def _due_by_tenant(dialect: str, model_name: str, limit: int, tenant_limit: int) -> Select[Any]:

@@ -142,9 +142,10 @@ async def claim(
     """
     if tenant_limit is not None:
         await take_turns(session)
-    statement = _claim_statement(dialect_of(session), worker_id, model_name, limit, lease_seconds, tenant_limit)
+    dialect = dialect_of(session)
+    statement = _claim_statement(dialect, worker_id, model_name, limit, lease_seconds, tenant_limit)
     rows = sorted((await session.execute(statement)).all(), key=lambda row: (row.claim_order, row.id))
-    if rows:
+    if rows and dialect != "postgresql":
         made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
         await session.execute(insert(attempts), made)
     return [_as_claim(row) for row in rows]
@@ -370,8 +371,11 @@ _CLAIMED = (
 def _claim_statement(
     dialect: str, worker_id: str, model_name: str, limit: int, lease_seconds: float, tenant_limit: int | None
 ) -> Any:
-    """Return the UPDATE that claims; a worker says the same few again and again, and building one takes its time."""
-    return (
+    """Return the statement that claims; a worker says the same few again and again, and building one takes its time.
+
+    PostgreSQL's adds the attempts in the same round trip; SQLite's cannot.
+    """
+    claimed = (
         update(generations)
         .where(_is_one_of(due_rows(dialect, model_name, limit, tenant_limit)), g.status == written(PENDING))
         .values(
@@ -383,6 +387,13 @@ def _claim_statement(
             progress=0.0,
         )
         .returning(*_CLAIMED)
+    )
+    if dialect != "postgresql":
+        return claimed
+    taken = claimed.cte("claimed")
+    made = select(taken.c.id, taken.c.attempt, literal(worker_id))
+    return select(taken).add_cte(
+        insert(attempts).from_select(["generation_id", "attempt", "worker_id"], made).cte("made")
     )
 
 
