@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,32 @@ async def measure_pickup(place: Place, count: int) -> list[float]:
     database, engine = await place.fresh(), NoopEngine()
     worker = noop_worker(database, engine)
     running = asyncio.create_task(worker.run())
+    waits = await produce_for(database, engine.arrived_at, count)
+    worker.stop()
+    await running
+    await database.dispose()
+    return waits
+
+
+async def measure_raw_pickup(place: PostgresPlace, count: int) -> list[float]:
+    """Return the same of raw asyncpg: to the moment at which the claim is committed."""
+    database = await place.fresh()
+    floor, arrived_at = await place.floor(database), dict[str, float]()
+    running = asyncio.create_task(floor.pick_up(lambda identity: arrived_at.update({identity: time.monotonic()})))
+    waits = await produce_for(database, arrived_at, count)
+    running.cancel()
+    await floor.close()
+    await database.dispose()
+    return waits
+
+
+async def produce_for(database: Database, arrived_at: Mapping[str, float], count: int) -> list[float]:
     producer = await start_process("produce", database.url.render_as_string(hide_password=False), str(count + WARM_UP))
     let_begin(producer)
     told = [await hear(producer) for _ in range(count + WARM_UP)]
     await producer.wait()
     await asyncio.sleep(1.0)
-    worker.stop()
-    await running
-    await database.dispose()
-    return [(engine.arrived_at[identity] - committed) * 1000 for identity, committed in told[WARM_UP:]]
+    return [(arrived_at[identity] - committed) * 1000 for identity, committed in told[WARM_UP:]]
 
 
 # ------------------------------------------------------------------------------------------------ claims with many rows kept

@@ -79,7 +79,7 @@ class PostgresPlace:
         url = self.server.create_database(self._name(), self._template)
         return Database(f"postgresql+{driver or 'asyncpg'}://{url.partition('://')[2]}")
 
-    async def floor(self, database: Database) -> Floor:
+    async def floor(self, database: Database) -> AsyncpgFloor:
         return await AsyncpgFloor.connect(self.server.url(str(database.url.database)))
 
     def describe(self) -> str:

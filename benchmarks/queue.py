@@ -122,9 +122,12 @@ async def measure(place: Place, size: Size, report: Report) -> None:
     for suffix, claims in (await measures.measure_claims(place, size.kept, size.claim_turns)).items():
         add_claims(report, claims, f", {suffix}" if suffix else "")
     console.print(f"{place.name}: pickup by an idle worker")
-    waits = await measures.measure_pickup(place, size.pickups)
+    waits, raw = await measures.measure_pickup(place, size.pickups), None
+    if isinstance(place, PostgresPlace):
+        raw = await measures.measure_raw_pickup(place, size.pickups)
     for share in (0.5, 0.95):
-        report.add(f"pickup by an idle worker, p{share * 100:.0f}", f"{percentile(waits, share):.1f} ms")
+        floor = "" if raw is None else f"{percentile(raw, share):.1f} ms"
+        report.add(f"pickup by an idle worker, p{share * 100:.0f}", f"{percentile(waits, share):.1f} ms", floor)
     console.print(f"{place.name}: idle worker")
     report.add_words("idle worker, ", await measures.measure_idle(place, size.idle_seconds))
     if isinstance(place, PostgresPlace):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import asyncpg
@@ -92,6 +92,16 @@ class AsyncpgFloor:
     async def drain(self) -> None:
         facts = audio_facts()
         await asyncio.gather(*[(await slot).drain(facts) for slot in self._slots])
+
+    async def pick_up(self, arrived: Callable[[str], None]) -> None:
+        """Claim whatever is notified of, one row at a time, and tell of each once its claim is committed; for ever."""
+        slot, told = await self._slots[0], asyncio.Event()
+        await self._connections[1].add_listener("dgx_music_work", lambda *_: told.set())
+        while True:
+            while (lease := await slot.claim()) is not None:
+                arrived(lease[0])
+            await told.wait()
+            told.clear()
 
     async def add_finished(self, count: int) -> None:
         await self._connections[0].execute(ADD_FINISHED, count, MODEL)
