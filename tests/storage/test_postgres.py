@@ -224,6 +224,8 @@ SELECT 'whale-' || n, 'lofi', 'musicgen-small', 8, 32000, 1, 'whale', now() - in
 FROM generate_series(1, 20000) AS n;
 INSERT INTO generations (id, prompt, model_name, duration_seconds, sample_rate, channels, tenant)
 SELECT 'minnow-' || n, 'lofi', 'musicgen-small', 8, 32000, 1, 'minnow' FROM generate_series(1, 5) AS n;
+INSERT INTO generations (id, prompt, model_name, duration_seconds, sample_rate, channels, run_at)
+SELECT 'later-' || n, 'lofi', 'musicgen-medium', 8, 32000, 1, now() + interval '1 hour' FROM generate_series(1, 5000) AS n;
 """
 
 
@@ -305,6 +307,14 @@ async def test_a_claim_reads_its_index_in_order_and_sorts_nothing(crowded):
     assert not kinds(nodes) & SLOW
     assert rows_read(nodes) < 10
     assert runs_of_choice(nodes) == [1]
+
+
+@pytest.mark.parametrize("options", [{}, {"tenant_limit": 2}])
+async def test_a_claim_of_nothing_does_not_walk_what_is_scheduled_for_later(crowded, options):
+    async def claim_nothing(session):
+        assert await claim_up_to(session, 3, model_name="musicgen-medium", **options) == []
+
+    assert rows_read(await run_plan_of(crowded, claim_nothing)) < 10
 
 
 async def test_a_claims_prepared_plan_reads_its_index_as_well(crowded, postgres):

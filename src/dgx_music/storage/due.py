@@ -43,12 +43,12 @@ def due_rows(dialect: str, model_name: str, limit: int, tenant_limit: int | None
 
     With a ``tenant_limit`` it leaves out what would give a tenant more than so many in hand; take turns first.
     """
-    if tenant_limit is not None:
-        return _due_by_tenant(dialect, model_name, limit, tenant_limit)
-    most_urgent = select(g.id).where(*_is_due(model_name)).order_by(CLAIM_ORDER, g.id).limit(limit)
-    if dialect == "postgresql":
-        most_urgent = most_urgent.where(_is_anything_due(model_name))
-    return most_urgent.with_for_update(skip_locked=True, key_share=True)
+    if tenant_limit is None:
+        chosen = select(g.id).where(*_is_due(model_name)).order_by(CLAIM_ORDER, g.id).limit(limit)
+        chosen = chosen.with_for_update(skip_locked=True, key_share=True)
+    else:
+        chosen = _due_by_tenant(dialect, model_name, limit, tenant_limit)
+    return chosen.where(_is_anything_due(model_name)) if dialect == "postgresql" else chosen
 
 
 async def take_turns(session: AsyncSession) -> None:
