@@ -7,7 +7,8 @@ from alembic import context
 from sqlalchemy import Connection
 
 from dgx_music.config import load_settings
-from dgx_music.storage.database import Database
+from dgx_music.errors import DgxMusicError
+from dgx_music.storage.database import Database, take_turn
 from dgx_music.storage.models import Base
 from dgx_music.storage.schema import VERSION_TABLE
 
@@ -27,6 +28,8 @@ def comparable(_object: object, name: str | None, kind: str, _reflected: bool, _
 
 
 def run(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        take_turn(connection)
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
@@ -58,4 +61,7 @@ if context.is_offline_mode():
 if (given := context.config.attributes.get("connection")) is not None:
     run(given)
 else:
-    asyncio.run(run_on_configured_database())
+    try:
+        asyncio.run(run_on_configured_database())
+    except DgxMusicError as error:
+        raise SystemExit(f"Error: {error}") from None

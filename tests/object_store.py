@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple, Self
 from uuid import uuid4
 
+import anyio.lowlevel
 import pytest
 
 BUCKET = "music"
@@ -66,14 +67,28 @@ def s3_fixture(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(name="proxy")
 def proxy_fixture(s3: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy that the environment leads to; retries are quick and hung replies are given up soon."""
+    """A proxy that the environment leads to; hung replies are given up soon, and three rounds take no time."""
     quick = {"max_retries": 2, "backoff": {"init_backoff": _MILLISECOND, "max_backoff": _MILLISECOND, "base": 2}}
     monkeypatch.setattr("dgx_music.artifacts.objects.RETRY", quick)
-    monkeypatch.setattr("dgx_music.artifacts.objects.WAITS_SECONDS", (0.001, 0.001))
+    monkeypatch.setattr("dgx_music.artifacts.objects.PATIENCE_SECONDS", 2.0)
+    skip_waits(monkeypatch)
     monkeypatch.setenv("AWS_TIMEOUT", "300 ms")
     with Proxy(s3_port) as proxy:
         use_port(proxy.server_port, monkeypatch)
         yield proxy
+
+
+def skip_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Have the waits between rounds take no time but on the clock that they are counted by; return what was waited."""
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr("dgx_music.artifacts.objects.sleep", sleep)
+    monkeypatch.setattr("dgx_music.artifacts.objects.monotonic", lambda: sum(waits))
+    return waits
 
 
 def use_port(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import re
+import socket
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from tests.object_store import (  # noqa: F401 - fixtures
     proxy_fixture,
     s3_fixture,
     s3_port_fixture,
+    skip_waits,
+    use_port,
 )
 
 DATA = b"RIFF" + bytes(100_000)
@@ -114,6 +117,48 @@ async def test_trouble_that_stays_is_one_sentence_after_a_bounded_number_of_puts
     assert proxy.count("PUT") == puts
 
 
+@pytest.fixture
+def refused(s3, monkeypatch):
+    """A place in a store that refuses every connection, and the waits that were made for it."""
+    monkeypatch.setattr("dgx_music.artifacts.objects.RETRY", {"max_retries": 0})
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # bound and not listening
+        use_port(silent.getsockname()[1], monkeypatch)
+        yield open_output(s3), skip_waits(monkeypatch)
+
+
+@pytest.mark.parametrize("work", ["publish", "delete"])
+async def test_a_store_that_refuses_connections_is_waited_for_about_a_minute(refused, work):
+    store, waits = refused
+    arguments = {"publish": ("song", 1, "wav", DATA), "delete": ("song", [1])}
+
+    with pytest.raises(ArtifactError):
+        await getattr(store, work)(*arguments[work])
+
+    assert 50 <= sum(waits) <= 70  # each file that is deleted waits, on one clock
+
+
+async def test_a_look_at_a_store_that_refuses_connections_takes_seconds(refused):
+    store, waits = refused
+
+    assert "Audio cannot be stored in" in await store.find_problem()
+    assert sum(waits) <= 2
+
+
+@pytest.mark.parametrize("work", ["publish", "delete"])
+async def test_what_waits_for_a_store_ends_at_once_when_it_is_cancelled(s3, monkeypatch, work):
+    monkeypatch.setattr("dgx_music.artifacts.objects.RETRY", {"max_retries": 0})
+    arguments = {"publish": ("song", 1, "wav", DATA), "delete": ("song", [1])}
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        use_port(silent.getsockname()[1], monkeypatch)
+        store = open_output(s3)
+        with anyio.fail_after(5), anyio.move_on_after(0.3) as scope:
+            await getattr(store, work)(*arguments[work])
+
+    assert scope.cancelled_caught
+
+
 async def test_a_cancelled_publication_ends_at_once(proxy, s3, monkeypatch):
     monkeypatch.setenv("AWS_TIMEOUT", "20 s")
     proxy.fail("PUT", *[HANG] * ALWAYS)
@@ -130,6 +175,26 @@ async def test_a_cancelled_publication_ends_at_once(proxy, s3, monkeypatch):
 async def test_a_bucket_that_is_missing_is_said_to_be(s3):
     with pytest.raises(ArtifactError, match="there is no such bucket"):
         await open_output("s3://nowhere/audio").publish("song", 1, "wav", DATA)
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize("endpoint", ["", "notaurl", "ftp://host", "http://", "http://a b", "https://host:99999"])
+def test_an_endpoint_that_is_no_url_is_one_sentence(s3, monkeypatch, name, endpoint):
+    monkeypatch.setenv(name, endpoint)
+
+    with pytest.raises(ConfigurationError) as caught:
+        open_output(s3)
+
+    assert str(caught.value) == f"{name} is not the URL of a store; use something like https://host:9000."
+
+
+async def test_plain_http_that_is_not_allowed_is_said_at_once(s3, monkeypatch):
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    waits = skip_waits(monkeypatch)
+
+    with pytest.raises(ArtifactError, match=r"its endpoint is plain http://, which AWS_ALLOW_HTTP=true allows\.$"):
+        await open_output(s3).publish("song", 1, "wav", DATA)
+    assert waits == []
 
 
 # Deletion

@@ -6,7 +6,8 @@ Revises: 0001
 import sqlalchemy as sa
 from alembic import op
 
-from dgx_music.storage.schema import JsonObject, ShortText, StatusText, UtcDateTime, claim_order, now
+from dgx_music.storage.schema import JsonObject, LongText, ShortText, StatusText, UtcDateTime, claim_order, now
+from dgx_music.storage.words import search_text
 
 revision = "0002"
 down_revision = "0001"
@@ -14,6 +15,7 @@ down_revision = "0001"
 PENDING = sa.text("status = 'pending'")
 TENANT = sa.text("tenant <> ''")
 CLAIM_ORDER = claim_order(sa.column("run_at"), sa.column("priority"))
+PROMPTS_AT_ONCE = 1_000
 
 # What the tables do by themselves. A tally is one more row, never an update: a shared counter would make everybody wait.
 SQLITE = """
@@ -21,8 +23,8 @@ CREATE TRIGGER tally_added_generation AFTER INSERT ON generations WHEN NEW.compl
   INSERT INTO tallies (name, delta) VALUES (NEW.status, 1);
 END;
 
-CREATE TRIGGER tally_moved_generation AFTER UPDATE OF status ON generations
-WHEN OLD.status <> NEW.status AND (OLD.completed_at IS NOT NULL OR NEW.completed_at IS NOT NULL) BEGIN
+CREATE TRIGGER tally_moved_generation AFTER UPDATE OF status, completed_at ON generations
+WHEN OLD.status <> NEW.status OR (OLD.completed_at IS NULL) <> (NEW.completed_at IS NULL) BEGIN
   INSERT INTO tallies (name, delta) SELECT OLD.status, -1 WHERE OLD.completed_at IS NOT NULL;
   INSERT INTO tallies (name, delta) SELECT NEW.status, 1 WHERE NEW.completed_at IS NOT NULL;
 END;
@@ -32,31 +34,30 @@ CREATE TRIGGER tally_deleted_generation AFTER DELETE ON generations WHEN OLD.com
 END;
 
 CREATE VIRTUAL TABLE prompts_search
-USING fts5(text, content='prompts', content_rowid='id', tokenize='porter unicode61 remove_diacritics 2');
+USING fts5(search_text, content='prompts', content_rowid='id', tokenize='porter ascii');
 
 INSERT INTO prompts_search (prompts_search) VALUES ('rebuild');
 
 CREATE TRIGGER search_added_prompt AFTER INSERT ON prompts BEGIN
-  INSERT INTO prompts_search (rowid, text) VALUES (NEW.id, NEW.text);
+  INSERT INTO prompts_search (rowid, search_text) VALUES (NEW.id, NEW.search_text);
   INSERT INTO tallies (name, delta) VALUES ('prompts', 1);
 END;
 
-CREATE TRIGGER search_changed_prompt AFTER UPDATE OF text ON prompts BEGIN
-  INSERT INTO prompts_search (prompts_search, rowid, text) VALUES ('delete', OLD.id, OLD.text);
-  INSERT INTO prompts_search (rowid, text) VALUES (NEW.id, NEW.text);
+CREATE TRIGGER search_changed_prompt AFTER UPDATE OF search_text ON prompts BEGIN
+  INSERT INTO prompts_search (prompts_search, rowid, search_text) VALUES ('delete', OLD.id, OLD.search_text);
+  INSERT INTO prompts_search (rowid, search_text) VALUES (NEW.id, NEW.search_text);
 END;
 
 CREATE TRIGGER search_deleted_prompt AFTER DELETE ON prompts BEGIN
-  INSERT INTO prompts_search (prompts_search, rowid, text) VALUES ('delete', OLD.id, OLD.text);
+  INSERT INTO prompts_search (prompts_search, rowid, search_text) VALUES ('delete', OLD.id, OLD.search_text);
   INSERT INTO tallies (name, delta) VALUES ('prompts', -1);
 END
 """
 
-# The search's text is without accents and punctuation, as SQLite's is: PostgreSQL would take rock/pop for a file's path
-# and the 90 of 80-90 for a negative number.
 # Notifications are hints: of work that is due (with the model), of a cancel (with the worker), of an end (with the id).
-POSTGRESQL = r"""
-CREATE FUNCTION dgx_music_generations_added() RETURNS trigger LANGUAGE plpgsql AS $$
+# Each function finds the tallies whatever the path of who writes: a restore's is empty.
+POSTGRESQL = """
+CREATE FUNCTION dgx_music_generations_added() RETURNS trigger LANGUAGE plpgsql SET search_path = @schema AS $$
 BEGIN
   INSERT INTO tallies (name, delta) SELECT status, count(*) FROM added WHERE completed_at IS NOT NULL GROUP BY status;
   PERFORM pg_notify('dgx_music_work', model_name)
@@ -67,12 +68,14 @@ END $$;
 CREATE TRIGGER dgx_music_added AFTER INSERT ON generations REFERENCING NEW TABLE AS added
 FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_generations_added();
 
-CREATE FUNCTION dgx_music_generation_moved() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION dgx_music_generation_moved() RETURNS trigger LANGUAGE plpgsql SET search_path = @schema AS $$
+DECLARE
+  is_moved boolean := OLD.status <> NEW.status OR (OLD.completed_at IS NULL) <> (NEW.completed_at IS NULL);
 BEGIN
-  IF OLD.completed_at IS NOT NULL AND OLD.status <> NEW.status THEN
+  IF is_moved AND OLD.completed_at IS NOT NULL THEN
     INSERT INTO tallies (name, delta) VALUES (OLD.status, -1);
   END IF;
-  IF NEW.completed_at IS NOT NULL AND OLD.status <> NEW.status THEN
+  IF is_moved AND NEW.completed_at IS NOT NULL THEN
     INSERT INTO tallies (name, delta) VALUES (NEW.status, 1);
     PERFORM pg_notify('dgx_music_done', NEW.id);
   ELSIF NEW.status = 'pending' THEN
@@ -84,10 +87,14 @@ BEGIN
 END $$;
 
 CREATE TRIGGER dgx_music_moved AFTER UPDATE ON generations FOR EACH ROW
-WHEN (OLD.status <> NEW.status AND NEW.status <> 'processing' OR NEW.cancel_requested AND NOT OLD.cancel_requested)
+WHEN (
+  OLD.status <> NEW.status AND NEW.status <> 'processing'
+  OR (OLD.completed_at IS NULL) <> (NEW.completed_at IS NULL)
+  OR NEW.cancel_requested AND NOT OLD.cancel_requested
+)
 EXECUTE FUNCTION dgx_music_generation_moved();
 
-CREATE FUNCTION dgx_music_generations_deleted() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION dgx_music_generations_deleted() RETURNS trigger LANGUAGE plpgsql SET search_path = @schema AS $$
 BEGIN
   INSERT INTO tallies (name, delta) SELECT status, -count(*) FROM gone WHERE completed_at IS NOT NULL GROUP BY status;
   RETURN NULL;
@@ -96,7 +103,7 @@ END $$;
 CREATE TRIGGER dgx_music_deleted AFTER DELETE ON generations REFERENCING OLD TABLE AS gone
 FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_generations_deleted();
 
-CREATE FUNCTION dgx_music_prompts_counted() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION dgx_music_prompts_counted() RETURNS trigger LANGUAGE plpgsql SET search_path = @schema AS $$
 BEGIN
   INSERT INTO tallies (name, delta)
   SELECT 'prompts', CASE TG_OP WHEN 'INSERT' THEN count(*) ELSE -count(*) END FROM changed HAVING count(*) > 0;
@@ -109,7 +116,20 @@ FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_prompts_counted();
 CREATE TRIGGER dgx_music_deleted AFTER DELETE ON prompts REFERENCING OLD TABLE AS changed
 FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_prompts_counted();
 
-CREATE FUNCTION dgx_music_resumed() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION dgx_music_truncated() RETURNS trigger LANGUAGE plpgsql SET search_path = @schema AS $$
+BEGIN
+  INSERT INTO tallies (name, delta) SELECT name, -sum(delta) FROM tallies
+  WHERE (name = 'prompts') = (TG_TABLE_NAME = 'prompts') GROUP BY name HAVING sum(delta) <> 0;
+  RETURN NULL;
+END $$;
+
+CREATE TRIGGER dgx_music_truncated AFTER TRUNCATE ON generations
+FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_truncated();
+
+CREATE TRIGGER dgx_music_truncated AFTER TRUNCATE ON prompts
+FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_truncated();
+
+CREATE FUNCTION dgx_music_resumed() RETURNS trigger LANGUAGE plpgsql SET search_path = @schema AS $$
 BEGIN
   PERFORM pg_notify('dgx_music_work', '*');
   RETURN NULL;
@@ -118,9 +138,7 @@ END $$;
 CREATE TRIGGER dgx_music_resumed AFTER DELETE ON pauses
 FOR EACH STATEMENT EXECUTE FUNCTION dgx_music_resumed();
 
-ALTER TABLE prompts ADD COLUMN text_search tsvector GENERATED ALWAYS AS (to_tsvector('english', regexp_replace(
-  regexp_replace(normalize(text, NFKD), '[\u0300-\u036F]+', '', 'g'), '[!-/:-@[-`{-~]+', ' ', 'g'
-))) STORED;
+ALTER TABLE prompts ADD COLUMN text_search tsvector GENERATED ALWAYS AS (to_tsvector('english', search_text)) STORED;
 
 CREATE INDEX ix_prompts_text_search ON prompts USING gin (text_search);
 
@@ -141,12 +159,15 @@ POSTGRESQL_DOWN = """
 ALTER TABLE generations RESET (autovacuum_vacuum_scale_factor);
 ALTER TABLE prompts DROP COLUMN text_search;
 DROP TRIGGER dgx_music_resumed ON pauses;
+DROP TRIGGER dgx_music_truncated ON prompts;
+DROP TRIGGER dgx_music_truncated ON generations;
 DROP TRIGGER dgx_music_deleted ON prompts;
 DROP TRIGGER dgx_music_added ON prompts;
 DROP TRIGGER dgx_music_deleted ON generations;
 DROP TRIGGER dgx_music_moved ON generations;
 DROP TRIGGER dgx_music_added ON generations;
 DROP FUNCTION dgx_music_resumed();
+DROP FUNCTION dgx_music_truncated();
 DROP FUNCTION dgx_music_prompts_counted();
 DROP FUNCTION dgx_music_generations_deleted();
 DROP FUNCTION dgx_music_generation_moved();
@@ -195,9 +216,11 @@ def upgrade() -> None:
         " WHERE completed_at IS NOT NULL GROUP BY status"
     )
     op.execute("INSERT INTO tallies (name, delta) SELECT 'prompts', count(*) FROM prompts")
+    op.add_column("prompts", sa.Column("search_text", LongText, server_default="", nullable=False))
+    fill_search_text()
     if not is_sqlite:
         op.execute("ALTER TABLE workers SET (fillfactor = 50)")
-    execute_each(SQLITE if is_sqlite else POSTGRESQL)
+    execute_each(SQLITE if is_sqlite else POSTGRESQL.replace("@schema", own_schema()))
 
 
 def downgrade() -> None:
@@ -208,6 +231,7 @@ def downgrade() -> None:
     op.drop_table("tallies")
     op.drop_table("speeds")
     op.drop_table("pauses")
+    op.drop_column("prompts", "search_text")
     op.drop_column("workers", "models")
     op.drop_index("ix_generations_prompt_id_created_at", "generations")
     create_index("prompt_id", ["prompt_id"])
@@ -222,6 +246,21 @@ def downgrade() -> None:
 
 def create_index(name: str, columns: list, where: sa.TextClause | None = None) -> None:
     op.create_index(f"ix_generations_{name}", "generations", columns, sqlite_where=where, postgresql_where=where)
+
+
+def fill_search_text() -> None:
+    """Write each prompt's words, some at a time; before there are indexes to keep."""
+    chunk = sa.text("SELECT id, text FROM prompts WHERE id > :last ORDER BY id LIMIT :count")
+    fill = sa.text("UPDATE prompts SET search_text = :words WHERE id = :id")
+    last = 0
+    while rows := op.get_bind().execute(chunk, {"last": last, "count": PROMPTS_AT_ONCE}).all():
+        op.get_bind().execute(fill, [{"id": row.id, "words": search_text(row.text)} for row in rows])
+        last = rows[-1].id
+
+
+def own_schema() -> str:
+    """Return the schema that the tables are made in, as SQL; ``FROM CURRENT`` would keep a ``$user`` who is not the same."""
+    return op.get_bind().exec_driver_sql("SELECT quote_ident(current_schema())").scalar_one()
 
 
 def execute_each(script: str) -> None:

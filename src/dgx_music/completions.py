@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -13,10 +14,14 @@ from dgx_music.storage import queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Completion, Lease
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
 logger = logging.getLogger(__name__)
 
 _GATHER_SECONDS = 0.002
 """For those that are about to arrive, as PostgreSQL's ``commit_delay`` does."""
+_LOCKED_SECONDS = 0.2
 _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -47,10 +52,13 @@ class Completions:
         """
         entry = _Entry(completion)
         self._waiting.append(entry)
-        async with self._turn:
-            if entry.is_open:  # nobody before us took it along
-                await anyio.sleep(_GATHER_SECONDS)
-                await self._write_waiting()
+        while entry.is_open:
+            async with self._turn:
+                if entry.is_open:  # nobody before us took it along
+                    await anyio.sleep(_GATHER_SECONDS)
+                    await self._write_waiting()
+            if entry.is_open:  # its row is locked: the others go on without it
+                await anyio.sleep(_LOCKED_SECONDS)
         if entry.error is not None:
             raise entry.error
         return bool(entry.is_done)
@@ -65,7 +73,7 @@ class Completions:
     async def _write(self, batch: list[_Entry]) -> None:
         """Write them together, or, where one of them cannot be stored, one by one: the others must not suffer."""
         try:
-            done = await self._complete([entry.completion for entry in batch])
+            done, locked = await self._complete([entry.completion for entry in batch])
         except Exception as error:
             if len(batch) == 1:
                 batch[0].error = error
@@ -74,13 +82,21 @@ class Completions:
                 await self._write([entry])
         else:
             for entry in batch:
-                entry.is_done = entry.completion.lease in done
+                if entry.completion.lease not in locked:
+                    entry.is_done = entry.completion.lease in done
 
-    async def _complete(self, completions: list[Completion]) -> set[Lease]:
+    async def _complete(self, completions: list[Completion]) -> tuple[set[Lease], set[Lease]]:
+        """Return the leases that are completed, and those whose rows somebody else has locked."""
+
+        async def work(session: AsyncSession) -> tuple[set[Lease], set[Lease]]:
+            done = await queue.complete(session, completions)
+            rest = {completion.lease for completion in completions} - done
+            return done, await queue.find_completable(session, rest)
+
         failures = 0
         while True:
             try:
-                return await self._database.transact(lambda session: queue.complete(session, completions))
+                return await self._database.transact(work)
             except DatabaseUnavailableError as error:
                 wait = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
                 logger.warning("completions: %d wait %.1f s for the database: %s", len(completions), wait, error)

@@ -46,13 +46,19 @@ class Settings(BaseSettings):
     )
     pool_size: int = Field(5, ge=1, le=200, description="connections to PostgreSQL that a process keeps at most")
     connect_timeout_seconds: float = Field(
-        5.0, ge=0.1, le=600, description="longest wait for a connection to PostgreSQL"
+        5.0, ge=0.1, le=600, description="longest wait for a connection to PostgreSQL, to each of several hosts"
     )
     statement_timeout_seconds: float = Field(
         10.0, ge=0.1, le=3600, description="time that PostgreSQL gives one statement, migrations aside"
     )
     command_timeout_seconds: float = Field(
         15.0, ge=0.1, le=3600, description="longest wait for PostgreSQL's answer; then the connection is given up"
+    )
+    idle_transaction_timeout_seconds: float = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        description="time that PostgreSQL lets an open transaction do nothing; then it is undone",
     )
     output: Path | str = Field(
         Path("data/audio"), description="where audio is published: a folder, or `s3://…`, `gs://…` or `az://…`"
@@ -68,7 +74,7 @@ class Settings(BaseSettings):
     engine: EngineName = Field("musicgen", description="`musicgen`, or `tone`: sine waves for tests, no torch needed")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the model's number format")
-    slots: int = Field(1, ge=1, le=256, description="generations at a time (engine `musicgen` has one slot)")
+    slots: int = Field(1, ge=1, le=256, description="generations at a time, decoded together by the engine `musicgen`")
     audio_format: AudioFormat = Field("wav", description="file format")
     loudness: Loudness = Field("lufs", description="`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`")
     tenant_limit: int | None = Field(

@@ -26,7 +26,7 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     The first SIGTERM or SIGINT lets running generations finish within the grace, a second releases them at once. Embedded
     SQLite is migrated first. Raises what ``Worker.run`` raises.
     """
-    database = Database.from_settings(settings)
+    database = Database.from_settings(within_lease(settings))
     engine = EngineProcess(engine_settings(settings))
     worker = Worker(database, engine, open_output(settings.output), settings)
     trouble: DgxMusicError | None = None
@@ -45,6 +45,16 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
         await database.dispose()
     if trouble is not None:
         raise trouble
+
+
+def within_lease(settings: Settings) -> Settings:
+    """Return the settings with no wait for the database longer than a quarter of the lease.
+
+    A connection that a network has forgotten, and the making of another one, must not cost a healthy worker its leases.
+    """
+    names = ("connect_timeout_seconds", "statement_timeout_seconds", "command_timeout_seconds")
+    longest = settings.lease_seconds / 4
+    return settings.model_copy(update={name: min(getattr(settings, name), longest) for name in names})
 
 
 def engine_settings(settings: Settings) -> EngineSettings:

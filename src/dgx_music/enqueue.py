@@ -24,6 +24,7 @@ from dgx_music.config import default_model, load_settings
 from dgx_music.errors import GenerationNotFoundError, IdempotencyConflictError, InvalidRequestError, WaitTimeoutError
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.storage import due, queue, repository
+from dgx_music.storage.changes import Topic
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
@@ -187,7 +188,9 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
     validation.check_name("generation_id", generation_id)
     database = await ensure_database()
     seen: tuple[Any, ...] | None = None
-    with database.changes.subscribe() as changes:
+    with database.changes.subscribe(
+        Topic.DONE, [generation_id]
+    ) as changes:  # the poll finds what it has come to before
         while True:
             generation = await _read(database, generation_id)
             state = (generation.status, generation.attempt, generation.progress, generation.cancel_requested)
@@ -319,6 +322,9 @@ async def _insert_fresh(session: AsyncSession, rows: list[dict[str, Any]]) -> li
     prompt_ids = {prompt.text: prompt.id for prompt in prompts}
     statement = _insert_statement(repository.dialect_of(session))
     inserted: list[Generation] = []
+    rows = sorted(
+        rows, key=lambda row: row["idempotency_key"] or ""
+    )  # in one order: two batches must not wait in a circle
     for start in range(0, len(rows), _CHUNK):
         chunk = [row | {"prompt_id": prompt_ids.get(row["prompt"])} for row in rows[start : start + _CHUNK]]
         inserted += await session.scalars(statement, chunk)

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _CANCEL_LOOK_SECONDS = 0.1
 _TIDY_SECONDS = 60.0
+_MISSED_SECONDS = 1.0
+_SILENCE = 0.6
 
 
 class Stop(Enum):
@@ -110,13 +112,15 @@ class Leases:
         """Renew every lease and the worker's own row; an idle worker says only now and then that it lives."""
         last = -math.inf
         while True:
+            pause = self._settings.heartbeat_seconds
             if self.running or time.monotonic() - last > self._settings.lease_seconds / 3:
-                await self._renew()
+                if not await self._renew():
+                    pause = min(pause, _MISSED_SECONDS)
                 last = time.monotonic()
-            await anyio.sleep(self._settings.heartbeat_seconds)
+            await anyio.sleep(pause)
 
-    async def _renew(self) -> None:
-        """Renew, and stop what was lost or cancelled."""
+    async def _renew(self) -> bool:
+        """Renew, and stop what was lost or cancelled; return False where the database could not be asked."""
         held = {lease: running.progress for lease, running in self.running.items()}
         try:
             async with self._database.session() as session:
@@ -126,12 +130,13 @@ class Leases:
                 self.free_workers = await workers.count_free_workers(session, own["model_name"])
         except DatabaseUnavailableError as error:
             logger.warning("worker %s: heartbeat missed: %s", self._worker_id, error)
-            return
+            return False
         for lease in held:
             if lease not in renewed:
                 self._stop(lease, Stop.LOST)
             elif renewed[lease]:
                 self._stop(lease, Stop.CANCELLED)
+        return True
 
     async def notice_cancels(self) -> None:
         """Look for cancel requests whenever the database changes, not only at the next heartbeat."""
@@ -165,7 +170,7 @@ class Leases:
                 await self._tidy()
             except (DatabaseUnavailableError, ArtifactError) as error:
                 logger.warning("worker %s: cannot rescue: %s", self._worker_id, error)
-            await anyio.sleep(self._settings.lease_seconds / 3 * self._rng.uniform(0.8, 1.2))
+            await anyio.sleep(self._settings.lease_seconds / 4 * self._rng.uniform(0.8, 1.2))
 
     async def _record_speeds(self) -> None:
         """Tell what was measured since the last time; never with the heartbeat, which nobody else's write may hold up."""
@@ -203,16 +208,19 @@ class Leases:
         if time.monotonic() - self._last_tidying < _TIDY_SECONDS:
             return
         self._last_tidying = time.monotonic()
-        await self._database.transact(repository.compact_tallies)
+        while await self._database.transact(repository.compact_tallies) == repository.TALLY_CHUNK:
+            pass
         await self._database.transact(repository.count_overlooked_prompts)
 
     def may_rescue(self, now: float) -> bool:
-        """Return False for one lease after a lease without a sweep; ``now`` is what the database's clock has just said.
+        """Return False for one lease after too long without a sweep; ``now`` is what the database's clock has just said.
 
-        A database that was away, or a machine that slept, makes every lease look dead: give the living time to renew.
-        The leases are of that clock, so the gap is measured on it too; a monotonic one would stand still in sleep.
+        A database that was away, or a machine that slept, makes leases look dead: give the living time to renew. Who lived at
+        the last sweep had renewed at most a third of a lease before it (the longest heartbeat allowed), so that no living
+        lease can have run out within two thirds. The leases are of that clock, so the gap is measured on it too; a
+        monotonic one would stand still in sleep.
         """
-        if self._last_sweep is not None and now - self._last_sweep > self._settings.lease_seconds:
+        if self._last_sweep is not None and now - self._last_sweep > _SILENCE * self._settings.lease_seconds:
             self._no_rescue_before = now + self._settings.lease_seconds
         self._last_sweep = now
         return now >= self._no_rescue_before

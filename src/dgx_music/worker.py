@@ -13,7 +13,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +58,7 @@ _GATHER_SECONDS = 0.002
 """For the slots that are about to be free: one claim of many rows costs hardly more than one of one."""
 _AT_ONCE_SECONDS = 0.4
 """So short a clip takes a tenth of a millisecond to finish: less than the way to a thread and back."""
+_BARREN_SECONDS = 1.0
 _SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
 
 
@@ -98,6 +99,7 @@ class Worker:
         self._models = list(settings.served_models)
         self._model = self._models[0]
         self._loaded_at = time.monotonic()
+        self._barren_until: dict[str, float] = {}
         self._slots = 1
         self._device = ""
         self._model_version = ""
@@ -150,7 +152,9 @@ class Worker:
         await self._complete(running, artifact, facts, device_seconds)
 
     async def _serve(self, drain: bool) -> None:
-        with self._database.changes.subscribe(Topic.WORK, self._models) as self._wake:
+        # Where tenants are limited, what others finish makes room as well.
+        hints = (Topic.WORK, self._models) if self._settings.tenant_limit is None else ()
+        with self._database.changes.subscribe(*hints) as self._wake:
             async with anyio.create_task_group() as tasks:
                 for loop in self._leases.loops:
                     tasks.start_soon(loop, name=loop.__qualname__)
@@ -211,6 +215,7 @@ class Worker:
         former, self._in_doubt_until = self._in_doubt_until, math.inf
         claims = await self._database.transact(work)
         self._in_doubt_until = former
+        self._barren_until[self._model] = -math.inf if claims else time.monotonic() + _BARREN_SECONDS
         return claims
 
     async def _give_back_unknown(self) -> None:
@@ -227,7 +232,7 @@ class Worker:
         if len(self._models) == 1 and not (look_first and self._database.is_embedded):
             return True
         waits = await self._database.transact(lambda session: due.find_waits(session, self._models), read_only=True)
-        wanted = self._choose_model(waits)
+        wanted = self._choose_model({model: wait for model, wait in waits.items() if not self._barren_for(model)})
         if wanted in (None, self._model):
             return wanted is not None
         if self._running:  # they finish first, and nothing more is claimed meanwhile
@@ -243,10 +248,18 @@ class Worker:
         """
         if not waits:
             return None
-        longest = max(waits, key=lambda model: waits[model])
         bound = self._settings.model_switch_seconds
-        is_overdue = waits[longest] > bound and time.monotonic() - self._loaded_at > bound
-        return self._model if self._model in waits and not is_overdue else longest
+        overdue = [model for model, wait in waits.items() if model != self._model and wait > bound]
+        if overdue and time.monotonic() - self._loaded_at > bound:
+            return max(overdue, key=lambda model: waits[model])
+        return self._model if self._model in waits else max(waits, key=lambda model: waits[model])
+
+    def _barren_for(self, model: str) -> float:
+        """Return for how many seconds to let the others go first: it has due rows, and a claim found none to take.
+
+        Its tenants may have enough in hand, or somebody has the rows locked.
+        """
+        return max(0.0, self._barren_until.get(model, -math.inf) - time.monotonic())
 
     async def _switch(self, model: str) -> None:
         """Load another model; one that cannot be loaded here is no longer served, while there are others."""
@@ -286,7 +299,8 @@ class Worker:
     async def _wait(self) -> None:
         """Wait for a change of the database, a free slot or a stop, at most the poll interval."""
         if self._wake is not None and not self._stopping.is_set():
-            await self._wake.wait(self._settings.poll_seconds)
+            barren = [seconds for model in self._models if (seconds := self._barren_for(model))]
+            await self._wake.wait(min([self._settings.poll_seconds, *barren]))
 
     async def _wait_at_most(self, seconds: float) -> None:
         with anyio.move_on_after(seconds):
@@ -353,7 +367,7 @@ class Worker:
         )
         finished = finish() if made.duration < _AT_ONCE_SECONDS else await anyio.to_thread.run_sync(finish)
         # Whatever is there by these names was never completed and never can be: this attempt holds the claim.
-        await self._artifacts.delete(lease.generation_id, range(1, lease.attempt + 1))
+        await self._drop_files(lease, range(1, lease.attempt + 1))
         artifact = await self._artifacts.publish(lease.generation_id, lease.attempt, finished.extension, finished.data)
         return artifact, {**finished.facts, **made.facts}
 
@@ -416,9 +430,12 @@ class Worker:
             await self._drop_file(lease)
 
     async def _drop_file(self, lease: Lease) -> None:
-        """Remove what an attempt that will not complete has left; where that fails, the next attempt or prune does."""
+        await self._drop_files(lease, [lease.attempt])
+
+    async def _drop_files(self, lease: Lease, attempts: Iterable[int]) -> None:
+        """Remove what attempts that will not complete have left; where that fails, the next attempt or prune does."""
         try:
-            await self._artifacts.delete(lease.generation_id, [lease.attempt])
+            await self._artifacts.delete(lease.generation_id, attempts)
         except ArtifactError as error:
             logger.warning("generation %s attempt %d: %s", *_named(lease), error)
 

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from dgx_music.cli import enqueue as command
+from dgx_music.errors import DatabaseUnavailableError
 from tests.cli.conftest import Run, add, count_rows
 
 BAD_ARGUMENTS = {
@@ -214,3 +216,36 @@ def test_a_folder_that_cannot_be_made_ends_5(run: Run) -> None:
     result = run("enqueue", "lofi rain")
 
     assert (result.code, result.out, result.err.count("\n")) == (5, "", 1)
+
+
+# what is enqueued is said first, and nothing that comes after it unsays it
+
+
+async def fail(*_arguments: object, **_options: object) -> None:
+    raise DatabaseUnavailableError("sqlite:///x.db", "it went away")
+
+
+@pytest.mark.parametrize("advice", ["estimate_generation", "tell_of_idle_models"])
+def test_advice_that_cannot_be_had_does_not_fail_what_is_enqueued(
+    run: Run, monkeypatch: pytest.MonkeyPatch, advice: str
+) -> None:
+    monkeypatch.setattr(command, advice, fail)
+
+    as_id, as_json = run("enqueue", "lofi rain"), run("enqueue", "trap beat", "--json")
+
+    assert (as_id.code, as_json.code) == (0, 0)
+    assert {as_id.out.strip(), as_json.json["id"]} == {row["id"] for row in run("list", "--json").json}
+    assert "it went away" in as_id.err
+
+
+@pytest.mark.parametrize(("failure", "code"), [(fail, 5), (None, 124)])
+def test_json_of_a_wait_that_fails_is_what_is_known_of_the_row(
+    run: Run, monkeypatch: pytest.MonkeyPatch, failure: object, code: int
+) -> None:
+    if failure is not None:
+        monkeypatch.setattr(command, "follow", failure)
+
+    result = run("enqueue", "lofi rain", "--wait", "--timeout", 0.1, "--json")
+
+    assert result.code == code
+    assert (result.json["prompt"], result.json["status"]) == ("lofi rain", "pending")

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib
 import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +26,9 @@ from dgx_music.errors import EngineError, EngineUnavailableError, GenerationCanc
 from dgx_music.inference import musicgen
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import MusicGenEngine
+from dgx_music.inference.process import EngineProcess
 from dgx_music.inference.tiny import build_tiny
+from tests.inference.factories import ignore
 
 TINY = "musicgen-tiny-untrained"
 COMMIT = MODELS["musicgen-small"].revision
@@ -190,6 +196,50 @@ def test_a_cancel_stops_at_the_next_step_and_spares_the_next_generation(mono: Mu
     assert np.array_equal(generate(mono).samples, before.samples)
 
 
+def test_generations_in_slots_have_the_audio_they_have_alone(mono: MusicGenEngine) -> None:
+    engine = load(slots=3)
+    wanted = [
+        {"prompt": f"song {n}", "duration": 0.2 + 0.1 * n, "seed": n, "guidance_scale": 1 + n % 3} for n in range(6)
+    ]
+    with ThreadPoolExecutor(engine.slots) as pool:
+        together = list(pool.map(lambda fields: generate(engine, **fields), wanted))
+    assert engine.slots == 3
+    for fields, audio in zip(wanted, together, strict=True):
+        assert np.array_equal(audio.samples, generate(mono, **fields).samples)
+
+
+def test_a_text_that_cannot_be_read_fails_alone(mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(mono)
+    with monkeypatch.context() as patch:
+        patch.setattr(mono._text_encoder, "forward", Mock(side_effect=RuntimeError("no text")))
+        with pytest.raises(RuntimeError, match="no text"):
+            generate(mono)
+    assert np.array_equal(generate(mono).samples, expected.samples)
+
+
+def test_a_cancelled_generation_does_not_wait_for_its_audio() -> None:
+    class LateCancelRun(FakeRun):
+        def check_cancelled(self) -> None:
+            if self.progress and threading.current_thread().name != "decoding":
+                raise GenerationCancelledError("cancelled")
+
+    engine, is_over, run = load(), threading.Event(), LateCancelRun()
+    engine._codec_thread.submit(is_over.wait, 20)
+    with pytest.raises(GenerationCancelledError):
+        generate(engine, run)
+    assert len(run.progress) == 13
+    is_over.set()
+
+
+async def test_the_slots_of_the_process_are_those_of_the_settings() -> None:
+    settings = EngineSettings(engine="musicgen", model=TINY, device="cpu", slots=2)
+    requests = [GenerationRequest(generation_id=str(n), prompt="choir", duration=0.2, model=TINY) for n in range(3)]
+    async with EngineProcess(settings) as process:
+        assert (await process.start()).slots == 2
+        clips = await asyncio.gather(*(process.generate(request, ignore) for request in requests))
+    assert [clip.samples.shape for clip in clips] == [(1, 6_400)] * 3
+
+
 def test_facts_tell_how_the_audio_was_made(mono: MusicGenEngine) -> None:
     facts = dict(generate(mono, seed=7).facts)
     assert facts.pop("device_seconds") > 0
@@ -224,7 +274,7 @@ def test_only_the_language_model_is_in_16_bit(folders: dict[int, Path], dtype: s
     audio = generate(engine)
     assert np.isfinite(audio.samples).all()
     assert audio.facts["dtype"] == dtype
-    assert {engine._model.text_encoder.dtype, engine._model.audio_encoder.dtype} == {torch.float32}
+    assert {engine._text_encoder.dtype, engine._codec.dtype} == {torch.float32}
 
 
 def test_the_untrained_model_can_be_in_16_bit() -> None:
@@ -245,9 +295,9 @@ def test_a_local_folder_sets_its_own_sample_rate(folder: Path) -> None:
     config["audio_encoder"] |= {"sampling_rate": 16_000, "target_bandwidths": [1.1]}
     (folder / "config.json").write_text(json.dumps(config))
     run = FakeRun()
-    audio = generate(load(folder), run, duration=0.08)  # 2 frames at 25 Hz, fewer than the longest delay
+    audio = generate(load(folder), run, duration=0.08)  # 2 frames at 25 Hz, delayed by up to 3
     assert (audio.sample_rate, audio.samples.shape) == (16_000, (1, 1_280))
-    assert len(run.progress) == 3 + 3 + 1
+    assert len(run.progress) == 2 + 3 + 1
 
 
 def test_a_local_folders_own_generation_options_do_not_leak_in(mono: MusicGenEngine, folder: Path) -> None:
@@ -374,11 +424,12 @@ def test_a_core_is_left_to_the_parent(cores: int, monkeypatch: pytest.MonkeyPatc
     assert threads == [max(1, cores - 1)]
 
 
-@pytest.mark.parametrize("part", ["decoder.lm_heads.0", "audio_encoder.decoder.layers.0.conv"])
-def test_numbers_that_are_not_finite_are_an_error(part: str) -> None:
-    engine = load()
-    for parameter in engine._model.get_submodule(part).parameters():
-        parameter.data.fill_(torch.nan)
+@pytest.mark.parametrize("weight", ["decoder.lm_heads.0.weight", "audio_encoder.decoder.layers.0.conv.bias"])
+def test_numbers_that_are_not_finite_are_an_error(folder: Path, weight: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[weight].fill_(torch.nan)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = load(folder)
     with pytest.raises(EngineError, match="not finite"):
         generate(engine)
 

@@ -203,12 +203,12 @@ async def test_the_samples_can_be_changed_in_place(process: EngineProcess) -> No
 
 
 async def test_progress_rises_below_one(process: EngineProcess, script: WriteScript) -> None:
-    script({"do": "wait", "seconds": 0.35})
+    script({"do": "wait", "seconds": 1.2})
     progress: list[float] = []
 
     await process.generate(make_request(), progress.append)
 
-    assert 2 <= len(progress) <= 5
+    assert 2 <= len(progress) <= 3
     assert progress == sorted(progress)
     assert 0 <= progress[0] < progress[-1] < 1
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import anyio
 import pytest
 from sqlalchemy import func, select, text, update
+from sqlalchemy.exc import DBAPIError
 
 from dgx_music import enqueue, retry_generation
+from dgx_music.config import load_settings
 from dgx_music.enqueue import cancel_generation
 from dgx_music.errors import (
     ConfigurationError,
@@ -154,6 +156,14 @@ async def test_a_reading_session_sees_one_moment(database):
         after = await reader.scalar(select(func.count()).select_from(Generation))
 
     assert (before, after) == (0, 0)
+
+
+async def test_a_write_in_a_reading_session_is_the_drivers_own_error(database):
+    with pytest.raises(DBAPIError, match=r"read.?only"):
+        async with database.session(read_only=True) as session:
+            await session.execute(text("DELETE FROM prompts"))
+
+    assert await count(database) == 0
 
 
 async def test_writers_that_read_first_and_then_write_all_succeed(database_url, database):
@@ -501,3 +511,9 @@ async def assert_rows_and_attempts_agree(database):
 async def read_rows(database, query):
     async with database.session(read_only=True) as session:
         return list((await session.execute(query)).all())
+
+
+def test_the_settings_say_how_long_a_transaction_may_be_idle(monkeypatch):
+    monkeypatch.setenv("DGX_MUSIC_IDLE_TRANSACTION_TIMEOUT_SECONDS", "7")
+
+    assert Database.from_settings(load_settings()).limits.idle_seconds == 7.0

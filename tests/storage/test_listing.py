@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import insert
 
 from dgx_music.errors import InvalidRequestError
-from dgx_music.storage import Database, Generation, list_generations
+from dgx_music.storage import Database, Generation, list_generations, search_generations
 from tests.factories import MODEL, add_generation
 from tests.storage.plans import analyze, plan_of
 
@@ -238,3 +238,11 @@ async def test_a_wrong_filter_names_its_field(database, options, field):
     with pytest.raises(InvalidRequestError) as refused:
         await page(database, **options)
     assert refused.value.field == field
+
+
+async def test_a_filter_that_there_is_not_is_no_filter(database):
+    async with database.session(read_only=True) as session:
+        with pytest.raises(TypeError, match="there is no filter 'bogus'; use status, model, "):
+            await list_generations(session, bogus=1)
+        with pytest.raises(TypeError, match="there is no filter 'bogus'"):
+            await search_generations(session, "rain", bogus=1)

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -165,6 +166,23 @@ async def test_a_connection_that_is_lost_is_made_again_and_its_waiters_look(post
         await database.dispose()
 
 
+async def test_a_connection_that_cannot_be_had_is_tried_again_ever_more_slowly(database_url, monkeypatch):
+    waits = []
+
+    async def note(seconds):
+        waits.append(seconds)
+        if len(waits) == 6:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(notifications, "asyncio", SimpleNamespace(sleep=note))
+    with Proxy(database_url) as proxy:
+        proxy.refuse()
+        with pytest.raises(asyncio.CancelledError):
+            await Database(proxy.url(database_url)).changes._listen_for_ever()
+
+    assert waits == [0.1, 0.5, 1.0, 2.0, 2.0, 2.0]
+
+
 async def test_a_connection_that_has_fallen_silent_is_given_up(database_url, monkeypatch):
     monkeypatch.setattr(notifications, "_CHECK_SECONDS", 0.05)
     monkeypatch.setattr(notifications, "_RETRY_SECONDS", (0.01,))
@@ -280,3 +298,24 @@ async def test_behind_a_pooler_a_worker_does_all_its_work(pooled):
     await Worker(pooled, FakeEngine(), MemoryArtifacts(), settings).run(drain=True)
 
     assert {(await read(pooled, generation_id)).status for generation_id in ids} == {"completed"}
+
+
+async def test_who_subscribes_right_after_the_last_one_has_left_is_told_as_well(database):
+    async with listening(database):
+        pass
+    async with listening(database, Topic.WORK) as subscription:
+        async with database.session() as session:
+            await enqueue_one(session)
+        await subscription.wait(LONG)
+
+
+async def test_who_waits_for_a_generation_is_woken_by_its_end_only(default_database):
+    async with default_database.session() as session:
+        generation = await enqueue("lofi rain", session=session, model=MODEL)
+    waiting = asyncio.create_task(wait_for_generation(generation.id, timeout=20))
+    while not (subscriptions := default_database.changes._subscriptions):
+        await asyncio.sleep(0.01)
+    [subscription] = subscriptions
+    wanted = [subscription.wants(Topic.DONE, generation.id), subscription.wants(Topic.DONE, "another")]
+    waiting.cancel()
+    assert [*wanted, subscription.wants(Topic.WORK, MODEL)] == [True, False, False]

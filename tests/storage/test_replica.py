@@ -341,7 +341,11 @@ async def test_lists_searches_and_statistics_are_read_from_the_replica(
     [
         (POSTGRES, "sqlite:///x.db", "needs PostgreSQL; leave it out: SQLite has no replicas."),
         ("sqlite:///x.db", POSTGRES, "needs PostgreSQL; leave it out: SQLite has no replicas."),
-        (POSTGRES, "mysql://u:secret@h/d", "names the database kind 'mysql', which is not supported; use"),
+        (
+            POSTGRES,
+            "mysql://u:secret@h/d",
+            "names the database kind 'mysql', which is not supported; use something like postgres",
+        ),
         (POSTGRES, "postgresql://u:secret@h", "names no database; write its name behind the host"),
         (POSTGRES, "postgresql://u:secret@h/d?sslmod=x", "has the unknown option 'sslmod'; use"),
     ],

@@ -1,13 +1,17 @@
+# ruff: noqa: RUF001 - letters that look like others are what is searched for
 """Search: the same words find the same on every database, the obvious one first, whatever a user types."""
 
 import random
+import unicodedata
+from collections import defaultdict
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, inspect, select, text
 
 from dgx_music.errors import DatabaseUnavailableError, InvalidRequestError
-from dgx_music.storage import Database, create_generation, search_generations
+from dgx_music.storage import Database, create_generation, search_generations, track_prompt_usage
 from dgx_music.storage.models import Generation, Prompt, text_hash
+from dgx_music.storage.words import search_text
 from tests.factories import MODEL, back_date
 from tests.storage.plans import analyze, plan_of
 
@@ -43,10 +47,10 @@ async def fill(database, texts):
     """Store a generation for each text, at once."""
     shape = {"model_name": MODEL, "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
     numbered = list(enumerate(texts, 1))
-    prompts = [{"id": number, "text": text, "text_hash": text_hash(text)} for number, text in numbered]
+    prompts = [{"id": number, "text": prompt, "text_hash": text_hash(prompt)} for number, prompt in numbered]
     async with database.session() as session:
         await session.execute(insert(Prompt), prompts)
-        rows = [{"id": f"g-{number}", "prompt": text, "prompt_id": number} | shape for number, text in numbered]
+        rows = [{"id": f"g-{number}", "prompt": prompt, "prompt_id": number} | shape for number, prompt in numbered]
         await session.execute(insert(Generation), rows)
     await analyze(database)
 
@@ -54,7 +58,7 @@ async def fill(database, texts):
 async def ask_for(database, *prompts, **values):
     """Store a generation for each prompt, oldest first, and return their ids."""
     async with database.session() as session:
-        made = [await create_generation(session, text, MODEL, 8.0, 32_000, 1) for text in prompts]
+        made = [await create_generation(session, prompt, MODEL, 8.0, 32_000, 1) for prompt in prompts]
         for generation in made:
             for name, value in values.items():
                 setattr(generation, name, value)
@@ -163,6 +167,109 @@ async def test_words_do_not_find_the_prompt(database, words, prompt):
     await ask_for(database, prompt)
 
     assert await found(database, words) == []
+
+
+SCRIPTS = [
+    ("тихий джаз", "тихий", "джас"),
+    ("тихий джаз", "ТИХИИ", "тих"),
+    ("ёлка и метель", "елка", "метели"),
+    ("українська їжа", "їжа", "українська мова"),
+    ("ήρεμη μουσική", "μουσική", "μουσικός"),
+    ("ΗΡΕΜΟΣ ΗΧΟΣ", "ήρεμος ήχος", "ήχο"),
+    ("잔잔한 피아노", "피아노", "피아니스트"),
+    ("잔잔한 피아노", unicodedata.normalize("NFD", "피아노"), "피"),
+    ("शांत संगीत", "संगीत", "संगति"),
+    ("मीठी धुन", "मीठी", "मठ"),
+    ("இனிய இசை", "இசை", "இச"),
+    ("ﬁddle tune", "fiddle", "iddle"),
+    ("a fiddle", "ﬁddle", "ﬂute"),
+    ("Ｌｏｆｉ ｂｅａｔ", "lofi", "lo"),
+    ("lofi beat", "Ｌｏｆｉ", "ｌｏ"),
+    ("静かなギターの曲", "ギター", "キター"),
+    ("静かなギターの曲", "ｷﾞﾀｰ", "ピアノ"),
+    ("がっこう の うた", "がっこう", "かっこう"),
+    ("がっこう の うた", unicodedata.normalize("NFD", "がっこう"), "がこう"),
+    ("安静的钢琴音乐", "钢琴", "琴钢"),
+    ("เพลงไทยเดิม", "ไทย", "ไทม"),
+    ("موسيقى هادئة", "مُوسيقى", "موسيق"),
+    ("שיר שקט", "שִׁיר", "שירה"),
+    ("große Straße", "STRASSE", "strase"),
+    ("İstanbul sazı", "istanbul", "stanbul"),
+    ("Dvořák’s çello, naïve", "dvorak cello naive", "dvo"),
+    ("nhạc Việt Nam", "nhac viet", "nha"),
+    ("½ tempo, 80s, m²", "80s m2", "80 m2"),
+    ("1e5 or 0x1F at 12abc", "1E5 0x1f 12abc", "abc"),
+    ("٣ طبول", "٣", "3x"),
+    ("𝓭𝓻𝓮𝓪𝓶𝔂 🎻 solo", "dreamy", "🎻 dream𝔂x"),
+    ("xd182 is no т", "xd182 т", "xd1820"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "words", "wrong"), SCRIPTS)
+async def test_a_word_is_found_in_any_script(database, prompt, words, wrong):
+    await ask_for(database, *{prompt for prompt, _, _ in SCRIPTS})
+
+    assert prompt in await found(database, words)
+    assert prompt not in await found(database, wrong)
+    assert prompt in await found(database, f'"{prompt}"')
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a",
+        "я",
+        "9",
+        "é9",
+        "한",
+        "ﬃ",
+        "я ",
+        "".join(map(chr, range(0x4E00, 0x4E40))),
+        "".join(map(chr, range(0xE01, 0xE2F))),
+    ],
+)
+async def test_a_prompt_and_a_search_of_2000_characters_are_no_trouble(database, part):
+    longest = (part * 2_000)[:2_000].strip()
+    await ask_for(database, longest, "something else")
+
+    assert await found(database, longest) == [longest]
+
+
+def characters(rng):
+    """Return some text of any of Unicode's characters, neighbours in it mostly."""
+    first = rng.choice([0x20, 0xA0, 0x370, 0x590, 0x900, 0xE00, 0x1100, 0x1E00, 0x2000, 0x3000, 0x4E00, 0xAC00, 0xFB00])
+    codes = [first + rng.randrange(256) if rng.random() < 0.9 else rng.randrange(32, 0xD800) for _ in range(40)]
+    return "".join(map(chr, [*codes, rng.randrange(0x1_0000, 0x3_0000)]))
+
+
+async def test_both_databases_split_the_text_at_its_spaces_and_nowhere_else(database):
+    rng = random.Random(11)
+    texts = [*{f"w {characters(rng)}" for _ in range(500)}, *["1e5 80s -7 3.5 a/b a_b a.b.com x@y.z &amp; <b> 0x1f"]]
+    await fill(database, texts)
+
+    async with database.session() as session:
+        kept = dict((await session.execute(select(Prompt.id, Prompt.search_text))).all())
+        if database.is_embedded:
+            vocabulary = "CREATE VIRTUAL TABLE temp.vocabulary USING fts5vocab(main, prompts_search, instance)"
+            await session.execute(text(vocabulary))
+            read = "SELECT doc, term FROM temp.vocabulary ORDER BY doc, offset"
+        else:
+            read = "SELECT id, token FROM prompts, ts_parse('default', search_text) WHERE tokid <> 12"
+        tokens = defaultdict(list)
+        for number, token in (await session.execute(text(read))).all():
+            tokens[number].append(token)
+    for number, words in kept.items():
+        assert words == search_text(texts[number - 1])
+        assert len(tokens[number]) == len(words.split())
+        for token, word in zip(tokens[number], words.split(), strict=True):
+            assert token == word or word.isalpha()  # which is stemmed
+
+
+async def test_a_prompts_words_are_written_but_not_read(database):
+    async with database.session() as session:
+        prompt = await track_prompt_usage(session, "тихий джаз")
+        assert "search_text" in inspect(prompt).unloaded
+        assert "search_text" not in prompt.to_dict()
 
 
 @pytest.mark.parametrize(

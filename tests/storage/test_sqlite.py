@@ -351,7 +351,7 @@ async def test_a_claim_under_a_tenant_limit_reads_each_tenants_own_queue_and_sor
     queue = "ix_generations_tenant_claim (model_name=? AND tenant>? AND tenant<?)"
     assert [step for step in plan if step.startswith("SEARCH queue")] == [f"SEARCH queue USING INDEX {queue}"]
     assert not [step for step in plan if step.startswith("SCAN generations")]
-    assert sum("TEMP B-TREE" in step for step in plan) == 1
+    assert sum("TEMP B-TREE FOR ORDER BY" in step for step in plan) == 1
 
 
 def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):
@@ -400,12 +400,6 @@ async def test_a_writer_waits_for_another_process_to_finish(database, path):
 
     with anyio.fail_after(5):
         assert (await adding).is_pending
-
-
-async def test_a_reading_session_cannot_write(database):
-    with pytest.raises(DatabaseUnavailableError, match="readonly"):
-        async with database.session(read_only=True) as session:
-            await add_generation(session)
 
 
 async def test_a_reset_refuses_tables_that_are_not_ours(tmp_path):

@@ -3,13 +3,17 @@
 import asyncio
 import random
 from contextlib import suppress
+from functools import partial
 
 import anyio
 import pytest
 from sqlalchemy import func, select, text, update
 
 from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
+from dgx_music.artifacts import MemoryArtifacts
+from dgx_music.config import load_settings
 from dgx_music.errors import IllegalTransitionError
+from dgx_music.leases import Leases
 from dgx_music.storage import (
     complete_generation,
     count_generations,
@@ -137,7 +141,7 @@ async def walk(database, rng, steps):
 def few(monkeypatch):
     """Sum up as soon as there are a few rows."""
     monkeypatch.setattr(repository, "_TALLY_ROWS", 5)
-    monkeypatch.setattr(repository, "_TALLY_CHUNK", 7)
+    monkeypatch.setattr(repository, "TALLY_CHUNK", 7)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -200,6 +204,14 @@ async def test_two_who_sum_up_never_wait_for_each_other(database, few):
         assert await count_generations(session, "completed") == 20
 
 
+async def test_a_worker_sums_up_all_that_has_gathered(database, few):
+    await add_tallies(database, 40)
+    describe = partial(dict, id="worker-1")
+    await Leases(database, MemoryArtifacts(), load_settings(), random.Random(1), describe)._tidy()
+
+    assert await tally_rows(database) < 5
+
+
 async def test_tallies_are_left_alone_where_they_are_few(database):
     before = await tally_rows(database)
     await add_tallies(database, 499 - before)
@@ -230,3 +242,44 @@ async def test_what_never_finished_leaves_no_tally(database):
         await delete_generation(session, row.id)
 
     assert await tally_rows(database) == before + 1  # the prompt's
+
+
+# raw SQL
+
+
+@on(*POSTGRES)
+@pytest.mark.parametrize("statement", ["TRUNCATE generations CASCADE", "TRUNCATE prompts CASCADE", "TRUNCATE attempts"])
+async def test_counts_stay_true_where_a_table_is_truncated(database, statement):
+    async with database.session() as session:
+        await create_generation(session, "lofi rain", MODEL, 8.0, 32_000, 1)
+        for status in (*FINISHED, "completed"):
+            await add_generation(session, status=status)
+    async with database.session() as session:
+        await session.execute(text(statement))
+
+    await assert_counts_are_true(database)
+
+
+@pytest.mark.parametrize("status", FINISHED)
+async def test_counts_stay_true_where_a_finished_row_is_taken_up_again_by_raw_sql(database, status):
+    async with database.session() as session:
+        await add_generation(session, status=status)
+    async with database.session() as session:
+        await session.execute(text("UPDATE generations SET status = 'processing', completed_at = NULL"))
+
+    await assert_counts_are_true(database)
+
+
+@on(*POSTGRES)
+@pytest.mark.parametrize("path", ["app", "''"])
+async def test_raw_sql_is_counted_whatever_its_search_path(database, path):
+    async with database.session() as session:
+        await create_generation(session, "lofi rain", MODEL, 8.0, 32_000, 1)
+        await add_generation(session, status="completed")
+    async with database.session() as session:
+        await session.execute(text(f"SET LOCAL search_path = {path}"))
+        await session.execute(text("INSERT INTO public.prompts (text, text_hash) VALUES ('trap beat', 'a hash')"))
+        await session.execute(text("UPDATE public.generations SET status = 'failed' WHERE status = 'completed'"))
+        await session.execute(text("DELETE FROM public.generations WHERE status = 'pending'"))
+
+    await assert_counts_are_true(database)

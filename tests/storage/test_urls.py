@@ -1,7 +1,11 @@
 """What a user may write as the database's URL: each form, with each driver, against a real server."""
 
+import asyncio
 import socket
+import struct
+from contextlib import suppress
 
+import anyio
 import pytest
 from psycopg import sql
 from sqlalchemy import text
@@ -74,6 +78,19 @@ def test_a_driver_that_is_not_installed_is_one_sentence_with_the_remedy(monkeypa
         ("postgresql://u:secret@h/d?sslmod=require", "has the unknown option 'sslmod'; use application_name, "),
         ("postgresql://u@h/d?password=secret", "has the unknown option 'password'"),
         ("postgresql://u@h/d?connect_timeout=soon", "has a connect_timeout that is none; use whole seconds"),
+        ("postgresql://u:secret@h/d?sslmode=bogus", "has an sslmode that is none; use disable, allow, prefer, "),
+        ("postgresql://u@h/d?target_session_attrs=rw", "has a target_session_attrs that is none; use any, primary, "),
+        ("postgresql://u:secret@h:99999/d", "has a port that is none; use a number from 1 to 65535"),
+        ("postgresql://u:secret@one:5432,two:99999/d", "has a port that is none"),
+        ("postgresql://u@h:0/d", "has a port that is none"),
+        ("postgresql://u@/d?host=h&port=soon", "has a port that is none"),
+        ("postgresql://u@/d?host=one,two,three&port=1,2", "has 2 ports for its 3 hosts; name one for each, or one"),
+        ("postgresql://u@/d?host=one&host=two", "has the option 'host' twice; "),
+        ("postgres://u:secret@secret@h/d", "has an @ in its password or in a name; write it as %40."),
+        ("postgresql+psycopg://u:a/secret@secret@one,two/d", "has an @ in its password"),
+        ("postgresql://u:a?b@secret@h/d", "has an @ in its password"),
+        ("postgresql://u:a@b/d?secret@h/d", "has an @ in its password"),
+        ("postgresql://u@h/d?pgbouncer=maybe", "has a pgbouncer that is neither true nor false; use pgbouncer=true"),
         ("postgresql://u@h/d?options=-c%20jit%3Don", "has the unknown option 'options'"),
     ],
 )
@@ -101,7 +118,9 @@ def test_several_hosts_are_what_libpq_reads(hosts, host, port):
     assert (url.username, url.password, url.database) == ("ada", "secret", "music")
 
 
-@pytest.mark.parametrize(("said", "is_pooled"), [("true", True), ("1", True), ("on", True), ("false", False)])
+@pytest.mark.parametrize(
+    ("said", "is_pooled"), [("true", True), ("1", True), ("on", True), ("false", False), ("0", False)]
+)
 def test_a_pooler_is_said_to_us_and_not_to_the_server(said, is_pooled):
     url = normalise_url(f"postgresql://host/music?pgbouncer={said}&sslmode=disable")
 
@@ -198,6 +217,87 @@ async def test_of_several_hosts_one_that_is_dead_is_passed_over(server, driver):
         hosts = f"127.0.0.1:{dead.getsockname()[1]},127.0.0.1:{server.port}"
 
         assert await ask(f"postgresql+{driver}://postgres@{hosts}/music?target_session_attrs=read-write") == 1
+
+
+@pytest.fixture
+def silent():
+    """The address of somebody who takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        yield f"127.0.0.1:{door.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+@pytest.mark.parametrize("wanted", ["read-write", "prefer-standby"])
+async def test_of_several_hosts_one_that_is_silent_is_passed_over_in_time(server, silent, driver, wanted):
+    hosts = f"{silent},127.0.0.1:{server.port}"
+
+    with anyio.fail_after(10):
+        url = f"postgresql+{driver}://postgres@{hosts}/music?target_session_attrs={wanted}"
+        assert await ask(url, connect_seconds=1) == 1
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_of_several_hosts_that_are_all_silent_each_has_its_time_and_no_more(silent, driver):
+    with anyio.fail_after(8), pytest.raises(DatabaseUnavailableError, match=r"no connection in 1 s|timeout expired"):
+        await ask(f"postgresql+{driver}://postgres@{silent},{silent}/music", connect_seconds=1)
+
+
+@pytest.fixture
+async def pooler():
+    """The port of a pooler that refuses what it does not know at a start, as PgBouncer does."""
+
+    async def refuse(reader, writer):
+        (length,) = struct.unpack("!i", await reader.readexactly(4))
+        parameter = b"options" if b"options\0" in await reader.readexactly(length - 4) else b"jit"
+        error = b"SFATAL\0C08P01\0Munsupported startup parameter: " + parameter + b"\0\0"
+        writer.write(b"E" + struct.pack("!i", len(error) + 4) + error)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as door:
+        yield door.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize(("driver", "parameter"), [("asyncpg", "jit"), ("psycopg", "options")])
+async def test_a_pooler_that_was_not_said_to_be_one_is_told_how_to_be_said(pooler, driver, parameter):
+    remedy = rf"unsupported startup parameter: {parameter}; add \?pgbouncer=true to its URL\.$"
+    with pytest.raises(DatabaseUnavailableError, match=remedy):
+        await ask(f"postgresql+{driver}://postgres@127.0.0.1:{pooler}/music?sslmode=disable")
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_a_role_without_privileges_is_one_sentence(server, driver):
+    server.execute("CREATE TABLE IF NOT EXISTS closed ()", database="music")
+    server.execute("ALTER USER ada PASSWORD 'secret'")
+
+    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: permission denied for table closed\.$"):
+        await ask(f"postgresql+{driver}://ada:secret@127.0.0.1:{server.port}/music", "SELECT 1 FROM closed")
+
+
+@pytest.fixture
+async def ipv6_door():
+    """The port of somebody at ``::1`` who hangs up at once, and the event that tells that somebody came."""
+    came = asyncio.Event()
+
+    def hang_up(_reader, writer):
+        came.set()
+        writer.close()
+
+    try:
+        door = await asyncio.start_server(hang_up, "::1", 0)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    yield door.sockets[0].getsockname()[1], came
+    door.close()
+
+
+@pytest.mark.parametrize("driver", POSTGRES)
+async def test_several_hosts_may_be_of_ipv6(ipv6_door, driver):
+    port, came = ipv6_door
+    with suppress(DatabaseUnavailableError):
+        await ask(f"postgresql+{driver}://postgres@[::1]:{port},[::1]:{port}/music")
+
+    assert came.is_set()
 
 
 @pytest.mark.parametrize("driver", POSTGRES)

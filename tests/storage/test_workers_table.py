@@ -118,6 +118,14 @@ async def test_a_live_worker_is_one_that_serves_the_model(database):
         assert not await has_live_worker(session, "musicgen-large")
 
 
+async def test_a_worker_that_names_no_models_serves_the_one_it_has_loaded(database):
+    async with database.session() as session:
+        await register(session, models=[])
+
+        assert await has_live_worker(session, "musicgen-small")
+        assert not await has_live_worker(session, "musicgen-medium")
+
+
 @pytest.mark.parametrize(
     ("overrides", "silent_seconds", "count"),
     [

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import chain, repeat
+from time import monotonic
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from urllib.parse import urlsplit
 
-import anyio
 import obstore
-from anyio import to_thread
+from anyio import sleep, to_thread
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
@@ -49,11 +53,19 @@ logger = logging.getLogger(__name__)
 
 RETRY: RetryConfig = {"max_retries": 10, "retry_timeout": timedelta(minutes=1)}
 """What the client does about 5xx replies, and about lost connections and timeouts of requests that only read."""
-WAITS_SECONDS = (0.5, 2.0)
-"""Between the rounds of a write whose outcome is not known."""
+PATIENCE_SECONDS = 60.0
+"""How long after the first failure one more round is begun of what publishes or deletes, whatever the rounds take."""
 
 _PROBE = "dgx-music-can-write-here"
+_WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Between those rounds; the last one again and again."""
+_LOOK_SECONDS = 2.0
+"""The same patience for a look at the place before anything is done: somebody waits for the answer."""
 _LONGEST_REASON = 200
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
+_SPACE = re.compile(r"\s")
+_BAD_SCHEME = "BadScheme"
+"""What the client's own words hold where it was not allowed plain HTTP."""
 _CREDENTIAL_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 """Whom the client asks for credentials where the environment has none."""
 
@@ -66,6 +78,7 @@ class ObjectArtifacts:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        _check_endpoints()
         # The store compares it with what arrived; Google and Azure are given none, and have TLS.
         config: S3Config = {"checksum_algorithm": "SHA256"} if url.startswith("s3:") else {}
         try:
@@ -129,9 +142,10 @@ class ObjectArtifacts:
         """See ``Artifacts.find_problem``; writes and deletes an object, always the same."""
         try:
             with self._explained("Audio cannot be stored in"):
-                await self._remove(_PROBE)  # to ask for what is not there takes a right of its own, to list
+                # To ask for what is not there takes a right of its own: to list.
+                await self._remove(_PROBE, _LOOK_SECONDS)
                 await _call(obstore.put, self._store, _PROBE, b"", use_multipart=False)
-                await self._remove(_PROBE)
+                await self._remove(_PROBE, _LOOK_SECONDS)
         except ArtifactError as error:
             return str(error)
         return None
@@ -153,11 +167,11 @@ class ObjectArtifacts:
         except FileNotFoundError:
             return None
 
-    async def _remove(self, name: str) -> bool:
+    async def _remove(self, name: str, patience: float | None = None) -> bool:
         """Delete the object and return whether it was there: a store does not say so itself."""
         try:
-            await _call(obstore.head, self._store, name)
-            await _settle(lambda: _call(obstore.delete, self._store, name))
+            await _settle(lambda: _call(obstore.head, self._store, name), patience)
+            await _settle(lambda: _call(obstore.delete, self._store, name), patience)
         except FileNotFoundError:
             return False
         return True
@@ -181,18 +195,43 @@ async def _call(function: Callable[P, T], *args: P.args, **options: P.kwargs) ->
     return await to_thread.run_sync(partial(function, *args, **options), abandon_on_cancel=True)
 
 
-async def _settle(write: Callable[[], Awaitable[None]]) -> None:
-    """Write until the outcome is known: the client itself never repeats a write that may have been carried out.
+async def _settle(work: Callable[[], Awaitable[T]], patience: float | None = None) -> T:
+    """Return what the work does once its outcome is known, tried again while patience (``PATIENCE_SECONDS``) lasts.
 
-    Each of our writes comes to the same when it is repeated.
+    The client itself gives up a refused connection within seconds, and never repeats a write that may have been carried
+    out; each of our writes comes to the same when it is repeated.
     """
-    for wait in WAITS_SECONDS:
+    give_up_at: float | None = None
+    for wait in chain(_WAITS_SECONDS, repeat(_WAITS_SECONDS[-1])):
         try:
-            return await write()
+            return await work()
         except GenericError as error:
-            logger.info("object store: writes again in %g s: %s", wait, _explain(error))
-            await anyio.sleep(wait)
-    return await write()
+            if _BAD_SCHEME in str(error):
+                raise
+            if give_up_at is None:
+                give_up_at = monotonic() + (PATIENCE_SECONDS if patience is None else patience)
+            if monotonic() + wait > give_up_at:
+                raise
+            logger.info("object store: tries again in %g s: %s", wait, _explain(error))
+        await sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _check_endpoints() -> None:
+    """Raise unless each is a URL: the client would panic at its first request, in a way that is no ``Exception``."""
+    for name in _ENDPOINTS:
+        if name in os.environ and not _is_endpoint(os.environ[name]):
+            raise ConfigurationError(name, "is not the URL of a store", "use something like https://host:9000")
+
+
+def _is_endpoint(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not _SPACE.search(text)
+        )
+    except ValueError:  # a port that is none, a bracket that is not closed
+        return False
 
 
 def _explain(error: Exception) -> str:
@@ -200,6 +239,8 @@ def _explain(error: Exception) -> str:
     text = str(error)
     if any(host in text for host in _CREDENTIAL_HOSTS):
         return "the environment has no credentials for it"
+    if _BAD_SCHEME in text:
+        return "its endpoint is plain http://, which AWS_ALLOW_HTTP=true allows"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return "access is denied; check the credentials in the environment"
     if isinstance(error, FileNotFoundError):

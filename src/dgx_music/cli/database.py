@@ -79,10 +79,12 @@ async def find_generation(database: Database, wanted: str) -> Generation:
     """Return the generation with this id, or the only one whose id starts so."""
     start = check_name("ID", wanted).lower()
     async with database.session(read_only=True) as session:
-        ids = await find_generation_ids(session, start) if len(start) >= _SHORTEST_PREFIX else []
-        if len(ids) > 1 and start not in ids:
-            raise InvalidRequestError("ID", f"{wanted!r} fits more than one generation", "give more of it")
-        generation = await get_generation(session, start if start in ids or not ids else ids[0])
+        generation = await get_generation(session, start)
+        if generation is None and len(start) >= _SHORTEST_PREFIX:
+            ids = await find_generation_ids(session, start)
+            if len(ids) > 1:
+                raise InvalidRequestError("ID", f"{wanted!r} fits more than one generation", "give more of it")
+            generation = await get_generation(session, ids[0]) if ids else None
     if generation is None:
         raise GenerationNotFoundError(wanted)
     return generation

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +20,9 @@ from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_of_idle_models, tell_outcome, tell_untrained
 from dgx_music.cli.prompt_file import parse_object, read_requests
 from dgx_music.enqueue import enqueue_many, plan
-from dgx_music.errors import ArtifactError, InvalidRequestError
+from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.estimates import estimate_generation
-from dgx_music.storage import Generation
+from dgx_music.storage import Database, Generation
 from dgx_music.validation import check_positive
 
 _MAX_IDS_ON_TERMINAL = 20
@@ -146,9 +147,8 @@ def enqueue(
     requests = _read(prompt, file, options)
     is_waiting = wait or out is not None
     _check_waiting(out, timeout, len(requests), is_waiting=is_waiting, force=force)
-    rows = asyncio.run(_enqueue(requests, database_url, is_waiting=is_waiting, timeout=timeout, prints_ids=not as_json))
-    if as_json:
-        print_json([row.to_dict() for row in rows] if file is not None else rows[0].to_dict())
+    show = partial(_print_json, is_list=file is not None) if as_json else _print_ids
+    rows = asyncio.run(_enqueue(requests, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json))
     if is_waiting and not tell_outcome(rows):
         raise typer.Exit(1)
     if out is not None:
@@ -190,19 +190,37 @@ def _check_waiting(out: Path | None, timeout: float | None, count: int, *, is_wa
 async def _enqueue(
     requests: list[dict[str, Any]],
     database_url: str | None,
+    show: Callable[[list[Generation]], None],
     *,
     is_waiting: bool,
     timeout: float | None,
-    prints_ids: bool,
+    as_json: bool,
 ) -> list[Generation]:
-    """Enqueue, say so, wait where that is asked for, and return the rows as they are then."""
+    """Enqueue, show it, wait where that is asked for, and return the rows as they are then.
+
+    JSON is shown after a wait, and after one that failed too: what is enqueued must not be lost to who has enqueued it.
+    """
     async with opened(database_url) as database:
         rows = await enqueue_many(requests)
-        if prints_ids:
-            _print_ids(rows)
+        if not (is_waiting and as_json):
+            show(rows)
+        try:
+            await _advise(database, rows, is_waiting=is_waiting)
+            if is_waiting:
+                rows = await _follow(rows, timeout)
+        finally:
+            if is_waiting and as_json:
+                show(rows)
+        return rows
+
+
+async def _advise(database: Database, rows: list[Generation], *, is_waiting: bool) -> None:
+    """Say where the rows stand and who is missing; where that cannot be had they are enqueued all the same."""
+    try:
         await _tell_of_queue(rows, is_waiting=is_waiting)
         await tell_of_idle_models(database, rows)
-        return await _follow(rows, timeout) if is_waiting else rows
+    except DgxMusicError as error:
+        tell(f"Enqueued; no more can be said of the queue: {error}")
 
 
 async def _follow(rows: list[Generation], timeout: float | None) -> list[Generation]:
@@ -211,6 +229,10 @@ async def _follow(rows: list[Generation], timeout: float | None) -> list[Generat
     except asyncio.CancelledError:
         tell(f"Stopped waiting, not making; see: dgx-music watch {rows[0].id}")
         raise
+
+
+def _print_json(rows: list[Generation], *, is_list: bool) -> None:
+    print_json([row.to_dict() for row in rows] if is_list else rows[0].to_dict())
 
 
 def _print_ids(rows: list[Generation]) -> None:

@@ -61,6 +61,9 @@ def worker(
     command_timeout_seconds: Annotated[
         float | None, setting("command_timeout_seconds", rich_help_panel=_SERVER)
     ] = None,
+    idle_transaction_timeout_seconds: Annotated[
+        float | None, setting("idle_transaction_timeout_seconds", rich_help_panel=_SERVER)
+    ] = None,
     log_level: Annotated[Literal["debug", "info", "warning", "error"] | None, setting("log_level")] = None,
 ) -> None:
     """Run the daemon that makes the queue's music.
@@ -97,6 +100,7 @@ def worker(
             connect_timeout_seconds=connect_timeout_seconds,
             statement_timeout_seconds=statement_timeout_seconds,
             command_timeout_seconds=command_timeout_seconds,
+            idle_transaction_timeout_seconds=idle_transaction_timeout_seconds,
             log_level=log_level,
         )
     )

@@ -30,7 +30,7 @@ from dgx_music.inference.channel import Decoder, Message, encode
 from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, LoadEngine
 
 ENGINES = {"musicgen": "dgx_music.inference.musicgen", "tone": "dgx_music.inference.tone"}
-PROGRESS_SECONDS = 0.1
+PROGRESS_SECONDS = 0.5
 
 _READ_BYTES = 65_536
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

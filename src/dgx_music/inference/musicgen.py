@@ -1,12 +1,13 @@
-"""MusicGen through transformers' own ``generate``: one generation at a time, the reference for any faster engine."""
+"""The MusicGen engine: weights and text encoder and codec from transformers, tokens from the slots."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
+import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,19 +21,18 @@ try:
     import torch
     import transformers
     from huggingface_hub import snapshot_download
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import (
         AutoConfig,
         AutoTokenizer,
-        GenerationConfig,
-        LogitsProcessor,
-        LogitsProcessorList,
         MusicgenConfig,
         MusicgenForConditionalGeneration,
         PreTrainedTokenizerBase,
     )
-    from transformers.modeling_outputs import BaseModelOutput
 
+    from dgx_music.inference.decoder import Decoder
+    from dgx_music.inference.loop import DecodingLoop
+    from dgx_music.inference.slots import Row, Slots, delays
     from dgx_music.inference.tiny import build_tiny
 except ImportError as error:
     raise EngineUnavailableError(
@@ -42,9 +42,8 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PATIENCE_SECONDS = 0.1
 _FILES = ["*.json", "*.safetensors", "*.model"]
-_COLDEST = 1e-4
-"""Below this temperature the likeliest token is certain, and logits divided by it may overflow: decode greedily."""
 
 
 def load(settings: EngineSettings) -> Engine:
@@ -61,26 +60,32 @@ def load(settings: EngineSettings) -> Engine:
     weights = _find_weights(info, settings.revision, _choose_dtype(settings.dtype, device))
     if device.type == "cpu":
         _spare_a_core()
-    return MusicGenEngine(weights, device, is_untrained=info.is_untrained)
+    return MusicGenEngine(weights, device, info, slots=settings.slots)
 
 
 class MusicGenEngine:
-    """One MusicGen model on one device. The language model may be in 16 bit; T5 and EnCodec stay in float32."""
+    """One MusicGen model on one device. The language model may be in 16 bit; T5 and EnCodec stay in float32.
 
-    slots = 1
+    ``generate`` is for one thread per slot. It reads the text there; the steps, which all generations share, are the
+    decoding thread's, and the audio is made in a third thread, so that neither keeps the slots waiting.
+    """
 
-    def __init__(self, weights: _Weights, device: torch.device, *, is_untrained: bool) -> None:
-        model = weights.model.to(device)
-        model.generation_config = GenerationConfig()  # a file's own defaults (length, top_k) must not fill the gaps
-        model.text_encoder.register_forward_hook(_match_text_states(model.decoder.dtype))
-        self._model = model
+    def __init__(self, weights: _Weights, device: torch.device, info: ModelInfo, *, slots: int) -> None:
+        model, config = weights.model.to(device), weights.model.config
         self._tokenizer = weights.tokenizer
-        self._sample_rate: int = model.config.audio_encoder.sampling_rate
-        self._frame_size: int = model.config.audio_encoder.hop_length
-        self._longest_delay: int = model.config.decoder.num_codebooks // model.config.decoder.audio_channels - 1
-        self._is_untrained = is_untrained
+        self._text_encoder = model.text_encoder
+        self._codec = model.audio_encoder
+        self._sample_rate: int = config.audio_encoder.sampling_rate
+        self._frame_size: int = config.audio_encoder.hop_length
+        self._longest_delay = delays(config.decoder.num_codebooks, config.decoder.audio_channels)[-1]
+        max_steps = self._frame_count(round(info.max_duration_seconds * self._sample_rate)) + self._longest_delay
+        self._decoder = Decoder(model.decoder, getattr(model, "enc_to_dec_proj", None), max_steps)
+        self._loop = DecodingLoop(lambda: Slots(self._decoder, slots))
+        self._reading = threading.Lock()
+        self._codec_thread = ThreadPoolExecutor(1, "codec")  # clips that end together are sooner done one by one
+        self._is_untrained = info.is_untrained
+        self.slots = slots
         self.device = str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
-        self._device = device
         self.model_version = weights.version
         self.notice = weights.notice
 
@@ -90,71 +95,55 @@ class MusicGenEngine:
         The same seed gives the same audio on the same device. Raises ``EngineError`` where a number is not finite.
         """
         started = time.perf_counter()
+        run.check_cancelled()
         sample_count = round(request.duration * self._sample_rate)
-        step_count = self._frame_count(sample_count) + self._longest_delay
-        watch = _StepWatch(run, step_count)
-        prompt = self._tokenizer(request.prompt, return_tensors="pt").to(self._device)
-        torch.manual_seed(request.effective_seed)
-        audio = self._model.generate(  # [1, channel, sample]
-            **prompt,
-            generation_config=self._generation_config(request, step_count),
-            logits_processor=LogitsProcessorList([watch]),
-        )
-        samples = audio[0, :, :sample_count].cpu().numpy()
+        codes = self._loop.decode(self._row(request, self._frame_count(sample_count)), run)  # [codebook, frame]
+        samples = _wait(self._codec_thread.submit(self._sound, codes), run)[:, :sample_count].cpu().numpy()
         if not np.isfinite(samples).all():
             raise EngineError("The codec's samples are not finite; its weights may be damaged.")
         run.report_progress(1.0)
         return Audio(samples, self._sample_rate, self._facts(request, time.perf_counter() - started))
 
     def _frame_count(self, sample_count: int) -> int:
-        """Return how many frames hold the samples; with fewer than the longest delay ``generate`` would not delay."""
-        return max(math.ceil(sample_count / self._frame_size), self._longest_delay)
+        return math.ceil(sample_count / self._frame_size)
 
-    def _generation_config(self, request: GenerationRequest, step_count: int) -> GenerationConfig:
-        """Return all options of ``generate`` that matter here: transformers' own defaults differ (its top_k is 50)."""
-        pad = self._model.config.decoder.pad_token_id
-        is_sampling = request.temperature >= _COLDEST
-        sampling = {"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p or 1.0}
-        return GenerationConfig(
-            max_new_tokens=step_count,
+    def _row(self, request: GenerationRequest, frame_count: int) -> Row:
+        random = torch.Generator().manual_seed(request.effective_seed)  # on the CPU: the same numbers on every device
+        shape = frame_count + self._longest_delay, self._decoder.codebook_count
+        return Row(
+            text=self._read(request.prompt),
+            uniforms=torch.rand(shape, generator=random),
+            frame_count=frame_count,
             guidance_scale=request.guidance_scale,
-            do_sample=is_sampling,
-            bos_token_id=pad,
-            pad_token_id=pad,
-            decoder_start_token_id=pad,
-            **(sampling if is_sampling else {}),
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
         )
+
+    @torch.inference_mode()
+    def _read(self, prompt: str) -> Tensor:
+        """Return what cross-attention sees of the prompt: ``[layer, 2, head, token, head size]``."""
+        with self._reading:  # a fast tokenizer is not safe in two threads
+            tokens = self._tokenizer(prompt, return_tensors="pt").to(self._decoder.device)
+            states = self._text_encoder(**tokens).last_hidden_state  # [1, token, width]
+        return self._decoder.read_text(states[0])
+
+    @torch.inference_mode()
+    def _sound(self, codes: Tensor) -> Tensor:
+        """Return the samples ``[channel, sample]`` of codes ``[codebook, frame]``; stereo's codebooks alternate."""
+        channels = self._decoder.channels
+        sides = [self._codec.decode(codes[None, None, side::channels], [None]) for side in range(channels)]
+        return torch.cat([side.audio_values[0] for side in sides])
 
     def _facts(self, request: GenerationRequest, device_seconds: float) -> dict[str, Any]:
         return {
             "engine": "musicgen",
             "seed": request.effective_seed,
             "device": self.device,
-            "dtype": str(self._model.decoder.dtype).removeprefix("torch."),
+            "dtype": str(self._decoder.dtype).removeprefix("torch."),
             "device_seconds": round(device_seconds, 3),
             "is_untrained": self._is_untrained,
         }
-
-
-class _StepWatch(LogitsProcessor):  # type: ignore[misc]
-    """What ``generate`` calls at every step: reports progress and raises on a cancel or an overflow.
-
-    Raising is the only way out: where a stopping criterion ends the loop early, ``generate`` fails at its last reshape.
-    """
-
-    def __init__(self, run: Run, step_count: int) -> None:
-        self._run = run
-        self._done = 0
-        self._total = step_count + 1  # decoding the audio is the last
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores unchanged, ``[batch * codebook, token]``."""
-        self._run.check_cancelled()
-        if not torch.isfinite(scores).all():
-            raise EngineError("The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights.")
-        self._done += 1
-        self._run.report_progress(self._done / self._total)
-        return scores
 
 
 class _Musicgen(MusicgenForConditionalGeneration):  # type: ignore[misc]
@@ -222,13 +211,15 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[MusicgenForCondition
     return model, tokenizer
 
 
-def _match_text_states(dtype: torch.dtype) -> Callable[[nn.Module, Any, BaseModelOutput], BaseModelOutput]:
-    """Return a hook for the text encoder that hands its float32 states on in the language model's number format."""
-
-    def convert(_encoder: nn.Module, _args: Any, output: BaseModelOutput) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=output.last_hidden_state.to(dtype))
-
-    return convert
+def _wait(audio: Future[Tensor], run: Run) -> Tensor:
+    """Return the audio once it is made; a generation that is cancelled meanwhile does not wait for it."""
+    while not wait((audio,), _PATIENCE_SECONDS).done:
+        try:
+            run.check_cancelled()
+        except BaseException:
+            audio.cancel()  # where it has not begun
+            raise
+    return audio.result()
 
 
 def _choose_device(name: str) -> torch.device:

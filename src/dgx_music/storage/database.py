@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import Connection, NullPool, inspect, text
 from sqlalchemy.exc import DatabaseError as DriverError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -30,6 +30,8 @@ T = TypeVar("T")
 _MIGRATION_LOCK = (
     0x6467_786D  # "dgxm": an advisory lock's number, so that two migrations at once are one after the other
 )
+_LOCK_SECONDS = 5.0
+"""How long a migration waits for a table that others are using: whoever comes to use it meanwhile waits behind it."""
 _REPEATS = 3
 
 
@@ -62,6 +64,7 @@ class Database:
             connect_seconds=settings.connect_timeout_seconds,
             statement_seconds=settings.statement_timeout_seconds,
             command_seconds=settings.command_timeout_seconds,
+            idle_seconds=settings.idle_transaction_timeout_seconds,
         )
         return cls(settings.database_url, replica_url=settings.replica_url, limits=limits)
 
@@ -88,13 +91,15 @@ class Database:
         A writing one holds SQLite's write lock from its first statement on: keep it short. A reading one sees one moment of
         the database, never waits for a writer, and must not write. It sees all that was committed before, unless it
         ``may_lag``: then the read replica answers, where there is one and it can.
+
+        PostgreSQL ends a session whose transaction is idle for ``Limits.idle_seconds``: do nothing slow inside.
         """
         session = await self._begin(read_only=read_only, may_lag=may_lag)
         try:
             yield session
             await session.commit()
         except BaseException as error:
-            if not self._is_unavailable(error):
+            if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
                 await self._roll_back(session)
                 raise
             await session.invalidate()  # on a dead connection a rollback would wait as long again
@@ -234,12 +239,19 @@ class Database:
         """Raise the ``DatabaseUnavailableError`` that the error amounts to."""
         if isinstance(error, DatabaseUnavailableError):
             raise error
-        why = postgres.first_line(getattr(error, "orig", error))
+        why = postgres.known_reason(error, self.limits) or postgres.first_line(getattr(error, "orig", error))
         if isinstance(error, PoolTimeoutError):
             why = "all its connections are in use; is a session opened inside another one?"
         elif isinstance(error, TimeoutError):
             why = str(NoAnswerError())
         raise DatabaseUnavailableError(str(self.replica if at_replica else self), why) from error
+
+
+def _is_refused_write(error: BaseException) -> bool:
+    """Tell a write in a session that only reads; elsewhere the same error is of a server that has become a replica."""
+    if not isinstance(error, DBAPIError):
+        return False
+    return postgres.sqlstate(error) == "25006" or getattr(error.orig, "sqlite_errorname", "") == "SQLITE_READONLY"
 
 
 def _read_revision(connection: Connection) -> str | None:
@@ -253,24 +265,38 @@ def _upgrade(connection: Connection) -> None:
     from dgx_music.storage import migrations
 
     if connection.dialect.name == "postgresql":
-        connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+        take_turn(connection)
         encoding = connection.scalar(text("SHOW server_encoding"))
-        if encoding != "UTF8":  # no other one holds every prompt, and the search takes text apart by Unicode's rules
+        if encoding != "UTF8":  # no other one holds every prompt and every JSON text
             why = f"its encoding is {encoding}; create it with: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
             raise DatabaseUnavailableError(postgres.shown(connection.engine.url), why)
+    _check_ours(connection)
     migrations.upgrade(connection)
 
 
+def take_turn(connection: Connection) -> None:
+    """Wait for whoever migrates, as long as it takes; from then on for nobody who holds a table for long."""
+    connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+    connection.execute(text(f"SET LOCAL lock_timeout = {_LOCK_SECONDS * 1000:.0f}"))
+
+
 def _drop(connection: Connection) -> None:
-    foreign = set(Base.metadata.tables) & set(inspect(connection).get_table_names())
-    is_ours = _read_revision(connection) is not None
-    if foreign and not is_ours:
-        raise DatabaseUnavailableError(postgres.shown(connection.engine.url), f"its table {min(foreign)} is not ours")
-    if is_ours:
+    if _check_ours(connection):
         from dgx_music.storage import migrations
 
+        if connection.dialect.name == "postgresql":
+            take_turn(connection)
         migrations.downgrade(connection, "base")
         connection.execute(text(f"DROP TABLE {VERSION_TABLE}"))
+
+
+def _check_ours(connection: Connection) -> bool:
+    """Return whether our tables are there; raise where somebody else's have their names."""
+    is_ours = _read_revision(connection) is not None
+    foreign = set(Base.metadata.tables) & set(inspect(connection).get_table_names())
+    if foreign and not is_ours:
+        raise DatabaseUnavailableError(postgres.shown(connection.engine.url), f"its table {min(foreign)} is not ours")
+    return is_ours
 
 
 _default: Database | None = None

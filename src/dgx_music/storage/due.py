@@ -15,6 +15,7 @@ from sqlalchemy import (
     Select,
     Table,
     and_,
+    case,
     func,
     literal,
     not_,
@@ -35,6 +36,7 @@ g = generations.c
 
 CLAIM_ORDER = claim_order(g.run_at, g.priority)
 _PENDING, _PROCESSING = written(PENDING), written(PROCESSING)
+_SPARE = 16
 _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 
 
@@ -138,7 +140,7 @@ def _due_by_tenant(dialect: str, model_name: str, limit: int, tenant_limit: int)
     An index holds each tenant's queue by itself: however much one has waiting, it is never walked through in search of
     another's. What has no tenant is a queue of its own, with room for everything.
     """
-    tenants = _waiting_tenants(model_name)
+    rooms = _rooms(_waiting_tenants(model_name), limit, tenant_limit)
     queue = generations.alias("queue")
     place = claim_order(queue.c.run_at, queue.c.priority)
     # A range of one tenant, in the order of the tenants: for an equality PostgreSQL might take the index of all claims,
@@ -148,21 +150,34 @@ def _due_by_tenant(dialect: str, model_name: str, limit: int, tenant_limit: int)
     waiting = select(queue.c.id, place.label("place"), nth.label("nth")).where(
         queue.c.status == _PENDING,
         queue.c.model_name == model_name,
-        queue.c.tenant.between(tenants.c.tenant, tenants.c.tenant),
+        queue.c.tenant.between(rooms.c.tenant, rooms.c.tenant),
         unindexed(queue.c.run_at) <= now(),
     )
-    own = waiting.order_by(*order).limit(limit).correlate(tenants).subquery("own")
-    is_running = and_(g.status == _PROCESSING, g.worker_id.is_not(None), unindexed(g.tenant) == tenants.c.tenant)
-    in_hand = select(func.count(g.id)).where(is_running).correlate(tenants).scalar_subquery()
-    is_allowed = (tenants.c.tenant == "") | (own.c.nth <= literal(tenant_limit) - in_hand)
-    allowed = select(own.c.id, own.c.place).where(is_allowed).correlate(tenants)
-    if dialect == "postgresql":
-        first = allowed.lateral("first")
-        chosen = select(first.c.id).select_from(tenants.join(first, true())).order_by(first.c.place, first.c.id)
-    else:  # SQLite has no LATERAL, but looks up the ids that a query of each tenant's finds
+    own = waiting.order_by(*order).limit(limit + _SPARE).correlate(rooms).subquery("own")
+    allowed = select(own.c.id, own.c.place).where(own.c.nth <= rooms.c.room).correlate(rooms)
+    is_open = not_(is_paused(model_name))
+    if dialect != "postgresql":  # SQLite has no LATERAL, but looks up the ids that a query of each tenant's finds
         is_first = g.id.in_(allowed.with_only_columns(own.c.id))
-        chosen = select(g.id).select_from(tenants.join(generations, is_first)).order_by(CLAIM_ORDER, g.id)
-    return chosen.where(tenants.c.tenant.is_not(None), not_(is_paused(model_name))).limit(limit)
+        chosen = select(g.id).select_from(rooms.join(generations, is_first)).where(is_open)
+        return chosen.order_by(CLAIM_ORDER, g.id).limit(limit)
+    first = allowed.lateral("first")
+    # Some to spare, in the place of those that somebody else has locked.
+    firsts = select(first.c.id, first.c.place).select_from(rooms.join(first, true())).where(is_open)
+    firsts = firsts.order_by(first.c.place, first.c.id).limit(limit + _SPARE)
+    best = firsts.cte("best").prefix_with("MATERIALIZED")
+    chosen = select(g.id).join(best, g.id == best.c.id).where(g.status == _PENDING).order_by(best.c.place, best.c.id)
+    return chosen.limit(limit).with_for_update(of=generations, skip_locked=True, key_share=True)
+
+
+def _rooms(tenants: Any, limit: int, tenant_limit: int) -> Any:
+    """Return the tenants that may have more in hand, and how much; who has no name has room for everything."""
+    is_running = and_(g.status == _PROCESSING, g.worker_id.is_not(None))
+    by_tenant = select(unindexed(g.tenant).label("tenant"), func.count().label("count")).where(is_running)
+    running = by_tenant.group_by(unindexed(g.tenant)).cte("running").prefix_with("MATERIALIZED")
+    room = literal(tenant_limit) - func.coalesce(running.c.count, 0)
+    room = case((tenants.c.tenant == "", limit + _SPARE), else_=room)
+    rooms = select(tenants.c.tenant, room.label("room")).outerjoin(running, running.c.tenant == tenants.c.tenant)
+    return rooms.where(tenants.c.tenant.is_not(None), room > 0).cte("rooms").prefix_with("MATERIALIZED")
 
 
 def _waiting_tenants(model_name: str) -> Any:

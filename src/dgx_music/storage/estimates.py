@@ -17,7 +17,8 @@ from dgx_music.forecast import Ahead, Range, Slot, earliest_start, latest_start
 from dgx_music.storage.due import CLAIM_ORDER, find_waits, g, is_paused
 from dgx_music.storage.models import Speed, WorkerInfo
 from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import PENDING, PROCESSING, now, now_plus, unindexed
+from dgx_music.storage.schema import PENDING, PROCESSING, now, now_plus, unindexed, written
+from dgx_music.storage.workers import served_models
 
 _ROUNDS = 4
 _FAR_SECONDS = 1e9
@@ -143,7 +144,7 @@ async def _living(session: AsyncSession) -> list[_Server]:
             row.device,
             row.slots,
             row.model_name,
-            frozenset(row.models or [row.model_name]),
+            served_models(row),
             (row.now - row.heartbeat_at).total_seconds(),
         )
         for row in rows
@@ -182,7 +183,7 @@ async def _slots(session: AsyncSession, model_name: str) -> list[Slot]:
 async def _running(session: AsyncSession, servers: Iterable[_Server]) -> dict[str, list[Any]]:
     """Return what each of these workers has in hand."""
     query = select(g.worker_id, g.model_name, g.duration_seconds, g.progress, g.cancel_requested)
-    is_theirs = and_(g.status == PROCESSING, g.worker_id.in_([server.id for server in servers]))
+    is_theirs = and_(g.status == written(PROCESSING), g.worker_id.in_([server.id for server in servers]))
     running: dict[str, list[Any]] = defaultdict(list)
     for row in await session.execute(query.where(is_theirs)):
         running[row.worker_id].append(row)
@@ -244,7 +245,7 @@ async def _ahead(session: AsyncSession, own: Row[Any], within: float, *, is_over
     if is_overtaken:
         is_first = or_(is_first, g.run_at <= own.run_at)
     due_by = own.now + timedelta(seconds=min(within, _FAR_SECONDS))
-    is_counted = and_(g.status == PENDING, g.model_name == own.model_name, unindexed(g.run_at) <= due_by)
+    is_counted = and_(g.status == written(PENDING), g.model_name == own.model_name, unindexed(g.run_at) <= due_by)
     total, longest = (func.coalesce(each(g.duration_seconds), 0.0) for each in (func.sum, func.max))
     query = select(func.count(), total, longest).where(is_counted, is_first, g.id != own.id)
     return Ahead(*(await session.execute(query)).one())

@@ -99,6 +99,8 @@ def _equalities(filters: Filters, row: Any, *, is_found: bool) -> list[ColumnEle
     PostgreSQL has counted how frequent each value is and chooses for itself. SQLite has not, so what is likely to be the
     rarest comes first here: a tenant, what is not completed yet, a model.
     """
+    for name in filters.keys() - Filters.__annotations__.keys():
+        raise TypeError(f"there is no filter {name!r}; use {', '.join(Filters.__annotations__)}")
     tenant, model, status = filters.get("tenant"), filters.get("model"), filters.get("status")
     status = None if status is None else check_status(status)
     wanted = [

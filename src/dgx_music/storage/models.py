@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, MetaData, column, false, inspect
 from sqlalchemy import text as sql
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.storage.schema import (
@@ -34,6 +34,7 @@ from dgx_music.storage.schema import (
     new_id,
     now,
 )
+from dgx_music.storage.words import search_text
 
 ALL_MODELS = "*"
 """In the place of a model's name: whichever it is."""
@@ -66,6 +67,14 @@ class Prompt(Base):
     text: Mapped[str] = mapped_column(LongText)
     text_hash: Mapped[str] = mapped_column(HashText, unique=True)
     """SHA-256 of the text: unique in its place, since PostgreSQL's index rows are shorter than a long prompt."""
+    search_text: Mapped[str] = mapped_column(
+        LongText,
+        default=lambda context: search_text(context.get_current_parameters()["text"]),
+        server_default="",
+        deferred=True,
+        deferred_raiseload=True,
+    )
+    """The text's words as ``words.py`` has them, for the databases' indexes: written, and never read again."""
     used_count: Mapped[int] = mapped_column(default=1, server_default=sql("1"))
     first_used_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     last_used_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
@@ -76,6 +85,11 @@ class Prompt(Base):
         if "text" in values:
             values.setdefault("text_hash", text_hash(values["text"]))
         super().__init__(**{"used_count": 1} | values)
+
+    @validates("text")
+    def _keep_words(self, _name: str, text: str) -> str:
+        self.search_text = search_text(text)
+        return text
 
     def increment_usage(self) -> None:
         """Count one more use in this object; ``track_prompt_usage`` does it in one atomic statement."""
@@ -405,7 +419,8 @@ class Tally(Base):
 
 def _columns_as_json(row: Base) -> dict[str, Any]:
     mapper = inspect(type(row))
-    return {attribute.columns[0].name: _as_json(getattr(row, attribute.key)) for attribute in mapper.column_attrs}
+    read = (attribute for attribute in mapper.column_attrs if not attribute.deferred)
+    return {attribute.columns[0].name: _as_json(getattr(row, attribute.key)) for attribute in read}
 
 
 def _as_json(value: Any) -> Any:

@@ -37,6 +37,7 @@ class Notifications:
         self._listen = _listen_asyncpg if url.get_driver_name() == "asyncpg" else _listen_psycopg
         self._subscriptions: set[Subscription] = set()
         self._listening: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
 
     @contextmanager
     def subscribe(self, topic: Topic | None = None, keys: Collection[str] = ()) -> Iterator[Subscription]:
@@ -49,15 +50,21 @@ class Notifications:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
-            if not self._subscriptions and self._listening is not None:
-                self._listening.cancel()
+            if not self._subscriptions:
+                self._end()
+
+    def _end(self) -> None:
+        """Stop listening; who subscribes from now on gets a listener of his own."""
+        if self._listening is not None:
+            self._listening.cancel()
+            self._ending.add(self._listening)
+            self._listening.add_done_callback(self._ending.discard)
+            self._listening = None
 
     async def close(self) -> None:
         """Wait for the end of the connection; its subscribers are gone."""
-        if self._listening is not None:
-            self._listening.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._listening
+        self._end()
+        await asyncio.gather(*self._ending, return_exceptions=True)
 
     async def _listen_for_ever(self) -> None:
         failures = 0
@@ -91,8 +98,9 @@ async def _listen_asyncpg(connection: Any, start: Callable[[], None], wake: Wake
     lost = asyncio.Event()
     connection.add_termination_listener(lambda _connection: lost.set())
     try:
-        for topic in Topic:
-            await connection.add_listener(topic.value, lambda _connection, _pid, channel, key: wake(channel, key))
+        async with asyncio.timeout(answer_seconds):
+            for topic in Topic:
+                await connection.add_listener(topic.value, lambda _connection, _pid, channel, key: wake(channel, key))
         start()
         while not lost.is_set():
             with suppress(TimeoutError):
@@ -105,9 +113,10 @@ async def _listen_asyncpg(connection: Any, start: Callable[[], None], wake: Wake
 async def _listen_psycopg(connection: Any, start: Callable[[], None], wake: Wake, answer_seconds: float) -> None:
     """Listen until the connection is lost."""
     try:
-        await connection.set_autocommit(True)
-        for topic in Topic:
-            await connection.execute(f"LISTEN {topic.value}")
+        async with asyncio.timeout(answer_seconds):
+            await connection.set_autocommit(True)
+            for topic in Topic:
+                await connection.execute(f"LISTEN {topic.value}")
         start()
         while True:
             async for notification in connection.notifies(timeout=_CHECK_SECONDS):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 from typing import Any
 from uuid import uuid4
 
@@ -28,7 +29,11 @@ from dgx_music.storage.urls import connect_timeout, is_pooled_by_transaction, se
 
 _TRANSIENT = {"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25006"}
 """Serialisation, deadlock, lock and statement timeouts, shutdown; the last is a server that has become a replica."""
+_FORBIDDEN = "42501"
+_LOCK_NOT_HAD, _IDLE_TOO_LONG = "55P03", "25P03"
+_ASYNCPGS_IDLE_TOO_LONG = ("underlying connection is closed", "idle-in-transaction timeout")
 _WORTH_REPEATING = {"40001", "40P01"}
+_BETWEEN_HOSTS_SECONDS = 1.0
 _GOODBYE_SECONDS = 0.3
 _TRUSTED_SECONDS = 30.0
 
@@ -107,17 +112,29 @@ def creator(url: URL, limits: Limits, *, is_patient: bool = False) -> Callable[.
     """
     connect = _connect_asyncpg if url.get_driver_name() == "asyncpg" else _connect_psycopg
     limits = replace(limits, connect_seconds=connect_timeout(url) or limits.connect_seconds)
+    longest = _longest(url, limits)
 
     async def create(*_arguments: Any, **_options: Any) -> Any:  # SQLAlchemy's reading of the URL
         try:
-            async with asyncio.timeout(limits.connect_seconds):
+            async with asyncio.timeout(longest):
                 return await connect(url, limits, is_patient)
         except TimeoutError:
             raise DatabaseUnavailableError(shown(url), f"no connection in {limits.connect_seconds:g} s") from None
         except Exception as error:  # OSError and the driver's own, each with causes of its own
-            raise DatabaseUnavailableError(shown(url), first_line(error)) from error
+            raise DatabaseUnavailableError(shown(url), _why_refused(error)) from error
 
     return create
+
+
+def _longest(url: URL, limits: Limits) -> float:
+    """Return how long a connection is waited for in all: each of several hosts may be silent for its own time."""
+    hosts = len(_one_by_one(url))
+    return limits.connect_seconds if hosts == 1 else hosts * _psycopg_timeout(limits) + _BETWEEN_HOSTS_SECONDS
+
+
+def _why_refused(error: Exception) -> str:
+    why = first_line(error)
+    return f"{why}; add ?pgbouncer=true to its URL" if "unsupported startup parameter" in why else why
 
 
 def shown(url: URL) -> str:
@@ -130,12 +147,25 @@ def is_unavailable(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     code = sqlstate(error)
-    return error.connection_invalidated or code in _TRANSIENT or code.startswith(("08", "53"))
+    return error.connection_invalidated or code in _TRANSIENT or code == _FORBIDDEN or code.startswith(("08", "53"))
 
 
 def is_worth_repeating(error: BaseException) -> bool:
     """Return True where the very same transaction may succeed at once: a deadlock's victim, a lost race."""
     return isinstance(error, DBAPIError) and sqlstate(error) in _WORTH_REPEATING
+
+
+def known_reason(error: BaseException, limits: Limits) -> str | None:
+    """Return why the server gave up, and what to do; ``None`` where its own words have to do."""
+    if not isinstance(error, DBAPIError):
+        return None
+    if sqlstate(error) == _LOCK_NOT_HAD:
+        return "others are using its tables; try again when they are quieter"
+    has_no_code = any(words in str(error.orig) for words in _ASYNCPGS_IDLE_TOO_LONG)
+    if sqlstate(error) == _IDLE_TOO_LONG or has_no_code:
+        why = f"its connection ended in an idle transaction, which the server allows for {limits.idle_seconds:g} s"
+        return f"{why}; finish it sooner, or raise DGX_MUSIC_IDLE_TRANSACTION_TIMEOUT_SECONDS"
+    return None
 
 
 def sqlstate(error: DBAPIError) -> str:
@@ -144,16 +174,50 @@ def sqlstate(error: DBAPIError) -> str:
 
 
 async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
+    """Connect to the first host that will do; given them all, asyncpg would have one time for them together."""
     import asyncpg
 
     pooled = is_pooled_by_transaction(url)
-    return await asyncpg.connect(
-        server_address(url),
-        connection_class=_bounded_asyncpg(),
-        command_timeout=None if is_patient else limits.command_seconds,
-        server_settings={} if pooled else _server_settings(url, limits, is_patient),
-        **({"statement_cache_size": 0} if pooled else {}),
-    )
+    not_this_one = (OSError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched)
+    *others, last = _in_order(url)
+    for host in (*others, last):
+        try:
+            return await asyncpg.connect(
+                server_address(host),
+                connection_class=_bounded_asyncpg(),
+                timeout=limits.connect_seconds,
+                command_timeout=None if is_patient else limits.command_seconds,
+                server_settings={} if pooled else _server_settings(url, limits, is_patient),
+                **({"statement_cache_size": 0} if pooled else {}),
+            )
+        except not_this_one:  # a TimeoutError is an OSError
+            if host is last:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _one_by_one(url: URL) -> list[URL]:
+    """Return the URL with each of its hosts alone."""
+    hosts = str(url.query.get("host", "")).split(",")
+    if len(hosts) == 1:
+        return [url]
+    ports = str(url.query.get("port", "")).split(",")
+    ports = ports * len(hosts) if len(ports) == 1 else ports
+    pairs = zip(hosts, ports, strict=True)
+    return [url.update_query_dict({"host": host, "port": port or "5432"}) for host, port in pairs]
+
+
+def _in_order(url: URL) -> list[URL]:
+    """Return what to try: where a standby is only preferred, each host as one, and only then as anything."""
+    hosts = _one_by_one(url)
+    if len(hosts) == 1 or url.query.get("target_session_attrs") != "prefer-standby":
+        return hosts
+    return [host.update_query_dict({"target_session_attrs": kind}) for kind in ("standby", "any") for host in hosts]
+
+
+def _psycopg_timeout(limits: Limits) -> int:
+    """Return what psycopg waits for each host: whole seconds, and at least two."""
+    return max(2, ceil(limits.connect_seconds))
 
 
 async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
@@ -161,7 +225,7 @@ async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
     name = settings.pop("application_name", None)
     connection = await _bounded_psycopg().connect(
         server_address(url),
-        connect_timeout=max(2, round(limits.connect_seconds)),
+        connect_timeout=_psycopg_timeout(limits),
         options=" ".join(f"-c {setting}={value}" for setting, value in settings.items()),
         prepare_threshold=None if is_pooled_by_transaction(url) else 2,
         **({"application_name": name} if name else {}),

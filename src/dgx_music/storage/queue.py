@@ -155,19 +155,24 @@ async def renew(session: AsyncSession, progress: Mapping[Lease, float], *, lease
     """Extend these leases and store their progress; return those still held, with whether a cancel was requested.
 
     A lease that is not in the answer is lost: stop that generation and drop its file. An expired lease that nobody has
-    rescued yet is revived.
+    rescued yet is revived. A row that somebody else has locked is passed over until the next time, and still held: his
+    open transaction must not cost the others their leases.
     """
     if not progress:
         return {}
     by_id = {lease.generation_id: done for lease, done in progress.items()}
-    held = select(g.id).where(_is_held_by(progress.keys())).order_by(g.id).with_for_update(key_share=True)
+    free = select(g.id).where(_is_held_by(progress.keys())).order_by(g.id)
+    free = free.with_for_update(skip_locked=True, key_share=True)
     statement = (
         update(generations)
-        .where(_is_one_of(held), _is_held_by(progress.keys()))
+        .where(_is_one_of(free), _is_held_by(progress.keys()))
         .values(lease_expires_at=now_plus(lease_seconds), progress=case(by_id, value=g.id, else_=g.progress))
         .returning(g.id, g.attempt, g.cancel_requested)
     )
-    rows = (await session.execute(statement)).all()
+    rows = list((await session.execute(statement)).all())
+    if len(rows) < len(progress):
+        rest = progress.keys() - {Lease(row.id, row.attempt) for row in rows}
+        rows += (await session.execute(select(g.id, g.attempt, g.cancel_requested).where(_is_held_by(rest)))).all()
     return {Lease(row.id, row.attempt): row.cancel_requested for row in rows}
 
 
@@ -180,8 +185,8 @@ async def find_cancel_requests(session: AsyncSession, worker_id: str) -> list[Le
 async def complete(session: AsyncSession, completions: Sequence[Completion]) -> set[Lease]:
     """Complete these generations in one go and return the leases of those that are completed by their own attempt.
 
-    The rest were taken by another attempt, deleted, or have a cancel requested. Saying it again after a lost reply gives
-    the same answer.
+    The rest were taken by another attempt, deleted, or have a cancel requested; or somebody else has them locked, and
+    ``find_completable`` says so. Saying it again after a lost reply gives the same answer.
     """
     if not completions:
         return set()
@@ -193,6 +198,14 @@ async def complete(session: AsyncSession, completions: Sequence[Completion]) -> 
     if done:
         await session.execute(_end_completed(done))
     return done
+
+
+async def find_completable(session: AsyncSession, leases: Collection[Lease]) -> set[Lease]:
+    """Return which of these leases could still be completed: right after ``complete``, those that it found locked."""
+    if not leases:
+        return set()
+    query = select(g.id, g.attempt).where(_is_held_by(leases), not_(g.cancel_requested))
+    return await _read_leases(session, query)
 
 
 async def _complete(session: AsyncSession, completions: Sequence[Completion]) -> set[Lease]:
@@ -442,8 +455,9 @@ def _complete_together() -> Any:
     rows = func.jsonb_to_recordset(cast_to(bindparam("completions", type_=LongText), JSONB))
     values = rows.table_valued(*_COMPLETION_COLUMNS, name="given").render_derived(with_types=True)
     given = select(values).cte("given").prefix_with("MATERIALIZED")
-    held = select(g.id).where(_is_completable(given.c)).order_by(g.id).with_for_update(of=generations, key_share=True)
-    return _complete_with(given.c).where(_is_one_of(held)).returning(g.id, g.attempt)
+    free = select(g.id).where(_is_completable(given.c)).order_by(g.id)
+    free = free.with_for_update(of=generations, skip_locked=True, key_share=True)
+    return _complete_with(given.c).where(_is_one_of(free)).returning(g.id, g.attempt)
 
 
 _COMPLETE = _complete_with(SimpleNamespace(**{c.name: bindparam(c.name) for c in _COMPLETION_COLUMNS}))

@@ -88,7 +88,8 @@ def _checked(given: str, primary: URL) -> URL:
     try:
         url = normalise_url(given)
     except ConfigurationError as error:
-        raise ConfigurationError(_SETTING, error.problem, error.remedy) from None
+        remedy = "use something like postgresql://user@host/name" if "sqlite:" in error.remedy else error.remedy
+        raise ConfigurationError(_SETTING, error.problem, remedy) from None
     if "sqlite" in (url.get_backend_name(), primary.get_backend_name()):
         raise ConfigurationError(_SETTING, "needs PostgreSQL", "leave it out: SQLite has no replicas")
     return url

@@ -29,12 +29,14 @@ from dgx_music.storage.schema import (
     GenerationStatus,
     now,
     sources_of,
+    written,
 )
 
 _MAX_ROWS = 2**31 - 1
 _COUNT_LOCK = 0x6467_7870  # "dgxp": the first half of advisory locks' numbers
 _TALLY_ROWS = 500
-_TALLY_CHUNK = 5_000
+TALLY_CHUNK = 5_000
+"""How many tallies are summed up at a time."""
 PROMPTS = "prompts"
 """The tally of distinct prompts."""
 
@@ -103,7 +105,9 @@ async def get_all_generations(
 
 async def get_pending_generations(session: AsyncSession, limit: int = 100) -> list[Generation]:
     """Return pending generations, oldest first."""
-    query = select(Generation).where(Generation.status == PENDING).order_by(Generation.created_at, Generation.id)
+    query = (
+        select(Generation).where(Generation.status == written(PENDING)).order_by(Generation.created_at, Generation.id)
+    )
     return list(await session.scalars(_page(query, limit)))
 
 
@@ -187,8 +191,8 @@ async def count_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> list
     """Count one use for each text given, repeated ones too, and return the rows of those that were counted.
 
     On PostgreSQL a text that another open transaction is counting is left out instead of waited for: who enqueues inside
-    a long transaction must not hold up everybody with the same prompt, nor be anybody's deadlock. ``count_overlooked_prompts``
-    makes up for it.
+    a long transaction must not hold up everybody with the same prompt, nor be anybody's deadlock. So are all in a
+    transaction of a stricter isolation, which a count made meanwhile would fail. ``count_overlooked_prompts`` makes up for it.
     """
     texts = list(texts)
     if dialect_of(session) == "postgresql":
@@ -219,7 +223,8 @@ async def _lock_buckets(session: AsyncSession, buckets: Collection[int]) -> set[
 @cache
 def _lock_statement() -> Any:
     bucket = func.unnest(bindparam("buckets", type_=ARRAY(Integer))).column_valued("bucket")
-    return select(bucket).where(func.pg_try_advisory_xact_lock(_COUNT_LOCK, bucket))
+    is_usual = func.current_setting("transaction_isolation") == "read committed"
+    return select(bucket).where(is_usual, func.pg_try_advisory_xact_lock(_COUNT_LOCK, bucket))
 
 
 def _bucket(text: str) -> int:
@@ -273,12 +278,18 @@ async def get_database_stats(session: AsyncSession) -> dict[str, int]:
 
 
 async def compact_tallies(session: AsyncSession) -> int:
-    """Sum up the tallies into one row each where there are many; return how many rows went into that."""
+    """Sum up the oldest tallies into one row each where there are many; return how many rows went into that.
+
+    Where it is ``TALLY_CHUNK`` there may be more.
+    """
     few = select(Tally.id).limit(_TALLY_ROWS).subquery()
     if (await session.scalar(select(func.count()).select_from(few)) or 0) < _TALLY_ROWS:
         return 0
-    oldest = select(Tally.id).order_by(Tally.id).limit(_TALLY_CHUNK).with_for_update(skip_locked=True)
-    gone = (await session.execute(delete(Tally).where(Tally.id.in_(oldest)).returning(Tally.name, Tally.delta))).all()
+    oldest = select(Tally.id).order_by(Tally.id).limit(TALLY_CHUNK).with_for_update(skip_locked=True)
+    chosen = select(
+        oldest.cte("chosen").prefix_with("MATERIALIZED").c.id
+    )  # else its LIMIT may be applied again and again
+    gone = (await session.execute(delete(Tally).where(Tally.id.in_(chosen)).returning(Tally.name, Tally.delta))).all()
     sums: Counter[str] = Counter()
     for row in gone:
         sums[row.name] += row.delta
@@ -291,7 +302,7 @@ async def _count_by_status(session: AsyncSession, *statuses: str) -> dict[str, i
     tallies = await _read_tallies(session) if set(statuses) & set(FINISHED) else {}
     counts = {}
     for status in map(str, statuses):
-        live = select(func.count()).select_from(Generation).where(Generation.status == status)
+        live = select(func.count()).select_from(Generation).where(Generation.status == written(status))
         counts[status] = tallies.get(status, 0) if status in FINISHED else await session.scalar(live) or 0
     return counts
 

@@ -21,10 +21,9 @@ from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.listing import MAX_ROWS, Filters, conditions
 from dgx_music.storage.models import Generation, Prompt
 from dgx_music.storage.repository import dialect_of
+from dgx_music.storage.words import words_of
 
 _PIECE = re.compile(r'(-?)(?:"([^"]*)"?|([^\s"]+))')
-_WORD = re.compile(r"[^\W_]+")
-_ACCENT = re.compile("[\u0300-\u036f]+")
 _STOP_WORDS = """
 i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it
 its itself they them their theirs themselves what which who whom this that these those am is are was were be been
@@ -66,8 +65,9 @@ async def search_generations(
 
     A prompt is one hit however often it was used; of equally good ones that used last comes first. Words match in any
     form (``drum`` finds ``drums``), without regard to case and accents; ``"in quotes"`` they must follow one another, and
-    ``-words`` must not be there. The filters are those of ``list_generations``. A generation without ``prompt_id`` (added by
-    hand, or whose prompt is yet to be counted) is not found. Raises ``InvalidRequestError``.
+    ``-words`` must not be there. In a script without spaces between words (Chinese, Japanese, Thai) any part is found. The
+    filters are those of ``list_generations``. A generation without ``prompt_id`` (added by hand, or whose prompt is yet to
+    be counted) is not found. Raises ``InvalidRequestError``.
     """
     terms = _parse(validation.check_search(words))
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
@@ -109,11 +109,11 @@ def _quoted(terms: Sequence[str]) -> list[str]:
 
 def _parse(text: str) -> _Terms:
     """Take the text apart, or raise ``InvalidRequestError`` where there is nothing to look for."""
-    plain = _ACCENT.sub("", unicodedata.normalize("NFKD", text)).lower()
+    plain = unicodedata.normalize("NFKC", text)  # for the quotes and minuses
     wanted: dict[str, None] = {}
     excluded: dict[str, None] = {}
     for minus, quoted, bare in _PIECE.findall(plain):
-        term = " ".join(_without_stop_words(_WORD.findall(quoted or bare)))
+        term = " ".join(_without_stop_words(words_of(quoted or bare)))
         if term:
             (excluded if minus else wanted)[term] = None
     if not wanted:

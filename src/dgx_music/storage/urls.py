@@ -27,6 +27,13 @@ POSTGRES_OPTIONS = (
 
 _SETTING = "DGX_MUSIC_DATABASE_URL"
 _POSTGRES_DRIVERS = ("asyncpg", "psycopg")
+_WORDS = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": ("any", "primary", "standby", "prefer-standby", "read-write", "read-only"),
+}
+_ARTICLES = {"sslmode": "an", "target_session_attrs": "a"}
+_HIGHEST_PORT = 65_535
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _LONGEST_NAME_BYTES = 240  # 255 is the file system's limit; SQLite's own files have longer names than the database
 
 
@@ -54,9 +61,13 @@ def normalise_url(url: str) -> URL:
 def server_address(url: URL) -> str:
     """Return the URL as PostgreSQL's own libraries read it, password included; what is for us is left out.
 
-    A space has to be ``%20`` for libpq: SQLAlchemy writes it as it is, and as ``+`` behind the ``?``.
+    A space has to be ``%20`` for libpq: SQLAlchemy writes it as it is, and as ``+`` behind the ``?``. An IPv6 address among
+    several hosts stands in brackets for asyncpg, and without them for libpq.
     """
     plain = url.set(drivername="postgresql").difference_update_query(["connect_timeout", "pgbouncer"])
+    if url.get_driver_name() == "psycopg" and "host" in url.query:
+        names = ",".join(url.normalized_query["host"]).split(",")
+        plain = plain.update_query_dict({"host": ",".join(n[1:-1] if n.startswith("[") else n for n in names)})
     place, mark, options = plain.render_as_string(hide_password=False).partition("?")
     return place.replace(" ", "%20") + mark + options.replace("+", "%20")
 
@@ -69,12 +80,14 @@ def connect_timeout(url: URL) -> float | None:
 
 def is_pooled_by_transaction(url: URL) -> bool:
     """Return True where a pooler may give each transaction another server session (``?pgbouncer=true``)."""
-    return str(url.query.get("pgbouncer", "")).lower() in ("1", "true", "yes", "on")
+    return str(url.query.get("pgbouncer", "")).lower() in _YES
 
 
 def _parse(url: str) -> URL:
     scheme, separator, rest = url.partition("://")
     hosts: dict[str, str] = {}
+    if scheme.startswith("postgres") and rest.count("@") > 1:  # a password would be split at the first, and half shown
+        raise _refusal("has an @ in its password or in a name", "write it as %40")
     if scheme.startswith("postgres") and "," in rest.partition("/")[0].rpartition("@")[2]:
         rest, hosts = _take_hosts(rest)
     try:
@@ -112,6 +125,25 @@ def _check_server(url: URL) -> None:
         raise _refusal(f"has the unknown option {unknown[0]!r}", f"use {', '.join(POSTGRES_OPTIONS)}")
     if not re.fullmatch(r"[1-9]\d{0,3}", str(url.query.get("connect_timeout", 1))):
         raise _refusal("has a connect_timeout that is none", "use whole seconds, from 1 to 9999")
+    for name, value in url.query.items():
+        if not isinstance(value, str):
+            raise _refusal(f"has the option {name!r} twice", "write it once; several hosts have commas between them")
+        if value not in _WORDS.get(name, (value,)):
+            raise _refusal(f"has {_ARTICLES[name]} {name} that is none", f"use {', '.join(_WORDS[name])}")
+    _check_ports(url)
+    if str(url.query.get("pgbouncer", "true")).lower() not in _YES + _NO:
+        raise _refusal("has a pgbouncer that is neither true nor false", "use pgbouncer=true behind such a pooler")
+
+
+def _check_ports(url: URL) -> None:
+    ports = str(url.query.get("port", "")).split(",")
+    given = [port for port in ports if port] + ([] if url.port is None else [str(url.port)])
+    if not all(re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) <= _HIGHEST_PORT for port in given):
+        raise _refusal("has a port that is none", f"use a number from 1 to {_HIGHEST_PORT}")
+    hosts = str(url.query.get("host", "")).split(",")
+    if len(ports) not in (1, len(hosts)):
+        problem = f"has {len(ports)} ports for its {len(hosts)} hosts"
+        raise _refusal(problem, "name one for each, or one for all of them")
 
 
 def _choose_driver(wanted: str) -> str:

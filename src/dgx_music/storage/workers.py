@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import PROCESSING, now, now_plus
+from dgx_music.storage.schema import PROCESSING, now, now_plus, written
 
 _FORGET_AFTER_SECONDS = 86_400.0
 
@@ -50,7 +50,13 @@ async def get_workers(session: AsyncSession) -> list[dict[str, Any]]:
 
 async def has_live_worker(session: AsyncSession, model_name: str) -> bool:
     """Return True where somebody alive serves this model."""
-    return any(model_name in models for models in await session.scalars(_living(WorkerInfo.models)))
+    rows = await session.execute(_living(WorkerInfo.models, WorkerInfo.model_name))
+    return any(model_name in served_models(row) for row in rows)
+
+
+def served_models(worker: Any) -> frozenset[str]:
+    """Return the models that a worker's row says it serves; one that names none serves what it has loaded."""
+    return frozenset(worker.models or [worker.model_name])
 
 
 async def count_free_workers(session: AsyncSession, model_name: str) -> int:
@@ -65,12 +71,12 @@ async def longest_silent(session: AsyncSession, *, but: str) -> datetime | None:
     return since
 
 
-def _living(what: Any) -> Any:
-    return select(what).select_from(WorkerInfo).where(WorkerInfo.heartbeat_at > now_plus(-WorkerInfo.lease_seconds))
+def _living(*what: Any) -> Any:
+    return select(*what).select_from(WorkerInfo).where(WorkerInfo.heartbeat_at > now_plus(-WorkerInfo.lease_seconds))
 
 
 async def _find_running(session: AsyncSession) -> Mapping[str, list[dict[str, Any]]]:
-    is_held = (Generation.status == PROCESSING) & Generation.worker_id.is_not(None)
+    is_held = (Generation.status == written(PROCESSING)) & Generation.worker_id.is_not(None)
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in await session.scalars(select(Generation).where(is_held).order_by(Generation.id)):
         shown = row.to_dict()

@@ -1,0 +1,175 @@
+"""The decoding thread: what joins, what leaves, and what goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from dgx_music.errors import EngineError, GenerationCancelledError
+from dgx_music.inference.loop import DecodingLoop
+from dgx_music.inference.slots import Slots
+from tests.inference.factories import QuietRun
+from tests.inference.test_slots import PROMPTS, decode, decoder, make_row
+
+
+class SignallingRun(QuietRun):
+    """Says when its row has made its first step; the step after waits for the event it is given."""
+
+    def __init__(self, go_on: threading.Event | None = None) -> None:
+        super().__init__()
+        self.has_begun = threading.Event()
+        self._go_on = go_on
+
+    def report_progress(self, progress: float) -> None:
+        super().report_progress(progress)
+        self.has_begun.set()
+        if self._go_on is not None:
+            assert self._go_on.wait(20)
+
+
+class BrokenRun(QuietRun):
+    def report_progress(self, progress: float) -> None:
+        raise ConnectionError("the parent is gone")
+
+
+@pytest.fixture
+def loop() -> DecodingLoop:
+    return make_loop()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
+def make_loop(slot_count: int = 3) -> DecodingLoop:
+    return DecodingLoop(lambda: Slots(decoder(), slot_count))
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[Slots], bool]) -> None:
+    """Make every step of slots that ``is_broken`` finds so raise."""
+    step = Slots.step
+
+    def broken(slots: Slots) -> None:
+        if is_broken(slots):
+            raise RuntimeError("CUDA error")
+        step(slots)
+
+    monkeypatch.setattr(Slots, "step", broken)
+
+
+def test_rows_of_many_threads_have_the_tokens_they_have_alone(pool: ThreadPoolExecutor) -> None:
+    loop = make_loop(slot_count=3)
+    wanted: list[dict[str, Any]] = [
+        {"prompt": PROMPTS[number % 4], "frames": 5 + 7 * number % 31, "seed": number} for number in range(8)
+    ]
+    rows = [make_row(**fields) for fields in wanted]
+    answers = list(pool.map(lambda row: loop.decode(row, QuietRun()), rows))
+    for fields, codes in zip(wanted, answers, strict=True):
+        assert torch.equal(codes, decode([make_row(**fields)])[0])
+
+
+def test_a_row_joins_in_mid_flight_and_does_not_wait_for_longer_ones(
+    loop: DecodingLoop, pool: ThreadPoolExecutor
+) -> None:
+    go_on = threading.Event()
+    long_run, short_run = SignallingRun(go_on), QuietRun()
+    long = pool.submit(loop.decode, make_row(frames=70), long_run)
+    assert long_run.has_begun.wait(20)
+    short = pool.submit(loop.decode, make_row(frames=4), short_run)
+    go_on.set()
+    short.result(20)
+    assert len(long_run.progress) < 70
+    long.result(20)
+
+
+def test_progress_rises_with_every_step_and_leaves_one_for_the_audio(loop: DecodingLoop) -> None:
+    run = QuietRun()
+    loop.decode(make_row(frames=4), run)
+    assert run.progress == pytest.approx([step / 8 for step in range(1, 8)])
+
+
+def test_a_cancelled_row_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+    go_on = threading.Event()
+    other, cancelled = SignallingRun(go_on), QuietRun(is_cancelled=True)
+    healthy = pool.submit(loop.decode, make_row(frames=30, seed=1), other)
+    assert other.has_begun.wait(20)
+    doomed = pool.submit(loop.decode, make_row(frames=30), cancelled)
+    go_on.set()
+    with pytest.raises(GenerationCancelledError):
+        doomed.result(20)
+    assert torch.equal(healthy.result(20), decode([make_row(frames=30, seed=1)])[0])
+
+
+def test_a_row_whose_line_is_broken_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+    healthy = pool.submit(loop.decode, make_row(seed=1), QuietRun())
+    with pytest.raises(ConnectionError):
+        loop.decode(make_row(), BrokenRun())
+    assert torch.equal(healthy.result(20), decode([make_row(seed=1)])[0])
+
+
+def test_a_row_that_cannot_be_admitted_fails_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+    go_on = threading.Event()
+    other = SignallingRun(go_on)
+    healthy = pool.submit(loop.decode, make_row(frames=20, seed=1), other)
+    assert other.has_begun.wait(20)
+    misfit = make_row()
+    misfit.text = misfit.text[:, :, :, :, :5]
+    doomed = pool.submit(loop.decode, misfit, QuietRun())
+    go_on.set()
+    with pytest.raises(RuntimeError):
+        doomed.result(20)
+    assert torch.equal(healthy.result(20), decode([make_row(frames=20, seed=1)])[0])
+
+
+def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = loop._slots
+    break_steps(monkeypatch, lambda slots: slots is first and slots.rows[0].position == 3)
+    with caplog.at_level(logging.CRITICAL), pytest.raises(EngineError, match=r"step of 1 .*RuntimeError: CUDA error"):
+        loop.decode(make_row(), QuietRun())
+    assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
+    assert loop._slots is not first
+
+
+def test_all_rows_of_a_failed_step_are_told(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = make_loop(slot_count=2)
+    break_steps(monkeypatch, lambda slots: len(slots.rows) == 2)
+    with caplog.at_level(logging.CRITICAL):
+        doomed = [pool.submit(loop.decode, make_row(frames=70), QuietRun()) for _ in range(2)]
+        for call in doomed:
+            with pytest.raises(EngineError, match="step of 2 generations failed"):
+                call.result(20)
+
+
+def test_slots_that_cannot_be_made_again_fail_the_row_that_wanted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter([Slots(decoder(), 1), MemoryError("no room"), Slots(decoder(), 1)])
+
+    def make() -> Slots:
+        if isinstance(slots := next(made), MemoryError):
+            raise slots
+        return slots
+
+    loop = DecodingLoop(make)
+    loop._slots = None
+    with pytest.raises(MemoryError):
+        loop.decode(make_row(), QuietRun())
+    assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
+
+
+def test_an_idle_loop_has_no_thread(loop: DecodingLoop) -> None:
+    loop.decode(make_row(), QuietRun())
+    for thread in threading.enumerate():
+        if thread.name == "decoding":
+            thread.join(20)
+    assert not loop._is_running
