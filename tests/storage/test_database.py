@@ -376,7 +376,11 @@ class Caller:
             await queue.renew(session, dict.fromkeys(self.leases, 0.5), lease_seconds=60)
 
     async def complete(self):
-        await self.end(lambda session, lease: queue.complete(session, [completion_of(lease)]), "completed")
+        async def move(session, lease):
+            while lease not in await queue.complete(session, [completion_of(lease)]):  # a renewal has it locked
+                await asyncio.sleep(0.01)
+
+        await self.end(move, "completed")
 
     async def fail(self):
         await self.end(lambda session, lease: queue.fail(session, lease, "no", retry_in_seconds=None), "failed")
