@@ -59,6 +59,7 @@ _GATHER_SECONDS = 0.002
 _AT_ONCE_SECONDS = 0.4
 """So short a clip takes a tenth of a millisecond to finish: less than the way to a thread and back."""
 _BARREN_SECONDS = 1.0
+_SPREAD_SECONDS = 0.05
 _SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
 
 
@@ -178,6 +179,8 @@ class Worker:
                 return
             if not claims:
                 await self._wait()
+            elif look_first and self._leases.free_workers > 1:
+                await self._wait_at_most(_SPREAD_SECONDS)  # the rest is the others' share, and they are waking up
 
     def _free_slots(self) -> int:
         """Slots that the engine has free, while no more than as many again wait for their audio to be stored."""
@@ -215,7 +218,8 @@ class Worker:
         former, self._in_doubt_until = self._in_doubt_until, math.inf
         claims = await self._database.transact(work)
         self._in_doubt_until = former
-        self._barren_until[self._model] = -math.inf if claims else time.monotonic() + _BARREN_SECONDS
+        if len(self._models) > 1:
+            self._barren_until[self._model] = -math.inf if claims else time.monotonic() + _BARREN_SECONDS
         return claims
 
     async def _give_back_unknown(self) -> None:

@@ -64,7 +64,8 @@ def test_a_terminal_sees_progress_and_gets_its_cursor_back(spawn: Spawn, tone: C
     run_worker = spawn("worker")
     terminal, theirs = pty.openpty()
     command = [sys.executable, "-m", "dgx_music.cli", "enqueue", "lofi rain", "--duration", "1", "--wait"]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+    environment = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         assert process.wait(30) == 0
     os.close(theirs)
     seen = os.read(terminal, 65_536).decode()
