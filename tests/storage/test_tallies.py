@@ -7,7 +7,7 @@ from functools import partial
 
 import anyio
 import pytest
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, insert, select, text, update
 
 from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import MemoryArtifacts
@@ -283,3 +283,14 @@ async def test_raw_sql_is_counted_whatever_its_search_path(database, path):
         await session.execute(text("DELETE FROM public.generations WHERE status = 'pending'"))
 
     await assert_counts_are_true(database)
+
+
+@on(*POSTGRES)
+async def test_a_compaction_that_finds_all_tallies_in_anothers_hands_changes_nothing(database):
+    async with database.session() as session:
+        await session.execute(insert(Tally), [{"name": "failed", "delta": 1}] * 600)
+    async with database.session() as other, database.session() as session:
+        assert await repository.compact_tallies(other) >= 600
+        assert await repository.compact_tallies(session) == 0
+    async with database.session(read_only=True) as session:
+        assert (await get_database_stats(session))["failed_generations"] == 600

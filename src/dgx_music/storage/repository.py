@@ -293,7 +293,8 @@ async def compact_tallies(session: AsyncSession) -> int:
     sums: Counter[str] = Counter()
     for row in gone:
         sums[row.name] += row.delta
-    await session.execute(core_insert(Tally), [{"name": name, "delta": delta} for name, delta in sums.items()])
+    if sums:  # else another compaction has them all in its hands
+        await session.execute(core_insert(Tally), [{"name": name, "delta": delta} for name, delta in sums.items()])
     return len(gone)
 
 
