@@ -27,7 +27,9 @@ class NoopEngine:
     async def start(self, model: str) -> EngineInfo:
         return EngineInfo(slots=SLOTS, device="none", model_version="noop", notice=None, pid=os.getpid())
 
-    async def generate(self, request: GenerationRequest, on_progress: Callable[[float], None]) -> Audio:
+    async def generate(
+        self, request: GenerationRequest, on_progress: Callable[[float], None], on_slot_free: Callable[[], None]
+    ) -> Audio:
         self.arrived_at[request.generation_id] = time.monotonic()
         if self._seconds:
             await asyncio.sleep(self._seconds)

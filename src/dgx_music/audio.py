@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -20,6 +20,9 @@ import soxr
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
 from dgx_music.inference.engine import Audio, Samples
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TARGET_LUFS = -14.0
 PEAK_LIMIT = 10 ** (-1 / 20)  # -1 dBFS: room for what a lossy decoder adds to a peak
@@ -60,10 +63,10 @@ def finish(
     """
     check_format(audio_format, sample_rate)
     samples = _check_samples(audio.samples)
-    samples = _match_channels(samples, channels)
-    samples = _resample(samples, audio.sample_rate, sample_rate)
+    samples = match_channels(samples, channels)
+    samples = resample(samples, audio.sample_rate, sample_rate)
     samples, lufs = _normalise(samples, sample_rate, loudness)
-    data = _encode(samples, sample_rate, audio_format)
+    data = encode(samples, sample_rate, audio_format)
     return FinishedAudio(data, audio_format, _describe(samples, sample_rate, audio_format, lufs))
 
 
@@ -97,16 +100,16 @@ def _check_samples(samples: Samples) -> Samples:
     return np.clip(samples, -_CEILING, _CEILING)
 
 
-def _match_channels(samples: Samples, channels: int) -> Samples:
+def match_channels(samples: Samples, channels: int) -> Samples:
+    """Return the samples as so many channels: their average, repeated, where there are more or fewer."""
     if samples.shape[0] == channels:
         return samples
-    if channels == 1:
-        average: Samples = samples.mean(axis=0, keepdims=True)
-        return average
-    return np.repeat(samples, channels, axis=0)
+    average: Samples = samples if samples.shape[0] == 1 else samples.mean(axis=0, keepdims=True)
+    return np.repeat(average, channels, axis=0)
 
 
-def _resample(samples: Samples, from_rate: int, to_rate: int) -> Samples:
+def resample(samples: Samples, from_rate: int, to_rate: int) -> Samples:
+    """Return the samples at another rate in Hz, ``round(frames * to_rate / from_rate)`` frames of them, at least one."""
     if from_rate == to_rate:
         return samples
     frames = max(1, round(samples.shape[1] * to_rate / from_rate))
@@ -144,7 +147,8 @@ def _measure_lufs(samples: Samples, sample_rate: int) -> float | None:
     return lufs if math.isfinite(lufs) else None
 
 
-def _encode(samples: Samples, sample_rate: int, audio_format: AudioFormat) -> bytes:
+def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -> bytes:
+    """Return the samples, float32 or int16, as a file's content."""
     frames = samples.T  # [frame, channel]
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **_ENCODINGS[audio_format]) as file:

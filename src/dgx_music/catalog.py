@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 MIN_DURATION_SECONDS = 0.08
-MAX_DURATION_SECONDS = 30.0
+MAX_DURATION_SECONDS = 300.0
+WINDOW_SECONDS = 30.0
+"""What a model hears at a time: of longer music the end of what is there, and of a clip at most so much."""
 SAMPLE_RATE = 32_000
 MUSICGEN_LICENCE = "CC-BY-NC 4.0"
 
@@ -27,10 +29,12 @@ class ModelInfo:
     is_untrained: bool = False
     sample_rate: int = SAMPLE_RATE
     max_duration_seconds: float = MAX_DURATION_SECONDS
+    hears_melody: bool | None = False
+    """Whether it can follow a tune; ``None`` for a local folder, of which only the engine knows."""
 
 
-def _hub(name: str, revision: str | None = None, channels: int = 1) -> ModelInfo:
-    return ModelInfo(name, channels, f"facebook/{name}", revision, MUSICGEN_LICENCE)
+def _hub(name: str, revision: str | None = None, channels: int = 1, *, hears_melody: bool = False) -> ModelInfo:
+    return ModelInfo(name, channels, f"facebook/{name}", revision, MUSICGEN_LICENCE, hears_melody=hears_melody)
 
 
 MODELS: dict[str, ModelInfo] = {
@@ -42,6 +46,10 @@ MODELS: dict[str, ModelInfo] = {
         _hub("musicgen-stereo-small", channels=2),
         _hub("musicgen-stereo-medium", channels=2),
         _hub("musicgen-stereo-large", channels=2),
+        _hub("musicgen-melody", hears_melody=True),
+        _hub("musicgen-melody-large", hears_melody=True),
+        _hub("musicgen-stereo-melody", channels=2, hears_melody=True),
+        _hub("musicgen-stereo-melody-large", channels=2, hears_melody=True),
         ModelInfo("musicgen-tiny-untrained", is_untrained=True),
     )
 }
@@ -53,5 +61,5 @@ UNTRAINED_NOTICE = "untrained weights: the audio is noise"
 def find_model(name: str) -> ModelInfo | None:
     """Return the model of this name, or of this absolute path of a local folder; ``None`` where it is neither."""
     if PurePath(name).is_absolute():
-        return ModelInfo(str(PurePath(name)))  # without the slash that a shell's completion adds
+        return ModelInfo(str(PurePath(name)), hears_melody=None)  # without the slash that a shell's completion adds
     return MODELS.get(name)

@@ -16,6 +16,8 @@ from dgx_music.errors import ConfigurationError
 
 DEFAULT_DATABASE_URL = "sqlite:///data/generations.db"
 PREFIX = "DGX_MUSIC_"
+MOST_SLOTS = 256
+_SLOTS = re.compile(r"[0-9]{1,3}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
 _STORE_SCHEMES = ("s3", "gs", "az")
@@ -74,7 +76,16 @@ class Settings(BaseSettings):
     engine: EngineName = Field("musicgen", description="`musicgen`, or `tone`: sine waves for tests, no torch needed")
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the model's number format")
-    slots: int = Field(1, ge=1, le=256, description="generations at a time, decoded together by the engine `musicgen`")
+    slots: int | Literal["auto"] = Field(
+        "auto", description="generations at a time, 1 to 256, which share every step; `auto`: as memory allows"
+    )
+    weights: Literal["full", "int8"] = Field(
+        "full", description="`int8` rounds the language model's weights to 8 bits, unless that changes too much"
+    )
+    kv_cache: Literal["full", "fp8"] = Field(
+        "full", description="`fp8` keeps attention's keys and values in 8 bits, unless that changes too much"
+    )
+    compile: bool = Field(False, description="have torch compile the step, which takes a minute at first")
     audio_format: AudioFormat = Field("wav", description="file format")
     loudness: Loudness = Field("lufs", description="`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`")
     tenant_limit: int | None = Field(
@@ -135,6 +146,15 @@ class Settings(BaseSettings):
     def served_models(self) -> tuple[str, ...]:
         """The models a worker serves; the first is loaded first."""
         return (self.model,) if self.models is None else tuple(dict.fromkeys(self.models.split(",")))
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _slots_are_auto_or_a_number(cls, value: object) -> object:
+        text = str(value)
+        if text == "auto" or (_SLOTS.fullmatch(text) and 1 <= int(text) <= MOST_SLOTS):
+            return text if text == "auto" else int(text)
+        remedy = f"use auto or a whole number from 1 to {MOST_SLOTS}"
+        raise ConfigurationError(f"{PREFIX}SLOTS", f"is {value!r}", remedy)
 
     @field_validator("device")
     @classmethod

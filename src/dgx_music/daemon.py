@@ -64,8 +64,12 @@ def engine_settings(settings: Settings) -> EngineSettings:
         model=settings.served_models[0],
         device=settings.device,
         dtype=settings.dtype,
-        slots=settings.slots,
+        slots=None if settings.slots == "auto" else settings.slots,
         revision=settings.revision,
+        weights=settings.weights,
+        kv_cache=settings.kv_cache,
+        compile=settings.compile,
+        model_count=len(settings.served_models),
     )
 
 

@@ -9,22 +9,27 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, TypedDict, cast, get_type_hints
 
 import anyio
+import anyio.to_thread
 from sqlalchemy import bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import Unpack
 
 from dgx_music import validation
+from dgx_music.catalog import ModelInfo
 from dgx_music.config import default_model, load_settings
 from dgx_music.errors import GenerationNotFoundError, IdempotencyConflictError, InvalidRequestError, WaitTimeoutError
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.storage import due, queue, repository
 from dgx_music.storage.changes import Topic
+from dgx_music.storage.clips import keep_clips
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
@@ -54,6 +59,13 @@ class RequestOptions(TypedDict, total=False):
     top_p: float | None
     seed: int | None
     """The same seed, model and settings make the same audio; where not given it follows from the row's id."""
+    negative_prompt: str | None
+    """What the music must not be like; of no use without guidance."""
+    continuation: str | os.PathLike[str] | bytes | None
+    """What the music starts with and goes on from: an audio file's path or its bytes, 0.08 to 30 s, from whose start the
+    duration counts. A path is read here and now, with your rights: never take one from a stranger, take his bytes."""
+    melody: str | os.PathLike[str] | bytes | None
+    """The tune to follow, given likewise, of which the first 30 s count; for models that hear one."""
     priority: int
     """Higher goes first, a point being worth a minute of waiting; 0 where not given."""
     tenant: str | None
@@ -69,20 +81,44 @@ class RequestOptions(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(get_type_hints(RequestOptions))
-_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
+_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "negative_prompt")
 _AUDIO = ("channels", "sample_rate")
+_CLIPS = ("continuation", "melody")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request becomes, once its clips are read: all of its row but what depends on them."""
+
+    row: dict[str, Any]
+    """The columns that identify the request; its hash is of them."""
+    rest: dict[str, Any]
+    """The other columns."""
+    model: ModelInfo
+    sources: Mapping[str, Any]
+    """Where the clips come from, by the names of the fields."""
+    name: str = ""
+    """What a refusal calls the request, where it is one of many."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows to insert, and the clips that they refer to: content and seconds, by ``sha256``."""
+
+    rows: list[dict[str, Any]]
+    clips: Mapping[str, tuple[bytes, float]]
 
 
 async def enqueue(prompt: str, *, session: AsyncSession | None = None, **options: Unpack[RequestOptions]) -> Generation:
-    """Add one generation to the queue and return its row.
+    """Add one generation to the queue and return its row. An empty prompt asks for unconditional music.
 
     Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` where the key belongs to a
     different request. With the caller's ``session`` the row lives in his transaction: invisible to workers until he
     commits, gone if he rolls back.
     """
-    row = plan(prompt, cast("Mapping[str, Any]", options))
+    batch = await _read_clips([plan(prompt, cast("Mapping[str, Any]", options))])
     async with _session(session) as current:
-        return (await finish(_insert(current, [row])))[0]
+        return (await finish(_insert(current, batch)))[0]
 
 
 async def enqueue_many(
@@ -98,11 +134,12 @@ async def enqueue_many(
     """
     if isinstance(requests, str | Mapping):
         raise InvalidRequestError("requests", "are a single one", "send a list of prompts, or call enqueue")
-    rows = [_plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
-    if len(rows) > MAX_BATCH:
-        raise InvalidRequestError("requests", f"are {len(rows):,}", f"send at most {MAX_BATCH:,} at a time")
+    plans = [_plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
+    if len(plans) > MAX_BATCH:
+        raise InvalidRequestError("requests", f"are {len(plans):,}", f"send at most {MAX_BATCH:,} at a time")
+    batch = await _read_clips(plans)
     async with _session(session) as current:
-        return await finish(_insert(current, rows))
+        return await finish(_insert(current, batch))
 
 
 def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
@@ -112,14 +149,14 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
     """
     if _is_in_event_loop():
         raise RuntimeError("enqueue_sync would block the event loop that runs here; await enqueue(...) instead.")
-    row = plan(prompt, cast("Mapping[str, Any]", options))
+    batch = read_clips([plan(prompt, cast("Mapping[str, Any]", options))])
 
     async def run() -> Generation:
         database = Database.from_settings(load_settings())
         try:
             await database.prepare()
             async with database.session() as session:
-                return (await finish(_insert(session, [row])))[0]
+                return (await finish(_insert(session, batch)))[0]
         finally:
             await database.dispose()
 
@@ -202,8 +239,11 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
             await changes.wait(_POLL_SECONDS)
 
 
-def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row that this request becomes; raises ``InvalidRequestError`` on the first unacceptable field."""
+def plan(prompt: object, options: Mapping[str, Any]) -> Plan:
+    """Return what this request becomes; raises ``InvalidRequestError`` on the first unacceptable field.
+
+    Its clips are not looked at yet: that takes a while.
+    """
     for name in options:
         if name not in _OPTIONS:
             raise InvalidRequestError(str(name)[:40], "is not an option", f"use {', '.join(sorted(_OPTIONS))}")
@@ -218,6 +258,8 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
         **audio,
         **_given(options, _SAMPLING),
     )
+    if options.get("melody") is not None:
+        validation.check_hears_melody(model)
     metadata, key, run_at = options.get("metadata"), options.get("idempotency_key"), options.get("run_at")
     tenant = {} if options.get("tenant") is None else {"tenant": validation.check_name("tenant", options["tenant"])}
     if isinstance(metadata, dict) and AUDIO_KEY in metadata:
@@ -232,9 +274,8 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
         "metadata_": None if metadata is None else validation.check_metadata(metadata),
         **tenant,
     }
-    return row | {
+    rest = {
         "tenant": row.get("tenant", ""),
-        "request_hash": _hash(row),
         "id": request.generation_id,
         "idempotency_key": None if key is None else validation.check_name("idempotency_key", key),
         "priority": validation.check_integer(
@@ -245,22 +286,62 @@ def plan(prompt: object, options: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "wanted_run_at": None if run_at is None else validation.check_run_at(run_at),
     }
+    return Plan(row, rest, model, _given(options, _CLIPS))
+
+
+def read_clips(plans: Sequence[Plan]) -> _Batch:
+    """Return the rows of these plans with their clips read; raises ``InvalidRequestError`` on the first that cannot be.
+
+    Takes its time where there are clips: call it in a thread.
+    """
+    if not any(plan.sources for plan in plans):
+        return _Batch([_row(plan) for plan in plans], {})
+    from dgx_music.clips import Reader  # NumPy comes with it
+
+    reader = Reader()
+
+    def read(plan: Plan) -> dict[str, Any]:
+        try:
+            clips = reader.read(plan.sources, plan.model, plan.row["duration_seconds"]) if plan.sources else {}
+        except InvalidRequestError as error:
+            raise _named(plan.name, error) from None
+        sources = {name: clip.source_sha256 for name, clip in clips.items()}
+        return _row(plan, sources, {f"{name}_sha256": clip.sha256 for name, clip in clips.items()})
+
+    return _Batch([read(plan) for plan in plans], reader.data)
+
+
+async def _read_clips(plans: Sequence[Plan]) -> _Batch:
+    read = partial(read_clips, plans)
+    return await anyio.to_thread.run_sync(read) if any(plan.sources for plan in plans) else read()
+
+
+def _row(plan: Plan, sources: Mapping[str, str] = {}, clips: Mapping[str, str] = {}) -> dict[str, Any]:
+    """Return the columns of a row, given the hashes of what its clips came from and of themselves."""
+    columns = {f"{name}_sha256": clips.get(f"{name}_sha256") for name in _CLIPS}
+    return plan.row | plan.rest | columns | {"request_hash": _hash({**plan.row, **sources})}
+
+
+def _named(name: str, error: InvalidRequestError) -> InvalidRequestError:
+    return InvalidRequestError(f"{name}: {error.field}", error.problem, error.remedy) if name else error
 
 
 def _given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
-def _plan_numbered(number: int, request: str | Mapping[str, Any], defaults: RequestOptions) -> dict[str, Any]:
+def _plan_numbered(number: int, request: str | Mapping[str, Any], defaults: RequestOptions) -> Plan:
+    name = f"request {number}"
     options = {"prompt": request} if isinstance(request, str) else request
     try:
         if not isinstance(options, Mapping):
             raise InvalidRequestError("request", "is not an object", "use a prompt, or an object with one")
         if "prompt" not in options:
             raise InvalidRequestError("prompt", "is missing", "describe the music")
-        return plan(options["prompt"], {**defaults, **{k: v for k, v in options.items() if k != "prompt"}})
+        planned = plan(options["prompt"], {**defaults, **{k: v for k, v in options.items() if k != "prompt"}})
     except InvalidRequestError as error:
-        raise InvalidRequestError(f"request {number}: {error.field}", error.problem, error.remedy) from None
+        raise _named(name, error) from None
+    return replace(planned, name=name)
 
 
 def _hash(row: Mapping[str, Any]) -> str:
@@ -279,8 +360,9 @@ async def _session(session: AsyncSession | None, *, read_only: bool = False) -> 
         yield own
 
 
-async def _insert(session: AsyncSession, rows: list[dict[str, Any]]) -> list[Generation]:
-    """Insert the rows and count their prompts; a repeated idempotency key gives the existing row in its place."""
+async def _insert(session: AsyncSession, batch: _Batch) -> list[Generation]:
+    """Insert the rows, keep their clips and count their prompts; a repeated idempotency key gives the existing row."""
+    rows = batch.rows
     by_key = await _find_by_key(session, rows)
     owners = {key: (found.id, found.request_hash) for key, found in by_key.items()}
     for row in rows:
@@ -289,7 +371,7 @@ async def _insert(session: AsyncSession, rows: list[dict[str, Any]]) -> list[Gen
     fresh = [row for row in rows if owners.get(row["idempotency_key"], (row["id"],))[0] == row["id"]]
     inserted: dict[str, Generation] = {}
     while fresh:
-        inserted |= {row.id: row for row in await _insert_fresh(session, fresh)}
+        inserted |= {row.id: row for row in await _insert_fresh(session, fresh, batch.clips)}
         raced = [row for row in fresh if row["id"] not in inserted]  # another producer was quicker with the same key
         found = await _find_by_key(session, raced)
         for row in raced:
@@ -316,8 +398,13 @@ async def _find_by_key(session: AsyncSession, rows: list[dict[str, Any]]) -> dic
     return found
 
 
-async def _insert_fresh(session: AsyncSession, rows: list[dict[str, Any]]) -> list[Generation]:
-    """Insert these rows, with their prompts counted, and return those whose key was free."""
+async def _insert_fresh(
+    session: AsyncSession, rows: list[dict[str, Any]], clips: Mapping[str, tuple[bytes, float]]
+) -> list[Generation]:
+    """Insert these rows, with their clips kept and their prompts counted, and return those whose key was free."""
+    used = {row[f"{name}_sha256"] for row in rows for name in _CLIPS} - {None}
+    if used:
+        await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
     prompts = await repository.count_prompt_uses(session, [row["prompt"] for row in rows])
     prompt_ids = {prompt.text: prompt.id for prompt in prompts}
     statement = _insert_statement(repository.dialect_of(session))

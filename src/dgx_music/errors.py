@@ -15,7 +15,7 @@ DgxMusicError
 └── EngineError
     ├── EngineUnavailableError            the engine cannot start here (weights, device, package)
     ├── EngineCrashedError                the engine's process died or hung while this generation ran
-    ├── EngineReplacedError               its process was ended because of another generation
+    ├── EngineReplacedError               given up for a reason that is not its own (its process was ended, no memory)
     ├── GenerationRejectedError           this request can never succeed; do not retry
     └── GenerationCancelledError          stopped on request
 """
@@ -156,7 +156,10 @@ class EngineCrashedError(EngineError):
 
 
 class EngineReplacedError(EngineError):
-    """The engine's process was ended for a reason that is not this generation's: run it again at no cost to its budget."""
+    """The engine gave the generation up for a reason that is not its own: run it again at no cost to its budget.
+
+    Its process was ended because of another generation, its model was unloaded, or memory did not suffice for so many.
+    """
 
 
 class GenerationRejectedError(EngineError):

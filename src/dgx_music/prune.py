@@ -1,4 +1,4 @@
-"""Retention: finished generations that are older than somebody wants to keep, gone with their audio; and lost files."""
+"""Retention: finished generations that are older than somebody wants to keep, gone with their audio; lost files and clips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uuid import UUID
 
 from dgx_music.artifacts import Artifacts, StoredFile
 from dgx_music.errors import ArtifactError
-from dgx_music.storage import queue
+from dgx_music.storage import clips, queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.files import Owner, find_owners
 from dgx_music.storage.queue import Lease
@@ -46,6 +46,19 @@ async def prune_orphans(
         for lease in dict.fromkeys(Lease(file.generation_id, file.attempt) for file in orphans):
             await artifacts.delete(lease.generation_id, [lease.attempt])
     return len(orphans)
+
+
+async def prune_clips(database: Database, *, dry_run: bool = False) -> int:
+    """Delete the clips that no generation refers to and that were last used more than a day ago; return how many.
+
+    With ``dry_run`` nothing is deleted, and those of generations that are yet to be pruned are not counted.
+    """
+    if dry_run:
+        return await database.transact(clips.count_unused_clips, read_only=True)
+    count = 0
+    while gone := await database.transact(lambda session: clips.prune_clips(session, limit=CHUNK)):
+        count += gone
+    return count
 
 
 async def _find_orphans(database: Database, artifacts: Artifacts, safe_age: timedelta) -> list[StoredFile]:

@@ -13,7 +13,7 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
-from dgx_music.catalog import MIN_DURATION_SECONDS, MODELS, ModelInfo, find_model
+from dgx_music.catalog import MIN_DURATION_SECONDS, MODELS, WINDOW_SECONDS, ModelInfo, find_model
 from dgx_music.errors import InvalidRequestError
 
 MAX_PROMPT_CHARACTERS = 2_000
@@ -32,12 +32,29 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def check_prompt(value: object, field: str = "prompt") -> str:
-    """Return the prompt without surrounding white space: 1 to 2,000 characters of clean text, lines ended by newlines."""
+    """Return the prompt without surrounding white space: at most 2,000 characters of clean text, lines ended by newlines.
+
+    An empty one asks for unconditional music. White space alone is refused: it is more likely a mistake.
+    """
+    text = _description(field, value)
+    if not text and value != "":
+        remedy = "describe the music, or give an empty prompt for unconditional music"
+        raise InvalidRequestError(field, "is only white space", remedy)
+    return text
+
+
+def check_negative_prompt(value: object, field: str = "negative_prompt") -> str:
+    """Return what the music must not be like: the text of a prompt, but never empty."""
+    text = _description(field, value)
+    if not text:
+        raise InvalidRequestError(field, "is empty", "say what the music must not be like, or leave it out")
+    return text
+
+
+def _description(field: str, value: object) -> str:
     if isinstance(value, str):
         value = value.replace("\r\n", "\n")  # what browsers and Windows send
     text = _clean_text(field, value, "newlines and tabs are the only control characters allowed").strip()
-    if not text:
-        raise InvalidRequestError(field, "is empty", f"describe the music in 1 to {MAX_PROMPT_CHARACTERS:,} characters")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_PROMPT_CHARACTERS:,}")
     return text
@@ -93,6 +110,34 @@ def check_duration(value: object, longest: float, field: str = "duration") -> fl
     if not MIN_DURATION_SECONDS <= seconds <= longest:
         raise InvalidRequestError(field, f"is {seconds:g} s", f"use {MIN_DURATION_SECONDS:g} to {longest:g} seconds")
     return seconds
+
+
+def check_guided(field: str, guidance_scale: float) -> None:
+    """Refuse what only guidance could heed where there is none."""
+    if guidance_scale == 1:
+        raise InvalidRequestError(field, "has no effect with a guidance_scale of 1", "use one above 1, or leave it out")
+
+
+def check_continuation(clip_seconds: float, duration: float, field: str = "continuation") -> None:
+    """Refuse a clip that the music cannot start with: one of another length than 0.08 to 30 s, or as long as the music."""
+    check_clip(field, clip_seconds)
+    if clip_seconds >= duration:
+        problem = f"is {clip_seconds:g} s long, and the duration of {duration:g} s counts from its start"
+        raise InvalidRequestError(field, problem, "use a longer duration, or a shorter clip")
+
+
+def check_hears_melody(model: ModelInfo, field: str = "melody") -> None:
+    """Refuse a tune for a model that hears none; of a local folder only the engine knows."""
+    if model.hears_melody is False:
+        able = next(other for other in MODELS.values() if other.hears_melody and other.channels == model.channels)
+        raise InvalidRequestError(field, f"is given for {model.name}, which hears none", f"use {able.name}")
+
+
+def check_clip(field: str, clip_seconds: float) -> None:
+    """Refuse a clip of another length than 0.08 to 30 s."""
+    if not MIN_DURATION_SECONDS <= clip_seconds <= WINDOW_SECONDS:
+        remedy = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} seconds"
+        raise InvalidRequestError(field, f"is {clip_seconds:g} s long", remedy)
 
 
 def check_positive(field: str, value: object) -> float:

@@ -13,7 +13,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from dgx_music import audio
+from dgx_music import audio, clips
 from dgx_music.artifacts import Artifact, Artifacts
 from dgx_music.completions import Completions
 from dgx_music.config import Settings
@@ -41,6 +41,7 @@ from dgx_music.inference.process import EngineInfo
 from dgx_music.leases import Leases, Running, Stop
 from dgx_music.storage import due, queue, workers
 from dgx_music.storage.changes import Subscription, Topic
+from dgx_music.storage.clips import read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.validation import tidy_text
@@ -60,7 +61,8 @@ _AT_ONCE_SECONDS = 0.4
 """So short a clip takes a tenth of a millisecond to finish: less than the way to a thread and back."""
 _BARREN_SECONDS = 1.0
 _SPREAD_SECONDS = 0.05
-_SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed")
+_SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "negative_prompt")
+_CLIP_RETRY_SECONDS = 1.0
 
 
 class EngineHost(Protocol):
@@ -69,8 +71,13 @@ class EngineHost(Protocol):
     async def start(self, model: str) -> EngineInfo:
         """Return what the engine with this model loaded says of itself, after starting it where it is not alive."""
 
-    async def generate(self, request: GenerationRequest, on_progress: Callable[[float], None]) -> Audio:
-        """Return the audio of one request; cancelling the call stops the generation."""
+    async def generate(
+        self, request: GenerationRequest, on_progress: Callable[[float], None], on_slot_free: Callable[[], None]
+    ) -> Audio:
+        """Return the audio of one request; cancelling the call stops the generation.
+
+        ``on_slot_free`` is called where the slot is free before the audio is made.
+        """
 
     async def close(self) -> None:
         """End the engine."""
@@ -183,7 +190,7 @@ class Worker:
                 await self._wait_at_most(_SPREAD_SECONDS)  # the rest is the others' share, and they are waking up
 
     def _free_slots(self) -> int:
-        """Slots that the engine has free, while no more than as many again wait for their audio to be stored."""
+        """Slots that the engine has free, while no more than as many again wait for their audio to be made and stored."""
         in_slots = sum(running.has_slot for running in self._running.values())
         return min(self._slots - in_slots, 2 * self._slots - len(self._running))
 
@@ -195,7 +202,8 @@ class Worker:
                 await self._give_back_unknown()
             if self._stopping.is_set() or not await self._is_ready_for_work(look_first):
                 return []
-            return await self._claim_up_to(limit)
+            free = min(limit, self._free_slots())  # fewer where the engine has come to have fewer
+            return await self._claim_up_to(free) if free > 0 else []
         except DatabaseUnavailableError as error:
             logger.warning("worker %s: cannot claim: %s", self.id, error)
         except EngineUnavailableError as error:
@@ -267,7 +275,7 @@ class Worker:
 
     async def _switch(self, model: str) -> None:
         """Load another model; one that cannot be loaded here is no longer served, while there are others."""
-        former, self._model, self._engine_pid = self._model, model, None
+        former, self._model = self._model, model
         try:
             info = await self._load_engine()
         except EngineUnavailableError as error:
@@ -283,15 +291,23 @@ class Worker:
         for start in range(_ENGINE_STARTS):
             try:
                 info = await self._load_engine()
-                if info is not None and info.pid != self._engine_pid:
-                    self._engine_pid = info.pid
-                    self._engine_deaths += 1
+                if info is not None:
+                    self._note_change(info)
                 return
             except EngineUnavailableError as error:
                 logger.warning("worker %s: engine start %d of %d failed: %s", self.id, start + 1, _ENGINE_STARTS, error)
                 if start + 1 == _ENGINE_STARTS:
                     raise
                 await self._wait_at_most(2.0**start)
+
+    def _note_change(self, info: EngineInfo) -> None:
+        """Count a fresh process as a death of the former, and believe the engine how many slots it has now."""
+        if info.pid != self._engine_pid:
+            self._engine_pid = info.pid
+            self._engine_deaths += 1
+        if info.slots != self._slots:
+            logger.warning("worker %s: %s has %d slots now, not %d", self.id, self._model, info.slots, self._slots)
+            self._slots = info.slots
 
     async def _has_work(self) -> bool:
         try:
@@ -343,7 +359,7 @@ class Worker:
             self._free(running)
 
     async def _infer(self, running: Running) -> Audio:
-        request = _as_request(running.claim)
+        request = _as_request(running.claim, await self._read_clips(running.claim))
         audio.check_format(self._settings.audio_format, request.sample_rate)
         deadline = self._settings.deadline_floor_seconds + self._settings.deadline_factor * request.duration
 
@@ -353,11 +369,32 @@ class Worker:
 
         try:
             with anyio.fail_after(deadline):
-                return await self._engine.generate(request, note)
+                return await self._engine.generate(request, note, partial(self._free, running))
         except TimeoutError:
             raise TimeoutError(f"The attempt took longer than its deadline of {deadline:g} s.") from None
         finally:
             self._free(running)
+
+    async def _read_clips(self, claim: Claim) -> dict[str, Audio]:
+        """Return the clips of a claimed row by the names of their fields; waits for a database that is away.
+
+        Raises ``GenerationRejectedError`` where one is missing or damaged.
+        """
+        named = {"continuation": claim.continuation_sha256, "melody": claim.melody_sha256}
+        wanted = {name: sha256 for name, sha256 in named.items() if sha256 is not None}
+        if not wanted:
+            return {}
+        found = await self._find_clips(wanted.values())
+        read = {name: partial(clips.load, name, found.get(sha256, b""), sha256) for name, sha256 in wanted.items()}
+        return {name: await anyio.to_thread.run_sync(load) for name, load in read.items()}
+
+    async def _find_clips(self, sha256s: Collection[str]) -> dict[str, bytes]:
+        while True:
+            try:
+                return await self._database.transact(lambda session: read_clips(session, sha256s), read_only=True)
+            except DatabaseUnavailableError as error:  # the lease, or a stop, ends this wait
+                logger.warning("worker %s: cannot read clips: %s", self.id, error)
+                await anyio.sleep(_CLIP_RETRY_SECONDS)
 
     async def _store(self, running: Running, made: Audio) -> tuple[Artifact, dict[str, object]]:
         claim, lease = running.claim, running.lease
@@ -541,7 +578,7 @@ class Worker:
         logger.info("worker %s: stopped", self.id)
 
 
-def _as_request(claim: Claim) -> GenerationRequest:
+def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
     """Return the request of a claimed row; raises ``InvalidRequestError`` for what no engine can do."""
     return GenerationRequest(
         generation_id=claim.lease.generation_id,
@@ -552,6 +589,8 @@ def _as_request(claim: Claim) -> GenerationRequest:
         channels=claim.channels,
         sample_rate=claim.sample_rate,
         **{name: claim.sampling[name] for name in _SAMPLING_FIELDS if claim.sampling.get(name) is not None},
+        continuation=given.get("continuation"),
+        melody=given.get("melody"),
     )
 
 

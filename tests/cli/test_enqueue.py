@@ -10,10 +10,10 @@ import pytest
 from dgx_music.cli import enqueue as command
 from dgx_music.errors import DatabaseUnavailableError
 from tests.cli.conftest import Run, add, count_rows
+from tests.factories import audio_file
 
 BAD_ARGUMENTS = {
     "no prompt": [],
-    "an empty prompt": [""],
     "a blank prompt": [" \n "],
     "a long prompt": ["x" * 2_001],
     "a control character": ["a\x07b"],
@@ -23,7 +23,7 @@ BAD_ARGUMENTS = {
     "a duration that is not a number": ["x", "--duration", "nan"],
     "a duration of nothing": ["x", "--duration", "0"],
     "a negative duration": ["x", "--duration", "-3"],
-    "a long duration": ["x", "--duration", "31"],
+    "a long duration": ["x", "--duration", "301"],
     "a duration in words": ["x", "--duration", "long"],
     "an unknown model": ["x", "--model", "musicgen-huge"],
     "a relative folder": ["x", "--model", "./model"],
@@ -36,6 +36,11 @@ BAD_ARGUMENTS = {
     "a negative seed": ["x", "--seed", "-1"],
     "a seed beyond 63 bits": ["x", "--seed", str(2**63)],
     "a fractional seed": ["x", "--seed", "1.5"],
+    "an empty negative prompt": ["x", "--negative-prompt", ""],
+    "a negative prompt without guidance": ["x", "--negative-prompt", "y", "--guidance-scale", "1"],
+    "a clip that is not there": ["x", "--continuation", "nowhere.wav"],
+    "a folder for a clip": ["x", "--continuation", "."],
+    "a melody for a model that hears none": ["x", "--melody", "tune.wav"],
     "a priority beyond all": ["x", "--priority", "1001"],
     "no attempts": ["x", "--max-attempts", "0"],
     "a time in words": ["x", "--run-at", "tomorrow"],
@@ -61,8 +66,10 @@ BAD_LINES = {
     "a blank prompt": '{"prompt": " "}',
     "no prompt": '{"duration": 3}',
     "a number for a prompt": '{"prompt": 3}',
-    "a long duration": '{"prompt": "x", "duration": 31}',
+    "a long duration": '{"prompt": "x", "duration": 301}',
     "a duration in words": '{"prompt": "x", "duration": "3"}',
+    "a clip that is not there": '{"prompt": "x", "continuation": "nowhere.wav"}',
+    "a number for a clip": '{"prompt": "x", "continuation": 7}',
     "an unknown option": '{"prompt": "x", "durations": 3}',
     "broken JSON": '{"prompt": "x"',
     "metadata that holds NaN": '{"prompt": "x", "metadata": {"a": NaN}}',
@@ -97,7 +104,7 @@ def test_a_refused_request_leaves_an_existing_database_unchanged(run: Run) -> No
     add("lofi rain")
     before = run("list", "--json").json
 
-    run("enqueue", "x", "--duration", 99)
+    run("enqueue", "x", "--duration", 999)
 
     assert run("list", "--json").json == before
 
@@ -249,3 +256,81 @@ def test_json_of_a_wait_that_fails_is_what_is_known_of_the_row(
 
     assert result.code == code
     assert (result.json["prompt"], result.json["status"]) == ("lofi rain", "pending")
+
+
+# what a request may bring
+
+
+def write_clip(name: str = "clip.wav", seconds: float = 1.0) -> str:
+    Path(name).write_bytes(audio_file(seconds))
+    return name
+
+
+def test_an_empty_prompt_is_shown_as_unconditional(run: Run) -> None:
+    generation_id = run("enqueue", "").out.strip()
+
+    assert run("show", generation_id, "--json").json["prompt"] == ""
+    assert "prompt            (unconditional)\n" in run("show", generation_id).out
+    for name in ("list", "prompts"):
+        assert run(name).out.endswith("(unconditional)\n")
+
+
+def test_a_file_may_ask_for_unconditional_music_as_json_only(run: Run) -> None:
+    Path("prompts.jsonl").write_text('{"prompt": ""}\n\n')
+
+    assert [row["prompt"] for row in run("enqueue", "--file", "prompts.jsonl", "--json").json] == [""]
+
+
+def test_what_the_request_brings_is_shown(run: Run) -> None:
+    options = ("--negative-prompt", "drums", "--continuation", write_clip(), "--melody", write_clip("tune.wav", 40))
+    generation_id = run("enqueue", "rain", *options, "--model", "musicgen-melody").out.strip()
+
+    shown = run("show", generation_id).out
+
+    assert "negative prompt   drums\n" in shown
+    assert shown.count("drums") == 1
+    assert "continuation      1 s, clip " in shown
+    assert "melody            30 s, clip " in shown
+    assert run("list").out.endswith("rain (with continuation and melody)\n")
+
+
+def test_clips_of_a_file_are_found_from_here(run: Run) -> None:
+    Path("prompts").mkdir()
+    Path("prompts/all.jsonl").write_text(f'{{"prompt": "x", "continuation": "{write_clip()}"}}\n')
+
+    assert run("enqueue", "--file", "prompts/all.jsonl", "--json").json[0]["continuation_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--continuation", "clip.wav", "--duration", 1],
+            "continuation is 1 s long, and the duration of 1 s counts from",
+        ),
+        (["--continuation", "long.wav"], "continuation is 31 s long; use a clip of 0.08 to 30 seconds."),
+        (["--continuation", "short.wav"], "continuation is 0.05 s long; use a clip of 0.08 to 30 seconds."),
+        (["--continuation", "text.wav"], "continuation is not audio that can be read; use WAV, FLAC, MP3 or OGG."),
+        (["--melody", "clip.wav"], "melody is given for musicgen-small, which hears none; use musicgen-melody."),
+    ],
+)
+def test_a_bad_clip_ends_2_with_one_sentence_and_makes_no_database(
+    run: Run, arguments: list[str], sentence: str
+) -> None:
+    for name, seconds in (("clip.wav", 1), ("long.wav", 31), ("short.wav", 0.05)):
+        write_clip(name, seconds)
+    Path("text.wav").write_text("no music")
+
+    result = run("enqueue", "x", *arguments)
+
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"Error: {sentence}")
+    assert result.err.count("\n") == 1
+    assert not Path("data").exists()
+
+
+def test_a_bad_clip_in_a_file_is_named_by_its_line(run: Run) -> None:
+    Path("text.wav").write_text("no music")
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b", "continuation": "text.wav"}\n')
+
+    assert run("enqueue", "--file", "prompts.jsonl").err.startswith("Error: line 3: continuation is not audio")

@@ -99,7 +99,7 @@ def test_a_server_that_is_not_there_ends_5_and_its_password_is_never_printed(
 def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DGX_MUSIC_SLOTS", "many")
 
-    assert run("list").err == "Error: DGX_MUSIC_SLOTS is 'many'; use a whole number from 1 to 256.\n"
+    assert run("list").err == "Error: DGX_MUSIC_SLOTS is 'many'; use auto or a whole number from 1 to 256.\n"
 
 
 def test_a_lone_error_comes_out_of_its_groups(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

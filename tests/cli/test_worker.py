@@ -13,6 +13,7 @@ from dgx_music.config import Settings
 from dgx_music.errors import ArtifactError
 from dgx_music.storage import Generation
 from tests.cli.conftest import Run, Spawn
+from tests.factories import audio_file
 
 pytestmark = pytest.mark.usefixtures("migrated")
 
@@ -39,7 +40,7 @@ def test_every_setting_is_an_option(run: Run) -> None:
         ("--lease-seconds", "nan", "DGX_MUSIC_LEASE_SECONDS"),
         ("--heartbeat-seconds", "29", "DGX_MUSIC_HEARTBEAT_SECONDS"),
         ("--audio-format", "aiff", "--audio-format"),
-        ("--slots", "many", "--slots"),
+        ("--slots", "many", "DGX_MUSIC_SLOTS"),
         ("--log-level", "loud", "--log-level"),
     ],
 )
@@ -127,3 +128,15 @@ def test_an_audio_file_that_appears_meanwhile_is_not_overwritten() -> None:
 def test_audio_that_is_on_another_machine_is_said_to_be_missing() -> None:
     with pytest.raises(ArtifactError, match="no such file"):
         _copy_audio(Generation(file_path="/elsewhere/made.wav"), Path("rain.wav"), force=False)
+
+
+def test_music_starts_with_the_clip_that_it_continues(run: Run, tone: Tone) -> None:
+    Path("clip.flac").write_bytes(audio_file(0.5, kind="FLAC"))
+    generation_id = run("enqueue", "", "--continuation", "clip.flac", "--duration", 1.25).out.strip()
+
+    assert run("worker", "--drain", "--loudness", "none").code == 0
+
+    made, rate = soundfile.read(run("show", generation_id, "--json").json["file_path"], dtype="int16")
+    given, _ = soundfile.read("clip.flac", dtype="int16")
+    assert (len(made), rate) == (40_000, 32_000)
+    assert abs(made[:16_000].astype(int) - given).max() <= 1

@@ -41,9 +41,11 @@ async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:
 class QuietRun:
     """A ``Run`` of the test's own: keeps the progress, is cancelled from the start where it is told so."""
 
-    def __init__(self, *, is_cancelled: bool = False) -> None:
+    def __init__(self, *, is_cancelled: bool = False, idle_engines: int = 0) -> None:
         self.progress: list[float] = []
         self.is_cancelled = is_cancelled
+        self.has_slot = True
+        self.idle_engines = idle_engines
 
     def report_progress(self, progress: float) -> None:
         self.progress.append(progress)
@@ -51,3 +53,10 @@ class QuietRun:
     def check_cancelled(self) -> None:
         if self.is_cancelled:
             raise GenerationCancelledError("The generation was cancelled.")
+
+    def free_slot(self) -> None:
+        self.has_slot = False
+
+    def make_room(self) -> bool:
+        had_any, self.idle_engines = self.idle_engines > 0, 0
+        return had_any

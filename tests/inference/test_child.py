@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgx_music.errors import EngineUnavailableError, GenerationCancelledError
+from dgx_music.errors import EngineReplacedError, EngineUnavailableError, GenerationCancelledError
 from dgx_music.inference import child
 from dgx_music.inference.channel import Decoder, Message, encode
-from dgx_music.inference.child import Channel, ChannelRun
+from dgx_music.inference.child import Channel, ChannelRun, Server
 from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, Run
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import make_request, make_settings
@@ -25,20 +25,26 @@ Generate = Callable[[GenerationRequest, Run], Audio]
 
 
 class ScriptedEngine:
-    slots = 2
+    memory_bytes = 1
     device = "cpu"
     model_version = "scripted"
     notice = None
 
     def __init__(self, generate: Generate) -> None:
+        self.slots = 2
         self.generate = generate
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 class Parent:
     """The other end of the channel of a child that runs in a thread."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, make_engine: Callable[[EngineSettings], Any] | None = None) -> None:
         connection.settimeout(20)
+        self.make_engine = make_engine
         self.connection = connection
         self._decoder = Decoder()
         self._received: list[Message] = []
@@ -51,20 +57,29 @@ class Parent:
             self._received += self._decoder.feed(self.connection.recv(65_536))
         return self._received.pop(0)
 
+    def load(self, model: str, slots: int | None = None) -> dict[str, Any]:
+        """Return the answer to this ``load``."""
+        self.send(kind="load", model=model, slots=slots)
+        return self.receive().header
+
+    def generate(self, key: int = 1, **fields: Any) -> None:
+        self.send(kind="generate", key=key, request=vars(make_request(**fields)))
+
 
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Generate], Parent]]:
-    """Serves an engine with the ``generate`` that is given; returns its parent's end after ``ready``."""
+    """Serves engines with the ``generate`` that is given; returns its parent's end once one model is loaded."""
     ours, theirs = socket.socketpair()
 
     def start(generate: Generate) -> Parent:
-        monkeypatch.setattr(child, "load_engine", lambda settings: ScriptedEngine(generate))
+        parent = Parent(ours, lambda settings: ScriptedEngine(generate))
+        monkeypatch.setattr(child, "load_engine", lambda settings: parent.make_engine(settings))
+        monkeypatch.setattr(child, "estimate_bytes", lambda settings: 1)
         thread.start()
-        parent = Parent(ours)
-        assert parent.receive().header["kind"] == "ready"
+        assert parent.load("musicgen-small")["kind"] == "ready"
         return parent
 
-    thread = threading.Thread(target=lambda: child.load_and_serve(make_settings(), Channel(theirs)))
+    thread = threading.Thread(target=lambda: Server(make_settings(), Channel(theirs)).serve())
     with theirs, ours:
         yield start
         ours.shutdown(socket.SHUT_RDWR)
@@ -85,7 +100,7 @@ def wait_for_cancel(request: GenerationRequest, run: Run) -> Audio:
 def test_audio_travels_as_float32_with_its_shape(connect: Callable[[Generate], Parent]) -> None:
     parent = connect(silence)
 
-    parent.send(kind="generate", key=1, request=vars(make_request()))
+    parent.generate()
 
     header, payload = parent.receive()
     assert header == {"kind": "audio", "key": 1, "shape": [2, 3], "sample_rate": 8_000, "facts": {"seed": 7}}
@@ -95,7 +110,7 @@ def test_audio_travels_as_float32_with_its_shape(connect: Callable[[Generate], P
 def test_a_cancel_stops_the_generation_it_names(connect: Callable[[Generate], Parent]) -> None:
     parent = connect(wait_for_cancel)
     for key in (1, 2):
-        parent.send(kind="generate", key=key, request=vars(make_request()))
+        parent.generate(key)
         assert parent.receive().header["kind"] == "progress"
 
     parent.send(kind="cancel", key=2)
@@ -108,11 +123,11 @@ def test_a_cancel_stops_the_generation_it_names(connect: Callable[[Generate], Pa
 
 def test_a_cancel_that_comes_too_late_is_nothing(connect: Callable[[Generate], Parent]) -> None:
     parent = connect(silence)
-    parent.send(kind="generate", key=1, request=vars(make_request()))
+    parent.generate()
     parent.receive()
 
     parent.send(kind="cancel", key=1)
-    parent.send(kind="generate", key=2, request=vars(make_request()))
+    parent.generate(2)
 
     assert parent.receive().header["key"] == 2
 
@@ -142,7 +157,7 @@ def test_whatever_goes_wrong_is_answered(
 ) -> None:
     parent = connect(generate)
 
-    parent.send(kind="generate", key=1, request=vars(make_request()))
+    parent.generate()
 
     header = parent.receive().header
     assert header == {"kind": "failed", "key": 1, "error": "EngineError", "message": message}
@@ -160,16 +175,18 @@ def test_a_request_that_is_unacceptable_is_answered(connect: Callable[[Generate]
     ("error", "message"),
     [(EngineUnavailableError("No weights."), "No weights."), (ImportError("no torch"), "ImportError: no torch")],
 )
-def test_an_engine_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+def test_an_engine_that_does_not_load_says_why_and_leaves_the_others_alone(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
     def load_engine(settings: EngineSettings) -> Engine:
         raise error
 
-    monkeypatch.setattr(child, "load_engine", load_engine)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        child.load_and_serve(make_settings(), Channel(theirs))
+    parent = connect(silence)
+    parent.make_engine = load_engine
 
-        assert Parent(ours).receive().header == {"kind": "unavailable", "message": message}
+    assert parent.load("musicgen-medium") == {"kind": "unavailable", "model": "musicgen-medium", "message": message}
+    parent.generate()
+    assert parent.receive().header["kind"] == "audio"
 
 
 class RecordingChannel(Channel):
@@ -184,7 +201,7 @@ def test_progress_is_sent_at_once_and_then_at_most_twice_a_second(monkeypatch: p
     now = 100.0
     monkeypatch.setattr(child.time, "monotonic", lambda: now)
     channel = RecordingChannel()
-    run = ChannelRun(1, channel)
+    run = ChannelRun(1, channel, lambda: False)
 
     for now in (100.0, 100.25, 100.49, 100.51, 101.0, 101.02):
         run.report_progress(now - 100)
@@ -193,7 +210,7 @@ def test_progress_is_sent_at_once_and_then_at_most_twice_a_second(monkeypatch: p
 
 
 def test_a_run_is_cancelled_for_ever() -> None:
-    run = ChannelRun(1, RecordingChannel())
+    run = ChannelRun(1, RecordingChannel(), lambda: False)
     run.check_cancelled()
     run.cancel()
 
@@ -202,7 +219,196 @@ def test_a_run_is_cancelled_for_ever() -> None:
             run.check_cancelled()
 
 
+# slots
+
+
+def free_slot_and_wait(request: GenerationRequest, run: Run) -> Audio:
+    for _ in range(2):
+        run.free_slot()
+    return wait_for_cancel(request, run)
+
+
+def test_a_slot_is_freed_once_before_the_audio_is_made(connect: Callable[[Generate], Parent]) -> None:
+    parent = connect(free_slot_and_wait)
+    parent.generate()
+
+    assert parent.receive().header == {"kind": "freed", "key": 1}
+    assert parent.receive().header["kind"] == "progress"
+    parent.send(kind="cancel", key=1)
+    assert parent.receive().header["error"] == "GenerationCancelledError"
+
+
+def test_more_generations_run_than_there_are_slots_where_slots_were_freed(
+    connect: Callable[[Generate], Parent],
+) -> None:
+    parent = connect(free_slot_and_wait)
+    for key in range(4):
+        parent.generate(key)
+
+    kinds = [parent.receive().header["kind"] for _ in range(8)]
+    assert sorted(kinds) == ["freed"] * 4 + ["progress"] * 4
+    for key in range(4):
+        parent.send(kind="cancel", key=key)
+
+
+def test_fewer_slots_are_told_once_and_before_the_failure_that_they_cost(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shrink(request: GenerationRequest, run: Run) -> Audio:
+        engine.slots = 1
+        raise EngineReplacedError("no memory for as many")
+
+    engine = ScriptedEngine(shrink)
+    parent = connect(silence)
+    parent.make_engine = lambda settings: engine
+    parent.load("musicgen-medium")
+    for key in (1, 2):
+        parent.generate(key, model="musicgen-medium")
+
+    replies = [parent.receive().header for _ in range(3)]
+    assert replies[0] == {"kind": "slots", "model": "musicgen-medium", "slots": 1}
+    assert [(reply["kind"], reply["error"]) for reply in replies[1:]] == [("failed", "EngineReplacedError")] * 2
+
+
+def test_the_slots_of_a_load_are_what_its_engine_is_made_with(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = connect(silence)
+    asked: list[EngineSettings] = []
+    parent.make_engine = lambda settings: asked.append(settings) or ScriptedEngine(silence)
+
+    parent.load("musicgen-medium", slots=5)
+
+    assert [(settings.model, settings.slots) for settings in asked] == [("musicgen-medium", 5)]
+
+
+# memory
+
+
+def run_out_of_memory(request: GenerationRequest, run: Run) -> Audio:
+    if request.prompt == "held":
+        wait_for_cancel(request, run)
+    raise MemoryError("2 GiB\nadvice")
+
+
+def test_a_generation_without_memory_is_given_back_beside_others_and_fails_alone(
+    connect: Callable[[Generate], Parent],
+) -> None:
+    parent = connect(run_out_of_memory)
+    parent.generate(1, prompt="held")
+    parent.receive()
+
+    parent.generate(2)
+    beside = parent.receive().header
+    parent.send(kind="cancel", key=1)
+    parent.receive()
+    parent.generate(3)
+    alone = parent.receive().header
+
+    assert (beside["error"], alone["error"]) == ("EngineReplacedError", "EngineError")
+    assert beside["message"] == "There is no memory for this generation beside the others (MemoryError: 2 GiB)."
+    assert alone["message"].endswith("; use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16.")
+
+
+def test_generations_that_never_find_memory_beside_each_other_pay_in_the_end(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_MOST_GIVEN_BACK", 2)
+    parent = connect(run_out_of_memory)
+    parent.generate(0, prompt="held")
+    parent.receive()
+    errors = []
+    for key in (1, 2, 3):
+        parent.generate(key)
+        errors.append(parent.receive().header["error"])
+    parent.send(kind="cancel", key=0)
+
+    assert errors == ["EngineReplacedError"] * 2 + ["EngineError"]
+
+
+def test_a_generation_without_memory_unloads_idle_engines_and_is_tried_once_more(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle = ScriptedEngine(silence)
+
+    def need_room(request: GenerationRequest, run: Run) -> Audio:
+        return silence(request, run) if idle.is_closed else run_out_of_memory(request, run)
+
+    parent = connect(need_room)
+    parent.make_engine = lambda settings: idle
+    parent.load("musicgen-medium")
+    parent.generate()
+
+    assert parent.receive().header == {"kind": "unloaded", "model": "musicgen-medium"}
+    assert parent.receive().header["kind"] == "audio"
+    parent.generate(2, model="musicgen-medium")
+    assert parent.receive().header["error"] == "EngineReplacedError"
+
+
+def test_a_resident_model_is_loaded_at_once(connect: Callable[[Generate], Parent]) -> None:
+    parent = connect(silence)
+    parent.load("musicgen-medium")
+    parent.make_engine = None
+
+    assert parent.load("musicgen-small")["kind"] == "ready"
+
+
+def test_a_cancel_is_heard_while_another_model_loads(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    parent = connect(wait_for_cancel)
+    parent.make_engine = lambda settings: go_on.wait(20) and ScriptedEngine(silence)
+    parent.generate()
+    parent.receive()
+    parent.send(kind="load", model="musicgen-medium", slots=None)
+    parent.send(kind="cancel", key=1)
+
+    assert parent.receive().header["error"] == "GenerationCancelledError"
+    go_on.set()
+    assert parent.receive().header["kind"] == "ready"
+
+
+# a device that is lost
+
+
+def lose_the_device(request: GenerationRequest, run: Run) -> Audio:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging consider passing")
+
+
+def test_a_lost_device_is_told_in_one_line_and_ends_the_process(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        sys.exit(code)  # its thread only
+
+    monkeypatch.setattr(child, "_exit", leave)
+    parent = connect(lose_the_device)
+    parent.generate()
+
+    message = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert parent.receive().header == {"kind": "broken", "message": message}
+    while not codes:
+        pass
+    assert codes == [child.LOST_THE_DEVICE]
+
+
 # the real process
+
+
+def test_the_process_ends_with_the_code_of_a_lost_device(script: WriteScript) -> None:
+    script({"do": "raise", "message": "CUDA error: unspecified launch failure"})
+    ours, theirs = socket.socketpair()
+    with theirs, ours, subprocess.Popen(child_command(theirs), pass_fds=(theirs.fileno(),)) as process:
+        parent = Parent(ours)
+        parent.load("musicgen-small")
+        parent.generate()
+
+        assert parent.receive().header["kind"] == "broken"
+        assert process.wait(5) == child.LOST_THE_DEVICE == 70
 
 
 def child_command(connection: socket.socket) -> list[str]:
@@ -215,8 +421,8 @@ def test_the_end_of_the_channel_ends_the_process_in_mid_generation(script: Write
     ours, theirs = socket.socketpair()
     with theirs, ours, subprocess.Popen(child_command(theirs), pass_fds=(theirs.fileno(),)) as process:
         parent = Parent(ours)
-        parent.receive()
-        parent.send(kind="generate", key=1, request=vars(make_request()))
+        parent.load("musicgen-small")
+        parent.generate()
         assert parent.receive().header["kind"] == "progress"
 
         ours.shutdown(socket.SHUT_RDWR)
@@ -238,7 +444,7 @@ def test_the_death_of_the_parent_ends_the_process_though_the_channel_is_open(scr
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-c", FOSTER_PARENT, str(theirs.fileno()), *child_command(theirs)]
     with ours, theirs, subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as parent:
-        pid = Parent(ours).receive().header["info"]["pid"]
+        pid = Parent(ours).load("musicgen-small")["info"]["pid"]
 
         parent.kill()
 

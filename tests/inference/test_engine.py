@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +36,12 @@ def test_a_request_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt", ""),
+        ("prompt", " "),
         ("prompt", None),
         ("prompt", "x" * 2_001),
         ("model", "musicgen-gigantic"),
         ("duration", 0.079),
-        ("duration", 30.01),
+        ("duration", 300.01),
         ("duration", float("nan")),
         ("channels", 0),
         ("channels", 3),
@@ -72,7 +73,7 @@ def test_an_unacceptable_field_is_named(field: str, value: object) -> None:
     "fields",
     [
         {"duration": 0.08, "channels": 1, "sample_rate": 8_000, "top_k": 0, "seed": 0},
-        {"duration": 30, "channels": 2, "sample_rate": 192_000, "top_k": 2_048, "seed": 2**63 - 1},
+        {"duration": 300, "channels": 2, "sample_rate": 192_000, "top_k": 2_048, "seed": 2**63 - 1},
         {"guidance_scale": 1, "temperature": 0, "top_p": 0.01},
         {"guidance_scale": 20, "temperature": 5, "top_p": 1},
     ],
@@ -81,6 +82,57 @@ def test_the_limits_are_acceptable(fields: dict[str, float]) -> None:
     request = make_request(**fields)
 
     assert {name: getattr(request, name) for name in fields} == fields
+
+
+def clip(seconds: float = 1.0, channels: int = 1, fill: float = 0.0) -> Audio:
+    return Audio(np.full((channels, round(seconds * 8_000)), fill, dtype=np.float32), 8_000)
+
+
+def test_a_negative_prompt_is_part_of_what_is_stored_where_it_is_given_only() -> None:
+    assert make_request(negative_prompt=" drums\n").sampling["negative_prompt"] == "drums"
+    assert "negative_prompt" not in make_request().sampling
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": ""},
+        {"prompt": "", "negative_prompt": "drums"},
+        {"duration": 31, "continuation": clip(30, 2)},
+        {"duration": 0.09, "continuation": clip(0.08)},
+        {"duration": 300, "melody": clip(30), "model": "musicgen-melody"},
+        {"melody": clip(), "model": "/models/mine"},
+        {"duration": 2, "melody": clip(), "continuation": clip(), "model": "musicgen-stereo-melody"},
+    ],
+)
+def test_what_a_request_may_bring(fields: dict[str, Any]) -> None:
+    request = make_request(**fields)
+
+    assert {name: getattr(request, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("negative_prompt", {"negative_prompt": " "}),
+        ("negative_prompt", {"negative_prompt": "drums", "guidance_scale": 1}),
+        ("continuation", {"continuation": clip(2)}),
+        ("continuation", {"continuation": clip(0.07)}),
+        ("continuation", {"continuation": clip(30.1), "duration": 60}),
+        ("continuation", {"continuation": clip(1, channels=3)}),
+        ("continuation", {"continuation": Audio(np.zeros(8_000, dtype=np.float32), 8_000)}),
+        ("continuation", {"continuation": clip(1, fill=float("nan"))}),
+        ("continuation", {"continuation": clip(1, fill=float("inf"))}),
+        ("melody", {"melody": clip()}),
+        ("melody", {"melody": clip(30.1), "model": "musicgen-melody"}),
+        ("melody", {"melody": clip(1, channels=2), "model": "musicgen-melody"}),
+    ],
+)
+def test_what_a_request_may_not_bring(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        make_request(**{"duration": 2} | fields)
+
+    assert caught.value.field == field
 
 
 def test_the_seed_asked_for_is_the_effective_one() -> None:

@@ -15,7 +15,7 @@ from dgx_music.errors import EngineError, GenerationCancelledError
 from dgx_music.inference.loop import DecodingLoop
 from dgx_music.inference.slots import Slots
 from tests.inference.factories import QuietRun
-from tests.inference.test_slots import PROMPTS, decode, decoder, make_row
+from tests.inference.test_slots import PROMPTS, decode, make_row, make_slots
 
 
 class SignallingRun(QuietRun):
@@ -50,7 +50,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def make_loop(slot_count: int = 3) -> DecodingLoop:
-    return DecodingLoop(lambda: Slots(decoder(), slot_count))
+    return DecodingLoop(make_slots, slot_count)
 
 
 def break_steps(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[Slots], bool]) -> None:
@@ -59,7 +59,7 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[Slots], bo
 
     def broken(slots: Slots) -> None:
         if is_broken(slots):
-            raise RuntimeError("CUDA error")
+            raise RuntimeError("shapes differ")
         step(slots)
 
     monkeypatch.setattr(Slots, "step", broken)
@@ -134,7 +134,10 @@ def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
 ) -> None:
     first = loop._slots
     break_steps(monkeypatch, lambda slots: slots is first and slots.rows[0].position == 3)
-    with caplog.at_level(logging.CRITICAL), pytest.raises(EngineError, match=r"step of 1 .*RuntimeError: CUDA error"):
+    with (
+        caplog.at_level(logging.CRITICAL),
+        pytest.raises(EngineError, match=r"step of 1 .*RuntimeError: shapes differ"),
+    ):
         loop.decode(make_row(), QuietRun())
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
     assert loop._slots is not first
@@ -152,17 +155,17 @@ def test_all_rows_of_a_failed_step_are_told(
                 call.result(20)
 
 
-def test_slots_that_cannot_be_made_again_fail_the_row_that_wanted_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = iter([Slots(decoder(), 1), MemoryError("no room"), Slots(decoder(), 1)])
+def test_slots_that_cannot_be_made_again_fail_the_row_that_wanted_one() -> None:
+    made = iter([make_slots(1), ValueError("no slots today"), make_slots(1)])
 
-    def make() -> Slots:
-        if isinstance(slots := next(made), MemoryError):
+    def make(count: int) -> Slots:
+        if isinstance(slots := next(made), ValueError):
             raise slots
         return slots
 
-    loop = DecodingLoop(make)
+    loop = DecodingLoop(make, 1)
     loop._slots = None
-    with pytest.raises(MemoryError):
+    with pytest.raises(ValueError, match="no slots today"):
         loop.decode(make_row(), QuietRun())
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import importlib
 import json
@@ -8,6 +9,7 @@ import logging
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from transformers import GenerationConfig
 
 from dgx_music.catalog import MODELS, UNTRAINED_NOTICE
 from dgx_music.errors import EngineError, EngineUnavailableError, GenerationCancelledError
-from dgx_music.inference import musicgen
+from dgx_music.inference import musicgen, weights
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import MusicGenEngine
 from dgx_music.inference.process import EngineProcess
@@ -38,6 +40,7 @@ COMMIT = MODELS["musicgen-small"].revision
 class FakeRun:
     cancel_at: int | None = None
     progress: list[float] = field(default_factory=list)
+    freed_at: int | None = None
 
     def report_progress(self, progress: float) -> None:
         self.progress.append(progress)
@@ -46,9 +49,16 @@ class FakeRun:
         if self.cancel_at is not None and len(self.progress) >= self.cancel_at:
             raise GenerationCancelledError("cancelled")
 
+    def free_slot(self) -> None:
+        self.freed_at = len(self.progress)
+
+    def make_room(self) -> bool:
+        return False
+
 
 def load(model: str | Path = TINY, **settings: Any) -> MusicGenEngine:
-    return musicgen.load(EngineSettings(engine="musicgen", model=str(model), device="cpu", **settings))
+    fields = {"engine": "musicgen", "model": str(model), "device": "cpu", "dtype": "float32", "slots": 1, **settings}
+    return musicgen.load(EngineSettings(**fields))
 
 
 def generate(engine: MusicGenEngine, run: FakeRun | None = None, **fields: Any) -> Audio:
@@ -211,7 +221,7 @@ def test_generations_in_slots_have_the_audio_they_have_alone(mono: MusicGenEngin
 def test_a_text_that_cannot_be_read_fails_alone(mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = generate(mono)
     with monkeypatch.context() as patch:
-        patch.setattr(mono._text_encoder, "forward", Mock(side_effect=RuntimeError("no text")))
+        patch.setattr(mono._conditioner._text_encoder, "forward", Mock(side_effect=RuntimeError("no text")))
         with pytest.raises(RuntimeError, match="no text"):
             generate(mono)
     assert np.array_equal(generate(mono).samples, expected.samples)
@@ -274,7 +284,7 @@ def test_only_the_language_model_is_in_16_bit(folders: dict[int, Path], dtype: s
     audio = generate(engine)
     assert np.isfinite(audio.samples).all()
     assert audio.facts["dtype"] == dtype
-    assert {engine._text_encoder.dtype, engine._codec.dtype} == {torch.float32}
+    assert {engine._conditioner._text_encoder.dtype, engine._codec._model.dtype} == {torch.float32}
 
 
 def test_the_untrained_model_can_be_in_16_bit() -> None:
@@ -311,9 +321,9 @@ def _pickle_weights(folder: Path) -> None:
 
 
 def _drop_a_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["decoder.lm_heads.1.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["decoder.lm_heads.1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -374,7 +384,7 @@ def test_the_licence_is_shown_before_the_first_download(
         assert "CC-BY-NC 4.0" in caplog.text
         return str(folders[1])
 
-    monkeypatch.setattr(musicgen, "snapshot_download", download)
+    monkeypatch.setattr(weights, "snapshot_download", download)
     with caplog.at_level(logging.WARNING):
         assert load("musicgen-medium").model_version == folders[1].name
 
@@ -384,7 +394,7 @@ def test_a_revision_that_is_set_replaces_the_pinned_one(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        musicgen, "snapshot_download", lambda _name, *, revision, **_options: asked.append(revision) or folders[1]
+        weights, "snapshot_download", lambda _name, *, revision, **_options: asked.append(revision) or folders[1]
     )
     load("musicgen-small", revision="refs/pr/7")
     assert asked == ["refs/pr/7"]
@@ -414,6 +424,51 @@ def test_auto_is_16_bit_on_a_gpu(has_bfloat16: bool, dtype: torch.dtype, monkeyp
     assert musicgen._choose_dtype("auto", torch.device("cuda")) is dtype
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+)
+def test_auto_is_16_bit_on_a_processor_that_multiplies_bfloat16(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert musicgen._choose_dtype("auto", torch.device("cpu")) is dtype
+
+
+@pytest.mark.parametrize(
+    ("free_slots", "models", "expected"), [(None, 1, 1), (0, 1, 1), (2.6, 1, 1), (7.6, 1, 3), (7.6, 3, 1), (1000, 3, 8)]
+)
+def test_auto_slots_are_as_many_as_fit_into_a_share_of_the_memory(
+    free_slots: float | None, models: int, expected: int, mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = None if free_slots is None else int(free_slots * mono._decoder.slot_bytes)
+    monkeypatch.setattr(musicgen, "free_bytes", lambda _device: free)
+    assert load(slots=None, model_count=models).slots == expected
+
+
+def test_a_closed_engine_holds_nothing() -> None:
+    engine = load()
+    decoder = weakref.ref(engine._decoder)
+    generate(engine)
+    engine.close()
+    gc.collect()
+    assert decoder() is None
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_what_an_engine_will_take_is_known_where_its_weights_are_here(folders: dict[int, Path]) -> None:
+    size = (folders[1] / "model.safetensors").stat().st_size
+    assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model=str(folders[1]))) == size
+    assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model="musicgen-small")) is None
+    assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model=TINY)) is None
+
+
+def test_an_engine_says_what_it_holds(mono: MusicGenEngine) -> None:
+    model, _ = build_tiny()
+    weights = sum(weight.nbytes for weight in model.parameters())
+    assert weights < mono.memory_bytes - mono._decoder.slot_bytes < 1.3 * weights  # positions are in it as well
+
+
 @pytest.mark.parametrize("cores", [1, 2, 16])
 def test_a_core_is_left_to_the_parent(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
@@ -426,9 +481,9 @@ def test_a_core_is_left_to_the_parent(cores: int, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("weight", ["decoder.lm_heads.0.weight", "audio_encoder.decoder.layers.0.conv.bias"])
 def test_numbers_that_are_not_finite_are_an_error(folder: Path, weight: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights[weight].fill_(torch.nan)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(folder / "model.safetensors")
+    tensors[weight].fill_(torch.nan)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     engine = load(folder)
     with pytest.raises(EngineError, match="not finite"):
         generate(engine)

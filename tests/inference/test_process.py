@@ -22,7 +22,9 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.inference import process as process_module
-from dgx_music.inference.process import EngineInfo, EngineProcess
+from dgx_music.inference.channel import encode
+from dgx_music.inference.engine import Audio
+from dgx_music.inference.process import EngineInfo, EngineProcess, _Slots
 from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import QuietRun, begin, ignore, make_process, make_request
@@ -87,23 +89,62 @@ async def test_two_starts_at_once_share_one_child() -> None:
     assert first.pid == second.pid
 
 
-async def test_another_model_is_loaded_by_a_process_of_its_own(process: EngineProcess) -> None:
+async def test_another_model_is_loaded_beside_the_first(process: EngineProcess) -> None:
     first = process.pid
     info = await process.start("musicgen-medium")
 
-    assert info.pid == process.pid != first
-    assert (await process.start("musicgen-medium")).pid == info.pid
-    assert not Path(f"/proc/{first}").exists()
+    assert info.pid == process.pid == first
+    assert (await process.start("musicgen-small")).pid == (await process.start("musicgen-medium")).pid == first
+    for model in ("musicgen-small", "musicgen-medium"):
+        assert (await process.generate(make_request(model=model), ignore)).duration == 0.08
 
 
-async def test_loading_another_model_releases_what_still_runs(process: EngineProcess, script: WriteScript) -> None:
-    script({"do": "wait", "seconds": 60})
-    running = asyncio.create_task(process.generate(make_request(), lambda _progress: None))
-    await asyncio.sleep(0)
+async def test_loading_another_model_leaves_what_runs_alone(process: EngineProcess, script: WriteScript) -> None:
+    script({"do": "wait", "seconds": 0.5})
+    running = await begin(process)
     await process.start("musicgen-medium")
 
-    with pytest.raises(EngineReplacedError, match="musicgen-medium"):
-        await running
+    assert not running.done()
+    assert (await running).duration == 0.08
+
+
+async def test_each_model_has_slots_of_its_own(script: WriteScript) -> None:
+    script(SLOW)
+    async with make_process(slots=1) as process:
+        await process.start()
+        await process.start("musicgen-medium")
+        tasks = [await begin(process, model=model) for model in ("musicgen-small", "musicgen-medium")]
+
+        assert not any(task.done() for task in tasks)
+
+
+async def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(
+    process: EngineProcess, script: WriteScript
+) -> None:
+    pid = process.pid
+    script().write_text("{")
+    with pytest.raises(EngineUnavailableError, match="is malformed"):
+        await process.start("musicgen-medium")
+    script()
+
+    assert (await process.start("musicgen-small")).pid == pid
+    assert (await process.start("musicgen-medium")).pid == pid
+
+
+async def test_a_model_that_is_not_loaded_generates_nothing(process: EngineProcess) -> None:
+    with pytest.raises(EngineReplacedError, match="not running"):
+        await process.generate(make_request(model="musicgen-medium"), ignore)
+
+
+async def test_a_model_that_was_unloaded_is_loaded_by_the_next_start(process: EngineProcess) -> None:
+    child = process._child
+    assert child is not None
+    child.data_received(encode({"kind": "unloaded", "model": "musicgen-small"}))
+    with pytest.raises(EngineReplacedError):
+        await process.generate(make_request(), ignore)
+
+    assert (await process.start()).pid == child.pid
+    assert (await process.generate(make_request(), ignore)).duration == 0.08
 
 
 async def test_a_cancelled_start_leaves_the_child_to_the_next_one() -> None:
@@ -267,6 +308,103 @@ async def test_a_process_that_is_still_loading_generates_nothing() -> None:
             await process.generate(make_request(), ignore)
 
 
+# slots
+
+
+async def begin_audio(process: EngineProcess, **fields: object) -> asyncio.Task[Audio]:
+    """Return the task of a generation that has freed its slot."""
+    freed = asyncio.Event()
+    task = asyncio.create_task(process.generate(make_request(**fields), ignore, freed.set))
+    await asyncio.wait_for(freed.wait(), 5)
+    return task
+
+
+AUDIO = {"prompt": "long audio", "do": "wait", "audio_seconds": 60}
+
+
+async def test_a_slot_is_free_before_the_audio_is_made(script: WriteScript) -> None:
+    script(AUDIO)
+    async with make_process(slots=1) as process:
+        await process.start()
+        task = await begin_audio(process, prompt="long audio")
+
+        assert (await process.generate(make_request(), ignore)).duration == 0.08
+        assert not task.done()
+
+
+async def test_a_freed_slot_is_given_back_once(script: WriteScript) -> None:
+    script({**AUDIO, "audio_seconds": 0.1}, {"prompt": "slow", **SLOW})
+    async with make_process(slots=1) as process:
+        await process.start()
+        freed: list[str] = []
+        for _ in range(2):
+            await process.generate(make_request(prompt="long audio"), ignore, lambda: freed.append("once"))
+        await begin(process, prompt="slow")
+        waiting = asyncio.create_task(process.generate(make_request(), ignore))
+
+        assert not (await asyncio.wait((waiting,), timeout=0.2))[0]
+        assert freed == ["once"] * 2
+
+
+async def test_a_generation_is_cancelled_after_its_slot_is_free_and_gives_it_back_once(script: WriteScript) -> None:
+    script(AUDIO, {"prompt": "slow", **SLOW})
+    async with make_process(slots=1) as process:
+        pid = (await process.start()).pid
+        task = await begin_audio(process, prompt="long audio")
+        await begin(process, prompt="slow")
+        task.cancel()
+        await asyncio.wait((task,), timeout=2)
+        waiting = asyncio.create_task(process.generate(make_request(), ignore))
+
+        assert not (await asyncio.wait((waiting,), timeout=0.2))[0]
+        assert (task.cancelled(), process.pid) == (True, pid)
+
+
+async def test_fewer_slots_let_in_no_more_and_are_remembered_by_the_next_process(script: WriteScript) -> None:
+    script({"prompt": "big", "do": "shrink"}, {"prompt": "slow", **SLOW})
+    async with make_process(slots=4) as process:
+        first = (await process.start()).pid
+        with pytest.raises(EngineReplacedError, match="scripted failure"):
+            await process.generate(make_request(prompt="big"), ignore)
+        assert (await process.start()).slots == 2
+        for _ in range(2):
+            await begin(process, prompt="slow")
+        waiting = asyncio.create_task(process.generate(make_request(), ignore))
+        assert not (await asyncio.wait((waiting,), timeout=0.2))[0]
+        os.kill(first, signal.SIGKILL)
+        await asyncio.wait((waiting,))
+
+        info, other = await process.start(), await process.start("musicgen-medium")
+        assert (info.pid == first, info.slots, other.slots) == (False, 2, 4)
+
+
+async def test_the_slots_let_in_as_they_are_freed_whoever_is_cancelled_meanwhile() -> None:
+    slots = _Slots(2)
+    takers = [asyncio.create_task(slots.take()) for _ in range(5)]
+    await asyncio.sleep(0)
+    assert [task.done() for task in takers] == [True, True, False, False, False]
+    takers[2].cancel()
+    slots.free()
+    takers[3].cancel()  # at the moment of its turn
+    done, _ = await asyncio.wait(takers, timeout=2)
+    assert [task in done for task in takers] == [True] * 5
+    assert [task.cancelled() for task in takers] == [False, False, True, True, False]
+
+
+async def test_slots_that_have_become_fewer_let_nobody_in_before_as_many_are_free() -> None:
+    slots = _Slots(4)
+    for _ in range(4):
+        await slots.take()
+    slots.count = 2
+    waiting = asyncio.create_task(slots.take())
+    for _ in range(2):
+        slots.free()
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    slots.free()
+    await asyncio.wait_for(waiting, 2)
+
+
 # cancel
 
 
@@ -389,6 +527,22 @@ async def test_a_child_that_dies_says_how(
         await process.generate(make_request(), ignore)
 
     assert not process.is_alive
+
+
+async def test_a_lost_device_crashes_every_generation_in_the_child_in_its_words(
+    process: EngineProcess, script: WriteScript
+) -> None:
+    script(
+        {"prompt": "poison", "do": "raise", "message": "CUDA error: device-side assert triggered\nCompile with"}, SLOW
+    )
+    other, first = await begin(process), process.pid
+    poison = process.generate(make_request(prompt="poison"), ignore)
+
+    outcomes = await asyncio.gather(poison, other, return_exceptions=True)
+    words = "The engine's process has lost its device (RuntimeError: CUDA error: device-side assert triggered)."
+    assert [str(outcome) for outcome in outcomes] == [words] * 2
+    assert {type(outcome) for outcome in outcomes} == {EngineCrashedError}
+    assert (await process.start()).pid != first
 
 
 async def test_a_segfault_crashes_every_generation_in_the_child(process: EngineProcess, script: WriteScript) -> None:
@@ -562,3 +716,16 @@ async def test_the_child_inherits_the_environment(monkeypatch: pytest.MonkeyPatc
     async with make_process() as process:
         with pytest.raises(EngineUnavailableError, match="DGX_MUSIC_TONE_SPEED is 'quick'; use a number above 0"):
             await process.start()
+
+
+async def test_clips_get_to_the_engine(process: EngineProcess) -> None:
+    start = Audio(np.linspace(-1, 1, 8_000, dtype=np.float32)[None, :], 8_000)
+    tune = Audio(np.zeros((1, 4_000), dtype=np.float32), 8_000)
+    await process.start("musicgen-melody")
+
+    audio = await process.generate(
+        make_request(model="musicgen-melody", duration=1.5, continuation=start, melody=tune), ignore
+    )
+
+    assert (audio.samples.shape, audio.facts["melody_seconds"]) == ((1, 12_000), 0.5)
+    np.testing.assert_array_equal(audio.samples[:, :8_000], start.samples)

@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditionalGeneration
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.decoder import Decoder, linear, sinusoids, stack_texts
-from dgx_music.inference.slots import Row, Sampling, Slots, delays, sample
+from dgx_music.inference.decoder import Decoder, linear, sinusoids
+from dgx_music.inference.drift import divergence, teacher_forced
+from dgx_music.inference.sampling import Sampling, sample
+from dgx_music.inference.slots import Row, Slots, delays
 from dgx_music.inference.tiny import build_tiny
 
 PROMPTS = ("lo-fi piano", "a very fast and loud drum solo in a small wet cave", "choir", "heavy metal")
@@ -31,7 +33,11 @@ def reference(channels: int) -> tuple[MusicgenForConditionalGeneration, ByT5Toke
 @cache
 def decoder(channels: int = 1, dtype: torch.dtype = torch.float32) -> Decoder:
     model = build_tiny(channels)[0].to(dtype)
-    return Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS)
+    return Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
+
+
+def make_slots(slot_count: int = 4, **kind: Any) -> Slots:
+    return Slots(decoder(**kind), slot_count, MAX_STEPS)
 
 
 def text_states(prompt: str, channels: int = 1) -> Tensor:
@@ -54,7 +60,7 @@ def decode(
 
     ``given_up`` says after how many steps.
     """
-    slots = slots or Slots(decoder(rows[0].uniforms.shape[1] // 4), slot_count)
+    slots = slots or make_slots(slot_count, channels=rows[0].uniforms.shape[1] // 4)
     waiting, codes = [row for row in rows if row not in slots.rows], {}
     while waiting or slots.rows:
         while waiting and slots.has_room:
@@ -139,6 +145,20 @@ def test_the_cache_holds_what_the_longest_clip_needs() -> None:
     assert torch.equal(codes, reference_codes(PROMPTS[0], MAX_STEPS - 3, 3.0))
 
 
+def test_a_clip_of_30_seconds_has_the_tokens_of_generate_to_the_end() -> None:
+    model, _ = build_tiny()
+    slots = Slots(Decoder(model.decoder, model.enc_to_dec_proj, 1504), 2, 1503)
+    rows = [
+        make_row(PROMPTS[1], 700, **GREEDY),
+        make_row(PROMPTS[0], 1500, **GREEDY),
+        make_row(PROMPTS[2], 30, **GREEDY),
+    ]
+    short, long, late = decode(rows, slots=slots)
+    assert torch.equal(long, reference_codes(PROMPTS[0], 1500, 3.0))
+    assert torch.equal(short, reference_codes(PROMPTS[1], 700, 3.0))
+    assert torch.equal(late, reference_codes(PROMPTS[2], 30, 3.0))
+
+
 def test_a_seeded_row_is_the_same_alone_and_in_any_batch() -> None:
     (alone,) = decode([make_row(frames=30, seed=7)])
     for place in range(4):
@@ -181,7 +201,7 @@ def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(places: tu
     """Its slot's next row lags behind the far one, so that what is left of it is read, and masked: 0 * NaN is NaN."""
     rows = {"broken": make_row(frames=17), "far": make_row(frames=40, seed=1), "next": make_row(frames=20, seed=2)}
     rows["broken"].text = torch.full_like(rows["broken"].text, torch.nan)
-    slots = Slots(decoder(), 3)
+    slots = make_slots(3)
     for name in places:
         slots.admit(rows[name])
     for step in range(20):
@@ -197,10 +217,11 @@ def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(places: tu
 
 
 def test_both_halves_share_a_batch_only_where_a_row_is_guided() -> None:
-    device = torch.device("cpu")
-    unguided, guided = make_row(guidance_scale=1.0), make_row(guidance_scale=1.5)
-    assert Sampling.of([unguided, unguided], 2048, device).halves == 1
-    assert Sampling.of([unguided, guided], 2048, device).halves == 2
+    slots = make_slots()
+    slots.admit(make_row(guidance_scale=1.0))
+    assert slots._plan().halves == 1
+    slots.admit(make_row(guidance_scale=1.5))
+    assert slots._plan().halves == 2
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1, 2, 2, 3, 3])])
@@ -216,7 +237,7 @@ def test_positions_are_those_of_transformers() -> None:
 def test_the_originals_are_dropped_as_they_are_fused() -> None:
     model, _ = build_tiny()
     weights = [layer.self_attn.q_proj.weight for layer in model.decoder.model.decoder.layers]
-    fused = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS)
+    fused = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
     assert len(model.decoder.model.decoder.layers) == 0
     assert torch.equal(fused.layers[1].self_qkv[:64], weights[1])
 
@@ -238,11 +259,19 @@ def exact(top_k: int, top_p: float, temperature: float) -> Tensor:
     return probabilities / probabilities.sum()
 
 
+def make_sampling(*rows: dict[str, Any]) -> Sampling:
+    """Return the rows' sampling; what is not said is as in a request that says nothing, but unguided."""
+    sampling = Sampling.empty(len(rows), torch.device("cpu"))
+    for index, row in enumerate(rows):
+        defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 250, "top_p": None, "vocabulary": 2048}
+        sampling.write(index, **{**defaults, **row})
+    return sampling
+
+
 def draw(count: int, **sampling: Any) -> Tensor:
     """Return that many tokens of one row, each as if it were a codebook's."""
     uniforms = torch.rand(1, count, generator=torch.Generator().manual_seed(5))
-    options = Sampling.of([make_row(guidance_scale=1.0, **sampling)], 2048, torch.device("cpu"))
-    return sample(SCORES.expand(1, 1, count, -1), uniforms, options)[0][0]
+    return sample(SCORES.expand(1, 1, count, -1), uniforms, make_sampling(sampling), 2048)[0][0]
 
 
 @pytest.mark.parametrize(
@@ -264,20 +293,19 @@ def test_tokens_follow_the_exact_distribution(top_k: int, top_p: float | None, t
 @pytest.mark.parametrize(("edge", "ranks"), [(0.0, (0, 0, 0)), (1 - 2**-24, (9, 2047, 0))])
 def test_the_extreme_uniforms_take_the_first_and_the_last_token_of_each_rows_own(edge: float, ranks: Any) -> None:
     order = SCORES.argsort(descending=True)
-    rows = [make_row(guidance_scale=1.0, **own) for own in ({"top_k": 10}, {"top_k": 0}, GREEDY)]
-    options = Sampling.of(rows, 2048, torch.device("cpu"))
-    tokens, _ = sample(SCORES.expand(3, 1, 1, -1), torch.full((3, 1), edge), options)
+    sampling = make_sampling({"top_k": 10}, {"top_k": 0}, GREEDY)
+    tokens, _ = sample(SCORES.expand(3, 1, 1, -1), torch.full((3, 1), edge), sampling, 2048)
     assert tokens[:, 0].tolist() == order[list(ranks)].tolist()
 
 
 def test_guidance_goes_from_the_null_half_past_the_conditional_one() -> None:
     halves = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))  # [row, half, K, V]
     uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
-    rows = [make_row(guidance_scale=scale, top_k=0) for scale in (4.0, 1.0)]
-    tokens, _ = sample(halves, uniforms, Sampling.of(rows, 2048, torch.device("cpu")))
+    guided = make_sampling(*({"guidance_scale": scale, "top_k": 0} for scale in (4.0, 1.0)))
+    tokens, _ = sample(halves, uniforms, guided, 2048)
     combined = torch.stack([4 * halves[0, 0] - 3 * halves[0, 1], halves[1, 0]])[:, None]
-    unguided = Sampling.of([make_row(guidance_scale=1.0, top_k=0)] * 2, 2048, torch.device("cpu"))
-    assert torch.equal(tokens, sample(combined, uniforms, unguided)[0])
+    unguided = make_sampling({"top_k": 0}, {"top_k": 0})
+    assert torch.equal(tokens, sample(combined, uniforms, unguided, 2048)[0])
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.01, "temperature": 0.3}], ids=str)
@@ -288,28 +316,14 @@ def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -
 # in 16 bit
 
 
-def teacher_forced(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Return the logits ``[step, half, K, V]`` after each of the tokens ``[step, K]`` of the first prompt's row."""
-    text = stack_texts([decoder.read_text(text_states(PROMPTS[0]))])
-    cache = decoder.empty_cache(1)
-    steps = [
-        decoder.forward(row[None], torch.tensor([at]), cache, text, halves=2, filled=at + 1, is_ragged=False)
-        for at, row in enumerate(tokens)
-    ]
-    return torch.cat(steps)
-
-
-def divergence(exact: Tensor, other: Tensor) -> Tensor:
-    """Return the Kullback-Leibler divergence ``[K]``, in nats a token, averaged over all else."""
-    exact, other = exact.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (exact.exp() * (exact - other)).sum(-1).mean((0, 1))
-
-
 def test_bfloat16_errs_no_more_than_transformers_does() -> None:
     """Teacher-forced; our own sum of the embeddings and softmax may round elsewhere, so a tenth more is let pass."""
     tokens = torch.randint(2048, (40, 4), generator=torch.Generator().manual_seed(1))  # [step, K]
-    exact = teacher_forced(decoder(), tokens)
-    ours = divergence(exact, teacher_forced(decoder(dtype=torch.bfloat16), tokens))
+    exact, rounded = (
+        teacher_forced(decoder(dtype=dtype), tokens, decoder(dtype=dtype).read_text(text_states(PROMPTS[0])))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    ours = divergence(exact, rounded)
     model = build_tiny()[0].to(torch.bfloat16)
     with torch.inference_mode():
         text = model.enc_to_dec_proj(text_states(PROMPTS[0]).bfloat16())
@@ -333,10 +347,23 @@ def test_products_are_those_of_a_linear_layer(rows: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_takes_the_fast_path(dtype: torch.dtype) -> None:
     """Which torch refuses without a word where a tensor's last dimension is not contiguous."""
-    slots = Slots(decoder(dtype=dtype), 3)
+    slots = make_slots(3, dtype=dtype)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         for prompt in PROMPTS[:3]:
             row = make_row(prompt)
             row.text = row.text.to(dtype)
             slots.admit(row)
             slots.step()
+
+
+# compiled
+
+
+def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
+    """``fullgraph`` raises where torch would fall back to Python; the backend needs no compiler on this machine."""
+    model, _ = build_tiny()
+    compiled = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
+    compiled.compile(backend="aot_eager")
+    rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:3])]
+    for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
+        assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgx_music.errors import EngineUnavailableError, GenerationCancelledError, GenerationRejectedError
+from dgx_music.errors import (
+    EngineReplacedError,
+    EngineUnavailableError,
+    GenerationCancelledError,
+    GenerationRejectedError,
+)
 from dgx_music.inference import tone
+from dgx_music.inference.engine import Audio
 from dgx_music.inference.tone import SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine, pitch_hz
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import QuietRun, make_request, make_settings
@@ -54,6 +60,28 @@ def test_the_facts_are_plain_json() -> None:
 
     assert json.loads(json.dumps(facts)) == facts
     assert (facts["engine"], facts["seed"], facts["is_untrained"]) == ("tone", 7, False)
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(1, 32_000), (2, 16_000)])
+def test_a_continuation_is_played_first_at_its_own_rate(channels: int, rate: int) -> None:
+    start = np.linspace(-1, 1, channels * rate, dtype=np.float32).reshape(channels, rate)
+
+    audio = INSTANT.generate(make_request(duration=1.5, continuation=Audio(start, rate)), QuietRun())
+
+    assert (audio.samples.shape, audio.sample_rate) == ((channels, rate + rate // 2), rate)
+    np.testing.assert_array_equal(audio.samples[:, :rate], start)
+    assert np.abs(audio.samples[:, rate:]).max() == pytest.approx(0.5, abs=0.001)
+    assert audio.facts["continuation_seconds"] == 1.0
+
+
+def test_a_melody_is_told_of_and_changes_nothing() -> None:
+    fields = {"model": "musicgen-melody", "duration": 1}
+    heard = make_request(**fields, melody=Audio(np.zeros((1, 4_000), dtype=np.float32), 8_000))
+
+    audio = INSTANT.generate(heard, QuietRun())
+
+    assert audio.facts["melody_seconds"] == 0.5
+    np.testing.assert_array_equal(audio.samples, INSTANT.generate(make_request(**fields), QuietRun()).samples)
 
 
 def test_speed_is_audio_seconds_per_wall_second() -> None:
@@ -182,3 +210,34 @@ def test_a_missing_script_is_one_sentence(tmp_path: Path) -> None:
 
     with pytest.raises(GenerationRejectedError, match=r"nothing\.json cannot be read: No such file or directory\.$"):
         engine.generate(make_request(), QuietRun())
+
+
+def test_a_slot_can_be_freed_before_the_audio_is_made_while_progress_goes_on(script: WriteScript) -> None:
+    freed: list[float] = []
+
+    class FreedRun(QuietRun):
+        def free_slot(self) -> None:
+            freed.append(self.progress[-1])
+
+    engine, run = ToneEngine(1, None, script({"do": "wait", "seconds": 0.05, "audio_seconds": 0.05})), FreedRun()
+    engine.generate(make_request(), run)
+
+    assert len(freed) == 1
+    assert run.progress == sorted(run.progress)
+    assert freed[0] < 0.5 <= run.progress[-1]
+
+
+def test_slots_are_halved_at_no_generations_cost_and_one_is_left(script: WriteScript) -> None:
+    engine = ToneEngine(5, None, script({"do": "shrink", "message": "too many"}))
+    counts = []
+    for _ in range(3):
+        with pytest.raises(EngineReplacedError, match=r"^too many$"):
+            engine.generate(make_request(), QuietRun())
+        counts.append(engine.slots)
+
+    assert counts == [2, 1, 1]
+
+
+def test_slots_as_memory_allows_are_one() -> None:
+    assert tone.load(make_settings(slots=None)).slots == 1
+    assert tone.estimate_bytes(make_settings()) == 0

@@ -25,6 +25,7 @@ from dgx_music.storage import (
     migrations,
     search_generations,
 )
+from dgx_music.storage.clips import keep_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Base, Generation, Prompt, Tally, text_hash
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
@@ -310,7 +311,7 @@ def alembic(tmp_path, empty_url):
 async def test_alembics_commands_work_from_the_repositorys_root(alembic, empty_database):
     output = alembic("upgrade head", "current", "check", "downgrade -1", "current", "upgrade head")
 
-    assert f"{SCHEMA_REVISION} (head)\nNo new upgrade operations detected.\n0001\n" in output
+    assert f"{SCHEMA_REVISION} (head)\nNo new upgrade operations detected.\n0002\n" in output
     await empty_database.check_migrated()
 
 
@@ -402,3 +403,21 @@ def test_the_wheel_has_the_migrations_and_says_that_it_is_typed(wheel):
     assert {f"dgx_music/_migrations/{name}" for name in ("env.py", "script.py.mako", *versions)} <= names
     assert "dgx_music/py.typed" in names
     assert not any("__pycache__" in name or name.startswith(("tests", "worker")) for name in names)
+
+
+# clips
+
+
+async def test_clips_come_to_a_table_with_rows_and_go_again_with_those_that_refer_to_them(database):
+    async with database.session() as session:
+        await keep_clips(session, {"a" * 64: (b"fLaC", 1.0)})
+        with_clip = await add_generation(session, melody_sha256="a" * 64)
+
+    await run(database, to("0002"))
+    await database.migrate()
+
+    assert (await read(database, with_clip.id)).melody_sha256 is None
+    await run(database, check)
+    async with database.session() as session:
+        await add_generation(session, status="completed")
+        assert (await get_database_stats(session))["completed_generations"] == 1

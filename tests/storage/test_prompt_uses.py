@@ -8,7 +8,14 @@ import pytest
 from sqlalchemy import select, update
 
 from dgx_music import enqueue, enqueue_many
-from dgx_music.storage import repository, track_prompt_usage
+from dgx_music.storage import (
+    create_generation,
+    get_most_used_prompts,
+    get_prompt_by_text,
+    repository,
+    search_generations,
+    track_prompt_usage,
+)
 from dgx_music.storage.models import Generation, Prompt
 from dgx_music.storage.repository import count_overlooked_prompts, count_prompt_uses
 from tests.factories import MODEL, POSTGRES, on, read, read_all
@@ -139,3 +146,18 @@ async def test_a_row_whose_prompt_was_overlooked_is_otherwise_like_any_other(dat
     assert again.id == overlooked.id
     assert (await read(database, overlooked.id)).prompt == "rain"
     assert await uses(database) == {"rain": 1}
+
+
+# unconditional music
+
+
+async def test_the_empty_prompt_is_counted_as_any_other(default_database):
+    await enqueue_many(["", "rain", ""])
+    async with default_database.session() as session:
+        await create_generation(session, "", MODEL, 8.0, 32_000, 1)
+
+    async with default_database.session(read_only=True) as session:
+        assert [prompt.text for prompt in await get_most_used_prompts(session)] == ["", "rain"]
+        assert (await get_prompt_by_text(session, "")).used_count == 3
+        assert await get_prompt_by_text(session, " ") is None
+        assert [hit.generation.prompt for hit in await search_generations(session, "rain")] == ["rain"]

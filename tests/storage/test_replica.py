@@ -14,7 +14,7 @@ from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
 from dgx_music.storage import Database, Generation, close_db, create_generation, get_session, init_db, replica
 from dgx_music.storage.postgres import Limits
-from dgx_music.storage.schema import VERSION_TABLE
+from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 from tests.factories import MODEL
 from tests.postgres import OwnServer, _user_and_group
 from tests.proxy import Proxy
@@ -224,7 +224,7 @@ async def test_a_replica_with_an_older_schema_is_left_until_it_has_caught_up(dat
     assert "is at revision 0001" in caplog.text
 
     async with database.session() as session:
-        await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0002'"))
+        await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{SCHEMA_REVISION}'"))
     await replicate(database)
     assert await asks_the_replica(database)
 

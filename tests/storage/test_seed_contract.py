@@ -268,7 +268,7 @@ async def test_create_generation_counts_the_prompts_use(database):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("prompt", ""),
+        ("prompt", " \n"),
         ("prompt", "a\x00b"),
         ("model_name", "m" * 201),
         ("duration_seconds", float("nan")),
@@ -524,7 +524,7 @@ async def test_a_prompt_in_hand_sees_its_new_count(database):
 
 async def test_track_prompt_usage_refuses_a_bad_prompt(database):
     async with database.session() as session:
-        with pytest.raises(InvalidRequestError, match=r"^prompt is empty"):
+        with pytest.raises(InvalidRequestError, match=r"^prompt is only white space"):
             await track_prompt_usage(session, "  ")
 
 

@@ -19,7 +19,7 @@ from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, complet
 from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_of_idle_models, tell_outcome, tell_untrained
 from dgx_music.cli.prompt_file import parse_object, read_requests
-from dgx_music.enqueue import enqueue_many, plan
+from dgx_music.enqueue import enqueue_many, plan, read_clips
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.estimates import estimate_generation
 from dgx_music.storage import Database, Generation
@@ -30,24 +30,46 @@ _MUSIC, _QUEUEING = "Music", "Queueing"
 
 
 def enqueue(
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="Describe the music.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help='Describe the music; "" for unconditional music.')
+    ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
             "--file",
             "-f",
             help="Enqueue every line of a file, all or none: a prompt, or a JSON object with `prompt` and any of the "
-            "options below (with _ for -). `-` is stdin.",
+            "options below (with _ for -; paths from here). `-` is stdin.",
         ),
     ] = None,
     duration: Annotated[
-        float | None, typer.Option("--duration", "-d", help="Seconds of audio, default 10.", rich_help_panel=_MUSIC)
+        float | None,
+        typer.Option("--duration", "-d", help="Seconds of audio, at most 300; default 10.", rich_help_panel=_MUSIC),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             help="A model's name, or a local folder's absolute path; default DGX_MUSIC_MODEL, else musicgen-small.",
             autocompletion=complete_model,
+            rich_help_panel=_MUSIC,
+        ),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What the music must not be like.", rich_help_panel=_MUSIC)
+    ] = None,
+    continuation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Start with this audio, at most 30 s, and go on; the duration counts from its start.",
+            rich_help_panel=_MUSIC,
+        ),
+    ] = None,
+    melody: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Follow the tune of this audio's first 30 s; for musicgen-melody and its like.",
             rich_help_panel=_MUSIC,
         ),
     ] = None,
@@ -130,6 +152,9 @@ def enqueue(
     options = given(
         duration=duration,
         model=model,
+        negative_prompt=negative_prompt,
+        continuation=continuation,
+        melody=melody,
         channels=channels,
         sample_rate=sample_rate,
         guidance_scale=guidance_scale,
@@ -162,7 +187,7 @@ def _read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> lis
             raise InvalidRequestError("--idempotency-key", "is for one prompt", "give each line of the file its own")
         return read_requests(file, options)
     if prompt is not None and file is None:
-        plan(prompt, options)
+        read_clips([plan(prompt, options)])
         return [{"prompt": prompt, **options}]
     problem = "is missing" if prompt is None else "and --file are given together"
     raise InvalidRequestError("PROMPT", problem, "describe the music in quotes, or name a file of prompts with --file")

@@ -21,7 +21,7 @@ from dgx_music.cli.options import (
     Timeout,
     filters_of,
 )
-from dgx_music.cli.output import distance, print_fields, print_json, print_table, tell
+from dgx_music.cli.output import distance, print_fields, print_json, print_table, prompt_in_words, tell
 from dgx_music.cli.progress import follow, tell_of_idle_models, tell_outcome, tell_untrained
 from dgx_music.enqueue import cancel_generation, retry_generation
 from dgx_music.errors import InvalidRequestError
@@ -135,7 +135,8 @@ def prompts(limit: Limit = 10, database_url: DatabaseUrl = None, as_json: AsJson
         print_json([row.to_dict() for row in rows])
     elif rows:
         print_table(
-            ("USED", "LAST", "PROMPT"), [(row.used_count, distance(row.last_used_at), row.text) for row in rows]
+            ("USED", "LAST", "PROMPT"),
+            [(row.used_count, distance(row.last_used_at), prompt_in_words(row)) for row in rows],
         )
     else:
         tell("There are no prompts yet.")
@@ -166,7 +167,7 @@ def status_of(row: Generation) -> str:
 
 
 def _as_line(row: Generation) -> tuple[object, ...]:
-    return row.id, status_of(row), f"{row.duration_seconds:g} s", distance(row.created_at), row.prompt
+    return row.id, status_of(row), f"{row.duration_seconds:g} s", distance(row.created_at), prompt_in_words(row)
 
 
 async def _list(

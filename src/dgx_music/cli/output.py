@@ -14,7 +14,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from dgx_music.storage import Generation, Prompt
+
 WAVEFORM_WIDTH = 72
+UNCONDITIONAL = "(unconditional)"
+"""In the place of an empty prompt."""
 ID_PREFIX_CHARACTERS = 18
 """A UUIDv7's time, to a quarter of a microsecond: enough to tell two ids apart where the terminal is narrow."""
 
@@ -131,7 +135,8 @@ def shown(name: str, value: Any, now: datetime) -> str:
     if name == "sample_rate":
         return f"{value:,} Hz"
     if name == "sampling":
-        return ", ".join(f"{label(key)} {item}" for key, item in value.items() if item is not None)
+        told = {key: item for key, item in value.items() if item is not None and key != "negative_prompt"}
+        return ", ".join(f"{label(key)} {item}" for key, item in told.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -139,6 +144,13 @@ def shown(name: str, value: Any, now: datetime) -> str:
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def prompt_in_words(row: Generation | Prompt) -> str:
+    """Return the prompt, or what an empty one means, and which clips were given with it."""
+    text = row.text if isinstance(row, Prompt) else row.prompt
+    clips = [name for name in ("continuation", "melody") if getattr(row, f"{name}_sha256", None) is not None]
+    return (text or UNCONDITIONAL) + (f" (with {' and '.join(clips)})" if clips else "")
 
 
 def label(name: str) -> str:

@@ -10,7 +10,7 @@ import anyio
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from dgx_music.catalog import UNTRAINED_NOTICE
-from dgx_music.cli.output import make_console, near, one_line, shorten, tell
+from dgx_music.cli.output import make_console, near, one_line, prompt_in_words, shorten, tell
 from dgx_music.enqueue import watch_generation
 from dgx_music.errors import WaitTimeoutError
 from dgx_music.inference.engine import is_untrained
@@ -85,7 +85,7 @@ class _Bars:
     def show(self, generation: Generation) -> None:
         self._progress.update(
             self._bars[generation.id],
-            description=shorten(one_line(generation.prompt), _PROMPT_CHARACTERS),
+            description=shorten(one_line(prompt_in_words(generation)), _PROMPT_CHARACTERS),
             completed=1.0 if generation.is_finished else generation.progress,
             state=_short_state(generation),
             visible=True,

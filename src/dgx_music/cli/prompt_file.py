@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dgx_music.enqueue import plan
+from dgx_music.enqueue import plan, read_clips
 from dgx_music.errors import InvalidRequestError
 
 _JSON_LINES = {".jsonl", ".ndjson"}
@@ -21,14 +22,16 @@ def read_requests(file: Path, defaults: Mapping[str, Any]) -> list[dict[str, Any
     A line is JSON where it starts with ``{``, and every line is where the file's name ends in ``.jsonl``. All are checked:
     raises ``InvalidRequestError`` that names the first line that cannot be enqueued.
     """
-    requests = []
+    requests, plans = [], []
     for number, line in _read_lines(file):
         try:
             request = {**defaults, **_parse(line, is_json=file.suffix in _JSON_LINES)}
-            plan(request.get("prompt"), {name: value for name, value in request.items() if name != "prompt"})
+            planned = plan(request.get("prompt"), {name: value for name, value in request.items() if name != "prompt"})
         except InvalidRequestError as error:
             raise InvalidRequestError(f"line {number}: {error.field}", error.problem, error.remedy) from None
         requests.append(request)
+        plans.append(replace(planned, name=f"line {number}"))
+    read_clips(plans)
     if not requests:
         raise InvalidRequestError("--file", f"{str(file)!r} holds no prompts", "write one in each line")
     return requests

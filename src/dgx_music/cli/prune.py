@@ -16,7 +16,7 @@ from dgx_music.cli.output import print_json, tell
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
 from dgx_music.prune import prune as prune_generations
-from dgx_music.prune import prune_orphans
+from dgx_music.prune import prune_clips, prune_orphans
 from dgx_music.storage import Database
 from dgx_music.validation import check_between
 
@@ -42,7 +42,7 @@ def prune(
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete old finished generations and their audio.
+    """Delete old finished generations and their audio, and clips that nobody has used for a day.
 
     A status for which no days are given is kept for ever. On a terminal it asks first; elsewhere
     --orphans needs --yes.
@@ -79,6 +79,7 @@ class _Plan:
         counts = await prune_generations(database, self.artifacts, self.keep, dry_run=dry_run)
         if self.has_orphans:
             counts["orphans"] = await prune_orphans(database, self.artifacts, dry_run=dry_run)
+        counts["clips"] = await prune_clips(database, dry_run=dry_run)
         return counts
 
 
@@ -93,4 +94,4 @@ async def _prune(database_url: str | None, plan: _Plan, *, dry_run: bool, is_agr
 
 
 def _in_words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {status}" for status, count in counts.items())
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count or what != "clips")

@@ -10,7 +10,7 @@ import typer
 from dgx_music.cli.database import opened
 from dgx_music.cli.generations import status_of
 from dgx_music.cli.options import AsJson, Before, DatabaseUrl, ModelName, Since, Status, Tenant, filters_of
-from dgx_music.cli.output import distance, print_json, print_table, tell
+from dgx_music.cli.output import distance, print_json, print_table, prompt_in_words, tell
 from dgx_music.cli.progress import tell_untrained
 from dgx_music.storage import Filters, SearchHit, search_generations
 
@@ -43,7 +43,7 @@ def search(
 
 def _as_line(hit: SearchHit) -> tuple[object, ...]:
     row = hit.generation
-    return row.id, status_of(row), hit.used_count, distance(row.created_at), row.prompt
+    return row.id, status_of(row), hit.used_count, distance(row.created_at), prompt_in_words(row)
 
 
 async def _search(words: str, limit: int, filters: Filters, database_url: str | None) -> list[SearchHit]:

@@ -11,6 +11,7 @@ from dgx_music.cli.database import find_generation, opened
 from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
 from dgx_music.cli.output import (
+    UNCONDITIONAL,
     WAVEFORM_WIDTH,
     distance,
     label,
@@ -23,6 +24,7 @@ from dgx_music.cli.output import (
 )
 from dgx_music.cli.progress import tell_untrained
 from dgx_music.storage import Generation
+from dgx_music.storage.clips import read_clip_seconds
 from dgx_music.storage.estimates import Estimate, estimate
 from dgx_music.storage.repository import get_attempts
 
@@ -34,20 +36,21 @@ def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json:
     With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a `low` and a `high`, which
     about 8 of 10 generations keep to, and `unknown_because` says why they are null.
     """
-    generation, attempts, outlook = asyncio.run(_read(generation_id, database_url))
+    generation, attempts, outlook, clips = asyncio.run(_read(generation_id, database_url))
     if as_json:
         more = {"attempts": attempts, "queue_position": outlook.position, "estimate": outlook.to_dict()}
         print_json({**generation.to_dict(), **more})
         return
-    _print_generation(generation, outlook)
+    _print_generation(generation, outlook, clips)
     print_waveform(generation)
     _print_attempts(attempts)
     tell_untrained([generation])
 
 
-def _print_generation(generation: Generation, outlook: Estimate) -> None:
+def _print_generation(generation: Generation, outlook: Estimate, clips: dict[str, float]) -> None:
     now = datetime.now(UTC)
-    fields = {name: value for name, value in generation.to_dict().items() if value is not None and name != "metadata"}
+    told = generation.to_dict() | {"prompt": generation.prompt or UNCONDITIONAL, **_asked_for(generation, clips)}
+    fields = {name: value for name, value in told.items() if value is not None and name != "metadata"}
     lines = [(label(name), shown(name, value, now)) for name, value in fields.items()]
     if outlook.position is not None:
         lines.append(("queue position", f"{outlook.position:,}"))
@@ -60,6 +63,19 @@ def _print_generation(generation: Generation, outlook: Estimate) -> None:
     facts = _audio_facts(metadata.pop("audio", {}))
     lines += [(f"audio {label(name)}", shown(name, value, now)) for name, value in facts.items()]
     print_fields(lines + [(name, json.dumps(value, ensure_ascii=False)) for name, value in metadata.items()])
+
+
+def _asked_for(generation: Generation, clips: dict[str, float]) -> dict[str, str | None]:
+    """Return what is said of the negative prompt and the clips, in the place of how they are stored."""
+    told: dict[str, str | None] = {"negative_prompt": (generation.sampling or {}).get("negative_prompt")}
+    for name, sha256 in _clips_of(generation).items():
+        told |= {f"{name}_sha256": None, name: f"{clips.get(sha256, 0):.4g} s, clip {sha256[:12]}"}
+    return told
+
+
+def _clips_of(generation: Generation) -> dict[str, str]:
+    named = {"continuation": generation.continuation_sha256, "melody": generation.melody_sha256}
+    return {name: sha256 for name, sha256 in named.items() if sha256 is not None}
 
 
 def _audio_facts(facts: object) -> dict[str, Any]:
@@ -99,10 +115,13 @@ def _print_attempts(attempts: list[dict[str, Any]]) -> None:
     )
 
 
-async def _read(wanted: str, database_url: str | None) -> tuple[Generation, list[dict[str, Any]], Estimate]:
+async def _read(
+    wanted: str, database_url: str | None
+) -> tuple[Generation, list[dict[str, Any]], Estimate, dict[str, float]]:
     async with opened(database_url) as database:
         generation = await find_generation(database, wanted)
         async with database.session(read_only=True) as session:
             attempts = await get_attempts(session, generation.id)
             outlook = await estimate(session, generation.id)
-        return generation, [attempt.to_dict() for attempt in attempts], outlook
+            clips = await read_clip_seconds(session, _clips_of(generation).values())
+        return generation, [attempt.to_dict() for attempt in attempts], outlook, clips

@@ -38,7 +38,10 @@ def worker(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None, setting("dtype", rich_help_panel=_MODEL)
     ] = None,
-    slots: Annotated[int | None, setting("slots", rich_help_panel=_MODEL)] = None,
+    weights: Annotated[Literal["full", "int8"] | None, setting("weights", rich_help_panel=_MODEL)] = None,
+    kv_cache: Annotated[Literal["full", "fp8"] | None, setting("kv_cache", rich_help_panel=_MODEL)] = None,
+    compile_step: Annotated[bool | None, setting("compile", rich_help_panel=_MODEL)] = None,
+    slots: Annotated[str | None, setting("slots", metavar="auto|N", rich_help_panel=_MODEL)] = None,
     tenant_limit: Annotated[int | None, setting("tenant_limit")] = None,
     output: Output = None,
     audio_format: Annotated[AudioFormat | None, setting("audio_format", rich_help_panel=_AUDIO)] = None,
@@ -83,6 +86,9 @@ def worker(
             engine=engine,
             device=device,
             dtype=dtype,
+            weights=weights,
+            kv_cache=kv_cache,
+            compile=compile_step,
             slots=slots,
             tenant_limit=tenant_limit,
             output=output,

@@ -1,15 +1,14 @@
-"""The engine's process: loads one engine, serves generations, obeys only its parent and dies with it.
+"""The engines' process: loads engines, serves generations, obeys only its parent and dies with it.
 
 Started by ``process.py`` as ``python -m dgx_music.inference.child FD SETTINGS``, with the channel's file descriptor and
-the engine's settings as JSON. The main thread reads messages; each generation runs in a thread of a pool of as many as
-the engine has slots.
+the engines' settings as JSON. The main thread reads messages, one thread loads engines, and each generation has a thread
+of its own. Its exit code is 0 where the parent hung up, and ``LOST_THE_DEVICE`` where it gave up by itself.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
-import importlib
 import json
 import logging
 import os
@@ -18,20 +17,34 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import numpy as np
 
-from dgx_music.errors import EngineError, EngineUnavailableError, GenerationCancelledError, GenerationRejectedError
-from dgx_music.inference.channel import Decoder, Message, encode
-from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, LoadEngine
+from dgx_music.errors import (
+    EngineError,
+    EngineReplacedError,
+    EngineUnavailableError,
+    GenerationCancelledError,
+    GenerationRejectedError,
+)
+from dgx_music.inference.channel import Decoder, Message, decode_request, encode
+from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, Run
+from dgx_music.inference.residents import Residents, estimate_bytes, free_bytes, load_engine
+from dgx_music.inference.trouble import first_line, give_back_memory, has_lost_the_device, is_out_of_memory
 
-ENGINES = {"musicgen": "dgx_music.inference.musicgen", "tone": "dgx_music.inference.tone"}
 PROGRESS_SECONDS = 0.5
+LOST_THE_DEVICE = 70
+"""The exit code after an error of CUDA that every later call would only meet again; BSD's for an internal error."""
 
+_MOST_THREADS = 512
+"""Twice the most slots: a generation whose slot is free already has its thread until its audio is made."""
+_MOST_GIVEN_BACK = 64
+"""Generations in a row that find no memory beside each other; then they pay for it, or they might go on for ever."""
 _READ_BYTES = 65_536
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -60,9 +73,11 @@ class Channel:
 class ChannelRun:
     """One generation's line back to the parent: a ``Run`` that can be cancelled."""
 
-    def __init__(self, key: int, channel: Channel) -> None:
+    def __init__(self, key: int, channel: Channel, make_room: Callable[[], bool]) -> None:
         self.key = key
+        self.make_room = make_room
         self._channel = channel
+        self._has_slot = True
         self._cancelled = threading.Event()
         self._next_progress_at = 0.0
 
@@ -78,78 +93,153 @@ class ChannelRun:
         if self._cancelled.is_set():
             raise GenerationCancelledError("The generation was cancelled.")
 
+    def free_slot(self) -> None:
+        """Tell the parent, once, that another generation may have the slot."""
+        if self._has_slot:
+            self._has_slot = False
+            self._channel.send(encode({"kind": "freed", "key": self.key}))
+
     def cancel(self) -> None:
         """Ask the engine to stop this generation, and only this one."""
         self._cancelled.set()
 
 
 def main() -> None:
-    """Load the engine and serve generations; ends with the process, at once, when the parent hangs up."""
+    """Serve until the parent hangs up; ends with the process, at once."""
     faulthandler.enable()
     _obey_only_the_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)  # a process that an engine starts must not hold the channel open
     with suppress(ConnectionError):
-        load_and_serve(EngineSettings(**json.loads(sys.argv[2])), Channel(connection))
+        Server(EngineSettings(**json.loads(sys.argv[2])), Channel(connection)).serve()
     os._exit(0)  # a generation may still run in its thread; nobody waits for it any more
 
 
-def load_and_serve(settings: EngineSettings, channel: Channel) -> None:
-    """Say ``ready`` or ``unavailable``; an engine that is ready serves until the parent hangs up."""
-    try:
-        engine = load_engine(settings)
-    except EngineUnavailableError as error:
-        channel.send(_unavailable(str(error)))
-    except Exception as error:
-        logger.exception("engine %s did not load", settings.engine)
-        channel.send(_unavailable(f"{type(error).__name__}: {error}"))
-    else:
-        channel.send(_ready(engine))
-        serve(engine, channel)
+class Server:
+    """Does what the parent asks: loads engines, starts and cancels generations. Every request has its answer."""
 
+    def __init__(self, settings: EngineSettings, channel: Channel) -> None:
+        self._settings = settings
+        self._channel = channel
+        self._residents = Residents(
+            load_engine,
+            estimate_bytes,
+            lambda: free_bytes(settings.device),
+            lambda model: channel.send(_unloaded(model)),
+        )
+        self._runs: dict[int, ChannelRun] = {}
+        self._slots: dict[str, int] = {}  # of each model, as the parent knows it
+        self._telling = threading.Lock()  # for the one above
+        self._given_back = 0
 
-def load_engine(settings: EngineSettings) -> Engine:
-    """Import the engine's module and build it. Raises ``EngineUnavailableError`` for a name that is not known."""
-    if settings.engine not in ENGINES:
-        raise EngineUnavailableError(f"The engine {settings.engine!r} is not known; use {' or '.join(ENGINES)}.")
-    load: LoadEngine = importlib.import_module(ENGINES[settings.engine]).load
-    return load(settings)
+    def serve(self) -> None:
+        """Obey until the parent hangs up."""
+        loading = ThreadPoolExecutor(1, "loading")  # so that a cancel is heard meanwhile
+        performing = ThreadPoolExecutor(_MOST_THREADS, "generation")
+        for message in self._channel.messages():
+            header = message.header
+            match header["kind"]:
+                case "load":
+                    loading.submit(self._load, header["model"], header["slots"])
+                case "generate":
+                    run = ChannelRun(header["key"], self._channel, self._residents.unload_idle)
+                    self._runs[run.key] = run
+                    performing.submit(self._perform, message, run)
+                case "cancel":
+                    if cancelled := self._runs.get(header["key"]):  # else it has just ended: its reply is on the way
+                        cancelled.cancel()
 
+    def _load(self, model: str, slots: int | None) -> None:
+        """Answer one ``load``; the engine cannot be unloaded again before ``ready`` is said."""
+        try:
+            with self._residents.load(replace(self._settings, model=model, slots=slots)) as engine, self._telling:
+                self._slots[model] = engine.slots
+                self._channel.send(_ready(model, engine))
+        except BaseException as error:
+            self._end_where_the_device_is_lost(error)
+            if not isinstance(error, EngineUnavailableError):
+                logger.exception("engine %s did not load %s", self._settings.engine, model)
+            message = str(error) if isinstance(error, EngineUnavailableError) else f"{type(error).__name__}: {error}"
+            self._channel.send(_unavailable(model, message))
 
-def serve(engine: Engine, channel: Channel) -> None:
-    """Start and cancel generations as the parent asks, until it hangs up."""
-    runs: dict[int, ChannelRun] = {}
-    pool = ThreadPoolExecutor(engine.slots, "generation")
-    for header, _ in channel.messages():
-        key = header["key"]
-        if header["kind"] == "generate":
-            runs[key] = ChannelRun(key, channel)
-            pool.submit(_perform, engine, header["request"], runs, key, channel)
-        elif run := runs.get(key):  # else it has just ended: its reply is on the way
-            run.cancel()
+    def _perform(self, message: Message, run: ChannelRun) -> None:
+        reply = self._reply(message, run)
+        del self._runs[run.key]
+        self._channel.send(reply)
 
+    def _reply(self, message: Message, run: ChannelRun) -> bytes:
+        """Return the reply to one ``generate``; no exception leaves it, since a slot without a reply is lost for ever."""
+        try:
+            run.check_cancelled()
+            reply = _audio(run.key, self._generate(decode_request(message), run))
+        except BaseException as error:
+            self._end_where_the_device_is_lost(error)
+            return self._failure(error, message.header["request"], run)
+        self._given_back = 0
+        return reply
 
-def _perform(engine: Engine, fields: dict[str, Any], runs: dict[int, ChannelRun], key: int, channel: Channel) -> None:
-    reply = _reply(engine, fields, runs[key])
-    del runs[key]
-    channel.send(reply)
+    def _generate(self, request: GenerationRequest, run: ChannelRun) -> Audio:
+        with self._residents.use(request.model) as engine:
+            try:
+                return _generate_where_it_fits(engine, request, run)
+            finally:
+                self._tell_slots(request.model, engine)
 
+    def _tell_slots(self, model: str, engine: Engine) -> None:
+        """Tell the parent where the engine has fewer slots than it knows, before it hears of whom that has cost one."""
+        with self._telling:
+            if engine.slots < self._slots[model]:
+                self._slots[model] = engine.slots
+                self._channel.send(encode({"kind": "slots", "model": model, "slots": engine.slots}))
 
-def _reply(engine: Engine, fields: dict[str, Any], run: ChannelRun) -> bytes:
-    """Return the reply to one ``generate``; no exception leaves it, since a slot without a reply is lost for ever."""
-    try:
-        run.check_cancelled()
-        return _audio(run.key, engine.generate(GenerationRequest(**fields), run))
-    except (GenerationCancelledError, GenerationRejectedError) as error:
-        return _failed(run.key, type(error).__name__, str(error))
-    except EngineError as error:
-        return _failed(run.key, EngineError.__name__, str(error))
-    except BaseException as error:
-        logger.exception("generation %s failed", fields.get("generation_id"))
+    def _failure(self, error: BaseException, fields: dict[str, Any], run: ChannelRun) -> bytes:
+        if isinstance(error, GenerationCancelledError | GenerationRejectedError | EngineReplacedError):
+            return _failed(run.key, type(error).__name__, str(error))
+        if is_out_of_memory(error):
+            return self._found_no_room(error, fields, run)
+        if isinstance(error, EngineError):
+            return _failed(run.key, EngineError.__name__, str(error))
+        logger.error("generation %s failed", fields.get("generation_id"), exc_info=error)
         return _failed(run.key, EngineError.__name__, f"{type(error).__name__}: {error}")
 
+    def _found_no_room(self, error: BaseException, fields: dict[str, Any], run: ChannelRun) -> bytes:
+        """Give the generation back where it was not alone; else it pays: it would find no more room the next time."""
+        logger.warning("generation %s found no memory: %s", fields.get("generation_id"), first_line(error))
+        give_back_memory(error)
+        if len(self._runs) > 1 and self._given_back < _MOST_GIVEN_BACK:
+            self._given_back += 1
+            message = f"There is no memory for this generation beside the others ({first_line(error)})."
+            return _failed(run.key, EngineReplacedError.__name__, message)
+        remedy = "use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16"
+        message = f"There is no memory for this generation ({first_line(error)}); {remedy}."
+        return _failed(run.key, EngineError.__name__, message)
 
-def _ready(engine: Engine) -> bytes:
+    def _end_where_the_device_is_lost(self, error: BaseException) -> None:
+        if has_lost_the_device(error):
+            logger.error("the device is lost", exc_info=error)
+            with suppress(ConnectionError):
+                self._channel.send(encode({"kind": "broken", "message": first_line(error)}))
+            _exit(LOST_THE_DEVICE)
+
+
+def _generate_where_it_fits(engine: Engine, request: GenerationRequest, run: Run) -> Audio:
+    """Return the audio; where memory does not suffice, idle engines are unloaded and it is tried once more."""
+    try:
+        return engine.generate(request, run)
+    except Exception as error:
+        if isinstance(error, EngineReplacedError) or not is_out_of_memory(error):
+            raise
+        give_back_memory(error)
+        if not run.make_room():
+            raise
+    return engine.generate(request, run)
+
+
+def _exit(code: int) -> NoReturn:
+    os._exit(code)  # nobody waits for the other threads, and the device's own clean-up would hang
+
+
+def _ready(model: str, engine: Engine) -> bytes:
     info = {
         "slots": engine.slots,
         "device": engine.device,
@@ -157,11 +247,15 @@ def _ready(engine: Engine) -> bytes:
         "notice": engine.notice,
         "pid": os.getpid(),
     }
-    return encode({"kind": "ready", "info": info})
+    return encode({"kind": "ready", "model": model, "info": info})
 
 
-def _unavailable(message: str) -> bytes:
-    return encode({"kind": "unavailable", "message": message})
+def _unavailable(model: str, message: str) -> bytes:
+    return encode({"kind": "unavailable", "model": model, "message": message})
+
+
+def _unloaded(model: str) -> bytes:
+    return encode({"kind": "unloaded", "model": model})
 
 
 def _audio(key: int, audio: Audio) -> bytes:

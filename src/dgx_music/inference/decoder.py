@@ -1,24 +1,33 @@
 """MusicGen's language model in plain torch: fused weights, and the forward pass of one decode step for many rows.
 
-The mathematics is that of ``transformers``' ``modeling_musicgen.py``, which the tests hold it to, token for token. What
-differs is what is not done: q, k and v are one product, the codebooks' heads are one product, the null half of guidance
-skips cross-attention, and nothing that was already computed is copied from step to step.
+The mathematics is that of ``transformers``' ``modeling_musicgen.py`` and ``modeling_musicgen_melody.py``, which the tests
+hold it to, token for token. What differs is what is not done: q, k and v are one product, the codebooks' heads are one
+product, the null half of guidance skips cross-attention, and nothing that was already computed is copied from step to step.
 
 Shapes: R rows, each with one half (conditional) or two (conditional, null), so N = R * halves lines of numbers; L layers,
-H heads of size D, hidden = H * D; K codebooks of V tokens; T positions; X text tokens.
+H heads of size D, hidden = H * D; K codebooks of V tokens; T positions; X text tokens; E embeddings before the tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import MusicgenForCausalLM
+
+from dgx_music.inference.kernels import attend_cached, can_launch, is_available
+from dgx_music.inference.quantised import Int8
+
+Weight: TypeAlias = Tensor | Int8
+
+_PREFILL_POSITIONS = 256
+"""Read at a time: enough to make reading the weights cheap, few enough for the memory that attention needs."""
+_FEW_LINES = 64
+"""Up to so many lines of numbers a product's cost is reading the weight."""
 
 
 class Norm(NamedTuple):
@@ -33,47 +42,76 @@ class Norm(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Cross:
+    """The weights of a layer's cross-attention, which reads the text."""
+
+    norm: Norm
+    q: Weight
+    kv: Tensor  # [2 * hidden, hidden]
+    out: Weight
+
+
+@dataclass(frozen=True)
 class Layer:
     """The weights of one layer, each [out, in]; there are no biases but the norms'."""
 
     self_norm: Norm
-    self_qkv: Tensor  # [3 * hidden, hidden]
-    self_out: Tensor
-    cross_norm: Norm
-    cross_q: Tensor
-    cross_kv: Tensor  # [2 * hidden, hidden]
-    cross_out: Tensor
+    self_qkv: Weight  # [3 * hidden, hidden]
+    self_out: Weight
+    cross: Cross | None
+    """``None`` in the melody models, whose text is a prefix of what self-attention reads."""
     mlp_norm: Norm
-    mlp_in: Tensor
-    mlp_out: Tensor
+    mlp_in: Weight
+    mlp_out: Weight
     activation: Callable[[Tensor], Tensor]
 
     @classmethod
     def fuse(cls, layer: Any) -> Layer:
         """Return the weights of one of transformers' decoder layers; only the fused ones are copied."""
-        own, text = layer.self_attn, layer.encoder_attn
+        own, text = layer.self_attn, getattr(layer, "encoder_attn", None)
         return cls(
             self_norm=_norm(layer.self_attn_layer_norm),
             self_qkv=torch.cat([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]),
             self_out=own.out_proj.weight,
-            cross_norm=_norm(layer.encoder_attn_layer_norm),
-            cross_q=text.q_proj.weight,
-            cross_kv=torch.cat([text.k_proj.weight, text.v_proj.weight]),
-            cross_out=text.out_proj.weight,
+            cross=None if text is None else cls._fuse_cross(text, layer.encoder_attn_layer_norm),
             mlp_norm=_norm(layer.final_layer_norm),
             mlp_in=layer.fc1.weight,
             mlp_out=layer.fc2.weight,
             activation=layer.activation_fn,
         )
 
+    @staticmethod
+    def _fuse_cross(text: Any, norm: nn.LayerNorm) -> Cross:
+        keys_values = torch.cat([text.k_proj.weight, text.v_proj.weight])
+        return Cross(_norm(norm), text.q_proj.weight, keys_values, text.out_proj.weight)
 
-@dataclass(frozen=True)
-class Text:
-    """The keys and values of the rows' prompts, which cross-attention reads at every step."""
+    def quantise(self) -> Layer:
+        """Return the layer with all in 8 bits that is read at every step."""
+        return replace(
+            self,
+            self_qkv=_quantise(self.self_qkv),
+            self_out=_quantise(self.self_out),
+            cross=self.cross and replace(self.cross, q=_quantise(self.cross.q), out=_quantise(self.cross.out)),
+            mlp_in=_quantise(self.mlp_in),
+            mlp_out=_quantise(self.mlp_out),
+        )
 
-    keys_values: Tensor  # [L, 2, R, H, X, D]
+    @property
+    def nbytes(self) -> int:
+        """How much memory the layer's matrices take."""
+        weights: list[Weight] = [self.self_qkv, self.self_out, self.mlp_in, self.mlp_out]
+        if self.cross is not None:
+            weights += [self.cross.q, self.cross.kv, self.cross.out]
+        return sum(weight.nbytes for weight in weights)
+
+
+class Text(NamedTuple):
+    """What the rows' prompts are to cross-attention: keys and values, of the first half or of both."""
+
+    keys_values: Tensor  # [L, R * halves, 2, H, X, D]
     mask: Tensor | None
-    """[R, 1, 1, X], what to add to the scores: 0, or -inf past a prompt's end; ``None`` where all are equally long."""
+    """[R * halves, 1, 1, X], what to add to the scores: 0, or -inf past a text's end; ``None`` where all are X long."""
+    halves: int
 
 
 class _Reach(NamedTuple):
@@ -83,100 +121,203 @@ class _Reach(NamedTuple):
     row_count: int
     halves: int
     filled: int
+    positions: Tensor  # [N], the last one that each line reads
     mask: Tensor | None  # [N, 1, 1, filled], what to add to the scores: -inf at stale and unwritten positions
 
 
 class Decoder:
-    """The language model on its device, with positions for as many steps as ``max_steps``."""
+    """The language model on its device, with room for ``max_positions`` in each row: prefix, tokens and one to spare."""
 
-    @torch.inference_mode()
-    def __init__(self, model: MusicgenForCausalLM, text_projection: nn.Linear | None, max_steps: int) -> None:
-        """Take over the weights of the model, whose layers are gone afterwards: two copies might not fit in memory."""
+    @torch.no_grad()
+    def __init__(self, model: Any, text_projection: nn.Linear | None, max_positions: int) -> None:
+        """Take over the weights of a ``Musicgen(Melody)ForCausalLM``.
+
+        Its layers are gone afterwards: two copies might not fit in memory.
+        """
         decoder, config = model.model.decoder, model.config
         self.codebook_count: int = config.num_codebooks
         self.channels: int = config.audio_channels
         self.vocabulary: int = config.vocab_size
         self.pad_token: int = config.pad_token_id
-        self.max_steps = max_steps
+        self.max_positions = max_positions
         self.head_count: int = config.num_attention_heads
         self.head_size: int = config.hidden_size // config.num_attention_heads
         self._text_projection = text_projection
         self._embedding = torch.cat([table.weight for table in decoder.embed_tokens])  # [K * (V + 1), hidden]
         self.device, self.dtype = self._embedding.device, self._embedding.dtype
         self._first_tokens = torch.arange(self.codebook_count, device=self.device) * (config.vocab_size + 1)  # [K]
-        self._positions = sinusoids(max_steps, config.hidden_size).to(self.device, self.dtype)  # [T, hidden]
+        self._positions = sinusoids(max_positions, config.hidden_size).to(self.device, self.dtype)  # [T, hidden]
         self._final_norm = _norm(decoder.layer_norm)
         self._heads = torch.cat([head.weight for head in model.lm_heads])  # [K * V, hidden]
+        self.cache_dtype = self.dtype
+        self._has_kernel = False  # to read a cache in 8 bits; without, it is converted at every step
         self.layers: list[Layer] = []
         while decoder.layers:
             self.layers.append(Layer.fuse(decoder.layers[0]))
             del decoder.layers[0]
 
+    @property
+    def reads_text(self) -> bool:
+        """True where text reaches the rows through cross-attention, False where it is a prefix."""
+        return self.layers[0].cross is not None
+
+    @property
+    def weight_bytes(self) -> int:
+        """How much memory the weights take."""
+        others = self._embedding.nbytes + self._heads.nbytes + self._positions.nbytes
+        return others + sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """How much memory one slot's keys and values take."""
+        numbers = len(self.layers) * 2 * 2 * self.head_count * self.max_positions * self.head_size
+        return numbers * self.cache_dtype.itemsize
+
+    @torch.no_grad()
+    def quantise(self) -> None:
+        """Round the layers' weights to 8 bits; embeddings, heads and norms stay as they are."""
+        for index in range(len(self.layers)):
+            self.layers[index] = self.layers[index].quantise()
+
+    def shrink_cache(self) -> None:
+        """Keep keys and values in 8 bits (e4m3: 4 of exponent, 3 of mantissa) from now on; halves what a slot takes."""
+        self.cache_dtype = torch.float8_e4m3fn
+        self._has_kernel = is_available(self.device, self.cache_dtype) and can_launch(self.device, self.cache_dtype)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Have torch compile the forward pass, which then takes a minute the first time.
+
+        Fixed shapes on a GPU, whose launches are of few; on a CPU, where every step reads a little more, one for all.
+        """
+        is_dynamic = self.device.type == "cpu"
+        compiled = torch.compile(self.forward, backend=backend, dynamic=is_dynamic, fullgraph=True)
+        self.forward = compiled  # type: ignore[method-assign]
+
     def empty_cache(self, slot_count: int) -> Tensor:
         """Return zeros for the keys and values of every slot: ``[L, slot, half, 2, H, T, D]``."""
-        shape = (len(self.layers), slot_count, 2, 2, self.head_count, self.max_steps, self.head_size)
+        shape = (len(self.layers), slot_count, 2, 2, self.head_count, self.max_positions, self.head_size)
+        return torch.zeros(shape, device=self.device, dtype=self.cache_dtype)
+
+    def empty_text(self, slot_count: int, length: int) -> Tensor:
+        """Return zeros for cross-attention's keys and values of every slot: ``[L, slot, half, 2, H, X, D]``."""
+        shape = (len(self.layers), slot_count, 2, 2, self.head_count, length, self.head_size)
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read_text(self, states: Tensor) -> Tensor:
-        """Return cross-attention's keys and values ``[L, 2, H, X, D]`` of one prompt's text states ``[X, width]``."""
+        """Return cross-attention's keys and values ``[L, 2, H, X, D]`` of one text's states ``[X, width]``."""
         states = states.to(self.dtype)
         if self._text_projection is not None:
             states = self._text_projection(states)  # [X, hidden]
-        pairs = torch.stack([functional.linear(states, layer.cross_kv) for layer in self.layers])  # [L, X, 2 * hidden]
+        weights = [layer.cross.kv for layer in self.layers if layer.cross is not None]
+        pairs = torch.stack([functional.linear(states, weight) for weight in weights])  # [L, X, 2 * hidden]
         return pairs.view(*pairs.shape[:2], 2, self.head_count, self.head_size).permute(0, 2, 3, 1, 4)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
-        self, tokens: Tensor, positions: Tensor, cache: Tensor, text: Text, *, halves: int, filled: int, is_ragged: bool
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: Tensor,
+        text: Text | None,
+        *,
+        halves: int,
+        filled: int,
+        is_ragged: bool,
     ) -> Tensor:
         """Return the logits ``[R, half, K, V]`` that follow the tokens ``[R, K]`` at the positions ``[R]``, in float32.
 
         Row r owns slot r of the cache, which gets its new keys and values. ``filled`` is how much of the cache is read,
-        one more than the furthest position; where the rows' positions differ (``is_ragged``), each is masked by its own.
+        at least one more than the furthest position; where that is more than a row has (``is_ragged``), each is masked by
+        its own position.
         """
         reach = self._reach(positions, halves, filled, is_ragged)
-        x = functional.embedding_bag(tokens + self._first_tokens, self._embedding, mode="sum")  # [R, hidden]
-        x = (x + self._positions[positions]).repeat_interleave(halves, dim=0)  # [N, hidden]: the halves' tokens agree
-        for layer, layer_cache, layer_text in zip(self.layers, cache, text.keys_values.unbind(0), strict=True):
+        x = self._embed(tokens) + self._positions[positions]
+        x = x.repeat_interleave(halves, dim=0)  # the halves' tokens agree
+        for layer, layer_cache, layer_text in self._layers_with(cache, text):
             x = x + self._self_attention(layer, x, layer_cache, reach)
-            # The null half's text states are zero, and so is what attention makes of them: only the first half reads.
-            x[::halves] += self._cross_attention(layer, x[::halves], layer_text, text.mask)
-            x = x + linear(layer.activation(linear(layer.mlp_norm(x), layer.mlp_in)), layer.mlp_out)
+            if layer.cross is not None and layer_text is not None and text is not None:
+                # Without a text of its own, the null half's states are zero, and so is what attention makes of them.
+                readers = slice(None, None, halves // text.halves)
+                x[readers] += self._cross_attention(layer.cross, x[readers], layer_text, text.mask)
+            x = x + self._mlp(layer, x)
         logits = linear(self._final_norm(x), self._heads).float()  # [N, K * V]
         return logits.view(len(tokens), halves, self.codebook_count, -1)
+
+    @torch.no_grad()
+    def prefill(self, prefix: Tensor | None, tokens: Tensor, cache: Tensor, text: Text | None) -> None:
+        """Fill one slot's cache ``[L, half, 2, H, T, D]`` with what stands before the position to decode.
+
+        That is the prefix ``[half, E, hidden]`` and the tokens ``[P, K]``, given in advance: they take a few large
+        products instead of P small steps. Attention is causal throughout, as transformers has it.
+        """
+        embedded = self._embed(tokens).expand(2, -1, -1)  # [half, P, hidden]
+        x = embedded if prefix is None else torch.cat([prefix.to(self.dtype), embedded], dim=1)
+        x = x + self._positions[: x.shape[1]]
+        for start in range(0, x.shape[1], _PREFILL_POSITIONS):
+            self._prefill(x[:, start : start + _PREFILL_POSITIONS], start, cache, text)
+
+    def _prefill(self, x: Tensor, start: int, cache: Tensor, text: Text | None) -> None:
+        """Read so many positions ``[half, C, hidden]`` at once, from ``start`` on."""
+        end = start + x.shape[1]
+        position = torch.arange(end, device=self.device)
+        seen = position <= position[start:, None]  # [C, end]
+        for layer, layer_cache, layer_text in self._layers_with(cache, text):
+            q, k, v = self._heads_of(_each(layer.self_norm(x), layer.self_qkv), 3)  # [half, H, C, D]
+            layer_cache[:, :, :, start:end] = self._to_cache(torch.stack([k, v], dim=1))
+            keys, values = layer_cache[..., :end, :].to(self.dtype).unbind(1)
+            x = x + _each(_merge(_attention(q, keys, values, seen)), layer.self_out)
+            if layer.cross is not None and layer_text is not None and text is not None:
+                (q,) = self._heads_of(_each(layer.cross.norm(x[: text.halves]), layer.cross.q), 1)
+                read = _attention(q, layer_text[:, 0], layer_text[:, 1], text.mask)
+                x = torch.cat([x[: text.halves] + _each(_merge(read), layer.cross.out), x[text.halves :]])
+            x = x + self._mlp(layer, x.flatten(0, 1)).view(x.shape)
+
+    def _layers_with(self, cache: Tensor, text: Text | None) -> Iterator[tuple[Layer, Tensor, Tensor | None]]:
+        texts = [None] * len(self.layers) if text is None else text.keys_values.unbind(0)
+        return zip(self.layers, cache.unbind(0), texts, strict=True)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return functional.embedding(tokens + self._first_tokens, self._embedding).sum(1)  # [R, hidden]
+
+    def _heads_of(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Return the parts of ``[half, C, parts * hidden]``, each ``[half, H, C, D]``."""
+        return x.view(*x.shape[:2], parts, self.head_count, self.head_size).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _reach(self, positions: Tensor, halves: int, filled: int, is_ragged: bool) -> _Reach:
         row_count = len(positions)
         rows = torch.arange(row_count * 2 * 2 * self.head_count, device=self.device).view(row_count, 2, -1)[:, :halves]
-        lines = rows * self.max_steps + positions[:, None, None]  # [R, half, 2 * H]
-        if not is_ragged:
-            return _Reach(lines.flatten(), row_count, halves, filled, None)
-        is_written = torch.arange(filled, device=self.device) <= positions.repeat_interleave(halves)[:, None]
-        return _Reach(lines.flatten(), row_count, halves, filled, _additive(is_written, self.dtype))
+        lines = rows * self.max_positions + positions[:, None, None]  # [R, half, 2 * H]
+        positions = positions.repeat_interleave(halves)  # [N]
+        mask = None
+        if is_ragged and not self._has_kernel:
+            mask = additive(torch.arange(filled, device=self.device) <= positions[:, None], self.dtype)
+        return _Reach(lines.flatten(), row_count, halves, filled, positions, mask)
 
     def _self_attention(self, layer: Layer, x: Tensor, cache: Tensor, reach: _Reach) -> Tensor:
         qkv = linear(layer.self_norm(x), layer.self_qkv).contiguous().view(-1, 3, self.head_count, self.head_size)
-        cache.view(-1, self.head_size).index_copy_(0, reach.lines, qkv[:, 1:].reshape(-1, self.head_size))
+        fresh = self._to_cache(qkv[:, 1:]).reshape(-1, self.head_size)
+        _copyable(cache).view(-1, self.head_size).index_copy_(0, reach.lines, _copyable(fresh))
         keys_values = cache[: reach.row_count, : reach.halves].flatten(0, 1)[..., : reach.filled, :]
-        keys, values = keys_values.unbind(1)  # [N, H, filled, D]: views, not copies
+        if self._has_kernel:
+            keys, values = keys_values.unbind(1)
+            return linear(attend_cached(qkv[:, 0], keys, values, reach.positions, reach.filled), layer.self_out)
+        keys, values = keys_values.to(self.dtype).unbind(1)  # [N, H, filled, D]: views, unless the cache is in 8 bits
         return linear(_attend(qkv[:, 0], keys, values, reach.mask), layer.self_out)
 
-    def _cross_attention(self, layer: Layer, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        q = linear(layer.cross_norm(x), layer.cross_q).contiguous().view(-1, self.head_count, self.head_size)
-        return linear(_attend(q, text[0], text[1], mask), layer.cross_out)
+    def _to_cache(self, keys_values: Tensor) -> Tensor:
+        """Return them in the cache's number format; what is too large for 8 bits is as large as they can hold, not NaN."""
+        if self.cache_dtype == self.dtype:
+            return keys_values
+        most = torch.finfo(self.cache_dtype).max
+        return keys_values.clamp(-most, most).to(self.cache_dtype)
 
+    def _cross_attention(self, cross: Cross, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        q = linear(cross.norm(x), cross.q).contiguous().view(-1, self.head_count, self.head_size)
+        return linear(_attend(q, text[:, 0], text[:, 1], mask), cross.out)
 
-def stack_texts(texts: list[Tensor]) -> Text:
-    """Return one row for each prompt's ``[L, 2, H, X, D]``, the shorter ones filled up with zeros and masked."""
-    lengths = torch.tensor([text.shape[-2] for text in texts])
-    longest = int(lengths.max())
-    rows = [functional.pad(text, (0, 0, 0, longest - text.shape[-2])) for text in texts]
-    keys_values = torch.stack(rows, dim=2)  # [L, 2, R, H, X, D]
-    if int(lengths.min()) == longest:
-        return Text(keys_values, None)
-    mask = _additive(torch.arange(longest) < lengths[:, None], keys_values.dtype)  # [R, 1, 1, X]
-    return Text(keys_values, mask.to(keys_values.device))
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        return linear(layer.activation(linear(layer.mlp_norm(x), layer.mlp_in)), layer.mlp_out)
 
 
 def sinusoids(count: int, width: int) -> Tensor:
@@ -187,14 +328,35 @@ def sinusoids(count: int, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def additive(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return attention's mask ``[N, 1, 1, T]`` for ``[N, T]``: 0 where visible, -inf elsewhere."""
+    mask = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
+    return mask.masked_fill_(~is_visible, -math.inf)[:, None, None]
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """Return ``x @ weight.T``, ``[N, out]``, made for N so small that reading the weight is what takes the time.
+
+    On a CPU the weight stands on the left: a matrix product repacks its right operand, so it had better be the small one
+    (measured 1.3 to 1.5 times as fast for 2 to 32 lines in bfloat16, and for 4 to 32 in float32). A single line in
+    bfloat16 is doubled, because a matrix times a vector takes a slower path.
+    """
+    if isinstance(weight, Int8):
+        return weight.apply(x)
+    count = x.shape[0]
+    if x.device.type != "cpu" or count > _FEW_LINES or (x.dtype == torch.float32 and count <= 2):
+        return functional.linear(x, weight)
+    if count > 1:
+        return torch.mm(weight, x.t()).t()
+    return torch.mm(weight, x.t().expand(-1, 2)).t()[:1]
+
+
 def _norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias)
 
 
-def _additive(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return attention's mask ``[N, 1, 1, T]`` for ``[N, T]``: 0 where visible, -inf elsewhere."""
-    mask = torch.zeros(is_visible.shape, dtype=dtype, device=is_visible.device)
-    return mask.masked_fill_(~is_visible, -math.inf)[:, None, None]
+def _quantise(weight: Weight) -> Int8:
+    return weight if isinstance(weight, Int8) else Int8.of(weight)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -202,19 +364,23 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Ten
 
     The last dimension of each must be contiguous: else torch takes a path that is several times as slow.
     """
-    return functional.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=mask).flatten(1)
+    return _attention(q.unsqueeze(2), keys, values, mask).flatten(1)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``x @ weight.T``, ``[N, out]``, for N so small that reading the weight is what takes the time.
+def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    return functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
-    On a CPU the weight stands on the left: a matrix product repacks its right operand, so it had better be the small one
-    (measured 1.3 to 1.5 times as fast for 2 to 32 lines in bfloat16, and for 4 to 32 in float32). A single line in
-    bfloat16 is doubled, because a matrix times a vector takes a slower path.
-    """
-    count = x.shape[0]
-    if x.device.type != "cpu" or (x.dtype == torch.float32 and count <= 2):
-        return functional.linear(x, weight)
-    if count > 1:
-        return torch.mm(weight, x.t()).t()
-    return torch.mm(weight, x.t().expand(-1, 2)).t()[:1]
+
+def _copyable(numbers: Tensor) -> Tensor:
+    """Return a view that torch can copy by index: it cannot do that with numbers of 8 bits."""
+    return numbers.view(torch.uint8) if numbers.itemsize == 1 else numbers
+
+
+def _merge(heads: Tensor) -> Tensor:
+    """Return ``[half, C, hidden]`` for ``[half, H, C, D]``."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _each(x: Tensor, weight: Weight) -> Tensor:
+    """Return ``linear`` of each line of ``[half, C, in]``."""
+    return linear(x.flatten(0, 1), weight).view(*x.shape[:2], -1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dgx_music import validation
 from dgx_music.catalog import DEFAULT_MODEL, MODELS
+from dgx_music.errors import InvalidRequestError
 
 if TYPE_CHECKING:  # producers build requests too, and need no NumPy for that
     import numpy as np
@@ -24,6 +26,10 @@ class GenerationRequest:
     The sampling defaults are audiocraft's (``audiocraft/models/musicgen.py``, ``set_generation_params``): top_k 250,
     top_p off, temperature 1.0, guidance 3.0. ``temperature`` 0 decodes greedily. ``channels`` and ``sample_rate`` are
     what the file will have, whatever the model produces.
+
+    An empty ``prompt`` asks for unconditional music. ``negative_prompt`` is the text of guidance's null half: what the
+    music must not be like. The music starts with ``continuation``, at most 30 s of 1 or 2 channels, from which
+    ``duration`` counts; it follows the tune of ``melody``, at most 30 s of 1 channel. Both have a sample rate of their own.
     """
 
     generation_id: str
@@ -38,6 +44,9 @@ class GenerationRequest:
     top_k: int = 250
     top_p: float | None = None
     seed: int | None = None
+    negative_prompt: str | None = None
+    continuation: Audio | None = field(default=None, repr=False)
+    melody: Audio | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         model = validation.check_model(self.model)
@@ -52,6 +61,16 @@ class GenerationRequest:
             self._set("top_p", validation.check_between("top_p", self.top_p, 0.01, 1))
         if self.seed is not None:
             validation.check_integer("seed", self.seed, 0, validation.MAX_SEED)
+        if self.negative_prompt is not None:
+            self._set("negative_prompt", validation.check_negative_prompt(self.negative_prompt))
+            validation.check_guided("negative_prompt", self.guidance_scale)
+        if self.continuation is not None:
+            _check_samples("continuation", self.continuation, channels=2)
+            validation.check_continuation(self.continuation.duration, self.duration)
+        if self.melody is not None:
+            validation.check_hears_melody(model)
+            _check_samples("melody", self.melody, channels=1)
+            validation.check_clip("melody", self.melody.duration)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the documented way to normalise a field of a frozen dataclass
@@ -64,20 +83,22 @@ class GenerationRequest:
         return int.from_bytes(hashlib.sha256(self.generation_id.encode()).digest()[:8], "big") >> 1
 
     @property
-    def sampling(self) -> dict[str, float | int | None]:
-        """The sampling fields, in the form that is stored."""
+    def sampling(self) -> dict[str, float | int | str | None]:
+        """The sampling fields, in the form that is stored: ``negative_prompt`` is there where it was given only."""
+        negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
         return {
             "guidance_scale": self.guidance_scale,
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
             "seed": self.seed,
+            **negative,
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class Audio:
-    """What an engine made: ``samples`` float32 ``[channel, frame]``, nominally within ±1, at ``sample_rate`` Hz."""
+    """What an engine made, or is given: ``samples`` float32 ``[channel, frame]``, nominally within ±1, at ``sample_rate`` Hz."""
 
     samples: Samples
     sample_rate: int
@@ -90,6 +111,15 @@ class Audio:
         return float(self.samples.shape[-1] / self.sample_rate)
 
 
+def _check_samples(name: str, clip: Audio, channels: int) -> None:
+    """Refuse what is no audio of 1 to so many channels, or holds numbers that are not finite."""
+    samples = clip.samples
+    if samples.ndim != 2 or not 1 <= samples.shape[0] <= channels or not samples.shape[1]:
+        raise InvalidRequestError(name, f"has the shape {samples.shape}", f"use [1 to {channels} channels, frames]")
+    if not (-math.inf < samples.min() and samples.max() < math.inf):  # false for NaN too
+        raise InvalidRequestError(name, "holds NaN or infinite samples", "use another clip")
+
+
 class Run(Protocol):
     """One generation's line back to who asked for it; safe to call from any thread."""
 
@@ -99,15 +129,34 @@ class Run(Protocol):
     def check_cancelled(self) -> None:
         """Raise ``GenerationCancelledError`` once the generation was cancelled; call it at every step."""
 
+    def free_slot(self) -> None:
+        """Say that the slot is free for another generation: the tokens are there, and only the audio is to be made.
+
+        The end of the generation says so as well; calling it again changes nothing.
+        """
+
+    def make_room(self) -> bool:
+        """Unload idle engines after running out of memory; return whether there were any, and another try is worth it."""
+
 
 class Engine(Protocol):
-    """Loads once, generates many. Runs in a process of its own, ``slots`` generations at a time, each in a thread."""
+    """Loads once, generates many. Runs in a process of its own, beside the engines of other models.
 
-    slots: int
+    Each generation has a thread. ``slots`` of them run at a time, and as many again after ``Run.free_slot``.
+
+    What an engine may have besides: ``memory_bytes``, how much it holds of the device's memory, and ``close()``, which drops
+    it all. What its module may have beside ``load``: ``estimate_bytes(settings)``, how much an engine would hold, or
+    ``None`` where that is not known.
+    """
+
     device: str
     model_version: str
     notice: str | None
     """One sentence that a user must read (untrained weights, a licence), or ``None``."""
+
+    @property
+    def slots(self) -> int:
+        """How many generations run at a time; may come to be fewer, where memory does not suffice, and never more."""
 
     def generate(self, request: GenerationRequest, run: Run) -> Audio:
         """Return the audio of one request, ``request.duration`` seconds of it to within one sample.
@@ -125,11 +174,21 @@ class EngineSettings:
     model: str
     device: str = "auto"
     dtype: str = "auto"
-    slots: int = 1
+    slots: int | None = None
+    """``None`` for as many as there is memory for."""
     revision: str | None = None
+    weights: str = "full"
+    """``int8`` rounds the language model's weights to 8 bits."""
+    kv_cache: str = "full"
+    """``fp8`` keeps attention's keys and values in 8 bits."""
+    compile: bool = False
+    """Have torch compile the step."""
+    model_count: int = 1
+    """How many models one process may be asked for; they share the device's memory."""
 
 
 LoadEngine = Callable[[EngineSettings], Engine]
+EstimateBytes = Callable[[EngineSettings], int | None]
 
 
 def is_untrained(model: str) -> bool:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dgx_music.errors import EngineError
+from dgx_music.errors import EngineError, EngineReplacedError
 from dgx_music.inference.engine import Run
 from dgx_music.inference.slots import Row, Slots
+from dgx_music.inference.trouble import first_line, give_back_memory, has_lost_the_device, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +32,30 @@ class DecodingLoop:
     """Continuous batching: rows are admitted between steps, in the order they came, as soon as a slot is free.
 
     What goes wrong for one row (it is cancelled, its parent is gone, its numbers overflow) ends that row alone. What goes
-    wrong in a step ends all rows in it, and the loop goes on with fresh slots. The thread starts with the first row and
-    ends with the last, so that an engine nobody uses holds none.
+    wrong in a step ends all rows in it, and the loop goes on with fresh slots. Where memory runs out it goes on with fewer:
+    with as many as were occupied when one more did not fit, with half as many when a step did not. The rows that this
+    costs are given back (``EngineReplacedError``); only in the last slot it is their own failure. The thread starts with
+    the first row and ends with the last, so that an engine nobody uses holds none.
     """
 
-    def __init__(self, make_slots: Callable[[], Slots]) -> None:
+    def __init__(
+        self, make_slots: Callable[[int], Slots], slot_count: int, on_shrink: Callable[[int], None] = lambda count: None
+    ) -> None:
+        self.slot_count = slot_count
+        """How many rows there is memory for; may shrink, never grows."""
         self._make_slots = make_slots
-        self._slots: Slots | None = make_slots()  # None after a step failed: whatever it left behind is given up
+        self._on_shrink = on_shrink
         self._admitted: list[_Ticket] = []  # only the decoding thread looks
         self._waiting: deque[_Ticket] = deque()
         self._is_running = False
         self._lock = threading.Lock()  # for the two above
+        self._slots: Slots | None = self._make_fresh_slots()  # None once they are given up
 
     def decode(self, row: Row, run: Run) -> Tensor:
         """Return the row's codes ``[K, frame]`` once it has been through a slot; safe to call from any thread.
 
-        Raises what ``run`` raises, and ``EngineError`` where decoding fails.
+        Raises what ``run`` raises, ``EngineReplacedError`` where there was no memory for so many rows, the error itself
+        where there is none for one or the device is lost, and ``EngineError`` where decoding fails otherwise.
         """
         ticket = _Ticket(row, run)
         with self._lock:
@@ -68,16 +77,59 @@ class DecodingLoop:
             return self._is_running
 
     def _admit(self) -> None:
-        while self._waiting and (self._slots is None or self._slots.has_room):
+        while self._waiting and self._has_room():
             ticket = self._waiting.popleft()
             try:
                 if self._slots is None:
-                    self._slots = self._make_slots()
+                    give_back_memory()  # that of those given up
+                    self._slots = self._make_fresh_slots()
                 self._slots.admit(ticket.row)
             except BaseException as error:  # a caller without an answer would wait for ever
-                ticket.codes.set_exception(error)
+                self._refuse(ticket, error)
             else:
                 self._admitted.append(ticket)
+
+    def _has_room(self) -> bool:
+        """Return whether one more may be admitted; slots that have become too many are given up once they are empty."""
+        if self._slots is not None and self._slots.slot_count > self.slot_count:
+            if self._admitted:
+                return False
+            self._slots = None
+        return self._slots is None or self._slots.has_room
+
+    def _make_fresh_slots(self) -> Slots:
+        """Return empty slots, as many as there is memory for. Raises what making one raises."""
+        while True:
+            try:
+                return self._make_slots(self.slot_count)
+            except Exception as error:
+                if self.slot_count == 1 or not is_out_of_memory(error):
+                    raise
+                give_back_memory(error)
+                self._shrink(self.slot_count // 2, error)
+
+    def _refuse(self, ticket: _Ticket, error: BaseException) -> None:
+        """Answer a row that was not admitted, or try again with what memory there is to be had."""
+        if not is_out_of_memory(error):
+            ticket.codes.set_exception(error)
+            return
+        give_back_memory(error)
+        if ticket.run.make_room():
+            self._waiting.appendleft(ticket)
+        elif self._admitted:
+            self._shrink(len(self._admitted), error)
+            ticket.codes.set_exception(_no_room(error))
+        elif self.slot_count > 1:
+            self._shrink(self.slot_count // 2, error)
+            self._waiting.appendleft(ticket)
+        else:
+            self._slots = None
+            ticket.codes.set_exception(error)
+
+    def _shrink(self, slot_count: int, error: BaseException) -> None:
+        logger.warning("no memory for %d slots, %d from now on: %s", self.slot_count, slot_count, first_line(error))
+        self.slot_count = slot_count
+        self._on_shrink(slot_count)
 
     def _advance(self, slots: Slots) -> None:
         """Let go of the rows that have ended, and make one step with the others."""
@@ -96,7 +148,8 @@ class DecodingLoop:
         failure: BaseException | None = None
         try:
             if row.position:
-                ticket.run.report_progress(row.position / (row.step_count + 1))  # decoding the audio is the last step
+                # Decoding the audio is the last step; a device may be ahead of what the row needs.
+                ticket.run.report_progress(min(1.0, row.position / (row.step_count + 1)))
             ticket.run.check_cancelled()
             codes = slots.codes(row) if row.is_done else None
         except BaseException as error:
@@ -112,7 +165,24 @@ class DecodingLoop:
 
     def _fail(self, error: BaseException) -> None:
         failed, self._admitted, self._slots = self._admitted, [], None
-        message = f"A decoding step of {len(failed)} generations failed ({type(error).__name__}: {error})."
         logger.error("decoding step failed with %d generations in it", len(failed), exc_info=error)
+        answer = self._answer_to(error, failed)
         for ticket in failed:
-            ticket.codes.set_exception(EngineError(message))
+            ticket.codes.set_exception(answer)
+
+    def _answer_to(self, error: BaseException, failed: list[_Ticket]) -> BaseException:
+        """Return what the rows of a failed step are told, after making memory of what can be given up."""
+        if is_out_of_memory(error):
+            give_back_memory(error)
+            if not failed[0].run.make_room():
+                if self.slot_count == 1:
+                    return error.with_traceback(None)  # which holds the slots
+                self._shrink(self.slot_count // 2, error)
+            return _no_room(error)
+        if has_lost_the_device(error):
+            return error
+        return EngineError(f"A decoding step of {len(failed)} generations failed ({type(error).__name__}: {error}).")
+
+
+def _no_room(error: BaseException) -> EngineReplacedError:
+    return EngineReplacedError(f"There is no memory for as many generations at a time ({first_line(error)}).")

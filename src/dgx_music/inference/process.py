@@ -1,4 +1,4 @@
-"""The parent's side of an engine: starts its process, sends it generations, cancels them, and survives its death.
+"""The parent's side of the engines: starts their process, sends it generations, cancels them, and survives its death.
 
 A segfault, a sticky CUDA error, an out-of-memory kill, a hang or a held GIL costs one child and the generations in it;
 the event loop here never waits for it. asyncio only, as SQLAlchemy's asyncio is.
@@ -13,9 +13,10 @@ import os
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,16 +31,18 @@ from dgx_music.errors import (
     GenerationCancelledError,
     GenerationRejectedError,
 )
-from dgx_music.inference.channel import Decoder, encode
+from dgx_music.inference.channel import Decoder, encode, encode_request
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
 
 ReportProgress = Callable[[float], None]
+FreeSlot = Callable[[], None]
 
 _NOT_RUNNING = "The engine's process is not running."
 _STDERR = 2
 _LAST_WORDS_SECONDS = 10.0  # between the end of the channel and that of the process: freeing a GPU takes a while
 _FAILURES: dict[str, type[EngineError]] = {
-    error.__name__: error for error in (EngineError, GenerationCancelledError, GenerationRejectedError)
+    error.__name__: error
+    for error in (EngineError, EngineReplacedError, GenerationCancelledError, GenerationRejectedError)
 }
 
 
@@ -55,8 +58,9 @@ class EngineInfo:
 
 
 class EngineProcess:
-    """An engine in a process of its own, replaced by ``start`` whenever it has died.
+    """Engines of one or several models in a process of their own, replaced by ``start`` whenever it has died.
 
+    A model for which there was too little memory keeps the fewer slots that it then had, whatever becomes of the process.
     Use it as an async context manager, or call ``close``: either ends the process for good.
     """
 
@@ -67,6 +71,8 @@ class EngineProcess:
         self._start_timeout_seconds = start_timeout_seconds
         self._cancel_grace_seconds = cancel_grace_seconds
         self._child: _Child | None = None
+        self._model = settings.model
+        self._fewer_slots: dict[str, int] = {}
         self._spawning = asyncio.Lock()
         self._is_closed = False
 
@@ -81,27 +87,33 @@ class EngineProcess:
         return self._child.pid if self._child is not None and self._child.is_alive else None
 
     async def start(self, model: str | None = None) -> EngineInfo:
-        """Return what the loaded engine says of itself, after starting its process where none is alive.
+        """Return what the engine of the model (of the last one, where none is named) says of itself, after loading it.
 
-        With a ``model`` that is not the one loaded, the process is replaced by one that loads it; what still runs raises
-        ``EngineReplacedError``. Concurrent calls share one process; cancelling a call leaves the process loading. Raises
-        ``EngineUnavailableError`` where the engine cannot load, dies while it loads or takes too long.
+        A process that is alive loads it beside the models that it has, and unloads idle ones where memory is short.
+        Concurrent calls share one process; cancelling a call leaves it loading. Raises ``EngineUnavailableError`` where
+        the engine cannot load, its process dies meanwhile, or it takes too long, which ends the process.
         """
-        child = await self._living_child(model or self._settings.model)
-        return await child.wait_until_loaded(self._start_timeout_seconds)
+        model = self._model = model or self._model
+        child = await self._living_child()
+        slots = self._fewer_slots.get(model, self._settings.slots)
+        return await child.load(model, slots, self._start_timeout_seconds)
 
-    async def generate(self, request: GenerationRequest, on_progress: ReportProgress) -> Audio:
-        """Return the audio of one request; calls beyond the engine's slots wait for a free one.
+    async def generate(
+        self, request: GenerationRequest, on_progress: ReportProgress, on_slot_free: FreeSlot = lambda: None
+    ) -> Audio:
+        """Return the audio of one request; calls beyond the slots of its model's engine wait for a free one.
 
-        A cancelled call leaves only when its slot is free again, which takes at most the cancel grace: a generation
-        that does not stop by then costs the process. ``on_progress`` is called on the event loop.
+        A cancelled call leaves only when its generation has ended, which takes at most the cancel grace: one that does
+        not stop by then costs the process. ``on_progress`` is called on the event loop, and so is ``on_slot_free``, at
+        most once, where the slot is free before the audio is made.
 
         Raises ``EngineCrashedError`` where the process died while this ran, ``EngineReplacedError`` where it was ended
-        for another reason or is not running, ``GenerationRejectedError`` and ``EngineError`` as the engine says.
+        for another reason or is not running, where the model is not loaded, or memory does not suffice for so many;
+        ``GenerationRejectedError`` and ``EngineError`` as the engine says.
         """
         if self._child is None:
             raise EngineReplacedError(_NOT_RUNNING)
-        return await self._child.generate(request, on_progress, self._cancel_grace_seconds)
+        return await self._child.generate(request, on_progress, on_slot_free, self._cancel_grace_seconds)
 
     async def close(self) -> None:
         """End the process for good; what still runs in it raises ``EngineReplacedError``."""
@@ -119,31 +131,84 @@ class EngineProcess:
     ) -> None:
         await self.close()
 
-    async def _living_child(self, model: str) -> _Child:
+    async def _living_child(self) -> _Child:
         async with self._spawning:
             if self._is_closed:
                 raise EngineUnavailableError("The engine's process was closed.")
-            if model != self._settings.model:
-                self._settings = replace(self._settings, model=model)
-                if self._child is not None:
-                    await self._child.end(f"was ended to load {model}")
             if self._child is not None and self._child.is_alive:
                 return self._child
             if self._child is not None:
                 await self._child.wait_until_buried()  # a fresh one may need the memory that the old one holds
-            self._child = await _Child.spawn(self._settings)
+            self._child = await _Child.spawn(self._settings, self._fewer_slots)
             return self._child
+
+
+class _Slots:
+    """Lets in as many as there are slots, in the order they came. There may come to be fewer than are in use."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._taken = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self) -> None:
+        """Wait for a free slot; who is cancelled has none."""
+        if self._taken < self.count:
+            self._taken += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it came at the same moment
+                self.free()
+            raise
+
+    def free(self) -> None:
+        """Give a slot back."""
+        self._taken -= 1
+        while self._waiting and self._taken < self.count:
+            turn = self._waiting.popleft()
+            if not turn.done():  # else it was cancelled
+                self._taken += 1
+                turn.set_result(None)
+
+
+@dataclass
+class _Model:
+    """One model in the child: how its loading ended, and once it is loaded what it says of itself and its slots."""
+
+    loading: asyncio.Future[EngineUnavailableError | None]
+    info: EngineInfo | None = None
+    slots: _Slots = field(default_factory=lambda: _Slots(0))
 
 
 class _Running:
     """One generation in the child; ``outcome`` is a value, never an exception, so that nobody has to fetch it."""
 
-    def __init__(self, key: int, on_progress: ReportProgress, outcome: asyncio.Future[Audio | EngineError]) -> None:
+    def __init__(
+        self,
+        key: int,
+        slots: _Slots,
+        on_progress: ReportProgress,
+        on_slot_free: FreeSlot,
+        outcome: asyncio.Future[Audio | EngineError],
+    ) -> None:
         self.key = key
         self.on_progress = on_progress
+        self.on_slot_free = on_slot_free
         self.outcome = outcome
         self.patience: asyncio.TimerHandle | None = None
         """Ends the process when the cancelled generation does not stop; ``None`` until it is cancelled."""
+        self._slots: _Slots | None = slots
+
+    def free_slot(self) -> bool:
+        """Give the slot back, the first time; return whether this was it."""
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.free()
+        return slots is not None
 
 
 class _Child(asyncio.Protocol):
@@ -153,23 +218,25 @@ class _Child(asyncio.Protocol):
     _process: asyncio.subprocess.Process
     _burial: asyncio.Task[None]
 
-    def __init__(self) -> None:
+    def __init__(self, fewer_slots: dict[str, int]) -> None:
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._decoder = Decoder()
         self._keys = itertools.count()
         self._running: dict[int, _Running] = {}
-        self._slots: asyncio.Semaphore | None = None  # until the engine is loaded and says how many
-        self._loaded: asyncio.Future[EngineInfo | EngineUnavailableError] = loop.create_future()
+        self._models: dict[str, _Model] = {}  # that are loading or loaded
+        self._fewer_slots = fewer_slots
         self._hung_up: asyncio.Future[None] = loop.create_future()
         self._verdict: tuple[type[EngineError], str] | None = None
 
     @classmethod
-    async def spawn(cls, settings: EngineSettings) -> _Child:
-        """Start the process; its engine loads from now on."""
+    async def spawn(cls, settings: EngineSettings, fewer_slots: dict[str, int]) -> _Child:
+        """Start the process, which loads nothing by itself; ``fewer_slots`` is to remember what it says of them."""
         ours, theirs = socket.socketpair()
         with theirs:
-            channel, child = await asyncio.get_running_loop().create_unix_connection(cls, sock=ours)
+            channel, child = await asyncio.get_running_loop().create_unix_connection(
+                lambda: cls(fewer_slots), sock=ours
+            )
             try:
                 child._process = await _start_python(theirs, settings)
             except BaseException:
@@ -187,15 +254,20 @@ class _Child(asyncio.Protocol):
     def is_alive(self) -> bool:
         return self._process.returncode is None and self._verdict is None and not self._channel.is_closing()
 
-    async def wait_until_loaded(self, timeout_seconds: float) -> EngineInfo:
-        await asyncio.wait((self._loaded,), timeout=timeout_seconds)
-        if not self._loaded.done():
+    async def load(self, model_name: str, slots: int | None, timeout_seconds: float) -> EngineInfo:
+        model = self._models.get(model_name)
+        if model is None:
+            model = self._models[model_name] = _Model(self._loop.create_future())
+            self._send({"kind": "load", "model": model_name, "slots": slots})
+        await asyncio.wait((model.loading,), timeout=timeout_seconds)
+        if not model.loading.done():
             await self.end(f"was ended after {timeout_seconds:g} s")
-        loaded = self._loaded.result()
-        if isinstance(loaded, EngineUnavailableError):
+        unavailable = model.loading.result()
+        if unavailable is None and model.info is not None:
+            return model.info
+        if not self._models:
             await self.end("could not load")
-            raise loaded
-        return loaded
+        raise unavailable or EngineUnavailableError(f"The engine of {model_name} was unloaded at once.")
 
     async def wait_until_buried(self) -> None:
         await asyncio.wait((self._burial,))
@@ -212,32 +284,39 @@ class _Child(asyncio.Protocol):
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)  # it leads a session: what its engine started dies as well
 
-    async def generate(self, request: GenerationRequest, on_progress: ReportProgress, grace_seconds: float) -> Audio:
-        if self._slots is None:
+    async def generate(
+        self, request: GenerationRequest, on_progress: ReportProgress, on_slot_free: FreeSlot, grace_seconds: float
+    ) -> Audio:
+        model = self._models.get(request.model)
+        if model is None or model.info is None:
             raise EngineReplacedError(_NOT_RUNNING)
-        async with self._slots:
-            if not self.is_alive:
-                raise EngineReplacedError(_NOT_RUNNING)
-            running = self._begin(request, on_progress)
-            try:
-                await asyncio.wait((running.outcome,))
-            except asyncio.CancelledError:
-                with anyio.CancelScope(shield=True):
-                    await self._cancel(running, grace_seconds)
-                raise
-        outcome = running.outcome.result()
+        await model.slots.take()
+        running = _Running(next(self._keys), model.slots, on_progress, on_slot_free, self._loop.create_future())
+        try:
+            outcome = await self._perform(running, request, grace_seconds)
+        finally:
+            running.free_slot()
         if isinstance(outcome, EngineError):
             raise outcome
         return outcome
 
-    def _begin(self, request: GenerationRequest, on_progress: ReportProgress) -> _Running:
-        running = _Running(next(self._keys), on_progress, self._loop.create_future())
-        self._send({"kind": "generate", "key": running.key, "request": vars(request)})
+    async def _perform(
+        self, running: _Running, request: GenerationRequest, grace_seconds: float
+    ) -> Audio | EngineError:
+        if not self.is_alive:
+            raise EngineReplacedError(_NOT_RUNNING)
+        self._channel.write(encode_request(running.key, request))
         self._running[running.key] = running
-        return running
+        try:
+            await asyncio.wait((running.outcome,))
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                await self._cancel(running, grace_seconds)
+            raise
+        return running.outcome.result()
 
     async def _cancel(self, running: _Running, grace_seconds: float) -> None:
-        """Stop one generation and wait until its slot is free: its own reply says so, or the end of the process.
+        """Stop one generation and wait until it has ended: its own reply says so, or the end of the process.
 
         The timer does its work even where this wait is cancelled too.
         """
@@ -270,12 +349,34 @@ class _Child(asyncio.Protocol):
                 self._finish(header["key"], Audio(samples, header["sample_rate"], header["facts"]))
             case "failed":
                 self._finish(header["key"], _FAILURES[header["error"]](header["message"]))
+            case "freed":
+                self._free_slot(header["key"])
             case "ready":
-                info = EngineInfo(**header["info"])
-                self._slots = asyncio.Semaphore(info.slots)
-                self._loaded.set_result(info)
+                self._note_ready(self._models[header["model"]], EngineInfo(**header["info"]))
             case "unavailable":
-                self._loaded.set_result(EngineUnavailableError(header["message"]))
+                self._models.pop(header["model"]).loading.set_result(EngineUnavailableError(header["message"]))
+            case "slots":
+                self._shrink(header["model"], header["slots"])
+            case "unloaded":
+                self._models.pop(header["model"])
+            case "broken":
+                self.kill(EngineCrashedError, f"has lost its device ({header['message']})")
+
+    def _note_ready(self, model: _Model, info: EngineInfo) -> None:
+        model.info, model.slots = info, _Slots(info.slots)
+        model.loading.set_result(None)
+
+    def _shrink(self, model_name: str, slot_count: int) -> None:
+        """Let in no more than so many from now on, and remember it for every later process."""
+        self._fewer_slots[model_name] = slot_count
+        model = self._models[model_name]
+        if model.info is not None:
+            model.info, model.slots.count = replace(model.info, slots=slot_count), slot_count
+
+    def _free_slot(self, key: int) -> None:
+        running = self._running.get(key)
+        if running is not None and running.free_slot():
+            self._loop.call_soon(running.on_slot_free)
 
     def _report(self, key: int, progress: float) -> None:
         running = self._running.get(key)
@@ -296,8 +397,9 @@ class _Child(asyncio.Protocol):
         await asyncio.wait((self._hung_up, exited))
 
     def _tell_everybody(self, error: type[EngineError], why: str) -> None:
-        if not self._loaded.done():
-            self._loaded.set_result(EngineUnavailableError(f"The engine did not load: its process {why}."))
+        for model in self._models.values():
+            if not model.loading.done():
+                model.loading.set_result(EngineUnavailableError(f"The engine did not load: its process {why}."))
         for key in list(self._running):
             self._finish(key, error(f"The engine's process {why}."))
 

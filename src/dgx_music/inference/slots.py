@@ -2,7 +2,7 @@
 
 One generation is a row. Its way through this file::
 
-    admit   its prompt's keys and values and its random numbers take the next slot, at position 0
+    admit   its text, its random numbers and what it starts from take the next slot
     step    one forward pass for all rows: each reads its own last tokens at its own position
     sample  the next tokens, with each row's own guidance, temperature, top_k and top_p
     retire  after frames + longest delay steps the codes are whole; the last row moves into the slot
@@ -19,24 +19,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.decoder import Decoder, stack_texts
-
-_COLDEST = 1e-4
-"""Below this temperature the likeliest token is certain, and logits divided by it may overflow: decode greedily."""
+from dgx_music.inference.decoder import Decoder, Text
+from dgx_music.inference.launches import TEXT_STEP, Plan, make_launcher, round_up
+from dgx_music.inference.sampling import Sampling, effective_top_k, sample
 
 
 @dataclass(eq=False, kw_only=True)
 class Row:
-    """One generation on its way; ``position`` is how many steps it has made."""
+    """One generation on its way; ``position`` is how many steps it has made, the ones given in advance included."""
 
-    text: Tensor  # [L, 2, H, X, D], cross-attention's keys and values
     uniforms: Tensor  # [step, K], in [0, 1), drawn from the request's own seed
     frame_count: int
+    text: Tensor | None = None  # [L, 2, H, X, D], cross-attention's keys and values; None for no text
+    negative: Tensor | None = None  # the same of the null half's text
+    prefix: Tensor | None = None  # [half, E, hidden], what a melody model reads before the tokens
+    given: Tensor | None = None  # [K, P], the codes of the first P frames, P < frame_count
     guidance_scale: float = 3.0
     temperature: float = 1.0
     top_k: int = 250
@@ -53,155 +56,244 @@ class Row:
         """True where all steps are made."""
         return self.position >= self.step_count
 
+    @property
+    def offset(self) -> int:
+        """Where in the cache position 0 is: behind the prefix."""
+        return 0 if self.prefix is None else self.prefix.shape[1]
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample each row, ``[R, 1, 1]`` each; ``halves`` and ``widest`` (the largest top_k) are for all."""
+    @property
+    def text_halves(self) -> int:
+        """How many halves have a text to read: 0, 1 or 2."""
+        return 2 if self.negative is not None and self.guidance_scale > 1 else int(self.text is not None)
 
-    guidance_scale: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    halves: int
-    widest: int
 
-    @classmethod
-    def of(cls, rows: list[Row], vocabulary: int, device: torch.device) -> Sampling:
-        """Return the rows' sampling; greedy is a top_k of 1, and a top_k of 0 takes all tokens."""
-        is_greedy = [row.temperature < _COLDEST for row in rows]
-        top_k = [1 if cold else row.top_k or vocabulary for row, cold in zip(rows, is_greedy, strict=True)]
+class _Board(NamedTuple):
+    """What the device knows of each slot; the addresses never change, the contents do."""
 
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=device)[:, None, None]
+    tokens: Tensor  # [S, step + 1, K], what to feed at each position; one more at the end takes what nobody needs
+    uniforms: Tensor  # [S, step, K]
+    position: Tensor  # [S]
+    offset: Tensor  # [S]
+    frame_count: Tensor  # [S]
+    given_count: Tensor  # [S], frames whose codes were given in advance
+    is_finite: Tensor  # [S]
 
-        return cls(
-            guidance_scale=column([row.guidance_scale for row in rows]),
-            temperature=column([1.0 if cold else row.temperature for row, cold in zip(rows, is_greedy, strict=True)]),
-            top_k=column([float(k) for k in top_k]),
-            top_p=column([math.inf if row.top_p is None or row.top_p == 1 else row.top_p for row in rows]),
-            halves=2 if any(row.guidance_scale > 1 for row in rows) else 1,
-            widest=min(max(top_k), vocabulary),
-        )
+    def first(self, count: int) -> _Board:
+        """Return a view of the first slots."""
+        return _Board(*(column[:count] for column in self))
 
 
 class Slots:
     """A fixed number of slots on one device. Not for several threads at once."""
 
-    @torch.inference_mode()
-    def __init__(self, decoder: Decoder, slot_count: int) -> None:
-        device, codebooks, steps = decoder.device, decoder.codebook_count, decoder.max_steps
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, slot_count: int, max_steps: int) -> None:
         self.rows: list[Row] = []
         """The occupied slots, always the first ones."""
         self.slot_count = slot_count
         self._decoder = decoder
+        self._max_steps = max_steps
+        device, codebooks = decoder.device, decoder.codebook_count
         self._delays = delays(codebooks, decoder.channels)
         self._delay = torch.tensor(self._delays, device=device)  # [K]
-        self._cache = decoder.empty_cache(slot_count)  # [L, S, half, 2, H, T, D]
-        self._tokens = torch.full((slot_count, steps + 1, codebooks), decoder.pad_token, device=device)
-        self._uniforms = torch.zeros(slot_count, steps, codebooks, device=device)
-        self._is_finite = torch.ones(slot_count, dtype=torch.bool, device=device)
         self._slot = torch.arange(slot_count, device=device)
+        self._cache = decoder.empty_cache(slot_count)  # [L, S, half, 2, H, T, D]
+        self._sampling = Sampling.empty(slot_count, device)
+        self._board = _Board(
+            tokens=torch.full((slot_count, max_steps + 2, codebooks), decoder.pad_token, device=device),
+            uniforms=torch.zeros(slot_count, max_steps + 1, codebooks, device=device),
+            position=torch.zeros(slot_count, dtype=torch.long, device=device),
+            offset=torch.zeros(slot_count, dtype=torch.long, device=device),
+            frame_count=torch.zeros(slot_count, dtype=torch.long, device=device),
+            given_count=torch.zeros(slot_count, dtype=torch.long, device=device),
+            is_finite=torch.ones(slot_count, dtype=torch.bool, device=device),
+        )
+        room = TEXT_STEP if decoder.reads_text else 0
+        self._texts = decoder.empty_text(slot_count, room)  # [L, S, half, 2, H, X, D]
+        self._text_mask = torch.zeros(slot_count, 2, room, dtype=decoder.dtype, device=device)  # [S, half, X]
+        self._launcher = make_launcher(self._advance, device)
 
     @property
     def has_room(self) -> bool:
         """True while a slot is free."""
         return len(self.rows) < self.slot_count
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def admit(self, row: Row) -> None:
-        """Give the row the next free slot. What another row left in its cache is masked, so nothing is cleared."""
-        slot = len(self.rows)
-        self._clean(slot)
-        self._tokens[slot, 0] = self._decoder.pad_token
-        self._uniforms[slot, : row.step_count] = row.uniforms
-        self._is_finite[slot] = True
-        self._gather([*self.rows, row])
+        """Give the row the next free slot, and read what it starts from; where that fails, nothing changes.
 
-    @torch.inference_mode()
+        What another row left in the slot's cache is masked, so nothing is cleared.
+        """
+        with self._launcher.on_stream(row.text, row.negative, row.prefix, row.given, row.uniforms):
+            slot = len(self.rows)
+            self._clean(slot)
+            self._write_text(slot, row)
+            self._write(slot, row)
+            if row.prefix is not None or row.given is not None:
+                tokens, text = self._board.tokens[slot, : row.position], self._text(slice(slot, slot + 1), [row])
+                self._decoder.prefill(row.prefix, tokens, self._cache[:, slot], text)
+            self.rows.append(row)
+
+    @torch.no_grad()
     def step(self) -> None:
-        """Advance every row by one position."""
-        rows, positions = self.rows, self._positions
-        furthest, nearest = max(row.position for row in rows), min(row.position for row in rows)
-        slot = self._slot[: len(rows)]
-        logits = self._decoder.forward(
-            self._tokens[slot, positions],  # [R, K]
-            positions,
-            self._cache,
-            self._text,
-            halves=self._sampling.halves,
-            filled=furthest + 1,
-            is_ragged=furthest > nearest,
-        )
-        sampled, is_finite = sample(logits, self._uniforms[slot, positions], self._sampling)
-        frame = positions[:, None] - self._delay  # [R, K]
-        is_in_clip = (frame >= 0) & (frame < self._frame_counts[:, None])
-        self._tokens[slot, positions + 1] = torch.where(is_in_clip, sampled, self._decoder.pad_token)
-        self._is_finite[slot] &= is_finite
-        positions += 1
-        for row in rows:
-            row.position += 1
+        """Advance every row: by one position, or on a GPU by several."""
+        with self._launcher.on_stream():
+            plan = self._launcher.fit(self._plan(), self.slot_count, self._decoder.max_positions)
+            self._launcher.launch(plan)
+        for row in self.rows:
+            row.position += plan.steps
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def codes(self, row: Row) -> Tensor:
         """Return the codes ``[K, frame]`` of a row that is done. Raises ``EngineError`` where a number was not finite."""
-        slot = self.rows.index(row)
-        if not self._is_finite[slot]:
-            raise EngineError("The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights.")
-        tokens = self._tokens[slot, 1 : row.step_count + 1]  # [step, K]
-        codes = [tokens[delay : delay + row.frame_count, k] for k, delay in enumerate(self._delays)]
-        return torch.stack(codes)  # a copy: the slot has its next row soon
+        with self._launcher.on_stream():
+            slot = self.rows.index(row)
+            if not self._board.is_finite[slot]:
+                raise EngineError(
+                    "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
+                )
+            tokens = self._board.tokens[slot, 1 : row.step_count + 1]  # [step, K]
+            codes = [tokens[delay : delay + row.frame_count, k] for k, delay in enumerate(self._delays)]
+            return torch.stack(codes).cpu()  # a copy: the slot has its next row soon
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def retire(self, row: Row) -> None:
         """Free the slot of a row that is done or given up; the last row moves into it, to keep the batch dense."""
         slot, last = self.rows.index(row), len(self.rows) - 1
         mover = self.rows[last]
         if mover is not row:
-            self._clean(slot)
-            self._cache[:, slot, ..., : mover.position, :] = self._cache[:, last, ..., : mover.position, :]
-            for state in (self._tokens, self._uniforms, self._is_finite):
-                state[slot] = state[last]
-        self._gather([mover if other is row else other for other in self.rows[:last]])
+            with self._launcher.on_stream():
+                self._clean(slot)
+                reached = min(mover.offset + mover.position, self._decoder.max_positions)
+                self._cache[:, slot, ..., :reached, :] = self._cache[:, last, ..., :reached, :]
+                self._texts[:, slot] = self._texts[:, last]
+                for column in (*self._board, *self._sampling, self._text_mask):
+                    column[slot] = column[last]
+        self.rows = [mover if other is row else other for other in self.rows[:last]]
+
+    def _plan(self) -> Plan:
+        """Return what the next step must reach."""
+        reached = [row.offset + row.position for row in self.rows]
+        text_lengths = {row.text.shape[-2] for row in self.rows if row.text is not None}
+        text_halves = max(row.text_halves for row in self.rows)
+        vocabulary = self._decoder.vocabulary
+        return Plan(
+            rows=len(self.rows),
+            halves=2 if any(row.guidance_scale > 1 for row in self.rows) else 1,
+            text_halves=text_halves,
+            text_length=self._text_length(self.rows),
+            is_text_ragged=text_halves == 2 or len(text_lengths) > 1 or any(row.text is None for row in self.rows),
+            filled=max(reached) + 1,
+            is_ragged=max(reached) > min(reached),
+            widest=max(effective_top_k(row.temperature, row.top_k, vocabulary) for row in self.rows),
+            steps=1,
+        )
+
+    def _advance(self, plan: Plan) -> None:
+        """Make the plan's steps. All on the device: nothing here waits for a number, so that a GPU can replay it."""
+        board, sampling = self._board.first(plan.rows), self._sampling.first(plan.rows)
+        slot, text = self._slot[: plan.rows], self._text_of(plan)
+        for _ in range(plan.steps):
+            logits = self._decoder.forward(
+                board.tokens[slot, board.position],  # [R, K]
+                board.offset + board.position,
+                self._cache,
+                text,
+                halves=plan.halves,
+                filled=plan.filled,
+                is_ragged=plan.is_ragged,
+            )
+            sampled, is_finite = sample(
+                logits, board.uniforms[slot, board.position], sampling, min(plan.widest, self._decoder.vocabulary)
+            )
+            frame = board.position[:, None] - self._delay  # [R, K]
+            is_in_clip = (frame >= 0) & (frame < board.frame_count[:, None])
+            is_given = frame < board.given_count[:, None]
+            following = torch.where(is_given, board.tokens[slot, board.position + 1], sampled)
+            board.tokens[slot, board.position + 1] = torch.where(is_in_clip, following, self._decoder.pad_token)
+            board.is_finite.logical_and_(is_finite)
+            board.position.add_(1).clamp_(max=self._max_steps)  # past a row's end is of no use, and does no harm
+
+    def _write(self, slot: int, row: Row) -> None:
+        """Put a row's numbers on the board, the tokens it was given among them."""
+        board = self._board
+        given = 0 if row.given is None else row.given.shape[1]
+        row.position = given
+        board.tokens[slot] = self._decoder.pad_token
+        for codebook, codes in enumerate(() if row.given is None else row.given):
+            first = self._delays[codebook] + 1
+            board.tokens[slot, first : first + given, codebook] = codes
+        board.uniforms[slot, : row.step_count] = row.uniforms
+        for column, number in (
+            (board.position, given),
+            (board.offset, row.offset),
+            (board.frame_count, row.frame_count),
+            (board.given_count, given),
+            (board.is_finite, True),
+        ):
+            column[slot] = number
+        self._sampling.write(
+            slot,
+            guidance_scale=row.guidance_scale,
+            temperature=row.temperature,
+            top_k=row.top_k,
+            top_p=row.top_p,
+            vocabulary=self._decoder.vocabulary,
+        )
 
     def _clean(self, slot: int) -> None:
-        """Clear the slot's cache if it may hold NaN: what is masked is still multiplied by 0, which leaves NaN."""
-        if not self._is_finite[slot]:
+        """Clear the slot's cache where it may hold NaN: what is masked is still multiplied by 0, which leaves NaN.
+
+        A GPU clears in less time than the host would wait for the answer.
+        """
+        if self._decoder.device.type != "cpu" or not self._board.is_finite[slot]:
             self._cache[:, slot] = 0
 
-    def _gather(self, rows: list[Row]) -> None:
-        """Make these the rows, with what every step needs of them side by side; where that fails, nothing changes."""
-        if rows:
-            device = self._decoder.device
-            self._text, self._sampling, self._positions, self._frame_counts = (
-                stack_texts([row.text for row in rows]),
-                Sampling.of(rows, self._decoder.vocabulary, device),
-                torch.tensor([row.position for row in rows], device=device),  # [R]
-                torch.tensor([row.frame_count for row in rows], device=device),  # [R]
-            )
-        self.rows = rows
+    # ------------------------------------------------------------------------------------------------- text
+
+    def _write_text(self, slot: int, row: Row) -> None:
+        """Put what cross-attention reads of the row into its slot, zeros where a half has no text: it reads zeros."""
+        if not self._decoder.reads_text:
+            return
+        if self._text_length([row]) > self._texts.shape[-2]:
+            self._make_text_room(self._text_length([row]))
+        self._texts[:, slot] = 0
+        self._text_mask[slot] = 0
+        for half, text in enumerate((row.text, row.negative)):
+            if text is not None:
+                length = text.shape[-2]
+                self._texts[:, slot, half, ..., :length, :] = text
+                self._text_mask[slot, half, length:] = -math.inf
+
+    def _make_text_room(self, length: int) -> None:
+        """Make room for texts of that many tokens, and keep those that are there; what is new is masked for them."""
+        room = round_up(length, TEXT_STEP)
+        texts = self._decoder.empty_text(self.slot_count, room)
+        mask = torch.full((self.slot_count, 2, room), -math.inf, dtype=self._decoder.dtype, device=self._decoder.device)
+        former = self._texts.shape[-2]
+        texts[..., :former, :], mask[..., :former] = self._texts, self._text_mask
+        self._launcher.forget()
+        self._texts, self._text_mask = texts, mask
+
+    @staticmethod
+    def _text_length(rows: list[Row]) -> int:
+        return max(0 if text is None else text.shape[-2] for row in rows for text in (row.text, row.negative))
+
+    def _text_of(self, plan: Plan) -> Text | None:
+        return self._view_text(slice(0, plan.rows), plan.text_halves, plan.text_length, is_ragged=plan.is_text_ragged)
+
+    def _text(self, slots: slice, rows: list[Row]) -> Text | None:
+        halves = max(row.text_halves for row in rows)
+        return self._view_text(slots, halves, self._text_length(rows), is_ragged=True)
+
+    def _view_text(self, slots: slice, halves: int, length: int, *, is_ragged: bool) -> Text | None:
+        if not halves:
+            return None
+        keys_values = self._texts[:, slots, :halves, :, :, :length].flatten(1, 2)  # [L, R * half, 2, H, X, D]
+        mask = self._text_mask[slots, :halves, :length].flatten(0, 1)[:, None, None] if is_ragged else None
+        return Text(keys_values, mask, halves)
 
 
 def delays(codebook_count: int, channels: int) -> list[int]:
     """Return how many steps late each codebook is; a stereo model's alternate between left and right."""
     return [codebook // channels for codebook in range(codebook_count)]
-
-
-def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return the next tokens ``[R, K]`` for ``[R, half, K, V]``, and whether each row's scores are finite ``[R]``.
-
-    Guidance is that of Ho and Salimans 2022, null + scale * (conditional - null). Then the inverse of the cumulative
-    distribution over the sorted top_k, cut at top_p, is read at the uniforms ``[R, K]``: one number decides one token,
-    whoever else is in the batch.
-    """
-    scores = logits[:, 0]  # [R, K, V]
-    if sampling.halves == 2:
-        guided = logits[:, 1] + (scores - logits[:, 1]) * sampling.guidance_scale
-        scores = torch.where(sampling.guidance_scale > 1, guided, scores)
-    top, tokens = scores.topk(sampling.widest)  # [R, K, widest], from the likeliest on
-    is_out = torch.arange(sampling.widest, device=top.device) >= sampling.top_k
-    probabilities = (top / sampling.temperature).masked_fill(is_out, -math.inf).softmax(-1)
-    cumulative = probabilities.cumsum(-1)
-    is_kept = cumulative - probabilities < sampling.top_p  # the likeliest, until they add up to top_p
-    total = cumulative.masked_fill(~is_kept, 0).amax(-1, keepdim=True)
-    rank = (cumulative <= uniforms[..., None] * total).sum(-1, keepdim=True)  # [R, K, 1]
-    return tokens.gather(-1, rank).squeeze(-1), top[..., 0].isfinite().all(-1)

@@ -1,6 +1,10 @@
-"""A toy MusicGen with random weights: every part of the real one, built in a moment, to try all else offline."""
+"""Toy MusicGens with random weights: every part of the real ones, built in a moment, to try all else offline."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import (
@@ -10,6 +14,9 @@ from transformers import (
     MusicgenConfig,
     MusicgenDecoderConfig,
     MusicgenForConditionalGeneration,
+    MusicgenMelodyConfig,
+    MusicgenMelodyDecoderConfig,
+    MusicgenMelodyForConditionalGeneration,
     T5Config,
 )
 
@@ -24,19 +31,35 @@ def build_tiny(channels: int = 1) -> tuple[MusicgenForConditionalGeneration, ByT
 
     Torch's global random state is left as it was.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(_SEED)
-        model = MusicgenForConditionalGeneration(_config(channels)).eval()
+    with _seeded():
+        model = MusicgenForConditionalGeneration(_config(MusicgenConfig, MusicgenDecoderConfig, channels)).eval()
         _make_audible(model.audio_encoder)
     return model, ByT5Tokenizer(extra_ids=0)
 
 
-def _config(channels: int) -> MusicgenConfig:
+def build_tiny_melody(channels: int = 1) -> tuple[MusicgenMelodyForConditionalGeneration, ByT5Tokenizer]:
+    """Return the toy of the models that follow a melody, and its tokenizer, on the terms of ``build_tiny``."""
+    config = _config(MusicgenMelodyConfig, MusicgenMelodyDecoderConfig, channels)
+    with _seeded():
+        model = MusicgenMelodyForConditionalGeneration(config).eval()
+        _make_audible(model.audio_encoder)
+        _make_heard(model)
+    return model, ByT5Tokenizer(extra_ids=0)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(_SEED)
+        yield
+
+
+def _config(family: type[Any], decoder: type[Any], channels: int) -> Any:
     """Return the toy's shape; what fixes the audio's form (rates, codebooks, delays) is as in the real models.
 
     Weights are spread widely enough that the logits depend on the prompt and on the tokens before.
     """
-    return MusicgenConfig(
+    return family(
         text_encoder=T5Config(vocab_size=_BYTE_VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2),
         audio_encoder=EncodecConfig(
             sampling_rate=32_000,
@@ -48,7 +71,7 @@ def _config(channels: int) -> MusicgenConfig:
             use_causal_conv=False,
             use_conv_shortcut=False,
         ),
-        decoder=MusicgenDecoderConfig(
+        decoder=decoder(
             num_hidden_layers=2,
             hidden_size=64,
             num_attention_heads=2,
@@ -59,6 +82,14 @@ def _config(channels: int) -> MusicgenConfig:
         ),
         initializer_factor=0.2,
     )
+
+
+def _make_heard(model: MusicgenMelodyForConditionalGeneration) -> None:
+    """Let a token be heard after a prefix of hundreds; give the projections biases, which start as zeros."""
+    for table in model.decoder.model.decoder.embed_tokens:
+        table.weight *= 4
+    for projection in (model.enc_to_dec_proj, model.audio_enc_to_dec_proj):
+        projection.bias.normal_()
 
 
 def _make_audible(codec: EncodecModel) -> None:

@@ -1,6 +1,7 @@
 """The tone engine: sine waves at once, the same on every machine, without torch; for our tests and for yours.
 
-Pitch follows from the whole request and its attempt, so that two attempts never sound alike. How fast it is and where
+Pitch follows from the whole request and its attempt, so that two attempts never sound alike. A continuation is played
+first, as it is; a melody is taken, and told of, but not followed. How fast it is and where
 it fails is scripted from outside, by two environment variables of the worker:
 
 ``DGX_MUSIC_TONE_SPEED``
@@ -18,10 +19,13 @@ it fails is scripted from outside, by two environment variables of the worker:
     ``prompt``     regular expression searched in the prompt; any prompt where it is missing
     ``attempts``   attempts the rule is for; any where it is missing
     ``do``         ``wait``: succeed after ``seconds``; ``raise``: fail in a way that a retry may cure; ``reject``: fail
-                   for good; ``exit``: end the process with ``exit_code``; ``kill``: end it by SIGKILL; ``hang``: report
-                   progress once, then never end, whatever is cancelled
+                   for good; ``shrink``: halve the slots and give the generation back, as where memory runs out;
+                   ``exit``: end the process with ``exit_code``; ``kill``: end it by SIGKILL; ``hang``: report progress
+                   once, then never end, whatever is cancelled
     ``seconds``    how long the generation takes, or how long it runs before it fails; 0, of no meaning to ``hang``
-    ``message``    what ``raise`` and ``reject`` say; "scripted failure"
+    ``audio_seconds``
+                   how long ``wait`` goes on after it has freed its slot; 0
+    ``message``    what ``raise``, ``reject`` and ``shrink`` say; "scripted failure"
     ``exit_code``  1
 """
 
@@ -39,7 +43,7 @@ from typing import Annotated, Literal, NoReturn
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dgx_music.errors import EngineUnavailableError, GenerationRejectedError
+from dgx_music.errors import EngineReplacedError, EngineUnavailableError, GenerationRejectedError
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest, Run, Samples
 
 SPEED_VARIABLE = "DGX_MUSIC_TONE_SPEED"
@@ -56,10 +60,11 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    do: Literal["wait", "raise", "reject", "exit", "kill", "hang"]
+    do: Literal["wait", "raise", "reject", "shrink", "exit", "kill", "hang"]
     prompt: re.Pattern[str] = re.compile("")
     attempts: frozenset[int] | None = None
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    audio_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     message: str = "scripted failure"
     exit_code: Annotated[int, Field(ge=0, le=255)] = 1
 
@@ -91,13 +96,27 @@ class ToneEngine:
         if rule is None:
             _spend(request.duration / self._speed if self._speed else 0.0, run)
         elif rule.do == "wait":
-            _spend(rule.seconds, run)
+            self._wait(rule, run)
         elif rule.do == "hang":
             _hang(run)
         else:
             _spend(rule.seconds, run, until=0.5)
-            _fail(rule)
+            self._fail(rule)
         return _audio(request, time.monotonic() - started_at)
+
+    def _wait(self, rule: Rule, run: Run) -> None:
+        if rule.audio_seconds:
+            _spend(rule.seconds, run, until=0.5)
+            run.free_slot()
+            _spend(rule.audio_seconds, run, since=0.5)
+        else:
+            _spend(rule.seconds, run)
+
+    def _fail(self, rule: Rule) -> NoReturn:
+        if rule.do == "shrink":
+            self.slots = max(1, self.slots // 2)
+            raise EngineReplacedError(rule.message)
+        _fail(rule)
 
     def _rule_for(self, request: GenerationRequest) -> Rule | None:
         if self._script is None:
@@ -115,9 +134,14 @@ def load(settings: EngineSettings) -> ToneEngine:
     try:
         if script:
             read_script(Path(script))
-        return ToneEngine(settings.slots, read_speed(speed) if speed else None, Path(script) if script else None)
+        return ToneEngine(settings.slots or 1, read_speed(speed) if speed else None, Path(script) if script else None)
     except ValueError as error:
         raise EngineUnavailableError(str(error)) from None
+
+
+def estimate_bytes(settings: EngineSettings) -> int:
+    """Return 0: a formula needs no memory worth counting."""
+    return 0
 
 
 def read_speed(text: str) -> float:
@@ -158,23 +182,33 @@ def _audio(request: GenerationRequest, run_seconds: float) -> Audio:
         "frequency_hz": frequency,
         "device_seconds": run_seconds,
         "is_untrained": False,
+        **{f"{name}_seconds": clip.duration for name, clip in vars(request).items() if isinstance(clip, Audio)},
     }
-    return Audio(_sine(request, frequency), request.sample_rate, facts)
+    if request.continuation is None:
+        return Audio(_sine(request, frequency, request.sample_rate), request.sample_rate, facts)
+    return Audio(_continued(request, request.continuation, frequency), request.continuation.sample_rate, facts)
 
 
-def _sine(request: GenerationRequest, frequency: float) -> Samples:
-    frame_count = round(request.duration * request.sample_rate)
-    phase = np.arange(frame_count) * (2 * np.pi * frequency / request.sample_rate)
+def _sine(request: GenerationRequest, frequency: float, sample_rate: int) -> Samples:
+    frame_count = round(request.duration * sample_rate)
+    phase = np.arange(frame_count) * (2 * np.pi * frequency / sample_rate)
     wave = (_AMPLITUDE * np.sin(phase)).astype(np.float32)
     return np.tile(wave, (request.channels, 1))  # [channel, frame]
 
 
-def _spend(seconds: float, run: Run, until: float = 1.0) -> None:
-    """Take this long, in slices between which the generation can be cancelled, and report progress up to ``until``."""
+def _continued(request: GenerationRequest, clip: Audio, frequency: float) -> Samples:
+    """Return the tone with the clip in the place of its start, at the clip's rate and of its channels."""
+    start = clip.samples  # [channel, frame]
+    tone = _sine(request, frequency, clip.sample_rate)[:1, start.shape[1] :]
+    return np.concatenate([start, np.repeat(tone, len(start), axis=0)], axis=1)
+
+
+def _spend(seconds: float, run: Run, *, since: float = 0.0, until: float = 1.0) -> None:
+    """Take this long, in slices between which the generation can be cancelled; progress goes from ``since`` to ``until``."""
     started_at = time.monotonic()
     while (spent := time.monotonic() - started_at) < seconds:
         run.check_cancelled()
-        run.report_progress(until * spent / seconds)
+        run.report_progress(since + (until - since) * spent / seconds)
         time.sleep(min(_SLICE_SECONDS, seconds - spent))
     run.check_cancelled()
 

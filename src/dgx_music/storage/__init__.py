@@ -9,7 +9,7 @@ from dgx_music.storage.database import (
     reset_database,
 )
 from dgx_music.storage.listing import Filters, Page, list_generations
-from dgx_music.storage.models import Attempt, Base, Generation, Pause, Prompt, Speed, WorkerInfo
+from dgx_music.storage.models import Attempt, Base, Clip, Generation, Pause, Prompt, Speed, WorkerInfo
 from dgx_music.storage.repository import (
     complete_generation,
     count_generations,
@@ -32,6 +32,7 @@ __all__ = [
     "Attempt",
     "AttemptOutcome",
     "Base",
+    "Clip",
     "Database",
     "Filters",
     "Generation",

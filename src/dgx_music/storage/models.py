@@ -1,4 +1,4 @@
-"""The tables: generations, the prompts they use, the attempts made at them, and the workers that make them."""
+"""The tables: generations, the prompts and clips they use, the attempts made at them, and the workers that make them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, MetaData, column, false, inspect
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    column,
+    false,
+    inspect,
+)
 from sqlalchemy import text as sql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 
@@ -124,7 +135,11 @@ class Generation(Base):
     sample_rate: Mapped[int]
     channels: Mapped[int]
     sampling: Mapped[dict[str, Any] | None] = mapped_column(JsonObject)
-    """guidance_scale, temperature, top_k, top_p, seed; null means the defaults."""
+    """guidance_scale, temperature, top_k, top_p, seed, and negative_prompt where given; null means the defaults."""
+    continuation_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
+    """The clip that the music starts with; the duration counts from its start."""
+    melody_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
+    """The clip whose tune the music follows."""
     priority: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
     """Higher goes first; a point is worth ``AGEING_SECONDS`` of waiting."""
     tenant: Mapped[str] = mapped_column(ShortText, default="", server_default="")
@@ -233,6 +248,16 @@ class Generation(Base):
         ),
         # A prompt's newest generation: what the search shows of it.
         Index("ix_generations_prompt_id_created_at", "prompt_id", "created_at", "id"),
+        # Whether anybody refers to a clip: what pruning and the foreign keys ask.
+        *(
+            Index(
+                f"ix_generations_{name}",
+                name,
+                sqlite_where=sql(f"{name} IS NOT NULL"),
+                postgresql_where=sql(f"{name} IS NOT NULL"),
+            )
+            for name in ("continuation_sha256", "melody_sha256")
+        ),
         {"postgresql_with": {"fillfactor": 80}},
     )
 
@@ -320,6 +345,20 @@ class Generation(Base):
 
     def __repr__(self) -> str:
         return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
+
+
+class Clip(Base):
+    """Audio given with requests, once however many share it: FLAC of 16 bits, as their models take it."""
+
+    __tablename__ = "clips"
+
+    sha256: Mapped[str] = mapped_column(HashText, primary_key=True)
+    """Of the samples, with their rate and channels: equal music is one clip, whatever file it came in."""
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+    duration_seconds: Mapped[float]
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    last_used_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    """Keeps it from being pruned while somebody's new generation is about to refer to it."""
 
 
 class Attempt(Base):

@@ -92,6 +92,8 @@ class Claim:
     channels: int
     sampling: Mapping[str, Any]
     failures: int
+    continuation_sha256: str | None = None
+    melody_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +378,8 @@ _CLAIMED = (
     g.channels,
     g.sampling,
     g.failures,
+    g.continuation_sha256,
+    g.melody_sha256,
     CLAIM_ORDER.label("claim_order"),
 )
 
@@ -512,6 +516,8 @@ def _as_claim(row: Any) -> Claim:
         channels=row.channels,
         sampling=row.sampling or {},
         failures=row.failures,
+        continuation_sha256=row.continuation_sha256,
+        melody_sha256=row.melody_sha256,
     )
 
 

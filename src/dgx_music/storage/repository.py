@@ -260,7 +260,8 @@ async def uncount_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> No
 
 async def get_prompt_by_text(session: AsyncSession, text: str) -> Prompt | None:
     """Return the prompt's row, or ``None`` where it was never used."""
-    return await session.scalar(select(Prompt).where(Prompt.text_hash == text_hash(text.strip())))
+    text = text.strip() or text  # the empty prompt is one, white space is none
+    return await session.scalar(select(Prompt).where(Prompt.text_hash == text_hash(text)))
 
 
 async def get_most_used_prompts(session: AsyncSession, limit: int = 10) -> list[Prompt]:

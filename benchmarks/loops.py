@@ -1,0 +1,153 @@
+"""The loops that are compared: transformers' own ``generate``, and ours."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Protocol
+
+import torch
+from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditionalGeneration
+
+from benchmarks.device import now
+from benchmarks.musicgen_models import DELAY, frames, steps
+from dgx_music.inference.decoder import Decoder
+from dgx_music.inference.slots import Row, Slots
+
+PROMPTS = ("warm lo-fi piano", "a very fast and loud drum solo", "choir", "80s driving pop song with heavy drums")
+LONGEST_TOKENS = max(len(prompt) for prompt in PROMPTS) + 1  # a byte each, and the end
+PAD = 2048
+WARM_UP_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A clip to make: the second at which it arrives, and how many seconds of audio it asks for."""
+
+    arrives_at: float
+    seconds: float
+
+
+class Loop(Protocol):
+    """Makes tokens, from the prompts to codes on the host; the codec, whose cost both share, is measured elsewhere."""
+
+    name: str
+    bytes_per_weight: float
+
+    def open(self, batch: int) -> None:
+        """Make ready for at most so many clips at a time."""
+
+    def warm_up(self, durations: Sequence[float]) -> None:
+        """Do once what only the first clips of these durations cost."""
+
+    def generate(self, durations: Sequence[float]) -> list[float]:
+        """Generate clips that arrive together; return the seconds after which each was done."""
+
+    def close(self) -> None:
+        """Give back what ``open`` took."""
+
+
+class Stock:
+    """transformers' own loop, as it comes."""
+
+    name = "`generate`"
+
+    def __init__(self, model: MusicgenForConditionalGeneration, tokenizer: ByT5Tokenizer) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self.bytes_per_weight = float(model.decoder.dtype.itemsize)
+        silence = SimpleNamespace(audio_values=torch.zeros(1, 1, 1))
+        model.audio_encoder.decode = lambda _codes, audio_scales: silence
+
+    def open(self, batch: int) -> None: ...
+
+    def warm_up(self, durations: Sequence[float]) -> None:
+        self.generate([WARM_UP_SECONDS] * len(durations))
+
+    def generate(self, durations: Sequence[float]) -> list[float]:
+        """One batch, as long as its longest clip: ``generate`` knows no other. All are done when it is."""
+        device = self._model.device
+        prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(durations))]
+        config = GenerationConfig(
+            max_new_tokens=steps(max(durations)),
+            guidance_scale=3.0,
+            do_sample=True,
+            top_k=250,
+            bos_token_id=PAD,
+            pad_token_id=PAD,
+            decoder_start_token_id=PAD,
+        )
+        started = now(device)
+        tokens = self._tokenizer(prompts, return_tensors="pt", padding=True).to(device)
+        self._model.generate(**tokens, generation_config=config)
+        return [now(device) - started] * len(durations)
+
+    def close(self) -> None: ...
+
+
+class Ours:
+    """The slots. All that the benchmark knows of the engine is in this class."""
+
+    def __init__(
+        self, model: MusicgenForConditionalGeneration, tokenizer: ByT5Tokenizer, longest: float, weights: str
+    ) -> None:
+        """Copy the model's language model; ``longest`` is for how many seconds of audio a slot has positions."""
+        self.name = "slots" if weights == "auto" else f"slots, {weights}"
+        self.bytes_per_weight = 1.0 if weights == "int8" else float(model.decoder.dtype.itemsize)
+        self._device, self._tokenizer, self._text_encoder = model.device, tokenizer, model.text_encoder
+        self._max_steps = steps(longest)
+        decoder, projection = copy.deepcopy(model.decoder), copy.deepcopy(model.enc_to_dec_proj)
+        self._decoder = Decoder(decoder, projection, self._max_steps + 1)  # one position to spare
+        if weights == "int8":
+            self._decoder.quantise()
+        self._slots: Slots | None = None
+
+    def open(self, batch: int) -> None:
+        self._slots = Slots(self._decoder, batch, self._max_steps)
+
+    def close(self) -> None:
+        self._slots = None
+
+    def warm_up(self, durations: Sequence[float]) -> None:
+        """Make all of it on a GPU, where a graph may be captured for each batch and length; a few steps on a CPU."""
+        self.generate(durations if self._device.type == "cuda" else [WARM_UP_SECONDS] * len(durations))
+
+    def generate(self, durations: Sequence[float]) -> list[float]:
+        return self.serve([Request(0.0, seconds) for seconds in durations])
+
+    def serve(self, requests: Sequence[Request]) -> list[float]:
+        """Generate each clip from its arrival on, as soon as a slot is free; return the second when each was done."""
+        slots = self._slots
+        assert slots is not None, "open comes first"
+        waiting = deque(enumerate(requests))
+        running: dict[int, Row] = {}
+        ends = [0.0] * len(requests)
+        started = now(self._device)
+        while waiting or running:
+            spent = time.perf_counter() - started
+            while waiting and slots.has_room and waiting[0][1].arrives_at <= spent:
+                index, request = waiting.popleft()
+                running[index] = self._row(PROMPTS[index % len(PROMPTS)], frames(request.seconds))
+                slots.admit(running[index])
+            if not running:
+                time.sleep(waiting[0][1].arrives_at - spent)
+                continue
+            slots.step()
+            for index in [index for index, row in running.items() if row.is_done]:
+                row = running.pop(index)
+                slots.codes(row).cpu()
+                ends[index] = time.perf_counter() - started
+                slots.retire(row)
+        return ends
+
+    @torch.inference_mode()
+    def _row(self, prompt: str, frame_count: int) -> Row:
+        tokens = self._tokenizer(prompt, return_tensors="pt").to(self._device)
+        return Row(
+            text=self._decoder.read_text(self._text_encoder(**tokens).last_hidden_state[0]),
+            uniforms=torch.rand(frame_count + DELAY, self._decoder.codebook_count),
+            frame_count=frame_count,
+        )

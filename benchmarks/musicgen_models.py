@@ -1,0 +1,140 @@
+"""MusicGen models of the true shapes with random weights, made where they are to run and in the dtype they run in.
+
+Speed does not depend on what the weights are, as long as they are ordinary numbers: zeros draw less power on a GPU, and
+subnormal numbers are slow on a CPU. The language model has the shape of facebook/musicgen-small, -medium or -large, the text
+encoder that of T5-base, the codec that of facebook/encodec_32khz. ``toy`` is for trying the benchmark itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    ByT5Tokenizer,
+    EncodecConfig,
+    EncodecModel,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    MusicgenForConditionalGeneration,
+    T5Config,
+)
+
+FRAME_RATE = 50
+DELAY = 3
+"""How many steps a mono model takes after its last frame: the delay of the fourth codebook."""
+
+_SPREAD = 0.03
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The language model's shape."""
+
+    layers: int
+    hidden: int
+    heads: int
+    codebooks: int = 4
+    vocabulary: int = 2048
+
+
+SHAPES = {
+    "toy": Shape(2, 64, 2),
+    "small": Shape(24, 1024, 16),
+    "medium": Shape(48, 1536, 24),
+    "large": Shape(48, 2048, 32),
+}
+
+
+def frames(seconds: float) -> int:
+    return max(1, round(seconds * FRAME_RATE))
+
+
+def steps(seconds: float) -> int:
+    """Return the forward passes that a clip takes."""
+    return frames(seconds) + DELAY
+
+
+@torch.no_grad()
+def build_model(size: str, dtype: torch.dtype, device: torch.device) -> MusicgenForConditionalGeneration:
+    """Return the model without a codec of use; as in the engine, T5 is in float32 whatever the language model's dtype.
+
+    Nothing is held twice: the weights are laid out without memory first and then made once, on the device.
+    """
+    config = _config(size)
+    with torch.device("meta"):
+        model = MusicgenForConditionalGeneration(config).eval()
+    model.decoder.to(dtype)
+    model.enc_to_dec_proj.to(dtype)
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        _fill(parameter)
+    positions = model.decoder.model.decoder.embed_positions
+    positions.make_weights(positions.num_positions, positions.embedding_dim)
+    model.text_encoder.register_forward_hook(_hand_on(dtype))
+    return model
+
+
+@torch.no_grad()
+def build_codec(size: str, device: torch.device) -> EncodecModel:
+    """Return a codec of the true shape, in float32, with codebooks that are not zero."""
+    codec = EncodecModel(_codec_config(size)).eval()
+    for quantizer in codec.quantizer.layers:
+        quantizer.codebook.embed.normal_()
+    return codec.to(device)
+
+
+def build_tokenizer() -> ByT5Tokenizer:
+    """Return a tokenizer that needs no file. It makes a token of each byte, three or four times as many as T5's own."""
+    return ByT5Tokenizer(extra_ids=0)
+
+
+def _config(size: str) -> MusicgenConfig:
+    shape = SHAPES[size]
+    t5 = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32_128}
+    if size == "toy":
+        t5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 259}
+    return MusicgenConfig(
+        text_encoder=T5Config(**t5),
+        audio_encoder=_codec_config("toy"),
+        decoder=MusicgenDecoderConfig(
+            num_hidden_layers=shape.layers,
+            hidden_size=shape.hidden,
+            num_attention_heads=shape.heads,
+            ffn_dim=4 * shape.hidden,
+            num_codebooks=shape.codebooks,
+            vocab_size=shape.vocabulary,
+        ),
+    )
+
+
+def _codec_config(size: str) -> EncodecConfig:
+    return EncodecConfig(
+        sampling_rate=32_000,
+        upsampling_ratios=[8, 5, 4, 4],
+        codebook_size=2_048,
+        target_bandwidths=[2.2],  # kbit/s: 4 codebooks of 11 bits, 50 times a second
+        num_filters=4 if size == "toy" else 64,
+        hidden_size=32 if size == "toy" else 128,
+        num_lstm_layers=2,
+        use_causal_conv=False,
+        use_conv_shortcut=False,
+    )
+
+
+def _fill(parameter: nn.Parameter) -> None:
+    """Make a matrix noise, and a vector, which is a norm's weight or bias, ones."""
+    if parameter.ndim > 1:
+        parameter.uniform_(-_SPREAD, _SPREAD)
+    else:
+        parameter.fill_(1.0)
+
+
+def _hand_on(dtype: torch.dtype) -> Callable[[Any, Any, Any], None]:
+    def convert(_module: Any, _args: Any, output: Any) -> None:
+        output.last_hidden_state = output.last_hidden_state.to(dtype)
+
+    return convert

@@ -1,0 +1,94 @@
+"""Melodies: what a model of the MusicGen melody family reads in front of its tokens, instead of cross-attention.
+
+The mathematics is that of ``transformers``' ``musicgen_melody``, which the tests hold it to. The prefix is as many
+embeddings as the model has for 30 s of melody, and then one for each of the text's tokens. Positions count from its
+start, and nothing in it is masked: a prompt that is filled up with zeros is another prompt to the model.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import MusicgenMelodyForConditionalGeneration
+from transformers.audio_utils import chroma_filter_bank
+
+PITCH_CLASSES = 12
+"""C, C sharp, …, B."""
+
+_WINDOW, _HOP = 16_384, 4_096  # samples
+_LONGEST_SECONDS = 30
+
+
+def chroma(samples: Tensor, sample_rate: int) -> Tensor:
+    """Return the loudest pitch class of each frame, one-hot ``[frame, 12]`` in float32, of mono samples ``[sample]``.
+
+    A frame is 4096 samples. What is longer than 30 s is cut; a clip shorter than one window of 16384 samples has silence
+    on both sides. Loudness does not matter. A silent frame is class 0, C, which also stands for no melody: all classes
+    tie there, and a tie goes to the lowest.
+
+    The steps are those of transformers' ``MusicgenMelodyFeatureExtractor``, without its torchaudio. audiocraft, which
+    trained the models, first drops drums and bass (it separates stems with demucs). Here nothing is dropped: a loud bass
+    line is taken for the melody, so the clearer a melody stands alone, the better it is followed.
+    """
+    samples = samples[: _LONGEST_SECONDS * sample_rate].float()
+    missing = max(0, _WINDOW - len(samples))
+    samples = functional.pad(samples, (missing // 2, missing - missing // 2))
+    window = torch.hann_window(_WINDOW, device=samples.device)
+    spectrum = torch.stft(samples, _WINDOW, _HOP, window=window, return_complex=True)  # [frequency, frame]
+    energies = _filters(sample_rate).to(samples.device) @ spectrum.abs().square()  # [class, frame]
+    return functional.one_hot(energies.argmax(dim=0), PITCH_CLASSES).float()
+
+
+class MelodyReader:
+    """Makes the prefixes of a loaded model: refers to its projections, copies nothing and needs none of its layers."""
+
+    def __init__(self, model: MusicgenMelodyForConditionalGeneration) -> None:
+        self.melody_length: int = model.config.chroma_length
+        """How many embeddings of a prefix are melody; the text's follow."""
+        self._text_projection: nn.Linear | None = getattr(model, "enc_to_dec_proj", None)
+        self._melody_projection: nn.Linear | None = getattr(model, "audio_enc_to_dec_proj", None)
+        head = model.decoder.lm_heads[0].weight  # [V, hidden]
+        self._hidden_size: int = head.shape[1]
+        self._device: torch.device = head.device
+        self._dtype: torch.dtype = head.dtype
+
+    @torch.no_grad()
+    def prefix(self, text: Tensor | None, chroma: Tensor | None, negative: Tensor | None) -> Tensor:
+        """Return the conditional and the null half's embeddings ``[2, E, hidden]``, in the decoder's number format.
+
+        From the text encoder's states of the prompt ``[X, width]`` and of the negative prompt ``[Y, width]``, and the
+        melody ``[frame, 12]``, which is repeated, or cut, to the model's length: E = length + max(X, Y). Only the
+        conditional half has the melody; the null one, and both where there is none, has all frames in class 0.
+
+        Without a text its part is a single zero, as long as transformers' ``get_unconditional_inputs``, and zeros fill
+        the shorter text up. Zeros stand where a projection's result would, not where its input would: it has a bias.
+        """
+        null = functional.one_hot(torch.zeros(1, dtype=torch.long), PITCH_CLASSES)  # [1, 12]
+        melodies = [self._read_melody(null if chroma is None else chroma), self._read_melody(null)]
+        texts = pad_sequence([self._read_text(text), self._read_text(negative)], batch_first=True)  # [2, max(X, Y), …]
+        return torch.cat([torch.stack(melodies), texts], dim=1)
+
+    def _read_melody(self, chroma: Tensor) -> Tensor:
+        embeddings = self._project(chroma, self._melody_projection)  # [frame, hidden]
+        return embeddings.repeat(math.ceil(self.melody_length / len(chroma)), 1)[: self.melody_length]
+
+    def _read_text(self, states: Tensor | None) -> Tensor:
+        if states is None:
+            return torch.zeros(1, self._hidden_size, device=self._device, dtype=self._dtype)
+        return self._project(states, self._text_projection)
+
+    def _project(self, states: Tensor, projection: nn.Linear | None) -> Tensor:
+        states = states.to(self._device, self._dtype)
+        return states if projection is None else projection(states)
+
+
+@cache
+def _filters(sample_rate: int) -> Tensor:
+    """Return how much of each frequency is each pitch class's: ``[class, frequency]``."""
+    filters = chroma_filter_bank(num_frequency_bins=_WINDOW, num_chroma=PITCH_CLASSES, sampling_rate=sample_rate)
+    return torch.from_numpy(filters).float()

@@ -1,0 +1,61 @@
+"""What an engine's errors mean, by their words and without torch: too little memory, or a device lost to this process."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import sys
+import traceback
+from collections.abc import Iterator
+
+_NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_BROKEN = ("CUDA error", "Triton Error [CUDA]")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice, the device's or the host's, for this error or for one that it came from."""
+    return any(_is_out_of_memory(each) for each in _with_causes(error))
+
+
+def has_lost_the_device(error: BaseException) -> bool:
+    """Return whether it is a sticky CUDA error: every later call of this process would only meet it again."""
+    return not is_out_of_memory(error) and any(_is_of_the_device(each) for each in _with_causes(error))
+
+
+def give_back_memory(error: BaseException | None = None) -> None:
+    """Give what is no longer used back to the device, with what the functions that ``error`` has left still hold."""
+    for each in _with_causes(error):
+        traceback.clear_frames(each.__traceback__)
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the error's kind and the first line of its message: the rest of CUDA's is advice for programmers."""
+    line = str(error).partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in _NO_MEMORY)
+    )
+
+
+def _is_of_the_device(error: BaseException) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "AcceleratorError" or any(word in str(error) for word in _BROKEN)

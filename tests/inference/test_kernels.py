@@ -1,0 +1,334 @@
+"""The Triton kernels against torch's attention: in Triton's interpreter (TRITON_INTERPRET=1) on a CPU, and on a GPU.
+
+Without the interpreter, they are at least compiled for GPUs that are not there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dgx_music.inference import kernels
+from dgx_music.inference.decoder import Decoder
+from dgx_music.inference.kernels import BLOCK, attend_cached, cut, is_available
+from dgx_music.inference.slots import Slots
+from dgx_music.inference.tiny import build_tiny
+from tests.inference.test_slots import GREEDY, MAX_STEPS, decode, make_row
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_compiler = pytest.mark.skipif(IS_INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+DEVICES = [
+    pytest.param(
+        "cpu",
+        marks=[needs_triton, pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1")],
+    ),
+    pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_gpu, needs_compiler]),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+T = 300
+EDGES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK, T - 1]
+PROGRAMS = [
+    1,
+    40,
+    1024,
+]  # one split of all blocks, splits of several blocks, splits of one block: for 9 lines of 2 heads
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def make_cache(positions: list[int], *, head_size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return keys and values ``[N, 2, H, T, D]``, NaN past each line's position: a view, as the decoder's are."""
+    generator = torch.Generator().manual_seed(len(positions))
+    cache = torch.randn(len(positions), 2, 2, 2, T, head_size, generator=generator)
+    for row, position in zip(cache, positions, strict=True):
+        row[..., position + 1 :, :] = torch.nan
+    cache[:, 1] = torch.nan  # the half that nobody asks for
+    return cache.to(dtype)[:, :1].flatten(0, 1)
+
+
+def make_queries(count: int, head_size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return ``[N, 2, D]``, a view of queries, keys and values; large enough for some positions to matter far more."""
+    generator = torch.Generator().manual_seed(100 + count)
+    return (4 * torch.randn(count, 3, 2, head_size, generator=generator)).to(dtype)[:, 0]
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, positions: list[int], filled: int = T, device: str = "cpu"
+) -> Tensor:
+    """Run the kernels on the device; for strided views to stay what they are there, it is their storage that moves."""
+    moved = [_moved(tensor, device) for tensor in (q, keys, values)]
+    return attend_cached(moved[0], moved[1], moved[2], torch.tensor(positions, device=device), filled).cpu()
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)  # type: ignore[call-overload]
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def reference(q: Tensor, keys: Tensor, values: Tensor, positions: list[int]) -> Tensor:
+    """Return what torch reads of each line alone, in float32: ``[N, H * D]``."""
+    q, keys, values = q.float()[:, :, None], keys.float(), values.float()
+    lines = [
+        functional.scaled_dot_product_attention(q[n], keys[n, :, : last + 1], values[n, :, : last + 1])
+        for n, last in enumerate(positions)
+    ]
+    return torch.stack(lines).flatten(1)
+
+
+def assert_agree(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("programs", PROGRAMS)
+@pytest.mark.parametrize("head_size", [32, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_line_reads_what_torch_reads(
+    device: str, dtype: torch.dtype, head_size: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    q, (keys, values) = make_queries(9, head_size), make_cache(EDGES, head_size=head_size, dtype=dtype).unbind(1)
+    assert_agree(attend(q, keys, values, EDGES, device=device), reference(q, keys, values, EDGES))
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_any_number_of_lines(device: str, count: int) -> None:
+    positions = [37 * line + 5 for line in range(count)]
+    q, (keys, values) = make_queries(count), make_cache(positions).unbind(1)
+    assert_agree(attend(q, keys, values, positions, device=device), reference(q, keys, values, positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_read_has_the_querys_format(device: str, dtype: torch.dtype) -> None:
+    q, (keys, values) = make_queries(9, dtype=dtype), make_cache(EDGES, dtype=torch.float8_e4m3fn).unbind(1)
+    read = attend(q, keys, values, EDGES, device=device)
+    assert read.dtype == dtype
+    torch.testing.assert_close(read, reference(q, keys, values, EDGES).to(dtype))
+
+
+@pytest.mark.parametrize("programs", PROGRAMS)
+def test_how_much_is_filled_makes_no_difference(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    positions = [0, 50, 70]
+    q, (keys, values) = make_queries(3), make_cache(positions).unbind(1)
+    for filled in (71, 128, 129, T):
+        assert_agree(attend(q, keys, values, positions, filled, device), reference(q, keys, values, positions))
+
+
+@pytest.mark.parametrize("programs", PROGRAMS)
+def test_a_position_past_what_is_filled_reads_what_is_filled(
+    device: str, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A free slot keeps its last row's position while others' launches are made for less."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    q, (keys, values) = make_queries(2), make_cache([149, 149]).unbind(1)
+    assert_agree(attend(q, keys, values, [290, 5], 150, device), reference(q, keys, values, [149, 5]))
+
+
+def test_each_tensor_has_strides_of_its_own(device: str) -> None:
+    q, (keys, values) = make_queries(9), make_cache(EDGES).unbind(1)
+    q = q.transpose(0, 1).contiguous().transpose(0, 1)
+    by_position = keys.transpose(1, 2).contiguous().transpose(1, 2)
+    padded = functional.pad(values, (0, 7, 0, 3))[:, :, :T, :64]
+    assert_agree(attend(q, by_position, padded, EDGES, device=device), reference(q, keys, values, EDGES))
+
+
+@pytest.mark.parametrize("rising", [1, -1])
+@pytest.mark.parametrize("programs", PROGRAMS)
+def test_scores_far_apart_are_merged(device: str, programs: int, rising: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    q, (keys, values) = torch.ones(9, 2, 64), make_cache(EDGES).unbind(1)
+    keys = keys + rising * torch.arange(T)[:, None]  # scores from -2,400 to 2,400
+    assert_agree(attend(q, keys, values, EDGES, device=device), reference(q, keys, values, EDGES))
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
+def test_broken_numbers_stay_in_their_line(device: str, part: int) -> None:
+    cache = make_cache(EDGES)
+    cache[4, part, :, 40, 3] = torch.nan
+    q, (keys, values) = make_queries(9), cache.unbind(1)
+    is_finite = attend(q, keys, values, EDGES, device=device).isfinite()
+    assert not is_finite.view(9, 2, 64)[4, :, 3].any()
+    assert is_finite[[line for line in range(9) if line != 4]].all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"filled": T + 1}, "filled is 301; the cache has 300"),
+        ({"filled": 0}, "filled is 0"),
+        ({"q": torch.zeros(9, 2, 32)}, "do not fit"),
+        ({"positions": torch.zeros(8, dtype=torch.long)}, "do not fit"),
+        ({"values": torch.zeros(9, 2, 64, T).transpose(2, 3)}, "contiguous"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(changes: dict[str, Any], message: str) -> None:
+    keys, values = make_cache(EDGES).unbind(1)
+    arguments = {"q": make_queries(9), "keys": keys, "values": values, "positions": torch.tensor(EDGES), "filled": T}
+    with pytest.raises(ValueError, match=message):
+        attend_cached(**arguments | changes)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "filled", "splits"),
+    [
+        (32, 1504, (24, 64)),
+        (64, 1504, (12, 128)),
+        (512, 1504, (2, 768)),
+        (2048, 1504, (1, 1536)),
+        (32, 128, (2, 64)),
+        (1, 1, (1, 64)),
+    ],
+)
+def test_the_cache_is_cut_for_as_much_work_as_a_gpu_holds(pairs: int, filled: int, splits: tuple[int, int]) -> None:
+    assert cut(pairs, filled) == splits
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 18, 100, 1000, 5000])
+def test_no_position_is_left_out_and_no_split_is_empty(pairs: int) -> None:
+    for filled in range(1, 1505):
+        count, size = cut(pairs, filled)
+        assert (count - 1) * size < filled <= count * size
+
+
+# where it can be used
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An H100 with Triton."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("capability", "in_16_bit", "in_fp8"), [((7, 5), False, False), ((8, 6), True, False), ((8, 9), True, True)]
+)
+def test_an_older_gpu_has_no_fp8(
+    pretended_gpu: pytest.MonkeyPatch, capability: tuple[int, int], in_16_bit: bool, in_fp8: bool
+) -> None:
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda _device=None: capability)
+    assert is_available() == in_16_bit
+    assert is_available(torch.device("cuda"), torch.float8_e4m3fn) == in_fp8
+
+
+def test_it_takes_triton_and_a_cuda_device(pretended_gpu: pytest.MonkeyPatch) -> None:
+    assert is_available()
+    assert not is_available(torch.device("cpu"))
+    pretended_gpu.setitem(sys.modules, "triton", None)
+    assert not is_available()
+
+
+def test_a_launch_that_fails_is_noticed_beforehand(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "attend_cached", Mock(side_effect=RuntimeError("Failed to find C compiler.\nMore")))
+    assert not kernels.can_launch(torch.device("cpu"), torch.float8_e4m3fn)
+    assert "Failed to find C compiler" in caplog.text
+
+
+def test_a_decoder_reads_a_cache_in_fp8_through_the_kernel(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    for has_kernel in (False, True):
+        model, _ = build_tiny()
+        model.to(device)
+        decoder = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
+        decoder.shrink_cache()
+        monkeypatch.setattr(decoder, "_has_kernel", has_kernel)
+        rows = [make_row(frames=frames, **GREEDY) for frames in (3, 6)]
+        codes.append(decode(rows, slots=Slots(decoder, 2, MAX_STEPS)))
+    for plain, by_kernel in zip(*codes, strict=True):
+        assert torch.equal(plain, by_kernel)
+
+
+def test_nothing_but_a_call_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "dgx_music.inference.split_kv", raising=False)
+    monkeypatch.setattr("dgx_music.inference.kernels", kernels)  # to be put back: importing again replaces it
+    monkeypatch.delitem(sys.modules, "dgx_music.inference.kernels")
+    fresh = importlib.import_module("dgx_music.inference.kernels")
+    with pytest.raises(ImportError, match="triton"):
+        fresh.attend_cached(make_queries(1), *make_cache([1]).unbind(1), torch.tensor([1]), T)
+
+
+# compiled for a GPU that need not be there
+
+
+def compile_kernel(name: str, types: dict[str, str], sizes: dict[str, int], capability: int) -> dict[str, Any]:
+    """Return what Triton makes of a kernel: its PTX and machine code among it."""
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    kernel = getattr(importlib.import_module("dgx_music.inference.split_kv"), name)
+    signature = {name: types.get(name, "constexpr" if name in sizes else "i32") for name in kernel.arg_names}
+    source = compiler.ASTSource(kernel, signature, constexprs=sizes)
+    return dict(compiler.compile(source, target=target, options={"enable_fp_fusion": True}).asm)
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize(
+    ("cache_type", "capability"), [("bf16", 80), ("fp16", 80), ("fp32", 80), ("fp8e4nv", 89), ("fp8e4nv", 90)]
+)
+def test_both_kernels_compile_for_a_gpu(
+    cache_type: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    workspace = {"positions": "*i64", "sums": "*fp32", "peaks": "*fp32", "totals": "*fp32"}
+    pointers = {"q": "*bf16", "keys": f"*{cache_type}", "values": f"*{cache_type}", "scale": "fp32"} | workspace
+    assert compile_kernel("attend_split", pointers, {"head_size": 64, "block": BLOCK}, capability)["cubin"]
+    merged = {"out": "*bf16"} | workspace
+    assert compile_kernel("merge_splits", merged, {"head_size": 64, "padded_count": 32}, capability)["cubin"]
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+@needs_triton
+@needs_gpu
+@needs_compiler
+def test_one_recording_serves_all_positions() -> None:
+    q, (keys, values) = make_queries(9).cuda(), make_cache([T - 1] * 9).cuda().unbind(1)
+    positions = torch.zeros(9, dtype=torch.long, device="cuda")
+    attend_cached(q, keys, values, positions, T)  # compiled before it is recorded
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        read = attend_cached(q, keys, values, positions, T)
+    for now in (EDGES, EDGES[::-1]):
+        positions.copy_(torch.tensor(now))
+        graph.replay()
+        assert_agree(read.cpu(), reference(q.cpu(), keys.cpu(), values.cpu(), now))
+
+
+@pytest.mark.gpu
+@needs_triton
+@needs_gpu
+@needs_compiler
+def test_the_host_never_waits() -> None:
+    q, (keys, values) = make_queries(9).cuda(), make_cache(EDGES).cuda().unbind(1)
+    positions = torch.tensor(EDGES, device="cuda")
+    attend_cached(q, keys, values, positions, T)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend_cached(q, keys, values, positions, T)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,152 @@
+"""A GPU's launches, as far as they can be tried without one: the same tokens in a GPU's shapes, and nothing that waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from dgx_music.inference.decoder import Decoder
+from dgx_music.inference.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, bucket
+from dgx_music.inference.slots import Row, Slots
+from dgx_music.inference.tiny import build_tiny
+from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
+from tests.inference.test_slots import GREEDY, MAX_STEPS, PROMPTS, decode, decoder, make_row, make_slots
+
+
+class BucketLauncher(EagerLauncher):
+    """Runs a GPU's plans one kernel at a time, on a CPU."""
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__(slots._advance)
+        self.plans: list[Plan] = []
+
+    def fit(self, plan: Plan, slot_count: int, max_positions: int) -> Plan:
+        return bucket(plan, slot_count, max_positions)
+
+    def launch(self, plan: Plan) -> None:
+        self.plans.append(plan)
+        super().launch(plan)
+
+
+def decode_in_buckets(rows: list[Row], slot_count: int = 4) -> list[Any]:
+    slots = make_slots(slot_count, channels=rows[0].uniforms.shape[1] // 4)
+    slots._launcher = BucketLauncher(slots)
+    return decode(rows, slots=slots)
+
+
+def make_rows(**options: Any) -> Iterator[Row]:
+    """Yield rows of all kinds; the fourth is as long as there is room for."""
+    yield make_row(PROMPTS[0], 20, seed=1, **options)
+    yield make_row(PROMPTS[1], 9, seed=2, guidance_scale=1.0, **options)
+    yield make_row(PROMPTS[2], 13, seed=3, top_k=0, top_p=0.9, negative=make_negative(NEGATIVE), **options)
+    yield make_row(PROMPTS[3], 77, seed=4, given=make_codes(6), **options)
+    yield make_row(PROMPTS[1] * 4, 5, seed=5, **options)
+
+
+@pytest.mark.parametrize("options", [GREEDY, {}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("slot_count", [3, 5])
+def test_a_gpus_shapes_give_the_tokens_that_exact_ones_give(options: dict[str, Any], slot_count: int) -> None:
+    in_buckets = decode_in_buckets(list(make_rows(**options)), slot_count)
+    for row, codes in zip(make_rows(**options), in_buckets, strict=True):
+        assert torch.equal(codes, decode([row])[0])
+
+
+def test_few_plans_serve_many_rows() -> None:
+    slots = make_slots(8)
+    slots._launcher = launcher = BucketLauncher(slots)
+    decode([make_row(frames=frames) for frames in range(40, 77)], slots=slots)
+    assert {plan.rows for plan in launcher.plans} <= {1, 2, 4, 8}
+    assert len(set(launcher.plans)) <= 4
+    assert len(launcher.plans) > 40
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (Plan(3, 2, 1, 7, False, 100, False, 250, 1), Plan(4, 2, 1, 32, True, 128, True, 256, STEPS_PER_LAUNCH)),
+        (Plan(5, 1, 0, 0, False, 122, True, 1, 1), Plan(6, 1, 0, 0, True, 256, True, 1, STEPS_PER_LAUNCH)),
+        (Plan(6, 2, 2, 33, True, 1504, True, 2048, 1), Plan(6, 2, 2, 64, True, 1504, True, 2048, STEPS_PER_LAUNCH)),
+    ],
+)
+def test_a_plan_is_rounded_up(given: Plan, expected: Plan) -> None:
+    assert bucket(given, slot_count=6, max_positions=1504) == expected
+
+
+@pytest.fixture
+def occupied() -> Slots:
+    slots = make_slots(4)
+    for row in list(make_rows())[:3]:
+        slots.admit(row)
+    return slots
+
+
+def pretend(slots: Slots) -> None:
+    """Replace all tensors by ones without contents: whoever asks for a number gets an error instead."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for name, value in vars(slots).items():
+        if isinstance(value, Tensor):
+            setattr(slots, name, mode.from_tensor(value))
+        elif isinstance(value, tuple):
+            setattr(slots, name, type(value)(*(mode.from_tensor(column) for column in value)))
+
+
+def test_a_launch_never_waits_for_a_number(occupied: Slots) -> None:
+    pretend(occupied)
+    with torch.no_grad():
+        occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
+
+
+def test_who_waits_for_a_number_is_found_out(occupied: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = decoder().forward
+
+    def wait(tokens: Tensor, *args: Any, **options: Any) -> Tensor:
+        assert int(tokens.sum()) >= 0
+        return forward(tokens, *args, **options)
+
+    monkeypatch.setattr(occupied._decoder, "forward", wait)
+    pretend(occupied)
+    with torch.no_grad(), pytest.raises(DataDependentOutputException):
+        occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
+
+
+# on a GPU
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def make_slots_on_gpu() -> Slots:
+    model, _ = build_tiny()
+    model.to("cuda")
+    return Slots(Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1), 4, MAX_STEPS)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("options", [GREEDY, {}], ids=["greedy", "sampled"])
+def test_graphs_give_the_tokens_of_eager_launches(options: dict[str, Any]) -> None:
+    eager, graphs = make_slots_on_gpu(), make_slots_on_gpu()
+    eager._launcher = BucketLauncher(eager)
+    expected = decode(list(make_rows(**options)), slots=eager)
+    for _ in range(3):  # eager, recorded, replayed
+        for codes, others in zip(decode(list(make_rows(**options)), slots=graphs), expected, strict=True):
+            assert torch.equal(codes, others)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_the_host_never_waits_within_a_launch() -> None:
+    slots = make_slots_on_gpu()
+    for row in list(make_rows())[:3]:
+        slots.admit(row)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            slots.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
