@@ -241,6 +241,8 @@ def _explain(error: ValidationError) -> ConfigurationError:
 def _remedy(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return f"use one of {', '.join(get_args(field.annotation))}"
+    if field.annotation is bool:
+        return "use true or false"
     bounds = {side: getattr(limit, side) for limit in field.metadata for side in ("ge", "le") if hasattr(limit, side)}
     if bounds:
         number = "whole number" if field.annotation is int else "number"

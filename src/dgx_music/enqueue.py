@@ -50,9 +50,9 @@ class RequestOptions(TypedDict, total=False):
     model: str
     """A name from the catalogue or a local folder's absolute path; ``DGX_MUSIC_MODEL`` where not given."""
     channels: int
-    """1 or 2 in the file; the model's own where not given."""
+    """1 or 2 in the file; where not given the model's own, or 1 for a local folder."""
     sample_rate: int
-    """Of the file, in Hz; the model's own where not given."""
+    """Of the file, in Hz; where not given the model's own, or 32,000 for a local folder."""
     guidance_scale: float
     temperature: float
     top_k: int

@@ -96,10 +96,16 @@ def test_a_server_that_is_not_there_ends_5_and_its_password_is_never_printed(
     assert "hunter2" not in result.out + result.err
 
 
-def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DGX_MUSIC_SLOTS", "many")
+@pytest.mark.parametrize(
+    ("setting", "value", "remedy"),
+    [("SLOTS", "many", "auto or a whole number from 1 to 256"), ("COMPILE", "maybe", "true or false")],
+)
+def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, remedy: str
+) -> None:
+    monkeypatch.setenv(f"DGX_MUSIC_{setting}", value)
 
-    assert run("list").err == "Error: DGX_MUSIC_SLOTS is 'many'; use auto or a whole number from 1 to 256.\n"
+    assert run("list").err == f"Error: DGX_MUSIC_{setting} is {value!r}; use {remedy}.\n"
 
 
 def test_a_lone_error_comes_out_of_its_groups(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

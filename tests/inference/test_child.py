@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -48,13 +50,19 @@ class Parent:
         self.connection = connection
         self._decoder = Decoder()
         self._received: list[Message] = []
+        self._begun: set[int] = set()
 
     def send(self, **header: Any) -> None:
         self.connection.sendall(encode(header))
 
     def receive(self) -> Message:
+        """Return the next message; of each generation's progress the first only."""
         while not self._received:
-            self._received += self._decoder.feed(self.connection.recv(65_536))
+            for message in self._decoder.feed(self.connection.recv(65_536)):
+                if message.header["kind"] != "progress" or message.header["key"] not in self._begun:
+                    self._received.append(message)
+                if message.header["kind"] == "progress":
+                    self._begun.add(message.header["key"])
         return self._received.pop(0)
 
     def load(self, model: str, slots: int | None = None) -> dict[str, Any]:
@@ -92,9 +100,10 @@ def silence(request: GenerationRequest, run: Run) -> Audio:
 
 
 def wait_for_cancel(request: GenerationRequest, run: Run) -> Audio:
-    run.report_progress(0.5)
     while True:
+        run.report_progress(0.5)
         run.check_cancelled()
+        time.sleep(0.005)
 
 
 def test_audio_travels_as_float32_with_its_shape(connect: Callable[[Generate], Parent]) -> None:
@@ -196,6 +205,10 @@ class RecordingChannel(Channel):
     def send(self, message: bytes) -> None:
         self.sent.append(message)
 
+    def offer(self, message: bytes) -> bool:
+        self.send(message)
+        return True
+
 
 def test_progress_is_sent_at_once_and_then_at_most_twice_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
@@ -207,6 +220,61 @@ def test_progress_is_sent_at_once_and_then_at_most_twice_a_second(monkeypatch: p
         run.report_progress(now - 100)
 
     assert len(channel.sent) == 3
+
+
+def test_progress_that_was_dropped_is_sent_with_the_next_step() -> None:
+    channel = RecordingChannel()
+    taken = [True, False, False]
+    channel.offer = lambda message: channel.send(message) or taken.pop()  # type: ignore[method-assign]
+    run = ChannelRun(1, channel, lambda: False)
+
+    for _ in range(9):
+        run.report_progress(0.5)
+
+    assert len(channel.sent) == 3
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with theirs, ours:
+        yield ours, theirs
+
+
+def test_what_is_offered_arrives_where_nobody_waits(pair: tuple[socket.socket, socket.socket]) -> None:
+    assert Channel(pair[1]).offer(b"progress")
+    assert pair[0].recv(99) == b"progress"
+
+
+def test_nothing_offered_waits_for_a_busy_parent_or_for_another_message(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    channel, audio = Channel(pair[1]), bytes(4_000_000)
+    sending = threading.Thread(target=channel.send, args=(audio,))
+    sending.start()
+    received = len(pair[0].recv(1))  # it is under way, and more than fits
+    assert not channel.offer(b"progress")
+    while received < len(audio):
+        received += len(pair[0].recv(65_536))
+    sending.join(20)
+    assert channel.offer(b"progress")
+    assert pair[0].recv(99) == b"progress"
+
+
+def test_nothing_offered_waits_where_the_socket_is_full(pair: tuple[socket.socket, socket.socket]) -> None:
+    pair[1].setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            pair[1].send(bytes(65_536))
+    pair[1].setblocking(True)
+    assert not Channel(pair[1]).offer(b"progress")
+
+
+def test_who_offers_hears_that_the_parent_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
+    pair[0].close()
+    with pytest.raises(ConnectionError):
+        Channel(pair[1]).offer(b"progress")
 
 
 def test_a_run_is_cancelled_for_ever() -> None:
@@ -277,9 +345,9 @@ def test_the_slots_of_a_load_are_what_its_engine_is_made_with(
     asked: list[EngineSettings] = []
     parent.make_engine = lambda settings: asked.append(settings) or ScriptedEngine(silence)
 
-    parent.load("musicgen-medium", slots=5)
+    parent.load("musicgen-medium", slots=2)
 
-    assert [(settings.model, settings.slots) for settings in asked] == [("musicgen-medium", 5)]
+    assert [(settings.model, settings.slots) for settings in asked] == [("musicgen-medium", 2)]
 
 
 # memory
@@ -288,6 +356,8 @@ def test_the_slots_of_a_load_are_what_its_engine_is_made_with(
 def run_out_of_memory(request: GenerationRequest, run: Run) -> Audio:
     if request.prompt == "held":
         wait_for_cancel(request, run)
+    if request.prompt == "codec":
+        run.free_slot()
     raise MemoryError("2 GiB\nadvice")
 
 
@@ -308,6 +378,19 @@ def test_a_generation_without_memory_is_given_back_beside_others_and_fails_alone
     assert (beside["error"], alone["error"]) == ("EngineReplacedError", "EngineError")
     assert beside["message"] == "There is no memory for this generation beside the others (MemoryError: 2 GiB)."
     assert alone["message"].endswith("; use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16.")
+
+
+def test_a_generation_whose_audio_does_not_fit_pays_beside_others_too(connect: Callable[[Generate], Parent]) -> None:
+    parent = connect(run_out_of_memory)
+    parent.generate(1, prompt="held")
+    parent.receive()
+
+    parent.generate(2, prompt="codec")
+    freed, failed = parent.receive().header, parent.receive().header
+    parent.send(kind="cancel", key=1)
+
+    assert (freed["kind"], failed["key"], failed["error"]) == ("freed", 2, "EngineError")
+    assert failed["message"].startswith("There is no memory for this generation (MemoryError: 2 GiB); use a smaller")
 
 
 def test_generations_that_never_find_memory_beside_each_other_pay_in_the_end(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dgx_music.inference.decoder import Decoder
-from dgx_music.inference.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, bucket
+from dgx_music.inference.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, Span, bucket
 from dgx_music.inference.slots import Row, Slots
 from dgx_music.inference.tiny import build_tiny
 from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
@@ -65,16 +65,25 @@ def test_few_plans_serve_many_rows() -> None:
     assert len(launcher.plans) > 40
 
 
+def make_plan(rows: int, halves: int, filled: list[int], texts: list[int], widest: int) -> Plan:
+    """Return an exact plan; one text for each row, or none."""
+    reach, extents = (tuple(Span(n, n + 1, length, False) for n, length in enumerate(own)) for own in (filled, texts))
+    return Plan(rows, halves, min(halves, len(texts)), reach, extents, widest, 1)
+
+
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "rows", "filled", "text", "widest"),
     [
-        (Plan(3, 2, 1, 7, False, 100, False, 250, 1), Plan(4, 2, 1, 32, True, 128, True, 256, STEPS_PER_LAUNCH)),
-        (Plan(5, 1, 0, 0, False, 122, True, 1, 1), Plan(6, 1, 0, 0, True, 256, True, 1, STEPS_PER_LAUNCH)),
-        (Plan(6, 2, 2, 33, True, 1504, True, 2048, 1), Plan(6, 2, 2, 64, True, 1504, True, 2048, STEPS_PER_LAUNCH)),
+        (make_plan(3, 2, [100, 20, 3], [7, 7, 9], 250), 4, 128, 32, 256),
+        (make_plan(5, 1, [122] * 5, [], 1), 6, 256, None, 256),
+        (make_plan(6, 2, [1504] * 6, [33, 65, 2, 2, 2, 2], 2048), 6, 1504, 128, 1 << 30),
     ],
 )
-def test_a_plan_is_rounded_up(given: Plan, expected: Plan) -> None:
-    assert bucket(given, slot_count=6, max_positions=1504) == expected
+def test_a_plan_is_rounded_up(given: Plan, rows: int, filled: int, text: int | None, widest: int) -> None:
+    plan = bucket(given, slot_count=6, max_positions=1504)
+    assert plan.reach == (Span(0, rows, filled, is_masked=True),)
+    assert plan.texts == (() if text is None else (Span(0, rows, text, is_masked=True),))
+    assert (plan.rows, plan.widest, plan.steps) == (rows, widest, STEPS_PER_LAUNCH)
 
 
 @pytest.fixture

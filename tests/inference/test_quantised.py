@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference import drift, musicgen
 from dgx_music.inference.decoder import Decoder, linear
 from dgx_music.inference.quantised import Int8
-from dgx_music.inference.slots import Slots
-from dgx_music.inference.tiny import build_tiny
+from dgx_music.inference.slots import Row, Slots, delays
+from dgx_music.inference.tiny import build_tiny, build_tiny_melody
 from tests.inference.test_conditions import make_codes
+from tests.inference.test_launches import BucketLauncher
 from tests.inference.test_musicgen import generate, load
 from tests.inference.test_slots import MAX_STEPS, PROMPTS, decode, make_row, text_states
 
@@ -41,7 +45,7 @@ def test_a_matrix_is_kept_to_half_a_level_of_each_row() -> None:
 def test_products_are_near_the_exact_ones(lines: int, dtype: torch.dtype) -> None:
     x, weight = make_matrix(lines, 64).to(dtype), make_matrix(96, 64, seed=1)
     exact = x.float() @ weight.T
-    product = linear(x, Int8.of(weight))
+    product = linear(x, Int8.of(weight), 16)
     assert product.dtype == dtype
     assert (product - exact).abs().max() < 0.02 * exact.abs().max()
 
@@ -53,19 +57,19 @@ def test_packed_weights_give_what_plain_ones_give(lines: int, dtype: torch.dtype
     x, weight = make_matrix(lines, 64).to(dtype), make_matrix(96, 64, seed=1)
     packed, plain = Int8.of(weight), Int8.of(weight, may_pack=False)
     assert packed.packed is not None
-    assert packed.nbytes == plain.nbytes == 96 * 64 + 96 * 4
+    assert packed.nbytes == plain.nbytes == 96 * 64 + 2 * 96 * 4
     torch.testing.assert_close(packed.apply(x), plain.apply(x))
 
 
 def test_a_line_of_zeros_stays_zero() -> None:
-    assert torch.equal(linear(torch.zeros(2, 64), Int8.of(make_matrix(96, 64))), torch.zeros(2, 96))
+    assert torch.equal(linear(torch.zeros(2, 64), Int8.of(make_matrix(96, 64)), 16), torch.zeros(2, 96))
 
 
 def test_a_product_does_not_depend_on_who_shares_the_batch() -> None:
     x, weight = make_matrix(16, 64).bfloat16(), Int8.of(make_matrix(96, 64, seed=1))
-    together = linear(x, weight)
+    together = linear(x, weight, 16)
     for line in range(16):
-        assert torch.equal(linear(x[line : line + 1], weight)[0], together[line])
+        assert torch.equal(linear(x[line : line + 1], weight, 16)[0], together[line])
 
 
 def test_all_that_is_read_at_every_step_is_rounded() -> None:
@@ -99,25 +103,88 @@ def test_the_divergence_is_that_of_the_distributions() -> None:
     assert drift.divergence(exact, exact).abs().max() == 0
 
 
-def test_own_tokens_are_what_the_slots_feed() -> None:
-    decoder = make_decoder()
-    text = decoder.read_text(text_states(PROMPTS[0]))
-    tokens = drift.own_tokens(decoder, text)  # [step, K]
-    logits = drift.teacher_forced(decoder, tokens, text)  # [step, half, K, V]
-    uniforms = torch.rand(len(tokens), 4, generator=torch.Generator().manual_seed(drift._SEED))
-    for step in range(len(tokens) - 1):
-        top, candidates = logits[step, 0].topk(250)
-        rank = (top.softmax(-1).cumsum(-1) <= uniforms[step, :, None]).sum(-1)
-        drawn = candidates.gather(-1, rank[:, None])[:, 0]
-        is_in_clip = tokens[step + 1] != decoder.pad_token
-        assert torch.equal(tokens[step + 1][is_in_clip], drawn[is_in_clip])
+def make_trial(**options: Any) -> Row:
+    return make_row(PROMPTS[0], 24, seed=1, **options)
 
 
-def test_the_change_is_measured_before_and_after() -> None:
+def trials() -> list[Row]:
+    unconditional = make_trial(guidance_scale=1.0)
+    unconditional.text = None
+    negative = make_decoder().read_text(text_states(PROMPTS[1]))
+    return [make_trial(), unconditional, make_trial(given=make_codes(9)), make_trial(negative=negative)]
+
+
+def assert_drawn_from(exact: Tensor, row: Row, codes: Tensor) -> None:
+    """Assert that the row's own codes ``[K, frame]`` are what its numbers choose from the scores ``[frame, K, V]``."""
+    given = row.frame_count - len(exact)
+    for codebook, lag in enumerate(delays(4, 1)):
+        uniforms = row.uniforms[given + lag : row.frame_count + lag, codebook]
+        top, candidates = exact[:, codebook].topk(250)
+        rank = (top.softmax(-1).cumsum(-1) <= uniforms[:, None]).sum(-1)
+        assert torch.equal(candidates.gather(-1, rank[:, None])[:, 0], codes[codebook, given:])
+
+
+@pytest.mark.parametrize("trial", range(4), ids=["guided", "unconditional", "continued", "negative"])
+def test_what_is_compared_is_what_tokens_are_drawn_from(trial: int) -> None:
+    decoder, row = make_decoder(), trials()[trial]
+    codes, logits = drift.decode(decoder, row)
+    given = 9 if row.given is not None else 0
+    exact = drift.scores(decoder, row, logits)
+    assert len(exact) == row.frame_count - given
+    assert_drawn_from(exact, row, codes)
+    assert torch.equal(codes, decode([trials()[trial]], slots=Slots(decoder, 1, MAX_STEPS))[0])
+
+
+@pytest.mark.parametrize("trial", range(4), ids=["guided", "unconditional", "continued", "negative"])
+def test_another_decoder_is_fed_the_same_tokens(trial: int) -> None:
+    decoder, row = make_decoder(), trials()[trial]
+    codes, logits = drift.decode(decoder, row)
+    fed, again = drift.decode(decoder, row, codes)
+    assert torch.equal(fed, codes)
+    assert torch.equal(again, logits)
+    decoder.quantise()
+    assert torch.equal(drift.decode(decoder, row, codes).codes, codes)
+    assert not torch.equal(drift.decode(decoder, row).codes, codes)
+
+
+def test_launches_of_several_steps_keep_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the last one goes past the row's end."""
+    decoder, row = make_decoder(), make_trial(given=make_codes(9))
+    codes, logits = drift.decode(decoder, row)
+    launcher = lambda advance, _device: BucketLauncher(SimpleNamespace(_advance=advance))  # noqa: E731
+    monkeypatch.setattr("dgx_music.inference.slots.make_launcher", launcher)
+    fed, again = drift.decode(decoder, row, codes)
+    assert torch.equal(fed, codes)
+    exact, other = drift.scores(decoder, row, logits), drift.scores(decoder, row, again)
+    torch.testing.assert_close(other, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_makes_the_divergence_larger() -> None:
+    """So that to compare without it would let too much pass."""
+    guided, plain = (
+        drift.measure_change(decoder, [make_trial(guidance_scale=scale)], decoder.quantise)
+        for scale, decoder in ((3.0, make_decoder()), (1.0, make_decoder()))
+    )
+    assert guided > 2 * plain > 0
+
+
+def test_the_worst_passage_counts() -> None:
+    def measure(*rows: Row) -> float:
+        decoder = make_decoder()
+        return drift.measure_change(decoder, list(rows), decoder.shrink_cache)
+
+    alone = [measure(row) for row in trials()]
+    assert measure(*trials()) == max(alone) > min(alone) > 0
+    assert drift.measure_change(make_decoder(), trials(), lambda: None) == 0
+
+
+def test_a_change_to_numbers_that_are_none_is_nan() -> None:
     decoder = make_decoder()
-    assert drift.measure_change(decoder, [None], lambda: None) == 0
-    assert drift.measure_change(decoder, [None], decoder.quantise) > 0
-    assert drift.measure_change(decoder, [None], decoder.shrink_cache) > 0
+
+    def damage() -> None:
+        decoder._final_norm.weight[3] = torch.nan
+
+    assert math.isnan(drift.measure_change(decoder, trials(), torch.no_grad()(damage)))
 
 
 BITS = [{"weights": "int8"}, {"kv_cache": "fp8"}, {"weights": "int8", "kv_cache": "fp8"}]
@@ -144,13 +211,40 @@ def test_what_a_model_does_not_bear_is_refused(
         assert (f"DGX_MUSIC_{name.upper()}=full" in str(caught.value)) == (name in bits)
 
 
-def test_the_gate_reads_texts_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[bool]] = []
-    monkeypatch.setattr(
-        musicgen, "measure_change", lambda _decoder, texts, _change: seen.append([t is None for t in texts]) or 0.0
-    )
-    load(weights="int8")
-    assert seen == [[False, False, True]]
+def gate_rows(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[Row]:
+    seen: list[Row] = []
+    monkeypatch.setattr(musicgen, "measure_change", lambda _decoder, rows, _change: seen.extend(rows) or 0.0)
+    load(weights="int8", **fields)
+    return seen
+
+
+def test_the_gate_reads_prompts_none_and_a_long_past_as_requests_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = gate_rows(monkeypatch)
+    assert [(row.text is not None, row.guidance_scale) for row in rows] == [(True, 3.0), (True, 3.0), (False, 1.0)]
+    assert [0 if row.given is None else row.given.shape[1] for row in rows] == [0, 400, 0]
+    assert {row.frame_count - (0 if row.given is None else 400) for row in rows} == {drift.TRIAL_FRAMES}
+    assert {(row.temperature, row.top_k, row.top_p) for row in rows} == {(1.0, 250, None)}
+
+
+def test_the_gate_has_a_melody_model_read_prefixes_and_a_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for part in build_tiny_melody(2):
+        part.save_pretrained(tmp_path)
+    rows = gate_rows(monkeypatch, model=tmp_path)
+    prefixes = [row.prefix for row in rows if row.prefix is not None and row.text is None]
+    assert len(prefixes) == len(rows) == 4
+    prompted, _, plain, tune = prefixes
+    assert prompted.shape == tune.shape != plain.shape
+    assert not torch.equal(prompted[0], tune[0])
+    assert torch.equal(prompted[1], tune[1])
+    assert [row.guidance_scale for row in rows] == [3.0, 3.0, 1.0, 3.0]
+
+
+def test_a_melody_models_change_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(musicgen, "MOST_NATS", 10.0)
+    for part in build_tiny_melody():
+        part.save_pretrained(tmp_path)
+    engine = load(tmp_path, weights="int8", kv_cache="fp8")
+    assert 0 < generate(engine, model=str(tmp_path)).facts["drift_nats"] < 10
 
 
 def test_without_such_settings_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

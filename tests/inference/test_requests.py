@@ -129,9 +129,12 @@ def test_a_melody_needs_no_prompt(engines: dict[str, MusicGenEngine]) -> None:
     assert np.array_equal(greedy(engines["melody"], "", 12, melody=tune), sound("melody", expected))
 
 
-def test_a_model_without_ears_refuses_a_melody_for_good(engines: dict[str, MusicGenEngine]) -> None:
-    with pytest.raises(GenerationRejectedError, match="hears no melody"):
-        greedy(engines["mono"], "choir", 12, melody=make_clip(50))
+@pytest.mark.parametrize(("name", "able"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")])
+def test_a_model_without_ears_refuses_a_melody_for_good(
+    engines: dict[str, MusicGenEngine], name: str, able: str
+) -> None:
+    with pytest.raises(GenerationRejectedError, match=f"hears no melody; use {able}[.]"):
+        greedy(engines[name], "choir", 12, melody=make_clip(50))
 
 
 def test_a_text_too_long_for_a_melody_model_is_refused_for_good(engines: dict[str, MusicGenEngine]) -> None:
@@ -197,6 +200,7 @@ def test_a_seed_gives_a_long_clip_the_same_audio(short_windows: dict[str, MusicG
         (1500, 0, [(0, 1500, 0)]),
         (1501, 0, [(0, 1500, 0), (900, 601, 600)]),
         (2400, 0, [(0, 1500, 0), (900, 1500, 600)]),
+        (1550, 1500, [(900, 650, 600)]),
         (3000, 100, [(0, 1500, 100), (900, 1500, 600), (1800, 1200, 600)]),
         (15000, 0, [(900 * n, min(1500, 15000 - 900 * n), 600 if n else 0) for n in range(16)]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,23 +16,32 @@ from tests.inference.factories import make_settings
 SIZES = {"small": 2, "medium": 4, "large": 8}
 
 
+class FakeWeights:
+    """Bytes that hold themselves, as a graph's do: where they are dropped, only the garbage collector gives them back."""
+
+    def __init__(self, memory: FakeMemory, model: str, size: int) -> None:
+        self.itself = self
+        memory.held[key := (model, len(memory.loads))] = size
+        weakref.finalize(self, memory.held.pop, key)
+
+
 class FakeEngine:
     def __init__(self, memory: FakeMemory, model: str, slots: int) -> None:
         self.slots = slots
         self.memory_bytes = SIZES[model] + slots * memory.bytes_per_slot
-        self._memory, self._model = memory, model
+        self._weights = FakeWeights(memory, model, self.memory_bytes)
 
     def close(self) -> None:
-        del self._memory.held[self._model]
+        del self._weights
 
 
 class FakeMemory:
-    """So many bytes, which engines fill and ``close`` gives back; loading what does not fit fails as torch does."""
+    """So many bytes, which engines fill until they are closed and collected; loading what does not fit fails as torch does."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.bytes_per_slot = 0
-        self.held: dict[str, int] = {}
+        self.held: dict[tuple[str, int], int] = {}
         self.loads: list[str] = []
         self.unloaded: list[str] = []
         self.is_known = True
@@ -39,7 +49,7 @@ class FakeMemory:
 
     @property
     def engines(self) -> list[str]:
-        return list(self.held)
+        return [model for model, _ in self.held]
 
     def load(self, settings: EngineSettings) -> Engine:
         """Return an engine with as many slots as fit."""
@@ -52,9 +62,7 @@ class FakeMemory:
             slots = min(slots, free // self.bytes_per_slot)
         if free < 0 or slots < 1:
             raise RuntimeError("CUDA out of memory. Tried to allocate")
-        engine = FakeEngine(self, settings.model, slots)
-        self.held[settings.model] = engine.memory_bytes
-        return engine  # type: ignore[return-value]
+        return FakeEngine(self, settings.model, slots)  # type: ignore[return-value]
 
     def estimate(self, settings: EngineSettings) -> int | None:
         return self.estimates.get(settings.model)
@@ -152,6 +160,20 @@ def test_idle_engines_give_way_before_one_makes_do_with_fewer_slots_than_were_as
         residents.unload_idle()
     with residents.load(make_settings(model="medium", slots=4)) as engine:
         assert (engine.slots, memory.engines) == (4, ["medium"])
+
+
+def test_a_load_that_finds_no_memory_holds_none_afterwards() -> None:
+    residents, memory = make(9)
+    load(residents, "small")
+
+    def fail(settings: EngineSettings) -> Engine:
+        weights = FakeWeights(memory, settings.model, 1)
+        raise MemoryError(weights.itself is weights)
+
+    residents._load = fail
+    with pytest.raises(EngineUnavailableError):
+        load(residents, "medium")
+    assert memory.engines == []
 
 
 def test_how_large_an_engine_was_is_remembered() -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dgx_music.errors import EngineReplacedError
+from dgx_music.errors import EngineError, EngineReplacedError, GenerationCancelledError
 from dgx_music.inference.loop import DecodingLoop
+from dgx_music.inference.trouble import has_lost_the_device
 from tests.inference.factories import QuietRun
 
 STRIDE = 4
@@ -37,6 +39,7 @@ class Memory:
     def __init__(self, slots: int = 99, admitted: int = 99, stepped: int = 99) -> None:
         self.slots, self.admitted, self.stepped = slots, admitted, stepped
         self.made: list[int] = []
+        self.closed: list[int] = []
 
     def make_slots(self, slot_count: int) -> Any:
         if slot_count > self.slots:
@@ -74,6 +77,9 @@ class FakeSlots:
     def retire(self, row: FakeRow) -> None:
         self.rows.remove(row)
 
+    def close(self) -> None:
+        self._memory.closed.append(self.slot_count)
+
 
 class HeldRun(QuietRun):
     """Waits, after its first steps, for the event."""
@@ -81,15 +87,16 @@ class HeldRun(QuietRun):
     def __init__(self, go_on: threading.Event) -> None:
         super().__init__()
         self.has_begun = threading.Event()
-        self._go_on = go_on
+        self.go_on = go_on
 
     def report_progress(self, progress: float) -> None:
         super().report_progress(progress)
         self.has_begun.set()
-        assert self._go_on.wait(20)
+        assert self.go_on.wait(20)
 
 
 Decode = Callable[..., "Future[Tensor]"]
+Endless = Callable[[DecodingLoop], AbstractContextManager[HeldRun]]
 
 
 @pytest.fixture
@@ -104,9 +111,27 @@ def decode() -> Iterator[Decode]:
         yield submit
 
 
-def make_loop(memory: Memory, slot_count: int = 8) -> tuple[DecodingLoop, list[int]]:
-    told: list[int] = []
-    return DecodingLoop(memory.make_slots, slot_count, told.append), told
+@pytest.fixture
+def endless(decode: Decode) -> Endless:
+    """Keeps a row in a slot for the block: it stands still until its ``go_on`` is set, and ends by being cancelled."""
+
+    @contextmanager
+    def hold(loop: DecodingLoop) -> Iterator[HeldRun]:
+        run = HeldRun(threading.Event())
+        call = decode(loop, run, step_count=10**9)
+        assert run.has_begun.wait(20)
+        try:
+            yield run
+        finally:
+            run.is_cancelled = True
+            run.go_on.set()
+        assert isinstance(call.exception(20), GenerationCancelledError)
+
+    return hold
+
+
+def make_loop(memory: Memory, slot_count: int = 8) -> DecodingLoop:
+    return DecodingLoop(memory.make_slots, slot_count)
 
 
 def step_together(loop: DecodingLoop, decode: Decode, count: int) -> list[Future[Tensor]]:
@@ -115,23 +140,30 @@ def step_together(loop: DecodingLoop, decode: Decode, count: int) -> list[Future
     first = HeldRun(go_on)
     calls = [decode(loop, first, step_count=40)]
     assert first.has_begun.wait(20)
-    calls += [decode(loop) for _ in range(count - 1)]
-    while len(loop._waiting) < count - 1:
-        pass
+    calls += [decode_next(loop, decode) for _ in range(count - 1)]
     go_on.set()
     return calls
 
 
+def decode_next(loop: DecodingLoop, decode: Decode, run: QuietRun | None = None) -> Future[Tensor]:
+    """Return the call of a row that waits behind those that wait already; the loop must stand still."""
+    count = len(loop._waiting)
+    call = decode(loop, run)
+    while len(loop._waiting) == count:
+        pass
+    return call
+
+
 def test_progress_of_a_device_that_is_ahead_stays_within_one(decode: Decode) -> None:
     run = QuietRun()
-    decode(make_loop(Memory())[0], run, step_count=2).result(20)
+    decode(make_loop(Memory()), run, step_count=2).result(20)
     assert run.progress == [1.0]
 
 
 def test_slots_that_do_not_fit_are_halved_until_they_do() -> None:
     memory = Memory(slots=3)
-    loop, told = make_loop(memory)
-    assert (told, memory.made, loop.slot_count) == ([4, 2], [2], 2)
+    loop = make_loop(memory)
+    assert (memory.made, loop.slot_count) == ([2], 2)
 
 
 def test_not_one_slot_is_an_error() -> None:
@@ -141,34 +173,77 @@ def test_not_one_slot_is_an_error() -> None:
 
 def test_a_step_without_memory_gives_its_rows_back_and_goes_on_with_half_the_slots(decode: Decode) -> None:
     memory = Memory(stepped=2)
-    loop, told = make_loop(memory)
+    loop = make_loop(memory)
     for call in step_together(loop, decode, 3):
         with pytest.raises(
             EngineReplacedError, match=r"at a time \(OutOfMemoryError: CUDA out of memory\. [^\n]*\)\.$"
         ):
             call.result(20)
     decode(loop).result(20)
-    assert (told, memory.made) == ([4], [8, 4])
+    assert (memory.made, memory.closed, loop.slot_count) == ([8, 4], [8], 4)
 
 
 def test_a_row_that_does_not_fit_is_given_back_and_the_others_go_on(decode: Decode) -> None:
     memory = Memory(admitted=2)
-    loop, told = make_loop(memory)
+    loop = make_loop(memory)
     first, second, third = step_together(loop, decode, 3)
     with pytest.raises(EngineReplacedError):
         third.result(20)
     assert first.result(20) is not None
     assert second.result(20) is not None
     decode(loop).result(20)
-    assert (told, memory.made) == ([2], [8, 2])
+    assert (memory.made, memory.closed, loop.slot_count) == ([8, 2], [8], 2)
 
 
-def test_slots_that_have_become_too_many_are_emptied_before_fewer_are_made(decode: Decode) -> None:
+def test_rows_that_wait_for_slots_that_are_no_more_are_given_back(decode: Decode) -> None:
     memory = Memory(admitted=2)
-    loop, _ = make_loop(memory)
-    calls = step_together(loop, decode, 4)
-    assert sum(isinstance(call.exception(20), EngineReplacedError) for call in calls) == 1
-    assert memory.made == [8, 2]
+    calls = step_together(make_loop(memory), decode, 5)
+    errors = [call.exception(20) for call in calls]
+    assert [type(error) for error in errors] == [type(None)] * 2 + [EngineReplacedError] * 3
+    assert len(set(map(id, errors[2:]))) == 3
+
+
+def test_rows_that_wait_for_a_step_without_memory_are_given_back_but_for_half_the_slots(decode: Decode) -> None:
+    memory = Memory(stepped=3)
+    calls = step_together(make_loop(memory, slot_count=4), decode, 8)
+    errors = [call.exception(20) for call in calls]
+    assert [type(error) for error in errors] == [EngineReplacedError] * 4 + [type(None)] * 2 + [EngineReplacedError] * 2
+
+
+def test_rows_that_wait_for_fresh_slots_are_given_back_but_for_as_many_as_fit(decode: Decode) -> None:
+    memory = Memory(stepped=1)
+    loop = make_loop(memory, slot_count=4)
+    memory.slots = 1
+    calls = step_together(loop, decode, 6)
+    errors = [call.exception(20) for call in calls]
+    assert [type(error) for error in errors] == [EngineReplacedError] * 4 + [type(None)] + [EngineReplacedError]
+
+
+def test_slots_that_have_become_too_many_go_on_being_used_until_they_are_empty(
+    endless: Endless, decode: Decode
+) -> None:
+    memory = Memory(admitted=2)
+    loop = make_loop(memory)
+    with endless(loop) as long:
+        second, third = decode_next(loop, decode), decode_next(loop, decode)
+        long.go_on.set()
+        assert isinstance(third.exception(5), EngineReplacedError)
+        assert second.result(5) is not None
+        assert decode(loop).result(5) is not None
+        assert (memory.made, memory.closed) == ([8], [])
+    decode(loop).result(20)
+    assert (memory.made, memory.closed) == ([8, 2], [8])
+
+
+def test_a_row_that_is_cancelled_while_it_waits_does_not_wait_for_a_slot(endless: Endless, decode: Decode) -> None:
+    loop, cancelled = make_loop(Memory(), slot_count=1), QuietRun()
+    with endless(loop) as long:
+        doomed, other = decode_next(loop, decode, cancelled), decode_next(loop, decode)
+        long.go_on.set()
+        cancelled.is_cancelled = True
+        assert isinstance(doomed.exception(5), GenerationCancelledError)
+        assert not other.done()
+    assert other.result(20) is not None
 
 
 def test_a_first_row_that_does_not_fit_gets_the_room_of_some_slots(decode: Decode) -> None:
@@ -178,24 +253,24 @@ def test_a_first_row_that_does_not_fit_gets_the_room_of_some_slots(decode: Decod
         memory.admitted = 99 if slot_count <= 2 else 0
         return memory.make_slots(slot_count)
 
-    loop = DecodingLoop(make_slots, 8, lambda count: None)
+    loop = DecodingLoop(make_slots, 8)
     decode(loop).result(20)
     assert (memory.made, loop.slot_count) == ([8, 4, 2], 2)
 
 
 @pytest.mark.parametrize("memory", [Memory(stepped=0), Memory(admitted=0)])
 def test_what_does_not_fit_in_the_last_slot_fails_by_itself(decode: Decode, memory: Memory) -> None:
-    loop, told = make_loop(memory, slot_count=1)
+    loop = make_loop(memory, slot_count=1)
     with pytest.raises(torch.OutOfMemoryError):
         decode(loop).result(20)
     memory.stepped = memory.admitted = 1
     decode(loop).result(20)
-    assert (told, loop.slot_count) == ([], 1)
+    assert (loop.slot_count, memory.closed) == (1, [1])
 
 
 def test_idle_engines_give_way_before_slots_do(decode: Decode) -> None:
     memory = Memory(stepped=0)
-    loop, told = make_loop(memory)
+    loop = make_loop(memory)
     with pytest.raises(EngineReplacedError):
         decode(loop, QuietRun(idle_engines=1)).result(20)
     memory.stepped, memory.admitted = 99, 0
@@ -206,11 +281,11 @@ def test_idle_engines_give_way_before_slots_do(decode: Decode) -> None:
             return True
 
     decode(loop, RoomyRun()).result(20)
-    assert (told, loop.slot_count) == ([], 8)
+    assert loop.slot_count == 8
 
 
 def test_the_hosts_memory_counts_as_well(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, told = make_loop(Memory())
+    loop = make_loop(Memory())
     broken = [MemoryError()]
     step = FakeSlots.step
 
@@ -222,23 +297,32 @@ def test_the_hosts_memory_counts_as_well(decode: Decode, monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeSlots, "step", steps)
     with pytest.raises(EngineReplacedError):
         decode(loop).result(20)
-    assert told == [4]
+    assert loop.slot_count == 4
 
 
-def test_a_device_that_is_lost_is_told_as_it_is(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(slots: FakeSlots) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_each_row_of_a_lost_device_has_an_error_of_its_own_that_says_so(
+    decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(slots: FakeSlots) -> None:
+        if slots.rows[0].position or len(slots.rows) > 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nAdvice.")
+        slots.rows[0].position = STRIDE
 
-    monkeypatch.setattr(FakeSlots, "step", step)
-    loop, told = make_loop(Memory())
-    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal"):
-        decode(loop).result(20)
-    assert told == []
+    monkeypatch.setattr(FakeSlots, "step", fail)
+    monkeypatch.setattr(FakeSlots, "close", fail)
+    loop = make_loop(Memory())
+    errors = [call.exception(20) for call in step_together(loop, decode, 2)]
+    assert loop.slot_count == 8
+    assert errors[0] is not errors[1]
+    for error in errors:
+        assert str(error).endswith("failed (RuntimeError: CUDA error: an illegal memory access was encountered).")
+        assert isinstance(error, EngineError)
+        assert has_lost_the_device(error)
 
 
 def test_slots_given_up_hold_no_memory(decode: Decode) -> None:
     memory = Memory(stepped=0)
-    loop, _ = make_loop(memory, slot_count=1)
+    loop = make_loop(memory, slot_count=1)
     error = decode(loop).exception(20)
     assert loop._slots is None
     frames = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from functools import cache
+from collections import defaultdict
+from functools import cache, wraps
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditionalGeneration
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.decoder import Decoder, linear, sinusoids
-from dgx_music.inference.drift import divergence, teacher_forced
+from dgx_music.inference.decoder import Decoder, Text, linear, sinusoids
+from dgx_music.inference.drift import divergence
+from dgx_music.inference.launches import Span
 from dgx_music.inference.sampling import Sampling, sample
 from dgx_music.inference.slots import Row, Slots, delays
 from dgx_music.inference.tiny import build_tiny
@@ -159,12 +161,44 @@ def test_a_clip_of_30_seconds_has_the_tokens_of_generate_to_the_end() -> None:
     assert torch.equal(late, reference_codes(PROMPTS[2], 30, 3.0))
 
 
-def test_a_seeded_row_is_the_same_alone_and_in_any_batch() -> None:
-    (alone,) = decode([make_row(frames=30, seed=7)])
-    for place in range(4):
-        rows = [make_row(PROMPTS[seed], 5 + 11 * seed, seed=seed, temperature=1.3, top_k=0) for seed in range(3)]
-        rows.insert(place, make_row(frames=30, seed=7))
-        assert torch.equal(decode(rows, slot_count=3)[place], alone)
+MATES = [
+    {"prompt": PROMPTS[1] * 2, "frames": 5, "temperature": 1.3, "top_k": 0},
+    {"prompt": PROMPTS[2], "frames": 16, "guidance_scale": 1.0},
+    {"prompt": PROMPTS[3], "frames": 27, "seed": 5},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"top_k": 0, "temperature": 5.0}], ids=str)
+@pytest.mark.parametrize("mates", [1, 3])
+def test_a_seeded_row_is_the_same_alone_and_in_any_batch(dtype: torch.dtype, options: Any, mates: int) -> None:
+    """To the last bit of what it is drawn from, so to the last frame as well: a near tie falls the same way."""
+    (alone,), exact = decode_watched([make_row(frames=60, seed=7, **options)], dtype)
+    for place in range(mates + 1):
+        rows = [make_row(**fields) for fields in MATES[:mates]]
+        rows.insert(place, make_row(frames=60, seed=7, **options))
+        codes, scores = decode_watched(rows, dtype)
+        assert torch.equal(codes[place], alone)
+        assert torch.equal(scores[rows[place]], exact[next(iter(exact))])
+
+
+def decode_watched(rows: list[Row], dtype: torch.dtype) -> tuple[list[Tensor], dict[Row, Tensor]]:
+    """Return the codes, and all that each row's tokens were drawn from: ``[step, K, V]``."""
+    slots, seen = make_slots(3, dtype=dtype), defaultdict(list)
+    forward = slots._decoder.forward
+
+    def watch(*arguments: Any, **options: Any) -> Tensor:
+        logits = forward(*arguments, **options)
+        for row, own in zip(slots.rows, logits, strict=True):
+            seen[row].append(own[: 2 if row.guidance_scale > 1 else 1].clone())
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots._decoder, "forward", watch)
+        for row in rows:
+            row.text = row.text.to(dtype)
+        codes = decode(rows, slots=slots)
+    return codes, {row: torch.stack(scores) for row, scores in seen.items()}
 
 
 def test_another_seed_differs() -> None:
@@ -290,12 +324,14 @@ def test_tokens_follow_the_exact_distribution(top_k: int, top_p: float | None, t
     assert chi_square < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations of a chi-square
 
 
-@pytest.mark.parametrize(("edge", "ranks"), [(0.0, (0, 0, 0)), (1 - 2**-24, (9, 2047, 0))])
-def test_the_extreme_uniforms_take_the_first_and_the_last_token_of_each_rows_own(edge: float, ranks: Any) -> None:
+@pytest.mark.parametrize("edge", [0.0, 1 - 2**-24])
+def test_the_extreme_uniforms_take_the_first_and_the_last_token_of_each_rows_own(edge: float) -> None:
     order = SCORES.argsort(descending=True)
+    reached = SCORES.double().softmax(0)[order].cumsum(0) <= edge  # the very last tokens are rarer than a float can say
     sampling = make_sampling({"top_k": 10}, {"top_k": 0}, GREEDY)
     tokens, _ = sample(SCORES.expand(3, 1, 1, -1), torch.full((3, 1), edge), sampling, 2048)
-    assert tokens[:, 0].tolist() == order[list(ranks)].tolist()
+    ranks = [9 if edge else 0, int(reached.sum()), 0]
+    assert tokens[:, 0].tolist() == order[ranks].tolist()
 
 
 def test_guidance_goes_from_the_null_half_past_the_conditional_one() -> None:
@@ -316,13 +352,27 @@ def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -
 # in 16 bit
 
 
+@torch.no_grad()
+def teacher_forced(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Return the logits ``[step, half, K, V]`` after each of the tokens ``[step, K]`` of the first prompt's row."""
+    own = decoder.read_text(text_states(PROMPTS[0]))
+    texts = decoder.empty_text(1, own.shape[-2])  # [L, slot, half, 2, H, X, D]
+    texts[:, 0, 0] = own
+    text = Text(texts, torch.empty(0), 1, (Span(0, 1, own.shape[-2], False),))
+    cache = decoder.empty_cache(1)
+    steps = [
+        decoder.forward(
+            row[None], torch.tensor([at]), cache, text, halves=2, spans=(Span(0, 1, at + 1, False),), lines=16
+        )
+        for at, row in enumerate(tokens)
+    ]
+    return torch.cat(steps)
+
+
 def test_bfloat16_errs_no_more_than_transformers_does() -> None:
     """Teacher-forced; our own sum of the embeddings and softmax may round elsewhere, so a tenth more is let pass."""
     tokens = torch.randint(2048, (40, 4), generator=torch.Generator().manual_seed(1))  # [step, K]
-    exact, rounded = (
-        teacher_forced(decoder(dtype=dtype), tokens, decoder(dtype=dtype).read_text(text_states(PROMPTS[0])))
-        for dtype in (torch.float32, torch.bfloat16)
-    )
+    exact, rounded = (teacher_forced(decoder(dtype=dtype), tokens) for dtype in (torch.float32, torch.bfloat16))
     ours = divergence(exact, rounded)
     model = build_tiny()[0].to(torch.bfloat16)
     with torch.inference_mode():
@@ -341,7 +391,7 @@ def test_bfloat16_errs_no_more_than_transformers_does() -> None:
 def test_products_are_those_of_a_linear_layer(rows: int, dtype: torch.dtype) -> None:
     numbers = torch.Generator().manual_seed(6)
     x, weight = (torch.randn(count, 64, generator=numbers).to(dtype) for count in (rows, 96))
-    torch.testing.assert_close(linear(x, weight), functional.linear(x, weight))
+    torch.testing.assert_close(linear(x, weight, 16), functional.linear(x, weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -359,11 +409,52 @@ def test_attention_takes_the_fast_path(dtype: torch.dtype) -> None:
 # compiled
 
 
-def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
-    """``fullgraph`` raises where torch would fall back to Python; the backend needs no compiler on this machine."""
+def compiled_decoder(backend: str, **options: bool) -> Decoder:
+    """The backends need no compiler on this machine."""
+    torch.compiler.reset()  # what one test has compiled counts against the next one's limit
     model, _ = build_tiny()
     compiled = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
-    compiled.compile(backend="aot_eager")
+    compiled.compile(backend, **options)
+    return compiled
+
+
+def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
+    """``is_strict`` raises where torch would fall back to Python."""
+    compiled = compiled_decoder("aot_eager", is_strict=True)
     rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:3])]
     for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
         assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))
+
+
+@pytest.fixture
+def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch compile as it does for a GPU."""
+    compile_ = torch.compile
+
+    @wraps(compile_)
+    def compile_fixed(forward: Any, **options: Any) -> Any:
+        return compile_(forward, **options | {"dynamic": False})
+
+    monkeypatch.setattr(torch, "compile", compile_fixed)
+
+
+@pytest.mark.usefixtures("fixed_shapes")
+def test_a_plan_for_each_length_is_compiled() -> None:
+    """More of them than the 8 that torch takes where it is not told; ``is_strict`` raises past the limit."""
+    (codes,) = decode(
+        [make_row(frames=8, **GREEDY)], slots=Slots(compiled_decoder("eager", is_strict=True), 1, MAX_STEPS)
+    )
+    assert torch.equal(codes, reference_codes(PROMPTS[0], 8, 3.0))
+
+
+@pytest.mark.usefixtures("fixed_shapes")
+def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgx_music.inference.decoder._MOST_SHAPES", 3)
+    scales = (3.0, 1.0, 2.0, 1.0)
+    rows = [
+        make_row(prompt, 6 + 9 * index, guidance_scale=scale, **GREEDY)
+        for index, (prompt, scale) in enumerate(zip(PROMPTS, scales, strict=True))
+    ]
+    slots = Slots(compiled_decoder("eager"), 3, MAX_STEPS)
+    for prompt, row, codes in zip(PROMPTS, rows, decode(rows, slots=slots), strict=True):
+        assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.guidance_scale))

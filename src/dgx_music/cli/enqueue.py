@@ -74,11 +74,14 @@ def enqueue(
         ),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(help="1 or 2; default: the model's own.", rich_help_panel=_MUSIC)
+        int | None, typer.Option(help="1 or 2; default: the model's own, 1 for a local folder.", rich_help_panel=_MUSIC)
     ] = None,
     sample_rate: Annotated[
         int | None,
-        typer.Option(help="Hz in the file, 8000 to 192000; default: the model's own.", rich_help_panel=_MUSIC),
+        typer.Option(
+            help="Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder.",
+            rich_help_panel=_MUSIC,
+        ),
     ] = None,
     guidance_scale: Annotated[
         float | None,

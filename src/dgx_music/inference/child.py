@@ -12,6 +12,7 @@ import faulthandler
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -52,17 +53,34 @@ logger = logging.getLogger(__name__)
 
 
 class Channel:
-    """The child's end of the channel: blocking, ``send`` is safe from any thread."""
+    """The child's end of the channel: blocking, but for ``offer``; both ways to send are safe from any thread."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._sending = threading.Lock()
+        self._writable = select.poll()  # select.select() knows no descriptor above 1023
+        self._writable.register(connection, select.POLLOUT)
         self._decoder = Decoder()
 
     def send(self, message: bytes) -> None:
         """Send one encoded message whole. Raises ``ConnectionError`` where the parent is gone."""
         with self._sending:
             self._connection.sendall(message)
+
+    def offer(self, message: bytes) -> bool:
+        """Send a short message where that waits for nobody, no other sender and no busy parent; return whether it was sent.
+
+        Raises ``ConnectionError`` where the parent is gone.
+        """
+        if not self._sending.acquire(blocking=False):
+            return False
+        try:
+            is_writable = bool(self._writable.poll(0))
+            if is_writable:
+                self._connection.sendall(message)
+            return is_writable
+        finally:
+            self._sending.release()
 
     def messages(self) -> Iterator[Message]:
         """Yield what the parent sends until it hangs up."""
@@ -77,16 +95,21 @@ class ChannelRun:
         self.key = key
         self.make_room = make_room
         self._channel = channel
-        self._has_slot = True
+        self.has_slot = True
+        """Until the tokens are there; what remains is to make the audio of them."""
         self._cancelled = threading.Event()
         self._next_progress_at = 0.0
 
     def report_progress(self, progress: float) -> None:
-        """Send the progress, unless some was sent less than ``PROGRESS_SECONDS`` ago."""
+        """Send the progress, unless some was sent less than ``PROGRESS_SECONDS`` ago.
+
+        It never waits, since one thread reports for all rows: where the channel is busy, the next call tries again.
+        """
         now = time.monotonic()
         if now >= self._next_progress_at:
-            self._next_progress_at = now + PROGRESS_SECONDS
-            self._channel.send(encode({"kind": "progress", "key": self.key, "progress": progress}))
+            message = encode({"kind": "progress", "key": self.key, "progress": progress})
+            if self._channel.offer(message):
+                self._next_progress_at = now + PROGRESS_SECONDS
 
     def check_cancelled(self) -> None:
         """Raise ``GenerationCancelledError`` once ``cancel`` was called."""
@@ -95,8 +118,8 @@ class ChannelRun:
 
     def free_slot(self) -> None:
         """Tell the parent, once, that another generation may have the slot."""
-        if self._has_slot:
-            self._has_slot = False
+        if self.has_slot:
+            self.has_slot = False
             self._channel.send(encode({"kind": "freed", "key": self.key}))
 
     def cancel(self) -> None:
@@ -203,10 +226,14 @@ class Server:
         return _failed(run.key, EngineError.__name__, f"{type(error).__name__}: {error}")
 
     def _found_no_room(self, error: BaseException, fields: dict[str, Any], run: ChannelRun) -> bytes:
-        """Give the generation back where it was not alone; else it pays: it would find no more room the next time."""
+        """Give the generation back where the others had the room; else it pays: it would find no more the next time.
+
+        It pays for its audio's room too: what that needs, the clip's length alone decides, and other clips that fit would
+        have it given back for ever.
+        """
         logger.warning("generation %s found no memory: %s", fields.get("generation_id"), first_line(error))
         give_back_memory(error)
-        if len(self._runs) > 1 and self._given_back < _MOST_GIVEN_BACK:
+        if run.has_slot and len(self._runs) > 1 and self._given_back < _MOST_GIVEN_BACK:
             self._given_back += 1
             message = f"There is no memory for this generation beside the others ({first_line(error)})."
             return _failed(run.key, EngineReplacedError.__name__, message)

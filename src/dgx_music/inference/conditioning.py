@@ -48,20 +48,20 @@ class Conditioner:
         goes round and round, as audiocraft has it.
         """
         if request.melody is not None and self._melody is None:
-            raise GenerationRejectedError(f"The model {request.model} hears no melody; use musicgen-melody.")
+            able = "musicgen-melody" if self._decoder.channels == 1 else "musicgen-stereo-melody"
+            raise GenerationRejectedError(f"The model {request.model} hears no melody; use {able}.")
         texts = request.prompt, request.negative_prompt or ""
         is_guided = any(texts) or request.melody is not None
         if self._melody is None:
-            return Conditions(self.read_text(texts[0]), self.read_text(texts[1]), None, is_guided)
+            return Conditions(self._read_text(texts[0]), self._read_text(texts[1]), None, is_guided)
         text, negative = map(self._states, texts)
         return Conditions(
             None, None, self._melody.prefix(text, self._chroma(request, melody_from), negative), is_guided
         )
 
-    @torch.no_grad()
-    def read_text(self, text: str) -> Tensor | None:
+    def _read_text(self, text: str) -> Tensor | None:
         """Return what cross-attention sees of the text: ``[L, 2, H, X, D]``; ``None`` where there is nothing to see."""
-        states = self._states(text) if self._melody is None else None
+        states = self._states(text)
         return None if states is None else self._decoder.read_text(states)
 
     def _chroma(self, request: GenerationRequest, begin: float | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dgx_music.inference.kernels import attend_cached, can_launch, is_available
+from dgx_music.inference.launches import Span
 from dgx_music.inference.quantised import Int8
 
 Weight: TypeAlias = Tensor | Int8
 
+_MOST_SHAPES = 128
+"""So many shapes of the forward pass are compiled: a GPU's plans of six sizes of batch and twelve lengths, and some."""
 _PREFILL_POSITIONS = 256
 """Read at a time: enough to make reading the weights cheap, few enough for the memory that attention needs."""
 _FEW_LINES = 64
@@ -38,7 +42,7 @@ class Norm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x normalised over its last dimension."""
-        return functional.layer_norm(x, self.bias.shape, self.weight, self.bias)
+        return torch.layer_norm(x, self.bias.shape, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,28 @@ class Layer:
 class Text(NamedTuple):
     """What the rows' prompts are to cross-attention: keys and values, of the first half or of both."""
 
-    keys_values: Tensor  # [L, R * halves, 2, H, X, D]
-    mask: Tensor | None
-    """[R * halves, 1, 1, X], what to add to the scores: 0, or -inf past a text's end; ``None`` where all are X long."""
+    keys_values: Tensor  # [L, slot, half, 2, H, X, D]
+    mask: Tensor  # [slot, half, X], what to add to the scores: 0, or -inf past a text's end
     halves: int
+    spans: tuple[Span, ...]
+
+
+class _Part(NamedTuple):
+    """What neighbouring lines read, the same in every layer but for its contents."""
+
+    lines: slice
+    keys_values: tuple[Tensor, ...]  # for each layer [N, 2, H, T, D]
+    mask: Tensor | None  # [N, 1, 1, T], what to add to the scores
 
 
 class _Reach(NamedTuple):
-    """What a step writes and reads of a layer's cache ``[slot, half, 2, H, T, D]``; the same in every layer."""
+    """What a step writes and reads of the caches; the same in every layer."""
 
-    lines: Tensor  # [N * 2 * H], where the new keys and values go, with all dimensions but the last flattened
-    row_count: int
+    slots: Tensor  # [R], and
+    positions: Tensor  # [R], where the new keys and values go
     halves: int
-    filled: int
-    positions: Tensor  # [N], the last one that each line reads
-    mask: Tensor | None  # [N, 1, 1, filled], what to add to the scores: -inf at stale and unwritten positions
+    last: Tensor  # [N], the last position that each line reads
+    parts: tuple[_Part, ...]
 
 
 class Decoder:
@@ -145,10 +156,13 @@ class Decoder:
         self._text_projection = text_projection
         self._embedding = torch.cat([table.weight for table in decoder.embed_tokens])  # [K * (V + 1), hidden]
         self.device, self.dtype = self._embedding.device, self._embedding.dtype
+        is_on_gpu = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device) if is_on_gpu else None  # type: ignore[no-untyped-call]
+        """Of a GPU: where all slots of this decoder make their steps."""
         self._first_tokens = torch.arange(self.codebook_count, device=self.device) * (config.vocab_size + 1)  # [K]
         self._positions = sinusoids(max_positions, config.hidden_size).to(self.device, self.dtype)  # [T, hidden]
         self._final_norm = _norm(decoder.layer_norm)
-        self._heads = torch.cat([head.weight for head in model.lm_heads])  # [K * V, hidden]
+        self._heads: Weight = torch.cat([head.weight for head in model.lm_heads])  # [K * V, hidden]
         self.cache_dtype = self.dtype
         self._has_kernel = False  # to read a cache in 8 bits; without, it is converted at every step
         self.layers: list[Layer] = []
@@ -175,23 +189,27 @@ class Decoder:
 
     @torch.no_grad()
     def quantise(self) -> None:
-        """Round the layers' weights to 8 bits; embeddings, heads and norms stay as they are."""
+        """Round all to 8 bits that is read at every step; embeddings and norms stay as they are."""
         for index in range(len(self.layers)):
             self.layers[index] = self.layers[index].quantise()
+        self._heads = _quantise(self._heads)
 
     def shrink_cache(self) -> None:
         """Keep keys and values in 8 bits (e4m3: 4 of exponent, 3 of mantissa) from now on; halves what a slot takes."""
         self.cache_dtype = torch.float8_e4m3fn
         self._has_kernel = is_available(self.device, self.cache_dtype) and can_launch(self.device, self.cache_dtype)
 
-    def compile(self, backend: str = "inductor") -> None:
+    def compile(self, backend: str = "inductor", *, is_strict: bool = False) -> None:
         """Have torch compile the forward pass, which then takes a minute the first time.
 
         Fixed shapes on a GPU, whose launches are of few; on a CPU, where every step reads a little more, one for all.
+        Past a number of shapes (``_MOST_SHAPES``, or 8 where torch cannot be told) it runs as plain torch; where ``is_strict``,
+        torch raises instead, and where it cannot compile the pass in one piece.
         """
-        is_dynamic = self.device.type == "cpu"
-        compiled = torch.compile(self.forward, backend=backend, dynamic=is_dynamic, fullgraph=True)
-        self.forward = compiled  # type: ignore[method-assign]
+        options: dict[str, Any] = {"backend": backend, "dynamic": self.device.type == "cpu", "fullgraph": is_strict}
+        if "recompile_limit" in signature(torch.compile).parameters:
+            options["recompile_limit"] = _MOST_SHAPES
+        self.forward = torch.compile(self.forward, **options)  # type: ignore[method-assign]
 
     def empty_cache(self, slot_count: int) -> Tensor:
         """Return zeros for the keys and values of every slot: ``[L, slot, half, 2, H, T, D]``."""
@@ -222,26 +240,27 @@ class Decoder:
         text: Text | None,
         *,
         halves: int,
-        filled: int,
-        is_ragged: bool,
+        spans: tuple[Span, ...],
+        lines: int,
     ) -> Tensor:
         """Return the logits ``[R, half, K, V]`` that follow the tokens ``[R, K]`` at the positions ``[R]``, in float32.
 
-        Row r owns slot r of the cache, which gets its new keys and values. ``filled`` is how much of the cache is read,
-        at least one more than the furthest position; where that is more than a row has (``is_ragged``), each is masked by
-        its own position.
+        Row r owns slot r of the cache, which gets its new keys and values. The ``spans`` say how much of the cache each
+        row reads: one more than its position, or more, where it is masked. On a CPU products are made of at least ``lines``
+        lines, so that a row's numbers are the same to the last bit whoever shares the step.
         """
-        reach = self._reach(positions, halves, filled, is_ragged)
+        reach = self._reach(positions, cache, halves, spans)
+        texts = () if text is None else tuple(_text_parts(text))
         x = self._embed(tokens) + self._positions[positions]
         x = x.repeat_interleave(halves, dim=0)  # the halves' tokens agree
-        for layer, layer_cache, layer_text in self._layers_with(cache, text):
-            x = x + self._self_attention(layer, x, layer_cache, reach)
-            if layer.cross is not None and layer_text is not None and text is not None:
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
+            x = x + self._self_attention(layer, index, x, layer_cache, reach, lines)
+            if layer.cross is not None and text is not None:
                 # Without a text of its own, the null half's states are zero, and so is what attention makes of them.
                 readers = slice(None, None, halves // text.halves)
-                x[readers] += self._cross_attention(layer.cross, x[readers], layer_text, text.mask)
-            x = x + self._mlp(layer, x)
-        logits = linear(self._final_norm(x), self._heads).float()  # [N, K * V]
+                x[readers] += self._cross_attention(layer.cross, index, x[readers], texts, lines)
+            x = x + self._mlp(layer, x, lines)
+        logits = linear(self._final_norm(x), self._heads, lines).float()  # [N, K * V]
         return logits.view(len(tokens), halves, self.codebook_count, -1)
 
     @torch.no_grad()
@@ -249,7 +268,7 @@ class Decoder:
         """Fill one slot's cache ``[L, half, 2, H, T, D]`` with what stands before the position to decode.
 
         That is the prefix ``[half, E, hidden]`` and the tokens ``[P, K]``, given in advance: they take a few large
-        products instead of P small steps. Attention is causal throughout, as transformers has it.
+        products instead of P small steps. Attention is causal throughout, as transformers has it. The text is one slot's.
         """
         embedded = self._embed(tokens).expand(2, -1, -1)  # [half, P, hidden]
         x = embedded if prefix is None else torch.cat([prefix.to(self.dtype), embedded], dim=1)
@@ -262,48 +281,59 @@ class Decoder:
         end = start + x.shape[1]
         position = torch.arange(end, device=self.device)
         seen = position <= position[start:, None]  # [C, end]
-        for layer, layer_cache, layer_text in self._layers_with(cache, text):
+        texts = () if text is None else tuple(_text_parts(text))  # one, or none
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
             q, k, v = self._heads_of(_each(layer.self_norm(x), layer.self_qkv), 3)  # [half, H, C, D]
             layer_cache[:, :, :, start:end] = self._to_cache(torch.stack([k, v], dim=1))
             keys, values = layer_cache[..., :end, :].to(self.dtype).unbind(1)
             x = x + _each(_merge(_attention(q, keys, values, seen)), layer.self_out)
-            if layer.cross is not None and layer_text is not None and text is not None:
+            if layer.cross is not None and text is not None:
                 (q,) = self._heads_of(_each(layer.cross.norm(x[: text.halves]), layer.cross.q), 1)
-                read = _attention(q, layer_text[:, 0], layer_text[:, 1], text.mask)
-                x = torch.cat([x[: text.halves] + _each(_merge(read), layer.cross.out), x[text.halves :]])
-            x = x + self._mlp(layer, x.flatten(0, 1)).view(x.shape)
-
-    def _layers_with(self, cache: Tensor, text: Text | None) -> Iterator[tuple[Layer, Tensor, Tensor | None]]:
-        texts = [None] * len(self.layers) if text is None else text.keys_values.unbind(0)
-        return zip(self.layers, cache.unbind(0), texts, strict=True)
+                keys, values = texts[0].keys_values[index].unbind(1)
+                read = _each(_merge(_attention(q, keys, values, texts[0].mask)), layer.cross.out)
+                x = torch.cat([x[: text.halves] + read, x[text.halves :]])
+            flat = x.flatten(0, 1)
+            x = x + self._mlp(layer, flat, len(flat)).view(x.shape)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return functional.embedding(tokens + self._first_tokens, self._embedding).sum(1)  # [R, hidden]
+        """Return the sum of the codebooks' embeddings, ``[R, hidden]``, in transformers' order."""
+        total, *others = functional.embedding(tokens + self._first_tokens, self._embedding).unbind(1)
+        for embedded in others:
+            total = total + embedded
+        return total
 
     def _heads_of(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Return the parts of ``[half, C, parts * hidden]``, each ``[half, H, C, D]``."""
         return x.view(*x.shape[:2], parts, self.head_count, self.head_size).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _reach(self, positions: Tensor, halves: int, filled: int, is_ragged: bool) -> _Reach:
-        row_count = len(positions)
-        rows = torch.arange(row_count * 2 * 2 * self.head_count, device=self.device).view(row_count, 2, -1)[:, :halves]
-        lines = rows * self.max_positions + positions[:, None, None]  # [R, half, 2 * H]
-        positions = positions.repeat_interleave(halves)  # [N]
-        mask = None
-        if is_ragged and not self._has_kernel:
-            mask = additive(torch.arange(filled, device=self.device) <= positions[:, None], self.dtype)
-        return _Reach(lines.flatten(), row_count, halves, filled, positions, mask)
+    def _reach(self, positions: Tensor, cache: Tensor, halves: int, spans: tuple[Span, ...]) -> _Reach:
+        last = positions.repeat_interleave(halves)  # [N]
+        parts = []
+        for start, stop, length, is_masked in spans:
+            lines, mask = slice(start * halves, stop * halves), None
+            if is_masked and not self._has_kernel:
+                mask = additive(torch.arange(length, device=self.device) <= last[lines, None], self.dtype)
+            keys_values = cache[:, start:stop, :halves].flatten(1, 2)[
+                ..., :length, :
+            ]  # [L, N, 2, H, length, D], a view
+            parts.append(_Part(lines, keys_values.unbind(0), mask))
+        return _Reach(torch.arange(len(positions), device=self.device), positions, halves, last, tuple(parts))
 
-    def _self_attention(self, layer: Layer, x: Tensor, cache: Tensor, reach: _Reach) -> Tensor:
-        qkv = linear(layer.self_norm(x), layer.self_qkv).contiguous().view(-1, 3, self.head_count, self.head_size)
-        fresh = self._to_cache(qkv[:, 1:]).reshape(-1, self.head_size)
-        _copyable(cache).view(-1, self.head_size).index_copy_(0, reach.lines, _copyable(fresh))
-        keys_values = cache[: reach.row_count, : reach.halves].flatten(0, 1)[..., : reach.filled, :]
+    def _self_attention(self, layer: Layer, index: int, x: Tensor, cache: Tensor, reach: _Reach, lines: int) -> Tensor:
+        qkv = linear(layer.self_norm(x), layer.self_qkv, lines).contiguous()
+        qkv = qkv.view(len(reach.slots), reach.halves, 3, self.head_count, self.head_size)
+        fresh = self._to_cache(qkv[:, :, 1:])  # [R, half, 2, H, D]
+        _copyable(cache)[reach.slots, : reach.halves, :, :, reach.positions] = _copyable(fresh)
+        q = qkv[:, :, 0].flatten(0, 1)  # [N, H, D]
+        return linear(_join([self._read(q, index, part, reach) for part in reach.parts]), layer.self_out, lines)
+
+    def _read(self, q: Tensor, index: int, part: _Part, reach: _Reach) -> Tensor:
+        """Return what the part's queries read of a layer's cache: ``[N, H * D]``."""
         if self._has_kernel:
-            keys, values = keys_values.unbind(1)
-            return linear(attend_cached(qkv[:, 0], keys, values, reach.positions, reach.filled), layer.self_out)
-        keys, values = keys_values.to(self.dtype).unbind(1)  # [N, H, filled, D]: views, unless the cache is in 8 bits
-        return linear(_attend(qkv[:, 0], keys, values, reach.mask), layer.self_out)
+            keys, values = part.keys_values[index].unbind(1)
+            return attend_cached(q[part.lines], keys, values, reach.last[part.lines], keys.shape[-2])
+        keys, values = part.keys_values[index].to(self.dtype).unbind(1)  # views, unless the cache is in 8 bits
+        return _attend(q[part.lines], keys, values, part.mask)
 
     def _to_cache(self, keys_values: Tensor) -> Tensor:
         """Return them in the cache's number format; what is too large for 8 bits is as large as they can hold, not NaN."""
@@ -312,12 +342,18 @@ class Decoder:
         most = torch.finfo(self.cache_dtype).max
         return keys_values.clamp(-most, most).to(self.cache_dtype)
 
-    def _cross_attention(self, cross: Cross, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        q = linear(cross.norm(x), cross.q).contiguous().view(-1, self.head_count, self.head_size)
-        return linear(_attend(q, text[:, 0], text[:, 1], mask), cross.out)
+    def _cross_attention(self, cross: Cross, index: int, x: Tensor, texts: tuple[_Part, ...], lines: int) -> Tensor:
+        q = linear(cross.norm(x), cross.q, lines).contiguous().view(-1, self.head_count, self.head_size)
+        read = []
+        for part in texts:
+            keys, values = part.keys_values[index].unbind(1)
+            read.append(_attend(q[part.lines], keys, values, part.mask))
+        return linear(_join(read), cross.out, lines)
 
-    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        return linear(layer.activation(linear(layer.mlp_norm(x), layer.mlp_in)), layer.mlp_out)
+    def _mlp(self, layer: Layer, x: Tensor, lines: int) -> Tensor:
+        # Side by side in memory, each number goes through the same instructions wherever it stands.
+        inner = linear(layer.mlp_norm(x), layer.mlp_in, lines).contiguous()
+        return linear(layer.activation(inner), layer.mlp_out, lines)
 
 
 def sinusoids(count: int, width: int) -> Tensor:
@@ -334,21 +370,32 @@ def additive(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~is_visible, -math.inf)[:, None, None]
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: Weight, lines: int) -> Tensor:
     """Return ``x @ weight.T``, ``[N, out]``, made for N so small that reading the weight is what takes the time.
 
     On a CPU the weight stands on the left: a matrix product repacks its right operand, so it had better be the small one
-    (measured 1.3 to 1.5 times as fast for 2 to 32 lines in bfloat16, and for 4 to 32 in float32). A single line in
-    bfloat16 is doubled, because a matrix times a vector takes a slower path.
+    (measured 1.3 to 1.5 times as fast for 2 to 32 lines in bfloat16, and for 4 to 32 in float32, on a Xeon with AMX). What
+    is less than ``lines`` is filled up: how a product is rounded depends on how many lines it has, and a row's numbers must
+    not depend on how many others there are. That costs next to nothing.
     """
     if isinstance(weight, Int8):
-        return weight.apply(x)
+        return weight.apply(x)  # integers are not rounded
     count = x.shape[0]
-    if x.device.type != "cpu" or count > _FEW_LINES or (x.dtype == torch.float32 and count <= 2):
+    if x.device.type != "cpu" or count > max(lines, _FEW_LINES):
         return functional.linear(x, weight)
-    if count > 1:
-        return torch.mm(weight, x.t()).t()
-    return torch.mm(weight, x.t().expand(-1, 2)).t()[:1]
+    filled = functional.pad(x, (0, 0, 0, lines - count)) if count < lines else x
+    return torch.mm(weight, filled.t()).t()[:count]
+
+
+def _text_parts(text: Text) -> Iterator[_Part]:
+    for start, stop, length, is_masked in text.spans:
+        keys_values = text.keys_values[:, start:stop, : text.halves, :, :, :length].flatten(1, 2)  # [L, N, 2, H, X, D]
+        mask = text.mask[start:stop, : text.halves, :length].flatten(0, 1)[:, None, None] if is_masked else None
+        yield _Part(slice(start * text.halves, stop * text.halves), keys_values.unbind(0), mask)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _norm(module: nn.LayerNorm) -> Norm:
@@ -383,4 +430,5 @@ def _merge(heads: Tensor) -> Tensor:
 
 def _each(x: Tensor, weight: Weight) -> Tensor:
     """Return ``linear`` of each line of ``[half, C, in]``."""
-    return linear(x.flatten(0, 1), weight).view(*x.shape[:2], -1)
+    flat = x.flatten(0, 1)
+    return linear(flat, weight, len(flat)).reshape(*x.shape[:2], -1)

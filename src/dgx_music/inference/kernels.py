@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ def can_launch(device: torch.device, cache_dtype: torch.dtype) -> bool:
     cache = torch.zeros(1, 1, 1, 32, device=device).to(cache_dtype)
     position = torch.zeros(1, dtype=torch.long, device=device)
     try:
-        attend_cached(torch.zeros(1, 1, 32, device=device), cache, cache, position, 1)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            attend_cached(torch.zeros(1, 1, 32, device=device), cache, cache, position, 1)
     except Exception as error:  # a compiler's complaints are of many kinds
         logger.warning("no Triton kernels, torch's attention instead: %s", first_line(error))
         return False

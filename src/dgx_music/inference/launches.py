@@ -8,6 +8,7 @@ runs as it is, which is also the warm-up that a capture asks for.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,14 +17,31 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dgx_music.inference.trouble import first_line, has_lost_the_device, is_out_of_memory
+
 STEPS_PER_LAUNCH = 8
 """Of a GPU: the host then has a millisecond or more for what it does between launches."""
 _LENGTH_STEP = 128
 """What is attended to is rounded up to this many positions: twelve plans for a clip of 30 s."""
 TEXT_STEP = 32
-"""Room for text grows by so many tokens: each time it does, what was recorded before is of no use any more."""
+"""Least room for text, in tokens. Each time it grows, what was recorded before is of no use any more."""
+_WIDE, _ALL = 256, 1 << 30
+_MOST_GRAPHS = 128
+"""Each holds a few thousand kernels; the plan that has not come up for longest is recorded anew when it does."""
+
+logger = logging.getLogger(__name__)
 _LAUNCHES_AHEAD = 2
 """So many wait on the device while the host goes on: enough to keep it busy, few enough for a cancel to be quick."""
+
+
+class Span(NamedTuple):
+    """Neighbouring rows that attend to equally much."""
+
+    start: int
+    stop: int
+    length: int
+    is_masked: bool
+    """True where not all of the length is there for each of them."""
 
 
 class Plan(NamedTuple):
@@ -32,12 +50,10 @@ class Plan(NamedTuple):
     rows: int
     halves: int
     text_halves: int
-    text_length: int
-    is_text_ragged: bool
-    filled: int
+    reach: tuple[Span, ...]
     """How much of the cache is read."""
-    is_ragged: bool
-    """True where the cache that is read must be masked by each row's own position."""
+    texts: tuple[Span, ...]
+    """How much of the text is read."""
     widest: int
     """Among how many tokens is chosen."""
     steps: int
@@ -62,9 +78,9 @@ class Launcher(Protocol):
         """Return a context whose work is in order with the steps; what is borrowed from another stream outlives it."""
 
 
-def make_launcher(advance: Advance, device: torch.device) -> Launcher:
-    """Return what suits the device."""
-    return GraphLauncher(advance, device) if device.type == "cuda" else EagerLauncher(advance)
+def make_launcher(advance: Advance, stream: torch.cuda.Stream | None) -> Launcher:
+    """Return what suits the device: a GPU has a stream."""
+    return EagerLauncher(advance) if stream is None else GraphLauncher(advance, stream)
 
 
 class EagerLauncher:
@@ -92,12 +108,12 @@ class EagerLauncher:
 class GraphLauncher:
     """CUDA graphs, one for each plan, in one stream and one pool of memory."""
 
-    def __init__(self, advance: Advance, device: torch.device) -> None:
+    def __init__(self, advance: Advance, stream: torch.cuda.Stream) -> None:
         self._advance = advance
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = stream
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[Plan, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Plan, torch.cuda.CUDAGraph | None] = {}  # the least recently used first
+        self._unrecordable: set[Plan] = set()
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def fit(self, plan: Plan, slot_count: int, max_positions: int) -> Plan:
@@ -112,31 +128,45 @@ class GraphLauncher:
         self._under_way.append(self._stream.record_event())
 
     def _run(self, plan: Plan) -> None:
-        if plan not in self._graphs:
-            self._graphs[plan] = None
-            self._advance(plan)
-            return
-        graph = self._graphs[plan]
+        is_new = plan not in self._graphs
+        graph = self._graphs.pop(plan, None)
+        if graph is None and not is_new and plan not in self._unrecordable:
+            graph = self._record(plan)
+        self._graphs[plan] = graph
+        if len(self._graphs) > _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
         if graph is None:
-            graph = self._graphs[plan] = self._record(plan)
-        graph.replay()
-
-    def _record(self, plan: Plan) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads allocate for the text and the codec meanwhile, which must not break the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._advance(plan)
+        else:
+            graph.replay()
+
+    def _record(self, plan: Plan) -> torch.cuda.CUDAGraph | None:
+        """Return the recorded plan, or ``None`` where it cannot be recorded: then it goes on as it is, slower."""
+        graph = torch.cuda.CUDAGraph()
+        one = torch.ones(1, 1, device=self._stream.device)
+        torch.mm(one, one)  # cuBLAS makes a handle for each thread, which it may not do while recording
+        try:
+            # Other threads allocate for the text and the codec meanwhile, which must not break the recording.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._advance(plan)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or has_lost_the_device(error):
+                raise
+            logger.warning("no CUDA graph for %s: %s", plan, first_line(error))
+            self._unrecordable.add(plan)
+            return None
         return graph
 
     def forget(self) -> None:
         """Drop all recordings, once what was launched has been done."""
         self._stream.synchronize()
         self._graphs.clear()
+        self._under_way.clear()
 
     def on_stream(self, *borrowed: Tensor | None) -> AbstractContextManager[object]:
         """Return a context for the steps' stream; it waits for what made the borrowed tensors, and for nothing else."""
         if borrowed:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         for tensor in borrowed:
             if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(self._stream)
@@ -146,19 +176,24 @@ class GraphLauncher:
 def bucket(plan: Plan, slot_count: int, max_positions: int) -> Plan:
     """Return the plan of several steps, with every number rounded up so that few different plans come up.
 
-    Rows go up to a power of two, what is attended to to a multiple of 128, the choice of tokens to a power of two; masks
-    hide what is too much.
+    Rows go up to a power of two, what attention reads to a multiple of 128, text to twice as much and twice as much again,
+    the choice of tokens to 256 or all; masks hide what is too much.
     """
-    filled = plan.filled + STEPS_PER_LAUNCH - 1
+    rows = min(_power_of_two(plan.rows), slot_count)
+    filled = max(span.length for span in plan.reach) + STEPS_PER_LAUNCH - 1
+    text = max((span.length for span in plan.texts), default=0)
     return plan._replace(
-        rows=min(_power_of_two(plan.rows), slot_count),
-        text_length=round_up(plan.text_length, TEXT_STEP),
-        is_text_ragged=True,
-        filled=min(round_up(filled, _LENGTH_STEP), max_positions),
-        is_ragged=True,
-        widest=_power_of_two(plan.widest),
+        rows=rows,
+        reach=(Span(0, rows, min(round_up(filled, _LENGTH_STEP), max_positions), is_masked=True),),
+        texts=(Span(0, rows, text_room(text), is_masked=True),) if text else (),
+        widest=_WIDE if plan.widest <= _WIDE else _ALL,
         steps=STEPS_PER_LAUNCH,
     )
+
+
+def text_room(length: int) -> int:
+    """Return how much room to make for texts of that many tokens: 32, 64, 128 and so on."""
+    return max(TEXT_STEP, _power_of_two(length)) if length else 0
 
 
 def round_up(number: int, step: int) -> int:

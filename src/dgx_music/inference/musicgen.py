@@ -22,7 +22,7 @@ try:
     from dgx_music.inference.codec import Codec
     from dgx_music.inference.conditioning import LONGEST_PREFIX_TEXT, Conditioner, Conditions, fit
     from dgx_music.inference.decoder import Decoder
-    from dgx_music.inference.drift import MOST_NATS, measure_change
+    from dgx_music.inference.drift import MOST_NATS, TRIAL_FRAMES, measure_change, trial_requests
     from dgx_music.inference.loop import DecodingLoop
     from dgx_music.inference.residents import free_bytes
     from dgx_music.inference.slots import Row, Slots, delays
@@ -39,7 +39,6 @@ _MOST_SLOTS = {"cpu": 8, "cuda": 32}
 """More would hardly add to what is made in a second, and make each generation slower."""
 _SLOTS_SHARE = {"cpu": 0.4, "cuda": 0.8}
 """Of the free memory; the rest is for steps, text and codec, and on a CPU for everybody else."""
-_TRIAL_PROMPTS = ("a calm piano ballad", "fast drum and bass with a heavy synth line", "")
 
 
 def load(settings: EngineSettings) -> Engine:
@@ -88,7 +87,11 @@ class MusicGenEngine:
         if settings.compile:
             self._decoder.compile()
         slot_count = settings.slots or _fitting_slots(self._decoder, settings.model_count)
-        self._loop = DecodingLoop(lambda count: Slots(self._decoder, count, max_steps), slot_count)
+        self._loop = DecodingLoop(
+            lambda count: Slots(self._decoder, count, max_steps),
+            slot_count,
+            guard=torch.no_grad if settings.compile else torch.inference_mode,
+        )
         self._codec_thread = ThreadPoolExecutor(1, "codec")  # clips that end together are sooner done one by one
         self._is_untrained = info.is_untrained
         self.device = str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
@@ -191,8 +194,8 @@ class MusicGenEngine:
             if "kv_cache" in asked:
                 self._decoder.shrink_cache()
 
-        texts = [self._conditioner.read_text(prompt) for prompt in _TRIAL_PROMPTS]
-        drift = measure_change(self._decoder, texts, change)
+        requests = trial_requests(settings.model, hears_melody=not self._decoder.reads_text)
+        drift = measure_change(self._decoder, [self._trial(request) for request in requests], change)
         if not drift <= MOST_NATS:  # NaN is not
             remedy = " and ".join(f"DGX_MUSIC_{name.upper()}=full" for name in asked)
             raise EngineUnavailableError(
@@ -200,6 +203,14 @@ class MusicGenEngine:
                 f"{MOST_NATS:g} are accepted); use {remedy}."
             )
         return {**asked, "drift_nats": round(drift, 5)}
+
+    def _trial(self, request: GenerationRequest) -> Row:
+        """Return the row of a request that the model is tried with: what it is given, and a few frames of its own."""
+        given = torch.empty(self._decoder.codebook_count, 0, dtype=torch.long)
+        if request.continuation is not None:
+            given = self._codec.encode(fit(request.continuation, self._codec.sample_rate, self._codec.channels))
+        random = torch.Generator().manual_seed(request.effective_seed)
+        return self._row(request, self._conditioner.read(request), given, given.shape[1] + TRIAL_FRAMES, random)
 
     def _facts(self, request: GenerationRequest, device_seconds: float) -> dict[str, Any]:
         return {

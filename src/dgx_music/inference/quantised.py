@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 _LEVELS = 127  # of int8 on either side of 0
+_LEVEL = 1 / 126
+"""Of a line's largest number: one less than there are, for bfloat16 may round the quotient up by one in 256."""
 
 
 class Int8(NamedTuple):
@@ -18,33 +20,38 @@ class Int8(NamedTuple):
     scales: Tensor
     packed: Tensor | None
     """The values in the order in which this processor multiplies them, instead of ``values``; where oneDNN is there."""
+    zeros: Tensor  # [out], what oneDNN wants to know as well: 0 is 0
 
     @classmethod
     def of(cls, weight: Tensor, *, may_pack: bool = True) -> Int8:
         """Return the matrix with each of its rows rounded to 255 levels, so that its largest value is kept."""
         exact = weight.float()
-        scales = _scales(exact)  # [out, 1]
+        scales = exact.abs().amax(1, keepdim=True).clamp_(min=1e-12) / _LEVELS  # [out, 1]
         values = (exact / scales).round_().to(torch.int8)
+        zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         if not (may_pack and _can_pack(weight)):
-            return cls(values, scales[:, 0], None)
-        return cls(values.new_empty(0), scales[:, 0], torch.ops.onednn.qlinear_prepack(values, None))
+            return cls(values, scales[:, 0], None, zeros)
+        return cls(values.new_empty(0), scales[:, 0], torch.ops.onednn.qlinear_prepack(values, None), zeros)
 
     @property
     def nbytes(self) -> int:
         """How much memory the matrix takes."""
         values = self.values.numel() if self.packed is None else self.packed.numel()
-        return values + self.scales.nbytes
+        return values + self.scales.nbytes + self.zeros.nbytes
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T``, ``[N, out]`` in the format of ``x``, which is rounded line by line as well."""
-        levels = _scales(x)  # [N, 1]
+        """Return ``x @ weight.T``, ``[N, out]`` in the format of ``x``, which is rounded line by line as well.
+
+        A line of zeros has levels of size 0: what it is rounded to is anything, and becomes 0 again. A line with a number
+        that is not finite has levels that are not, and so will be its product.
+        """
+        levels = x.abs().amax(1, keepdim=True) * _LEVEL  # [N, 1]
         lines = (x / levels).round_().to(torch.int8)
         if self.packed is None:
             return (self._sums(lines) * levels).to(x.dtype)
-        zero = torch.zeros_like(self.scales, dtype=torch.int32)
-        weight, bias, out, then = (self.packed, self.scales, zero), None, (1.0, 0, x.dtype), ("none", (), "")
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(lines, 1.0, 0, *weight, bias, *out, *then)
-        return product * levels.to(x.dtype)
+        weight, bias, out, then = (self.packed, self.scales, self.zeros), None, (1.0, 0, x.dtype), ("none", (), "")
+        product: Tensor = torch.ops.onednn.qlinear_pointwise.default(lines, 1.0, 0, *weight, bias, *out, *then)
+        return product.mul_(levels)
 
     def _sums(self, lines: Tensor) -> Tensor:
         """Return the scaled sums ``[N, out]`` in float32; the weight stands on the left as in ``decoder.linear``."""
@@ -52,11 +59,6 @@ class Int8(NamedTuple):
         if lines.is_cuda:  # where the number of lines must be a multiple of 8
             lines = functional.pad(lines, (0, 0, 0, -count % 8))
         return (torch._int_mm(self.values, lines.t())[:, :count] * self.scales[:, None]).t()
-
-
-def _scales(rows: Tensor) -> Tensor:
-    """Return the size of a level for each row, ``[N, 1]`` in float32; never 0."""
-    return rows.abs().amax(1, keepdim=True).float().clamp_(min=1e-12) / _LEVELS
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -113,25 +113,22 @@ class Residents:
         engine = self._load_where_it_fits(settings)
         if settings.slots and engine.slots < settings.slots and self.unload_idle():
             _close(engine)
+            del engine
+            give_back_memory()
             engine = self._load_where_it_fits(settings)
         self._sizes[settings.model, settings.slots] = _memory_bytes(engine)
         return engine
 
     def _load_where_it_fits(self, settings: EngineSettings) -> Engine:
-        try:
-            return self._load(settings)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            give_back_memory(error)
-            if not self.unload_idle():
-                raise _does_not_fit(settings.model, error) from error
-        try:
-            return self._load(settings)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise _does_not_fit(settings.model, error) from error
+        while True:
+            try:
+                return self._load(settings)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                give_back_memory(error)
+                if not self.unload_idle():
+                    raise _does_not_fit(settings.model, error) from error
 
 
 def load_engine(settings: EngineSettings) -> Engine:

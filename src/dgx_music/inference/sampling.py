@@ -15,6 +15,10 @@ _COLDEST = 1e-4
 """Below this temperature the likeliest token is certain, and logits divided by it may overflow: decode greedily."""
 
 
+_TIE = 1e-12
+"""Of two tokens alike, and in 16 bit there are many, the lower one goes first: this much apart, whatever their number."""
+
+
 class Sampling(NamedTuple):
     """How to sample each row, ``[R, 1, 1]`` each, on the device; whole numbers as floats."""
 
@@ -55,10 +59,12 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, widest: int) ->
     distribution over the sorted top_k, cut at top_p, is read at the uniforms ``[R, K]``, which are in [0, 1): one number
     decides one token, whoever else is in the batch. ``widest`` is at least the largest top_k.
     """
+    logits = logits.double()  # sums of float32 would depend, in the last bits, on how wide the others choose
     scores = logits[:, 0]  # [R, K, V]
     if logits.shape[1] == 2:
         guided = logits[:, 1] + (scores - logits[:, 1]) * sampling.guidance_scale
         scores = torch.where(sampling.guidance_scale > 1, guided, scores)
+    scores = scores - torch.arange(scores.shape[-1], device=scores.device) * _TIE
     top, tokens = scores.topk(widest)  # [R, K, widest], from the likeliest on
     is_out = torch.arange(widest, device=top.device) >= sampling.top_k
     probabilities = (top / sampling.temperature).masked_fill(is_out, -math.inf).softmax(-1)

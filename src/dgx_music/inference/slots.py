@@ -18,6 +18,7 @@ Generation", section 2.2): position p predicts its frame p - delay[k].
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +27,11 @@ from torch import Tensor
 
 from dgx_music.errors import EngineError
 from dgx_music.inference.decoder import Decoder, Text
-from dgx_music.inference.launches import TEXT_STEP, Plan, make_launcher, round_up
+from dgx_music.inference.launches import TEXT_STEP, Plan, Span, make_launcher, round_up, text_room
 from dgx_music.inference.sampling import Sampling, effective_top_k, sample
+
+_LINES = 16
+"""Products are made of a multiple of so many lines: one tile of a processor that multiplies matrices."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -62,9 +66,21 @@ class Row:
         return 0 if self.prefix is None else self.prefix.shape[1]
 
     @property
+    def texts(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the two halves read; without guidance there is no other half."""
+        return self.text, self.negative if self.guidance_scale > 1 else None
+
+    @property
     def text_halves(self) -> int:
         """How many halves have a text to read: 0, 1 or 2."""
-        return 2 if self.negative is not None and self.guidance_scale > 1 else int(self.text is not None)
+        text, negative = self.texts
+        return 2 if negative is not None else int(text is not None)
+
+    @property
+    def text_extent(self) -> tuple[int, bool]:
+        """How many tokens the halves read, at least 1 (of zeros, where there is no text); True where one has fewer."""
+        lengths = {text.shape[-2] for text in self.texts if text is not None}
+        return max(lengths, default=1), len(lengths) > 1
 
 
 class _Board(NamedTuple):
@@ -95,6 +111,7 @@ class Slots:
         self._max_steps = max_steps
         device, codebooks = decoder.device, decoder.codebook_count
         self._delays = delays(codebooks, decoder.channels)
+        self._lines = round_up(2 * slot_count, _LINES)
         self._delay = torch.tensor(self._delays, device=device)  # [K]
         self._slot = torch.arange(slot_count, device=device)
         self._cache = decoder.empty_cache(slot_count)  # [L, S, half, 2, H, T, D]
@@ -111,7 +128,12 @@ class Slots:
         room = TEXT_STEP if decoder.reads_text else 0
         self._texts = decoder.empty_text(slot_count, room)  # [L, S, half, 2, H, X, D]
         self._text_mask = torch.zeros(slot_count, 2, room, dtype=decoder.dtype, device=device)  # [S, half, X]
-        self._launcher = make_launcher(self._advance, device)
+        self._launcher = make_launcher(self._advance, decoder.stream)
+
+    def close(self) -> None:
+        """Wait for what is under way and let go of everything; the slots are of no use any more."""
+        self._launcher.forget()
+        del self._launcher, self._cache, self._texts  # the launcher refers to the slots, and so would outlive them
 
     @property
     def has_room(self) -> bool:
@@ -126,11 +148,14 @@ class Slots:
         """
         with self._launcher.on_stream(row.text, row.negative, row.prefix, row.given, row.uniforms):
             slot = len(self.rows)
+            if slot == 0 and self._texts.shape[-2] > TEXT_STEP:
+                self._make_text_room(TEXT_STEP)  # a long text's is given back when it has gone
             self._clean(slot)
             self._write_text(slot, row)
             self._write(slot, row)
             if row.prefix is not None or row.given is not None:
-                tokens, text = self._board.tokens[slot, : row.position], self._text(slice(slot, slot + 1), [row])
+                own = Span(slot, slot + 1, *row.text_extent)
+                tokens, text = self._board.tokens[slot, : row.position], self._text(row.text_halves, (own,))
                 self._decoder.prefill(row.prefix, tokens, self._cache[:, slot], text)
             self.rows.append(row)
 
@@ -172,27 +197,22 @@ class Slots:
         self.rows = [mover if other is row else other for other in self.rows[:last]]
 
     def _plan(self) -> Plan:
-        """Return what the next step must reach."""
-        reached = [row.offset + row.position for row in self.rows]
-        text_lengths = {row.text.shape[-2] for row in self.rows if row.text is not None}
+        """Return what the next step must reach: of each row what is its own, and nothing of its neighbours'."""
         text_halves = max(row.text_halves for row in self.rows)
-        vocabulary = self._decoder.vocabulary
         return Plan(
             rows=len(self.rows),
             halves=2 if any(row.guidance_scale > 1 for row in self.rows) else 1,
             text_halves=text_halves,
-            text_length=self._text_length(self.rows),
-            is_text_ragged=text_halves == 2 or len(text_lengths) > 1 or any(row.text is None for row in self.rows),
-            filled=max(reached) + 1,
-            is_ragged=max(reached) > min(reached),
-            widest=max(effective_top_k(row.temperature, row.top_k, vocabulary) for row in self.rows),
+            reach=_spans((row.offset + row.position + 1, False) for row in self.rows),
+            texts=_spans(row.text_extent for row in self.rows) if text_halves else (),
+            widest=max(effective_top_k(row.temperature, row.top_k, self._decoder.vocabulary) for row in self.rows),
             steps=1,
         )
 
     def _advance(self, plan: Plan) -> None:
         """Make the plan's steps. All on the device: nothing here waits for a number, so that a GPU can replay it."""
         board, sampling = self._board.first(plan.rows), self._sampling.first(plan.rows)
-        slot, text = self._slot[: plan.rows], self._text_of(plan)
+        slot, text = self._slot[: plan.rows], self._text(plan.text_halves, plan.texts)
         for _ in range(plan.steps):
             logits = self._decoder.forward(
                 board.tokens[slot, board.position],  # [R, K]
@@ -200,8 +220,8 @@ class Slots:
                 self._cache,
                 text,
                 halves=plan.halves,
-                filled=plan.filled,
-                is_ragged=plan.is_ragged,
+                spans=plan.reach,
+                lines=self._lines,
             )
             sampled, is_finite = sample(
                 logits, board.uniforms[slot, board.position], sampling, min(plan.widest, self._decoder.vocabulary)
@@ -255,11 +275,12 @@ class Slots:
         """Put what cross-attention reads of the row into its slot, zeros where a half has no text: it reads zeros."""
         if not self._decoder.reads_text:
             return
-        if self._text_length([row]) > self._texts.shape[-2]:
-            self._make_text_room(self._text_length([row]))
+        longest, _ = row.text_extent
+        if longest > self._texts.shape[-2]:
+            self._make_text_room(longest)
         self._texts[:, slot] = 0
         self._text_mask[slot] = 0
-        for half, text in enumerate((row.text, row.negative)):
+        for half, text in enumerate(row.texts):
             if text is not None:
                 length = text.shape[-2]
                 self._texts[:, slot, half, ..., :length, :] = text
@@ -267,31 +288,27 @@ class Slots:
 
     def _make_text_room(self, length: int) -> None:
         """Make room for texts of that many tokens, and keep those that are there; what is new is masked for them."""
-        room = round_up(length, TEXT_STEP)
+        room = text_room(length)
         texts = self._decoder.empty_text(self.slot_count, room)
         mask = torch.full((self.slot_count, 2, room), -math.inf, dtype=self._decoder.dtype, device=self._decoder.device)
-        former = self._texts.shape[-2]
-        texts[..., :former, :], mask[..., :former] = self._texts, self._text_mask
+        kept = min(room, self._texts.shape[-2])
+        texts[..., :kept, :], mask[..., :kept] = self._texts[..., :kept, :], self._text_mask[..., :kept]
         self._launcher.forget()
         self._texts, self._text_mask = texts, mask
 
-    @staticmethod
-    def _text_length(rows: list[Row]) -> int:
-        return max(0 if text is None else text.shape[-2] for row in rows for text in (row.text, row.negative))
+    def _text(self, halves: int, spans: tuple[Span, ...]) -> Text | None:
+        return Text(self._texts, self._text_mask, halves, spans) if halves else None
 
-    def _text_of(self, plan: Plan) -> Text | None:
-        return self._view_text(slice(0, plan.rows), plan.text_halves, plan.text_length, is_ragged=plan.is_text_ragged)
 
-    def _text(self, slots: slice, rows: list[Row]) -> Text | None:
-        halves = max(row.text_halves for row in rows)
-        return self._view_text(slots, halves, self._text_length(rows), is_ragged=True)
-
-    def _view_text(self, slots: slice, halves: int, length: int, *, is_ragged: bool) -> Text | None:
-        if not halves:
-            return None
-        keys_values = self._texts[:, slots, :halves, :, :, :length].flatten(1, 2)  # [L, R * half, 2, H, X, D]
-        mask = self._text_mask[slots, :halves, :length].flatten(0, 1)[:, None, None] if is_ragged else None
-        return Text(keys_values, mask, halves)
+def _spans(extents: Iterable[tuple[int, bool]]) -> tuple[Span, ...]:
+    """Return the spans of rows of which each reads so much, masked or not: neighbours alike share one."""
+    spans: list[Span] = []
+    for row, (length, is_masked) in enumerate(extents):
+        if spans and spans[-1][2:] == (length, is_masked):
+            spans[-1] = spans[-1]._replace(stop=row + 1)
+        else:
+            spans.append(Span(row, row + 1, length, is_masked))
+    return tuple(spans)
 
 
 def delays(codebook_count: int, channels: int) -> list[int]:

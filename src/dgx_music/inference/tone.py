@@ -1,8 +1,8 @@
 """The tone engine: sine waves at once, the same on every machine, without torch; for our tests and for yours.
 
-Pitch follows from the whole request and its attempt, so that two attempts never sound alike. A continuation is played
-first, as it is; a melody is taken, and told of, but not followed. How fast it is and where
-it fails is scripted from outside, by two environment variables of the worker:
+Pitch follows from the request's words and numbers, its attempt among them, so that two attempts never sound alike; its
+clips do not change it. A continuation is played first, as it is; a melody is taken, and told of, but not followed. How
+fast it is and where it fails is scripted from outside, by two environment variables of the worker:
 
 ``DGX_MUSIC_TONE_SPEED``
     seconds of audio made in a second of wall time; instant where it is not set.
@@ -21,7 +21,7 @@ it fails is scripted from outside, by two environment variables of the worker:
     ``do``         ``wait``: succeed after ``seconds``; ``raise``: fail in a way that a retry may cure; ``reject``: fail
                    for good; ``shrink``: halve the slots and give the generation back, as where memory runs out;
                    ``exit``: end the process with ``exit_code``; ``kill``: end it by SIGKILL; ``hang``: report progress
-                   once, then never end, whatever is cancelled
+                   for a moment, then never end, whatever is cancelled
     ``seconds``    how long the generation takes, or how long it runs before it fails; 0, of no meaning to ``hang``
     ``audio_seconds``
                    how long ``wait`` goes on after it has freed its slot; 0
@@ -53,6 +53,8 @@ NOTICE = "tone engine: sine waves for tests, not music"
 _AMPLITUDE = 0.5
 _LOWEST_HZ, _HIGHEST_HZ = 110.0, 880.0
 _SLICE_SECONDS = 0.02
+_HANG_REPORTS = 5
+"""A single one may be dropped, where the channel is busy."""
 
 
 class Rule(BaseModel):
@@ -170,7 +172,7 @@ def read_script(path: Path) -> tuple[Rule, ...]:
 
 def pitch_hz(request: GenerationRequest) -> float:
     """Return the tone's frequency, 110 to 880 Hz, spread evenly over all requests and attempts."""
-    digest = hashlib.sha256(repr(request).encode()).digest()
+    digest = hashlib.sha256(repr(request).encode()).digest()  # which leaves the clips out
     return _LOWEST_HZ + (_HIGHEST_HZ - _LOWEST_HZ) * int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -225,6 +227,8 @@ def _fail(rule: Rule) -> NoReturn:
 
 
 def _hang(run: Run) -> NoReturn:
-    run.report_progress(0.5)
+    for _ in range(_HANG_REPORTS):
+        run.report_progress(0.5)
+        time.sleep(_SLICE_SECONDS)
     while True:
         threading.Event().wait()

@@ -8,8 +8,28 @@ import sys
 import traceback
 from collections.abc import Iterator
 
-_NO_MEMORY = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_BROKEN = ("CUDA error", "Triton Error [CUDA]")
+_NO_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # there is no room for its handle
+)
+_STICKY = (
+    "an illegal memory access was encountered",
+    "misaligned address",
+    "device-side assert triggered",  # torch's advice below every error speaks of "device-side assertions"
+    "unspecified launch failure",
+    "the launch timed out",
+    "uncorrectable",  # ECC, NVLink
+    "hardware stack error",
+    "an illegal instruction was encountered",
+    "operation not supported on global/shared address space",
+    "invalid program counter",
+    "context is destroyed",
+    "driver shutting down",
+    "invalid device context",
+)
+"""CUDA's words for the errors after which the process has to be ended, as its documentation of ``cudaError`` says."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -58,4 +78,5 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _is_of_the_device(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
-    return type(error).__name__ == "AcceleratorError" or any(word in str(error) for word in _BROKEN)
+    text = str(error)
+    return "CUDA" in text and any(words in text for words in _STICKY)

@@ -24,13 +24,16 @@ class Window(NamedTuple):
 
 
 def cut(total: int, given: int, longest: int) -> Iterator[Window]:
-    """Yield the windows, of at most ``longest`` frames, of a clip of ``total``, of which ``given`` are there."""
-    stride = round(longest * _STRIDE)
-    start = 0
-    while start + given < total:
-        frame_count = min(total - start, longest)
-        yield Window(start, frame_count, given)
-        start, given = start + stride, max(0, frame_count - stride)
+    """Yield the windows, of at most ``longest`` frames, of a clip of ``total``, of which ``given`` are there.
+
+    In each of them something is missing.
+    """
+    start, stride = 0, round(longest * _STRIDE)
+    while given < total:
+        end = min(start + longest, total)
+        if given < end:
+            yield Window(start, end - start, given - start)
+        start, given = start + stride, max(given, end)
 
 
 class WindowRun:
