@@ -255,7 +255,7 @@ async def test_progress_rises_below_one(process: EngineProcess, script: WriteScr
 
 
 async def test_a_broken_progress_callback_breaks_nothing_else(process: EngineProcess, script: WriteScript) -> None:
-    script({"do": "wait", "seconds": 0.01})
+    script({"do": "wait", "seconds": 0.1})
     errors: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
 
