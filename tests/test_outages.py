@@ -277,7 +277,7 @@ async def test_connections_that_a_network_has_forgotten_cost_no_lease(
 ):
     """None of the pool's connections answers ever again: they are all given up before the lease has run out."""
     await add_many(database, 6)
-    settings = QUICK | {"lease_seconds": 4.0, "timeout_seconds": 2.0}  # half of the lease, as by default
+    settings = QUICK | {"lease_seconds": 6.0, "timeout_seconds": 3.0}  # half of the lease, as by default
     daemon = start(url=proxied, script=script({"do": "wait", "seconds": 8.0}), slots=6, **settings)
     await until_in_hand(database, [daemon], 6)
     other = start(**settings)
