@@ -149,7 +149,7 @@ def test_graphs_give_the_tokens_of_eager_launches(options: dict[str, Any]) -> No
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_host_never_waits_within_a_launch() -> None:
+def test_a_launch_copies_nothing_to_the_host() -> None:
     slots = make_slots_on_gpu()
     for row in list(make_rows())[:3]:
         slots.admit(row)

@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditional
 from dgx_music.errors import EngineError
 from dgx_music.inference.decoder import Decoder, Text, linear, sinusoids
 from dgx_music.inference.drift import divergence
-from dgx_music.inference.launches import Span
+from dgx_music.inference.launches import Span, text_room
 from dgx_music.inference.sampling import Sampling, sample
 from dgx_music.inference.slots import Row, Slots, delays
 from dgx_music.inference.tiny import build_tiny
@@ -248,6 +248,17 @@ def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(places: tu
     far, after = decode([rows["far"], rows["next"]], slots=slots)
     assert torch.equal(far, decode([make_row(frames=40, seed=1)])[0])
     assert torch.equal(after, decode([make_row(frames=20, seed=2)])[0])
+
+
+@pytest.mark.parametrize(("prompt", "kept"), [("x" * 40, 64), ("x" * 100, 128), ("x" * 200, 32)])
+def test_the_room_of_a_long_text_is_given_back_when_all_have_gone(prompt: str, kept: int) -> None:
+    """A usual text's is not: on a GPU what was recorded would go with it."""
+    slots = make_slots()
+    decode([make_row(prompt), make_row()], slots=slots)
+    assert slots._texts.shape[-2] == max(kept, text_room(len(prompt) + 1))
+    codes = decode([make_row(frames=9, **GREEDY)], slots=slots)[0]
+    assert slots._texts.shape[-2] == slots._text_mask.shape[-1] == kept
+    assert torch.equal(codes, reference_codes(PROMPTS[0], 9, 3.0))
 
 
 def test_both_halves_share_a_batch_only_where_a_row_is_guided() -> None:

@@ -36,7 +36,13 @@ from dgx_music.errors import (
 from dgx_music.inference.channel import Decoder, Message, decode_request, encode
 from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, Run
 from dgx_music.inference.residents import Residents, estimate_bytes, free_bytes, load_engine
-from dgx_music.inference.trouble import first_line, give_back_memory, has_lost_the_device, is_out_of_memory
+from dgx_music.inference.trouble import (
+    MEMORY_REMEDY,
+    first_line,
+    give_back_memory,
+    has_lost_the_device,
+    is_out_of_memory,
+)
 
 PROGRESS_SECONDS = 0.5
 LOST_THE_DEVICE = 70
@@ -237,8 +243,7 @@ class Server:
             self._given_back += 1
             message = f"There is no memory for this generation beside the others ({first_line(error)})."
             return _failed(run.key, EngineReplacedError.__name__, message)
-        remedy = "use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16"
-        message = f"There is no memory for this generation ({first_line(error)}); {remedy}."
+        message = f"There is no memory for this generation ({first_line(error)}); {MEMORY_REMEDY}."
         return _failed(run.key, EngineError.__name__, message)
 
     def _end_where_the_device_is_lost(self, error: BaseException) -> None:

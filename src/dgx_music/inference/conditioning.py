@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any, NamedTuple
 
-import soxr
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dgx_music.audio import match_channels, resample
 from dgx_music.catalog import WINDOW_SECONDS
 from dgx_music.errors import GenerationRejectedError
 from dgx_music.inference.decoder import Decoder
@@ -90,9 +90,5 @@ class Conditioner:
 
 def fit(clip: Audio, sample_rate: int, channels: int) -> Tensor:
     """Return the clip's samples ``[channel, sample]`` at that rate, mixed down to one channel or doubled to two."""
-    samples = clip.samples
-    if samples.shape[0] != channels:
-        samples = samples.mean(axis=0, keepdims=True).repeat(channels, axis=0)
-    if clip.sample_rate != sample_rate:
-        samples = soxr.resample(samples.T, clip.sample_rate, sample_rate).T
-    return torch.from_numpy(samples.copy())
+    samples = resample(match_channels(clip.samples, channels), clip.sample_rate, sample_rate)
+    return torch.from_numpy(samples.copy())  # a request's own samples may be read-only

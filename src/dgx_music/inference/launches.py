@@ -25,13 +25,16 @@ _LENGTH_STEP = 128
 """What is attended to is rounded up to this many positions: twelve plans for a clip of 30 s."""
 TEXT_STEP = 32
 """Least room for text, in tokens. Each time it grows, what was recorded before is of no use any more."""
+USUAL_TEXT = 128
+"""Room that is never given back; what a longer text has taken goes with the last row, or one would cost all slots for ever."""
 _WIDE, _ALL = 256, 1 << 30
+"""Among how many tokens a launch chooses."""
 _MOST_GRAPHS = 128
 """Each holds a few thousand kernels; the plan that has not come up for longest is recorded anew when it does."""
-
-logger = logging.getLogger(__name__)
 _LAUNCHES_AHEAD = 2
 """So many wait on the device while the host goes on: enough to keep it busy, few enough for a cancel to be quick."""
+
+logger = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dgx_music.errors import EngineReplacedError, EngineUnavailableError
 from dgx_music.inference.engine import Engine, EngineSettings, EstimateBytes, LoadEngine
-from dgx_music.inference.trouble import first_line, give_back_memory, is_out_of_memory
+from dgx_music.inference.trouble import MEMORY_REMEDY, first_line, give_back_memory, is_out_of_memory
 
 ENGINES = {"musicgen": "dgx_music.inference.musicgen", "tone": "dgx_music.inference.tone"}
 
@@ -177,5 +177,4 @@ def _fits(needed: int | None, free: int | None) -> bool:
 
 
 def _does_not_fit(model: str, error: Exception) -> EngineUnavailableError:
-    remedy = "use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16"
-    return EngineUnavailableError(f"The model {model} does not fit into memory ({first_line(error)}); {remedy}.")
+    return EngineUnavailableError(f"The model {model} does not fit into memory ({first_line(error)}); {MEMORY_REMEDY}.")

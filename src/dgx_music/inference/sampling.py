@@ -13,8 +13,6 @@ from torch import Tensor
 
 _COLDEST = 1e-4
 """Below this temperature the likeliest token is certain, and logits divided by it may overflow: decode greedily."""
-
-
 _TIE = 1e-12
 """Of two tokens alike, and in 16 bit there are many, the lower one goes first: this much apart, whatever their number."""
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dgx_music.errors import EngineError
 from dgx_music.inference.decoder import Decoder, Text
-from dgx_music.inference.launches import TEXT_STEP, Plan, Span, make_launcher, round_up, text_room
+from dgx_music.inference.launches import TEXT_STEP, USUAL_TEXT, Plan, Span, make_launcher, round_up, text_room
 from dgx_music.inference.sampling import Sampling, effective_top_k, sample
 
 _LINES = 16
@@ -148,8 +148,6 @@ class Slots:
         """
         with self._launcher.on_stream(row.text, row.negative, row.prefix, row.given, row.uniforms):
             slot = len(self.rows)
-            if slot == 0 and self._texts.shape[-2] > TEXT_STEP:
-                self._make_text_room(TEXT_STEP)  # a long text's is given back when it has gone
             self._clean(slot)
             self._write_text(slot, row)
             self._write(slot, row)
@@ -264,7 +262,7 @@ class Slots:
     def _clean(self, slot: int) -> None:
         """Clear the slot's cache where it may hold NaN: what is masked is still multiplied by 0, which leaves NaN.
 
-        A GPU clears in less time than the host would wait for the answer.
+        A GPU is not asked: the host would have to wait for all that it has to do before.
         """
         if self._decoder.device.type != "cpu" or not self._board.is_finite[slot]:
             self._cache[:, slot] = 0
@@ -276,7 +274,8 @@ class Slots:
         if not self._decoder.reads_text:
             return
         longest, _ = row.text_extent
-        if longest > self._texts.shape[-2]:
+        room = self._texts.shape[-2]
+        if longest > room or (not self.rows and max(longest, USUAL_TEXT) < room):
             self._make_text_room(longest)
         self._texts[:, slot] = 0
         self._text_mask[slot] = 0

@@ -31,6 +31,8 @@ _STICKY = (
 )
 """CUDA's words for the errors after which the process has to be ended, as its documentation of ``cudaError`` says."""
 
+MEMORY_REMEDY = "use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16"
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory did not suffice, the device's or the host's, for this error or for one that it came from."""

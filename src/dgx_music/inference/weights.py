@@ -79,7 +79,7 @@ def _find_snapshot(repository: str, revision: str, licence: str) -> Path:
     except Exception as error:
         raise EngineUnavailableError(
             f"The model {repository} (revision {revision}) is not on this machine and cannot be downloaded "
-            f"({first_line(error)}); connect to the internet once, or point DGX_MUSIC_MODEL at a local folder, "
+            f"({_first_line(error)}); connect to the internet once, or point DGX_MUSIC_MODEL at a local folder, "
             "or use musicgen-tiny-untrained."
         ) from error
 
@@ -102,7 +102,7 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedToken
             raise ValueError("its tokenizer has no vocabulary")
     except Exception as error:
         raise EngineUnavailableError(
-            f"The model in {folder} cannot be loaded ({first_line(error)}); it needs the safetensors weights, the "
+            f"The model in {folder} cannot be loaded ({_first_line(error)}); it needs the safetensors weights, the "
             "configuration and the tokenizer that `save_pretrained` writes."
         ) from error
     return model, tokenizer
@@ -128,6 +128,6 @@ class _MusicgenMelody(MusicgenMelodyForConditionalGeneration):  # type: ignore[m
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = _IN_FLOAT32
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     """Return what a sentence can quote of the error."""
     return str(error).partition("\n")[0].rstrip(".")
