@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -61,9 +62,10 @@ class Bench:
         self.stock = Stock(model, tokenizer)
         self._weight_bytes = {self.stock.name: sum(each.nbytes for each in model.decoder.parameters())}
         self.ours: list[Ours] = []
-        for weights in options.weights:
+        for weights, compiled in product(options.weights, options.compile):
             before = device.held_bytes(self._device)
-            loop = Ours(model, tokenizer, max(options.room, options.seconds), weights)
+            longest = max(options.room, options.seconds)
+            loop = Ours(model, tokenizer, longest, weights, compiled)
             self._weight_bytes[loop.name] = device.held_bytes(self._device) - before
             self.ours.append(loop)
         self._dtype_bytes: int = dtype.itemsize

@@ -100,6 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--weights", choices=("auto", "int8"), nargs="+", default=["auto"], help="ours only")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), nargs="+", default=["auto"], help="ours only")
     parser.add_argument("--seconds", type=float, help="a clip's, and the longest of the mixed ones")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--rounds", type=int)

@@ -92,17 +92,28 @@ class Ours:
     """The slots. All that the benchmark knows of the engine is in this class."""
 
     def __init__(
-        self, model: MusicgenForConditionalGeneration, tokenizer: ByT5Tokenizer, longest: float, weights: str
+        self,
+        model: MusicgenForConditionalGeneration,
+        tokenizer: ByT5Tokenizer,
+        longest: float,
+        weights: str,
+        compiled: str,
     ) -> None:
         """Copy the model's language model; ``longest`` is for how many seconds of audio a slot has positions."""
-        self.name = "slots" if weights == "auto" else f"slots, {weights}"
+        extras = {"auto": [], "on": ["compiled"], "off": ["plain torch"]}[compiled]
+        self.name = ", ".join(["slots", *[weights] * (weights != "auto"), *extras])
         self.bytes_per_weight = 1.0 if weights == "int8" else float(model.decoder.dtype.itemsize)
         self._device, self._tokenizer, self._text_encoder = model.device, tokenizer, model.text_encoder
         self._max_steps = steps(longest)
         decoder, projection = copy.deepcopy(model.decoder), copy.deepcopy(model.enc_to_dec_proj)
         self._decoder = Decoder(decoder, projection, self._max_steps + 1)  # one position to spare
+        is_on_gpu = self._device.type == "cuda"
+        if compiled != "off" and not is_on_gpu:
+            self._decoder.build_kernels()
         if weights == "int8":
             self._decoder.quantise()
+        if compiled == "on" and is_on_gpu:
+            self._decoder.compile()
         self._slots: Slots | None = None
 
     def open(self, batch: int) -> None:

@@ -85,7 +85,11 @@ class Settings(BaseSettings):
     kv_cache: Literal["full", "fp8"] = Field(
         "full", description="`fp8` keeps attention's keys and values in 8 bits, unless that changes too much"
     )
-    compile: bool = Field(False, description="have torch compile the step, which takes a minute at first")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="`auto`: on a CPU build a few kernels in C, where there is a compiler; `on`: on a GPU have torch compile "
+        "the step as well, which takes a minute at first; `off`: neither",
+    )
     audio_format: AudioFormat = Field("wav", description="file format")
     loudness: Loudness = Field("lufs", description="`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`")
     tenant_limit: int | None = Field(
@@ -241,8 +245,6 @@ def _explain(error: ValidationError) -> ConfigurationError:
 def _remedy(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return f"use one of {', '.join(get_args(field.annotation))}"
-    if field.annotation is bool:
-        return "use true or false"
     bounds = {side: getattr(limit, side) for limit in field.metadata for side in ("ge", "le") if hasattr(limit, side)}
     if bounds:
         number = "whole number" if field.annotation is int else "number"

@@ -98,7 +98,7 @@ def test_a_server_that_is_not_there_ends_5_and_its_password_is_never_printed(
 
 @pytest.mark.parametrize(
     ("setting", "value", "remedy"),
-    [("SLOTS", "many", "auto or a whole number from 1 to 256"), ("COMPILE", "maybe", "true or false")],
+    [("SLOTS", "many", "auto or a whole number from 1 to 256"), ("COMPILE", "true", "one of auto, on, off")],
 )
 def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, remedy: str

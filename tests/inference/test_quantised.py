@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference import drift, musicgen
-from dgx_music.inference.decoder import Decoder, linear
+from dgx_music.inference.decoder import Decoder
+from dgx_music.inference.layers import linear
 from dgx_music.inference.quantised import Int8
 from dgx_music.inference.slots import Row, Slots, delays
 from dgx_music.inference.tiny import build_tiny, build_tiny_melody

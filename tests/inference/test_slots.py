@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditionalGeneration
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.decoder import Decoder, Text, linear, sinusoids
+from dgx_music.inference.decoder import Decoder, Text, sinusoids
 from dgx_music.inference.drift import divergence
 from dgx_music.inference.launches import Span, text_room
+from dgx_music.inference.layers import linear
 from dgx_music.inference.sampling import Sampling, sample
 from dgx_music.inference.slots import Row, Slots, delays
 from dgx_music.inference.tiny import build_tiny
@@ -437,19 +438,6 @@ def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
         assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))
 
 
-@pytest.fixture
-def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have torch compile as it does for a GPU."""
-    compile_ = torch.compile
-
-    @wraps(compile_)
-    def compile_fixed(forward: Any, **options: Any) -> Any:
-        return compile_(forward, **options | {"dynamic": False})
-
-    monkeypatch.setattr(torch, "compile", compile_fixed)
-
-
-@pytest.mark.usefixtures("fixed_shapes")
 def test_a_plan_for_each_length_is_compiled() -> None:
     """More of them than the 8 that torch takes where it is not told; ``is_strict`` raises past the limit."""
     (codes,) = decode(
@@ -458,7 +446,6 @@ def test_a_plan_for_each_length_is_compiled() -> None:
     assert torch.equal(codes, reference_codes(PROMPTS[0], 8, 3.0))
 
 
-@pytest.mark.usefixtures("fixed_shapes")
 def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgx_music.inference.decoder._MOST_SHAPES", 3)
     scales = (3.0, 1.0, 2.0, 1.0)

@@ -40,7 +40,7 @@ def worker(
     ] = None,
     weights: Annotated[Literal["full", "int8"] | None, setting("weights", rich_help_panel=_MODEL)] = None,
     kv_cache: Annotated[Literal["full", "fp8"] | None, setting("kv_cache", rich_help_panel=_MODEL)] = None,
-    compile_step: Annotated[bool | None, setting("compile", rich_help_panel=_MODEL)] = None,
+    compile_step: Annotated[Literal["auto", "on", "off"] | None, setting("compile", rich_help_panel=_MODEL)] = None,
     slots: Annotated[str | None, setting("slots", metavar="auto|N", rich_help_panel=_MODEL)] = None,
     tenant_limit: Annotated[int | None, setting("tenant_limit")] = None,
     output: Output = None,

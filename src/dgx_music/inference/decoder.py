@@ -11,10 +11,9 @@ H heads of size D, hidden = H * D; K codebooks of V tokens; T positions; X text 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from inspect import signature
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,91 +21,14 @@ from torch.nn import functional
 
 from dgx_music.inference.kernels import attend_cached, can_launch, is_available
 from dgx_music.inference.launches import Span
+from dgx_music.inference.layers import Cross, Layer, Weight, linear, norm_of
+from dgx_music.inference.native import Native, build
 from dgx_music.inference.quantised import Int8
-
-Weight: TypeAlias = Tensor | Int8
 
 _MOST_SHAPES = 128
 """So many shapes of the forward pass are compiled: a GPU's plans of six sizes of batch and twelve lengths, and some."""
 _PREFILL_POSITIONS = 256
 """Read at a time: enough to make reading the weights cheap, few enough for the memory that attention needs."""
-_FEW_LINES = 64
-"""Up to so many lines of numbers a product's cost is reading the weight."""
-
-
-class Norm(NamedTuple):
-    """Weight and bias of a layer norm, [hidden] each."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x normalised over its last dimension."""
-        return torch.layer_norm(x, self.bias.shape, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class Cross:
-    """The weights of a layer's cross-attention, which reads the text."""
-
-    norm: Norm
-    q: Weight
-    kv: Tensor  # [2 * hidden, hidden]
-    out: Weight
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The weights of one layer, each [out, in]; there are no biases but the norms'."""
-
-    self_norm: Norm
-    self_qkv: Weight  # [3 * hidden, hidden]
-    self_out: Weight
-    cross: Cross | None
-    """``None`` in the melody models, whose text is a prefix of what self-attention reads."""
-    mlp_norm: Norm
-    mlp_in: Weight
-    mlp_out: Weight
-    activation: Callable[[Tensor], Tensor]
-
-    @classmethod
-    def fuse(cls, layer: Any) -> Layer:
-        """Return the weights of one of transformers' decoder layers; only the fused ones are copied."""
-        own, text = layer.self_attn, getattr(layer, "encoder_attn", None)
-        return cls(
-            self_norm=_norm(layer.self_attn_layer_norm),
-            self_qkv=torch.cat([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]),
-            self_out=own.out_proj.weight,
-            cross=None if text is None else cls._fuse_cross(text, layer.encoder_attn_layer_norm),
-            mlp_norm=_norm(layer.final_layer_norm),
-            mlp_in=layer.fc1.weight,
-            mlp_out=layer.fc2.weight,
-            activation=layer.activation_fn,
-        )
-
-    @staticmethod
-    def _fuse_cross(text: Any, norm: nn.LayerNorm) -> Cross:
-        keys_values = torch.cat([text.k_proj.weight, text.v_proj.weight])
-        return Cross(_norm(norm), text.q_proj.weight, keys_values, text.out_proj.weight)
-
-    def quantise(self) -> Layer:
-        """Return the layer with all in 8 bits that is read at every step."""
-        return replace(
-            self,
-            self_qkv=_quantise(self.self_qkv),
-            self_out=_quantise(self.self_out),
-            cross=self.cross and replace(self.cross, q=_quantise(self.cross.q), out=_quantise(self.cross.out)),
-            mlp_in=_quantise(self.mlp_in),
-            mlp_out=_quantise(self.mlp_out),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """How much memory the layer's matrices take."""
-        weights: list[Weight] = [self.self_qkv, self.self_out, self.mlp_in, self.mlp_out]
-        if self.cross is not None:
-            weights += [self.cross.q, self.cross.kv, self.cross.out]
-        return sum(weight.nbytes for weight in weights)
 
 
 class Text(NamedTuple):
@@ -119,20 +41,24 @@ class Text(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What neighbouring lines read, the same in every layer but for its contents."""
+    """What neighbouring lines read; all views, made once for all layers."""
 
     lines: slice
-    keys_values: tuple[Tensor, ...]  # for each layer [N, 2, H, T, D]
+    keys: tuple[Tensor, ...]  # for each layer [N, H, T, D]
+    values: tuple[Tensor, ...]
     mask: Tensor | None  # [N, 1, 1, T], what to add to the scores
+    newest: tuple[Tensor, ...] = ()  # for each layer [N, 2, H, D], where the last of them goes
 
 
 class _Reach(NamedTuple):
-    """What a step writes and reads of the caches; the same in every layer."""
+    """What a step writes and reads of the caches."""
 
     slots: Tensor  # [R], and
     positions: Tensor  # [R], where the new keys and values go
     halves: int
     last: Tensor  # [N], the last position that each line reads
+    is_exact: bool
+    """True where no line reads further than that, so that the host knows the positions."""
     parts: tuple[_Part, ...]
 
 
@@ -161,10 +87,11 @@ class Decoder:
         """Of a GPU: where all slots of this decoder make their steps."""
         self._first_tokens = torch.arange(self.codebook_count, device=self.device) * (config.vocab_size + 1)  # [K]
         self._positions = sinusoids(max_positions, config.hidden_size).to(self.device, self.dtype)  # [T, hidden]
-        self._final_norm = _norm(decoder.layer_norm)
+        self._final_norm = norm_of(decoder.layer_norm)
         self._heads: Weight = torch.cat([head.weight for head in model.lm_heads])  # [K * V, hidden]
         self.cache_dtype = self.dtype
         self._has_kernel = False  # to read a cache in 8 bits; without, it is converted at every step
+        self._native: Native | None = None
         self.layers: list[Layer] = []
         while decoder.layers:
             self.layers.append(Layer.fuse(decoder.layers[0]))
@@ -191,22 +118,26 @@ class Decoder:
     def quantise(self) -> None:
         """Round all to 8 bits that is read at every step; embeddings and norms stay as they are."""
         for index in range(len(self.layers)):
-            self.layers[index] = self.layers[index].quantise()
-        self._heads = _quantise(self._heads)
+            self.layers[index] = self.layers[index].quantise(self._native)
+        if not isinstance(self._heads, Int8):
+            self._heads = Int8.of(self._heads, self._native)
 
     def shrink_cache(self) -> None:
         """Keep keys and values in 8 bits (e4m3: 4 of exponent, 3 of mantissa) from now on; halves what a slot takes."""
         self.cache_dtype = torch.float8_e4m3fn
         self._has_kernel = is_available(self.device, self.cache_dtype) and can_launch(self.device, self.cache_dtype)
 
-    def compile(self, backend: str = "inductor", *, is_strict: bool = False) -> None:
-        """Have torch compile the forward pass, which then takes a minute the first time.
+    def build_kernels(self) -> None:
+        """Have kernels in C do what torch does in several operations, where this can be; for a CPU, and before ``quantise``."""
+        self._native = build(self.head_size, self.dtype)
 
-        Fixed shapes on a GPU, whose launches are of few; on a CPU, where every step reads a little more, one for all.
-        Past a number of shapes (``_MOST_SHAPES``, or 8 where torch cannot be told) it runs as plain torch; where ``is_strict``,
+    def compile(self, backend: str = "inductor", *, is_strict: bool = False) -> None:
+        """Have torch compile the forward pass, which then takes a minute the first time; for a GPU: it has few shapes there.
+
+        Past a number of them (``_MOST_SHAPES``, or 8 where torch cannot be told) it runs as plain torch; where ``is_strict``,
         torch raises instead, and where it cannot compile the pass in one piece.
         """
-        options: dict[str, Any] = {"backend": backend, "dynamic": self.device.type == "cpu", "fullgraph": is_strict}
+        options: dict[str, Any] = {"backend": backend, "dynamic": False, "fullgraph": is_strict}
         if "recompile_limit" in signature(torch.compile).parameters:
             options["recompile_limit"] = _MOST_SHAPES
         self.forward = torch.compile(self.forward, **options)  # type: ignore[method-assign]
@@ -253,13 +184,13 @@ class Decoder:
         texts = () if text is None else tuple(_text_parts(text))
         x = self._embed(tokens) + self._positions[positions]
         x = x.repeat_interleave(halves, dim=0)  # the halves' tokens agree
+        # Without a text of its own, the null half's states are zero, and so is what attention makes of them.
+        readers = x if text is None else x[:: halves // text.halves]
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
-            x = x + self._self_attention(layer, index, x, layer_cache, reach, lines)
+            x.add_(self._self_attention(layer, index, x, layer_cache, reach, lines))
             if layer.cross is not None and text is not None:
-                # Without a text of its own, the null half's states are zero, and so is what attention makes of them.
-                readers = slice(None, None, halves // text.halves)
-                x[readers] += self._cross_attention(layer.cross, index, x[readers], texts, lines)
-            x = x + self._mlp(layer, x, lines)
+                readers.add_(self._cross_attention(layer.cross, index, readers, texts, lines))
+            x.add_(self._mlp(layer, x, lines))
         logits = linear(self._final_norm(x), self._heads, lines).float()  # [N, K * V]
         return logits.view(len(tokens), halves, self.codebook_count, -1)
 
@@ -289,8 +220,8 @@ class Decoder:
             x = x + _each(_merge(_attention(q, keys, values, seen)), layer.self_out)
             if layer.cross is not None and text is not None:
                 (q,) = self._heads_of(_each(layer.cross.norm(x[: text.halves]), layer.cross.q), 1)
-                keys, values = texts[0].keys_values[index].unbind(1)
-                read = _each(_merge(_attention(q, keys, values, texts[0].mask)), layer.cross.out)
+                keys, values, mask = texts[0].keys[index], texts[0].values[index], texts[0].mask
+                read = _each(_merge(_attention(q, keys, values, mask)), layer.cross.out)
                 x = torch.cat([x[: text.halves] + read, x[text.halves :]])
             flat = x.flatten(0, 1)
             x = x + self._mlp(layer, flat, len(flat)).view(x.shape)
@@ -308,32 +239,51 @@ class Decoder:
 
     def _reach(self, positions: Tensor, cache: Tensor, halves: int, spans: tuple[Span, ...]) -> _Reach:
         last = positions.repeat_interleave(halves)  # [N]
+        is_exact = not any(span.is_masked for span in spans)
         parts = []
         for start, stop, length, is_masked in spans:
             lines, mask = slice(start * halves, stop * halves), None
             if is_masked and not self._has_kernel:
                 mask = additive(torch.arange(length, device=self.device) <= last[lines, None], self.dtype)
-            keys_values = cache[:, start:stop, :halves].flatten(1, 2)[
-                ..., :length, :
-            ]  # [L, N, 2, H, length, D], a view
-            parts.append(_Part(lines, keys_values.unbind(0), mask))
-        return _Reach(torch.arange(len(positions), device=self.device), positions, halves, last, tuple(parts))
+            filled = cache[:, start:stop, :halves].flatten(1, 2)[..., :length, :]  # [L, N, 2, H, length, D]
+            newest = filled[..., -1, :].unbind(0) if is_exact else ()
+            parts.append(_Part(lines, *_views(filled), mask, newest))
+        return _Reach(torch.arange(len(positions), device=self.device), positions, halves, last, is_exact, tuple(parts))
 
     def _self_attention(self, layer: Layer, index: int, x: Tensor, cache: Tensor, reach: _Reach, lines: int) -> Tensor:
         qkv = linear(layer.self_norm(x), layer.self_qkv, lines).contiguous()
-        qkv = qkv.view(len(reach.slots), reach.halves, 3, self.head_count, self.head_size)
-        fresh = self._to_cache(qkv[:, :, 1:])  # [R, half, 2, H, D]
-        _copyable(cache)[reach.slots, : reach.halves, :, :, reach.positions] = _copyable(fresh)
-        q = qkv[:, :, 0].flatten(0, 1)  # [N, H, D]
-        return linear(_join([self._read(q, index, part, reach) for part in reach.parts]), layer.self_out, lines)
+        q, fresh = torch.split_with_sizes(qkv, (x.shape[1], 2 * x.shape[1]), 1)
+        self._write(fresh.view(-1, 2, self.head_count, self.head_size), index, cache, reach)
+        q = q.view(-1, self.head_count, 1, self.head_size)
+        read = [self._read(_of(part, q), index, part, reach) for part in reach.parts]
+        return linear(_join(read), layer.self_out, lines)
+
+    def _write(self, fresh: Tensor, index: int, cache: Tensor, reach: _Reach) -> None:
+        """Put the keys and values ``[N, 2, H, D]`` of this step into a layer's cache."""
+        fresh = self._to_cache(fresh)
+        if reach.is_exact:  # a copy for each part is several times as fast on a CPU as one by indices
+            for part in reach.parts:
+                part.newest[index].copy_(_of(part, fresh))
+        else:
+            rows = fresh.view(-1, reach.halves, *fresh.shape[1:])
+            _copyable(cache)[reach.slots, : reach.halves, :, :, reach.positions] = _copyable(rows)
 
     def _read(self, q: Tensor, index: int, part: _Part, reach: _Reach) -> Tensor:
-        """Return what the part's queries read of a layer's cache: ``[N, H * D]``."""
+        """Return what the part's queries ``[N, H, 1, D]`` read of a layer's cache: ``[N, H * D]``."""
+        keys, values = part.keys[index], part.values[index]
         if self._has_kernel:
-            keys, values = part.keys_values[index].unbind(1)
-            return attend_cached(q[part.lines], keys, values, reach.last[part.lines], keys.shape[-2])
-        keys, values = part.keys_values[index].to(self.dtype).unbind(1)  # views, unless the cache is in 8 bits
-        return _attend(q[part.lines], keys, values, part.mask)
+            return attend_cached(q.squeeze(2), keys, values, reach.last[part.lines], keys.shape[-2])
+        # Nothing is converted, unless the cache is in 8 bits.
+        return self._attend(q, keys.to(self.dtype), values.to(self.dtype), part.mask)
+
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what one query ``[N, H, 1, D]`` of each line reads from keys and values ``[N, H, T, D]``: ``[N, H * D]``.
+
+        The last dimension of each must be contiguous: else torch takes a path that is several times as slow.
+        """
+        if self._native is not None:
+            return self._native.attend(q, keys, values, mask)
+        return _attention(q, keys, values, mask).flatten(1)
 
     def _to_cache(self, keys_values: Tensor) -> Tensor:
         """Return them in the cache's number format; what is too large for 8 bits is as large as they can hold, not NaN."""
@@ -343,11 +293,8 @@ class Decoder:
         return keys_values.clamp(-most, most).to(self.cache_dtype)
 
     def _cross_attention(self, cross: Cross, index: int, x: Tensor, texts: tuple[_Part, ...], lines: int) -> Tensor:
-        q = linear(cross.norm(x), cross.q, lines).contiguous().view(-1, self.head_count, self.head_size)
-        read = []
-        for part in texts:
-            keys, values = part.keys_values[index].unbind(1)
-            read.append(_attend(q[part.lines], keys, values, part.mask))
+        q = linear(cross.norm(x), cross.q, lines).contiguous().view(-1, self.head_count, 1, self.head_size)
+        read = [self._attend(_of(part, q), part.keys[index], part.values[index], part.mask) for part in texts]
         return linear(_join(read), cross.out, lines)
 
     def _mlp(self, layer: Layer, x: Tensor, lines: int) -> Tensor:
@@ -370,48 +317,26 @@ def additive(is_visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~is_visible, -math.inf)[:, None, None]
 
 
-def linear(x: Tensor, weight: Weight, lines: int) -> Tensor:
-    """Return ``x @ weight.T``, ``[N, out]``, made for N so small that reading the weight is what takes the time.
-
-    On a CPU the weight stands on the left: a matrix product repacks its right operand, so it had better be the small one
-    (measured 1.3 to 1.5 times as fast for 2 to 32 lines in bfloat16, and for 4 to 32 in float32, on a Xeon with AMX). What
-    is less than ``lines`` is filled up: how a product is rounded depends on how many lines it has, and a row's numbers must
-    not depend on how many others there are. That costs next to nothing.
-    """
-    if isinstance(weight, Int8):
-        return weight.apply(x)  # integers are not rounded
-    count = x.shape[0]
-    if x.device.type != "cpu" or count > max(lines, _FEW_LINES):
-        return functional.linear(x, weight)
-    filled = functional.pad(x, (0, 0, 0, lines - count)) if count < lines else x
-    return torch.mm(weight, filled.t()).t()[:count]
-
-
 def _text_parts(text: Text) -> Iterator[_Part]:
     for start, stop, length, is_masked in text.spans:
         keys_values = text.keys_values[:, start:stop, : text.halves, :, :, :length].flatten(1, 2)  # [L, N, 2, H, X, D]
         mask = text.mask[start:stop, : text.halves, :length].flatten(0, 1)[:, None, None] if is_masked else None
-        yield _Part(slice(start * text.halves, stop * text.halves), keys_values.unbind(0), mask)
+        yield _Part(slice(start * text.halves, stop * text.halves), *_views(keys_values), mask)
+
+
+def _views(keys_values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return each layer's keys and each layer's values, of ``[L, N, 2, ...]``."""
+    keys, values = keys_values.unbind(2)
+    return keys.unbind(0), values.unbind(0)
+
+
+def _of(part: _Part, lines: Tensor) -> Tensor:
+    """Return the part's own among all lines."""
+    return lines if part.lines == slice(0, len(lines)) else lines[part.lines]
 
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _norm(module: nn.LayerNorm) -> Norm:
-    return Norm(module.weight, module.bias)
-
-
-def _quantise(weight: Weight) -> Int8:
-    return weight if isinstance(weight, Int8) else Int8.of(weight)
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return what one query ``[N, H, D]`` of each line reads from keys and values ``[N, H, T, D]``: ``[N, H * D]``.
-
-    The last dimension of each must be contiguous: else torch takes a path that is several times as slow.
-    """
-    return _attention(q.unsqueeze(2), keys, values, mask).flatten(1)
 
 
 def _attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -181,8 +181,8 @@ class EngineSettings:
     """``int8`` rounds the language model's weights to 8 bits."""
     kv_cache: str = "full"
     """``fp8`` keeps attention's keys and values in 8 bits."""
-    compile: bool = False
-    """Have torch compile the step."""
+    compile: str = "auto"
+    """``auto`` builds kernels in C for a CPU, ``on`` has torch compile a GPU's step, ``off`` does neither."""
     model_count: int = 1
     """How many models one process may be asked for; they share the device's memory."""
 

@@ -83,14 +83,17 @@ class MusicGenEngine:
         room = prefix and prefix + LONGEST_PREFIX_TEXT
         self._decoder = Decoder(model.decoder, getattr(model, "enc_to_dec_proj", None), room + max_steps + 1)
         self._conditioner = Conditioner(model, weights.tokenizer, self._decoder, self._codec.sample_rate)
+        is_traced = settings.compile == "on" and device.type == "cuda"
+        if settings.compile != "off" and device.type == "cpu":
+            self._decoder.build_kernels()
         self._saved = self._save_bits(settings)
-        if settings.compile:
+        if is_traced:
             self._decoder.compile()
         slot_count = settings.slots or _fitting_slots(self._decoder, settings.model_count)
         self._loop = DecodingLoop(
             lambda count: Slots(self._decoder, count, max_steps),
             slot_count,
-            guard=torch.no_grad if settings.compile else torch.inference_mode,
+            guard=torch.no_grad if is_traced else torch.inference_mode,
         )
         self._codec_thread = ThreadPoolExecutor(1, "codec")  # clips that end together are sooner done one by one
         self._is_untrained = info.is_untrained

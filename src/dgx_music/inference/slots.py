@@ -77,10 +77,9 @@ class Row:
         return 2 if negative is not None else int(text is not None)
 
     @property
-    def text_extent(self) -> tuple[int, bool]:
-        """How many tokens the halves read, at least 1 (of zeros, where there is no text); True where one has fewer."""
-        lengths = {text.shape[-2] for text in self.texts if text is not None}
-        return max(lengths, default=1), len(lengths) > 1
+    def text_extent(self) -> int:
+        """How many tokens the halves read, what is masked included: rounded up, so that rows can share a call."""
+        return max((round_up(text.shape[-2], TEXT_STEP) for text in self.texts if text is not None), default=TEXT_STEP)
 
 
 class _Board(NamedTuple):
@@ -152,7 +151,7 @@ class Slots:
             self._write_text(slot, row)
             self._write(slot, row)
             if row.prefix is not None or row.given is not None:
-                own = Span(slot, slot + 1, *row.text_extent)
+                own = Span(slot, slot + 1, row.text_extent, is_masked=True)
                 tokens, text = self._board.tokens[slot, : row.position], self._text(row.text_halves, (own,))
                 self._decoder.prefill(row.prefix, tokens, self._cache[:, slot], text)
             self.rows.append(row)
@@ -202,7 +201,7 @@ class Slots:
             halves=2 if any(row.guidance_scale > 1 for row in self.rows) else 1,
             text_halves=text_halves,
             reach=_spans((row.offset + row.position + 1, False) for row in self.rows),
-            texts=_spans(row.text_extent for row in self.rows) if text_halves else (),
+            texts=_spans((row.text_extent, True) for row in self.rows) if text_halves else (),
             widest=max(effective_top_k(row.temperature, row.top_k, self._decoder.vocabulary) for row in self.rows),
             steps=1,
         )
@@ -273,7 +272,7 @@ class Slots:
         """Put what cross-attention reads of the row into its slot, zeros where a half has no text: it reads zeros."""
         if not self._decoder.reads_text:
             return
-        longest, _ = row.text_extent
+        longest = row.text_extent
         room = self._texts.shape[-2]
         if longest > room or (not self.rows and max(longest, USUAL_TEXT) < room):
             self._make_text_room(longest)

@@ -1,0 +1,113 @@
+"""Kernels in C for what a step does on a CPU beside its matrix products, built by the machine's own compiler.
+
+torch makes a pass over the memory for each operation, and starts two products for each head's attention; ``native.c`` makes
+one pass. It is compiled when an engine starts, which takes a fraction of a second; without a compiler torch goes on alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dgx_music.inference.trouble import first_line
+
+_SOURCE = Path(__file__).with_name("native.c")
+_NUMBERS = {torch.bfloat16: "-DBFLOAT16", torch.float32: "-DFLOAT32"}
+_OPTIONS = [
+    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # Sums in any order, so that they can be sums of vectors; but infinity and NaN are what they are.
+    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+]
+if platform.machine() in ("x86_64", "AMD64"):
+    _OPTIONS.append("-mprefer-vector-width=512")  # measured 1.07 times as fast with it: 8 rows, 8-bit weights
+_SECONDS = 60.0
+_LEAST_SIZE = 4
+_NEAR = 0.02  # of numbers around 1, in bfloat16 as well
+
+logger = logging.getLogger(__name__)
+
+
+class Native:
+    """The kernels for one number format and one size of head."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._attend = library.attend
+        self._attend.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 7 + [ctypes.c_int]
+        self._attend.restype = None
+        self._round_lines = library.round_lines
+        self._round_lines.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+        self._round_lines.restype = None
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what one query ``[N, H, 1, D]`` of each line reads from keys and values ``[N, H, T, D]``: ``[N, H * D]``.
+
+        The mask ``[N, 1, 1, T]`` is added to the scores. A head's numbers, and its positions, lie side by side.
+        """
+        count, heads, positions, size = keys.shape
+        out = q.new_empty(count, heads * size)
+        pointers = (q.data_ptr(), keys.data_ptr(), values.data_ptr(), None if mask is None else mask.data_ptr())
+        strides = (q.stride(0), keys.stride(0), keys.stride(1), 0 if mask is None else mask.stride(0))
+        self._attend(*pointers, out.data_ptr(), count, heads, positions, *strides, torch.get_num_threads())
+        return out
+
+    def round_lines(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``[N, in]`` in whole levels, its largest number 126 of them, and how large each line's are ``[N, 1]``."""
+        x = x.contiguous()
+        rounded, levels = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), 1)
+        self._round_lines(x.data_ptr(), rounded.data_ptr(), levels.data_ptr(), *x.shape)
+        return rounded, levels
+
+
+def build(head_size: int, dtype: torch.dtype) -> Native | None:
+    """Return the kernels, or ``None`` where they cannot be built or do not compute what torch does; the log says why."""
+    try:
+        return _build(_compiler(), head_size, dtype)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or first_line(error)
+        logger.info("no kernels in C, torch's operations instead: %s", reason)
+        return None
+
+
+def _compiler() -> str:
+    found = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if found is None:
+        raise FileNotFoundError("there is no C compiler (cc, gcc, clang or CC)")
+    return found
+
+
+@cache
+def _build(compiler: str, head_size: int, dtype: torch.dtype) -> Native:
+    if dtype not in _NUMBERS or head_size & (head_size - 1) or head_size < _LEAST_SIZE:
+        raise ValueError(f"they are not made for heads of {head_size} numbers of {dtype}")
+    with TemporaryDirectory() as folder:
+        library = Path(folder) / "native.so"
+        numbers = (_NUMBERS[dtype], f"-DSIZE={head_size}")
+        command = (*shlex.split(compiler), *_OPTIONS, *numbers, "-o", str(library), str(_SOURCE), "-lm")
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)  # noqa: S603
+        native = Native(ctypes.CDLL(str(library)))  # which stays when its file is gone
+    _check(native, head_size, dtype)
+    return native
+
+
+def _check(native: Native, head_size: int, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` where the kernels do not agree with torch: a compiler may be broken, or too bold."""
+    numbers = torch.randn(3, 1, 40, head_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    q, keys, values = numbers[..., :1, :], numbers, numbers.flip(2)
+    exact = functional.scaled_dot_product_attention(q.float(), keys.float(), values.float()).flatten(1)
+    lines = numbers.flatten(1)
+    rounded, levels = native.round_lines(lines)
+    is_near = torch.allclose(native.attend(q, keys, values, None).float(), exact, atol=_NEAR, rtol=_NEAR)
+    if not (is_near and ((rounded * levels - lines).abs() <= levels).all()):
+        raise ValueError("they do not compute what torch does")

@@ -1,0 +1,239 @@
+"""The kernels in C, held to torch's operations and to ``generate``; skipped where there is no C compiler."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dgx_music.inference import native
+from dgx_music.inference.decoder import Decoder
+from dgx_music.inference.native import Native
+from dgx_music.inference.quantised import Int8
+from dgx_music.inference.slots import Row, Slots
+from dgx_music.inference.tiny import build_tiny
+from tests.inference.test_musicgen import generate, load
+from tests.inference.test_quantised import make_matrix
+from tests.inference.test_slots import GREEDY, MATES, MAX_STEPS, PROMPTS, decode, make_row, reference_codes
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 0.01, "rtol": 0.02}}
+
+
+def build(size: int, dtype: torch.dtype) -> Native:
+    kernels = native.build(size, dtype)
+    if kernels is None:
+        pytest.skip("needs a C compiler")
+    return kernels
+
+
+def make_heads(lines: int, size: int, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of 3 heads, as a step has them: parts of something larger."""
+    q = make_matrix(lines, 3 * 3 * size).to(dtype)[:, : 3 * size].view(lines, 3, 1, size)
+    cache = make_matrix(lines, 2, 3, positions + 7, size, seed=1).to(dtype)[..., :positions, :]
+    return q, *cache.unbind(1)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [4, 16, 32, 64, 128])
+@pytest.mark.parametrize("positions", [1, 2, 17, 300, 1600])
+def test_attention_is_that_of_torch(size: int, positions: int, dtype: torch.dtype) -> None:
+    q, keys, values = make_heads(5, size, positions, dtype)
+    exact = functional.scaled_dot_product_attention(q.float(), keys.float(), values.float()).flatten(1)
+    read = build(size, dtype).attend(q, keys, values, None)
+    assert read.dtype == dtype
+    torch.testing.assert_close(read.float(), exact, **TOLERANCE[dtype])
+
+
+@DTYPES
+def test_what_is_masked_is_not_read(dtype: torch.dtype) -> None:
+    q, keys, values = make_heads(3, 16, 40, dtype)
+    lengths = torch.tensor([1, 23, 40])
+    mask = torch.zeros(3, 2, 40, dtype=dtype).masked_fill_(torch.arange(40) >= lengths[:, None, None], -math.inf)
+    read = build(16, dtype).attend(q, keys, values, mask[:, :1, None])  # of two halves the first
+    for line, length in enumerate(lengths):
+        own = (part[line : line + 1, :, :length] for part in (keys, values))
+        torch.testing.assert_close(read[line], build(16, dtype).attend(q[line : line + 1], *own, None)[0])
+
+
+@DTYPES
+def test_scores_far_apart_and_far_from_zero_do_not_overflow(dtype: torch.dtype) -> None:
+    q, keys, values = make_heads(2, 16, 50, dtype)
+    exact = functional.scaled_dot_product_attention(200 * q.float(), keys.float(), values.float()).flatten(1)
+    torch.testing.assert_close(
+        build(16, dtype).attend(200 * q, keys, values, None).float(), exact, atol=0.02, rtol=0.02
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_number_that_is_none_stays_in_its_line(wrong: float, dtype: torch.dtype) -> None:
+    q, keys, values = make_heads(3, 16, 20, dtype)
+    kernels = build(16, dtype)
+    right = kernels.attend(q, keys, values, None)
+    values[1, :, 5] = wrong
+    keys[1, :, 6] = math.nan
+    read = kernels.attend(q, keys, values, None)
+    assert read[1].isnan().all()
+    assert torch.equal(read[::2], right[::2])
+
+
+@DTYPES
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_line_reads_the_same_alone_and_with_others(threads: int, dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, keys, values = make_heads(7, 32, 61, dtype)
+        kernels = build(32, dtype)
+        together = kernels.attend(q, keys, values, None)
+        for line in range(7):
+            alone = kernels.attend(*(part[line : line + 1] for part in (q, keys, values)), None)
+            assert torch.equal(alone[0], together[line])
+    finally:
+        torch.set_num_threads(before)
+
+
+@DTYPES
+def test_lines_are_rounded_to_levels(dtype: torch.dtype) -> None:
+    x = (make_matrix(6, 70) * torch.logspace(-20, 20, 6)[:, None]).to(dtype)
+    rounded, levels = build(16, dtype).round_lines(x)
+    assert rounded.dtype == torch.int8
+    assert levels.dtype == dtype
+    assert (rounded.abs().amax(1) >= 125).all()
+    error = (rounded * levels.float() - x.float()).abs()
+    assert (error <= 0.51 * levels.float()).all()
+
+
+@DTYPES
+def test_zeros_and_numbers_that_are_none_are_what_they_are_after_a_product(dtype: torch.dtype) -> None:
+    x = make_matrix(4, 64).to(dtype)
+    x[0], x[1, 3], x[2, 3] = 0, math.nan, math.inf
+    product = Int8.of(make_matrix(96, 64, seed=1), build(16, dtype)).apply(x)
+    assert product[0].eq(0).all()
+    assert not product[1:3].isfinite().any()
+    assert product[3].isfinite().all()
+
+
+@DTYPES
+def test_products_are_near_those_with_torchs_rounding(dtype: torch.dtype) -> None:
+    x, weight = make_matrix(5, 64).to(dtype), make_matrix(96, 64, seed=1)
+    plain, kernels = Int8.of(weight).apply(x).float(), Int8.of(weight, build(16, dtype)).apply(x).float()
+    assert (plain - kernels).abs().max() < 0.02 * plain.abs().max()
+
+
+# in the slots
+
+
+def make_decoder(dtype: torch.dtype = torch.float32, channels: int = 1) -> Decoder:
+    model = build_tiny(channels)[0].to(dtype)
+    decoder = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
+    build(decoder.head_size, dtype)
+    decoder.build_kernels()
+    return decoder
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_greedy_tokens_are_those_of_generate(channels: int) -> None:
+    lengths = (40, 5, 9, 23)
+    rows = [
+        make_row(prompt, frames, channels, guidance_scale=1.0 if frames == 9 else 3.0, **GREEDY)
+        for prompt, frames in zip(PROMPTS, lengths, strict=True)
+    ]
+    codes = decode(rows, slots=Slots(make_decoder(channels=channels), 2, MAX_STEPS))
+    for prompt, row, own in zip(PROMPTS, rows, codes, strict=True):
+        assert torch.equal(own, reference_codes(prompt, row.frame_count, row.guidance_scale, channels))
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", ["full", "int8"])
+def test_a_seeded_row_is_the_same_alone_and_in_any_batch(bits: str, dtype: torch.dtype) -> None:
+    decoder = make_decoder(dtype)
+    if bits == "int8":
+        decoder.quantise()
+
+    def make(**fields: Any) -> Row:
+        row = make_row(**fields)
+        assert row.text is not None
+        row.text = row.text.to(dtype)
+        return row
+
+    own = {"frames": 60, "seed": 7}
+    (alone,) = decode([make(**own)], slots=Slots(decoder, 4, MAX_STEPS))
+    for place in range(4):
+        rows = [make(**fields) for fields in MATES]
+        rows.insert(place, make(**own))
+        assert torch.equal(decode(rows, slots=Slots(decoder, 4, MAX_STEPS))[place], alone)
+
+
+def test_a_cache_in_8_bits_is_read_as_well() -> None:
+    plain, decoder = build_tiny()[0], make_decoder()
+    expected = Decoder(plain.decoder, plain.enc_to_dec_proj, MAX_STEPS + 1)
+    for each in (expected, decoder):
+        each.shrink_cache()
+    codes = [decode([make_row(frames=6, **GREEDY)], slots=Slots(each, 1, MAX_STEPS))[0] for each in (expected, decoder)]
+    assert torch.equal(*codes)
+
+
+def test_the_engine_builds_them_unless_it_is_told_not_to() -> None:
+    build(32, torch.float32)
+    for choice in ("auto", "on"):
+        engine = load(compile=choice)
+        assert isinstance(engine._decoder._native, Native)
+        assert (generate(engine).samples != 0).any()
+    assert load(compile="off")._decoder._native is None
+
+
+# where they cannot be built
+
+
+@pytest.fixture(autouse=True)
+def info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_torch_goes_on_alone(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert native.build(16, torch.float32) is None
+    assert "torch's operations instead" in caplog.text
+    assert len(generate(load()).samples[0]) == 0.2 * 32_000
+
+
+def test_a_machine_without_any_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert native.build(16, torch.float32) is None
+    assert "there is no C compiler" in caplog.text
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(24, torch.float32), (2, torch.float32), (16, torch.float16)])
+def test_what_they_are_not_made_for_is_left_to_torch(
+    size: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert native.build(size, dtype) is None
+    assert f"heads of {size}" in caplog.text
+
+
+@DTYPES
+@pytest.mark.parametrize("kernel", ["attend", "round_lines"])
+def test_kernels_that_compute_something_else_are_not_used(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(16, dtype)
+    native._build.cache_clear()
+    right = getattr(Native, kernel)
+
+    def wrong(self: Native, *numbers: Any) -> Any:
+        result = right(self, *numbers)
+        return result * 1.5 if isinstance(result, Tensor) else (result[0] + 2, result[1])
+
+    monkeypatch.setattr(Native, kernel, wrong)
+    assert native.build(16, dtype) is None
+    assert "they do not compute what torch does" in caplog.text
