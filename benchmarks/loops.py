@@ -100,8 +100,6 @@ class Ours:
         compiled: str,
     ) -> None:
         """Copy the model's language model; ``longest`` is for how many seconds of audio a slot has positions."""
-        extras = {"auto": [], "on": ["compiled"], "off": ["plain torch"]}[compiled]
-        self.name = ", ".join(["slots", *[weights] * (weights != "auto"), *extras])
         self.bytes_per_weight = 1.0 if weights == "int8" else float(model.decoder.dtype.itemsize)
         self._device, self._tokenizer, self._text_encoder = model.device, tokenizer, model.text_encoder
         self._max_steps = steps(longest)
@@ -114,6 +112,11 @@ class Ours:
             self._decoder.quantise()
         if compiled == "on" and is_on_gpu:
             self._decoder.compile()
+        self.name = "slots" if weights == "auto" else f"slots, {weights}"
+        if compiled == "on" and is_on_gpu:
+            self.name += ", compiled"
+        elif not (is_on_gpu or self._decoder.has_native_kernels):
+            self.name += ", plain torch"
         self._slots: Slots | None = None
 
     def open(self, batch: int) -> None:

@@ -253,6 +253,7 @@ async def test_the_slots_of_the_process_are_those_of_the_settings() -> None:
 def test_facts_tell_how_the_audio_was_made(mono: MusicGenEngine) -> None:
     facts = dict(generate(mono, seed=7).facts)
     assert facts.pop("device_seconds") > 0
+    assert facts.pop("kernels") in ("c", "torch")
     assert facts == {"engine": "musicgen", "seed": 7, "device": "cpu", "dtype": "float32", "is_untrained": True}
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +20,8 @@ from dgx_music.inference.decoder import Decoder
 from dgx_music.inference.native import Native
 from dgx_music.inference.quantised import Int8
 from dgx_music.inference.slots import Row, Slots
-from dgx_music.inference.tiny import build_tiny
+from dgx_music.inference.tiny import build_tiny, build_tiny_melody
+from tests.inference.test_launches import BucketLauncher, make_rows
 from tests.inference.test_musicgen import generate, load
 from tests.inference.test_quantised import make_matrix
 from tests.inference.test_slots import GREEDY, MATES, MAX_STEPS, PROMPTS, decode, make_row, reference_codes
@@ -50,7 +56,7 @@ def test_attention_is_that_of_torch(size: int, positions: int, dtype: torch.dtyp
 
 
 @DTYPES
-def test_what_is_masked_is_not_read(dtype: torch.dtype) -> None:
+def test_what_is_masked_counts_for_nothing(dtype: torch.dtype) -> None:
     q, keys, values = make_heads(3, 16, 40, dtype)
     lengths = torch.tensor([1, 23, 40])
     mask = torch.zeros(3, 2, 40, dtype=dtype).masked_fill_(torch.arange(40) >= lengths[:, None, None], -math.inf)
@@ -70,16 +76,31 @@ def test_scores_far_apart_and_far_from_zero_do_not_overflow(dtype: torch.dtype) 
 
 
 @DTYPES
+@pytest.mark.parametrize("place", ["keys", "values"])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_number_that_is_none_stays_in_its_line(wrong: float, dtype: torch.dtype) -> None:
+def test_a_number_that_is_none_stays_in_its_line(place: str, wrong: float, dtype: torch.dtype) -> None:
     q, keys, values = make_heads(3, 16, 20, dtype)
     kernels = build(16, dtype)
     right = kernels.attend(q, keys, values, None)
-    values[1, :, 5] = wrong
-    keys[1, :, 6] = math.nan
+    {"keys": keys, "values": values}[place][1, :, 6, :] = wrong
     read = kernels.attend(q, keys, values, None)
-    assert read[1].isnan().all()
+    assert not read[1].isfinite().any()
     assert torch.equal(read[::2], right[::2])
+
+
+def test_what_does_not_lie_as_a_cache_does_is_refused() -> None:
+    q, keys, values = make_heads(2, 16, 20, torch.float32)
+    kernels = build(16, torch.float32)
+    for wrong in ((keys.contiguous(), values), (keys.mT.contiguous().mT, values.mT.contiguous().mT)):
+        with pytest.raises(ValueError, match="strides"):
+            kernels.attend(q, *wrong, None)
+
+
+def test_several_threads_may_call_at_once() -> None:
+    kernels, heads = build(32, torch.float32), make_heads(8, 32, 300, torch.float32)
+    expected = kernels.attend(*heads, None)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(read, expected) for read in pool.map(lambda _: kernels.attend(*heads, None), range(40)))
 
 
 @DTYPES
@@ -100,7 +121,7 @@ def test_a_line_reads_the_same_alone_and_with_others(threads: int, dtype: torch.
 
 @DTYPES
 def test_lines_are_rounded_to_levels(dtype: torch.dtype) -> None:
-    x = (make_matrix(6, 70) * torch.logspace(-20, 20, 6)[:, None]).to(dtype)
+    x = (make_matrix(50, 70) * torch.logspace(-20, 20, 50)[:, None]).to(dtype)
     rounded, levels = build(16, dtype).round_lines(x)
     assert rounded.dtype == torch.int8
     assert levels.dtype == dtype
@@ -111,12 +132,15 @@ def test_lines_are_rounded_to_levels(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_zeros_and_numbers_that_are_none_are_what_they_are_after_a_product(dtype: torch.dtype) -> None:
-    x = make_matrix(4, 64).to(dtype)
+    x = make_matrix(6, 64).to(dtype)
     x[0], x[1, 3], x[2, 3] = 0, math.nan, math.inf
+    x[3] *= 1e-38
+    x[4] *= 1e-36
     product = Int8.of(make_matrix(96, 64, seed=1), build(16, dtype)).apply(x)
     assert product[0].eq(0).all()
     assert not product[1:3].isfinite().any()
-    assert product[3].isfinite().all()
+    assert (product[3:5].abs() < 1e-34).all()
+    assert product[5].isfinite().all()
 
 
 @DTYPES
@@ -127,6 +151,39 @@ def test_products_are_near_those_with_torchs_rounding(dtype: torch.dtype) -> Non
 
 
 # in the slots
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each kernel is called."""
+    counted: Counter[str] = Counter()
+
+    def count(kernel: str) -> None:
+        right = getattr(Native, kernel)
+
+        def call(self: Native, *numbers: Any) -> Any:
+            counted[kernel] += 1
+            return right(self, *numbers)
+
+        monkeypatch.setattr(Native, kernel, call)
+
+    count("attend")
+    count("round_lines")
+    return counted
+
+
+@pytest.mark.parametrize("bits", ["full", "int8"])
+def test_all_attention_and_all_rounding_of_a_step_is_theirs(bits: str, calls: Counter[str]) -> None:
+    decoder = make_decoder()
+    if bits == "int8":
+        decoder.quantise()
+    slots = Slots(decoder, 2, MAX_STEPS)
+    slots.admit(make_row())
+    calls.clear()
+    slots.step()
+    layers = len(decoder.layers)
+    assert calls["attend"] == 2 * layers  # of itself, and of the text
+    assert calls["round_lines"] == (6 * layers + 1 if bits == "int8" else 0)
 
 
 def make_decoder(dtype: torch.dtype = torch.float32, channels: int = 1) -> Decoder:
@@ -170,6 +227,31 @@ def test_a_seeded_row_is_the_same_alone_and_in_any_batch(bits: str, dtype: torch
         assert torch.equal(decode(rows, slots=Slots(decoder, 4, MAX_STEPS))[place], alone)
 
 
+def test_rows_of_all_kinds_have_the_tokens_that_they_have_without() -> None:
+    for row, plain in zip(make_rows(**GREEDY), make_rows(**GREEDY), strict=True):
+        (codes,) = decode([row], slots=Slots(make_decoder(), 2, MAX_STEPS))
+        assert torch.equal(codes, decode([plain])[0])
+
+
+def test_a_gpus_plans_are_read_as_well() -> None:
+    slots = Slots(make_decoder(), 3, MAX_STEPS)
+    slots._launcher = BucketLauncher(slots)
+    for plain, codes in zip(make_rows(**GREEDY), decode(list(make_rows(**GREEDY)), slots=slots), strict=True):
+        assert torch.equal(codes, decode([plain])[0])
+
+
+def test_a_melody_is_read_as_well(tmp_path: Path, calls: Counter[str]) -> None:
+    for part in build_tiny_melody():
+        part.save_pretrained(tmp_path)
+    build(32, torch.float32)
+    with_kernels, without = (
+        generate(load(tmp_path, compile=choice), model=str(tmp_path), temperature=0.0) for choice in ("auto", "off")
+    )
+    assert calls["attend"] > 0
+    assert [audio.facts["kernels"] for audio in (with_kernels, without)] == ["c", "torch"]
+    assert (with_kernels.samples == without.samples).all()
+
+
 def test_a_cache_in_8_bits_is_read_as_well() -> None:
     plain, decoder = build_tiny()[0], make_decoder()
     expected = Decoder(plain.decoder, plain.enc_to_dec_proj, MAX_STEPS + 1)
@@ -191,26 +273,61 @@ def test_the_engine_builds_them_unless_it_is_told_not_to() -> None:
 # where they cannot be built
 
 
-@pytest.fixture(autouse=True)
-def info(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-
-
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_torch_goes_on_alone(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     assert native.build(16, torch.float32) is None
-    assert "torch's operations instead" in caplog.text
+    assert "torch's slower operations instead" in caplog.text
     assert len(generate(load()).samples[0]) == 0.2 * 32_000
 
 
-def test_a_machine_without_any_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (
+            "import sys; print('native.c:1: wrong', 'more', sep='\\n', file=sys.stderr); sys.exit(1)",
+            "native.c:1: wrong",
+        ),
+        ("import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('x')", "OSError"),
+        ("import time; time.sleep(9)", "timed out"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(
+    program: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_BUILD_SECONDS", 0.5)
+    monkeypatch.setenv("CC", shlex.join([sys.executable, "-c", program]))
+    assert native.build(16, torch.float32) is None
+    assert reason in caplog.text
+    assert caplog.text.count("\n") == 1
+
+
+def test_threads_that_are_not_torchs_are_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(16, torch.float32)
+    native._build.cache_clear()
+    seen = iter([{"/torch/lib/libgomp.so.1"}, {"/torch/lib/libgomp.so.1", "/usr/lib/libomp.so.5"}])
+    monkeypatch.setattr(native, "_openmp_runtimes", lambda: next(seen))
+    assert native.build(16, torch.float32) is None
+    assert "their threads are not torch's, but those of /usr/lib/libomp.so.5" in caplog.text
+
+
+def test_torchs_own_threads_are_seen() -> None:
+    build(16, torch.float32)
+    assert len(native._openmp_runtimes()) == 1
+
+
+def test_a_machine_without_any_is_none_to_complain_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
     assert native.build(16, torch.float32) is None
-    assert "there is no C compiler" in caplog.text
+    assert caplog.text == ""
+    assert generate(load()).facts["kernels"] == "torch"
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(24, torch.float32), (2, torch.float32), (16, torch.float16)])

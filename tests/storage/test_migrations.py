@@ -396,12 +396,12 @@ def test_the_installed_wheel_migrates_with_its_own_migrations(installed, tmp_pat
     assert (tmp_path / "elsewhere" / "data" / "generations.db").exists()
 
 
-def test_the_wheel_has_the_migrations_and_says_that_it_is_typed(wheel):
+def test_the_wheel_has_the_migrations_and_the_kernels_and_says_that_it_is_typed(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
 
     versions = [f"versions/{path.name}" for path in (ROOT / "migrations" / "versions").glob("*.py")]
     assert {f"dgx_music/_migrations/{name}" for name in ("env.py", "script.py.mako", *versions)} <= names
-    assert "dgx_music/py.typed" in names
+    assert {"dgx_music/py.typed", "dgx_music/inference/native.c"} <= names
     assert not any("__pycache__" in name or name.startswith(("tests", "worker")) for name in names)
 
 

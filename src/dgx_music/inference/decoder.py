@@ -1,4 +1,4 @@
-"""MusicGen's language model in plain torch: fused weights, and the forward pass of one decode step for many rows.
+"""MusicGen's language model: the forward pass of one decode step for many rows.
 
 The mathematics is that of ``transformers``' ``modeling_musicgen.py`` and ``modeling_musicgen_melody.py``, which the tests
 hold it to, token for token. What differs is what is not done: q, k and v are one product, the codebooks' heads are one
@@ -21,9 +21,8 @@ from torch.nn import functional
 
 from dgx_music.inference.kernels import attend_cached, can_launch, is_available
 from dgx_music.inference.launches import Span
-from dgx_music.inference.layers import Cross, Layer, Weight, linear, norm_of
+from dgx_music.inference.layers import Cross, Layer, Weight, linear, norm_of, quantise
 from dgx_music.inference.native import Native, build
-from dgx_music.inference.quantised import Int8
 
 _MOST_SHAPES = 128
 """So many shapes of the forward pass are compiled: a GPU's plans of six sizes of batch and twelve lengths, and some."""
@@ -114,13 +113,17 @@ class Decoder:
         numbers = len(self.layers) * 2 * 2 * self.head_count * self.max_positions * self.head_size
         return numbers * self.cache_dtype.itemsize
 
+    @property
+    def has_native_kernels(self) -> bool:
+        """True where kernels in C were built."""
+        return self._native is not None
+
     @torch.no_grad()
     def quantise(self) -> None:
         """Round all to 8 bits that is read at every step; embeddings and norms stay as they are."""
         for index in range(len(self.layers)):
             self.layers[index] = self.layers[index].quantise(self._native)
-        if not isinstance(self._heads, Int8):
-            self._heads = Int8.of(self._heads, self._native)
+        self._heads = quantise(self._heads, self._native)
 
     def shrink_cache(self) -> None:
         """Keep keys and values in 8 bits (e4m3: 4 of exponent, 3 of mantissa) from now on; halves what a slot takes."""
@@ -279,7 +282,8 @@ class Decoder:
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Return what one query ``[N, H, 1, D]`` of each line reads from keys and values ``[N, H, T, D]``: ``[N, H * D]``.
 
-        The last dimension of each must be contiguous: else torch takes a path that is several times as slow.
+        The last dimension of each must be contiguous: else torch takes a path that is several times as slow, and the kernels
+        in C refuse.
         """
         if self._native is not None:
             return self._native.attend(q, keys, values, mask)

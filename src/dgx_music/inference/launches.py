@@ -24,7 +24,8 @@ STEPS_PER_LAUNCH = 8
 _LENGTH_STEP = 128
 """What is attended to is rounded up to this many positions: twelve plans for a clip of 30 s."""
 TEXT_STEP = 32
-"""Least room for text, in tokens. Each time it grows, what was recorded before is of no use any more."""
+"""What is read of a text is rounded up to so many tokens, and the room for it is at least that. Each time the room grows, what
+was recorded before is of no use any more."""
 USUAL_TEXT = 128
 """Room that is never given back; what a longer text has taken goes with the last row, or one would cost all slots for ever."""
 _WIDE, _ALL = 256, 1 << 30

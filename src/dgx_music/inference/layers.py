@@ -76,17 +76,14 @@ class Layer:
 
     def quantise(self, native: Native | None) -> Layer:
         """Return the layer with all in 8 bits that is read at every step."""
-
-        def quantise(weight: Weight) -> Int8:
-            return weight if isinstance(weight, Int8) else Int8.of(weight, native)
-
+        cross = self.cross
         return replace(
             self,
-            self_qkv=quantise(self.self_qkv),
-            self_out=quantise(self.self_out),
-            cross=self.cross and replace(self.cross, q=quantise(self.cross.q), out=quantise(self.cross.out)),
-            mlp_in=quantise(self.mlp_in),
-            mlp_out=quantise(self.mlp_out),
+            self_qkv=quantise(self.self_qkv, native),
+            self_out=quantise(self.self_out, native),
+            cross=cross and replace(cross, q=quantise(cross.q, native), out=quantise(cross.out, native)),
+            mlp_in=quantise(self.mlp_in, native),
+            mlp_out=quantise(self.mlp_out, native),
         )
 
     @property
@@ -101,6 +98,11 @@ class Layer:
 def norm_of(module: nn.LayerNorm) -> Norm:
     """Return the weights of one of torch's layer norms."""
     return Norm(module.weight, module.bias)
+
+
+def quantise(weight: Weight, native: Native | None) -> Int8:
+    """Return the weight in 8 bits, which it may have been before."""
+    return weight if isinstance(weight, Int8) else Int8.of(weight, native)
 
 
 def linear(x: Tensor, weight: Weight, lines: int) -> Tensor:

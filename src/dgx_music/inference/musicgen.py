@@ -86,7 +86,9 @@ class MusicGenEngine:
         is_traced = settings.compile == "on" and device.type == "cuda"
         if settings.compile != "off" and device.type == "cpu":
             self._decoder.build_kernels()
-        self._saved = self._save_bits(settings)
+        self._facts_of_numbers = self._save_bits(settings)
+        if device.type == "cpu":
+            self._facts_of_numbers["kernels"] = "c" if self._decoder.has_native_kernels else "torch"
         if is_traced:
             self._decoder.compile()
         slot_count = settings.slots or _fitting_slots(self._decoder, settings.model_count)
@@ -119,8 +121,8 @@ class MusicGenEngine:
     def generate(self, request: GenerationRequest, run: Run) -> Audio:
         """Return the request's audio in the model's own channels and sample rate, exactly as long as was asked for.
 
-        The same seed gives the same audio on the same device. Raises ``EngineError`` where a number is not finite, and
-        ``GenerationRejectedError`` for what this model cannot do.
+        The same seed gives the same audio on the same device, with the same kernels. Raises ``EngineError`` where a number is
+        not finite, and ``GenerationRejectedError`` for what this model cannot do.
         """
         started = time.perf_counter()
         run.check_cancelled()
@@ -223,7 +225,7 @@ class MusicGenEngine:
             "dtype": str(self._decoder.dtype).removeprefix("torch."),
             "device_seconds": round(device_seconds, 3),
             "is_untrained": self._is_untrained,
-            **self._saved,
+            **self._facts_of_numbers,
         }
 
 

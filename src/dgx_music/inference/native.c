@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #ifdef BFLOAT16
 typedef uint16_t number;
@@ -51,29 +52,31 @@ static inline float sum(wide lanes) {
     return total;
 }
 
-// e^x for x <= 0, to a few units in the last place: 2^whole * 2^fraction, the latter by its Taylor series around 0. In plain
-// arithmetic, which compilers turn into vectors. Below -87, where a float32 ends, e^-87 is as good as 0.
+// e^x for x <= 0, with a relative error below 5e-6: 2^whole * 2^fraction, the latter by its Taylor series around 0. In plain
+// arithmetic, which compilers turn into vectors. Below -87, where a float32 ends, e^-87 is as good as 0. NaN stays NaN.
 static inline float exponential(float x) {
-    const float scaled = (x < -87.0f ? -87.0f : x) * 1.44269504f, whole = rintf(scaled);
+    const float scaled = (x < -87.0f ? -87.0f : x) * 1.44269504f;
+    const float whole = scaled >= -126.0f ? rintf(scaled) : 0.0f;
     const float y = (scaled - whole) * 0.69314718f;
-    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
+    union { uint32_t bits; float value; } power = {(uint32_t)((int32_t)whole + 127) << 23};
     return power.value * (1 + y * (1 + y * (0.5f + y * (1 / 6.0f + y * (1 / 24.0f + y * (1 / 120.0f + y / 720))))));
 }
 
 // Attention of one query of each line: out[line][head] = softmax(q . keys / sqrt(SIZE) + mask[line]) . values.
-// Strides are in numbers; a head's positions lie side by side. There may be no mask.
+// Strides are in numbers, the same for keys and values; a head's positions lie side by side. There may be no mask.
 void attend(const number *q, const number *keys, const number *values, const number *mask, number *out, int64_t lines,
             int64_t heads, int64_t positions, int64_t q_stride, int64_t line_stride, int64_t head_stride,
             int64_t mask_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t pair = 0; pair < lines * heads; pair++) {
-        const int64_t line = pair / heads, head = pair % heads, own = line * line_stride + head * head_stride;
+        const int64_t line = pair / heads, head = pair % heads, start = line * line_stride + head * head_stride;
         const float scale = 1 / sqrtf(SIZE);
         wide query[PARTS], read[PARTS] = {};
-        float scores[positions], most = -INFINITY, total = 0;
+        float scores[positions] __attribute__((aligned(64)));  // or the order of sums could depend on where it happens to be
+        float most = -INFINITY, total = 0;
         for (int part = 0; part < PARTS; part++) query[part] = part_of(q + line * q_stride + head * SIZE, part) * scale;
         for (int64_t t = 0; t < positions; t++) {
-            const number *key = keys + own + t * SIZE;
+            const number *key = keys + start + t * SIZE;
             wide products = query[0] * part_of(key, 0);
             __builtin_prefetch(key + AHEAD);
             for (int part = 1; part < PARTS; part++) products += query[part] * part_of(key, part);
@@ -86,7 +89,7 @@ void attend(const number *q, const number *keys, const number *values, const num
 #pragma omp simd reduction(+ : total)
         for (int64_t t = 0; t < positions; t++) total += scores[t] = exponential(scores[t] - most);
         for (int64_t t = 0; t < positions; t++) {
-            const number *value = values + own + t * SIZE;
+            const number *value = values + start + t * SIZE;
             __builtin_prefetch(value + AHEAD);
             for (int part = 0; part < PARTS; part++) read[part] += scores[t] * part_of(value, part);
         }
@@ -95,7 +98,9 @@ void attend(const number *q, const number *keys, const number *values, const num
 }
 
 // Round each line to whole levels, of which its largest number is 126; a line of zeros has levels of size 0.
-void round_lines(const number *x, int8_t *rounded, number *levels, int64_t lines, int64_t width) {
+// What is too small to be divided by, or not finite, is not rounded: its level alone says what a product with it is.
+void round_lines(const number *x, int8_t *rounded, number *levels, int64_t lines, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (lines > 32)
     for (int64_t line = 0; line < lines; line++) {
         const number *own = x + line * width;
         const pattern *patterns = (const pattern *)own;
@@ -106,7 +111,10 @@ void round_lines(const number *x, int8_t *rounded, number *levels, int64_t lines
         }
         levels[line] = narrow(widen(most.one) / 126);
         const float level = widen(levels[line]);
-        const float inverse = level > 0 && level < INFINITY ? 1 / level : 0;
-        for (int64_t i = 0; i < width; i++) rounded[line * width + i] = (int8_t)rintf(widen(own[i]) * inverse);
+        if (!(level > 1e-30f && level < INFINITY)) {
+            memset(rounded + line * width, 0, width);
+            continue;
+        }
+        for (int64_t i = 0; i < width; i++) rounded[line * width + i] = (int8_t)rintf(widen(own[i]) * (1 / level));
     }
 }

@@ -56,7 +56,7 @@ class Int8(NamedTuple):
         return product.mul_(levels)
 
     def _sums(self, lines: Tensor) -> Tensor:
-        """Return the scaled sums ``[N, out]`` in float32; the weight stands on the left as in ``decoder.linear``."""
+        """Return the scaled sums ``[N, out]`` in float32; the weight stands on the left as in ``layers.linear``."""
         count = len(lines)
         if lines.is_cuda:  # where the number of lines must be a multiple of 8
             lines = functional.pad(lines, (0, 0, 0, -count % 8))
