@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,11 @@ def test_without_a_compiler_torch_goes_on_alone(
             "native.c:1: wrong",
         ),
         ("import sys; open(sys.argv[sys.argv.index('-o') + 1], 'w').write('x')", "OSError"),
+        (
+            "import sys; print('In file', 'x.c:1: error: no', sep='\\n', file=sys.stderr); sys.exit(1)",
+            "x.c:1: error: no",
+        ),
+        ("import sys; print(' ', file=sys.stderr); sys.exit(3)", "ended with 3"),
         ("import time; time.sleep(9)", "timed out"),
     ],
 )
@@ -316,8 +322,10 @@ def test_threads_that_are_not_torchs_are_refused(
 ) -> None:
     build(16, torch.float32)
     native._build.cache_clear()
-    seen = iter([{"/torch/lib/libgomp.so.1"}, {"/torch/lib/libgomp.so.1", "/usr/lib/libomp.so.5"}])
+    seen = iter([{"/torch/lib/libgomp.so.1"}, *[{"/torch/lib/libgomp.so.1", "/usr/lib/libomp.so.5"}] * 2])
+    monkeypatch.setattr(native, "_first_openmp_runtimes", cache(native._first_openmp_runtimes.__wrapped__))
     monkeypatch.setattr(native, "_openmp_runtimes", lambda: next(seen))
+    assert native.build(16, torch.float32) is None  # and the second time, when the library is still loaded
     assert native.build(16, torch.float32) is None
     assert "their threads are not torch's, but those of /usr/lib/libomp.so.5" in caplog.text
 
@@ -362,3 +370,13 @@ def test_kernels_that_compute_something_else_are_not_used(
     monkeypatch.setattr(Native, kernel, wrong)
     assert native.build(16, dtype) is None
     assert "they do not compute what torch does" in caplog.text
+
+
+def test_a_bold_compiler_changes_no_other_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcc before 13 has whatever loads a library made with -ffast-math flush small numbers to 0, all torch's among them."""
+    build(16, torch.float32)
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -ffast-math")
+    native.build(16, torch.float32)
+    assert (torch.tensor([1e-40]) * 1).item() > 0
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: (torch.tensor([1e-40]) * 1).item()).result() > 0

@@ -29,6 +29,7 @@ _SOURCE = Path(__file__).with_name("native.c")
 _NUMBERS = {torch.bfloat16: ["-DBFLOAT16"], torch.float32: []}
 _OPTIONS = [
     *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    "-fno-fast-math",  # whatever CC says: gcc would have all threads of the process take small numbers for 0
     # Sums in any order, so that they can be sums of vectors; but infinity and NaN are what they are.
     *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
 ]
@@ -88,9 +89,20 @@ def build(head_size: int, dtype: torch.dtype) -> Native | None:
     try:
         return _build(compiler, head_size, dtype)
     except (AttributeError, OSError, ValueError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or first_line(error)).strip()
-        logger.warning("no kernels in C, torch's slower operations instead: %s", said.splitlines()[0])
+        logger.warning(
+            "no kernels in C by %s, torch's slower operations instead: %s (CC names a compiler, DGX_MUSIC_COMPILE=off none)",
+            compiler,
+            _reason(error),
+        )
         return None
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of what a compiler printed that says what is wrong, or else the error's own."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return first_line(error)
+    printed: list[str] = error.stderr.strip().splitlines() or [f"it ended with {error.returncode}"]
+    return next((line for line in printed if "error" in line), printed[0])
 
 
 @cache
@@ -103,9 +115,9 @@ def _build(compiler: str, head_size: int, dtype: torch.dtype) -> Native:
         options = (*_OPTIONS, *_NUMBERS[dtype], f"-DSIZE={head_size}", "-o", str(library))
         command = (*shlex.split(compiler), *options, *source)
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS)  # noqa: S603
-        before = _openmp_runtimes()
+        ours = _first_openmp_runtimes()
         native = Native(ctypes.CDLL(str(library)))  # which stays when its file is gone
-    if others := _openmp_runtimes() - before:
+    if others := _openmp_runtimes() - ours:
         raise ValueError(
             f"their threads are not torch's, but those of {' and '.join(others)}, which would wait for cores"
         )
@@ -117,6 +129,12 @@ def _openmp_runtimes() -> set[str]:
     """Return the libraries in this process that have threads of OpenMP; those of two would keep each other from the cores."""
     files = (line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines())
     return {file for file in files if _OPENMP.search(file)}
+
+
+@cache
+def _first_openmp_runtimes() -> set[str]:
+    """Return those that were there before any kernels: a library that was refused stays loaded, and so does its runtime."""
+    return _openmp_runtimes()
 
 
 def _check(native: Native, head_size: int, dtype: torch.dtype) -> None:
