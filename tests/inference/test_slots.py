@@ -433,9 +433,8 @@ def compiled_decoder(backend: str, **options: bool) -> Decoder:
 def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
     """``is_strict`` raises where torch would fall back to Python."""
     compiled = compiled_decoder("aot_eager", is_strict=True)
-    rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:3])]
-    for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
-        assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))
+    (codes,) = decode([make_row(frames=4, **GREEDY)], slots=Slots(compiled, 1, MAX_STEPS))
+    assert torch.equal(codes, reference_codes(PROMPTS[0], 4, 3.0))
 
 
 def test_a_plan_for_each_length_is_compiled() -> None:
