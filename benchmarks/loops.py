@@ -106,14 +106,14 @@ class Ours:
         decoder, projection = copy.deepcopy(model.decoder), copy.deepcopy(model.enc_to_dec_proj)
         self._decoder = Decoder(decoder, projection, self._max_steps + 1)  # one position to spare
         is_on_gpu = self._device.type == "cuda"
-        if compiled != "off" and not is_on_gpu:
+        if compiled == "auto" and not is_on_gpu:
             self._decoder.build_kernels()
         if weights == "int8":
             self._decoder.quantise()
-        if compiled == "on" and is_on_gpu:
+        if compiled == "on":
             self._decoder.compile()
         self.name = "slots" if weights == "auto" else f"slots, {weights}"
-        if compiled == "on" and is_on_gpu:
+        if compiled == "on":
             self.name += ", compiled"
         elif not (is_on_gpu or self._decoder.has_native_kernels):
             self.name += ", plain torch"

@@ -87,8 +87,8 @@ class Settings(BaseSettings):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="`auto`: on a CPU build a few kernels in C, where there is a compiler; `on`: as `auto`, and on a GPU "
-        "have torch compile the step, which takes a minute at first; `off`: neither",
+        description="`auto`: on a CPU build a few kernels in C, where there is a compiler; `on`: have torch compile the step "
+        "instead, which takes a minute at first and on a CPU was slower; `off`: neither",
     )
     audio_format: AudioFormat = Field("wav", description="file format")
     loudness: Loudness = Field("lufs", description="`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`")

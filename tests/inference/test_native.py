@@ -269,13 +269,17 @@ def test_a_cache_in_8_bits_is_read_as_well() -> None:
     assert torch.equal(*codes)
 
 
-def test_the_engine_builds_them_unless_it_is_told_not_to() -> None:
+def test_the_engine_builds_them_unless_it_is_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     build(32, torch.float32)
-    for choice in ("auto", "on"):
-        engine = load(compile=choice)
-        assert isinstance(engine._decoder._native, Native)
-        assert (generate(engine).samples != 0).any()
+    compiled: list[Decoder] = []
+    monkeypatch.setattr(Decoder, "compile", lambda decoder: compiled.append(decoder))
+    engine = load(compile="auto")
+    assert isinstance(engine._decoder._native, Native)
+    assert (generate(engine).samples != 0).any()
     assert load(compile="off")._decoder._native is None
+    assert not compiled
+    assert load(compile="on")._decoder._native is None
+    assert len(compiled) == 1
 
 
 # where they cannot be built

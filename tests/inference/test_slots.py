@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import pytest
@@ -433,10 +433,24 @@ def compiled_decoder(backend: str, **options: bool) -> Decoder:
 def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
     """``is_strict`` raises where torch would fall back to Python."""
     compiled = compiled_decoder("aot_eager", is_strict=True)
-    (codes,) = decode([make_row(frames=4, **GREEDY)], slots=Slots(compiled, 1, MAX_STEPS))
-    assert torch.equal(codes, reference_codes(PROMPTS[0], 4, 3.0))
+    rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:3])]
+    for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
+        assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))
 
 
+@pytest.fixture
+def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have torch compile as it does for a GPU."""
+    compile_ = torch.compile
+
+    @wraps(compile_)
+    def compile_fixed(forward: Any, **options: Any) -> Any:
+        return compile_(forward, **options | {"dynamic": False})
+
+    monkeypatch.setattr(torch, "compile", compile_fixed)
+
+
+@pytest.mark.usefixtures("fixed_shapes")
 def test_a_plan_for_each_length_is_compiled() -> None:
     """More of them than the 8 that torch takes where it is not told; ``is_strict`` raises past the limit."""
     (codes,) = decode(
@@ -445,6 +459,7 @@ def test_a_plan_for_each_length_is_compiled() -> None:
     assert torch.equal(codes, reference_codes(PROMPTS[0], 8, 3.0))
 
 
+@pytest.mark.usefixtures("fixed_shapes")
 def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgx_music.inference.decoder._MOST_SHAPES", 3)
     scales = (3.0, 1.0, 2.0, 1.0)

@@ -135,12 +135,13 @@ class Decoder:
         self._native = build(self.head_size, self.dtype)
 
     def compile(self, backend: str = "inductor", *, is_strict: bool = False) -> None:
-        """Have torch compile the forward pass, which then takes a minute the first time; for a GPU: it has few shapes there.
+        """Have torch compile the forward pass, which then takes a minute the first time; not together with kernels in C.
 
-        Past a number of them (``_MOST_SHAPES``, or 8 where torch cannot be told) it runs as plain torch; where ``is_strict``,
+        Fixed shapes on a GPU, whose launches are of few; on a CPU, where every step reads a little more, one for all. Past a
+        number of shapes (``_MOST_SHAPES``, or 8 where torch cannot be told) it runs as plain torch; where ``is_strict``,
         torch raises instead, and where it cannot compile the pass in one piece.
         """
-        options: dict[str, Any] = {"backend": backend, "dynamic": False, "fullgraph": is_strict}
+        options: dict[str, Any] = {"backend": backend, "dynamic": self.device.type == "cpu", "fullgraph": is_strict}
         if "recompile_limit" in signature(torch.compile).parameters:
             options["recompile_limit"] = _MOST_SHAPES
         self.forward = torch.compile(self.forward, **options)  # type: ignore[method-assign]

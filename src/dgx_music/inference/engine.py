@@ -182,7 +182,7 @@ class EngineSettings:
     kv_cache: str = "full"
     """``fp8`` keeps attention's keys and values in 8 bits."""
     compile: str = "auto"
-    """``auto`` builds kernels in C for a CPU, ``on`` has torch compile a GPU's step, ``off`` does neither."""
+    """``auto`` builds kernels in C for a CPU, ``on`` has torch compile the step instead, ``off`` does neither."""
     model_count: int = 1
     """How many models one process may be asked for; they share the device's memory."""
 

@@ -83,8 +83,8 @@ class MusicGenEngine:
         room = prefix and prefix + LONGEST_PREFIX_TEXT
         self._decoder = Decoder(model.decoder, getattr(model, "enc_to_dec_proj", None), room + max_steps + 1)
         self._conditioner = Conditioner(model, weights.tokenizer, self._decoder, self._codec.sample_rate)
-        is_traced = settings.compile == "on" and device.type == "cuda"
-        if settings.compile != "off" and device.type == "cpu":
+        is_traced = settings.compile == "on"
+        if settings.compile == "auto" and device.type == "cpu":
             self._decoder.build_kernels()
         self._facts_of_numbers = self._save_bits(settings)
         if device.type == "cpu":
