@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dgx_music.inference.decoder import Decoder
 from dgx_music.inference.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, Span, bucket
 from dgx_music.inference.slots import Row, Slots
 from dgx_music.inference.tiny import build_tiny
+from tests.inference.gpu import nobody_may_wait
 from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
 from tests.inference.test_slots import GREEDY, MAX_STEPS, PROMPTS, decode, decoder, make_row, make_slots
 
@@ -153,9 +155,25 @@ def test_a_launch_copies_nothing_to_the_host() -> None:
     slots = make_slots_on_gpu()
     for row in list(make_rows())[:3]:
         slots.admit(row)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nobody_may_wait():
         for _ in range(4):
             slots.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_two_engines_record_at_the_same_time(caplog: pytest.LogCaptureFixture) -> None:
+    expected = decode(list(make_rows()), slots=make_slots_on_gpu())
+    both = [make_slots_on_gpu(), make_slots_on_gpu()]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda slots: decode(list(make_rows()), slots=slots), both))
+    assert all(torch.equal(a, b) for codes in found for a, b in zip(codes, expected, strict=True))
+    assert "no CUDA graph" not in caplog.text
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_one_recording_serves_a_whole_clip() -> None:
+    slots = make_slots_on_gpu()
+    decode([make_row(PROMPTS[0], 77)], slots=slots)
+    assert len(slots._launcher._graphs) == 1

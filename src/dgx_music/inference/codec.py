@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgx_music.inference.launches import borrow_stream
+
 
 class Codec:
     """A loaded EnCodec, in float32, as ``channels`` mono codecs side by side."""
@@ -18,8 +20,7 @@ class Codec:
         self.sample_rate: int = model.config.sampling_rate
         self.frame_size: int = model.config.hop_length
         """Samples in a frame."""
-        is_on_gpu = model.device.type == "cuda"
-        self._stream = torch.cuda.Stream(model.device) if is_on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream = borrow_stream(self, model.device)
 
     @property
     def frame_rate(self) -> float:

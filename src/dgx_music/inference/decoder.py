@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dgx_music.inference.kernels import attend_cached, can_launch, is_available
-from dgx_music.inference.launches import Span
-from dgx_music.inference.layers import Cross, Layer, Weight, linear, norm_of, quantise
+from dgx_music.inference.kernels import add_norm, attend_cached, can_launch, is_available, store_newest
+from dgx_music.inference.launches import Span, borrow_stream
+from dgx_music.inference.layers import Cross, Layer, Norm, Weight, linear, norm_of, quantise
 from dgx_music.inference.native import Native, build
 
 _MOST_SHAPES = 128
@@ -81,15 +81,14 @@ class Decoder:
         self._text_projection = text_projection
         self._embedding = torch.cat([table.weight for table in decoder.embed_tokens])  # [K * (V + 1), hidden]
         self.device, self.dtype = self._embedding.device, self._embedding.dtype
-        is_on_gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if is_on_gpu else None  # type: ignore[no-untyped-call]
-        """Of a GPU: where all slots of this decoder make their steps."""
+        self.stream = borrow_stream(self, self.device, priority=-1)
+        """Of a GPU: where all slots of this decoder make their steps, before whatever else there is to do."""
         self._first_tokens = torch.arange(self.codebook_count, device=self.device) * (config.vocab_size + 1)  # [K]
         self._positions = sinusoids(max_positions, config.hidden_size).to(self.device, self.dtype)  # [T, hidden]
         self._final_norm = norm_of(decoder.layer_norm)
         self._heads: Weight = torch.cat([head.weight for head in model.lm_heads])  # [K * V, hidden]
         self.cache_dtype = self.dtype
-        self._has_kernel = False  # to read a cache in 8 bits; without, it is converted at every step
+        self._has_kernel = self._find_kernel()
         self._native: Native | None = None
         self.layers: list[Layer] = []
         while decoder.layers:
@@ -100,6 +99,11 @@ class Decoder:
     def reads_text(self) -> bool:
         """True where text reaches the rows through cross-attention, False where it is a prefix."""
         return self.layers[0].cross is not None
+
+    @property
+    def reads_positions(self) -> bool:
+        """True if kernels find each row's position on the device, so that one recording serves all positions."""
+        return self._has_kernel
 
     @property
     def weight_bytes(self) -> int:
@@ -128,7 +132,10 @@ class Decoder:
     def shrink_cache(self) -> None:
         """Keep keys and values in 8 bits (e4m3: 4 of exponent, 3 of mantissa) from now on; halves what a slot takes."""
         self.cache_dtype = torch.float8_e4m3fn
-        self._has_kernel = is_available(self.device, self.cache_dtype) and can_launch(self.device, self.cache_dtype)
+        self._has_kernel = self._find_kernel()
+
+    def _find_kernel(self) -> bool:
+        return is_available(self.device, self.cache_dtype) and can_launch(self.device, self.cache_dtype)
 
     def build_kernels(self) -> None:
         """Have kernels in C do what torch does in several operations, where this can be; for a CPU, and before ``quantise``."""
@@ -189,14 +196,27 @@ class Decoder:
         x = self._embed(tokens) + self._positions[positions]
         x = x.repeat_interleave(halves, dim=0)  # the halves' tokens agree
         # Without a text of its own, the null half's states are zero, and so is what attention makes of them.
-        readers = x if text is None else x[:: halves // text.halves]
+        every = 1 if text is None else halves // text.halves
+        following = [*(layer.self_norm for layer in self.layers[1:]), self._final_norm]
+        normed = self.layers[0].self_norm(x)
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
-            x.add_(self._self_attention(layer, index, x, layer_cache, reach, lines))
+            read = self._self_attention(layer, index, normed, layer_cache, reach, lines)
             if layer.cross is not None and text is not None:
-                readers.add_(self._cross_attention(layer.cross, index, readers, texts, lines))
-            x.add_(self._mlp(layer, x, lines))
-        logits = linear(self._final_norm(x), self._heads, lines).float()  # [N, K * V]
+                normed = self._add(x, read, layer.cross.norm, read_every=every)
+                read = self._cross_attention(layer.cross, index, normed, texts, lines)
+                normed = self._add(x, read, layer.mlp_norm, added_every=every)
+            else:
+                normed = self._add(x, read, layer.mlp_norm)
+            normed = self._add(x, self._mlp(layer, normed, lines), following[index])
+        logits = linear(normed, self._heads, lines).float()  # [N, K * V]
         return logits.view(len(tokens), halves, self.codebook_count, -1)
+
+    def _add(self, x: Tensor, more: Tensor, norm: Norm, *, added_every: int = 1, read_every: int = 1) -> Tensor:
+        """Add to every so many lines of x, in place; return every so many of them, normalised."""
+        if self._has_kernel:
+            return add_norm(x, more, norm.weight, norm.bias, added_every, read_every)
+        x[::added_every].add_(more)
+        return norm(x[::read_every])
 
     @torch.no_grad()
     def prefill(self, prefix: Tensor | None, tokens: Tensor, cache: Tensor, text: Text | None) -> None:
@@ -228,7 +248,7 @@ class Decoder:
                 read = _each(_merge(_attention(q, keys, values, mask)), layer.cross.out)
                 x = torch.cat([x[: text.halves] + read, x[text.halves :]])
             flat = x.flatten(0, 1)
-            x = x + self._mlp(layer, flat, len(flat)).view(x.shape)
+            x = x + self._mlp(layer, layer.mlp_norm(flat), len(flat)).view(x.shape)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Return the sum of the codebooks' embeddings, ``[R, hidden]``, in transformers' order."""
@@ -254,9 +274,11 @@ class Decoder:
             parts.append(_Part(lines, *_views(filled), mask, newest))
         return _Reach(torch.arange(len(positions), device=self.device), positions, halves, last, is_exact, tuple(parts))
 
-    def _self_attention(self, layer: Layer, index: int, x: Tensor, cache: Tensor, reach: _Reach, lines: int) -> Tensor:
-        qkv = linear(layer.self_norm(x), layer.self_qkv, lines).contiguous()
-        q, fresh = torch.split_with_sizes(qkv, (x.shape[1], 2 * x.shape[1]), 1)
+    def _self_attention(
+        self, layer: Layer, index: int, normed: Tensor, cache: Tensor, reach: _Reach, lines: int
+    ) -> Tensor:
+        qkv = linear(normed, layer.self_qkv, lines).contiguous()
+        q, fresh = torch.split_with_sizes(qkv, (normed.shape[1], 2 * normed.shape[1]), 1)
         self._write(fresh.view(-1, 2, self.head_count, self.head_size), index, cache, reach)
         q = q.view(-1, self.head_count, 1, self.head_size)
         read = [self._read(_of(part, q), index, part, reach) for part in reach.parts]
@@ -264,6 +286,9 @@ class Decoder:
 
     def _write(self, fresh: Tensor, index: int, cache: Tensor, reach: _Reach) -> None:
         """Put the keys and values ``[N, 2, H, D]`` of this step into a layer's cache."""
+        if self._has_kernel:
+            store_newest(fresh, cache, reach.positions, reach.halves)
+            return
         fresh = self._to_cache(fresh)
         if reach.is_exact:  # a copy for each part is several times as fast on a CPU as one by indices
             for part in reach.parts:
@@ -297,14 +322,16 @@ class Decoder:
         most = torch.finfo(self.cache_dtype).max
         return keys_values.clamp(-most, most).to(self.cache_dtype)
 
-    def _cross_attention(self, cross: Cross, index: int, x: Tensor, texts: tuple[_Part, ...], lines: int) -> Tensor:
-        q = linear(cross.norm(x), cross.q, lines).contiguous().view(-1, self.head_count, 1, self.head_size)
+    def _cross_attention(
+        self, cross: Cross, index: int, normed: Tensor, texts: tuple[_Part, ...], lines: int
+    ) -> Tensor:
+        q = linear(normed, cross.q, lines).contiguous().view(-1, self.head_count, 1, self.head_size)
         read = [self._attend(_of(part, q), part.keys[index], part.values[index], part.mask) for part in texts]
         return linear(_join(read), cross.out, lines)
 
-    def _mlp(self, layer: Layer, x: Tensor, lines: int) -> Tensor:
+    def _mlp(self, layer: Layer, normed: Tensor, lines: int) -> Tensor:
         # Side by side in memory, each number goes through the same instructions wherever it stands.
-        inner = linear(layer.mlp_norm(x), layer.mlp_in, lines).contiguous()
+        inner = linear(normed, layer.mlp_in, lines).contiguous()
         return linear(layer.activation(inner), layer.mlp_out, lines)
 
 

@@ -80,10 +80,13 @@ def decode(decoder: Decoder, row: Row, codes: Tensor | None = None) -> Passage:
     """Return what the decoder makes of the row; or else these codes, whatever it would have drawn (teacher-forced)."""
     watched = _Watched(decoder, row, codes)
     slots = Slots(watched, 1, row.step_count)  # type: ignore[arg-type]
-    slots.admit(row)
-    while not row.is_done:
-        slots.step()
-    return Passage(slots.codes(row), watched.logits[: row.step_count].cpu())
+    try:
+        slots.admit(row)
+        while not row.is_done:
+            slots.step()
+        return Passage(slots.codes(row), watched.logits[: row.step_count].cpu())
+    finally:
+        slots.close()  # the next one's cache, and the measuring of what is free, come soon
 
 
 def scores(decoder: Decoder, row: Row, logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Attention of one query per line over a static cache, for NVIDIA GPUs: each line reads only what it has.
+"""A decode step's kernels for NVIDIA GPUs: attention over a static cache, writing to it, and adding before a layer norm.
 
 ``scaled_dot_product_attention`` with a mask reads every line's cache up to the furthest line's position, and cannot read one
-in fp8. Here a line's position is read on the device, so that a recorded CUDA graph serves all positions.
+in fp8. Here each line reads only what it has. Positions are read on the device, so that a recorded CUDA graph serves all.
 
 Shapes: N lines, H heads of size D, T positions, S splits of the cache.
 """
@@ -28,6 +28,8 @@ _PROGRAMS = 1024
 to do. An estimate from registers and bandwidth; not measured."""
 _OPTIONS = {"enable_fp_fusion": True}
 """Multiply and add as one: the default until Triton 3.9, which warns that it is about to change."""
+_EPSILON = 1e-5
+"""Of torch's layer norm, if nothing else is said."""
 _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 _CAPABILITY = (8, 0)  # Ampere: what Triton supports, and the first with bfloat16
 
@@ -45,7 +47,7 @@ def cut(pairs: int, filled: int) -> tuple[int, int]:
 
 
 def is_available(device: torch.device | None = None, cache_dtype: torch.dtype = torch.bfloat16) -> bool:
-    """True where the device, or else the current CUDA device, can run ``attend_cached`` over a cache in that format.
+    """True if the device, or else the current CUDA device, can run these kernels with a cache in that format.
 
     Triton must be there. It also wants a C compiler (gcc, clang or CC) at its first launch: see ``can_launch``.
     """
@@ -63,11 +65,14 @@ def is_available(device: torch.device | None = None, cache_dtype: torch.dtype = 
 
 def can_launch(device: torch.device, cache_dtype: torch.dtype) -> bool:
     """Launch the kernels once, on next to nothing, and return whether that works; says in the log why it does not."""
-    cache = torch.zeros(1, 1, 1, 32, device=device).to(cache_dtype)
+    cache = torch.zeros(1, 1, 2, 1, 1, 32, device=device).to(cache_dtype)
     position = torch.zeros(1, dtype=torch.long, device=device)
+    line = torch.zeros(1, 32, device=device)
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            attend_cached(torch.zeros(1, 1, 32, device=device), cache, cache, position, 1)
+            store_newest(torch.zeros(1, 2, 1, 32, device=device), cache, position, 1)
+            attend_cached(line[:, None], cache[:, 0, 0], cache[:, 0, 1], position, 1)
+            add_norm(line, line, line[0], line[0])
     except Exception as error:  # a compiler's complaints are of many kinds
         logger.warning("no Triton kernels, torch's attention instead: %s", first_line(error))
         return False
@@ -120,11 +125,71 @@ def attend_cached(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, fi
         split_size=split_size,
         split_count=split_count,
         head_size=head_size,
-        padded_count=1 << (split_count - 1).bit_length(),
+        padded_count=_power_of_two(split_count),
         num_warps=1,  # 24 splits of 64 numbers are few enough; more warps would wait for each other
         **_OPTIONS,
     )
     return out
+
+
+def add_norm(
+    x: Tensor, more: Tensor, weight: Tensor, bias: Tensor, added_every: int = 1, read_every: int = 1
+) -> Tensor:
+    """Add ``more`` to every so many lines of x ``[N, hidden]``, in place; return every so many of them after a layer norm.
+
+    That is lines 0, ``added_every`` and so on, and of what is returned lines 0, ``read_every`` and so on. The norm is computed
+    in float32 from the sums as x holds them; its epsilon is torch's default.
+    """
+    from dgx_music.inference import fused
+
+    lines, hidden = x.shape
+    if not x.is_contiguous() or more.shape != (_ceil_div(lines, added_every), hidden):
+        raise ValueError("What is added does not fit what it is added to.")
+    out = torch.empty(_ceil_div(lines, read_every), hidden, dtype=x.dtype, device=x.device)
+    fused.add_norm[(lines,)](
+        x,
+        more.contiguous(),
+        weight,
+        bias,
+        out,
+        hidden,
+        _EPSILON,
+        added_every=added_every,
+        read_every=read_every,
+        block=_power_of_two(hidden),
+        num_warps=_warps(hidden),
+        **_OPTIONS,
+    )
+    return out
+
+
+def store_newest(fresh: Tensor, cache: Tensor, positions: Tensor, halves: int) -> None:
+    """Put the keys and values ``[N, 2, H, D]`` of a step into a layer's cache ``[slot, half, 2, H, T, D]``.
+
+    Row r is slot r and has so many halves, side by side among the N lines; its position ``[R]`` is read on the device. What is
+    too large for the cache's number format becomes the largest that it holds.
+    """
+    from dgx_music.inference import fused
+
+    lines, _, heads, head_size = fresh.shape
+    is_whole = fresh.stride()[1:] == (heads * head_size, head_size, 1) and cache.stride()[-2:] == (head_size, 1)
+    if not is_whole or lines != len(positions) * halves or cache.shape[3] != heads or cache.shape[5] != head_size:
+        raise ValueError("The keys, values, positions and the cache do not fit together.")
+    hidden = heads * head_size
+    fused.store_newest[(lines, 2)](
+        fresh,
+        cache,
+        positions,
+        fresh.stride(0),
+        *cache.stride()[:4],
+        hidden,
+        torch.finfo(cache.dtype).max,
+        halves=halves,
+        head_size=head_size,
+        block=_power_of_two(hidden),
+        num_warps=_warps(hidden),
+        **_OPTIONS,
+    )
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, filled: int) -> None:
@@ -137,6 +202,15 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, filled: i
         raise ValueError(f"filled is {filled}; the cache has {length} positions.")
     if any(tensor.stride(-1) != 1 for tensor in (q, keys, values)) or not positions.is_contiguous():
         raise ValueError("The last dimension of the query, keys, values and positions must be contiguous.")
+
+
+def _warps(hidden: int) -> int:
+    """Return how many groups of 32 threads share a line: about eight numbers for each thread."""
+    return min(8, max(1, _power_of_two(hidden) // 256))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _ceil_div(number: int, step: int) -> int:

@@ -72,12 +72,28 @@ class DecodingLoop:
         return ticket.codes.result()
 
     def _work(self) -> None:
-        with self._guard():
-            while self._has_work():
-                self._drop_cancelled()
-                self._admit()
-                if self._slots is not None:
-                    self._advance(self._slots)
+        try:
+            with self._guard():
+                while self._has_work():
+                    self._drop_cancelled()
+                    self._admit()
+                    if self._slots is not None:
+                        self._advance(self._slots)
+        except BaseException as error:
+            logger.exception("the decoding thread ends")
+            self._answer_all(error)
+
+    def _answer_all(self, error: BaseException) -> None:
+        """Let nobody wait for a thread that is gone; the next row starts a new one, with fresh slots."""
+        self._give_up_slots()
+        with self._lock:
+            tickets = [*self._admitted, *self._waiting]
+            self._admitted.clear()
+            self._waiting.clear()
+            self._is_running = False
+        for ticket in tickets:
+            if not ticket.codes.done():
+                ticket.codes.set_exception(_failed_step(error, len(tickets)))
 
     def _has_work(self) -> bool:
         with self._lock:

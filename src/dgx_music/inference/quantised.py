@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dgx_music.inference.native import Native
 
@@ -57,10 +56,7 @@ class Int8(NamedTuple):
 
     def _sums(self, lines: Tensor) -> Tensor:
         """Return the scaled sums ``[N, out]`` in float32; the weight stands on the left as in ``layers.linear``."""
-        count = len(lines)
-        if lines.is_cuda:  # where the number of lines must be a multiple of 8
-            lines = functional.pad(lines, (0, 0, 0, -count % 8))
-        return (torch._int_mm(self.values, lines.t())[:, :count] * self.scales[:, None]).t()
+        return (torch._int_mm(self.values, lines.t()) * self.scales[:, None]).t()
 
 
 def _round(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,11 +200,17 @@ class Slots:
             rows=len(self.rows),
             halves=2 if any(row.guidance_scale > 1 for row in self.rows) else 1,
             text_halves=text_halves,
-            reach=_spans((row.offset + row.position + 1, False) for row in self.rows),
+            reach=_spans(self._extent(row) for row in self.rows),
             texts=_spans((row.text_extent, True) for row in self.rows) if text_halves else (),
             widest=max(effective_top_k(row.temperature, row.top_k, self._decoder.vocabulary) for row in self.rows),
             steps=1,
         )
+
+    def _extent(self, row: Row) -> tuple[int, bool]:
+        """Return how much of the cache the row reads, and whether not all of that is its own yet."""
+        if self._decoder.reads_positions:
+            return self._decoder.max_positions, True
+        return row.offset + row.position + 1, False
 
     def _advance(self, plan: Plan) -> None:
         """Make the plan's steps. All on the device: nothing here waits for a number, so that a GPU can replay it."""

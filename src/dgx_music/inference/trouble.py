@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import gc
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 
 _NO_MEMORY = (
     "out of memory",
@@ -28,8 +30,15 @@ _STICKY = (
     "context is destroyed",
     "driver shutting down",
     "invalid device context",
+    "unknown error",
+    "MPS client has been terminated",
+    "peer GPU memory",
+    "captures_underway",  # torch's own: a recording that broke has left the allocator in the middle of it
 )
 """CUDA's words for the errors after which the process has to be ended, as its documentation of ``cudaError`` says."""
+
+RECORDING = threading.RLock()
+"""Held while a CUDA graph is recorded and while memory is given back: each breaks the other, in any thread of the process."""
 
 MEMORY_REMEDY = "use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16"
 
@@ -45,13 +54,17 @@ def has_lost_the_device(error: BaseException) -> bool:
 
 
 def give_back_memory(error: BaseException | None = None) -> None:
-    """Give what is no longer used back to the device, with what the functions that ``error`` has left still hold."""
+    """Give what is no longer used back to the device, with what the functions that ``error`` has left still hold.
+
+    Never raises: it is called while an error is dealt with, and a lost device fails here as well.
+    """
     for each in _with_causes(error):
         traceback.clear_frames(each.__traceback__)
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with suppress(Exception), RECORDING:
+            torch.cuda.empty_cache()
 
 
 def first_line(error: BaseException) -> str:
