@@ -13,7 +13,7 @@ from sqlalchemy import Interval, func, literal, select, update
 from dgx_music import enqueue
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
-from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.errors import ArtifactError, DatabaseUnavailableError
 from dgx_music.leases import Leases, Watch
 from dgx_music.storage import due, queue, repository, workers
 from dgx_music.storage.models import Generation, Speed
@@ -329,6 +329,17 @@ async def test_a_lease_is_found_with_the_length_that_its_worker_gives_it(databas
         await session.execute(update(Generation).where(Generation.id == leases[1].generation_id).values(worker_id="x"))
         found = await queue.find_leases(session)
     assert [found[lease].length_seconds for lease in leases] == [45.0, None]
+
+
+@pytest.mark.parametrize("error", [ArtifactError("read-only"), RuntimeError("can't start new thread")])
+async def test_files_that_cannot_be_removed_keep_nobody_from_being_rescued(database, error):
+    leases, lost = new_leases(database), [await start_one(database) for _ in range(2)]
+    leases._artifacts.delete = raising(error)
+    async with database.session() as session:
+        for lease in lost:
+            await back_date(session, lease.generation_id, lease_expires_at=1)
+    await leases._rescue()
+    assert [(await read(database, lease.generation_id)).status for lease in lost] == ["pending"] * 2
 
 
 # what is noted only once it is done

@@ -259,7 +259,11 @@ class Leases:
         """Delete the file of an attempt that can never complete; where that fails, the next attempt or a prune does."""
         try:
             await self._artifacts.delete(lease.generation_id, [lease.attempt])
-        except ArtifactError as error:
+        except (
+            ArtifactError,
+            MemoryError,
+            RuntimeError,
+        ) as error:  # the last is Python's, for a thread that it cannot start
             logger.warning("generation %s attempt %d: %s", lease.generation_id, lease.attempt, error)
 
     async def _find_lapsed(self) -> dict[Lease, datetime]:
