@@ -2,7 +2,8 @@
 
 import sys
 
-from dgx_music.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main(["worker", *sys.argv[1:]]))
+    sys.argv[:] = ["dgx-music", "worker", *sys.argv[1:]]  # what looks after signals before the slow imports goes by it
+    from dgx_music.cli import main
+
+    sys.exit(main())

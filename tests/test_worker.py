@@ -8,8 +8,10 @@ from pathlib import Path
 import anyio
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import InterfaceError, InternalError
 
 from dgx_music import cancel_generation, enqueue
+from dgx_music import worker as worker_module
 from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import (
@@ -486,6 +488,124 @@ async def test_a_database_hiccup_at_completion_loses_nothing(database, make_work
     assert Path(row.file_path).exists()
 
 
+def note_call(monkeypatch, name, note):
+    """Call this before each call of the queue's function."""
+    function = getattr(queue, name)
+
+    async def noted(*args, **options):
+        note()
+        return await function(*args, **options)
+
+    monkeypatch.setattr(queue, name, noted)
+
+
+RAISED = [
+    MemoryError(),
+    RuntimeError("can't start new thread"),
+    OSError(12, "Cannot allocate memory"),
+    InternalError("COMMIT", None, Exception("the driver is confused")),
+    InterfaceError("COMMIT", None, Exception("another operation is in progress")),
+    asyncio.CancelledError(),
+]
+
+
+def fail_after_commit(monkeypatch, errors, then=lambda: None):
+    """Have completions raise these, one after the other, each after its commit; ``then`` is called just before."""
+    complete = queue.complete
+
+    async def completing(session, completions):
+        done = await complete(session, completions)
+        for error in errors:
+            await session.commit()
+            then()
+            raise error
+        return done
+
+    monkeypatch.setattr(queue, "complete", completing)
+
+
+def raising(error):
+    async def function(*args, **options):
+        raise error
+
+    return function
+
+
+async def completed_file(database, generation):
+    row = await read(database, generation)
+    assert (row.status, row.failures, row.attempt) == ("completed", 0, 1)
+    return Path(row.file_path).read_bytes()
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+async def test_whatever_is_raised_after_its_commit_a_completed_row_keeps_its_file(
+    database, make_worker, monkeypatch, error
+):
+    generation, raised = await add(database), iter([error])
+    fail_after_commit(monkeypatch, raised)
+    await make_worker().run(drain=True)
+    assert await completed_file(database, generation)
+    assert next(raised, None) is None
+
+
+@pytest.mark.parametrize("error", RAISED[:-1], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("unreadable", [1, 2])
+async def test_a_completed_row_keeps_its_file_when_nobody_can_tell_that_it_is_completed(
+    database, make_worker, monkeypatch, error, unreadable
+):
+    generation = await add(database)
+
+    def hide():
+        for name, module in [("find_completed", queue), ("find_owners", worker_module)][:unreadable]:
+            monkeypatch.setattr(module, name, raising(error))
+
+    fail_after_commit(monkeypatch, iter([error]), hide)
+    await make_worker().run(drain=True)
+    assert await completed_file(database, generation)
+
+
+@pytest.mark.parametrize("error", RAISED[:-1], ids=lambda error: type(error).__name__)
+async def test_audio_whose_completion_was_not_written_is_dropped(database, make_worker, monkeypatch, output, error):
+    generation = await add(database, max_attempts=1)
+    monkeypatch.setattr(queue, "complete", raising(error))
+    await make_worker().run(drain=True)
+    assert ((await read(database, generation)).status, list(output.iterdir())) == ("failed", [])
+
+
+async def test_completions_that_were_written_together_all_keep_their_files(database, make_worker, engine, monkeypatch):
+    engine.slots = 4
+    rows = [await add(database, f"prompt {number}") for number in range(4)]
+    fail_after_commit(monkeypatch, iter(RAISED))
+    await make_worker().run(drain=True)
+    assert [bool(await completed_file(database, row)) for row in rows] == [True] * 4
+
+
+@pytest.mark.parametrize("lets_go", ["fail", "release"])
+@pytest.mark.parametrize("error", RAISED[:-1], ids=lambda error: type(error).__name__)
+async def test_an_error_while_a_row_is_let_go_ends_no_worker(
+    database, make_worker, engine, monkeypatch, lets_go, error
+):
+    generation, other = await add(database), await add(database, "other")
+    engine.script["lofi rain"] = [EngineError("boom") if lets_go == "fail" else EngineReplacedError("full"), None]
+    monkeypatch.setattr(queue, lets_go, raising(error))
+    worker = make_worker()
+    async with at_work(worker):
+        await until(database, other, "completed")
+    assert (await read(database, generation)).failures == 0
+
+
+async def test_files_that_no_thread_can_be_had_to_remove_end_no_worker(database, make_worker, engine):
+    generation = await add(database)
+    engine.script["lofi rain"] = [EngineError("boom"), None]
+
+    class NoThreads(MemoryArtifacts):
+        async def delete(self, generation_id, attempts):
+            raise RuntimeError("can't start new thread")
+
+    await make_worker(NoThreads()).run(drain=True)
+    assert (await read(database, generation)).status == "completed"
+
+
 async def test_a_completion_that_cannot_be_stored_fails_alone(database, make_worker, engine):
     engine.slots = 4
     bad = await add(database, "bad", max_attempts=1)
@@ -612,22 +732,26 @@ async def test_a_lost_workers_generation_is_rescued_and_its_file_removed(databas
     assert [file.name for file in output.iterdir()] == [f"{generation.id}-2.wav"]
 
 
-async def test_files_of_earlier_attempts_are_removed_before_completion(database, make_worker, output, engine):
+async def test_a_rescue_removes_the_lost_attempts_file_by_itself(database, make_worker, output):
     generation = await add(database)
-    engine.script["lofi rain"] = [EngineError("boom"), None]
+    async with database.session() as session:
+        await queue.claim(session, worker_id="dead", model_name=MODEL, limit=1, lease_seconds=30)
+        await back_date(session, generation.id, lease_expires_at=1)
+    await LocalArtifacts(output).publish(generation.id, 1, "wav", b"half a generation")
+    await make_worker()._leases._rescue()
+    assert ((await read(database, generation)).status, list(output.iterdir())) == ("pending", [])
+
+
+async def test_files_of_earlier_attempts_are_removed_before_completion(database, make_worker, output, monkeypatch):
+    generation = await add(database)
+    async with database.session() as session:  # the first attempt's worker ended before it could remove anything
+        [claimed] = await queue.claim(session, worker_id="former", model_name=MODEL, limit=1, lease_seconds=30)
+        await queue.release(session, [claimed.lease])
     await LocalArtifacts(output).publish(generation.id, 1, "flac", b"left behind")
+    there = []
+    note_call(monkeypatch, "complete", lambda: there.extend(file.name for file in output.iterdir()))
     await make_worker().run(drain=True)
-    assert [file.name for file in output.iterdir()] == [f"{generation.id}-2.wav"]
-
-
-async def test_a_sweeper_that_could_not_sweep_for_most_of_a_lease_waits_one_more(make_worker):
-    leases = make_worker(lease_seconds=10.0, heartbeat_seconds=3.0)._leases
-    assert leases.may_rescue(0.0)
-    assert leases.may_rescue(6.0)
-    assert not leases.may_rescue(12.1)
-    assert not leases.may_rescue(18.0)
-    assert not leases.may_rescue(22.0)
-    assert leases.may_rescue(22.2)
+    assert there == [f"{generation.id}-2.wav"]
 
 
 async def test_a_worker_is_listed_while_it_runs(database, make_worker, engine):

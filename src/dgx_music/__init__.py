@@ -4,6 +4,7 @@
 Importing this imports nothing heavy: no torch, no Alembic, no SciPy.
 """
 
+import dgx_music.early  # noqa: F401 - first: the others take a second
 from dgx_music.enqueue import (
     RequestOptions,
     cancel_generation,

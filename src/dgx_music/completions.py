@@ -76,7 +76,7 @@ class Completions:
             done, locked = await self._complete([entry.completion for entry in batch])
         except Exception as error:
             if len(batch) == 1:
-                batch[0].error = error
+                await self._settle(batch[0], error)
                 return
             for entry in batch:
                 await self._write([entry])
@@ -84,6 +84,19 @@ class Completions:
             for entry in batch:
                 if entry.completion.lease not in locked:
                     entry.is_done = entry.completion.lease in done
+
+    async def _settle(self, entry: _Entry, error: Exception) -> None:
+        """Hand the error to whoever waits, unless the row is completed all the same: it may have come after the commit."""
+        lease = entry.completion.lease
+        try:
+            done = await self._database.transact(lambda session: queue.find_completed(session, [lease]), read_only=True)
+        except Exception:  # then nobody knows, and the first error is the one to tell
+            done = set()
+        if done:
+            logger.warning("completions: 1 was written, though it raised %s: %s", type(error).__name__, error)
+            entry.is_done = True
+        else:
+            entry.error = error
 
     async def _complete(self, completions: list[Completion]) -> tuple[set[Lease], set[Lease]]:
         """Return the leases that are completed, and those whose rows somebody else has locked."""

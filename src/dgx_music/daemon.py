@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 
 import anyio
 
-from dgx_music import audio
+from dgx_music import audio, logs
 from dgx_music.artifacts import open_output
 from dgx_music.config import Settings
+from dgx_music.early import stopping_signals
 from dgx_music.errors import DgxMusicError
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.process import EngineProcess
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     """Run one worker until a signal stops it, or with ``drain`` until its queue is empty.
 
-    The first SIGTERM or SIGINT lets running generations finish within the grace, a second releases them at once. Embedded
-    SQLite is migrated first. Raises what ``Worker.run`` raises.
+    The first SIGTERM, SIGINT, SIGHUP or SIGQUIT lets running generations finish within the grace, a second releases them
+    at once. Embedded SQLite is migrated first. Raises what ``Worker.run`` raises.
     """
     database = Database.from_settings(within_lease(settings))
     engine = EngineProcess(engine_settings(settings))
@@ -75,17 +75,12 @@ def engine_settings(settings: Settings) -> EngineSettings:
 
 def configure_logging(level: str) -> None:
     """Log one line for each event to stderr; only the daemon does this, the library never."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-    )
+    logs.configure_logging(level)
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 async def _stop_on_signals(worker: Worker) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with anyio.open_signal_receiver(*stopping_signals()) as signals:
         async for number in signals:
             logger.info("worker %s: received %s", worker.id, signal.Signals(number).name)
             worker.stop()

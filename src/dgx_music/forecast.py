@@ -53,6 +53,10 @@ class Speedometer:
         self._news.difference_update(news)
         return {name: _measured(self._logs[name]) for name in news}
 
+    def put_back(self, names: Iterable[str]) -> None:
+        """Have the speeds of these models taken again the next time: they could not be told."""
+        self._news.update(names)
+
 
 def _measured(logs: Sequence[float]) -> Measured:
     """Return the deciles of a sample of logarithms, for a population with more extreme values than the sample's.

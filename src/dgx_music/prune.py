@@ -85,10 +85,7 @@ async def _find_orphans(database: Database, artifacts: Artifacts, safe_age: time
 
 
 def _is_dead(file: StoredFile, owner: Owner | None) -> bool:
-    if owner is None:
-        return True
-    is_own = file.attempt > owner.attempt or (file.attempt == owner.attempt and owner.is_live)
-    return not is_own and file.path != owner.file_path
+    return owner is None or not owner.may_have(file.attempt, file.path)
 
 
 async def _chunks(artifacts: Artifacts) -> AsyncIterator[list[StoredFile]]:

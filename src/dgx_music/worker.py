@@ -13,7 +13,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,6 +43,7 @@ from dgx_music.storage import due, queue, workers
 from dgx_music.storage.changes import Subscription, Topic
 from dgx_music.storage.clips import read_clips
 from dgx_music.storage.database import Database
+from dgx_music.storage.files import find_owners
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.validation import tidy_text
 
@@ -444,40 +445,69 @@ class Worker:
     async def _fail(self, running: Running, error: Exception, *, is_permanent: bool = False) -> None:
         lease, message = running.lease, tidy_text(str(error) or type(error).__name__)
         wait = queue.backoff_seconds(running.claim.failures + 1, self._settings.backoff_base_seconds, self._rng)
-        try:
-            async with self._database.session() as session:
-                status = await queue.fail(
-                    session,
-                    lease,
-                    message,
-                    retry_in_seconds=None if is_permanent else wait,
-                    device_seconds=time.monotonic() - running.started,
-                )
-        except DatabaseUnavailableError as unavailable:  # the lease runs out, and a rescue counts the failure
-            status = str(unavailable)
-        logger.warning("generation %s attempt %d: %s: %s", *_named(lease), status or "lease lost", message)
-        await self._drop_file(lease)
+
+        async def fail(session: AsyncSession) -> str | None:
+            return await queue.fail(
+                session,
+                lease,
+                message,
+                retry_in_seconds=None if is_permanent else wait,
+                device_seconds=time.monotonic() - running.started,
+            )
+
+        await self._let_go(lease, fail, message, logging.WARNING)
 
     async def _release(self, running: Running, why: str) -> None:
         """Give the row back where it is still ours, cancelled where that was requested, and drop the file."""
         lease = running.lease
+
+        async def release(session: AsyncSession) -> str | None:
+            return (await queue.release(session, [lease])).get(lease)
+
+        await self._let_go(lease, release, why, logging.INFO)
+
+    async def _let_go(
+        self, lease: Lease, write: Callable[[AsyncSession], Awaitable[str | None]], why: str, level: int
+    ) -> None:
+        """End the claim by this write, and drop the file of an attempt that can never complete.
+
+        Nothing is raised: where the write cannot be made, the lease runs out and a rescue does the rest. What was raised after a
+        commit may have taken effect: so what to delete is not concluded from an error, but read from the row.
+        """
         with anyio.CancelScope(shield=True):
             try:
                 async with self._database.session() as session:
-                    status = (await queue.release(session, [lease])).get(lease, "lease lost")
-            except DatabaseUnavailableError as error:  # the lease runs out, and a rescue does the rest
+                    status = await write(session) or "lease lost"
+            except DatabaseUnavailableError as error:
                 status = str(error)
-            logger.info("generation %s attempt %d: %s: %s", *_named(lease), status, why)
-            await self._drop_file(lease)
+            except Exception as error:
+                logger.exception("generation %s attempt %d: unexpected", *_named(lease))
+                status = str(error) or type(error).__name__
+            logger.log(level, "generation %s attempt %d: %s: %s", *_named(lease), status, why)
+            if await self._is_over(lease):
+                await self._drop_files(lease, [lease.attempt])
 
-    async def _drop_file(self, lease: Lease) -> None:
-        await self._drop_files(lease, [lease.attempt])
+    async def _is_over(self, lease: Lease) -> bool:
+        """Return True where this attempt has no file and can get none; False where nobody can say: pruning finds that."""
+        try:
+            owner = await self._database.transact(
+                lambda session: find_owners(session, [lease.generation_id]), read_only=True
+            )
+        except Exception as error:
+            logger.warning("generation %s attempt %d: its file stays: %s", *_named(lease), error)
+            return False
+        found = owner.get(lease.generation_id)
+        return found is None or not found.may_have(lease.attempt)
 
     async def _drop_files(self, lease: Lease, attempts: Iterable[int]) -> None:
         """Remove what attempts that will not complete have left; where that fails, the next attempt or prune does."""
         try:
             await self._artifacts.delete(lease.generation_id, attempts)
-        except ArtifactError as error:
+        except (
+            ArtifactError,
+            MemoryError,
+            RuntimeError,
+        ) as error:  # the last is Python's, for a thread that it cannot start
             logger.warning("generation %s attempt %d: %s", *_named(lease), error)
 
     def _free(self, running: Running) -> None:
@@ -509,7 +539,10 @@ class Worker:
         if not self._running:
             return
         logger.info(
-            "worker %s: stops within %g s, %d running", self.id, self._settings.grace_seconds, len(self._running)
+            "worker %s: stops within %g s, %d running; press Ctrl-C or send the signal again to release at once",
+            self.id,
+            self._settings.grace_seconds,
+            len(self._running),
         )
         with anyio.move_on_after(self._settings.grace_seconds):
             while self._running and not self._releasing.is_set():
@@ -542,6 +575,7 @@ class Worker:
         async with self._database.session() as session:
             await workers.register_worker(session, **self._describe())
             self._leases.free_workers = await workers.count_free_workers(session, self._model)
+        await self._leases.hasten()
         served = ", ".join(self._models)
         logger.info(
             "worker %s: serves %s on %s, %d slots, pid %d", self.id, served, info.device, info.slots, os.getpid()

@@ -532,3 +532,38 @@ def test_the_death_of_the_parent_ends_the_process_though_the_channel_is_open(scr
         parent.kill()
 
         assert has_vanished(pid)
+
+
+def no_threads(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_what_no_thread_can_be_started_for_is_answered_once(
+    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = connect(silence)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_threads)
+        parent.generate(1)
+        assert parent.receive().header["message"].startswith("There is no memory for this generation")
+
+    parent.generate(2)
+    parent.generate(3)
+
+    assert {parent.receive().header["key"] for _ in range(2)} == {2, 3}
+
+
+def test_a_model_that_no_thread_can_be_started_for_is_answered_once() -> None:
+    class NoThread:
+        def submit(self, *_: object) -> None:
+            no_threads()
+
+    ours, theirs = socket.socketpair()
+    server = Server(make_settings(), Channel(theirs))
+    server._begin_load(NoThread(), "musicgen-large", None)  # type: ignore[arg-type]
+    server._load("musicgen-large", None)  # what was submitted and runs in a later thread
+    theirs.close()
+    (message,) = Decoder().feed(ours.recv(65_536))
+    assert message.header["message"] == "There is no memory to load it (RuntimeError: can't start new thread)."
+    assert ours.recv(1) == b""
+    ours.close()

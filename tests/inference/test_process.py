@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -599,11 +600,36 @@ async def test_what_libraries_print_goes_to_stderr(process: EngineProcess) -> No
 
 
 async def test_terminals_and_supervisors_do_not_reach_the_child(process: EngineProcess) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         os.kill(pid_of(process), number)
 
     assert (await process.generate(make_request(), ignore)).duration == 0.08
     assert os.getsid(pid_of(process)) == process.pid
+
+
+async def test_a_child_that_has_just_started_ignores_them_too() -> None:
+    async with make_process() as process:
+        starting = await begin_start(process)
+        await ignoring(pid_of(process), signal.SIGQUIT)
+        assert (
+            "numpy" not in Path(f"/proc/{process.pid}/maps").read_text()
+        )  # nor anything else that takes long to import
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            os.kill(pid_of(process), number)
+
+        assert (await starting).pid == process.pid
+
+
+async def ignoring(pid: int, number: signal.Signals) -> None:
+    """Return once the process ignores this signal; long before it has imported what it needs."""
+    bit = 1 << (number - 1)
+    while not _ignored(pid) & bit:
+        await asyncio.sleep(0.001)
+
+
+def _ignored(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("SigIgn")), 16)
 
 
 PARENT = """
@@ -706,10 +732,72 @@ async def test_nothing_is_left_behind(script: WriteScript) -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+# a limit on its memory
+
+
+def limit_memory(process: EngineProcess, spare_bytes: int) -> None:
+    """Let the child have so much more address space than it has, as ``ulimit -v`` does."""
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + spare_bytes
+    resource.prlimit(pid_of(process), resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 2**20, 40 * 2**20])
+async def test_a_child_without_memory_says_so_of_each_generation_and_lives(
+    process: EngineProcess, spare_bytes: int
+) -> None:
+    limit_memory(process, spare_bytes)
+
+    for _ in range(3):
+        with pytest.raises(EngineError, match=r"^There is no memory for this generation .*; use a smaller model"):
+            await process.generate(make_request(duration=300), ignore)
+
+    assert process.is_alive
+
+
 # speed comes from the environment of the worker
 
 
-async def test_the_child_inherits_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+SECRETS = [
+    "DATABASE_URL",
+    "DGX_MUSIC_DATABASE_URL",
+    "DGX_MUSIC_REPLICA_URL",
+    "PGPASSWORD",
+    "PGPASSFILE",
+    "AWS_SECRET_ACCESS_KEY",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "SOMEBODYS_API_KEY",
+]
+
+
+async def test_the_child_gets_none_of_the_workers_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        monkeypatch.setenv(name, f"secret of {name}")
+
+    async with make_process() as process:
+        await process.start()
+        environment = Path(f"/proc/{process.pid}/environ").read_text()
+
+    assert [name for name in SECRETS if name in environment] == []
+    assert "secret" not in environment
+
+
+NEEDED = ["HF_HOME", "HTTPS_PROXY", "no_proxy", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME", "LC_ALL"]
+
+
+async def test_the_child_gets_what_its_libraries_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NEEDED:
+        monkeypatch.setenv(name, "1")
+
+    async with make_process() as process:
+        await process.start()
+        environment = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+
+    assert {f"{name}=1" for name in NEEDED} | {f"PATH={os.environ['PATH']}"} <= {*environment}
+
+
+async def test_the_tone_engines_variables_get_to_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SPEED_VARIABLE, "quick")
     monkeypatch.delenv(SCRIPT_VARIABLE, raising=False)
 

@@ -30,6 +30,7 @@ from typer.exceptions import TyperException
 from dgx_music import __version__
 from dgx_music.cli import database, demo, doctor, enqueue, generations, prune, search, show, worker
 from dgx_music.cli.output import fail
+from dgx_music.early import stand_back
 from dgx_music.errors import DgxMusicError
 
 __all__ = ["app", "main"]
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` are the arguments, by default this process's."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? where a waveform would be
+    if (sys.argv[1:] if argv is None else argv)[:1] != ["worker"]:  # which has yet to import its own
+        stand_back()
     try:
         code = app(args=argv, prog_name=PROGRAM, standalone_mode=False)
     except SystemExit as end:  # from shell completion, and where the reader of a pipe has left

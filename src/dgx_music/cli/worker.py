@@ -73,8 +73,9 @@ def worker(
 
     Every option is also a variable of the environment, named beside it.
 
-    SIGTERM or Ctrl-C lets running generations finish within the grace, a second one
-    gives them back to the queue at once. Either way the exit code is 0.
+    SIGTERM or Ctrl-C (or SIGHUP, SIGQUIT) lets running generations finish within the
+    grace, a second one gives them back to the queue at once. Either way the exit code
+    is 0.
     """
     settings = load_settings(
         **given(

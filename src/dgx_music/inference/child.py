@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from dgx_music.early import STOPPING
 from dgx_music.errors import (
     EngineError,
     EngineReplacedError,
@@ -43,6 +44,7 @@ from dgx_music.inference.trouble import (
     has_lost_the_device,
     is_out_of_memory,
 )
+from dgx_music.logs import configure_logging
 
 PROGRESS_SECONDS = 0.5
 LOST_THE_DEVICE = 70
@@ -136,6 +138,7 @@ class ChannelRun:
 def main() -> None:
     """Serve until the parent hangs up; ends with the process, at once."""
     faulthandler.enable()
+    configure_logging("warning")
     _obey_only_the_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)  # a process that an engine starts must not hold the channel open
@@ -157,6 +160,7 @@ class Server:
             lambda model: channel.send(_unloaded(model)),
         )
         self._runs: dict[int, ChannelRun] = {}
+        self._to_load: set[str] = set()
         self._slots: dict[str, int] = {}  # of each model, as the parent knows it
         self._telling = threading.Lock()  # for the one above
         self._given_back = 0
@@ -169,17 +173,36 @@ class Server:
             header = message.header
             match header["kind"]:
                 case "load":
-                    loading.submit(self._load, header["model"], header["slots"])
+                    self._begin_load(loading, header["model"], header["slots"])
                 case "generate":
-                    run = ChannelRun(header["key"], self._channel, self._residents.unload_idle)
-                    self._runs[run.key] = run
-                    performing.submit(self._perform, message, run)
+                    self._begin_generation(performing, message)
                 case "cancel":
                     if cancelled := self._runs.get(header["key"]):  # else it has just ended: its reply is on the way
                         cancelled.cancel()
 
+    def _begin_load(self, threads: ThreadPoolExecutor, model: str, slots: int | None) -> None:
+        self._to_load.add(model)
+        try:
+            threads.submit(self._load, model, slots)
+        except RuntimeError as error:  # no thread can be started; what was submitted may still run in a later one
+            self._to_load.discard(model)
+            self._channel.send(_unavailable(model, f"There is no memory to load it ({first_line(error)})."))
+
+    def _begin_generation(self, threads: ThreadPoolExecutor, message: Message) -> None:
+        run = ChannelRun(message.header["key"], self._channel, self._residents.unload_idle)
+        self._runs[run.key] = run
+        try:
+            threads.submit(self._perform, message, run)
+        except RuntimeError as error:  # as above
+            reply = self._failure(error, message.header["request"], run)
+            del self._runs[run.key]
+            self._channel.send(reply)
+
     def _load(self, model: str, slots: int | None) -> None:
-        """Answer one ``load``; the engine cannot be unloaded again before ``ready`` is said."""
+        """Answer one ``load``, unless it is answered; the engine cannot be unloaded again before ``ready`` is said."""
+        if model not in self._to_load:
+            return
+        self._to_load.discard(model)
         try:
             with self._residents.load(replace(self._settings, model=model, slots=slots)) as engine, self._telling:
                 self._slots[model] = engine.slots
@@ -192,6 +215,9 @@ class Server:
             self._channel.send(_unavailable(model, message))
 
     def _perform(self, message: Message, run: ChannelRun) -> None:
+        """Answer one ``generate``, unless it is answered."""
+        if run.key not in self._runs:
+            return
         reply = self._reply(message, run)
         del self._runs[run.key]
         self._channel.send(reply)
@@ -302,8 +328,8 @@ def _failed(key: int, error: str, message: str) -> bytes:
 
 def _obey_only_the_parent() -> None:
     """Ignore the signals that a terminal or a supervisor sends to everybody; on Linux die when the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

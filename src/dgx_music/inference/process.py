@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -40,6 +41,17 @@ FreeSlot = Callable[[], None]
 _NOT_RUNNING = "The engine's process is not running."
 _STDERR = 2
 _LAST_WORDS_SECONDS = 10.0  # between the end of the channel and that of the process: freeing a GPU takes a while
+_NEEDED = re.compile(
+    r"(PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|TERM|VIRTUAL_ENV|CONDA_PREFIX"  # any program
+    r"|PYTHON\w*|LD_\w+|MALLOC_\w+|GLIBC_TUNABLES|CC|CFLAGS|CPATH|C_INCLUDE_PATH|LIBRARY_PATH|XDG_\w+"  # its libraries
+    r"|(OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|SAFETENSORS)_\w+"  # arithmetic
+    r"|(CUDA|CUDNN|CUBLAS|NVIDIA|NCCL|NVTX|ROCM|HIP|HSA|ROCR|GPU|AMD)_\w+"  # devices
+    r"|(HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TQDM)_\w+|SSL_CERT_\w+|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"  # weights
+    r"|(HTTPS?|ALL|NO|FTP|https?|all|no|ftp)_(PROXY|proxy)"
+    r"|DGX_MUSIC_TONE_\w+)"  # the engine that is scripted from outside; every other setting comes by the channel
+)
+"""The variables that the engine's process gets. A list of what it may have, not of what it must not: nobody can name all
+secrets that a worker's environment may hold, and a library's variable that is missing here is missed, not leaked."""
 _FAILURES: dict[str, type[EngineError]] = {
     error.__name__: error
     for error in (EngineError, EngineReplacedError, GenerationCancelledError, GenerationRejectedError)
@@ -409,6 +421,7 @@ async def _start_python(channel: socket.socket, settings: EngineSettings) -> asy
     try:
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "dgx_music.inference.child", *arguments),
+            env={name: value for name, value in os.environ.items() if _NEEDED.fullmatch(name)},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=_STDERR,  # what libraries print belongs in the worker's log
             pass_fds=(channel.fileno(),),

@@ -13,6 +13,7 @@ from contextlib import suppress
 _NO_MEMORY = (
     "out of memory",
     "allocate memory",
+    "can't start new thread",  # Python's words where there is none for its stack
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_NOT_INITIALIZED",  # there is no room for its handle
 )

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from datetime import timedelta
 from typing import Any, cast
 
 from sqlalchemy import (
     ColumnElement,
+    Interval,
     Select,
     Table,
     and_,
     case,
+    exists,
     func,
     literal,
     not_,
@@ -37,6 +40,7 @@ g = generations.c
 CLAIM_ORDER = claim_order(g.run_at, g.priority)
 _PENDING, _PROCESSING = written(PENDING), written(PROCESSING)
 _SPARE = 16
+_ONE_INSERT = literal(timedelta(milliseconds=10), Interval)
 _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 
 
@@ -85,6 +89,12 @@ async def find_waits(session: AsyncSession, models: Collection[str]) -> dict[str
     return waits
 
 
+async def find_overtaken(session: AsyncSession, models: Collection[str]) -> list[str]:
+    """Return of which of these models something waits that was due at once: the database's clock has gone back since."""
+    dialect = dialect_of(session)
+    return [model for model in models if await session.scalar(select(exists().where(overtaken(dialect, model))))]
+
+
 async def has_work(session: AsyncSession, models: Collection[str]) -> bool:
     """Return True while something of these models is due, waits for its next attempt, or is held by any worker.
 
@@ -112,6 +122,19 @@ async def queue_position(session: AsyncSession, generation_id: str) -> int | Non
     is_counted = or_(g.run_at <= now(), g.id == generation_id)  # what is scheduled for later is in nobody's way
     counted = select(func.count()).where(g.status == _PENDING, g.model_name == own.model_name, is_ahead, is_counted)
     return await session.scalar(counted) or None
+
+
+def overtaken(dialect: str, model_name: str) -> ColumnElement[bool]:
+    """Return the condition that a row of this model waits for a moment that had come when it was stored.
+
+    It was due when it was made, or when its last attempt began, and nobody has put it off since. PostgreSQL reads its clock
+    for each column of a new row anew; the statement's time is a constant to it, so that an index finds what is later.
+    """
+    is_postgres = dialect == "postgresql"
+    made_at = g.created_at + _ONE_INSERT if is_postgres else g.created_at
+    is_later = g.run_at > (func.statement_timestamp() if is_postgres else now())
+    was_due = or_(g.run_at <= made_at, g.run_at <= g.started_at)
+    return and_(g.status == _PENDING, g.model_name == model_name, is_later, was_due)
 
 
 def is_paused(model_name: str) -> ColumnElement[bool]:

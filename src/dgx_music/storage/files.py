@@ -20,6 +20,11 @@ class Owner:
     is_live: bool
     file_path: str | None
 
+    def may_have(self, attempt: int, path: str | None = None) -> bool:
+        """Return True where this attempt's file is the generation's, or may come to be: it must not be deleted."""
+        is_own = attempt > self.attempt or (attempt == self.attempt and self.is_live)
+        return is_own or (path is not None and path == self.file_path)
+
 
 async def find_owners(session: AsyncSession, generation_ids: Collection[str]) -> dict[str, Owner]:
     """Return those of these generations that exist, by id."""

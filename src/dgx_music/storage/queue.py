@@ -42,8 +42,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
-from dgx_music.storage.due import CLAIM_ORDER, due_rows, g, generations, take_turns
-from dgx_music.storage.models import Attempt
+from dgx_music.storage.due import CLAIM_ORDER, due_rows, g, generations, overtaken, take_turns
+from dgx_music.storage.models import Attempt, WorkerInfo
 from dgx_music.storage.repository import dialect_of
 from dgx_music.storage.schema import (
     CANCELLED,
@@ -108,6 +108,15 @@ class Completion:
     generation_time_seconds: float
     audio: Mapping[str, Any]
     """Goes into the row's metadata under the key ``audio``."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """How long a lease still is: until when on the database's clock, and the length that its worker gives its leases."""
+
+    expires_at: datetime
+    length_seconds: float | None
+    """``None`` where the worker has no row of its own."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +204,15 @@ async def complete(session: AsyncSession, completions: Sequence[Completion]) -> 
     completions = sorted(completions, key=lambda completion: completion.lease.generation_id)  # as renewals lock them
     done = await _complete(session, completions)
     if len(done) < len(completions):  # lost, or said before
-        is_given = _is_among(completion.lease for completion in completions)
-        done = await _read_leases(session, select(g.id, g.attempt).where(is_given, g.status == COMPLETED))
+        done = await find_completed(session, [completion.lease for completion in completions])
     if done:
         await session.execute(_end_completed(done))
     return done
+
+
+async def find_completed(session: AsyncSession, leases: Collection[Lease]) -> set[Lease]:
+    """Return which of these leases have completed their rows: attempt numbers are never used twice, so that is exact."""
+    return await _read_leases(session, select(g.id, g.attempt).where(_is_among(leases), g.status == COMPLETED))
 
 
 async def find_completable(session: AsyncSession, leases: Collection[Lease]) -> set[Lease]:
@@ -285,22 +298,47 @@ async def cancel(session: AsyncSession, generation_id: str) -> str:
     return str(status) if status is not None else await _refuse(session, generation_id, CANCELLED)
 
 
-async def rescue(session: AsyncSession, *, limit: int = RESCUE_CHUNK) -> list[Rescued]:
-    """Take rows from workers whose leases have expired; return what was taken.
+async def find_leases(session: AsyncSession) -> dict[Lease, Held]:
+    """Return every lease of the fleet."""
+    own = WorkerInfo.__table__.c
+    query = select(g.id, g.attempt, g.lease_expires_at, own.lease_seconds)
+    query = query.outerjoin(WorkerInfo, own.id == g.worker_id)
+    query = query.where(g.status == written(PROCESSING), g.worker_id.is_not(None))
+    rows = (await session.execute(query)).all()
+    return {Lease(row.id, row.attempt): Held(row.lease_expires_at, row.lease_seconds) for row in rows}
+
+
+async def rescue(
+    session: AsyncSession, lapsed: Mapping[Lease, datetime] | None = None, *, limit: int = RESCUE_CHUNK
+) -> list[Rescued]:
+    """Take rows from lost workers; return what was taken.
+
+    Those that are named, each with the end of its lease: where that is another one by now, the worker lives. With none
+    named, up to ``limit`` of which the database's clock says that their leases have expired.
 
     Counts a failure each: a generation that kills its worker again and again must run out of budget.
     """
-    is_lost = and_(g.status == written(PROCESSING), g.worker_id.is_not(None), g.lease_expires_at < now())
+    is_lost = and_(g.status == written(PROCESSING), g.worker_id.is_not(None), _has_lapsed(lapsed))
     lost = select(g.id).where(is_lost).order_by(g.lease_expires_at).limit(limit)
     lost = lost.with_for_update(skip_locked=True, key_share=True)
     status = case((g.cancel_requested, CANCELLED), (g.failures + 1 >= g.max_attempts, FAILED), else_=PENDING)
     statement = _let_go(status).where(_is_one_of(lost), is_lost)
-    statement = statement.values(failures=g.failures + 1, error_message=WORKER_LOST, run_at=now())
+    # Due at once, behind what was due when it began; not later than that, or after a step back of the clock it would wait.
+    due_at = case((g.started_at < now(), g.started_at), else_=now())
+    statement = statement.values(failures=g.failures + 1, error_message=WORKER_LOST, run_at=due_at)
     rows = (await session.execute(statement)).all()
     rescued = [Rescued(Lease(row.id, row.attempt), row.status) for row in rows]
     if rescued:
         await session.execute(_END_ATTEMPT, [_end(item.lease, AttemptOutcome.LOST, WORKER_LOST) for item in rescued])
     return rescued
+
+
+async def hasten(session: AsyncSession, model_name: str, *, limit: int = RESCUE_CHUNK) -> int:
+    """Make due now what was due at once when it was stored, before the database's clock went back; return how many."""
+    is_late = overtaken(dialect_of(session), model_name)
+    late = select(g.id).where(is_late).order_by(g.run_at).limit(limit).with_for_update(skip_locked=True, key_share=True)
+    statement = update(generations).where(_is_one_of(late), is_late).values(run_at=now()).returning(g.id)
+    return len((await session.execute(statement)).all())
 
 
 async def read_clock(session: AsyncSession) -> datetime:
@@ -357,6 +395,13 @@ async def prune(session: AsyncSession, leases: Collection[Lease]) -> int:
     """Delete these rows where they are still finished; return how many. Delete their files first."""
     statement = delete(generations).where(_is_among(leases), g.status.in_(FINISHED)).returning(g.id)
     return len((await session.execute(statement)).all())
+
+
+def _has_lapsed(lapsed: Mapping[Lease, datetime] | None) -> ColumnElement[bool]:
+    if lapsed is None:
+        return g.lease_expires_at < now()
+    named = [(lease.generation_id, lease.attempt, expires_at) for lease, expires_at in lapsed.items()]
+    return tuple_(g.id, g.attempt, g.lease_expires_at).in_(named)
 
 
 def _is_one_of(rows: Select[tuple[str]]) -> ColumnElement[bool]:

@@ -59,6 +59,11 @@ def _finished(method: Any) -> Any:
             return await finish(method(*args, **kwargs))
         except TimeoutError as error:  # asyncpg's; what SQLAlchemy raises itself has other classes
             raise NoAnswerError from error
+        except asyncio.CancelledError as error:
+            caller = asyncio.current_task()
+            if caller is None or caller.cancelling():
+                raise
+            raise NoAnswerError from error  # nobody cancelled it: as an error of its own it would end its whole task group
 
     return call
 
