@@ -41,6 +41,7 @@ from dgx_music.storage.schema import (
     ShortText,
     StatusText,
     UtcDateTime,
+    WorkerState,
     claim_order,
     new_id,
     now,
@@ -386,15 +387,19 @@ class Attempt(Base):
 
 
 class WorkerInfo(Base):
-    """One worker daemon: where it runs and when it was last heard of."""
+    """One worker daemon: where it runs, when it was last heard of, and how it ended."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(ShortText, primary_key=True)
     host: Mapped[str] = mapped_column(ShortText)
     pid: Mapped[int]
+    state: Mapped[str] = mapped_column(
+        StatusText, default=WorkerState.SERVING.value, server_default=WorkerState.SERVING.value
+    )
+    """Loading its model, serving, or ended. One that was killed has ended without saying so, and is silent."""
     model_name: Mapped[str] = mapped_column(ShortText)
-    """The one that is loaded."""
+    """The one that is loaded, or being loaded."""
     models: Mapped[list[str]] = mapped_column(JsonObject, server_default="[]")
     """All that it serves."""
     device: Mapped[str] = mapped_column(ShortText)
@@ -404,8 +409,14 @@ class WorkerInfo(Base):
     heartbeat_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     lease_seconds: Mapped[float]
     """Silent for longer than this, it is taken for dead."""
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    end_reason: Mapped[str | None] = mapped_column(LongText)
+    """Why it ended, in words."""
 
-    __table_args__ = ({"postgresql_with": {"fillfactor": 50}},)
+    __table_args__ = (
+        CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)", "ended_has_time"),
+        {"postgresql_with": {"fillfactor": 50}},
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601."""
