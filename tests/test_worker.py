@@ -654,7 +654,12 @@ async def test_a_worker_is_listed_while_it_loads_its_model(database, make_worker
             [listed] = await workers.get_workers(session)
             service = await workers.find_service(session, MODEL)
         loaded.set()
-    assert (listed["state"], listed["is_alive"], service.serving_count, service.loading_count) == ("loading", True, 0, 1)
+    assert (listed["state"], listed["is_alive"], service.serving_count, service.loading_count) == (
+        "loading",
+        True,
+        0,
+        1,
+    )
 
 
 async def test_a_worker_that_loads_its_model_goes_on_saying_that_it_lives(database, make_worker, engine):

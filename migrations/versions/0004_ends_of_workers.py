@@ -22,7 +22,9 @@ def upgrade() -> None:
     )
     op.add_column("workers", sa.Column("end_reason", LongText))
     # What was finished by hand although its cancel had been acknowledged: how it ended is history, the flag says no more.
-    op.execute("UPDATE generations SET cancel_requested = false WHERE cancel_requested AND status IN ('completed', 'failed')")
+    op.execute(
+        "UPDATE generations SET cancel_requested = false WHERE cancel_requested AND status IN ('completed', 'failed')"
+    )
 
 
 def downgrade() -> None:

@@ -11,8 +11,8 @@ from dgx_music.storage.schema import now_plus
 from dgx_music.storage.workers import (
     count_free_workers,
     end_worker,
-    get_workers,
     find_service,
+    get_workers,
     heartbeat_worker,
     longest_silent,
     register_worker,

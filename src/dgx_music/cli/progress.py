@@ -33,7 +33,8 @@ async def follow(
 ) -> list[Generation]:
     """Show how these generations come along, on a board or as ``show`` does, and return their rows once all are finished.
 
-    The ``teller`` says meanwhile, on stderr, who serves them and who no longer does. Raises ``WaitTimeoutError`` for the first that is not, after ``timeout`` seconds.
+    The ``teller`` says meanwhile, on stderr, who serves them and who no longer does. Raises ``WaitTimeoutError`` for the
+    first that is not finished, after ``timeout`` seconds.
     """
     latest: dict[str, Generation] = {}
     watchers = anyio.CapacityLimiter(len(ids) if len(ids) <= MAX_BARS else 1)

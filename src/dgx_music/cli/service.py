@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import anyio
@@ -57,10 +58,8 @@ class ServiceTeller:
     async def keep_telling(self) -> None:
         """Look again and again, until cancelled; who waits for the database learns of its trouble elsewhere."""
         while True:
-            try:
+            with suppress(DatabaseUnavailableError):
                 await self.tell()
-            except DatabaseUnavailableError:
-                pass
             await anyio.sleep(_LOOK_SECONDS)
 
 

@@ -412,7 +412,9 @@ def _claim_statement(
     claimed = (
         update(generations)
         .where(
-            _is_one_of(due_rows(dialect, model_name, limit, tenant_limit)), g.status == written(PENDING), is_our_schema()
+            _is_one_of(due_rows(dialect, model_name, limit, tenant_limit)),
+            g.status == written(PENDING),
+            is_our_schema(),
         )
         .values(
             status=PROCESSING,

@@ -259,8 +259,8 @@ def is_our_schema() -> ColumnElement[bool]:
     return select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
 
 
-def schema_revision() -> Select[tuple[str]]:
-    """Return the query of the schema's revision now; without an answer where there are no tables of ours."""
+def schema_revision() -> Select[Any]:
+    """Return the query of the schema's revision now; without an answer while the tables are being made."""
     return select(_versions.c.version_num)
 
 

@@ -51,7 +51,13 @@ async def register_worker(session: AsyncSession, **values: Any) -> None:
 async def heartbeat_worker(session: AsyncSession, **values: Any) -> None:
     """Say that the worker is alive, and what it is; its row is added where somebody has removed it."""
     statement = insert(dialect_of(session), WorkerInfo).values(**values)
-    changes = {"state": WorkerState.SERVING.value, **values, "heartbeat_at": now(), "ended_at": None, "end_reason": None}
+    changes = {
+        "state": WorkerState.SERVING.value,
+        **values,
+        "heartbeat_at": now(),
+        "ended_at": None,
+        "end_reason": None,
+    }
     await session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=changes))
 
 
