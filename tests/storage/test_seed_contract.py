@@ -36,7 +36,7 @@ from dgx_music.storage import (
     update_generation_status,
 )
 from dgx_music.storage.repository import find_generation_ids
-from tests.factories import add_generation, back_date, read, start_one
+from tests.factories import add_generation, back_date, read, read_all, start_one
 
 STATUSES = ["pending", "processing", "completed", "failed", "cancelled"]
 LEGAL = {
@@ -758,10 +758,9 @@ def vars_of(generation, **values):
 async def test_who_has_not_heard_of_the_cancel_cannot_undo_it(database, deed):
     with pytest.raises(IllegalTransitionError, match="its cancellation was requested"):
         async with read_before_the_cancel(database) as generation:
-            generation_id = generation.id
             DEEDS[deed](generation)
 
-    row = await read(database, generation_id)
+    (row,) = await read_all(database, select(Generation))
     assert (row.status, row.cancel_requested) == ("processing", True)
 
 
