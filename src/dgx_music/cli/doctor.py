@@ -236,6 +236,9 @@ async def _try_database(database: Database) -> Finding:
         raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     if found is None and not database.is_embedded:
         return Finding("failed", "database", f"{database} is at revision none; run `dgx-music db migrate`")
+    await (
+        database.dispose()
+    )  # a connection that has read may be told to write, where a fresh one follows the server's default
     await check_writable(database)
     if found == SCHEMA_REVISION:
         return Finding("ok", "database", f"{database} is at head ({found})")

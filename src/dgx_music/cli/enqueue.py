@@ -98,8 +98,8 @@ def enqueue(
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Among those of --top-k, only the likeliest of this total probability; default off. With --top-k 0: of all "
-            "tokens, as audiocraft has it.",
+            help="Among those of --top-k, only the likeliest of this total probability; default off. With --top-k 0: among "
+            "all tokens, as audiocraft has it.",
             rich_help_panel=_MUSIC,
         ),
     ] = None,
