@@ -171,8 +171,9 @@ async def until_registered(database: Database, daemons: list[Daemon]) -> None:
     with anyio.fail_after(20), database.changes.subscribe() as changes:
         while True:
             async with database.session(read_only=True) as session:
-                if {daemon.pid for daemon in daemons} <= {row["pid"] for row in await get_workers(session)}:
-                    return
+                ready = {row["pid"] for row in await get_workers(session) if row["state"] == "serving"}
+            if {daemon.pid for daemon in daemons} <= ready:
+                return
             await changes.wait(0.1)
 
 

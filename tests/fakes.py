@@ -38,12 +38,20 @@ class FakeEngine:
         self.unloadable = set()
         self.is_closed = False
         self.requests = []
+        self.loading = asyncio.Event()
+        self.loaded_event = None
+        self.on_start = None
 
     async def start(self, model):
         if self.start_errors:
             raise self.start_errors.pop(0)
         if model in self.unloadable:
             raise EngineUnavailableError(f"{model} is not here.")
+        self.loading.set()
+        if self.loaded_event is not None:
+            await self.loaded_event.wait()
+        if self.on_start is not None:
+            await self.on_start()
         if model != self.model:
             assert not self.running, "the engine was replaced while a generation ran"
             self.model, self.pid = model, self.pid + 1
@@ -91,6 +99,11 @@ class FakeEngine:
         """Make this prompt's generation last until the returned event is set."""
         self.script[prompt] = asyncio.Event()
         return self.script[prompt]
+
+    def hold_load(self):
+        """Make the loading of a model last until the returned event is set."""
+        self.loaded_event = asyncio.Event()
+        return self.loaded_event
 
     async def close(self):
         self.is_closed = True

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgx_music.artifacts import EXTENSIONS, LocalArtifacts, MemoryArtifacts, open_output
+from dgx_music.artifacts import EXTENSIONS, LocalArtifacts, MemoryArtifacts, MissingFiles, is_missing, open_output
 from dgx_music.artifacts.interface import CHUNK_BYTES
 from dgx_music.errors import ArtifactError, InvalidRequestError
 from tests.object_store import s3_fixture, s3_port_fixture  # noqa: F401
@@ -184,6 +184,23 @@ async def test_what_is_not_there_does_not_stream(artifacts):
 
     with pytest.raises(ArtifactError, match=r"song-1\.wav .*(no such|not there)"):
         await read(artifacts, path)
+
+
+async def test_a_file_exists_until_it_is_deleted(artifacts):
+    path = (await artifacts.publish("song", 1, "wav", DATA)).path
+    before = await artifacts.exists(path)
+    await artifacts.delete("song", [1])
+
+    assert (before, await artifacts.exists(path)) == (True, False)
+
+
+@pytest.mark.parametrize("artifacts", ["local", "s3"], indirect=True)
+async def test_of_many_files_those_that_are_gone_are_found(artifacts):
+    there, gone = [(await artifacts.publish(name, 1, "wav", DATA)).path for name in ("there", "gone")]
+    await artifacts.delete("gone", [1])
+
+    assert await MissingFiles().among([there, gone, "relative.wav"]) == [gone]
+    assert [await is_missing(path) for path in (there, gone, "relative.wav")] == [False, True, None]
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "s3://other/song-1.wav", "other:song-1.wav"])

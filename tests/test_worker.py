@@ -7,7 +7,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 from sqlalchemy.exc import InterfaceError, InternalError
 
 from dgx_music import cancel_generation, enqueue
@@ -25,9 +25,10 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.leases import Stop
-from dgx_music.storage import clips, create_generation, queue, workers
-from dgx_music.storage.models import Attempt, Clip, Generation
+from dgx_music.storage import clips, create_generation, migrations, queue, workers
+from dgx_music.storage.models import Attempt, Clip, Generation, WorkerInfo
 from dgx_music.storage.queue import Lease
+from dgx_music.storage.schema import VERSION_TABLE, now_plus
 from dgx_music.worker import BROKEN_AFTER, Worker
 from tests.factories import MODEL, SQLITE, audio_file, back_date, on
 from tests.fakes import FakeEngine
@@ -764,7 +765,146 @@ async def test_a_worker_is_listed_while_it_runs(database, make_worker, engine):
             [listed] = await workers.get_workers(session)
         assert (listed["id"], listed["is_alive"], listed["slots"]) == (worker.id, True, 1)
     async with database.session() as session:
-        assert await workers.get_workers(session) == []
+        [listed] = await workers.get_workers(session)
+    assert (listed["state"], listed["is_alive"], listed["end_reason"]) == ("ended", False, "it was stopped")
+
+
+async def test_a_worker_is_listed_while_it_loads_its_model(database, make_worker, engine):
+    worker = make_worker()
+    loaded = engine.hold_load()
+    async with at_work(worker):
+        await engine.loading.wait()
+        async with database.session(read_only=True) as session:
+            [listed] = await workers.get_workers(session)
+            service = await workers.find_service(session, MODEL)
+        loaded.set()
+    assert (listed["state"], listed["is_alive"], service.serving_count, service.loading_count) == (
+        "loading",
+        True,
+        0,
+        1,
+    )
+
+
+async def test_a_worker_that_loads_its_model_goes_on_saying_that_it_lives(database, make_worker, engine):
+    loaded = engine.hold_load()
+    async with at_work(make_worker(lease_seconds=1.0)):
+        await engine.loading.wait()
+        async with database.session() as session:
+            await session.execute(update(WorkerInfo).values(heartbeat_at=now_plus(-1000.0)))
+        with anyio.fail_after(10):
+            while not (await service_of(database)).loading_count:
+                await anyio.sleep(0.02)
+        loaded.set()
+
+
+async def until_serving(database):
+    with anyio.fail_after(10):
+        while not (await service_of(database)).serving_count:
+            await anyio.sleep(0.01)
+
+
+async def service_of(database):
+    async with database.session(read_only=True) as session:
+        return await workers.find_service(session, MODEL)
+
+
+async def test_a_worker_that_cannot_load_its_model_leaves_word_of_why(database, make_worker, engine):
+    engine.start_errors = [EngineUnavailableError("The weights are not here.")]
+    with pytest.raises(EngineUnavailableError):
+        await make_worker().run()
+    service = await service_of(database)
+    assert (service.serving_count, service.loading_count, service.end_reason) == (0, 0, "The weights are not here.")
+
+
+async def test_a_worker_that_cannot_store_audio_leaves_word_of_why(database, make_worker, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ArtifactError) as raised:
+        await make_worker(LocalArtifacts(tmp_path / "file" / "audio")).run()
+    assert (await service_of(database)).end_reason == str(raised.value)
+
+
+async def test_a_drained_worker_leaves_word_of_that(database, make_worker):
+    await make_worker().run(drain=True)
+    assert (await service_of(database)).end_reason == "its queue was empty, as --drain asks for"
+
+
+# --------------------------------------------------------------------------------- another version's schema, meanwhile
+
+
+async def become(database, revision):
+    """Do what matters of a migration to another version's schema, in either direction."""
+    async with database.session() as session:
+        await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'"))
+
+
+OTHER_REVISIONS = pytest.mark.parametrize(
+    ("revision", "remedy"), [("9999", "upgrade dgx-music"), ("0001", "run `dgx-music db migrate`")]
+)
+
+
+async def end_of(worker, meanwhile=None):
+    """Return the error that ends the worker while this is done beside it."""
+    task = asyncio.ensure_future(meanwhile) if meanwhile is not None else None
+    with pytest.raises(DatabaseNotMigratedError) as raised:
+        await worker.run()
+    if task is not None:
+        await task
+    return raised.value
+
+
+@OTHER_REVISIONS
+async def test_a_worker_whose_schema_has_changed_finishes_claims_nothing_and_ends(
+    database, make_worker, engine, revision, remedy
+):
+    released = engine.hold("first")
+    first, second = await add(database, "first"), await add(database, "second")
+
+    async def migrate():
+        await engine.started["first"].wait()
+        await become(database, revision)
+        released.set()
+
+    error = await end_of(make_worker(), migrate())
+    assert (error.exit_code, str(error).endswith(f"{remedy}.")) == (5, True)
+    assert [(await read(database, row)).status for row in (first, second)] == ["completed", "pending"]
+    assert ((await service_of(database)).end_reason, [r.prompt for r in engine.requests]) == (str(error), ["first"])
+
+
+@OTHER_REVISIONS
+async def test_an_idle_worker_notices_that_its_schema_has_changed(database, make_worker, revision, remedy):
+    async def migrate():
+        await until_serving(database)
+        await become(database, revision)
+
+    assert remedy in str(await end_of(make_worker(), migrate()))
+
+
+async def test_a_drain_that_meets_another_schema_does_not_end_as_if_all_were_done(database, make_worker, engine):
+    await add(database)
+    engine.on_start = lambda: become(database, "9999")
+    with pytest.raises(DatabaseNotMigratedError):
+        await make_worker().run(drain=True)
+    assert engine.requests == []
+
+
+async def test_a_worker_whose_tables_lost_a_column_ends_with_the_schema_that_it_met(database, make_worker):
+    async def downgrade():
+        await until_serving(database)
+        async with database.migrating() as engine, engine.begin() as connection:
+            await connection.run_sync(migrations.downgrade, "0002")
+
+    error = await end_of(make_worker(), downgrade())
+    assert (error.found, error.exit_code) == ("0002", 5)
+
+
+async def test_a_worker_lives_on_while_its_database_is_made_anew(database, make_worker):
+    worker = make_worker()
+    async with at_work(worker):
+        await until_serving(database)
+        await database.reset()
+        generation = await add(database)
+        await until(database, generation, "completed")
 
 
 async def test_a_drain_leaves_what_is_scheduled_for_later(database, make_worker):

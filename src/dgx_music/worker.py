@@ -27,6 +27,7 @@ from dgx_music.completions import Completions
 from dgx_music.config import Settings
 from dgx_music.errors import (
     ArtifactError,
+    DatabaseNotMigratedError,
     DatabaseUnavailableError,
     DgxMusicError,
     EngineCrashedError,
@@ -45,6 +46,7 @@ from dgx_music.storage.clips import read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.files import find_owners
 from dgx_music.storage.queue import Claim, Completion, Lease
+from dgx_music.storage.schema import WorkerState
 from dgx_music.validation import tidy_text
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ _BARREN_SECONDS = 1.0
 _SPREAD_SECONDS = 0.05
 _SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "negative_prompt")
 _CLIP_RETRY_SECONDS = 1.0
+_MOST_OF_A_REASON = 500
 
 
 class EngineHost(Protocol):
@@ -107,6 +110,7 @@ class Worker:
         self._running = self._leases.running
         self._models = list(settings.served_models)
         self._model = self._models[0]
+        self._state = WorkerState.LOADING
         self._loaded_at = time.monotonic()
         self._barren_until: dict[str, float] = {}
         self._slots = 1
@@ -130,16 +134,21 @@ class Worker:
         where engine or output folder turn out to be broken; the queue is left as it was.
         """
         await self._database.check_migrated()
-        await self._check_artifacts()
+        reason = "it was stopped"
         try:
-            info = await self._load_engine()
-            if info is not None:
-                await self._register(info)
+            await self._register()
+            await self._check_artifacts()
+            if await self._load_first_model():
                 await self._serve(drain)
+            if drain and not self._stopping.is_set():
+                reason = "its queue was empty, as --drain asks for"
+            if self._broken is not None:
+                raise self._broken
+        except Exception as error:
+            reason = _in_one_line(error)
+            raise
         finally:
-            await self._unregister()
-        if self._broken is not None:
-            raise self._broken
+            await self._unregister(reason)
 
     def stop(self) -> None:
         """Stop claiming, let what runs finish within the grace, and end; called again, release it at once."""
@@ -207,9 +216,19 @@ class Worker:
             return await self._claim_up_to(free) if free > 0 else []
         except DatabaseUnavailableError as error:
             logger.warning("worker %s: cannot claim: %s", self.id, error)
-        except EngineUnavailableError as error:
+            await self._notice_another_schema()
+        except (EngineUnavailableError, DatabaseNotMigratedError) as error:
             self._give_up(error)
         return []
+
+    async def _notice_another_schema(self) -> None:
+        """Give up where the tables have become such that the claim itself fails on them."""
+        try:
+            await self._database.transact(queue.check_schema, read_only=True)
+        except DatabaseNotMigratedError as error:
+            self._give_up(error)
+        except DatabaseUnavailableError:
+            pass
 
     async def _claim_up_to(self, limit: int) -> list[Claim]:
         """Claim what is due of the loaded model, no more than this worker's share of it."""
@@ -244,7 +263,7 @@ class Worker:
         """Return True where the loaded model is the one to claim; loads another one where that is its turn."""
         if len(self._models) == 1 and not (look_first and self._database.is_embedded):
             return True
-        waits = await self._database.transact(lambda session: due.find_waits(session, self._models), read_only=True)
+        waits = await self._database.transact(self._find_waits, read_only=True)
         wanted = self._choose_model({model: wait for model, wait in waits.items() if not self._barren_for(model)})
         if wanted in (None, self._model):
             return wanted is not None
@@ -253,6 +272,10 @@ class Worker:
         logger.info("worker %s: loads %s, which has waited %.0f s", self.id, wanted, waits[str(wanted)])
         await self._switch(str(wanted))
         return self._model == wanted
+
+    async def _find_waits(self, session: AsyncSession) -> dict[str, float]:
+        await queue.check_schema(session)  # an idle worker may not claim for days, and is counted on meanwhile
+        return await due.find_waits(session, self._models)
 
     def _choose_model(self, waits: Mapping[str, float]) -> str | None:
         """Return the model to claim next: the loaded one, unless another has waited too long or it has nothing due.
@@ -277,12 +300,13 @@ class Worker:
     async def _switch(self, model: str) -> None:
         """Load another model; one that cannot be loaded here is no longer served, while there are others."""
         former, self._model = self._model, model
+        self._state = WorkerState.LOADING
         try:
             info = await self._load_engine()
         except EngineUnavailableError as error:
             logger.error("worker %s: no longer serves %s: %s", self.id, model, error)
             self._models.remove(model)
-            self._model = former
+            self._model, self._state = former, WorkerState.SERVING
             return
         if info is not None:
             self._note_engine(info)
@@ -296,6 +320,7 @@ class Worker:
                     self._note_change(info)
                 return
             except EngineUnavailableError as error:
+                self._state = WorkerState.LOADING
                 logger.warning("worker %s: engine start %d of %d failed: %s", self.id, start + 1, _ENGINE_STARTS, error)
                 if start + 1 == _ENGINE_STARTS:
                     raise
@@ -303,6 +328,7 @@ class Worker:
 
     def _note_change(self, info: EngineInfo) -> None:
         """Count a fresh process as a death of the former, and believe the engine how many slots it has now."""
+        self._state = WorkerState.SERVING
         if info.pid != self._engine_pid:
             self._engine_pid = info.pid
             self._engine_deaths += 1
@@ -559,6 +585,23 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------- start and end
 
+    async def _load_first_model(self) -> bool:
+        """Load it, alive to everybody meanwhile, and say that it is there; return False where a stop came first."""
+        info: EngineInfo | None = None
+        trouble: EngineUnavailableError | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._leases.beat, name="heartbeat while loading")
+            try:
+                info = await self._load_engine()
+            except EngineUnavailableError as error:  # raised below: a task group would wrap it
+                trouble = error
+            tasks.cancel_scope.cancel()
+        if trouble is not None:
+            raise trouble
+        if info is not None:
+            await self._say_ready(info)
+        return info is not None
+
     async def _load_engine(self) -> EngineInfo | None:
         """Return what the engine says of itself, or ``None`` where a stop came first: loading may take minutes."""
         with anyio.CancelScope() as self._loading:
@@ -570,10 +613,15 @@ class Worker:
         if problem is not None:
             raise ArtifactError(problem)
 
-    async def _register(self, info: EngineInfo) -> None:
-        self._note_engine(info)
+    async def _register(self) -> None:
+        """Say who is coming, before the model is loaded: that may take minutes, and somebody may be waiting."""
         async with self._database.session() as session:
             await workers.register_worker(session, **self._describe())
+
+    async def _say_ready(self, info: EngineInfo) -> None:
+        self._note_engine(info)
+        async with self._database.session() as session:
+            await workers.heartbeat_worker(session, **self._describe(), running_count=0)
             self._leases.free_workers = await workers.count_free_workers(session, self._model)
         await self._leases.hasten()
         served = ", ".join(self._models)
@@ -584,6 +632,7 @@ class Worker:
     def _note_engine(self, info: EngineInfo) -> None:
         self._slots, self._device, self._model_version = info.slots, info.device, info.model_version
         self._engine_pid, self._loaded_at = info.pid, time.monotonic()
+        self._state = WorkerState.SERVING
         if info.notice:
             logger.warning("worker %s: %s", self.id, info.notice)
 
@@ -593,6 +642,7 @@ class Worker:
             "id": self.id,
             "host": socket.gethostname()[:200],
             "pid": os.getpid(),
+            "state": self._state.value,
             "model_name": self._model,
             "models": self._models,
             "device": self._device,
@@ -600,13 +650,17 @@ class Worker:
             "lease_seconds": self._settings.lease_seconds,
         }
 
-    async def _unregister(self) -> None:
+    async def _unregister(self, reason: str) -> None:
+        """Give back what is still held, and leave word of why there is one worker less."""
+
+        async def work(session: AsyncSession) -> None:
+            await queue.release_all(session, self.id, but=self._undecided)
+            await workers.end_worker(session, **self._describe(), reason=reason)
+
         with anyio.CancelScope(shield=True):
             await self._engine.close()
             try:
-                async with self._database.session() as session:
-                    await queue.release_all(session, self.id, but=self._undecided)
-                    await workers.remove_worker(session, self.id)
+                await self._database.transact(work)
             except DatabaseUnavailableError as error:
                 logger.warning("worker %s: %s", self.id, error)
         logger.info("worker %s: stopped", self.id)
@@ -626,6 +680,14 @@ def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
         continuation=given.get("continuation"),
         melody=given.get("melody"),
     )
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return what others are told of the error, and keep that short; a task group's is what it wraps."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    told = str(error) if isinstance(error, DgxMusicError) else f"{type(error).__name__}: {error}"
+    return " ".join(tidy_text(told).split())[:_MOST_OF_A_REASON]
 
 
 def _named(lease: Lease) -> tuple[str, int]:

@@ -3,11 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
-from dgx_music.cli.doctor import _examine_device, _examine_model
+from dgx_music.cli.doctor import Finding, _examine_database, _examine_device, _examine_model, exit_code_of
 from dgx_music.config import load_settings
-from dgx_music.storage.schema import SCHEMA_REVISION
+from dgx_music.storage import Database
+from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
+from dgx_music.storage.trial import check_writable
+from dgx_music.storage.workers import get_workers
 from tests.cli.conftest import Result, Run, add
+from tests.factories import SQLITE, on
 
 
 def findings(result: Result) -> dict[str, tuple[str, str]]:
@@ -61,15 +66,57 @@ def test_doctor_looks_for_the_device_that_is_asked_for(
     assert (finding.verdict, words in finding.detail) == (verdict, True)
 
 
-@pytest.mark.parametrize(("is_there", "verdict"), [(True, "ok"), (False, "warning")])
-def test_doctor_says_whether_the_weights_are_here_and_their_licence(
-    monkeypatch: pytest.MonkeyPatch, is_there: bool, verdict: str
+@pytest.mark.parametrize(
+    ("is_there", "reason", "verdict", "words"),
+    [
+        (True, "never asked", "ok", "is in the Hugging Face cache (CC-BY-NC 4.0)"),
+        (False, None, "warning", "is downloaded when a worker starts; its licence is CC-BY-NC 4.0"),
+        (
+            False,
+            "HF_HUB_OFFLINE is set",
+            "failed",
+            "not on this machine and cannot be downloaded: HF_HUB_OFFLINE is set",
+        ),
+    ],
+)
+def test_doctor_says_whether_the_weights_are_here_or_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, is_there: bool, reason: str | None, verdict: str, words: str
 ) -> None:
     monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda repository, revision: is_there)
+    monkeypatch.setattr("dgx_music.inference.inventory.can_reach_hub", lambda repository, revision: reason)
 
-    finding = _examine_model(load_settings(), "musicgen-large")
+    finding = _examine_model(load_settings(model="musicgen-large"), "musicgen-large")
 
-    assert (finding.verdict, "CC-BY-NC" in finding.detail) == (verdict, True)
+    assert (finding.verdict, words in finding.detail) == (verdict, True)
+
+
+def test_a_model_beside_the_first_that_cannot_be_had_keeps_no_worker_from_running(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda repository, revision: False)
+    monkeypatch.setattr("dgx_music.inference.inventory.can_reach_hub", lambda repository, revision: "no network")
+    settings = load_settings(models="musicgen-small,musicgen-large")
+
+    verdicts = [_examine_model(settings, name).verdict for name in settings.served_models]
+
+    assert verdicts == ["failed", "warning"]
+
+
+@pytest.mark.parametrize(
+    ("failed", "code"),
+    [
+        ([], 0),
+        (["model"], 6),
+        (["device", "output"], 7),
+        (["output", "database"], 5),
+        (["database", "settings"], 2),
+        (["answers"], 6),
+    ],
+)
+def test_doctor_ends_with_what_a_worker_would_meet_first(failed: list[str], code: int) -> None:
+    findings = [Finding("ok", "python", ""), *(Finding("failed", subject, "") for subject in failed)]
+
+    assert exit_code_of(findings) == code
 
 
 def test_doctor_tells_how_to_install_a_missing_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,14 +124,14 @@ def test_doctor_tells_how_to_install_a_missing_engine(run: Run, monkeypatch: pyt
 
     result = run("doctor", "--json")
 
-    assert result.code == 1
+    assert (result.code, result.json["exit_code"]) == (6, 6)
     assert findings(result)["engine"] == (
         "failed",
         "torch-of-nowhere not installed; pip install 'dgx-music[musicgen]'",
     )
 
 
-def test_doctor_ends_1_where_the_database_or_the_output_cannot_be_used(run: Run) -> None:
+def test_doctor_ends_5_where_neither_the_database_nor_the_output_can_be_used(run: Run) -> None:
     Path("notes.txt").write_text("not a database, but long enough to look at" * 50)
 
     result = run(
@@ -92,7 +139,109 @@ def test_doctor_ends_1_where_the_database_or_the_output_cannot_be_used(run: Run)
     )
 
     found = findings(result)
-    assert (result.code, found["database"][0], found["output"][0]) == (1, "failed", "failed")
+    assert (result.code, found["database"][0], found["output"][0]) == (5, "failed", "failed")
+    assert (
+        run("worker", "--engine", "tone", "--database-url", "sqlite:///notes.txt", "--output", "notes.txt/x").code == 5
+    )
+
+
+def test_doctor_ends_7_where_a_worker_would_for_its_output(run: Run, migrated: None) -> None:
+    Path("file").write_text("no folder")
+
+    codes = [run(command, "--engine", "tone", "--output", "file/audio").code for command in ("doctor", "worker")]
+
+    assert codes == [7, 7]
+
+
+def test_doctor_ends_2_where_a_setting_is_wrong(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGX_MUSIC_SLOTS", "many")
+
+    assert [run(command, "--engine", "tone").code for command in ("doctor", "worker")] == [2, 2]
+
+
+def test_doctor_notices_a_database_that_cannot_be_written(run: Run, migrated: None) -> None:
+    with Path("data/generations.db").open("r+b") as file:  # what SQLite reads as: only later versions may write here
+        file.seek(18)
+        file.write(bytes([3]))
+
+    result = run("doctor", "--engine", "tone", "--json")
+
+    assert (result.code, findings(result)["database"][0]) == (5, "failed")
+    assert "readonly" in findings(result)["database"][1]
+
+
+def test_doctor_notices_a_place_where_no_database_can_be_made(run: Run) -> None:
+    Path("file").write_text("no folder")
+
+    result = run("doctor", "--engine", "tone", "--database-url", "sqlite:///file/x.db", "--json")
+
+    assert (result.code, findings(result)["database"][0]) == (5, "failed")
+    assert "does not exist and cannot be created" in findings(result)["database"][1]
+
+
+@on("asyncpg", "psycopg")
+async def test_doctor_notices_a_server_that_only_reads(database: Database, database_url: str) -> None:
+    async with database.migrating() as engine, engine.connect() as connection:
+        autocommit = await connection.execution_options(isolation_level="AUTOCOMMIT")
+        name = await autocommit.scalar(text("SELECT current_database()"))
+        await autocommit.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
+
+    finding = await _examine_database(Database(database_url))
+
+    assert (finding.verdict, "read-only" in finding.detail) == ("failed", True)
+
+
+async def test_what_doctor_tries_leaves_nothing_behind(database: Database) -> None:
+    await check_writable(database)
+
+    async with database.session(read_only=True) as session:
+        assert await get_workers(session) == []
+
+
+@pytest.mark.parametrize(("revision", "verdict"), [("9999", "failed"), ("0003", "warning")])
+@on(SQLITE)
+async def test_doctor_tells_a_newer_schema_from_an_older_one(database: Database, revision: str, verdict: str) -> None:
+    async with database.session() as session:
+        await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'"))
+
+    finding = await _examine_database(database)
+
+    assert (finding.verdict, "upgrade dgx-music" in finding.detail) == (verdict, verdict == "failed")
+
+
+def test_files_that_are_gone_are_counted_and_shown(run: Run, migrated: None, place: Path) -> None:
+    (place / "there.wav").write_text("music")
+    ids = [add("x", status="completed", file_path=str(place / f"{name}.wav"))[0] for name in ("there", "gone")]
+    add("x", status="completed", file_path="relative/to/nobody/knows.wav")
+    add("x", status="failed", file_path=str(place / "gone.wav"))
+
+    result = run("doctor", "--engine", "tone", "--files", "--json")
+
+    assert (result.code, findings(result)["files"][0]) == (0, "warning")
+    assert findings(result)["files"][1].startswith("1 of 3 are missing")
+    assert [run("show", one, "--json").json["file_is_missing"] for one in ids] == [False, True]
+    assert ["missing:" in run("show", one).out for one in ids] == [False, True]
+
+
+def test_no_file_is_missing_where_there_is_none(run: Run, migrated: None) -> None:
+    (waiting,) = add("x")
+
+    assert run("show", waiting, "--json").json["file_is_missing"] is None
+    assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == ("ok", "none of 0 is missing")
+
+
+def test_an_output_folder_that_is_gone_is_said_not_to_exist(run: Run, migrated: None) -> None:
+    assert "data/audio does not exist yet" in findings(run("doctor", "--engine", "tone", "--json"))["output"][1]
+
+
+def test_doctor_does_not_download_what_is_to_be_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda repository, revision: False)
+    monkeypatch.setattr("dgx_music.inference.inventory.can_reach_hub", lambda repository, revision: None)
+
+    found = findings(run("doctor", "--device", "cpu", "--verify", "--json"))
+
+    assert found["answers"] == ("warning", "not compared: the weights of musicgen-small are not on this machine")
 
 
 def test_doctor_looks_into_a_local_folder(run: Run, place: Path) -> None:
@@ -100,6 +249,7 @@ def test_doctor_looks_into_a_local_folder(run: Run, place: Path) -> None:
 
     result = run("doctor", "--model", place, "--device", "cpu", "--json")
 
+    assert result.code == 6
     assert findings(result)["model"] == (
         "failed",
         f"{place} holds no *.safetensors file; save the model there with save_pretrained",

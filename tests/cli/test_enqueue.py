@@ -232,11 +232,11 @@ async def fail(*_arguments: object, **_options: object) -> None:
     raise DatabaseUnavailableError("sqlite:///x.db", "it went away")
 
 
-@pytest.mark.parametrize("advice", ["estimate_generation", "tell_of_idle_models"])
+@pytest.mark.parametrize("advice", ["estimate_generation", "ServiceTeller.tell"])
 def test_advice_that_cannot_be_had_does_not_fail_what_is_enqueued(
     run: Run, monkeypatch: pytest.MonkeyPatch, advice: str
 ) -> None:
-    monkeypatch.setattr(command, advice, fail)
+    monkeypatch.setattr(f"dgx_music.cli.enqueue.{advice}", fail)
 
     as_id, as_json = run("enqueue", "lofi rain"), run("enqueue", "trap beat", "--json")
 

@@ -87,7 +87,8 @@ def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn,
 
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
-    assert run("workers", "--json").json == []
+    (ended,) = run("workers", "--json").json
+    assert (ended["state"], ended["is_alive"], ended["end_reason"]) == ("ended", False, "it was stopped")
 
 
 def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(run: Run, spawn: Spawn, tone: Tone) -> None:

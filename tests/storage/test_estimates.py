@@ -402,3 +402,36 @@ async def test_a_queue_is_summed_up_along_an_index_however_much_is_finished(data
     await analyze(database)
 
     assert "_claim" in await plan_of(database, lambda session: estimate(session, ids[-1]))
+
+
+# workers that come and go
+
+
+async def test_a_worker_that_loads_is_coming_and_nobody_knows_when(database):
+    async with database.session() as session:
+        await add_fleet(session, state="loading", device="")
+        told = await look(session)
+
+    assert (told.starts_in, told.unknown_because) == (None, "a worker is still loading musicgen-small")
+
+
+async def test_a_worker_that_has_ended_serves_nobody(database):
+    async with database.session() as session:
+        await add_fleet(session, state="ended", ended_at=NOON)
+        told = await look(session)
+
+    assert told.unknown_because == "no worker serves musicgen-small"
+
+
+async def test_a_worker_that_loads_may_start_sooner_and_takes_nothing_from_the_others(database):
+    async with database.session() as session:
+        await add_fleet(session)
+        await add_generation(session, duration_seconds=600.0, worker_id="worker-1")
+        waiting = await add_generation(session)
+        alone = await estimate(session, waiting.id)
+        await add_worker(session, "worker-2", state="loading", device="")
+        together = await estimate(session, waiting.id)
+
+    assert ends(alone.starts_in) == seconds(600.0, 1200.0)
+    assert together.starts_in.low == pytest.approx(0.0, abs=30)
+    assert together.starts_in.high >= alone.starts_in.high - 30

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import uuid
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import product
 
@@ -35,7 +36,7 @@ from dgx_music.storage import (
     update_generation_status,
 )
 from dgx_music.storage.repository import find_generation_ids
-from tests.factories import add_generation, back_date, read, start_one
+from tests.factories import add_generation, back_date, read, read_all, start_one
 
 STATUSES = ["pending", "processing", "completed", "failed", "cancelled"]
 LEGAL = {
@@ -687,3 +688,96 @@ async def test_a_row_worked_on_by_hand_is_not_completed_after_its_cancel_was_req
             await complete_generation(session, generation.id, 1.0, 1)
         ended = await update_generation_status(session, generation.id, "cancelled")
     assert ended.status == "cancelled"
+
+
+# a row worked on by hand, whose cancel was acknowledged
+
+
+async def cancelled_meanwhile(database):
+    """Take a row by hand, have its cancel acknowledged, and return its id."""
+    added = await add_with(database, status="processing", attempt=1)
+    async with database.session() as session:
+        assert await queue.cancel(session, added.id) == "processing"
+    return added.id
+
+
+async def test_a_row_whose_cancel_was_acknowledged_ends_cancelled_where_it_fails_by_hand(database):
+    generation_id = await cancelled_meanwhile(database)
+
+    async with database.session() as session:
+        moved = await update_generation_status(session, generation_id, "failed", "no GPU")
+
+    row = await read(database, generation_id)
+    assert (moved.status, row.status, row.error_message) == ("cancelled", "cancelled", "no GPU")
+    assert row.completed_at is not None
+
+
+async def test_a_row_whose_cancel_was_acknowledged_is_marked_cancelled_where_it_fails(database):
+    generation_id = await cancelled_meanwhile(database)
+
+    async with database.session() as session:
+        (await get_generation(session, generation_id)).mark_failed("no GPU")
+
+    row = await read(database, generation_id)
+    assert (row.status, row.error_message, row.completed_at is not None) == ("cancelled", "no GPU", True)
+
+
+@asynccontextmanager
+async def read_before_the_cancel(database):
+    """Give an object that was read before the cancel of its row was acknowledged by another session."""
+    added = await add_with(database, status="processing", attempt=1)
+    async with database.session(read_only=True) as session:
+        generation = await get_generation(session, added.id)
+    async with database.session() as session:
+        assert await queue.cancel(session, added.id) == "processing"
+    async with database.session() as session:
+        session.add(generation)
+        yield generation
+
+
+async def test_a_failure_of_who_has_not_heard_of_the_cancel_ends_cancelled(database):
+    async with read_before_the_cancel(database) as generation:
+        generation.mark_failed("no GPU")
+
+    assert ((await read(database, generation.id)).status, generation.status) == ("cancelled", "cancelled")
+
+
+DEEDS = {
+    "a completion": lambda generation: generation.mark_completed(1.0),
+    "a status written over": lambda generation: vars_of(generation, status="completed", completed_at=datetime.now(UTC)),
+    "a release": lambda generation: vars_of(generation, status="pending"),
+}
+
+
+def vars_of(generation, **values):
+    for name, value in values.items():
+        setattr(generation, name, value)
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+async def test_who_has_not_heard_of_the_cancel_cannot_undo_it(database, deed):
+    with pytest.raises(IllegalTransitionError, match="its cancellation was requested"):
+        async with read_before_the_cancel(database) as generation:
+            DEEDS[deed](generation)
+
+    (row,) = await read_all(database, select(Generation))
+    assert (row.status, row.cancel_requested) == ("processing", True)
+
+
+async def test_an_acknowledged_cancel_is_not_taken_back(database):
+    generation_id = await cancelled_meanwhile(database)
+
+    with pytest.raises(IllegalTransitionError, match="its cancellation was requested"):
+        async with database.session() as session:
+            (await get_generation(session, generation_id)).cancel_requested = False
+
+    assert (await read(database, generation_id)).cancel_requested
+
+
+async def test_a_cancelled_row_may_be_told_more_of_while_it_runs(database):
+    async with read_before_the_cancel(database) as generation:
+        generation.set_metadata({"bpm": 140})
+        generation.progress = 0.5
+
+    row = await read(database, generation.id)
+    assert (row.get_metadata(), row.progress, row.cancel_requested) == ({"bpm": 140}, 0.5, True)

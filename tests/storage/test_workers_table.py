@@ -3,19 +3,19 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from dgx_music.storage import queue
 from dgx_music.storage.models import WorkerInfo
 from dgx_music.storage.schema import now_plus
 from dgx_music.storage.workers import (
     count_free_workers,
+    end_worker,
+    find_service,
     get_workers,
-    has_live_worker,
     heartbeat_worker,
     longest_silent,
     register_worker,
-    remove_worker,
 )
 from tests.factories import start_one
 
@@ -37,6 +37,10 @@ async def register(session, **overrides):
 
 async def beat(session, **overrides):
     await heartbeat_worker(session, **WORKER | {"running_count": 0} | overrides)
+
+
+async def is_served(session, model_name):
+    return (await find_service(session, model_name)).serving_count > 0
 
 
 async def silence(session, worker_id, seconds):
@@ -92,7 +96,7 @@ async def test_a_heartbeat_tells_which_model_is_loaded_and_leaves_the_start_as_i
 async def test_a_heartbeat_of_a_worker_that_was_removed_adds_it_again(database):
     async with database.session() as session:
         await register(session)
-        await remove_worker(session, "worker-1")
+        await session.execute(delete(WorkerInfo))
         await beat(session, running_count=2)
         (worker,) = await get_workers(session)
 
@@ -106,24 +110,24 @@ async def test_a_worker_silent_for_its_own_lease_is_taken_for_dead(database, sil
         await silence(session, "worker-1", silent_seconds)
 
         assert [worker["is_alive"] for worker in await get_workers(session)] == [is_alive]
-        assert await has_live_worker(session, "musicgen-small") is is_alive
+        assert await is_served(session, "musicgen-small") is is_alive
 
 
 async def test_a_live_worker_is_one_that_serves_the_model(database):
     async with database.session() as session:
         await register(session)
 
-        assert await has_live_worker(session, "musicgen-small")
-        assert await has_live_worker(session, "musicgen-medium")
-        assert not await has_live_worker(session, "musicgen-large")
+        assert await is_served(session, "musicgen-small")
+        assert await is_served(session, "musicgen-medium")
+        assert not await is_served(session, "musicgen-large")
 
 
 async def test_a_worker_that_names_no_models_serves_the_one_it_has_loaded(database):
     async with database.session() as session:
         await register(session, models=[])
 
-        assert await has_live_worker(session, "musicgen-small")
-        assert not await has_live_worker(session, "musicgen-medium")
+        assert await is_served(session, "musicgen-small")
+        assert not await is_served(session, "musicgen-medium")
 
 
 @pytest.mark.parametrize(
@@ -183,12 +187,82 @@ async def test_workers_are_listed_oldest_first(database):
         assert [worker["id"] for worker in await get_workers(session)] == ["worker-3", "worker-1", "worker-2"]
 
 
-async def test_a_worker_that_stops_takes_those_silent_for_a_day_along(database):
+def ended(worker):
+    return (worker["state"], worker["is_alive"], worker["end_reason"], worker["ended_at"] is not None)
+
+
+async def test_a_worker_that_ends_leaves_word_of_why(database):
     async with database.session() as session:
-        for worker_id in ("stops", "silent", "forgotten"):
+        await register(session)
+        await end_worker(session, **WORKER, reason="its weights are damaged")
+        (worker,) = await get_workers(session)
+        service = await find_service(session, "musicgen-small")
+
+    assert ended(worker) == ("ended", False, "its weights are damaged", True)
+    assert (service.serving_count, service.last_id) == (0, "worker-1")
+    assert service.end_reason == "its weights are damaged"
+
+
+async def test_a_worker_that_fell_silent_has_given_no_reason(database):
+    async with database.session() as session:
+        await register(session, id="ended")
+        await end_worker(session, **WORKER | {"id": "ended"}, reason="it was stopped")
+        await register(session, id="killed")
+        await silence(session, "ended", 600)
+        await silence(session, "killed", 60)
+        service = await find_service(session, "musicgen-small")
+
+    assert (service.last_id, service.end_reason) == ("killed", None)
+    assert timedelta(seconds=55) < datetime.now(UTC) - service.gone_since < timedelta(seconds=90)
+
+
+async def test_a_worker_that_loads_its_model_is_alive_and_takes_no_share(database):
+    async with database.session() as session:
+        await register(session, state="loading")
+        service = await find_service(session, "musicgen-small")
+
+        assert (service.serving_count, service.loading_count) == (0, 1)
+        assert await count_free_workers(session, "musicgen-small") == 0
+        assert [worker["is_alive"] for worker in await get_workers(session)] == [True]
+
+
+async def test_a_worker_that_has_ended_is_not_silent_however_long_ago(database):
+    async with database.session() as session:
+        await register(session, id="ended")
+        await end_worker(session, **WORKER | {"id": "ended"}, reason="it was stopped")
+        await silence(session, "ended", 600)
+
+        assert await longest_silent(session, but="worker-1") is None
+        assert await count_free_workers(session, "musicgen-small") == 0
+
+
+async def test_a_worker_that_ended_and_comes_back_under_its_name_is_alive(database):
+    async with database.session() as session:
+        await end_worker(session, **WORKER, reason="it was stopped")
+        await beat(session)
+        (worker,) = await get_workers(session)
+
+    assert ended(worker) == ("serving", True, None, False)
+
+
+async def test_who_ended_or_fell_silent_a_day_ago_is_forgotten(database):
+    async with database.session() as session:
+        for worker_id in ("silent", "forgotten", "ended"):
             await register(session, id=worker_id)
+        await end_worker(session, **WORKER | {"id": "ended"}, reason="it was stopped")
         await silence(session, "silent", 86_390)
         await silence(session, "forgotten", 86_410)
-        await remove_worker(session, "stops")
+        await silence(session, "ended", 86_410)
+        await end_worker(session, **WORKER | {"id": "ends"}, reason="it was stopped")
 
-        assert [worker["id"] for worker in await get_workers(session)] == ["silent"]
+        assert [worker["id"] for worker in await get_workers(session)] == ["silent", "ends"]
+
+
+async def test_a_worker_that_is_started_again_and_again_does_not_fill_the_table(database):
+    async with database.session() as session:
+        await end_worker(session, **WORKER | {"id": "other", "model_name": "musicgen-large"}, reason="it was stopped")
+        for number in range(25):
+            await end_worker(session, **WORKER | {"id": f"{number:02}"}, reason="no weights")
+        ids = {worker["id"] for worker in await get_workers(session)}
+
+    assert ids == {"other", *(f"{number:02}" for number in range(5, 25))}

@@ -3,6 +3,7 @@
 from dgx_music.artifacts.interface import EXTENSIONS, Artifact, Artifacts, StoredFile
 from dgx_music.artifacts.local import LocalArtifacts
 from dgx_music.artifacts.memory import MemoryArtifacts
+from dgx_music.artifacts.missing import MissingFiles, is_missing
 from dgx_music.artifacts.output import open_output, open_place_of
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "Artifacts",
     "LocalArtifacts",
     "MemoryArtifacts",
+    "MissingFiles",
     "StoredFile",
+    "is_missing",
     "open_output",
     "open_place_of",
 ]

@@ -62,6 +62,12 @@ class Artifacts(Protocol):
     def holds(self, path: str) -> bool:
         """Return whether an artifact of this path is, or was, one of this place."""
 
+    async def exists(self, path: str) -> bool:
+        """Return whether a published file is there; ``path`` is what its row says.
+
+        Raises ``ArtifactError`` where that cannot be found out, or where the path is of another place.
+        """
+
     def stream(self, path: str) -> AsyncIterator[bytes]:
         """Yield the content of a published file in chunks of some megabytes; ``path`` is what its row says.
 

@@ -54,6 +54,11 @@ class LocalArtifacts:
         """See ``Artifacts.holds``."""
         return Path(path).absolute().parent == self.root
 
+    async def exists(self, path: str) -> bool:
+        """See ``Artifacts.exists``."""
+        check_held(self, path)
+        return await to_thread.run_sync(Path(path).is_file)
+
     async def stream(self, path: str) -> AsyncIterator[bytes]:
         """See ``Artifacts.stream``; a file that is deleted meanwhile is read to its end."""
         check_held(self, path)

@@ -49,6 +49,11 @@ class MemoryArtifacts:
         """See ``Artifacts.holds``."""
         return path.startswith(_SCHEME) and "/" not in path
 
+    async def exists(self, path: str) -> bool:
+        """See ``Artifacts.exists``."""
+        check_held(self, path)
+        return path.removeprefix(_SCHEME) in self.files
+
     async def stream(self, path: str) -> AsyncIterator[bytes]:
         """See ``Artifacts.stream``; one chunk."""
         check_held(self, path)

@@ -108,6 +108,16 @@ class ObjectArtifacts:
         """See ``Artifacts.holds``."""
         return path.rpartition("/")[0] == self.url
 
+    async def exists(self, path: str) -> bool:
+        """See ``Artifacts.exists``."""
+        check_held(self, path)
+        with self._explained(f"{self._name_of(path)} cannot be looked for in"):
+            try:
+                await _call(obstore.head, self._store, self._name_of(path))
+            except FileNotFoundError:
+                return False
+            return True
+
     async def stream(self, path: str) -> AsyncIterator[bytes]:
         """See ``Artifacts.stream``; every chunk is a request of its own, so that a slow reader meets no timeout."""
         check_held(self, path)

@@ -4,13 +4,14 @@ Data goes to stdout, all talk to stderr. Exit codes:
 
 =====  ====================================================================================
     0  all is well
-    1  a generation failed or was cancelled (enqueue --wait, watch, demo), or a check (doctor)
+    1  a generation failed or was cancelled (enqueue --wait, watch, demo)
     2  bad input or a bad setting; nothing was stored
     3  no such generation
     4  the generation's status does not allow it, or the idempotency key is another request's
-    5  the database cannot be used
+    5  the database cannot be used, or is another version's
     6  the engine cannot be used
     7  audio cannot be written or read: the output folder, or the disk
+       (doctor ends with what a worker would end with here)
   124  a --timeout passed; the generation goes on
   130  interrupted
 =====  ====================================================================================

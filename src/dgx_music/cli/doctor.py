@@ -5,31 +5,54 @@ from __future__ import annotations
 import asyncio
 import platform
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from dgx_music.artifacts import LocalArtifacts, open_output
-from dgx_music.catalog import UNTRAINED_NOTICE, find_model
+from dgx_music.artifacts import LocalArtifacts, MissingFiles, open_output
+from dgx_music.catalog import UNTRAINED_NOTICE, ModelInfo, find_model
 from dgx_music.cli.database import exists
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting
 from dgx_music.cli.output import print_json, print_table, size, tell
 from dgx_music.config import EngineName, Settings, load_settings
-from dgx_music.errors import ConfigurationError, DatabaseError
+from dgx_music.errors import (
+    ConfigurationError,
+    DatabaseError,
+    DatabaseNotMigratedError,
+    DgxMusicError,
+    EngineError,
+)
 from dgx_music.inference import inventory
 from dgx_music.storage import Database
+from dgx_music.storage.files import find_completed_files
 from dgx_music.storage.schema import SCHEMA_REVISION
 from dgx_music.storage.sqlite import warn_of_old_sqlite
+from dgx_music.storage.trial import check_writable, find_folder_problem
 
 PACKAGES = ("sqlalchemy", "aiosqlite", "alembic", "anyio", "numpy", "soundfile", "pyloudnorm", "soxr")
 ENGINE_PACKAGES = ("torch", "transformers", "safetensors")
 HOW_TO_INSTALL = "pip install 'dgx-music[musicgen]'"
 
 Verdict = Literal["ok", "warning", "failed"]
+
+
+_EXIT_CODES = {
+    "packages": 1,
+    "settings": 2,
+    "database": 5,
+    "output": 7,
+    "engine": 6,
+    "device": 6,
+    "model": 6,
+    "answers": 6,
+}
+"""What a worker ends with where this fails, in the order in which it would find out."""
+_ROWS_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True)
@@ -47,26 +70,44 @@ def doctor(
     device: Annotated[str | None, setting("device")] = None,
     output: Output = None,
     database_url: DatabaseUrl = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Load the model and compare it with what is publicly known of its numbers; slow."
+        ),
+    ] = False,
+    files: Annotated[
+        bool, typer.Option("--files", help="Count the completed generations whose file is no longer there.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check what a worker needs: packages, device, model, disk.
+    """Check what a worker needs: packages, device, model, disk, database.
 
-    Ends with 0 where a worker can run here, else with 1.
+    Ends with 0 where a worker can run here, else with what a worker would end with.
     """
     options = given(engine=engine, model=model, device=device, output=output, database_url=database_url)
-    findings = list(examine(options))
-    is_usable = all(finding.verdict != "failed" for finding in findings)
+    findings = list(examine(options, is_verified=verify, are_files_counted=files))
+    exit_code = exit_code_of(findings)
     if as_json:
-        print_json({"is_usable": is_usable, "findings": [asdict(finding) for finding in findings]})
+        told = [asdict(finding) for finding in findings]
+        print_json({"is_usable": exit_code == 0, "exit_code": exit_code, "findings": told})
     else:
         rows = [(finding.verdict, finding.subject, finding.detail) for finding in findings]
         print_table(("CHECK", "SUBJECT", "DETAIL"), rows, is_cut=False)
-        tell("A worker can run here." if is_usable else "A worker cannot run here until what failed is mended.")
-    if not is_usable:
-        raise typer.Exit(1)
+        tell("A worker can run here." if exit_code == 0 else "A worker cannot run here until what failed is mended.")
+    if exit_code != 0:
+        raise typer.Exit(exit_code)
 
 
-def examine(options: dict[str, object]) -> Iterator[Finding]:
+def exit_code_of(findings: Iterable[Finding]) -> int:
+    """Return what a worker would end with here: of what failed, the code of what it meets first; 0 where it can run."""
+    failed = {finding.subject for finding in findings if finding.verdict == "failed"}
+    return next((code for subject, code in _EXIT_CODES.items() if subject in failed), 0)
+
+
+def examine(
+    options: dict[str, object], *, is_verified: bool = False, are_files_counted: bool = False
+) -> Iterator[Finding]:
     """Yield what there is to say, most basic first; a wrong setting ends it early."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform(terse=True)}")
     yield _examine_packages("packages", PACKAGES, "pip install --upgrade dgx-music")
@@ -77,10 +118,14 @@ def examine(options: dict[str, object]) -> Iterator[Finding]:
         yield Finding("failed", "settings", str(error))
         return
     yield from _examine_engine(settings)
+    if is_verified:
+        yield from _examine_answers(settings)
     yield asyncio.run(_examine_database(database))
     if database.is_embedded and (warning := warn_of_old_sqlite()) is not None:
         yield Finding("warning", "sqlite", warning)
     yield asyncio.run(_examine_output(settings.output))
+    if are_files_counted:
+        yield asyncio.run(_examine_files(Database.from_settings(settings)))
 
 
 def _examine_packages(subject: str, names: tuple[str, ...], remedy: str) -> Finding:
@@ -132,9 +177,14 @@ def _examine_model(settings: Settings, name: str) -> Finding:
     revision = settings.revision or model.revision or "main"
     if inventory.has_weights(model.repository, revision):
         return Finding("ok", "model", f"{model.name} is in the Hugging Face cache ({model.licence})")
-    return Finding(
-        "warning", "model", f"{model.name} is downloaded when a worker starts; its licence is {model.licence}"
-    )
+    reason = inventory.can_reach_hub(model.repository, revision)
+    if reason is None:
+        how = f"is downloaded when a worker starts; its licence is {model.licence}"
+        return Finding("warning", "model", f"{model.name} {how}")
+    problem = f"{model.name} is not on this machine and cannot be downloaded: {reason}"
+    if name != settings.served_models[0]:  # a worker starts with the first, and does without what it cannot load
+        return Finding("warning", "model", f"{problem}; a worker serves the others only")
+    return Finding("failed", "model", f"{problem}; connect to the hub once, or use a local folder")
 
 
 def _examine_folder(folder: Path) -> Finding:
@@ -145,30 +195,103 @@ def _examine_folder(folder: Path) -> Finding:
     )
 
 
+def _examine_answers(settings: Settings) -> Iterator[Finding]:
+    """Compare the served models' numbers with those that are publicly known of them; downloads nothing."""
+    if settings.engine == "tone" or any(_version_of(name) is None for name in ENGINE_PACKAGES):
+        yield Finding("warning", "answers", "not compared: there is no engine here whose numbers are publicly known")
+        return
+    from dgx_music.daemon import engine_settings
+    from dgx_music.inference import known_answers
+
+    for name in settings.served_models:
+        model = find_model(name)
+        if model is not None and model.repository is not None and not _is_at_hand(settings, model):
+            yield Finding("warning", "answers", f"not compared: the weights of {name} are not on this machine")
+            continue
+        try:
+            for comparison in known_answers.compare(replace(engine_settings(settings), model=name)):
+                yield Finding(comparison.verdict, "answers", comparison.detail)
+        except EngineError as error:
+            yield Finding("failed", "answers", str(error))
+
+
+def _is_at_hand(settings: Settings, model: ModelInfo) -> bool:
+    revision = settings.revision or model.revision or "main"
+    return inventory.has_weights(str(model.repository), revision)
+
+
 async def _examine_database(database: Database) -> Finding:
-    if not exists(database):
-        return Finding("ok", "database", f"{database} does not exist yet; it is created on first use")
     try:
-        found = await database.revision()
+        return await (_try_database(database) if exists(database) else _try_place_of(database))
     except DatabaseError as error:
         return Finding("failed", "database", str(error))
     finally:
         await database.dispose()
+
+
+async def _try_database(database: Database) -> Finding:
+    """Look at the revision, and do what a worker does at once, which is to write; that is undone."""
+    found = await database.revision()
+    if found is not None and (found > SCHEMA_REVISION or (found != SCHEMA_REVISION and not database.is_embedded)):
+        raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
+    if found is None and not database.is_embedded:
+        return Finding("failed", "database", f"{database} is at revision none; run `dgx-music db migrate`")
+    await (
+        database.dispose()
+    )  # a connection that has read may be told to write, where a fresh one follows the server's default
+    await check_writable(database)
     if found == SCHEMA_REVISION:
         return Finding("ok", "database", f"{database} is at head ({found})")
-    verdict: Verdict = "warning" if database.is_embedded else "failed"  # an embedded one migrates itself
-    return Finding(verdict, "database", f"{database} is at revision {found or 'none'}; run `dgx-music db migrate`")
+    why = f"{database} is at revision {found or 'none'}; a worker migrates it, as does `dgx-music db migrate`"
+    return Finding("warning", "database", why)
+
+
+async def _try_place_of(database: Database) -> Finding:
+    """Look whether a database that is not there yet could be made."""
+    if database.path is not None and (problem := find_folder_problem(database.path.parent)) is not None:
+        return Finding("failed", "database", f"{database} does not exist and cannot be created: {problem}")
+    return Finding("ok", "database", f"{database} does not exist yet; it is created on first use")
+
+
+async def _examine_files(database: Database) -> Finding:
+    """Count the completed generations whose file is gone; nothing that keeps a worker from running."""
+    try:
+        if not exists(database) or await database.revision() != SCHEMA_REVISION:
+            return Finding("warning", "files", "not counted: there is no database of this version to ask")
+        count, missing = await _count_files(database)
+    except DgxMusicError as error:
+        return Finding("warning", "files", f"not counted: {error}")
+    finally:
+        await database.dispose()
+    if missing:
+        return Finding("warning", "files", f"{len(missing):,} of {count:,} are missing, such as {min(missing)}")
+    return Finding("ok", "files", f"none of {count:,} is missing")
+
+
+async def _count_files(database: Database) -> tuple[int, list[str]]:
+    """Return how many completed generations have a file, and the paths of those that are gone."""
+    finder, count, missing = MissingFiles(), 0, list[str]()
+    page = [("", "")]
+    while page:
+        read = partial(find_completed_files, after_id=page[-1][0], limit=_ROWS_AT_ONCE)
+        page = await database.transact(read, read_only=True)
+        count += len(page)
+        missing += await finder.among(path for _, path in page)
+    return count, missing
 
 
 async def _examine_output(output: Path | str) -> Finding:
     try:
         artifacts = open_output(output)
     except ConfigurationError as error:
-        return Finding("failed", "output", str(error))
+        return Finding("failed", "settings", str(error))
     problem = await artifacts.find_problem()
     if problem is not None:
         return Finding("failed", "output", problem)
     if not isinstance(artifacts, LocalArtifacts):
         return Finding("ok", "output", f"{output} can be written")
     existing = next(path for path in (artifacts.root, *artifacts.root.parents) if path.exists())
-    return Finding("ok", "output", f"{output} can be written; {size(shutil.disk_usage(existing).free)} free")
+    free = size(shutil.disk_usage(existing).free)
+    if existing != artifacts.root:
+        return Finding("ok", "output", f"{output} does not exist yet; it is created on first use; {free} free")
+    return Finding("ok", "output", f"{output} can be written; {free} free")

@@ -17,8 +17,9 @@ from dgx_music.cli.database import opened
 from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, complete_model, given
 from dgx_music.cli.output import print_json, print_line, tell
-from dgx_music.cli.progress import describe, follow, tell_of_idle_models, tell_outcome, tell_untrained
+from dgx_music.cli.progress import describe, follow, tell_outcome, tell_untrained
 from dgx_music.cli.prompt_file import parse_object, read_requests
+from dgx_music.cli.service import ServiceTeller
 from dgx_music.enqueue import enqueue_many, plan, read_clips
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.estimates import estimate_generation
@@ -96,7 +97,11 @@ def enqueue(
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Or among those of this total probability; default off.", rich_help_panel=_MUSIC),
+        typer.Option(
+            help="Among those of --top-k, only the likeliest of this total probability; default off. With --top-k 0: among "
+            "all tokens, as audiocraft has it.",
+            rich_help_panel=_MUSIC,
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -235,7 +240,7 @@ async def _enqueue(
         try:
             await _advise(database, rows, is_waiting=is_waiting)
             if is_waiting:
-                rows = await _follow(rows, timeout)
+                rows = await _follow(database, rows, timeout)
         finally:
             if is_waiting and as_json:
                 show(rows)
@@ -246,14 +251,15 @@ async def _advise(database: Database, rows: list[Generation], *, is_waiting: boo
     """Say where the rows stand and who is missing; where that cannot be had they are enqueued all the same."""
     try:
         await _tell_of_queue(rows, is_waiting=is_waiting)
-        await tell_of_idle_models(database, rows)
+        if not is_waiting:  # who waits is told again and again
+            await ServiceTeller(database, rows).tell()
     except DgxMusicError as error:
         tell(f"Enqueued; no more can be said of the queue: {error}")
 
 
-async def _follow(rows: list[Generation], timeout: float | None) -> list[Generation]:
+async def _follow(database: Database, rows: list[Generation], timeout: float | None) -> list[Generation]:
     try:
-        return await follow([row.id for row in rows], timeout=timeout)
+        return await follow([row.id for row in rows], timeout=timeout, teller=ServiceTeller(database, rows))
     except asyncio.CancelledError:
         tell(f"Stopped waiting, not making; see: dgx-music watch {rows[0].id}")
         raise

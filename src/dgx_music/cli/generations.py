@@ -22,7 +22,8 @@ from dgx_music.cli.options import (
     filters_of,
 )
 from dgx_music.cli.output import distance, print_fields, print_json, print_table, prompt_in_words, tell
-from dgx_music.cli.progress import follow, tell_of_idle_models, tell_outcome, tell_untrained
+from dgx_music.cli.progress import follow, tell_outcome, tell_untrained
+from dgx_music.cli.service import ServiceTeller
 from dgx_music.enqueue import cancel_generation, retry_generation
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage import (
@@ -191,8 +192,8 @@ async def _list(
 async def _watch(wanted: str, timeout: float | None, database_url: str | None, *, as_json: bool) -> Generation:
     async with opened(database_url) as database:
         generation = await find_generation(database, wanted)
-        await tell_of_idle_models(database, [generation])
-        return (await follow([generation.id], timeout=timeout, show=_print_as_line if as_json else None))[0]
+        teller, show = ServiceTeller(database, [generation]), _print_as_line if as_json else None
+        return (await follow([generation.id], timeout=timeout, show=show, teller=teller))[0]
 
 
 async def _cancel(wanted: str, database_url: str | None) -> Generation:

@@ -38,6 +38,7 @@ _STYLES = {
     "ok": "green",
     "warning": "yellow",
     "alive": "green",
+    "loading": "yellow",
     "silent": "red",
 }
 _UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))

@@ -11,14 +11,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from dgx_music.catalog import UNTRAINED_NOTICE
 from dgx_music.cli.output import make_console, near, one_line, prompt_in_words, shorten, tell
+from dgx_music.cli.service import ServiceTeller
 from dgx_music.enqueue import watch_generation
 from dgx_music.errors import WaitTimeoutError
 from dgx_music.inference.engine import is_untrained
-from dgx_music.storage import Database, Generation
-from dgx_music.storage.models import ALL_MODELS
-from dgx_music.storage.pauses import get_pauses
+from dgx_music.storage import Generation
 from dgx_music.storage.schema import COMPLETED
-from dgx_music.storage.workers import has_live_worker
 
 Show = Callable[[Generation], None]
 
@@ -26,10 +24,17 @@ MAX_BARS = 8
 _PROMPT_CHARACTERS = 24
 
 
-async def follow(ids: Sequence[str], *, timeout: float | None = None, show: Show | None = None) -> list[Generation]:
+async def follow(
+    ids: Sequence[str],
+    *,
+    timeout: float | None = None,
+    show: Show | None = None,
+    teller: ServiceTeller | None = None,
+) -> list[Generation]:
     """Show how these generations come along, on a board or as ``show`` does, and return their rows once all are finished.
 
-    Raises ``WaitTimeoutError`` for the first that is not, after ``timeout`` seconds.
+    The ``teller`` says meanwhile, on stderr, who serves them and who no longer does. Raises ``WaitTimeoutError`` for the
+    first that is not finished, after ``timeout`` seconds.
     """
     latest: dict[str, Generation] = {}
     watchers = anyio.CapacityLimiter(len(ids) if len(ids) <= MAX_BARS else 1)
@@ -39,11 +44,17 @@ async def follow(ids: Sequence[str], *, timeout: float | None = None, show: Show
             async for generation in watch_generation(generation_id):
                 latest[generation_id] = generation
                 show(generation)
+                if teller is not None:
+                    teller.note(generation)
 
     with board(ids) if show is None else nullcontext(show) as show_on, anyio.move_on_after(timeout):
-        async with anyio.create_task_group() as tasks:
-            for generation_id in dict.fromkeys(ids):
-                tasks.start_soon(watch, generation_id, show_on, name=f"watch {generation_id}")
+        async with anyio.create_task_group() as beside:
+            if teller is not None:
+                beside.start_soon(teller.keep_telling, name="who serves it")
+            async with anyio.create_task_group() as tasks:
+                for generation_id in dict.fromkeys(ids):
+                    tasks.start_soon(watch, generation_id, show_on, name=f"watch {generation_id}")
+            beside.cancel_scope.cancel()
     for generation_id in ids:
         if generation_id not in latest or not latest[generation_id].is_finished:
             status = latest[generation_id].status if generation_id in latest else "unfinished"
@@ -139,18 +150,6 @@ def tell_untrained(generations: Sequence[Generation]) -> None:
     """Warn of models that make noise."""
     for name in sorted({row.model_name for row in generations if is_untrained(row.model_name)}):
         tell(f"Note: {name} has {UNTRAINED_NOTICE}.")
-
-
-async def tell_of_idle_models(database: Database, generations: Sequence[Generation]) -> None:
-    """Say which worker to start where nobody alive serves the model of a generation that waits."""
-    waiting = {row.model_name for row in generations if not row.is_finished}
-    async with database.session(read_only=True) as session:
-        unserved = [name for name in sorted(waiting) if not await has_live_worker(session, name)]
-        paused = {item.model_name for item in await get_pauses(session)}
-    for name in unserved:
-        tell(f"No worker serves {name} now; start one with: dgx-music worker --model {name}")
-    for name in sorted(waiting if ALL_MODELS in paused else waiting & paused):
-        tell(f"{name} is paused; it goes on after: dgx-music resume")
 
 
 def _short_state(generation: Generation) -> str:

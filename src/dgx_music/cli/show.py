@@ -7,6 +7,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+from dgx_music.artifacts import is_missing
 from dgx_music.cli.database import find_generation, opened
 from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
@@ -34,24 +35,29 @@ def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json:
 
     While it waits or runs, also when it will start and be done, as far as anybody can say.
     With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a `low` and a `high`, which
-    about 8 of 10 generations keep to, and `unknown_because` says why they are null.
+    about 8 of 10 generations keep to, and `unknown_because` says why they are null. `file_is_missing` is null where there is
+    no file yet, or nobody can say from here.
     """
-    generation, attempts, outlook, clips = asyncio.run(_read(generation_id, database_url))
+    generation, attempts, outlook, clips, is_gone = asyncio.run(_read(generation_id, database_url))
     if as_json:
         more = {"attempts": attempts, "queue_position": outlook.position, "estimate": outlook.to_dict()}
-        print_json({**generation.to_dict(), **more})
+        print_json({**generation.to_dict(), "file_is_missing": is_gone, **more})
         return
-    _print_generation(generation, outlook, clips)
+    _print_generation(generation, outlook, clips, is_gone=bool(is_gone))
     print_waveform(generation)
     _print_attempts(attempts)
     tell_untrained([generation])
 
 
-def _print_generation(generation: Generation, outlook: Estimate, clips: dict[str, float]) -> None:
+def _print_generation(
+    generation: Generation, outlook: Estimate, clips: dict[str, float], *, is_gone: bool = False
+) -> None:
     now = datetime.now(UTC)
     told = generation.to_dict() | {"prompt": generation.prompt or UNCONDITIONAL, **_asked_for(generation, clips)}
     fields = {name: value for name, value in told.items() if value is not None and name != "metadata"}
     lines = [(label(name), shown(name, value, now)) for name, value in fields.items()]
+    if is_gone:
+        lines.append(("file", "missing: it was deleted or moved since, or its disk is not there"))
     if outlook.position is not None:
         lines.append(("queue position", f"{outlook.position:,}"))
     if words := in_words(outlook):
@@ -117,11 +123,12 @@ def _print_attempts(attempts: list[dict[str, Any]]) -> None:
 
 async def _read(
     wanted: str, database_url: str | None
-) -> tuple[Generation, list[dict[str, Any]], Estimate, dict[str, float]]:
+) -> tuple[Generation, list[dict[str, Any]], Estimate, dict[str, float], bool | None]:
     async with opened(database_url) as database:
         generation = await find_generation(database, wanted)
         async with database.session(read_only=True) as session:
             attempts = await get_attempts(session, generation.id)
             outlook = await estimate(session, generation.id)
             clips = await read_clip_seconds(session, _clips_of(generation).values())
-        return generation, [attempt.to_dict() for attempt in attempts], outlook, clips
+    is_gone = await is_missing(generation.file_path) if generation.is_complete and generation.file_path else None
+    return generation, [attempt.to_dict() for attempt in attempts], outlook, clips, is_gone

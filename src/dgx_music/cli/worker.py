@@ -17,6 +17,7 @@ from dgx_music.fleet import pause as pause_claims
 from dgx_music.fleet import resume as resume_claims
 from dgx_music.storage.models import ALL_MODELS, Pause
 from dgx_music.storage.pauses import get_pauses
+from dgx_music.storage.schema import WorkerState
 from dgx_music.storage.workers import get_workers
 
 _MODEL, _AUDIO, _TIMING, _SERVER = "Model", "Audio", "Timing", "PostgreSQL"
@@ -118,15 +119,15 @@ def worker(
 
 
 def workers(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
-    """List the workers: who is alive, where, on what, with what in hand."""
+    """List the workers: who is alive, where, on what, with what in hand; and for a day who has ended, and why."""
     rows, pauses = asyncio.run(_workers(database_url))
     if as_json:
         print_json(rows)
         return
     if rows:
-        headings = ("STATE", "MODEL", "DEVICE", "RUNNING", "HEARD", "HOST", "PID", "WORKER", "IN HAND")
+        headings = ("STATE", "MODEL", "DEVICE", "RUNNING", "HEARD", "HOST", "PID", "WORKER", "IN HAND, OR WHY IT ENDED")
         print_table(headings, [_as_line(row) for row in rows])
-    else:
+    if not any(row["is_alive"] for row in rows):
         tell("No worker is running; start one with: dgx-music worker")
     tell_pauses(pauses)
 
@@ -164,7 +165,7 @@ def _print_pauses(pauses: Sequence[Pause], *, as_json: bool) -> None:
 def _as_line(row: dict[str, Any]) -> tuple[object, ...]:
     others = [name for name in row["models"] if name != row["model_name"]]
     return (
-        "alive" if row["is_alive"] else "silent",
+        state_of(row),
         row["model_name"] + (f" (and {', '.join(others)})" if others else ""),
         row["device"],
         f"{len(row['running'])} of {row['slots']}",
@@ -172,8 +173,18 @@ def _as_line(row: dict[str, Any]) -> tuple[object, ...]:
         row["host"],
         row["pid"],
         row["id"],
-        ", ".join(f"{item['id'][:ID_PREFIX_CHARACTERS]} {item['progress']:.0%}" for item in row["running"]),
+        row["end_reason"]
+        or ", ".join(f"{item['id'][:ID_PREFIX_CHARACTERS]} {item['progress']:.0%}" for item in row["running"]),
     )
+
+
+def state_of(row: dict[str, Any]) -> str:
+    """Return a worker's state in one word: ``alive``, ``loading``, ``silent``, or ``ended``."""
+    if row["state"] == WorkerState.ENDED:
+        return "ended"
+    if not row["is_alive"]:
+        return "silent"
+    return "loading" if row["state"] == WorkerState.LOADING else "alive"
 
 
 async def _workers(database_url: str | None) -> tuple[list[dict[str, Any]], list[Pause]]:

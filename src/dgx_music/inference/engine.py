@@ -24,7 +24,8 @@ class GenerationRequest:
     """One validated request; building it raises ``InvalidRequestError`` on the first unacceptable field.
 
     The sampling defaults are audiocraft's (``audiocraft/models/musicgen.py``, ``set_generation_params``): top_k 250,
-    top_p off, temperature 1.0, guidance 3.0. ``temperature`` 0 decodes greedily. ``channels`` and ``sample_rate`` are
+    top_p off, temperature 1.0, guidance 3.0. ``top_p`` narrows ``top_k``, as in transformers; in audiocraft it takes its place,
+    which is ``top_k`` 0 here. ``temperature`` 0 decodes greedily. ``channels`` and ``sample_rate`` are
     what the file will have, whatever the model produces.
 
     An empty ``prompt`` asks for unconditional music. ``negative_prompt`` is the text of guidance's null half: what the

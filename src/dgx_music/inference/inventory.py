@@ -21,3 +21,16 @@ def has_weights(repository: str, revision: str) -> bool:
     except OSError:
         return False
     return any(Path(folder).glob("*.safetensors"))
+
+
+def can_reach_hub(repository: str, revision: str) -> str | None:
+    """Return ``None`` where the hub offers the model's files within 3 s, else the reason in words. Needs huggingface_hub."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        HfApi().model_info(repository, revision=revision, timeout=3)
+    except Exception as error:
+        return str(error).partition("\n")[0].rstrip(".")
+    return None

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ except ImportError as error:
         "The musicgen engine needs torch and transformers; install `dgx-music[musicgen]`."
     ) from error
 
+E = TypeVar("E", bound="MusicGenEngine")
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PATIENCE_SECONDS = 0.1
 _MOST_SLOTS = {"cpu": 8, "cuda": 64}
@@ -48,6 +50,11 @@ def load(settings: EngineSettings) -> Engine:
 
     Raises ``EngineUnavailableError``, in one sentence, where device or weights are missing or damaged.
     """
+    return build(settings, MusicGenEngine)
+
+
+def build(settings: EngineSettings, kind: type[E]) -> E:
+    """Return an engine of this kind, loaded as ``load`` does."""
     transformers.logging.set_verbosity_error()  # its warnings concern MusicGen's own configuration, not the user
     transformers.logging.disable_progress_bar()
     device = _choose_device(settings.device)
@@ -57,7 +64,7 @@ def load(settings: EngineSettings) -> Engine:
     weights = load_weights(info, settings.revision, _choose_dtype(settings.dtype, device))
     if device.type == "cpu":
         _spare_a_core()
-    return MusicGenEngine(weights, device, info, settings)
+    return kind(weights, device, info, settings)
 
 
 def estimate_bytes(settings: EngineSettings) -> int | None:

@@ -17,8 +17,8 @@ from dgx_music.forecast import Ahead, Range, Slot, earliest_start, latest_start
 from dgx_music.storage.due import CLAIM_ORDER, find_waits, g, is_paused
 from dgx_music.storage.models import Speed, WorkerInfo
 from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import PENDING, PROCESSING, now, now_plus, unindexed, written
-from dgx_music.storage.workers import served_models
+from dgx_music.storage.schema import PENDING, PROCESSING, WorkerState, now, unindexed, written
+from dgx_music.storage.workers import IS_LIVING, served_models
 
 _ROUNDS = 4
 _FAR_SECONDS = 1e9
@@ -55,6 +55,7 @@ class _Server(NamedTuple):
     device: str
     slots: int
     loaded: str
+    """The model that is ready; empty while the worker loads one."""
     models: frozenset[str]
     silent_seconds: float
 
@@ -134,16 +135,16 @@ async def _rest_of_running(session: AsyncSession, own: Row[Any]) -> Range:
 
 
 async def _living(session: AsyncSession) -> list[_Server]:
-    """Return the workers that were heard of within their own lease."""
+    """Return the workers that are alive."""
     w = WorkerInfo
-    query = select(w.id, w.device, w.slots, w.model_name, w.models, w.heartbeat_at, now().label("now"))
-    rows = await session.execute(query.where(w.heartbeat_at > now_plus(-w.lease_seconds)))
+    query = select(w.id, w.device, w.slots, w.model_name, w.models, w.state, w.heartbeat_at, now().label("now"))
+    rows = await session.execute(query.where(IS_LIVING))
     return [
         _Server(
             row.id,
             row.device,
             row.slots,
-            row.model_name,
+            "" if row.state == WorkerState.LOADING.value else row.model_name,
             served_models(row),
             (row.now - row.heartbeat_at).total_seconds(),
         )
@@ -164,12 +165,19 @@ def _speed(speeds: _Speeds, model_name: str, device: str) -> Range:
 
 
 async def _slots(session: AsyncSession, model_name: str) -> list[Slot]:
-    """Return the slots that serve the model, when each is free, and how many models share it."""
+    """Return the slots that serve the model, when each is free, and how many models share it.
+
+    A worker that loads its model is one slot more, free nobody knows when, and taken for as quick as the others.
+    """
     if await session.scalar(select(is_paused(model_name))):
         raise _UnknownError(f"{model_name} is paused")
     servers = [server for server in await _living(session) if model_name in server.models]
     if not servers:
         raise _UnknownError(f"no worker serves {model_name}")
+    coming = [server for server in servers if not server.loaded]
+    servers = [server for server in servers if server.loaded]
+    if not servers:
+        raise _UnknownError(f"a worker is still loading {model_name}")
     speeds, running = await _speeds(session, servers), await _running(session, servers)
     others = frozenset[str]().union(*(server.models for server in servers)) - {model_name}
     rivals = (await find_waits(session, others)).keys()
@@ -177,7 +185,9 @@ async def _slots(session: AsyncSession, model_name: str) -> list[Slot]:
     for server in servers:
         speed, sharers = _speed(speeds, model_name, server.device), 1 + len(rivals & server.models)
         slots += [Slot(speed, free_in, sharers) for free_in in _free(server, model_name, speed, running[server.id])]
-    return slots
+    known = [slot.speed for slot in slots]
+    likely = Range(min(speed.low for speed in known), max(speed.high for speed in known))
+    return slots + [Slot(likely, _UNKNOWN, 1 + len(rivals & server.models)) for server in coming]
 
 
 async def _running(session: AsyncSession, servers: Iterable[_Server]) -> dict[str, list[Any]]:

@@ -10,14 +10,17 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Connection,
     ForeignKey,
     Index,
     Integer,
     LargeBinary,
     MetaData,
     column,
+    event,
     false,
     inspect,
+    select,
 )
 from sqlalchemy import text as sql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
@@ -41,6 +44,7 @@ from dgx_music.storage.schema import (
     ShortText,
     StatusText,
     UtcDateTime,
+    WorkerState,
     claim_order,
     new_id,
     now,
@@ -49,6 +53,7 @@ from dgx_music.storage.words import search_text
 
 ALL_MODELS = "*"
 """In the place of a model's name: whichever it is."""
+CANCEL_REQUESTED = "its cancellation was requested"
 
 _CLAIM_ORDER = claim_order(column("run_at"), column("priority"))
 _FINISHED_SQL = "status IN ('completed', 'failed', 'cancelled')"
@@ -323,7 +328,7 @@ class Generation(Base):
         self.progress = 1.0
 
     def mark_failed(self, error_message: str) -> None:
-        """Finish it as failed, for this reason."""
+        """Finish it as failed, for this reason; as cancelled where that was requested."""
         self._move(FAILED)
         self.error_message = error_message
         self.completed_at = datetime.now(UTC)
@@ -336,7 +341,9 @@ class Generation(Base):
             if wanted not in LEGAL_TRANSITIONS[self.status]:
                 raise IllegalTransitionError(self.id, self.status, wanted)
             if self.cancel_requested and wanted == COMPLETED:
-                raise IllegalTransitionError(self.id, self.status, wanted, "its cancellation was requested")
+                raise IllegalTransitionError(self.id, self.status, wanted, CANCEL_REQUESTED)
+            if self.cancel_requested and wanted == FAILED:
+                wanted = CANCELLED
         self.status = wanted
 
     def to_dict(self) -> dict[str, Any]:
@@ -345,6 +352,27 @@ class Generation(Base):
 
     def __repr__(self) -> str:
         return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
+
+
+@event.listens_for(Generation, "before_update")
+def _heed_cancel(_mapper: object, connection: Connection, generation: Generation) -> None:
+    """Keep an ORM write to what may become of a row whose cancel was acknowledged, maybe after the object was read.
+
+    Such a row ends cancelled: a failure becomes that, and all else raises ``IllegalTransitionError``.
+    """
+    attributes = inspect(generation).attrs
+    is_moved, flag = attributes.status.history.has_changes(), attributes.cancel_requested.history.added
+    if not (is_moved or flag):
+        return
+    row = Generation.__table__.c
+    query = select(row.status, row.cancel_requested).where(row.id == generation.id).with_for_update(key_share=True)
+    stored = connection.execute(query).one_or_none()
+    if stored is None or stored.status != PROCESSING or not stored.cancel_requested:
+        return
+    if is_moved and generation.status == FAILED:
+        generation.status = CANCELLED
+    elif (is_moved and generation.status != CANCELLED) or False in (flag or ()):
+        raise IllegalTransitionError(generation.id, stored.status, generation.status, CANCEL_REQUESTED)
 
 
 class Clip(Base):
@@ -386,15 +414,19 @@ class Attempt(Base):
 
 
 class WorkerInfo(Base):
-    """One worker daemon: where it runs and when it was last heard of."""
+    """One worker daemon: where it runs, when it was last heard of, and how it ended."""
 
     __tablename__ = "workers"
 
     id: Mapped[str] = mapped_column(ShortText, primary_key=True)
     host: Mapped[str] = mapped_column(ShortText)
     pid: Mapped[int]
+    state: Mapped[str] = mapped_column(
+        StatusText, default=WorkerState.SERVING.value, server_default=WorkerState.SERVING.value
+    )
+    """Loading its model, serving, or ended. One that was killed has ended without saying so, and is silent."""
     model_name: Mapped[str] = mapped_column(ShortText)
-    """The one that is loaded."""
+    """The one that is loaded, or being loaded."""
     models: Mapped[list[str]] = mapped_column(JsonObject, server_default="[]")
     """All that it serves."""
     device: Mapped[str] = mapped_column(ShortText)
@@ -404,8 +436,14 @@ class WorkerInfo(Base):
     heartbeat_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     lease_seconds: Mapped[float]
     """Silent for longer than this, it is taken for dead."""
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    end_reason: Mapped[str | None] = mapped_column(LongText)
+    """Why it ended, in words."""
 
-    __table_args__ = ({"postgresql_with": {"fillfactor": 50}},)
+    __table_args__ = (
+        CheckConstraint("(state = 'ended') = (ended_at IS NOT NULL)", "ended_has_time"),
+        {"postgresql_with": {"fillfactor": 50}},
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601."""

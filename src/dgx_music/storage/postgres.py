@@ -29,6 +29,8 @@ from dgx_music.storage.urls import connect_timeout, is_pooled_by_transaction, se
 
 _TRANSIENT = {"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25006"}
 """Serialisation, deadlock, lock and statement timeouts, shutdown; the last is a server that has become a replica."""
+_OF_ANOTHER_SCHEMA = {"42P01", "42703"}
+"""No such table, no such column: it was migrated, or is being made anew. SQLite's errors of this kind are taken likewise."""
 _FORBIDDEN = "42501"
 _LOCK_NOT_HAD, _IDLE_TOO_LONG = "55P03", "25P03"
 _ASYNCPGS_IDLE_TOO_LONG = ("underlying connection is closed", "idle-in-transaction timeout")
@@ -147,7 +149,8 @@ def is_unavailable(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     code = sqlstate(error)
-    return error.connection_invalidated or code in _TRANSIENT or code == _FORBIDDEN or code.startswith(("08", "53"))
+    is_known = code in _TRANSIENT | _OF_ANOTHER_SCHEMA or code == _FORBIDDEN
+    return error.connection_invalidated or is_known or code.startswith(("08", "53"))
 
 
 def is_worth_repeating(error: BaseException) -> bool:

@@ -41,7 +41,7 @@ from sqlalchemy import cast as cast_to
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
+from dgx_music.errors import DatabaseNotMigratedError, GenerationNotFoundError, IllegalTransitionError
 from dgx_music.storage.due import CLAIM_ORDER, due_rows, g, generations, overtaken, take_turns
 from dgx_music.storage.models import Attempt, WorkerInfo
 from dgx_music.storage.repository import dialect_of
@@ -52,14 +52,17 @@ from dgx_music.storage.schema import (
     FINISHED,
     PENDING,
     PROCESSING,
+    SCHEMA_REVISION,
     AttemptOutcome,
     HashText,
     Id,
     JsonObject,
     LongText,
     ShortText,
+    is_our_schema,
     now,
     now_plus,
+    schema_revision,
     with_json_key,
     written,
 )
@@ -149,7 +152,8 @@ async def claim(
     """Take up to ``limit`` due generations of this model for this worker, most urgent first, and return them.
 
     With a ``tenant_limit`` no tenant has more than so many in hand, whoever works on them: counted in the rows themselves,
-    by one claim at a time. Nothing of a paused model is taken.
+    by one claim at a time. Nothing of a paused model is taken, nor anything where the schema is no longer this version's:
+    that raises ``DatabaseNotMigratedError``.
     """
     if tenant_limit is not None:
         await take_turns(session)
@@ -159,7 +163,19 @@ async def claim(
     if rows and dialect != "postgresql":
         made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
         await session.execute(insert(attempts), made)
+    if not rows:
+        await check_schema(session)
     return [_as_claim(row) for row in rows]
+
+
+async def check_schema(session: AsyncSession) -> None:
+    """Raise ``DatabaseNotMigratedError`` where the schema has become an older or a newer version's.
+
+    One that is at no revision is being made anew: there is nothing to claim, and nothing to give up for.
+    """
+    found = await session.scalar(schema_revision())
+    if found not in (None, SCHEMA_REVISION):
+        raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
 
 
 async def renew(session: AsyncSession, progress: Mapping[Lease, float], *, lease_seconds: float) -> dict[Lease, bool]:
@@ -316,13 +332,14 @@ async def rescue(
     Those that are named, each with the end of its lease: where that is another one by now, the worker lives. With none
     named, up to ``limit`` of which the database's clock says that their leases have expired.
 
-    Counts a failure each: a generation that kills its worker again and again must run out of budget.
+    Counts a failure each: a generation that kills its worker again and again must run out of budget. Where the schema is no
+    longer this version's, nothing is taken: what becomes of such rows is for those to say who know all of it.
     """
     is_lost = and_(g.status == written(PROCESSING), g.worker_id.is_not(None), _has_lapsed(lapsed))
     lost = select(g.id).where(is_lost).order_by(g.lease_expires_at).limit(limit)
     lost = lost.with_for_update(skip_locked=True, key_share=True)
     status = case((g.cancel_requested, CANCELLED), (g.failures + 1 >= g.max_attempts, FAILED), else_=PENDING)
-    statement = _let_go(status).where(_is_one_of(lost), is_lost)
+    statement = _let_go(status).where(_is_one_of(lost), is_lost, is_our_schema())
     # Due at once, behind what was due when it began; not later than that, or after a step back of the clock it would wait.
     due_at = case((g.started_at < now(), g.started_at), else_=now())
     statement = statement.values(failures=g.failures + 1, error_message=WORKER_LOST, run_at=due_at)
@@ -439,7 +456,11 @@ def _claim_statement(
     """
     claimed = (
         update(generations)
-        .where(_is_one_of(due_rows(dialect, model_name, limit, tenant_limit)), g.status == written(PENDING))
+        .where(
+            _is_one_of(due_rows(dialect, model_name, limit, tenant_limit)),
+            g.status == written(PENDING),
+            is_our_schema(),
+        )
         .values(
             status=PROCESSING,
             attempt=g.attempt + 1,

@@ -20,9 +20,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.errors import IllegalTransitionError, InvalidRequestError
-from dgx_music.storage.models import Attempt, Generation, Prompt, Tally, text_hash
+from dgx_music.storage.models import CANCEL_REQUESTED, Attempt, Generation, Prompt, Tally, text_hash
 from dgx_music.storage.schema import (
+    CANCELLED,
     COMPLETED,
+    FAILED,
     FINISHED,
     PENDING,
     PROCESSING,
@@ -127,7 +129,8 @@ async def update_generation_status(
 ) -> Generation | None:
     """Move a row by hand and return it; ``None`` where the id is unknown.
 
-    Raises ``IllegalTransitionError`` where its status does not allow the change, or where a worker holds it.
+    One whose cancel was requested while it ran becomes cancelled in the place of failed. Raises ``IllegalTransitionError``
+    where its status does not allow the change, or where a worker holds it.
     """
     wanted = check_status(status)
     changes: dict[str, Any] = {"status": wanted}
@@ -138,6 +141,8 @@ async def update_generation_status(
     if wanted == PENDING:
         failures = case((Generation.status == PROCESSING, Generation.failures), else_=0)
         changes |= {"run_at": now(), "failures": failures, "cancel_requested": False, "progress": 0.0}
+    if wanted == FAILED:
+        changes["status"] = case((Generation.cancel_requested, CANCELLED), else_=FAILED)
     changes["completed_at"] = now() if wanted in FINISHED else None
     return await _move_by_hand(session, generation_id, wanted, changes)
 
@@ -355,7 +360,7 @@ async def _move_by_hand(
         return None
     reason = f"worker {current.worker_id} holds it" if current.worker_id else ""
     if current.cancel_requested and current.is_processing and wanted in (PENDING, COMPLETED):
-        reason = "its cancellation was requested"
+        reason = CANCEL_REQUESTED
     raise IllegalTransitionError(generation_id, current.status, wanted, reason)
 
 

@@ -9,14 +9,29 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import JSON, ColumnElement, DateTime, Dialect, Double, Float, String, Text, literal, literal_column
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Double,
+    Float,
+    Select,
+    String,
+    Text,
+    column,
+    literal,
+    literal_column,
+    select,
+    table,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 """The newest migration; a test keeps it equal to Alembic's head, so that start-up need not import Alembic."""
 
 VERSION_TABLE = "dgx_music_alembic_version"
@@ -54,6 +69,14 @@ LEGAL_TRANSITIONS: dict[str, frozenset[str]] = {
 def sources_of(status: str) -> list[str]:
     """Return the statuses from which ``status`` may be reached."""
     return [source for source, targets in LEGAL_TRANSITIONS.items() if status in targets]
+
+
+class WorkerState(StrEnum):
+    """What a worker's row says of it; one that says nothing for longer than its lease is silent, whatever it said last."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    ENDED = "ended"
 
 
 class AttemptOutcome(StrEnum):
@@ -223,6 +246,22 @@ LongText = Text()
 def written(status: str) -> ColumnElement[str]:
     """Return a status as SQL text: with a parameter in its place PostgreSQL's prepared plans could use no partial index."""
     return literal_column(f"'{GenerationStatus(status)}'", StatusText)
+
+
+_versions = table(VERSION_TABLE, column("version_num", String(32)))
+
+
+def is_our_schema() -> ColumnElement[bool]:
+    """Return the condition that the schema is still this version's: it may be migrated while a process runs.
+
+    Looked at once in a statement. What an older version claimed it would make without what it does not know of.
+    """
+    return select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
+
+
+def schema_revision() -> Select[Any]:
+    """Return the query of the schema's revision now; without an answer while the tables are being made."""
+    return select(_versions.c.version_num)
 
 
 def new_id() -> str:
