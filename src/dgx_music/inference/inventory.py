@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dgx_music.inference.checkpoint import find_snapshot, find_weights
 from dgx_music.inference.hub import HubUnavailableError, list_files
 
 
@@ -15,14 +16,13 @@ def find_cuda_devices() -> list[str]:
 
 
 def has_weights(repository: str, revision: str) -> bool:
-    """Return whether the Hugging Face cache holds weights of this revision; asks no network. Needs huggingface_hub."""
-    from huggingface_hub import snapshot_download
+    """Return whether the Hugging Face cache holds a model that can be loaded; asks no network. Needs huggingface_hub."""
+    return find_snapshot(repository, revision) is not None
 
-    try:
-        folder = snapshot_download(repository, revision=revision, local_files_only=True)
-    except OSError:
-        return False
-    return any(Path(folder).glob("*.safetensors"))
+
+def holds_weights(folder: Path) -> bool:
+    """Return whether a local folder holds weights that can be loaded, all files of them."""
+    return bool(find_weights(folder))
 
 
 def can_reach_hub(repository: str, revision: str) -> str | None:
