@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, NamedTuple
 from zipfile import is_zipfile
 
@@ -106,9 +105,9 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     """Return the tensors that ``torch.save`` wrote; whatever else was pickled, and might run code, is refused."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except UnpicklingError as error:
+    except Exception as error:  # of any kind, where the file is junk
         raise ValueError(
-            f"{file.name} cannot be read as plain tensors, and what might run code is never loaded"
+            f"{file.name} is cut short, damaged, or holds more than plain tensors, which might run code and is never loaded"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(f"{file.name} is no plain table of tensors")
