@@ -118,8 +118,9 @@ def write_repository(name: str, folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     config = model.config.to_dict()
     _write_json(folder / "config.json", _as_first_written(config) if layout.is_first_format else config)
-    for each in ("generation_config.json", "preprocessor_config.json", "special_tokens_map.json"):
-        _write_json(folder / each, {})
+    _write_json(folder / "special_tokens_map.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+    for each in ("generation_config.json", "preprocessor_config.json"):
+        _write_json(folder / each, {"is_read": False, "name": each})
     for each in (".gitattributes", "README.md", "spiece.model", *layout.others):
         (folder / each).write_text(f"{each}, which is not read")
     tensors = _as_stored(model.state_dict(), layout)
