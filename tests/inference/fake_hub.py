@@ -21,6 +21,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repository, self.commit, self.folder = repository, commit, folder
         self.taken: list[str] = []
         self.requests: list[str] = []
+        self.is_login_page = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -47,7 +48,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(self.path)
         path = unquote(urlsplit(self.path).path)
         file = hub.folder / path.rpartition("/")[2]
-        if f"/{hub.repository}/" not in path:
+        if hub.is_login_page:
+            self._reply(200, b"<html>", {"Content-Type": "text/html"})
+        elif f"/{hub.repository}/" not in path:
             self._reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif not {hub.commit, "main"} & set(path.split("/")):
             self._reply(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})

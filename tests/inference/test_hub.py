@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -108,6 +111,12 @@ def test_a_repository_that_is_not_there_is_told(serve: Serve) -> None:
     assert inventory.can_reach_hub("facebook/absent", "main") == "the hub answers 404"
 
 
+def test_a_login_page_is_not_the_hub(serve: Serve) -> None:
+    fake = serve(MEDIUM.name)
+    fake.is_login_page = True
+    assert inventory.can_reach_hub(fake.repository, fake.commit) == "what answers is not the hub"
+
+
 def test_files_that_can_be_had_are(serve: Serve) -> None:
     fake = serve(MEDIUM.name)
     assert inventory.can_reach_hub(fake.repository, fake.commit) is None
@@ -118,6 +127,20 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(caplog: pytest.LogCaptureFix
         checkpoint.obtain(MEDIUM, None)
     assert "\n" not in str(caught.value)
     assert caplog.text == ""
+
+
+def test_what_cannot_be_had_is_told_before_torch_is_imported() -> None:
+    program = (
+        "import sys\n"
+        "from dgx_music.inference.residents import EngineSettings, EngineUnavailableError, load_engine\n"
+        "try: load_engine(EngineSettings(engine='musicgen', model='musicgen-small'))\n"
+        "except EngineUnavailableError as error: print('torch' in sys.modules, error)\n"
+    )
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/absent"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.startswith("False The model facebook/musicgen-small")
+    assert "HF_HUB_OFFLINE is set" in said.stdout
 
 
 def test_a_machine_that_is_told_to_be_offline_asks_nobody(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -34,7 +33,6 @@ def list_files(repository: str, revision: str) -> list[str]:
 
 def _within_patience(ask: Callable[[], _Answer]) -> _Answer:
     """Return the answer; a thread is left to wait for it, since no timeout of a socket covers the resolver of names."""
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request
     answer: Future[_Answer] = Future()
 
     def run() -> None:
@@ -61,4 +59,6 @@ def _explain(error: Exception) -> HubUnavailableError:
         return HubUnavailableError(f"the hub answers {error.response.status_code}")
     if isinstance(error, TimeoutError):
         return HubUnavailableError(f"the hub does not answer within {PATIENCE_SECONDS:g} s")
+    if isinstance(error, ValueError | TypeError | KeyError):  # a proxy's or a hotel's own page
+        return HubUnavailableError("what answers is not the hub")
     return HubUnavailableError(f"the hub cannot be reached: {str(error).partition(chr(10))[0].rstrip('.')}")

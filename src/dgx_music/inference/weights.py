@@ -38,6 +38,7 @@ from dgx_music.inference.tiny import build_tiny
 _IN_FLOAT32 = {"text_encoder", "audio_encoder"}
 _HARMLESS = re.compile(r"\.embed_positions\.|(^|\.)position_ids$|^text_encoder\.(decoder|lm_head)\.")
 """What older versions stored and nobody needs: tables that are computed, and T5's other half."""
+_TIED = ("text_encoder.shared.weight", "text_encoder.encoder.embed_tokens.weight")
 
 
 class Weights(NamedTuple):
@@ -73,10 +74,10 @@ def stored_bytes(info: ModelInfo, revision: str | None) -> int | None:
 
 def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the folder's model and tokenizer; no code of the folder is run."""
-    files = find_weights(folder)
-    if folder.is_dir():
-        check_integrity([*list_small_files(folder), *files])
     try:
+        files = find_weights(folder)
+        if folder.is_dir():
+            check_integrity([*list_small_files(folder), *files])
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         kind = _kind_of(config)
         if not files:
@@ -85,6 +86,8 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedToken
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.unk_token_id in tokenizer("music").input_ids:  # transformers makes do without a vocabulary
             raise ValueError("its tokenizer has no vocabulary")
+    except EngineUnavailableError:
+        raise
     except Exception as error:
         raise EngineUnavailableError(
             f"The model in {folder} cannot be loaded ({_first_line(error)}); it needs the weights, the configuration "
@@ -139,6 +142,8 @@ def _doubts(model: Any, tensors: dict[str, Tensor], report: dict[str, Any]) -> I
         yield f"its weights hold what the model has no use for, {_first_of(unused)}"
     for name, found, wanted in sorted(report["mismatched_keys"]):
         yield f"its weight {name} has the shape {list(found)} instead of {list(wanted)}"
+    if not torch.equal(weights[_TIED[0]], weights[_TIED[1]]):
+        yield f"its weights {_TIED[0]} and {_TIED[1]}, which are one table, differ"
     for name, weight in weights.items():
         if weight.is_floating_point() and name in tensors and not tensors[name].is_floating_point():
             yield f"its weight {name} holds numbers of {tensors[name].dtype}"
