@@ -17,8 +17,8 @@ MUSICGEN_LICENCE = "CC-BY-NC 4.0"
 class ModelInfo:
     """What is known of a model without loading it.
 
-    ``repository`` and ``revision`` say where its weights are on the Hugging Face hub: ``None`` for a model that has none
-    there, and for a ``revision`` that is not pinned (the commit used is recorded in each generation's ``model_version``).
+    ``repository`` and ``revision`` say where its weights are on the Hugging Face hub, at which commit: ``None`` for a model
+    that has none there.
     """
 
     name: str
@@ -43,13 +43,13 @@ MODELS: dict[str, ModelInfo] = {
         _hub("musicgen-small", "4c8334b02c6ec4e8664a91979669a501ec497792"),
         _hub("musicgen-medium", "d3bd7b00761b78ad7a8a05145ee31e7832e9916c"),
         _hub("musicgen-large", "15ccdc92099879e47b6da12c350cdb71d4eab3ca"),
-        _hub("musicgen-stereo-small", channels=2),
-        _hub("musicgen-stereo-medium", channels=2),
-        _hub("musicgen-stereo-large", channels=2),
-        _hub("musicgen-melody", hears_melody=True),
-        _hub("musicgen-melody-large", hears_melody=True),
-        _hub("musicgen-stereo-melody", channels=2, hears_melody=True),
-        _hub("musicgen-stereo-melody-large", channels=2, hears_melody=True),
+        _hub("musicgen-stereo-small", "3a110c0092820d470372c880c5ea06ce21a78ddd", channels=2),
+        _hub("musicgen-stereo-medium", "2747e613fbaadc43b14257224326ef58c5c11b81", channels=2),
+        _hub("musicgen-stereo-large", "bda8ec330c9c17e09728589eaf678f58f7d2d932", channels=2),
+        _hub("musicgen-melody", "68d653a95788ec0d2b0abccab22c0b3a200c2d90", hears_melody=True),
+        _hub("musicgen-melody-large", "6fdf8d3d815995108c9bdb5183414ff464b171ac", hears_melody=True),
+        _hub("musicgen-stereo-melody", "022c3bd20a7d77e7c014082f0391bcbcd3940a7a", channels=2, hears_melody=True),
+        _hub("musicgen-stereo-melody-large", "eea14861e6c29c47aea1055982a217468cd1634d", channels=2, hears_melody=True),
         ModelInfo("musicgen-tiny-untrained", is_untrained=True),
     )
 }

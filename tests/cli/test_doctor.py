@@ -252,7 +252,7 @@ def test_doctor_looks_into_a_local_folder(run: Run, place: Path) -> None:
     assert result.code == 6
     assert findings(result)["model"] == (
         "failed",
-        f"{place} holds no *.safetensors file; save the model there with save_pretrained",
+        f"{place} holds no complete weights; save the model there with save_pretrained",
     )
 
 

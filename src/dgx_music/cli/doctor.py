@@ -188,11 +188,9 @@ def _examine_model(settings: Settings, name: str) -> Finding:
 
 
 def _examine_folder(folder: Path) -> Finding:
-    if any(folder.glob("*.safetensors")):
-        return Finding("ok", "model", f"{folder} holds safetensors weights")
-    return Finding(
-        "failed", "model", f"{folder} holds no *.safetensors file; save the model there with save_pretrained"
-    )
+    if inventory.holds_weights(folder):
+        return Finding("ok", "model", f"{folder} holds weights")
+    return Finding("failed", "model", f"{folder} holds no complete weights; save the model there with save_pretrained")
 
 
 def _examine_answers(settings: Settings) -> Iterator[Finding]:

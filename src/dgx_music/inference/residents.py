@@ -7,9 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+from dgx_music.catalog import find_model
 from dgx_music.errors import EngineReplacedError, EngineUnavailableError
+from dgx_music.inference.checkpoint import check_obtainable
 from dgx_music.inference.engine import Engine, EngineSettings, EstimateBytes, LoadEngine
 from dgx_music.inference.trouble import MEMORY_REMEDY, first_line, give_back_memory, is_out_of_memory
 
@@ -135,8 +138,17 @@ def load_engine(settings: EngineSettings) -> Engine:
     """Import the engine's module and build it. Raises ``EngineUnavailableError`` for a name that is not known."""
     if settings.engine not in ENGINES:
         raise EngineUnavailableError(f"The engine {settings.engine!r} is not known; use {' or '.join(ENGINES)}.")
+    if settings.engine == "musicgen":
+        _check_obtainable(settings)
     load: LoadEngine = importlib.import_module(ENGINES[settings.engine]).load
     return load(settings)
+
+
+def _check_obtainable(settings: EngineSettings) -> None:
+    """Find out whether the model's files can be had before torch is imported, which takes seconds."""
+    info = find_model(settings.model)
+    if info is not None and all(map(find_spec, ("torch", "transformers", "huggingface_hub"))):
+        check_obtainable(info, settings.revision)
 
 
 def estimate_bytes(settings: EngineSettings) -> int | None:

@@ -1,0 +1,145 @@
+"""A model's files: which of them are loaded, on this machine or on the Hugging Face hub. Needs no torch.
+
+Safetensors come first, then pickled tensors (``pytorch_model.bin``), each as one file or as shards with an index; other
+copies of the weights, such as ``model.fp32.safetensors`` or audiocraft's ``state_dict.bin``, are neither downloaded nor read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dgx_music.catalog import ModelInfo
+from dgx_music.errors import EngineUnavailableError
+from dgx_music.inference.hub import HubUnavailableError, RevisionUnknownError, list_files
+from dgx_music.inference.integrity import check_integrity
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""The files that weights begin with, the one to prefer first."""
+NO_WEIGHTS = f"it holds none of {', '.join(WEIGHTS)} with all its files"
+_TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_SMALL = (".json", ".model")
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """Return the files that hold the folder's weights; empty where there are none, or not all of them."""
+    for name in WEIGHTS:
+        files = _with_shards(folder / name)
+        if files and all(file.is_file() for file in files):
+            return files
+    return []
+
+
+def list_small_files(folder: Path) -> list[Path]:
+    """Return the folder's configuration, tokenizer and indexes."""
+    return sorted(file for file in folder.iterdir() if file.suffix in _SMALL and file.is_file())
+
+
+def find_folder(info: ModelInfo, revision: str | None) -> Path | None:
+    """Return the model's folder on this machine, its own or one of the Hugging Face cache; ``None`` without weights."""
+    if info.repository is not None:
+        return find_snapshot(info.repository, revision_of(info, revision))
+    folder = Path(info.name)
+    return folder if find_weights(folder) else None
+
+
+def find_snapshot(repository: str, revision: str) -> Path | None:
+    """Return the folder, named for its commit, of the Hugging Face cache; ``None`` where it is not there or not complete."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(repository, revision=revision, allow_patterns=["config.json"], local_files_only=True)
+    except OSError:
+        return None
+    folder = Path(found)
+    has_the_rest = (folder / "config.json").is_file() and any((folder / name).is_file() for name in _TOKENIZERS)
+    return folder if has_the_rest and find_weights(folder) else None
+
+
+def obtain(info: ModelInfo, revision: str | None) -> Path:
+    """Return the folder with the model's files, downloaded if need be.
+
+    Raises ``EngineUnavailableError`` where the hub does not have them or does not answer within 3 s.
+    """
+    if info.repository is None:
+        return Path(info.name)
+    revision = revision_of(info, revision)
+    return find_snapshot(info.repository, revision) or _download(info.repository, revision, licence_of(info))
+
+
+def check_obtainable(info: ModelInfo, revision: str | None) -> None:
+    """Raise what ``obtain`` would raise at once, and download nothing."""
+    if info.repository is not None:
+        revision = revision_of(info, revision)
+        if find_snapshot(info.repository, revision) is None:
+            _choose_files(info.repository, revision)
+
+
+def revision_of(info: ModelInfo, revision: str | None) -> str:
+    """Return which revision of the repository is meant: the one that is set, else the pinned one."""
+    return revision or info.revision or "main"
+
+
+def licence_of(info: ModelInfo) -> str:
+    """Return what a user must know of the licence."""
+    return f"the weights of {info.name} are licensed {info.licence}: no commercial use"
+
+
+def _with_shards(file: Path) -> list[Path]:
+    """Return the file itself, or the shards that an index names; empty where it cannot be read."""
+    if file.suffix != ".json":
+        return [file]
+    try:
+        names = set(json.loads(file.read_bytes())["weight_map"].values())
+        return sorted(file.with_name(name) for name in names)  # refuses names with a slash
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _download(repository: str, revision: str, licence: str) -> Path:
+    """Download the small files, then the weights, which are never there alone; return their folder."""
+    from huggingface_hub import snapshot_download
+
+    small, first = _choose_files(repository, revision)
+    logger.warning("Before the first download: %s (https://huggingface.co/%s).", licence, repository)
+    with _telling_why(repository, revision):
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
+        check_integrity(list_small_files(folder))
+        weights = [file.name for file in _with_shards(folder / first)]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*small, *weights]))
+
+
+def _choose_files(repository: str, revision: str) -> tuple[list[str], str]:
+    """Return the names of the small files on the hub, and of the file that the weights begin with."""
+    with _telling_why(repository, revision):
+        names = list_files(repository, revision)
+        first = next((name for name in WEIGHTS if name in names), None)
+        if first is None:
+            raise HubUnavailableError(f"the hub has none of {', '.join(WEIGHTS)}")
+    return [name for name in names if name.endswith(_SMALL) and "/" not in name], first
+
+
+@contextmanager
+def _telling_why(repository: str, revision: str) -> Iterator[None]:
+    """Turn whatever goes wrong into ``EngineUnavailableError``, with the reason and the remedies."""
+    try:
+        yield
+    except EngineUnavailableError:
+        raise
+    except RevisionUnknownError as error:
+        raise EngineUnavailableError(
+            f"The hub has no revision {revision} of {repository}; set DGX_MUSIC_REVISION to one of "
+            f"https://huggingface.co/{repository}/commits/main."
+        ) from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise EngineUnavailableError(
+            f"The model {repository} (revision {revision}) is not on this machine and cannot be downloaded "
+            f"({reason}); connect to the internet once, or point DGX_MUSIC_MODEL at a local folder, "
+            "or use musicgen-tiny-untrained."
+        ) from error
