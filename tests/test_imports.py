@@ -28,7 +28,7 @@ HEAVY = [
 LAYERS = [
     ["errors", "catalog", "validation", "config", "forecast", "storage.schema", "storage.words"],
     ["storage.models", "storage.changes", "inference.engine"],
-    ["storage", "inference", "audio", "clips", "artifacts"],
+    ["storage", "inference", "audio", "clips", "containers", "artifacts"],
     ["enqueue", "estimates", "fleet", "completions", "leases", "prune", "worker"],
     ["daemon", "cli", "web"],
 ]

@@ -136,12 +136,12 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
     samples = _mend_scale(name, audio.samples)
     channels = channels or min(2, len(samples))
     if len(samples) > channels and cancels_out(samples, audio.sample_rate):
-        _tell(name, "channels of opposite phase would cancel each other; the loudest is used alone")
+        _tell(name, "channels of opposite phase would cancel each other; the loudest of them is used alone")
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
     validation.check_clip(name, samples.shape[1] / sample_rate)
     pcm = np.clip(np.rint(samples * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)
-    if (np.ptp(pcm, axis=1) <= 1).all():
+    if np.ptp(samples, axis=1).max() * _SCALE <= 1:
         _tell(name, "it holds no sound, only silence or a constant level")
     source_sha256 = hashlib.sha256(content).hexdigest()
     return Clip(

@@ -13,7 +13,7 @@ from dgx_music.containers.interface import DamagedError, Source
 
 _MAGIC = b"OggS"
 _HEADER_BYTES = 27
-_FIRST = 2
+_FIRST, _LAST = 2, 4
 _NO_POSITION = 2**64 - 1
 _FAR = 1 << 40
 """Frames: more than any file has, so that no position ends a stream early."""
@@ -45,9 +45,13 @@ class _Page:
     def is_sound(self) -> bool:
         return _checksum(self.data) == int.from_bytes(self.data[22:26], "little")
 
-    def moved(self, position: int) -> bytes:
-        """Return the page with another position."""
-        data = self.data[:6] + position.to_bytes(8, "little") + self.data[14:]
+    @property
+    def ends_packet(self) -> bool:
+        return any(size < 255 for size in self.data[_HEADER_BYTES : _HEADER_BYTES + self.data[26]])
+
+    def closing(self, position: int) -> bytes:
+        """Return the page as the last one of a stream that ends at this position."""
+        data = self.data[:5] + bytes([self.data[5] | _LAST]) + position.to_bytes(8, "little") + self.data[14:]
         return data[:22] + _checksum(data).to_bytes(4, "little") + data[26:]
 
 
@@ -68,11 +72,12 @@ class _Link:
         self.pages.append(page)
 
     def content(self) -> bytes:
-        """Return the pages, with the end moved out of the way where it lies before what the pages hold."""
+        """Return the pages, the stream closed, and its end moved away where it lies before what the pages hold."""
         *others, last = self.pages
         before = max((page.position for page in others if page.position != _NO_POSITION), default=0)
-        is_early = bool(others) and last.position <= before
-        return b"".join(page.data for page in others) + (last.moved(before + _FAR) if is_early else last.data)
+        is_early = last.position <= before or last.position == _NO_POSITION
+        position = before + _FAR if is_early and last.ends_packet else last.position
+        return b"".join(page.data for page in others) + last.closing(position)
 
 
 def open_source(content: bytes) -> Source:
