@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import struct
 from contextlib import suppress
 
@@ -346,7 +347,28 @@ def test_the_decoder_says_nothing_of_its_own(capfd) -> None:
     assert capfd.readouterr().err == ""
 
 
+BAD_FMT = struct.pack("<HHIIHH", 0x55, 1, RATE, 16_000, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [VBR[:1_000], b"\xff\xfb\x90\xc4" + bytes(9_000), b"\xff\xfb\0\xc4" * 900,
+     b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + BAD_FMT + b"LIST\0\0\0\0" + NO_TAG,
+     b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + BAD_FMT + b"data\0\0\0\0" + bytes(9_000)],
+)  # fmt: skip
+def test_what_only_looks_like_an_mp3_is_refused_without_a_word_of_the_decoder(data: bytes, capfd) -> None:
+    assert re.match("continuation (is not audio that can be read|ends in the middle)", refusal(data))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_long_mp3_says_how_long_it_is() -> None:
     data = NO_TAG * 8
 
     assert refusal(data).startswith(f"continuation is {8 * len(frames(NO_TAG)) * 1152 / RATE:g} s long; use a clip of")
+
+
+@pytest.mark.parametrize("count", [1, 1_600])
+def test_a_melody_of_a_long_mp3_has_all_of_its_30_seconds(count: int) -> None:
+    data = mp3("CONSTANT", 40)
+
+    assert read(put(data, data.index(b"Info") + 8, ">I", count), "melody")[0] == 30

@@ -249,8 +249,6 @@ def _tell(name: str, what: str) -> None:
 
 def _check_form(name: str, file: Stream) -> None:
     """Refuse before it is read what would take more memory than any music needs."""
-    if file.format == "MP3":  # of a kind whose frames cannot be counted
-        raise DamagedError("is MP3 of a free bit rate", READABLE)
     if file.format not in _FORMATS:
         raise InvalidRequestError(name, f"is audio of the format {file.format}", READABLE)
     if not _MIN_RATE <= file.samplerate <= _MAX_RATE:

@@ -19,6 +19,7 @@ BLOCK_FRAMES = 65_536
 
 _PROGRAM = Path(__file__).with_name("quiet.py")
 _PATIENCE_SECONDS = 60
+_HEADER_BYTES = 8
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 """What Python and libsndfile need to be found; the rest may hold secrets."""
 
@@ -69,7 +70,7 @@ def decode_quietly(content: bytes) -> Audio:
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise DamagedError(f"cannot be decoded here ({why})", "use WAV, FLAC or OGG") from error
-    if done.returncode != 0:
+    if done.returncode != 0 or len(done.stdout) < _HEADER_BYTES:  # a program that ignores SIGCHLD learns no exit code
         raise DamagedError("cannot be decoded")
-    rate, channels = np.frombuffer(done.stdout[:8], np.uint32).tolist()
-    return Audio(np.frombuffer(done.stdout[8:], np.float32).reshape(-1, channels).T, rate)
+    rate, channels = np.frombuffer(done.stdout[:_HEADER_BYTES], np.uint32).tolist()
+    return Audio(np.frombuffer(done.stdout[_HEADER_BYTES:], np.float32).reshape(-1, channels).T, rate)

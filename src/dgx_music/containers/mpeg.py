@@ -30,6 +30,8 @@ _MOST_SILENT_FRAMES = 4
 """No encoder adds more than that before and after the music together."""
 _TAG_KBITS_INDEX = {True: 9, False: 8}
 _HAS_COUNT = 1
+_SPARE_SECONDS = 1
+"""Read beyond what is asked for: the silence that an encoder added is taken away from the end."""
 _LAME_BYTES = 36
 _ZEROS = re.compile(rb"\0*")
 
@@ -110,7 +112,7 @@ def _walk(content: bytes, start: int, longest_seconds: float) -> _Frames:
     first = _read_header(content, start)
     assert first is not None  # noqa: S101 - a run of frames begins there
     frames = _Frames(first)
-    while frames.seconds <= longest_seconds:
+    while frames.seconds <= longest_seconds + _SPARE_SECONDS:
         header = _read_header(content, start)
         if header is not None and header.kind == first.kind:
             frame = content[start : start + header.size]

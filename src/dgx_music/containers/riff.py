@@ -19,20 +19,21 @@ def open_source(content: bytes, longest_seconds: float) -> Source:
     order = ">" if content.startswith(b"RIFX") else "<"
     chunks = {name: (start, size) for name, start, size in _chunks_before_data(content, order)}
     if b"data" not in chunks or b"fmt " not in chunks:
-        return Source([content])
+        raise DamagedError("is not audio that can be read", READABLE)
     start, size = chunks[b"data"]
     if size == 0xFFFF_FFFF and b"ds64" in chunks:
         size = _read(content, "<Q", chunks[b"ds64"][0] + 8)
     end = _find_end(content, start, size, _read(content, f"{order}I", 4), order)
-    fmt = chunks[b"fmt "][0]
-    if _read(content, f"{order}H", fmt) in _MPEG_TAGS:
+    at, length = chunks[b"fmt "]
+    fmt = content[at : at + length]
+    if _read(fmt, f"{order}H", 0) in _MPEG_TAGS:
         inner = mpeg.find_source(content[start:end], longest_seconds)
         if inner is None:
             raise DamagedError("is not audio that can be read", READABLE)
         return inner
-    bytes_per_second = _read(content, f"{order}I", fmt + 8)
+    bytes_per_second = _read(fmt, f"{order}I", 8)
     is_told = bytes_per_second and 0 < size < _UNKNOWN_BYTES and size != end - start
-    return Source([_with_size(content, start, end, order)], size / bytes_per_second if is_told else None)
+    return Source([_make_file(order, fmt, content[start:end])], size / bytes_per_second if is_told else None)
 
 
 def _chunks_before_data(content: bytes, order: str) -> Iterator[tuple[bytes, int, int]]:
@@ -68,12 +69,12 @@ def _are_chunks(content: bytes, start: int, order: str) -> bool:
     return True
 
 
-def _with_size(content: bytes, start: int, end: int, order: str) -> bytes:
-    """Return a file of RIFF's plain kind that ends with the samples; what came after them is no audio."""
-    magic = b"RIFX" if order == ">" else b"RIFF"
-    before = content[8 : start - 4].replace(b"ds64", b"JUNK", 1)
-    size = struct.pack(f"{order}I", end - start)
-    return magic + struct.pack(f"{order}I", end - _HEADER_BYTES) + before + size + content[start:end]
+def _make_file(order: str, fmt: bytes, samples: bytes) -> bytes:
+    """Return a file of RIFF's plain kind with nothing but these two chunks."""
+    chunks = b"WAVE" + b"".join(
+        name + struct.pack(f"{order}I", len(data)) + data for name, data in ((b"fmt ", fmt), (b"data", samples))
+    )
+    return (b"RIFX" if order == ">" else b"RIFF") + struct.pack(f"{order}I", len(chunks)) + chunks
 
 
 def _read(content: bytes, form: str, start: int) -> int:
