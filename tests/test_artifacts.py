@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 import threading
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgx_music.artifacts import EXTENSIONS, LocalArtifacts, MemoryArtifacts, MissingFiles, is_missing, open_output
+from dgx_music.artifacts import local as local_module
 from dgx_music.artifacts.interface import CHUNK_BYTES
 from dgx_music.errors import ArtifactError, InvalidRequestError
 from tests.object_store import s3_fixture, s3_port_fixture  # noqa: F401
@@ -57,8 +59,8 @@ def content(artifact):
     return Path(artifact.path).read_bytes()
 
 
-def mode_of(artifact):
-    return Path(artifact.path).stat().st_mode & 0o777
+def mode_of(path):
+    return Path(path).stat().st_mode & 0o777
 
 
 @contextmanager
@@ -83,11 +85,12 @@ def fail_call(monkeypatch, name, number, code):
     monkeypatch.setattr(os, name, call)
 
 
-def refuse_links(monkeypatch, code=errno.EPERM):
-    def link(*_args, **_kwargs):
-        raise OSError(code, os.strerror(code))
+def fail(code):
+    raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "link", link)
+
+def refuse_links(monkeypatch, code=errno.EPERM):
+    monkeypatch.setattr(os, "link", lambda *_args, **_kwargs: fail(code))
 
 
 # Every kind of artifacts
@@ -247,14 +250,44 @@ async def test_the_file_has_the_data_and_an_absolute_path(tmp_path, monkeypatch)
     assert names_in(tmp_path / "audio") == ["song-1.wav"]
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-async def test_the_file_follows_the_umask(local, mask, mode):
+@contextmanager
+def umask(mask):
     before = os.umask(mask)
     try:
-        artifact = await local.publish("song", 1, "wav", DATA)
+        yield
     finally:
         os.umask(before)
-    assert mode_of(artifact) == mode
+
+
+MODES = [
+    (True, 0o022, 0o600, 0o700),
+    (True, 0, 0o600, 0o700),
+    (False, 0o022, 0o644, 0o755),
+    (False, 0, 0o666, 0o777),
+]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize(("is_private", "mask", "file_mode", "folder_mode"), MODES)
+async def test_files_and_folders_are_their_owners_or_as_the_umask_says(
+    root, monkeypatch, has_links, is_private, mask, file_mode, folder_mode
+):
+    if not has_links:
+        refuse_links(monkeypatch)
+    with umask(mask):
+        artifact = await open_output(root, is_private=is_private).publish("song", 1, "wav", DATA)
+
+    assert mode_of(artifact.path) == file_mode
+    assert (mode_of(root), mode_of(root.parent)) == (folder_mode, folder_mode)
+
+
+async def test_a_folder_that_was_there_keeps_its_mode(local, root):
+    root.mkdir(parents=True, mode=0o755)
+    root.chmod(0o751)
+
+    await local.publish("song", 1, "wav", DATA)
+
+    assert mode_of(root) == 0o751
 
 
 async def test_a_part_file_that_a_dead_worker_left_is_replaced(local, root):
@@ -313,10 +346,15 @@ async def test_file_and_folders_are_flushed_before_publish_returns(local, root, 
 
 FAILURES = [("mkdir", 0), ("mkdir", 1), *[("open", n) for n in range(4)], *[("fsync", n) for n in range(4)]]
 FAILURES += [("unlink", 0), ("write", 0), ("link", 0), ("close", 2), ("close", 3)]
+CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS, errno.ESTALE]
+SURVIVED = [("open", n, errno.EACCES) for n in (0, 1, 3)] + [("fsync", n, errno.EACCES) for n in (0, 1, 3)]
+SURVIVED += [("link", 0, errno.EIO), ("link", 0, errno.EACCES)]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS])
-@pytest.mark.parametrize(("call", "number"), FAILURES)
+@pytest.mark.parametrize(
+    ("call", "number", "code"),
+    [(*failure, code) for failure in FAILURES for code in CODES if (*failure, code) not in SURVIVED],
+)
 async def test_a_step_that_fails_leaves_the_whole_file_or_nothing(local, root, monkeypatch, call, number, code):
     with monkeypatch.context() as patch:
         fail_call(patch, call, number, code)
@@ -356,17 +394,120 @@ async def test_a_root_that_is_a_file_is_named(tmp_path, folder):
     assert "not a directory" in await local.find_problem()
 
 
-# File systems without hard links
+@pytest.fixture
+def _forgotten(monkeypatch):
+    """What was told is told again."""
+    monkeypatch.setattr(local_module, "_told", set())
 
 
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
-async def test_without_hard_links_a_file_is_published_all_the_same(local, root, monkeypatch, code):
-    refuse_links(monkeypatch, code)
+async def test_a_link_that_reported_an_error_and_was_made_is_a_publication(local, root, monkeypatch):
+    real = os.link
+    monkeypatch.setattr(os, "link", lambda *names: (real(*names), fail(errno.EIO)))
 
     artifact = await local.publish("song", 1, "wav", DATA)
 
     assert content(artifact) == DATA
     assert names_in(root) == ["song-1.wav"]
+
+
+# File systems that cannot do all
+
+NO_LINKS = [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.EACCES, errno.EMLINK, errno.ENOENT, errno.EXDEV]
+NO_LINKS += [errno.EINVAL, errno.EINTR, errno.ENOTTY]
+NO_FLUSH = [
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTTY,
+]
+WITHOUT_LINKS = "has no hard links: after a crash an empty file can be left of audio that was being stored"
+WITHOUT_FLUSH = "does not flush: the audio stored last can be lost when the power fails"
+
+
+def refuse_flush(monkeypatch, code, *, of_folders=True):
+    real = os.fsync
+
+    def fsync(descriptor):
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        return fail(code) if is_folder is of_folders else real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("code", NO_LINKS)
+async def test_without_hard_links_a_file_is_published_and_it_is_said_once(local, root, monkeypatch, caplog, code):
+    refuse_links(monkeypatch, code)
+
+    artifacts = [await local.publish("song", attempt, "wav", DATA) for attempt in (1, 2)]
+
+    assert [content(artifact) for artifact in artifacts] == [DATA, DATA]
+    assert names_in(root) == ["song-1.wav", "song-2.wav"]
+    assert caplog.messages == [f"output {root}: its file system {WITHOUT_LINKS}"]
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("code", NO_FLUSH)
+async def test_without_flushed_folders_a_file_is_published_and_it_is_said_once(local, root, monkeypatch, caplog, code):
+    refuse_flush(monkeypatch, code)
+
+    artifacts = [await local.publish("song", attempt, "wav", DATA) for attempt in (1, 2)]
+
+    assert [content(artifact) for artifact in artifacts] == [DATA, DATA]
+    assert await local.delete("song", [1, 2]) == 2
+    assert caplog.messages == [f"output {root}: its file system {WITHOUT_FLUSH}"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+async def test_without_flushed_files_a_file_is_published_all_the_same(local, monkeypatch, code):
+    refuse_flush(monkeypatch, code, of_folders=False)
+
+    assert content(await local.publish("song", 1, "wav", DATA)) == DATA
+
+
+async def test_a_folder_that_may_not_be_read_can_be_written(local, root, monkeypatch):
+    root.mkdir(parents=True)
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: fail(errno.EACCES) if path == root else real(path, *rest))
+
+    assert content(await local.publish("song", 1, "wav", DATA)) == DATA
+
+
+async def test_a_good_file_system_has_no_weakness_and_a_look_at_it_leaves_no_trace(local, tmp_path):
+    assert await local.find_weakness() is None
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", NO_LINKS)
+async def test_a_file_system_without_links_is_known_before_it_is_used(local, root, tmp_path, monkeypatch, code):
+    refuse_links(monkeypatch, code)
+
+    assert await local.find_weakness() == f"The file system of {root} {WITHOUT_LINKS}."
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("of_folders", [True, False])
+async def test_a_file_system_that_does_not_flush_is_known_before_it_is_used(local, root, monkeypatch, of_folders):
+    refuse_flush(monkeypatch, errno.EINVAL, of_folders=of_folders)
+    refuse_links(monkeypatch)
+
+    assert await local.find_weakness() == f"The file system of {root} {WITHOUT_LINKS}, and {WITHOUT_FLUSH}."
+
+
+async def test_a_place_that_cannot_be_used_has_a_problem_and_no_weakness(tmp_path):
+    (tmp_path / "taken").write_bytes(b"")
+
+    assert await LocalArtifacts(tmp_path / "taken").find_weakness() is None
+
+
+async def test_a_disk_that_does_not_know_its_size_is_no_problem(local, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, 0))
+
+    assert await local.find_problem() is None
 
 
 async def test_without_hard_links_other_data_is_still_refused(local, root, monkeypatch):
@@ -385,6 +526,73 @@ async def test_without_hard_links_a_rename_that_fails_leaves_nothing(local, root
     with pytest.raises(ArtifactError, match="input/output error"):
         await local.publish("song", 1, "wav", DATA)
     assert names_in(root) == []
+
+
+# What somebody else has put into the folder
+
+
+async def refused(local, path):
+    with pytest.raises(ArtifactError) as caught:
+        await read(local, path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["secret", "song-1.wav", "nowhere", "/dev/zero"])
+async def test_a_planted_symlink_is_not_followed(local, root, tmp_path, target):
+    await local.publish("song", 1, "wav", DATA)
+    (root / "secret").write_bytes(b"secret")
+    (root / "song-2.wav").symlink_to(target)
+
+    assert await refused(local, f"{root}/song-2.wav") == f"{root}/song-2.wav cannot be read: it is a symbolic link."
+
+
+@pytest.mark.timeout(20)
+async def test_a_planted_pipe_socket_or_folder_is_not_read(local, root):
+    root.mkdir(parents=True)
+    os.mkfifo(root / "song-1.wav")
+    (root / "song-2.wav").mkdir()
+
+    for name in ("song-1.wav", "song-2.wav"):
+        assert await refused(local, f"{root}/{name}") == f"{root}/{name} cannot be read: it is not a regular file."
+
+
+@pytest.mark.parametrize("name", ["evil/song-1.wav", "../song-1.wav", "..", ".", "", "../audio/song-1.wav"])
+async def test_a_planted_folder_leads_nowhere_and_no_name_leaves_the_folder(local, root, tmp_path, name):
+    await local.publish("song", 1, "wav", DATA)
+    (tmp_path / "song-1.wav").write_bytes(b"secret")
+    (root / "evil").symlink_to(tmp_path)
+
+    assert await refused(local, f"{root}/{name}") == f"{root}/{name} is not in {root}."
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+async def test_a_name_that_is_taken_by_no_file_is_refused(local, root, plant):
+    root.mkdir(parents=True)
+    plant(root / "song-1.wav")
+
+    with pytest.raises(ArtifactError, match=r"it is (not a regular file|a symbolic link)"):
+        await local.publish("song", 1, "wav", DATA)
+
+
+async def test_a_symlink_planted_where_the_part_file_goes_is_not_written_through(local, root, tmp_path, monkeypatch):
+    """It appears after the last look at that name: only an exclusive open refuses it."""
+    root.mkdir(parents=True)
+    (tmp_path / "victim").write_bytes(b"precious")
+    real, part = os.unlink, root / "song-1.wav.part"
+    plants = iter([lambda: part.symlink_to(tmp_path / "victim")])
+
+    def unlink(path, **options):
+        try:
+            real(path, **options)
+        finally:
+            next(plants, lambda: None)()
+
+    monkeypatch.setattr(os, "unlink", unlink)
+
+    with pytest.raises(ArtifactError, match="file exists"):
+        await local.publish("song", 1, "wav", DATA)
+    assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
 # Cancellation

@@ -219,6 +219,15 @@ def test_stereo_is_averaged_to_one_channel():
     np.testing.assert_allclose(samples, np.full((100, 1), 0.2), atol=ONE_STEP)
 
 
+def test_channels_of_opposite_phase_do_not_become_silence() -> None:
+    left = sine(amplitude=0.25).samples
+    audio = Audio(np.concatenate([left, -0.9 * left]), RATE)
+
+    samples, _ = decode(finished(audio, channels=1, loudness="none"))
+
+    assert np.abs(samples).max() == pytest.approx(0.25, abs=1e-3)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     frames=st.integers(1, 20_000),

@@ -90,6 +90,92 @@ def test_what_is_too_loud_is_clipped_and_not_wrapped() -> None:
     assert samples_of(read(buffer.getvalue())).min() > 0.999
 
 
+# Audio that means something else
+
+
+def floats(samples, subtype: str = "FLOAT") -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.asarray(samples), 32_000, format="WAV", subtype=subtype)
+    return buffer.getvalue()
+
+
+def sine(level: float = 0.5, seconds: float = 1.0):
+    return level * np.sin(np.arange(round(seconds * 32_000)) / 10)
+
+
+@pytest.mark.parametrize("model", [SMALL, MELODY])
+@pytest.mark.parametrize("others", [[-1.0], [-0.8], [-1.0, 1.0, -1.0]])
+def test_channels_of_opposite_phase_leave_the_loudest(model, others, caplog) -> None:
+    name = "melody" if model is MELODY else "continuation"
+    clip = read(floats(np.stack([sine(), *(sine(0.5 * other) for other in others)], axis=1)), model, name)
+
+    assert np.abs(samples_of(clip)).max() == pytest.approx(0.5, abs=0.001)
+    assert caplog.messages == [
+        f"{name}: channels of opposite phase would cancel each other; the loudest of them is used alone"
+    ]
+
+
+def test_one_second_of_opposite_phase_in_four_is_enough() -> None:
+    left = sine(seconds=4)
+    right = left * np.where(np.arange(len(left)) < 32_000, -1, 1)
+
+    assert np.abs(samples_of(read(floats(np.stack([left, right], axis=1))))[0, :32_000]).max() > 0.4
+
+
+@pytest.mark.parametrize("other", [lambda x: x, np.zeros_like, lambda x: np.roll(x, 16), lambda x: -0.1 * x])
+def test_other_channels_are_averaged_without_a_word(other, caplog) -> None:
+    both = np.stack([sine(), other(sine())], axis=1)
+
+    assert samples_of(read(floats(both))) == pytest.approx(both.mean(axis=1, keepdims=True).T, abs=1e-4)
+    assert caplog.messages == []
+
+
+def test_opposite_phase_stays_in_a_model_of_two_channels(caplog) -> None:
+    left, right = samples_of(read(floats(np.stack([sine(), -sine()], axis=1)), STEREO))
+
+    np.testing.assert_allclose(left, -right, atol=1e-4)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("scale", [2**15, 2**23, 2**31])
+def test_integers_in_a_file_of_fractions_are_brought_to_scale(scale: int, subtype: str, caplog) -> None:
+    clip = read(floats(np.rint(sine(0.9) * scale), subtype))
+
+    np.testing.assert_allclose(samples_of(clip)[0], sine(0.9), atol=1e-4)
+    assert caplog.messages == [
+        f"continuation: its samples are integers in a file of fractions; they are divided by {scale:,}"
+    ]
+
+
+def test_integers_that_were_filtered_are_brought_to_scale_too() -> None:
+    assert samples_of(read(floats(sine(0.9) * 2**15)))[0] == pytest.approx(sine(0.9), abs=1e-4)
+
+
+def test_a_mix_far_too_loud_is_turned_down(caplog) -> None:
+    clip = read(floats(sine(8.0)))
+
+    np.testing.assert_allclose(samples_of(clip)[0], sine(1.0), atol=1e-3)
+    assert caplog.messages == ["continuation: it is 18 dB louder than full scale; it is turned down by that"]
+
+
+@pytest.mark.parametrize("stray", [1e4, 3e9, 1e30])
+def test_a_stray_sample_is_refused_and_silences_nothing(stray: float) -> None:
+    samples = sine()
+    samples[100] = stray
+
+    assert refused(floats(samples)) == (
+        f"continuation holds samples of {stray:.3g}, where 1 is full scale; use another clip."
+    )
+
+
+@pytest.mark.parametrize("level", [0.0, 0.25, 1.0])
+def test_silence_and_a_constant_level_are_told(level: float, caplog) -> None:
+    read(floats(np.full(32_000, level)))
+
+    assert caplog.messages == ["continuation: it holds no sound, only silence or a constant level"]
+
+
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [

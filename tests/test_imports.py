@@ -26,9 +26,9 @@ HEAVY = [
     "obstore",
 ]
 LAYERS = [
-    ["early", "logs", "errors", "catalog", "validation", "config", "forecast", "storage.schema", "storage.words"],
+    ["early", "logs", "errors", "catalog", "validation", "config", "modes", "forecast", "storage.schema", "storage.words"],
     ["storage.models", "storage.changes", "inference.engine"],
-    ["storage", "inference", "audio", "clips", "artifacts"],
+    ["storage", "inference", "audio", "clips", "containers", "artifacts"],
     ["enqueue", "estimates", "fleet", "completions", "leases", "prune", "worker"],
     ["daemon", "cli", "web"],
 ]

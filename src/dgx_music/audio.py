@@ -39,6 +39,8 @@ _BLOCK_FRAMES = 65_536  # libsndfile overflows the stack on a long OGG file that
 _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overflows on much more
 _SILENCE_PEAK = 10 ** (-70 / 20)  # BS.1770 hears nothing below -70 LUFS; noise down there is not made music by gain
 _SHORTEST_MEASURED_SECONDS = 0.4  # one gating block of BS.1770
+_LOST_SHARE = 0.25
+_LOST_MUSIC = 0.1
 _BARS = "▁▂▃▄▅▆▇█"
 _METER_LOCK = threading.Lock()  # pyloudnorm uses warnings.catch_warnings, which threads corrupt for each other
 
@@ -63,7 +65,7 @@ def finish(
     """
     check_format(audio_format, sample_rate)
     samples = _check_samples(audio.samples)
-    samples = match_channels(samples, channels)
+    samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
     samples, lufs = _normalise(samples, sample_rate, loudness)
     data = encode(samples, sample_rate, audio_format)
@@ -100,12 +102,38 @@ def _check_samples(samples: Samples) -> Samples:
     return np.clip(samples, -_CEILING, _CEILING)
 
 
-def match_channels(samples: Samples, channels: int) -> Samples:
-    """Return the samples as so many channels: their average, repeated, where there are more or fewer."""
+def match_channels(samples: Samples, channels: int, sample_rate: int) -> Samples:
+    """Return the samples as so many channels: their average, repeated, where there are more or fewer.
+
+    Channels that cancel each other are not averaged: the loudest stands for them.
+    """
     if samples.shape[0] == channels:
         return samples
-    average: Samples = samples if samples.shape[0] == 1 else samples.mean(axis=0, keepdims=True)
-    return np.repeat(average, channels, axis=0)
+    return np.repeat(_mix(samples, sample_rate), channels, axis=0)
+
+
+def _mix(samples: Samples, sample_rate: int) -> Samples:
+    if cancels_out(samples, sample_rate):
+        loudest = int(np.square(samples).mean(axis=1).argmax())
+        return samples[loudest : loudest + 1]
+    average: Samples = samples.mean(axis=0, keepdims=True)
+    return average
+
+
+def cancels_out(samples: Samples, sample_rate: int) -> bool:
+    """Return whether the average of the channels would lose a tenth or more of the music, since they are of opposite phase.
+
+    Channels that have nothing in common leave a share of 1 / channels of their mean power, which is no loss; a second is
+    lost where less than a quarter of that is left.
+    """
+    if len(samples) == 1:
+        return False
+    starts = np.arange(0, samples.shape[1], sample_rate)
+    seconds = [samples[:, start : start + sample_rate].astype(np.float64) for start in starts]
+    powers = np.array([np.square(second).sum() for second in seconds])
+    mixed = np.array([np.square(second.sum(axis=0)).sum() for second in seconds])
+    lost = powers[mixed < _LOST_SHARE * powers].sum()
+    return bool(lost > _LOST_MUSIC * powers.sum())
 
 
 def resample(samples: Samples, from_rate: int, to_rate: int) -> Samples:

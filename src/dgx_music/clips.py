@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
+import math
 import os
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import soundfile
 
 from dgx_music import validation
-from dgx_music.audio import encode, match_channels, resample
+from dgx_music.audio import cancels_out, encode, match_channels, resample
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo
+from dgx_music.containers import READABLE, DamagedError, open_source
+from dgx_music.containers import Source as Container
+from dgx_music.containers.decoder import Stream, decode_quietly, open_stream
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError
 from dgx_music.inference.engine import Audio, Samples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes"
 """A file's path, or its content."""
@@ -33,11 +41,21 @@ MAX_SOURCE_BYTES = 100_000_000
 MAX_BATCH_BYTES = 256 * 2**20
 """Clips of one batch, as they are stored: all are in memory until the last one is checked."""
 
-_FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG"}  # libsndfile's names
-_READABLE = "use WAV, FLAC, MP3 or OGG"
+_FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG"}  # libsndfile's names
 _MAX_CHANNELS = 8
 _SCALE = 32_768  # what libsndfile divides 16 bits by, so that a file of 16 bits stays what it is
 _NAMES = ("continuation", "melody")
+_COUNTED_SECONDS = 600
+"""How far a clip that is too long is decoded, to say how long it is."""
+_PATIENCE_SECONDS = 60.0
+_TOLD_SECONDS = 0.1
+"""A header that is wrong by less is not worth a word."""
+_LOUDEST = 2.0
+"""+6 dBFS: what is above that is not just a little too loud."""
+_MEANT_PEAK = 100.0
+"""No music is mixed 40 dB too loud: those are integers, or were."""
+_INTEGER_SCALES = (2**15, 2**23, 2**31)
+_STRAY_SHARE = 0.999
 _MIN_RATE, _MAX_RATE = 8_000, 192_000
 
 
@@ -110,41 +128,129 @@ def load(name: str, data: bytes, sha256: str) -> Audio:
 
 
 def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> Clip:
-    """Return the clip of a file's content; ``channels`` of ``None`` keeps them, two at most."""
-    samples, rate = _decode(name, content)
-    samples = match_channels(samples, channels or min(2, len(samples)))
-    samples = resample(samples, rate, sample_rate)
+    """Return the clip of a file's content; ``channels`` of ``None`` keeps them, two at most.
+
+    What was mended on the way, or is not as its header says, is logged as a warning.
+    """
+    audio = _decode(name, content)
+    samples = _mend_scale(name, audio.samples)
+    channels = channels or min(2, len(samples))
+    if len(samples) > channels and cancels_out(samples, audio.sample_rate):
+        _tell(name, "channels of opposite phase would cancel each other; the loudest of them is used alone")
+    samples = match_channels(samples, channels, audio.sample_rate)
+    samples = resample(samples, audio.sample_rate, sample_rate)
     validation.check_clip(name, samples.shape[1] / sample_rate)
     pcm = np.clip(np.rint(samples * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)
+    if np.ptp(samples, axis=1).max() * _SCALE <= 1:
+        _tell(name, "it holds no sound, only silence or a constant level")
     source_sha256 = hashlib.sha256(content).hexdigest()
     return Clip(
         _fingerprint(pcm, sample_rate), encode(pcm, sample_rate, "flac"), pcm.shape[1] / sample_rate, source_sha256
     )
 
 
-def _decode(name: str, content: bytes) -> tuple[Samples, int]:
-    """Return the samples of a file and their rate; a melody's first 30 s, while a longer continuation is refused."""
+def _decode(name: str, content: bytes) -> Audio:
+    """Return the audio of a file; a melody's first 30 s, while a longer continuation is refused."""
+    longest = WINDOW_SECONDS if name == "melody" else _COUNTED_SECONDS
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            _check_form(name, file)
-            limit = round(WINDOW_SECONDS * file.samplerate)
-            if name == "continuation" and file.frames > limit:
-                validation.check_clip(name, file.frames / file.samplerate)
-            samples: Samples = file.read(limit, dtype="float32", always_2d=True).T  # [channel, frame]
-            rate: int = file.samplerate
-    except soundfile.SoundFileError:
-        raise InvalidRequestError(name, "is not audio that can be read", _READABLE) from None
-    if not samples.shape[1]:
-        raise InvalidRequestError(name, "holds no audio", "use another clip")
-    if not np.isfinite(samples).all():
+        container = open_source(content, longest)
+        if name == "continuation" and container.seconds is not None and container.seconds > WINDOW_SECONDS:
+            raise _too_long(name, container.seconds)
+        audio = _read(name, container, longest)
+    except DamagedError as error:
+        raise InvalidRequestError(name, error.problem, error.remedy) from None
+    if not np.isfinite(audio.samples).all():
         raise InvalidRequestError(name, "holds NaN or infinite samples", "use another clip")
-    return samples, rate
+    return audio
 
 
-def _check_form(name: str, file: Any) -> None:
+def _read(name: str, container: Container, longest: float) -> Audio:
+    """Return the audio to its true end, whatever its header says, or a melody to where it is cut."""
+    kept: list[Audio] = []
+    count, give_up_at = 0, time.monotonic() + _PATIENCE_SECONDS
+    for block in _blocks_of(name, container):
+        if kept and _form_of(block) != _form_of(kept[0]):
+            raise InvalidRequestError(name, "changes its sample rate or channels on the way", "use another clip")
+        if count < WINDOW_SECONDS * block.sample_rate:
+            kept.append(block)
+        count += block.samples.shape[1]
+        if count >= longest * block.sample_rate:
+            break
+        if time.monotonic() > give_up_at:
+            raise InvalidRequestError(name, "takes too long to decode", "use a shorter clip")
+    if not kept:
+        raise InvalidRequestError(name, "holds no audio", "use another clip")
+    rate = kept[0].sample_rate
+    limit = round(WINDOW_SECONDS * rate)
+    if name == "continuation" and count > limit:
+        raise _too_long(name, count / rate)
+    if count < limit:
+        _compare(name, container.promised_seconds, count / rate)
+    return Audio(np.concatenate([block.samples for block in kept], axis=1)[:, :limit], rate)
+
+
+def _blocks_of(name: str, container: Container) -> Iterator[Audio]:
+    for part in container.parts:
+        if container.is_mpeg:
+            audio = decode_quietly(part)
+            _check_whole(audio, container.seconds)
+            yield audio
+            continue
+        with open_stream(part) as file:
+            _check_form(name, file)
+            yield from file.audio_blocks()
+
+
+def _check_whole(audio: Audio, seconds: float | None) -> None:
+    """Raise where a decoder has left out frames that it did not like."""
+    if seconds is not None and audio.samples.shape[1] / audio.sample_rate < seconds - _TOLD_SECONDS:
+        raise DamagedError("is damaged")
+
+
+def _compare(name: str, promised: float | None, seconds: float) -> None:
+    if promised is not None and abs(promised - seconds) > _TOLD_SECONDS:
+        _tell(name, f"its header says {promised:,.4g} s, but it holds {seconds:,.4g} s of audio, all of which is used")
+
+
+def _too_long(name: str, seconds: float) -> InvalidRequestError:
+    is_counted = seconds < _COUNTED_SECONDS
+    problem = f"is {seconds:g} s long" if is_counted else f"is longer than {_COUNTED_SECONDS:g} s"
+    return InvalidRequestError(name, problem, validation.CLIP_REMEDY)
+
+
+def _form_of(audio: Audio) -> tuple[int, int]:
+    return audio.sample_rate, len(audio.samples)
+
+
+def _mend_scale(name: str, samples: Samples) -> Samples:
+    """Return the samples at the scale they were meant to have; a little too loud stays as it is."""
+    peak = float(np.abs(samples).max())
+    if peak <= _LOUDEST:
+        return samples
+    usual = float(np.quantile(np.abs(samples), _STRAY_SHARE))
+    if peak > _INTEGER_SCALES[-1] or peak > _MEANT_PEAK * max(usual, 1.0):
+        raise InvalidRequestError(name, f"holds samples of {peak:.3g}, where 1 is full scale", "use another clip")
+    if peak > _MEANT_PEAK or _are_integers(samples):
+        scale = next(scale for scale in _INTEGER_SCALES if peak <= scale)
+        _tell(name, f"its samples are integers in a file of fractions; they are divided by {scale:,}")
+        return samples / np.float32(scale)
+    _tell(name, f"it is {20 * math.log10(peak):.0f} dB louder than full scale; it is turned down by that")
+    return samples / np.float32(peak)
+
+
+def _are_integers(samples: Samples) -> bool:
+    return bool((samples == np.rint(samples)).all())
+
+
+def _tell(name: str, what: str) -> None:
+    """Say what was done about a clip that is not what it seems; on the command line, a line on stderr."""
+    logger.warning("%s: %s", name, what)
+
+
+def _check_form(name: str, file: Stream) -> None:
     """Refuse before it is read what would take more memory than any music needs."""
     if file.format not in _FORMATS:
-        raise InvalidRequestError(name, f"is audio of the format {file.format}", _READABLE)
+        raise InvalidRequestError(name, f"is audio of the format {file.format}", READABLE)
     if not _MIN_RATE <= file.samplerate <= _MAX_RATE:
         problem = f"has a sample rate of {file.samplerate:,} Hz"
         raise InvalidRequestError(name, problem, f"use one of {_MIN_RATE:,} to {_MAX_RATE:,} Hz")

@@ -65,6 +65,10 @@ class Settings(BaseSettings):
     output: Path | str = Field(
         Path("data/audio"), description="where audio is published: a folder, or `s3://…`, `gs://…` or `az://…`"
     )
+    file_access: Literal["owner", "umask"] = Field(
+        "owner",
+        description="`owner`: the folders, audio and SQLite database made here are for their owner alone; `umask`: as it says",
+    )
     model: str = Field(DEFAULT_MODEL, description="model a worker serves, and the default for new generations")
     models: str | None = Field(
         None, description="models a worker serves, separated by commas; default: `DGX_MUSIC_MODEL` alone"
@@ -150,6 +154,11 @@ class Settings(BaseSettings):
     def served_models(self) -> tuple[str, ...]:
         """The models a worker serves; the first is loaded first."""
         return (self.model,) if self.models is None else tuple(dict.fromkeys(self.models.split(",")))
+
+    @property
+    def is_private(self) -> bool:
+        """Whether what is made is for its owner alone."""
+        return self.file_access == "owner"
 
     @field_validator("slots", mode="before")
     @classmethod

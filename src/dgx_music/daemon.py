@@ -28,7 +28,8 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     """
     database = Database.from_settings(within_lease(settings))
     engine = EngineProcess(engine_settings(settings))
-    worker = Worker(database, engine, open_output(settings.output), settings)
+    output = open_output(settings.output, is_private=settings.is_private)
+    worker = Worker(database, engine, output, settings)
     trouble: DgxMusicError | None = None
     try:
         async with anyio.create_task_group() as tasks:

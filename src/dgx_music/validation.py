@@ -26,6 +26,7 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2_048
 PRIORITY_LIMIT = 1_000
 MAX_ATTEMPTS_LIMIT = 25
+CLIP_REMEDY = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} seconds"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -136,8 +137,7 @@ def check_hears_melody(model: ModelInfo, field: str = "melody") -> None:
 def check_clip(field: str, clip_seconds: float) -> None:
     """Refuse a clip of another length than 0.08 to 30 s."""
     if not MIN_DURATION_SECONDS <= clip_seconds <= WINDOW_SECONDS:
-        remedy = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} seconds"
-        raise InvalidRequestError(field, f"is {clip_seconds:g} s long", remedy)
+        raise InvalidRequestError(field, f"is {clip_seconds:g} s long", CLIP_REMEDY)
 
 
 def check_positive(field: str, value: object) -> float:

@@ -22,6 +22,7 @@ def test_the_demo_makes_and_checks_audio_and_does_so_again(run: Run, monkeypatch
     assert run("demo", "--engine", "tone").code == 0
     assert len(list(Path("demo/audio").glob("*.wav"))) == 2 * len(PROMPTS)
     assert not Path("mine.db").exists()
+    assert [path for path in Path("demo").rglob("*") if path.stat().st_mode & 0o077] == []
 
 
 def test_a_generation_that_fails_ends_the_demo_with_1(run: Run, tone: Callable[..., None]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dgx_music.cli import enqueue as command
 from dgx_music.errors import DatabaseUnavailableError
-from tests.cli.conftest import Run, add, count_rows
+from tests.cli.conftest import Run, Spawn, add, count_rows
 from tests.factories import audio_file
 
 BAD_ARGUMENTS = {
@@ -292,6 +292,15 @@ def test_what_the_request_brings_is_shown(run: Run) -> None:
     assert "continuation      1 s, clip " in shown
     assert "melody            30 s, clip " in shown
     assert run("list").out.endswith("rain (with continuation and melody)\n")
+
+
+@pytest.mark.usefixtures("migrated")
+def test_what_is_mended_in_a_clip_is_told_on_one_line(spawn: Spawn) -> None:
+    Path("silence.wav").write_bytes(audio_file(hertz=0))
+
+    _, err = spawn("enqueue", "x", "--continuation", "silence.wav").communicate(timeout=60)
+
+    assert err.count("continuation: it holds no sound, only silence or a constant level\n") == 1
 
 
 def test_clips_of_a_file_are_found_from_here(run: Run) -> None:

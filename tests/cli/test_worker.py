@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from dgx_music.cli.enqueue import _copy_audio
 from dgx_music.config import Settings
 from dgx_music.errors import ArtifactError
 from dgx_music.storage import Generation
-from tests.cli.conftest import Run, Spawn
+from tests.cli.conftest import Run, Spawn, add
 from tests.factories import audio_file
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -75,6 +77,19 @@ def test_a_drained_queue_ends_0_and_the_rows_tell_the_truth(run: Run, tone: Tone
     assert (shown["status"], [attempt["outcome"] for attempt in shown["attempts"]]) == ("completed", ["completed"])
     assert soundfile.info(shown["file_path"]).duration == 2.0
     assert "█" in run("show", generation_id).out or "▃" in run("show", generation_id).out
+
+
+@pytest.mark.parametrize(("access", "mode"), [("owner", 0o600), ("umask", 0o644)])
+def test_the_files_of_a_worker_are_for_whom_the_setting_says(run: Run, tone: Tone, access: str, mode: int) -> None:
+    add("rain")
+    before = os.umask(0o022)
+    try:
+        run("worker", "--drain", "--file-access", access)
+    finally:
+        os.umask(before)
+
+    (file,) = Path("data/audio").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == mode
 
 
 def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn, tone: Tone) -> None:

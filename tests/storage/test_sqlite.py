@@ -1,7 +1,9 @@
 """What only SQLite needs: the recipe of its connections, its files, and a process that dies in mid-write."""
 
 import asyncio
+import os
 import sqlite3
+import stat
 import threading
 from contextlib import closing
 
@@ -172,6 +174,28 @@ async def test_the_folders_of_a_new_database_are_created(tmp_path):
     await new.dispose()
 
     assert (tmp_path / "a" / "b" / "new.db").exists()
+
+
+@pytest.mark.parametrize(("is_private", "folder_mode", "file_mode"), [(True, 0o700, 0o600), (False, 0o755, 0o644)])
+async def test_a_new_database_is_its_owners_or_as_the_umask_says(tmp_path, is_private, folder_mode, file_mode):
+    before = os.umask(0o022)
+    new = Database(f"sqlite:///{tmp_path / 'a' / 'b' / 'new.db'}", is_private=is_private)
+    try:
+        await new.migrate()
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").rglob("*")}
+    finally:
+        os.umask(before)
+        await new.dispose()
+
+    assert modes == {"b": folder_mode, **dict.fromkeys(["new.db", "new.db-wal", "new.db-shm"], file_mode)}
+
+
+async def test_a_database_that_was_there_keeps_its_mode(database, path):
+    path.chmod(0o640)
+
+    await database.migrate()
+
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 @pytest.mark.parametrize("name", ["50% off.db", "a#b.db", "naïve ♫.db", "file:x.db"])

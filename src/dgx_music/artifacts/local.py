@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
 
-from anyio import open_file, to_thread
+from anyio import to_thread, wrap_file
 
 from dgx_music.artifacts.interface import (
     CHUNK_BYTES,
@@ -25,17 +28,29 @@ from dgx_music.artifacts.interface import (
     parse_name,
 )
 from dgx_music.errors import ArtifactError
+from dgx_music.modes import create_file, file_mode, make_folders
 
 MIN_FREE_BYTES = 100 * 2**20
 
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {errno.EBADF, errno.EISDIR, errno.ENOTTY, errno.EACCES, errno.EPERM}
+"""Of a file system that has no such thing, or of a folder that may not be read; a broken disk says something else."""
+_NOT_OF_LINKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE}
+_PROBE = ".dgx-music-"
+_NO_LINKS = "has no hard links: after a crash an empty file can be left of audio that was being stored"
+_NO_FLUSH = "does not flush: the audio stored last can be lost when the power fails"
+
+logger = logging.getLogger(__name__)
+_told: set[tuple[Path, str]] = set()
+"""What was said of which folder by this process."""
 
 
 class LocalArtifacts:
-    """Audio in one folder of a file system, made on the first publication."""
+    """Audio in one folder of a file system, made on the first publication; a private one is for its owner alone."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_private: bool = True) -> None:
         self.root = root.absolute()
+        self._is_private = is_private
 
     def __str__(self) -> str:
         return str(self.root)
@@ -52,7 +67,8 @@ class LocalArtifacts:
 
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""
-        return Path(path).absolute().parent == self.root
+        place = Path(path).absolute()
+        return place.parent == self.root and place.name != os.pardir
 
     async def exists(self, path: str) -> bool:
         """See ``Artifacts.exists``."""
@@ -60,10 +76,10 @@ class LocalArtifacts:
         return await to_thread.run_sync(Path(path).is_file)
 
     async def stream(self, path: str) -> AsyncIterator[bytes]:
-        """See ``Artifacts.stream``; a file that is deleted meanwhile is read to its end."""
+        """See ``Artifacts.stream``; a file that is deleted meanwhile is read to its end. A symlink is not followed."""
         check_held(self, path)
         try:
-            async with await open_file(path, "rb") as file:
+            async with wrap_file(await to_thread.run_sync(_open_regular, Path(path))) as file:
                 while chunk := await file.read(CHUNK_BYTES):
                     yield chunk
         except OSError as error:
@@ -82,17 +98,25 @@ class LocalArtifacts:
         """See ``Artifacts.find_problem``; writes a nameless file as a test, in the nearest folder that exists."""
         return await to_thread.run_sync(self._find_problem)
 
+    async def find_weakness(self) -> str | None:
+        """Return one sentence on what the folder's file system cannot do, or ``None``; audio can be stored all the same.
+
+        It is tried out, in the nearest folder that exists, and leaves no trace. What ``find_problem`` tells is not looked at.
+        """
+        return await to_thread.run_sync(self._find_weakness)
+
     def _publish(self, target: Path, data: bytes) -> Artifact:
         part = _part_of(target)
         try:
-            _make_folder(self.root)
+            for made in make_folders(self.root, is_private=self._is_private):
+                self._flush_folder(made.parent)
             part.unlink(missing_ok=True)
             try:
-                _write_durably(part, data)
-                _move_into_place(part, target, data)
+                self._write_durably(part, data)
+                self._move_into_place(part, target, data)
             finally:
                 part.unlink(missing_ok=True)
-            _sync_folder(self.root)
+            self._flush_folder(self.root)
         except OSError as error:
             raise ArtifactError(f"Audio cannot be stored in {self.root}: {_explain(error)}.") from error
         return describe(str(target), data)
@@ -102,7 +126,7 @@ class LocalArtifacts:
         try:
             count = sum(_remove(file) for file in [*files, *map(_part_of, files)])
             if count:
-                _sync_folder(self.root)
+                self._flush_folder(self.root)
         except OSError as error:
             raise ArtifactError(f"Audio cannot be removed from {self.root}: {_explain(error)}.") from error
         return count
@@ -121,76 +145,137 @@ class LocalArtifacts:
             folder = next(path for path in (self.root, *self.root.parents) if path.exists())
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"\0")
-            free = shutil.disk_usage(folder).free
+            disk = shutil.disk_usage(folder)
         except OSError as error:
             return f"Audio cannot be stored in {self.root}: {_explain(error)}."
-        if free < MIN_FREE_BYTES:
-            return (
-                f"The disk of {self.root} has {free / 2**20:.0f} MiB left; free at least {MIN_FREE_BYTES // 2**20} MiB."
-            )
+        if disk.total and disk.free < MIN_FREE_BYTES:  # some file systems do not know their size
+            least = MIN_FREE_BYTES // 2**20
+            return f"The disk of {self.root} has {disk.free / 2**20:.0f} MiB left; free at least {least} MiB."
         return None
+
+    def _find_weakness(self) -> str | None:
+        found = []
+        try:
+            folder = next(path for path in (self.root, *self.root.parents) if path.exists())
+            with tempfile.NamedTemporaryFile(prefix=_PROBE, dir=folder) as probe:
+                if not _can_link(Path(probe.name)):
+                    found.append(_NO_LINKS)
+                if not (_flush(probe.fileno(), _CANNOT_FLUSH) and _flush_folder(folder)):
+                    found.append(_NO_FLUSH)
+        except OSError:  # a problem, not a weakness
+            return None
+        return f"The file system of {self.root} {', and '.join(found)}." if found else None
+
+    def _write_durably(self, part: Path, data: bytes) -> None:
+        """Write a file that was not there before; a symlink counts as there."""
+        mode = file_mode(is_private=self._is_private)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            if not _flush(descriptor, _CANNOT_FLUSH):
+                self._tell(_NO_FLUSH)
+        finally:
+            os.close(descriptor)
+
+    def _move_into_place(self, part: Path, target: Path, data: bytes) -> None:
+        """Give the part file its name; one that is taken is left as it is, and fine where it holds the same data."""
+        try:
+            self._link(part, target)
+        except FileExistsError:
+            with _open_regular(target) as file:
+                if file.read() != data:
+                    raise name_is_taken(target.name) from None
+
+    def _link(self, part: Path, target: Path) -> None:
+        """Link, or do the next best thing: file systems refuse links in many words, also in those of a broken disk."""
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno in _NOT_OF_LINKS or not part.exists():  # somebody deletes this attempt
+                raise
+            self._claim_and_rename(part, target)
+            self._tell(_NO_LINKS)
+
+    def _claim_and_rename(self, part: Path, target: Path) -> None:
+        """Move without hard links (exFAT, some network shares): the exclusive empty file is what makes the rename safe.
+
+        The name goes from empty to whole in one step. A crash between the two leaves an empty file of an attempt that never
+        completed, which ``delete`` removes.
+        """
+        create_file(target, is_private=self._is_private)
+        try:
+            part.replace(target)
+        except OSError:
+            target.unlink()
+            raise
+
+    def _flush_folder(self, folder: Path) -> None:
+        if not _flush_folder(folder):
+            self._tell(_NO_FLUSH)
+
+    def _tell(self, weakness: str) -> None:
+        if (self.root, weakness) not in _told:
+            _told.add((self.root, weakness))
+            logger.warning("output %s: its file system %s", self.root, weakness)
 
 
 def _part_of(target: Path) -> Path:
     return target.with_name(f"{target.name}{PART}")
 
 
-def _make_folder(folder: Path) -> None:
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
-
-
-def _write_durably(part: Path, data: bytes) -> None:
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+def _flush_folder(folder: Path) -> bool:
+    """Have the folder's names outlive a power cut; return ``False`` where its file system has no such thing."""
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move_into_place(part: Path, target: Path, data: bytes) -> None:
-    """Give the part file its name; one that is taken is left as it is, and fine where it holds the same data."""
-    try:
-        _link(part, target)
-    except FileExistsError:
-        if target.read_bytes() != data:
-            raise name_is_taken(target.name) from None
-
-
-def _link(part: Path, target: Path) -> None:
-    try:
-        os.link(part, target)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        _claim_and_rename(part, target)
-
-
-def _claim_and_rename(part: Path, target: Path) -> None:
-    """Move without hard links (exFAT, some network shares): the exclusive empty file is what makes the rename safe.
-
-    The name goes from empty to whole in one step. A crash between the two leaves an empty file of an attempt that never
-    completed, which ``delete`` removes.
-    """
-    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        return _cannot(error, _CANNOT_FLUSH_FOLDER)
     try:
-        part.replace(target)
-    except OSError:
-        target.unlink()
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
+        return _flush(descriptor, _CANNOT_FLUSH_FOLDER)
     finally:
         os.close(descriptor)
+
+
+def _flush(descriptor: int, refusals: set[int]) -> bool:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        return _cannot(error, refusals)
+    return True
+
+
+def _cannot(error: OSError, refusals: set[int]) -> bool:
+    """Return ``False`` for a refusal, and raise every other error."""
+    if error.errno not in refusals:
+        raise error
+    return False
+
+
+def _can_link(file: Path) -> bool:
+    other = file.with_name(f"{file.name}.link")
+    try:
+        os.link(file, other)
+    except OSError:
+        return False
+    other.unlink()
+    return True
+
+
+def _open_regular(file: Path) -> BufferedReader:
+    """Open a file to be read, and nothing else: no symlink, which leads elsewhere, and no pipe, which would wait."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise OSError(error.errno, "it is a symbolic link") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _remove(file: Path) -> bool:

@@ -11,15 +11,16 @@ from dgx_music.config import PREFIX, parse_output
 from dgx_music.errors import ConfigurationError
 
 
-def open_output(output: str | Path) -> Artifacts:
+def open_output(output: str | Path, *, is_private: bool = True) -> Artifacts:
     """Return the place that ``DGX_MUSIC_OUTPUT`` names: a folder, or a bucket and a prefix in an object store.
 
-    Nothing is looked at yet: see ``Artifacts.find_problem``. Raises ``ConfigurationError`` for a URL that names no such
-    place, and where the package for object stores is not installed.
+    What is made in a folder is for its owner alone where it ``is_private``. Nothing is looked at yet: see
+    ``Artifacts.find_problem``. Raises ``ConfigurationError`` for a URL that names no such place, and where the package for
+    object stores is not installed.
     """
     place = parse_output(output)
     if isinstance(place, Path):
-        return LocalArtifacts(place)
+        return LocalArtifacts(place, is_private=is_private)
     if find_spec("obstore") is None:
         raise ConfigurationError(
             f"{PREFIX}OUTPUT", f"is {place}, for which obstore is not installed", "run pip install 'dgx-music[s3]'"

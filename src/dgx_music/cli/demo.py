@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,10 @@ from dgx_music.cli.doctor import HOW_TO_INSTALL
 from dgx_music.cli.output import fail, near, print_line, print_table, tell
 from dgx_music.cli.progress import follow
 from dgx_music.cli.show import print_waveform
-from dgx_music.config import EngineName
+from dgx_music.config import EngineName, load_settings
 from dgx_music.enqueue import enqueue_many
 from dgx_music.errors import EngineUnavailableError
+from dgx_music.modes import create_file
 from dgx_music.storage import Database, Generation, get_generation
 
 MODEL = "musicgen-tiny-untrained"
@@ -103,6 +105,8 @@ def _worker_command(folder: Path, url: str, engine: EngineName) -> list[str]:
 
 async def _work(command: list[str], log: Path, ids: list[str]) -> int:
     """Show progress until the worker ends; a worker that we leave early is asked to stop."""
+    with suppress(FileExistsError):
+        create_file(log, is_private=load_settings().is_private)
     with log.open("ab") as stream:
         process = await anyio.open_process(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
     try:

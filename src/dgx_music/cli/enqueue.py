@@ -18,9 +18,9 @@ from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, complete_model, given
 from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_outcome, tell_untrained
-from dgx_music.cli.prompt_file import parse_object, read_requests
+from dgx_music.cli.prompt_file import check_clips, parse_object, read_requests
 from dgx_music.cli.service import ServiceTeller
-from dgx_music.enqueue import enqueue_many, plan, read_clips
+from dgx_music.enqueue import enqueue_many, plan
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.estimates import estimate_generation
 from dgx_music.storage import Database, Generation
@@ -195,7 +195,7 @@ def _read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> lis
             raise InvalidRequestError("--idempotency-key", "is for one prompt", "give each line of the file its own")
         return read_requests(file, options)
     if prompt is not None and file is None:
-        read_clips([plan(prompt, options)])
+        check_clips([plan(prompt, options)])
         return [{"prompt": prompt, **options}]
     problem = "is missing" if prompt is None else "and --file are given together"
     raise InvalidRequestError("PROMPT", problem, "describe the music in quotes, or name a file of prompts with --file")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dgx_music.enqueue import plan, read_clips
+from dgx_music.enqueue import Plan, plan, read_clips
 from dgx_music.errors import InvalidRequestError
 
 _JSON_LINES = {".jsonl", ".ndjson"}
@@ -31,10 +32,23 @@ def read_requests(file: Path, defaults: Mapping[str, Any]) -> list[dict[str, Any
             raise InvalidRequestError(f"line {number}: {error.field}", error.problem, error.remedy) from None
         requests.append(request)
         plans.append(replace(planned, name=f"line {number}"))
-    read_clips(plans)
+    check_clips(plans)
     if not requests:
         raise InvalidRequestError("--file", f"{str(file)!r} holds no prompts", "write one in each line")
     return requests
+
+
+def check_clips(plans: Sequence[Plan]) -> None:
+    """Raise ``InvalidRequestError`` for the first clip that cannot be read, before anything is opened or created.
+
+    What else there is to tell of a clip is told once, when it is read to be stored: logging's last resort is stderr.
+    """
+    logger = logging.getLogger("dgx_music.clips")
+    logger.disabled = True
+    try:
+        read_clips(plans)
+    finally:
+        logger.disabled = False
 
 
 def parse_object(field: str, text: str, example: str) -> dict[str, Any]:

@@ -90,5 +90,5 @@ class Conditioner:
 
 def fit(clip: Audio, sample_rate: int, channels: int) -> Tensor:
     """Return the clip's samples ``[channel, sample]`` at that rate, mixed down to one channel or doubled to two."""
-    samples = resample(match_channels(clip.samples, channels), clip.sample_rate, sample_rate)
+    samples = resample(match_channels(clip.samples, channels, clip.sample_rate), clip.sample_rate, sample_rate)
     return torch.from_numpy(samples.copy())  # a request's own samples may be read-only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import DatabaseNotInitializedError, DatabaseNotMigratedError, DatabaseUnavailableError
+from dgx_music.modes import create_file, make_folders
 from dgx_music.storage import postgres, sqlite
 from dgx_music.storage.changes import Changes
 from dgx_music.storage.models import Base
@@ -39,10 +40,13 @@ class Database:
     """One database: its engines, and sessions on it.
 
     ``changes`` wakes whoever waits for something in it. ``limits`` are PostgreSQL's; ``replica_url`` names a read replica of
-    it, for what may be a little behind.
+    it, for what may be a little behind. A SQLite file that ``is_private`` is made for its owner alone.
     """
 
-    def __init__(self, url: str, *, replica_url: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(
+        self, url: str, *, replica_url: str | None = None, limits: Limits | None = None, is_private: bool = True
+    ) -> None:
+        self.is_private = is_private
         self.url = normalise_url(url)
         self.limits = limits or Limits()
         self.is_embedded = self.url.get_backend_name() == "sqlite"
@@ -66,7 +70,12 @@ class Database:
             command_seconds=settings.command_timeout_seconds,
             idle_seconds=settings.idle_transaction_timeout_seconds,
         )
-        return cls(settings.database_url, replica_url=settings.replica_url, limits=limits)
+        return cls(
+            settings.database_url,
+            replica_url=settings.replica_url,
+            limits=limits,
+            is_private=settings.is_private,
+        )
 
     def __str__(self) -> str:
         return postgres.shown(self.url)
@@ -218,13 +227,16 @@ class Database:
             raise
 
     def create_folder(self) -> None:
-        """Create the folder of a SQLite database."""
+        """Create the folder of a SQLite database, and the file with its mode, which SQLite gives to those beside it."""
         if self.path is None:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(self.path.parent, is_private=self.is_private)
+            self.path.parent.mkdir(exist_ok=True)  # a file of that name is no folder
         except OSError as error:
             raise DatabaseUnavailableError(str(self), f"its folder cannot be created ({error.strerror})") from error
+        with suppress(OSError):  # it is there, or SQLite will say why it cannot be
+            create_file(self.path, is_private=self.is_private)
 
     def _is_unavailable(self, error: BaseException) -> bool:
         """Tell a database that cannot be used from a mistake in using it."""

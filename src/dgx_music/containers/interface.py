@@ -1,0 +1,64 @@
+"""What every container comes to, and the tags that players put around any of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+READABLE = "use WAV, FLAC, MP3 or OGG"
+
+_ID3V1_BYTES = 128
+_ID3V2_BYTES = 10
+_APE_BYTES = 32
+_APE_HAS_HEADER = 1 << 31
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files that a decoder reads to their true ends, one after the other."""
+
+    parts: list[bytes]
+    promised_seconds: float | None = None
+    """What the file itself said of its length; ``None`` where it said nothing, or is known to have told the truth."""
+    is_mpeg: bool = False
+    """Whether its decoder writes to stderr whatever it does not like."""
+    seconds: float | None = None
+    """How long it is, where that can be counted without decoding."""
+
+
+class DamagedError(Exception):
+    """What is there cannot be read whole: the problem, to be said after the field's name, and the remedy."""
+
+    def __init__(self, problem: str, remedy: str = "use a file that is whole") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.remedy = remedy
+
+
+def strip_tags(content: bytes) -> bytes:
+    """Return the content without the tags before and after it: ID3 of both versions, and APE."""
+    start, end = skip_id3(content, 0), len(content)
+    while (shorter := _end_before_tag(content, end)) != end:
+        end = shorter
+    return content if (start, end) == (0, len(content)) else content[start : max(start, end)]
+
+
+def skip_id3(content: bytes, start: int) -> int:
+    """Return where the tags that begin here end."""
+    while content[start : start + 3] == b"ID3" and len(content) >= start + _ID3V2_BYTES:
+        size = content[start + 6 : start + _ID3V2_BYTES]
+        if max(size) > 127:
+            break
+        start += _ID3V2_BYTES + sum(byte << 7 * (3 - place) for place, byte in enumerate(size))
+        start += _ID3V2_BYTES if content[start : start + 3] == b"3DI" else 0
+    return start
+
+
+def _end_before_tag(content: bytes, end: int) -> int:
+    if end >= _ID3V1_BYTES and content[end - _ID3V1_BYTES : end - _ID3V1_BYTES + 3] == b"TAG":
+        return end - _ID3V1_BYTES
+    footer = content[max(0, end - _APE_BYTES) : end]
+    if footer[:8] == b"APETAGEX":
+        size = int.from_bytes(footer[12:16], "little")
+        size += _APE_BYTES if int.from_bytes(footer[20:24], "little") & _APE_HAS_HEADER else 0
+        return max(0, end - max(size, _APE_BYTES))
+    return end

@@ -1,0 +1,374 @@
+"""Files of every container with headers that lie or say nothing: all of the audio, or a refusal."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import struct
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import soundfile
+
+from dgx_music import clips
+from dgx_music.catalog import MODELS
+from dgx_music.clips import Reader
+from dgx_music.errors import InvalidRequestError
+
+SECONDS, RATE = 4, 44_100
+TOLERANCE = 0.06
+"""Seconds: two frames of MP3, which an encoder adds and, without a tag, nobody takes away."""
+
+
+def sound(seconds: float = SECONDS, rate: int = RATE, channels: int = 1):
+    """Return noise: every sample of it counts, and a variable bit rate varies."""
+    level = np.linspace(0.05, 0.5, round(seconds * rate))[:, None]
+    return level * np.random.default_rng(5).uniform(-1, 1, (len(level), channels))
+
+
+def encoded(kind: str, subtype: str | None = None, samples=None, rate: int = RATE, **options) -> bytes:
+    samples, buffer = sound(rate=rate) if samples is None else samples, io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, samples.shape[1], format=kind, subtype=subtype, **options) as file:
+        file.write(samples)
+    return buffer.getvalue()
+
+
+def read(data: bytes, name: str = "continuation"):
+    """Return the seconds of the clip and its samples."""
+    model = MODELS["musicgen-melody" if name == "melody" else "musicgen-small"]
+    clip = Reader().read({name: data}, model, 60)[name]
+    return clip.duration_seconds, clips.load(name, clip.data, clip.sha256).samples
+
+
+def whole(data: bytes, seconds: float = SECONDS) -> bool:
+    """Return whether the file is read to its end, in either role."""
+    return all(read(data, name)[0] == pytest.approx(seconds, abs=TOLERANCE) for name in ("continuation", "melody"))
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(InvalidRequestError) as caught:
+        read(data)
+    return str(caught.value)
+
+
+def put(data: bytes, start: int, form: str, *values: int) -> bytes:
+    return data[:start] + struct.pack(form, *values) + data[start + struct.calcsize(form) :]
+
+
+# WAV
+
+WAV = encoded("WAV", "PCM_16")
+DATA = WAV.index(b"data") + 4
+SAMPLES = len(WAV) - DATA - 4
+
+
+@pytest.mark.parametrize(
+    "subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610"]
+)
+@pytest.mark.parametrize("size", [0, 1_000, 0xFFFF_FFFF, 0x7FFF_F000, 0x8000_0000, 50_000_000])
+def test_a_wav_is_read_to_its_end_whatever_its_header_says(subtype: str, size: int) -> None:
+    data = encoded("WAV", subtype)
+    seconds = soundfile.info(io.BytesIO(data)).duration  # more than went in: ADPCM has blocks
+
+    assert whole(put(data, data.index(b"data") + 4, "<I", size), seconds)
+
+
+@pytest.mark.parametrize("size", [0, 1_000, 2**64 - 1, 50_000_000])
+def test_an_rf64_is_read_to_its_end_whatever_its_header_says(size: int) -> None:
+    data = encoded("RF64", "PCM_16")
+
+    assert whole(put(data, data.index(b"ds64") + 8, "<QQQ", size, size, size))
+
+
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX"])
+@pytest.mark.parametrize("order", ["LITTLE", "BIG"])
+def test_a_wav_of_either_order_is_read_to_its_end(kind: str, order: str) -> None:
+    if (kind, order) == ("WAVEX", "BIG"):
+        order = "FILE"
+    data = encoded(kind, "PCM_16", endian=order)
+
+    assert whole(put(data, data.index(b"data") + 4, "<I", 0))
+
+
+@pytest.mark.parametrize("riff_size", [0, 0xFFFF_FFFF, 36])
+def test_a_recorder_that_died_left_sizes_of_nothing(riff_size: int) -> None:
+    assert whole(put(put(WAV, DATA, "<I", 0), 4, "<I", riff_size))
+
+
+@pytest.mark.parametrize(
+    "after", [b"LIST\4\0\0\0INFO", b"LIST\3\0\0\0INF\0junk\0\0\0\0", b"TAG" + bytes(125), b"\0\0\0"]
+)
+@pytest.mark.parametrize("odd", [b"", b"\x80"])
+def test_chunks_after_the_samples_are_no_audio(after: bytes, odd: bytes) -> None:
+    data = encoded("WAV", "PCM_U8", sound(SECONDS, 32_000)[: 128_000 - len(odd)], 32_000)
+    data = data[: data.index(b"data") + 8 + 128_000 - len(odd)]
+
+    seconds, _ = read(data + (odd and b"\0") + after)
+
+    assert seconds == (128_000 - len(odd)) / 32_000
+
+
+def test_a_wav_that_was_whole_once_and_is_cut_is_refused() -> None:
+    assert refusal(WAV[: len(WAV) // 2]) == "continuation ends in the middle; use a file that is whole."
+
+
+def test_a_header_that_promises_another_length_is_told(caplog) -> None:
+    read(put(WAV, DATA, "<I", SAMPLES // 2))
+
+    assert caplog.messages == ["continuation: its header says 2 s, but it holds 4 s of audio, all of which is used"]
+
+
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"])
+def test_an_honest_file_gives_no_warning(kind: str, caplog) -> None:
+    read(encoded(kind))
+
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "CAF"])
+def test_other_containers_are_refused_by_name(kind: str) -> None:
+    assert refusal(encoded(kind, "PCM_16")) == f"continuation is audio of the format {kind}; use WAV, FLAC, MP3 or OGG."
+
+
+# FLAC
+
+FLAC = encoded("FLAC", "PCM_16")
+
+
+def promising(samples: int, data: bytes = FLAC) -> bytes:
+    facts = int.from_bytes(data[18:26], "big") >> 36 << 36
+    return data[:18] + (facts | samples).to_bytes(8, "big") + data[26:]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 1_000, 2**36 - 1, 50 * RATE])
+@pytest.mark.parametrize("has_md5", [True, False])
+def test_a_flac_is_read_to_its_end_whatever_its_header_says(samples: int, has_md5: bool) -> None:
+    data = promising(samples)
+
+    assert whole(data if has_md5 else data[:26] + bytes(16) + data[42:])
+
+
+@pytest.mark.parametrize("lost", [1, 2, 100, len(FLAC) // 2])
+@pytest.mark.parametrize("samples", [0, SECONDS * RATE])
+def test_a_flac_that_is_cut_is_refused(lost: int, samples: int) -> None:
+    assert refusal(promising(samples)[:-lost]) == (
+        "continuation is damaged, or ends in the middle; use a file that is whole."
+    )
+
+
+def test_a_flac_with_a_flipped_bit_is_refused() -> None:
+    assert refusal(put(FLAC, len(FLAC) // 2, "B", FLAC[len(FLAC) // 2] ^ 1)).startswith("continuation is damaged")
+
+
+# OGG
+
+
+def pages(data: bytes) -> list[bytes]:
+    found = []
+    while data:
+        end = 27 + data[26] + sum(data[27 : 27 + data[26]])
+        found.append(data[:end])
+        data = data[end:]
+    return found
+
+
+def checksum(page: bytes) -> int:
+    """Return Ogg's CRC, bit by bit as RFC 3533 has it."""
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04C11DB7 if crc >> 31 else 0)) & 0xFFFF_FFFF
+    return crc
+
+
+def at(page: bytes, position: int, flags: int | None = None) -> bytes:
+    page = put(put(page, 6, "<Q", position % 2**64), 22, "<I", 0)
+    page = page if flags is None else put(page, 5, "B", flags)
+    return put(page, 22, "<I", checksum(page))
+
+
+VORBIS, OPUS = encoded("OGG", "VORBIS"), encoded("OGG", "OPUS", rate=48_000)
+OGGS = pytest.mark.parametrize("data", [VORBIS, OPUS], ids=["vorbis", "opus"])
+
+
+@OGGS
+def test_a_chain_is_read_to_its_end(data: bytes) -> None:
+    assert whole(data + data + data, 3 * SECONDS)
+
+
+@OGGS
+@pytest.mark.parametrize("position", [0, 1_000, 2**50, -1])
+def test_an_ogg_is_read_to_its_end_whatever_its_last_page_says(data: bytes, position: int) -> None:
+    *others, last = pages(data)
+
+    assert whole(b"".join(others) + at(last, position))
+
+
+def test_positions_that_say_nothing_hide_nothing() -> None:
+    first, *others = pages(VORBIS)
+
+    assert whole(first + b"".join(at(page, 0) for page in others))
+
+
+@OGGS
+def test_a_stream_that_was_joined_late_is_read_to_its_end(data: bytes) -> None:
+    found = pages(data)
+    heads = sum(struct.unpack_from("<Q", page, 6)[0] == 0 for page in found)
+    late = [at(page, struct.unpack_from("<Q", page, 6)[0] + 480_000) for page in found[heads:]]
+
+    assert whole(b"".join([*found[:heads], *late]))
+
+
+@OGGS
+def test_a_stream_that_was_never_closed_is_read_to_its_end(data: bytes) -> None:
+    *others, last = pages(data)
+
+    assert whole(b"".join(others) + at(last, struct.unpack_from("<Q", last, 6)[0], flags=0))
+
+
+@OGGS
+@pytest.mark.parametrize("lost", [1, 100, 20_000])
+def test_an_ogg_that_is_cut_is_refused(data: bytes, lost: int) -> None:
+    assert refusal(data[:-lost]) == "continuation ends in the middle; use a file that is whole."
+
+
+@OGGS
+def test_an_ogg_with_a_flipped_bit_is_refused(data: bytes) -> None:
+    middle = len(data) // 2
+
+    assert "a page of it does not have its checksum" in refusal(put(data, middle, "B", data[middle] ^ 1))
+
+
+@OGGS
+def test_an_ogg_without_one_of_its_pages_is_refused(data: bytes) -> None:
+    found = pages(data)
+
+    assert "a page of it is missing" in refusal(b"".join(found[:-2] + found[-1:]))
+
+
+def test_a_chain_that_changes_its_channels_is_refused() -> None:
+    other = encoded("OGG", "VORBIS", sound(1, channels=2))
+
+    assert refusal(VORBIS + other) == "continuation changes its sample rate or channels on the way; use another clip."
+
+
+# MP3
+
+KBITS = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+
+
+def mp3(mode: str = "VARIABLE", seconds: float = SECONDS) -> bytes:
+    return encoded("MP3", "MPEG_LAYER_III", sound(seconds), bitrate_mode=mode, compression_level=0.5)
+
+
+def frames(data: bytes) -> list[bytes]:
+    """Return the frames of an MP3 of 44,100 Hz."""
+    found = []
+    while data:
+        size = 144_000 * KBITS[data[2] >> 4] // RATE + (data[2] >> 1 & 1)
+        found.append(data[:size])
+        data = data[size:]
+    return found
+
+
+VBR = mp3()
+NO_TAG = b"".join(frames(VBR)[1:])
+COUNT = VBR.index(b"Xing") + 8
+ID3 = b"ID3\4\0\0\0\0\7\x76" + b"TIT2" + b"\xff\xfb\x90" * 300 + bytes(110)
+APE = b"x" * 40 + b"APETAGEX" + struct.pack("<IIII", 2000, 72, 1, 0) + bytes(8)
+VBRI = put(frames(mp3("CONSTANT"))[1], 36, ">4sHHHII", b"VBRI", 1, 0, 75, 1_000, 7)
+
+
+@pytest.mark.parametrize("mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
+def test_an_mp3_without_a_tag_is_read_to_its_end(mode: str) -> None:
+    assert whole(b"".join(frames(mp3(mode))[1:]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 100_000, 2**32 - 1])
+def test_an_mp3_is_read_to_its_end_whatever_its_tag_says(count: int) -> None:
+    assert whole(put(VBR, COUNT, ">I", count))
+    assert whole(put(VBRI, 36 + 14, ">I", count) + NO_TAG)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**32 - 1])
+def test_a_tag_that_lies_about_bytes_changes_nothing(size: int, capfd) -> None:
+    assert whole(put(VBR, COUNT + 4, ">I", size))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_tag_that_would_trim_more_than_any_encoder_adds_is_not_believed() -> None:
+    assert whole(put(VBR, VBR.index(b"LAME") + 21, "3B", 0xFF, 0xFF, 0xFF))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [ID3 + VBR, VBR + b"TAG" + bytes(125), VBR + APE, VBR + APE + b"TAG" + bytes(125), ID3 + NO_TAG + APE,
+     bytes(3_000) + VBR, VBR + bytes(3_000), NO_TAG + b"what is this?" * 50],
+)  # fmt: skip
+def test_what_stands_around_an_mp3_is_no_audio(data: bytes, capfd) -> None:
+    assert whole(data)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("between", [b"", ID3, b"TAG" + bytes(125) + ID3])
+def test_mp3_files_put_together_are_read_to_the_last_end(between: bytes) -> None:
+    assert whole(VBR + between + VBR, 2 * SECONDS + 0.05)
+
+
+@pytest.mark.parametrize("lost", [1, 100, len(VBR) // 2])
+def test_an_mp3_that_is_cut_is_refused(lost: int) -> None:
+    assert refusal(VBR[:-lost]) == "continuation ends in the middle of a frame; use a file that is whole."
+
+
+@pytest.mark.parametrize("junk", [b"x" * 500, b"\xff" * 500, b"x" * 3])
+def test_an_mp3_with_something_else_in_its_middle_is_refused(junk: bytes) -> None:
+    found = frames(VBR)
+
+    assert "is damaged 1.2" in refusal(b"".join([*found[:50], junk, *found[50:]]))
+
+
+def test_an_mp3_in_a_wav_is_read_to_its_end() -> None:
+    fmt = struct.pack("<HHIIHHHHIHHH", 0x55, 1, RATE, 16_000, 1, 0, 12, 1, 2, 417, 1, 0)
+    header = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + b"data\0\0\0\0"
+
+    assert whole(b"RIFF\0\0\0\0" + header + NO_TAG)
+
+
+def test_the_decoder_says_nothing_of_its_own(capfd) -> None:
+    found = frames(VBR)
+    for number, frame in itertools.islice(enumerate(found), 20, 60):
+        found[number] = frame[:4] + bytes(byte ^ 0x5A for byte in frame[4:40]) + frame[40:]
+
+    with suppress(InvalidRequestError):
+        read(b"".join(found))
+    assert capfd.readouterr().err == ""
+
+
+BAD_FMT = struct.pack("<HHIIHH", 0x55, 1, RATE, 16_000, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [VBR[:1_000], b"\xff\xfb\x90\xc4" + bytes(9_000), b"\xff\xfb\0\xc4" * 900,
+     b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + BAD_FMT + b"LIST\0\0\0\0" + NO_TAG,
+     b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + BAD_FMT + b"data\0\0\0\0" + bytes(9_000)],
+)  # fmt: skip
+def test_what_only_looks_like_an_mp3_is_refused_without_a_word_of_the_decoder(data: bytes, capfd) -> None:
+    assert re.match("continuation (is not audio that can be read|ends in the middle)", refusal(data))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_long_mp3_says_how_long_it_is() -> None:
+    data = NO_TAG * 8
+
+    assert refusal(data).startswith(f"continuation is {8 * len(frames(NO_TAG)) * 1152 / RATE:g} s long; use a clip of")
+
+
+@pytest.mark.parametrize("count", [1, 1_600])
+def test_a_melody_of_a_long_mp3_has_all_of_its_30_seconds(count: int) -> None:
+    data = mp3("CONSTANT", 40)
+
+    assert read(put(data, data.index(b"Info") + 8, ">I", count), "melody")[0] == 30
