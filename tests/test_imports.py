@@ -26,7 +26,7 @@ HEAVY = [
     "obstore",
 ]
 LAYERS = [
-    ["errors", "catalog", "validation", "config", "forecast", "storage.schema", "storage.words"],
+    ["errors", "text", "catalog", "validation", "config", "forecast", "storage.schema", "storage.words"],
     ["storage.models", "storage.changes", "inference.engine"],
     ["storage", "inference", "audio", "clips", "artifacts"],
     ["enqueue", "estimates", "fleet", "completions", "leases", "prune", "worker"],
