@@ -15,6 +15,7 @@ from dgx_music.errors import DgxMusicError
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.process import EngineProcess
 from dgx_music.storage.database import Database
+from dgx_music.text import plain
 from dgx_music.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -75,13 +76,17 @@ def engine_settings(settings: Settings) -> EngineSettings:
 
 def configure_logging(level: str) -> None:
     """Log one line for each event to stderr; only the daemon does this, the library never."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    """Writes each event on one line, whatever an engine's message holds; only a traceback has lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
+        return plain(super().formatMessage(record))
 
 
 async def _stop_on_signals(worker: Worker) -> None:

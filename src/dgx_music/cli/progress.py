@@ -19,6 +19,7 @@ from dgx_music.storage.models import ALL_MODELS
 from dgx_music.storage.pauses import get_pauses
 from dgx_music.storage.schema import COMPLETED
 from dgx_music.storage.workers import has_live_worker
+from dgx_music.text import plain
 
 Show = Callable[[Generation], None]
 
@@ -57,7 +58,8 @@ def board(ids: Sequence[str]) -> Iterator[Show]:
     if not sys.stderr.isatty():
         yield _Lines().show
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[state]}"))
+    texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[state]")]
+    columns = (texts[0], BarColumn(), TaskProgressColumn(), texts[1])
     with Progress(*columns, TimeElapsedColumn(), console=make_console(sys.stderr)) as progress:
         yield _Bars(progress, ids).show if len(ids) <= MAX_BARS else _TotalBar(progress, len(ids)).show
 
@@ -85,7 +87,7 @@ class _Bars:
     def show(self, generation: Generation) -> None:
         self._progress.update(
             self._bars[generation.id],
-            description=shorten(one_line(prompt_in_words(generation)), _PROMPT_CHARACTERS),
+            description=shorten(plain(one_line(prompt_in_words(generation))), _PROMPT_CHARACTERS),
             completed=1.0 if generation.is_finished else generation.progress,
             state=_short_state(generation),
             visible=True,
