@@ -3,13 +3,16 @@
 import asyncio
 import sys
 import uuid
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from threading import get_ident
 
 import anyio
+import numpy as np
 import pytest
 from sqlalchemy import event, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
 from dgx_music import (
     DgxMusicError,
@@ -19,6 +22,7 @@ from dgx_music import (
     enqueue,
     enqueue_many,
     enqueue_sync,
+    estimate_generation,
     queue_position,
     retry_generation,
     wait_for_generation,
@@ -223,7 +227,66 @@ BAD = [
     ("metadata", {"x": [[[[[[[[[1]]]]]]]]]}),
     ("metadata", {"x": {1, 2}}),
     ("metadata", {"x": 2**64}),
+    *(
+        (name, value)
+        for name in ("prompt", "tenant", "negative_prompt")
+        for value in ("\u200b\u202e", Decimal(1), ["x"])
+    ),
+    *((name, value) for name in ("duration", "temperature", "top_p") for value in (Decimal(1), "1", 1j, True, [1])),
+    *(
+        (name, value)
+        for name in ("channels", "top_k", "seed", "priority")
+        for value in (Decimal(1), "1", 1.0, True, b"1")
+    ),
+    *((name, value) for name in ("run_at", "continuation", "melody") for value in (7, date(2026, 1, 31), timedelta(1))),
+    pytest.param("seed", 10**5000, id="an endless seed"),
+    pytest.param("duration", 10**5000, id="an endless duration"),
 ]
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("value", [np.int64(1), np.float32(1), np.bool_(True), np.array([1, 2])], ids=repr)
+async def test_numbers_that_are_not_pythons_are_refused_where_they_are_not_exact(database, value):
+    for name in ("prompt", "duration", "seed", "priority", "tenant", "metadata", "run_at"):
+        prompt, options = request_with(name, value)
+        with pytest.raises(InvalidRequestError, match=f"^{name} is "):
+            await enqueue(prompt, **options)
+    await assert_unchanged(database)
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("session", ["x", 7, True, object(), Session(), AsyncSession], ids=str)
+async def test_what_is_no_session_is_refused(database, session):
+    calls = (cancel_generation, retry_generation, queue_position, estimate_generation, enqueue)
+    for call in (*calls, lambda prompt, session: enqueue_many([prompt], session=session)):
+        with pytest.raises(InvalidRequestError, match=r"^session is of the type .*; use an AsyncSession"):
+            await call("x", session=session)
+    await assert_unchanged(database)
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("value", [7, None, b"x", True, 1.5, ["x"], "", "\u200b", "x" * 5000, uuid.uuid4()], ids=type)
+async def test_what_is_no_id_is_refused(value):
+    for call in (cancel_generation, retry_generation, queue_position, estimate_generation, wait_for_generation):
+        with pytest.raises(InvalidRequestError, match=r"^generation_id "):
+            await call(value)
+    with pytest.raises(InvalidRequestError, match=r"^generation_id "):
+        await anext(watch_generation(value))
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("value", ["5", True, b"5", -1, float("nan"), timedelta(seconds=5), Decimal(5)], ids=repr)
+async def test_what_is_no_timeout_is_refused(value):
+    with pytest.raises(InvalidRequestError, match=r"^timeout is .*; use a number from 0 to 1e\+09"):
+        await wait_for_generation("x", timeout=value)
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("value", [7, None, b"xy", "xy", {"prompt": "x"}], ids=repr)
+async def test_what_is_no_list_of_requests_is_refused(database, value):
+    with pytest.raises(InvalidRequestError, match=r"^requests are not a list; send a list of prompts"):
+        await enqueue_many(value)
+    await assert_unchanged(database)
 
 
 def request_with(field, value):

@@ -94,8 +94,9 @@ def test_a_slot_that_is_taken_for_nobody_knows_how_long_is_not_counted_on():
     assert latest_start([taken], NOBODY) == math.inf
 
 
-def test_too_few_measurements_say_nothing():
-    assert measured_after(*[1.0] * 4) is None
+def test_too_few_measurements_say_only_how_many_they_are():
+    assert measured_after(1.0) == pytest.approx((1.0, 1.0, 1.0, 1))
+    assert measured_after(8.0, 1.0, 4.0, 2.0) == pytest.approx((1.0, 8.0**0.5, 8.0, 4))
     assert measured_after(*[1.0] * 5) == pytest.approx((1.0, 1.0, 1.0, 5))
 
 

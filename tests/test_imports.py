@@ -26,7 +26,10 @@ HEAVY = [
     "obstore",
 ]
 LAYERS = [
-    ["early", "logs", "errors", "catalog", "validation", "config", "modes", "forecast", "storage.schema", "storage.words"],
+    [
+        *("early", "text", "logs", "errors", "catalog", "validation", "config", "modes", "forecast"),
+        *("storage.schema", "storage.words"),
+    ],
     ["storage.models", "storage.changes", "inference.engine"],
     ["storage", "inference", "audio", "clips", "containers", "artifacts"],
     ["enqueue", "estimates", "fleet", "completions", "leases", "prune", "worker"],

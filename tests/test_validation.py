@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
+from enum import IntEnum
 from typing import Any
 
 import pytest
@@ -93,6 +94,45 @@ def test_a_prompt_of_the_least_and_greatest_length_is_accepted(length: int) -> N
 )
 def test_a_prompt_is_refused_in_one_sentence(prompt: object, sentence: str) -> None:
     assert refused(validation.check_prompt, prompt) == sentence
+
+
+INVISIBLE = [
+    "\u200b",
+    "\u202e \u2066",
+    "\U000e0041\U000e0042",
+    "\ufe0f",
+    "\u3164",
+    "\u0301",
+    "\ue000",
+    "\u0378",
+    "\u2800",
+]
+
+
+@pytest.mark.parametrize("text", INVISIBLE)
+@pytest.mark.parametrize("check", [validation.check_prompt, validation.check_negative_prompt, validation.check_search])
+def test_text_that_nobody_can_see_is_refused(check: Callable[..., str], text: str) -> None:
+    assert "has no character that can be seen on its own; " in refused(check, f" {text}{text}")
+    assert check(f"{text}雨") == f"{text}雨"
+
+
+@pytest.mark.parametrize("name", INVISIBLE)
+def test_a_name_that_nobody_can_see_is_refused(name: str) -> None:
+    assert refused(validation.check_name, "tenant", name).startswith("tenant has no character that can be seen")
+
+
+def test_bytes_that_are_no_text_are_named() -> None:
+    told = "prompt has the byte 0xE9, which is no text here; send UTF-8, in a locale of UTF-8 such as C.UTF-8."
+    assert refused(validation.check_prompt, b"caf\xe9".decode(errors="surrogateescape")) == told
+
+
+class Word(str):
+    __slots__ = ()
+
+
+def test_of_a_subclass_only_the_text_and_the_number_are_kept() -> None:
+    assert type(validation.check_prompt(Word("rain"))) is str
+    assert type(validation.check_integer("x", IntEnum("Number", {"TWO": 2})(2), 0, 9)) is int
 
 
 @pytest.mark.parametrize("code", [*range(0x20), *range(0x7F, 0xA0)])
@@ -233,6 +273,33 @@ def test_a_duration_within_the_limits_is_a_float(seconds: float) -> None:
 @pytest.mark.parametrize("seconds", [math.nextafter(0.08, 0), 0, -0.0, -1, math.nextafter(30, 31), 10**400])
 def test_a_duration_just_past_a_limit_is_refused(seconds: float) -> None:
     assert refused(validation.check_duration, seconds, 30).startswith("duration is ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(300.0001, "300.0001"), (math.nextafter(0.08, 0), "0.07999999999999999")]
+)
+def test_a_number_just_past_a_limit_is_not_told_as_the_limit(seconds: float, told: str) -> None:
+    assert refused(validation.check_duration, seconds, 300) == f"duration is {told} s; use 0.08 to 300 seconds."
+    assert f"is {told}" in refused(validation.check_clip, "melody", seconds)
+    assert refused(validation.check_between, "x", seconds, 1, 300) == f"x is {told}; use a number from 1 to 300."
+
+
+@pytest.mark.parametrize("value", [-1, 2**64 - 1, 1.5, "7", True])
+def test_a_seed_that_is_none_is_told_how_to_ask_for_a_random_one(value: object) -> None:
+    told = "; use a whole number from 0 to 9223372036854775807, or leave it out for a random one."
+    assert refused(validation.check_seed, value).endswith(told)
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("value", [10**5000, Unspeakable()], ids=["number", "object"])
+def test_what_cannot_be_shown_is_refused_in_a_sentence_all_the_same(value: object) -> None:
+    for check in (validation.check_prompt, validation.check_metadata, validation.check_run_at, validation.check_seed):
+        assert f"is a {type(value).__name__} too long to show; " in refused(check, value)
+    assert "too long to show; use a number above 0." in refused(validation.check_positive, "x", value)
 
 
 NOT_NUMBERS = [None, "1", True, math.nan, math.inf, -math.inf, 1j, [1], 10**400]

@@ -1,9 +1,15 @@
-"""Settings: environment variables ``DGX_MUSIC_*``, or the command line's options of the same names."""
+"""Settings: environment variables ``DGX_MUSIC_*``, or the command line's options of the same names.
+
+They come from people: white space around a value means nothing, ``~`` is somebody's home, quotes do not belong to a value,
+and a variable that nobody reads is a mistake in its name.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
 
@@ -13,10 +19,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dgx_music.catalog import DEFAULT_MODEL, MODELS, find_model
 from dgx_music.errors import ConfigurationError
+from dgx_music.validation import exactly, shown
 
 DEFAULT_DATABASE_URL = "sqlite:///data/generations.db"
 PREFIX = "DGX_MUSIC_"
+OTHER_VARIABLES = ("DGX_MUSIC_TONE_SCRIPT", "DGX_MUSIC_TONE_SPEED")
+"""Read where they are used, by an engine's process."""
 MOST_SLOTS = 256
+_NOT_OURS = re.compile(r"TEST_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+"""The tests' own variables, and what Kubernetes and Docker set in every container for a service called ``dgx-music…``."""
+_QUOTED = re.compile(r"""(?P<quote>["']).*(?P=quote)""", re.DOTALL)
 _SLOTS = re.compile(r"[0-9]{1,3}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
@@ -117,6 +129,18 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="how much the worker tells")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _values_are_tidy(cls, values: dict[str, Any]) -> dict[str, Any]:
+        check_variables()
+        for name, field in cls.model_fields.items():
+            if isinstance(value := values.get(name), bool) and field.annotation in (int, float, int | None):
+                raise ConfigurationError(
+                    _setting(name), f"is {value}", _remedy(field)
+                )  # pydantic would take it for 1 or 0
+        tidy = {name: _tidy(_setting(name), value) for name, value in values.items()}
+        return {name: value for name, value in tidy.items() if value != "" or values[name] == ""}  # blank is not set
+
     @field_validator("database_url")
     @classmethod
     def _database_is_kept(cls, url: str) -> str:
@@ -135,7 +159,7 @@ class Settings(BaseSettings):
     @field_validator("model")
     @classmethod
     def _model_is_known(cls, name: str) -> str:
-        model = find_model(name)
+        model = find_model(at_home(f"{PREFIX}MODEL", name))
         if model is None:
             raise ConfigurationError(
                 f"{PREFIX}MODEL",
@@ -163,11 +187,11 @@ class Settings(BaseSettings):
     @field_validator("slots", mode="before")
     @classmethod
     def _slots_are_auto_or_a_number(cls, value: object) -> object:
-        text = str(value)
+        text = value if isinstance(value, str) else shown(value)
         if text == "auto" or (_SLOTS.fullmatch(text) and 1 <= int(text) <= MOST_SLOTS):
             return text if text == "auto" else int(text)
         remedy = f"use auto or a whole number from 1 to {MOST_SLOTS}"
-        raise ConfigurationError(f"{PREFIX}SLOTS", f"is {value!r}", remedy)
+        raise ConfigurationError(f"{PREFIX}SLOTS", f"is {None if value is None else shown(value)}", remedy)
 
     @field_validator("device")
     @classmethod
@@ -188,7 +212,8 @@ class Settings(BaseSettings):
         if self.heartbeat_seconds * 3 > self.lease_seconds:
             raise ConfigurationError(
                 f"{PREFIX}HEARTBEAT_SECONDS",
-                f"is {self.heartbeat_seconds:g}, more than a third of {PREFIX}LEASE_SECONDS ({self.lease_seconds:g})",
+                f"is {exactly(self.heartbeat_seconds)}, more than a third of {PREFIX}LEASE_SECONDS "
+                f"({exactly(self.lease_seconds)})",
                 "a lease must outlive two missed heartbeats: lower the one or raise the other",
             )
         return self
@@ -199,9 +224,11 @@ def parse_output(place: str | Path) -> Path | str:
 
     Raises ``ConfigurationError`` for a URL that is none of a bucket and a prefix; what it shows is no password.
     """
+    if not str(place):
+        raise _bad_output("is empty", "name a folder, or use s3://, gs:// or az://")
     url = _URL.fullmatch(str(place))
     if url is None:
-        return Path(place)
+        return Path(at_home(f"{PREFIX}OUTPUT", str(place)))
     scheme, rest = url["scheme"].lower(), url["rest"]
     if scheme not in _STORE_SCHEMES:
         raise _bad_output(f"begins with {scheme}://, which is not known", "name a folder, or use s3://, gs:// or az://")
@@ -221,7 +248,44 @@ def _bad_output(problem: str, remedy: str) -> ConfigurationError:
 
 def default_model() -> str:
     """Return the model of a generation that names none: ``DGX_MUSIC_MODEL``, else the catalogue's default."""
-    return os.environ.get(f"{PREFIX}MODEL") or DEFAULT_MODEL
+    name = f"{PREFIX}MODEL"
+    return at_home(name, str(_tidy(name, os.environ.get(name, "")))) or DEFAULT_MODEL
+
+
+def check_variables(names: Iterable[str] | None = None) -> None:
+    """Refuse a variable of the environment that is called like a setting and is none; raises ``ConfigurationError``."""
+    known = [name.upper() for name in Settings.model_fields] + [name.removeprefix(PREFIX) for name in OTHER_VARIABLES]
+    for name in os.environ if names is None else names:
+        prefix, own = name.upper()[: len(PREFIX)], name.upper()[len(PREFIX) :]
+        if prefix == PREFIX and own not in known and not _NOT_OURS.fullmatch(own):
+            nearest = get_close_matches(own, known, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(name, "is no setting", f"use {PREFIX}{nearest} if you mean that, or take it out")
+
+
+def at_home(setting: str, path: str) -> str:
+    """Return the path with a home in the place of ``~`` or ``~user`` at its start; any other path as it is."""
+    if not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises where it knows no home
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        raise ConfigurationError(setting, f"begins with {user}, whose home is not known", "write the path in full")
+    return found
+
+
+def _tidy(setting: str, value: object) -> object:
+    """Return text without the white space around it; refuses what is in quotes, which some readers of files keep."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if _QUOTED.fullmatch(text):
+        raise ConfigurationError(setting, "is in quotes, which would be a part of it", "leave the quotes out")
+    return text
+
+
+def _setting(name: str) -> str:
+    """Return what a setting is called, given its field or its alias."""
+    return name if name.isupper() else f"{PREFIX}{name.upper()}"
 
 
 def load_settings(**given: Any) -> Settings:
@@ -239,16 +303,16 @@ def load_settings(**given: Any) -> Settings:
 
 
 def _environments_database() -> str:
-    return os.environ.get(f"{PREFIX}DATABASE_URL") or os.environ.get("DATABASE_URL") or DEFAULT_DATABASE_URL
+    found = (str(_tidy(name, os.environ.get(name, ""))) for name in (f"{PREFIX}DATABASE_URL", "DATABASE_URL"))
+    return next(filter(None, found), DEFAULT_DATABASE_URL)
 
 
 def _explain(error: ValidationError) -> ConfigurationError:
     first = error.errors()[0]
     name = str(first["loc"][0])
     field = Settings.model_fields.get(name)
-    setting = name if name.isupper() else f"{PREFIX}{name.upper()}"
-    problem = f"is {first['input']!r}" if field is not None and field.repr else "is unacceptable"
-    return ConfigurationError(setting, problem, _remedy(field) if field is not None else "leave it out")
+    problem = f"is {shown(first['input'])}" if field is not None and field.repr else "is unacceptable"
+    return ConfigurationError(_setting(name), problem, _remedy(field) if field is not None else "leave it out")
 
 
 def _remedy(field: FieldInfo) -> str:

@@ -24,7 +24,7 @@ from typing_extensions import Unpack
 
 from dgx_music import validation
 from dgx_music.catalog import ModelInfo
-from dgx_music.config import default_model, load_settings
+from dgx_music.config import check_variables, default_model, load_settings
 from dgx_music.errors import GenerationNotFoundError, IdempotencyConflictError, InvalidRequestError, WaitTimeoutError
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.storage import due, queue, repository
@@ -34,7 +34,7 @@ from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, UtcDateTime, new_id, now
-from dgx_music.storage.sessions import finish
+from dgx_music.storage.sessions import check_session, finish
 
 DEFAULT_DURATION_SECONDS = 10.0
 MAX_BATCH = 10_000
@@ -132,8 +132,8 @@ async def enqueue_many(
     Each request is a prompt, or a mapping with ``prompt`` and any of the options of ``enqueue``; ``defaults`` fill in what
     it leaves out. An ``InvalidRequestError`` names the request by its place, from 1.
     """
-    if isinstance(requests, str | Mapping):
-        raise InvalidRequestError("requests", "are a single one", "send a list of prompts, or call enqueue")
+    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
+        raise InvalidRequestError("requests", "are not a list", "send a list of prompts, or call enqueue for one")
     plans = [_plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
     if len(plans) > MAX_BATCH:
         raise InvalidRequestError("requests", f"are {len(plans):,}", f"send at most {MAX_BATCH:,} at a time")
@@ -244,9 +244,10 @@ def plan(prompt: object, options: Mapping[str, Any]) -> Plan:
 
     Its clips are not looked at yet: that takes a while.
     """
-    for name in options:
+    for name in cast("Mapping[Any, Any]", options):
         if name not in _OPTIONS:
-            raise InvalidRequestError(str(name)[:40], "is not an option", f"use {', '.join(sorted(_OPTIONS))}")
+            called = name[:40] if isinstance(name, str) else validation.shown(name)
+            raise InvalidRequestError(called, "is not an option", f"use {', '.join(sorted(_OPTIONS))}")
     wanted = options.get("model")
     model = validation.check_model(default_model() if wanted is None else wanted)
     audio = {"channels": model.channels, "sample_rate": model.sample_rate} | _given(options, _AUDIO)
@@ -353,6 +354,8 @@ def _hash(row: Mapping[str, Any]) -> str:
 async def _session(session: AsyncSession | None, *, read_only: bool = False) -> AsyncIterator[AsyncSession]:
     """Give the caller's session as it is, else one of our own that commits."""
     if session is not None:
+        check_session(session)
+        check_variables()
         yield session
         return
     database = await ensure_database()

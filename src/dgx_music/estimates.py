@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dgx_music import validation
 from dgx_music.storage.database import ensure_database
 from dgx_music.storage.estimates import Estimate, estimate
-from dgx_music.storage.sessions import finish
+from dgx_music.storage.sessions import check_session, finish
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,6 +21,7 @@ async def estimate_generation(generation_id: str, *, session: AsyncSession | Non
     """
     validation.check_name("generation_id", generation_id)
     if session is not None:
+        check_session(session)
         return await finish(estimate(session, generation_id))
     database = await ensure_database()
     return await database.transact(lambda own: estimate(own, generation_id), read_only=True)

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import NamedTuple
 
 REMEMBERED = 50
@@ -23,7 +23,10 @@ class Range:
 
 
 class Measured(NamedTuple):
-    """Seconds for one second of audio: 10, 50 and 90 of 100 generations take at most so long."""
+    """Seconds for one second of audio: 10, 50 and 90 of 100 generations take at most so long.
+
+    Of fewer than ``LEAST_MEASURED`` it is the least, the middle and the greatest that were seen, and no forecast follows.
+    """
 
     low: float
     typical: float
@@ -45,12 +48,12 @@ class Speedometer:
             self._news.add(model_name)
 
     def take(self) -> dict[str, Measured]:
-        """Return the speeds of the models of which one more was noted since the last call, and enough in all.
+        """Return the speeds of the models of which one more was noted since the last call, however few in all.
 
         In the order of their names: whoever writes them locks their rows so.
         """
-        news = sorted(name for name in self._news if len(self._logs[name]) >= LEAST_MEASURED)
-        self._news.difference_update(news)
+        news = sorted(self._news)
+        self._news.clear()
         return {name: _measured(self._logs[name]) for name in news}
 
     def put_back(self, names: Iterable[str]) -> None:
@@ -64,6 +67,8 @@ def _measured(logs: Sequence[float]) -> Measured:
     The i-th of n sorted values has i/(n + 1) of the population below it (R's type 6; Hyndman and Fan, "Sample Quantiles in
     Statistical Packages", 1996): the fewer were seen, the wider. On logarithms none comes out below 0.
     """
+    if len(logs) < LEAST_MEASURED:
+        return Measured(math.exp(min(logs)), math.exp(median(logs)), math.exp(max(logs)), len(logs))
     deciles = [math.exp(value) for value in quantiles(logs, n=10, method="exclusive")]
     return Measured(deciles[0], deciles[4], deciles[8], len(logs))
 

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 
-_NOT_PLAIN = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
-"""Controls, line separators, what turns the direction of text, what has no width, half characters, tags."""
-
-
-def one_line(text: str) -> str:
-    r"""Return the text with each character that a terminal obeys, or does not show, written out: ``\n``, ``\x1b``."""
-    return _NOT_PLAIN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+from dgx_music.text import plain
 
 
 class OneLine(logging.Formatter):
@@ -22,7 +13,7 @@ class OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
         """Return the event's own line."""
-        return one_line(super().formatMessage(record))
+        return plain(super().formatMessage(record))
 
     def formatException(self, ei: object) -> str:  # noqa: N802
         """Return the traceback's lines."""
@@ -41,4 +32,4 @@ def configure_logging(level: str) -> None:
 
 
 def _indented(text: str) -> str:
-    return "\n".join(f"    {one_line(line)}" for line in text.split("\n"))
+    return "\n".join(f"    {plain(line)}" for line in text.split("\n"))

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from datetime import UTC, datetime
 from typing import Any
 
 from dgx_music.catalog import MIN_DURATION_SECONDS, MODELS, WINDOW_SECONDS, ModelInfo, find_model
 from dgx_music.errors import InvalidRequestError
+from dgx_music.text import says_something
 
 MAX_PROMPT_CHARACTERS = 2_000
 MAX_NAME_CHARACTERS = 200
@@ -30,6 +32,9 @@ CLIP_REMEDY = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} sec
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SURROGATE_OF_A_BYTE = range(0xDC80, 0xDD00)
+"""What Python makes of arguments that are not in the locale's encoding."""
+_LONGEST_SHOWN = 40
 
 
 def check_prompt(value: object, field: str = "prompt") -> str:
@@ -38,17 +43,18 @@ def check_prompt(value: object, field: str = "prompt") -> str:
     An empty one asks for unconditional music. White space alone is refused: it is more likely a mistake.
     """
     text = _description(field, value)
-    if not text and value != "":
-        remedy = "describe the music, or give an empty prompt for unconditional music"
-        raise InvalidRequestError(field, "is only white space", remedy)
+    if value != "":
+        _check_says_something(field, text, "describe the music, or give an empty prompt for unconditional music")
     return text
 
 
 def check_negative_prompt(value: object, field: str = "negative_prompt") -> str:
     """Return what the music must not be like: the text of a prompt, but never empty."""
     text = _description(field, value)
+    remedy = "say what the music must not be like, or leave it out"
     if not text:
-        raise InvalidRequestError(field, "is empty", "say what the music must not be like, or leave it out")
+        raise InvalidRequestError(field, "is empty", remedy)
+    _check_says_something(field, text, remedy)
     return text
 
 
@@ -66,6 +72,7 @@ def check_search(value: object, field: str = "words") -> str:
     text = _clean_text(field, value, "use printable characters").strip()
     if not text:
         raise InvalidRequestError(field, "is empty", "give at least one word to look for")
+    _check_says_something(field, text, "give at least one word to look for")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_PROMPT_CHARACTERS:,}")
     return text
@@ -74,8 +81,10 @@ def check_search(value: object, field: str = "words") -> str:
 def check_name(field: str, value: object) -> str:
     """Return a short identifier (an idempotency key, a model name): 1 to 200 characters on one line."""
     text = _one_line(field, value)
+    remedy = f"use 1 to {MAX_NAME_CHARACTERS} characters"
     if not text.strip():
-        raise InvalidRequestError(field, "is empty", f"use 1 to {MAX_NAME_CHARACTERS} characters")
+        raise InvalidRequestError(field, "is empty", remedy)
+    _check_says_something(field, text, remedy)
     if len(text) > MAX_NAME_CHARACTERS:
         raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_NAME_CHARACTERS}")
     return text
@@ -98,7 +107,7 @@ def tidy_text(message: str) -> str:
 def check_model(value: object, field: str = "model") -> ModelInfo:
     """Return what is known of the model of this name, or of this local folder."""
     name = check_name(field, value)
-    model = find_model(name)
+    model = find_model(os.path.expanduser(name))  # noqa: PTH111 - pathlib raises where it knows no home
     if model is None:
         known = ", ".join(MODELS)
         raise InvalidRequestError(field, f"{name!r} is not known", f"use {known}, or a local folder's absolute path")
@@ -109,7 +118,8 @@ def check_duration(value: object, longest: float, field: str = "duration") -> fl
     """Return the duration in seconds, within what the model can do."""
     seconds = _number(field, value, "use a number of seconds")
     if not MIN_DURATION_SECONDS <= seconds <= longest:
-        raise InvalidRequestError(field, f"is {seconds:g} s", f"use {MIN_DURATION_SECONDS:g} to {longest:g} seconds")
+        remedy = f"use {MIN_DURATION_SECONDS:g} to {longest:g} seconds"
+        raise InvalidRequestError(field, f"is {exactly(seconds)} s", remedy)
     return seconds
 
 
@@ -123,7 +133,7 @@ def check_continuation(clip_seconds: float, duration: float, field: str = "conti
     """Refuse a clip that the music cannot start with: one of another length than 0.08 to 30 s, or as long as the music."""
     check_clip(field, clip_seconds)
     if clip_seconds >= duration:
-        problem = f"is {clip_seconds:g} s long, and the duration of {duration:g} s counts from its start"
+        problem = f"is {exactly(clip_seconds)} s long, and the duration of {exactly(duration)} s counts from its start"
         raise InvalidRequestError(field, problem, "use a longer duration, or a shorter clip")
 
 
@@ -137,14 +147,14 @@ def check_hears_melody(model: ModelInfo, field: str = "melody") -> None:
 def check_clip(field: str, clip_seconds: float) -> None:
     """Refuse a clip of another length than 0.08 to 30 s."""
     if not MIN_DURATION_SECONDS <= clip_seconds <= WINDOW_SECONDS:
-        raise InvalidRequestError(field, f"is {clip_seconds:g} s long", CLIP_REMEDY)
+        raise InvalidRequestError(field, f"is {exactly(clip_seconds)} s long", CLIP_REMEDY)
 
 
 def check_positive(field: str, value: object) -> float:
     """Return a finite number above zero."""
     number = _number(field, value, "use a number above 0")
     if number <= 0:
-        raise InvalidRequestError(field, f"is {number:g}", "use a number above 0")
+        raise InvalidRequestError(field, f"is {exactly(number)}", "use a number above 0")
     return number
 
 
@@ -153,7 +163,7 @@ def check_between(field: str, value: object, low: float, high: float) -> float:
     remedy = f"use a number from {low:g} to {high:g}"
     number = _number(field, value, remedy)
     if not low <= number <= high:
-        raise InvalidRequestError(field, f"is {number:g}", remedy)
+        raise InvalidRequestError(field, f"is {exactly(number)}", remedy)
     return number
 
 
@@ -161,10 +171,18 @@ def check_integer(field: str, value: object, low: int, high: int) -> int:
     """Return a whole number from ``low`` to ``high``, both included."""
     remedy = f"use a whole number from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(field, f"is {_shown(value)}", remedy)
+        raise InvalidRequestError(field, f"is {shown(value)}", remedy)
     if not low <= value <= high:
-        raise InvalidRequestError(field, f"is {_shown(value)}", remedy)
-    return value
+        raise InvalidRequestError(field, f"is {shown(value)}", remedy)
+    return int(value)
+
+
+def check_seed(value: object, field: str = "seed") -> int:
+    """Return the seed, a whole number of at most 63 bits; the refusal says how to ask for a random one."""
+    try:
+        return check_integer(field, value, 0, MAX_SEED)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(field, error.problem, f"{error.remedy}, or leave it out for a random one") from None
 
 
 def check_run_at(value: object, field: str = "run_at") -> datetime:
@@ -176,9 +194,9 @@ def check_run_at(value: object, field: str = "run_at") -> datetime:
         try:
             value = datetime.fromisoformat(value)
         except ValueError:
-            raise InvalidRequestError(field, f"is {_shown(value)}", "use a time such as 2026-01-31T12:00:00Z") from None
+            raise InvalidRequestError(field, f"is {shown(value)}", "use a time such as 2026-01-31T12:00:00Z") from None
     if not isinstance(value, datetime):
-        raise InvalidRequestError(field, f"is {_shown(value)}", "use a datetime with a time zone")
+        raise InvalidRequestError(field, f"is {shown(value)}", "use a datetime with a time zone")
     if value.tzinfo is None:
         raise InvalidRequestError(field, "has no time zone", "add one, such as Z or +01:00")
     try:
@@ -190,7 +208,7 @@ def check_run_at(value: object, field: str = "run_at") -> datetime:
 def check_metadata(value: object, field: str = "metadata") -> dict[str, Any]:
     """Return the metadata as plain JSON: an object of at most 16 KiB, 8 levels deep, every number finite."""
     if not isinstance(value, dict):
-        raise InvalidRequestError(field, f"is {_shown(value)}", "use a JSON object (a dict)")
+        raise InvalidRequestError(field, f"is {shown(value)}", "use a JSON object (a dict)")
     _check_json(field, value, depth=1)
     text = json.dumps(value, ensure_ascii=False)
     size = len(text.encode())
@@ -206,7 +224,7 @@ def _check_json(field: str, value: object, depth: int) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise InvalidRequestError(field, f"has the key {_shown(key)}", "use text for every key")
+                raise InvalidRequestError(field, f"has the key {shown(key)}", "use text for every key")
             _clean_text(field, key, "remove it from the key")
             _check_json(field, item, depth + 1)
     elif isinstance(value, list | tuple):
@@ -220,19 +238,29 @@ def _check_json(field: str, value: object, depth: int) -> None:
         raise InvalidRequestError(field, "holds a whole number of more than 63 bits", "store it as text")
     elif not (value is None or isinstance(value, bool | int | float)):
         raise InvalidRequestError(
-            field, f"holds {_shown(value)}", "use text, numbers, true, false, null, lists and objects"
+            field, f"holds {shown(value)}", "use text, numbers, true, false, null, lists and objects"
         )
+
+
+def _check_says_something(field: str, text: str, remedy: str) -> None:
+    if not text:
+        raise InvalidRequestError(field, "is only white space", remedy)
+    if not says_something(text):
+        raise InvalidRequestError(field, "has no character that can be seen on its own", remedy)
 
 
 def _clean_text(field: str, value: object, remedy: str) -> str:
     if not isinstance(value, str):
-        raise InvalidRequestError(field, f"is {_shown(value)}", "use text")
-    if _SURROGATE.search(value):
+        raise InvalidRequestError(field, f"is {shown(value)}", "use text")
+    if (found := _SURROGATE.search(value)) is not None:
+        if (code := ord(found[0])) in _SURROGATE_OF_A_BYTE:
+            problem = f"has the byte 0x{code - 0xDC00:02X}, which is no text here"
+            raise InvalidRequestError(field, problem, "send UTF-8, in a locale of UTF-8 such as C.UTF-8")
         raise InvalidRequestError(field, "has a lone surrogate, which is not a character", "send well-formed Unicode")
     found = _CONTROL.search(value)
     if found:
         raise InvalidRequestError(field, f"has the control character U+{ord(found.group()):04X}", remedy)
-    return value
+    return str.__str__(value)  # of a subclass, such as an enumeration's, only the text: drivers know str
 
 
 def _one_line(field: str, value: object) -> str:
@@ -244,19 +272,28 @@ def _one_line(field: str, value: object) -> str:
 
 def _number(field: str, value: object, remedy: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequestError(field, f"is {_shown(value)}", remedy)
+        raise InvalidRequestError(field, f"is {shown(value)}", remedy)
     try:
         number = float(value)
     except OverflowError:
-        number = math.inf
+        raise InvalidRequestError(field, f"is {shown(value)}", remedy) from None
     if not math.isfinite(number):
         raise InvalidRequestError(field, f"is {number}", remedy)
     return number
 
 
-def _shown(value: object) -> str:
+def exactly(number: float) -> str:
+    """Return the number as short as it may be said without changing it: 300.0001 is not 300."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
+def shown(value: object) -> str:
     """Describe a refused value briefly: its repr where that is short, else its type."""
     if value is None:
         return "missing"
-    text = repr(value)
-    return text if len(text) <= 40 else f"a {type(value).__name__} too long to show"
+    try:
+        text = repr(value)
+    except Exception:  # of an object of the caller's, or a whole number of more digits than Python writes
+        text = ""
+    return text if 0 < len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__} too long to show"

@@ -34,6 +34,14 @@ BAD_ARGUMENTS = {
     "a negative top-k": ["x", "--top-k", "-1"],
     "a top-p above 1": ["x", "--top-p", "1.5"],
     "a negative seed": ["x", "--seed", "-1"],
+    "an endless seed": ["x", "--seed", "9" * 5_000],
+    "a prompt that nobody can see": ["\u200b\U000e0041"],
+    "a negative prompt that nobody can see": ["x", "--negative-prompt", "\u3164"],
+    "a tenant that nobody can see": ["x", "--tenant", "\u202e"],
+    "metadata that says a name twice": ["x", "--metadata", '{"a": 1, "a": 2}'],
+    "a duration with a unit": ["x", "--duration", "30s"],
+    "a duration with a comma": ["x", "--duration", "10,5"],
+    "a home that nobody has": ["x", "--continuation", "~nobody-here/a.wav"],
     "a seed beyond 63 bits": ["x", "--seed", str(2**63)],
     "a fractional seed": ["x", "--seed", "1.5"],
     "an empty negative prompt": ["x", "--negative-prompt", ""],
@@ -72,6 +80,11 @@ BAD_LINES = {
     "a number for a clip": '{"prompt": "x", "continuation": 7}',
     "an unknown option": '{"prompt": "x", "durations": 3}',
     "broken JSON": '{"prompt": "x"',
+    "a name twice": '{"prompt": "x", "prompt": "y"}',
+    "a name twice within": '{"prompt": "x", "metadata": {"a": {"b": 1, "b": 1}}}',
+    "a duration as text": '{"prompt": "x", "duration": "16"}',
+    "a prompt that is a number": '{"prompt": 7}',
+    "a prompt that nobody can see": '{"prompt": "\\u200b"}',
     "metadata that holds NaN": '{"prompt": "x", "metadata": {"a": NaN}}',
     "a number beyond all bounds": '{"prompt": "x", "seed": ' + "9" * 5_000 + "}",
 }
@@ -85,6 +98,7 @@ def test_bad_input_ends_2_with_one_sentence_and_stores_nothing(run: Run, argumen
     assert result.out == ""
     assert result.err.startswith("Error: ")
     assert result.err.count("\n") == 1
+    assert len(result.err) < 500
     assert not Path("data").exists()
 
 
@@ -150,6 +164,22 @@ def test_prompts_come_from_stdin_too(run: Run, monkeypatch: pytest.MonkeyPatch) 
     result = run("enqueue", "--file", "-", "--json")
 
     assert [row["prompt"] for row in result.json] == ["лофи", "rain"]
+
+
+def test_a_name_that_ends_in_jsonl_means_json_however_it_is_written(run: Run) -> None:
+    Path("PROMPTS.JSONL").write_text('\ufeff{"prompt": "lofi rain"}\r\n["a"]\r\n')
+
+    assert run("enqueue", "--file", "PROMPTS.JSONL").err.startswith("Error: line 2: request is JSON, but not an object")
+
+
+@pytest.mark.parametrize("option", ["--file", "--continuation", "--out"])
+def test_a_home_that_the_shell_left_is_found(run: Run, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setenv("HOME", "/home/ann/not-there")
+    prompt = [] if option == "--file" else ["x"]
+
+    result = run("enqueue", *prompt, f"{option}=~/a.wav")
+
+    assert (result.code, "'/home/ann/not-there/a.wav'" in result.err) == (2, True)
 
 
 def test_a_line_that_is_not_utf8_is_named(run: Run) -> None:

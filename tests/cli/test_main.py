@@ -96,6 +96,31 @@ def test_a_server_that_is_not_there_ends_5_and_its_password_is_never_printed(
     assert "hunter2" not in result.out + result.err
 
 
+WARNED = "Warning: every user of this machine can read the password in {}, in `ps`; set {} instead.\n"
+
+
+@pytest.mark.parametrize("option", ["--database-url", "--replica-url"])
+def test_a_password_among_the_arguments_is_warned_of(run: Run, option: str) -> None:
+    result = run("worker", option, "postgresql://ann:hunter2@127.0.0.1:1/db", "--lease-seconds", "never")
+
+    variable = f"DGX_MUSIC_{option[2:].upper().replace('-', '_')}"
+    assert result.err.startswith(WARNED.format(option, variable))
+    assert "hunter2" not in result.err
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://ann@127.0.0.1:1/db", "postgresql:///db?host=/run/pg", "sqlite:///a:b@c.db"]
+)
+def test_a_url_without_a_password_is_not_warned_of(run: Run, url: str) -> None:
+    assert "Warning" not in run("list", "--database-url", url).err
+
+
+def test_a_password_of_the_environment_is_not_warned_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", "postgresql://ann:hunter2@127.0.0.1:1/db")
+
+    assert "Warning" not in run("list").err
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "remedy"),
     [("SLOTS", "many", "auto or a whole number from 1 to 256"), ("COMPILE", "true", "one of auto, on, off")],

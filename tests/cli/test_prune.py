@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,7 +12,7 @@ from sqlalchemy import update
 from dgx_music.storage import Clip
 from dgx_music.storage.clips import keep_clips
 from dgx_music.storage.schema import now_plus
-from tests.cli.conftest import Run, add, count_rows, opened_default
+from tests.cli.conftest import Run, Spawn, add, count_rows, opened_default
 
 pytestmark = pytest.mark.usefixtures("migrated")
 
@@ -44,7 +45,7 @@ def test_what_is_older_goes_with_its_audio_and_the_rest_stays(run: Run) -> None:
     file = Path(f"audio/{gone}-1.wav")
     file.write_text("music")
 
-    result = run("prune", "--completed-days", 0, "--failed-days", 0, "--output", "audio", "--json")
+    result = run("prune", "--completed-days", 0, "--failed-days", 0, "--output", "audio", "--yes", "--json")
 
     assert result.json == {"completed": 1, "failed": 0, "clips": 0}
     assert (file.exists(), count_rows()) == (False, 1)
@@ -58,6 +59,19 @@ def test_on_a_terminal_a_no_deletes_nothing(run: Run, monkeypatch: pytest.Monkey
     result = run("prune", "--failed-days", 0)
 
     assert (result.code, result.err, count_rows()) == (1, "Nothing was changed.\n", 1)
+
+
+@pytest.mark.parametrize("answer", ["y\n", "n\n", ""])
+@pytest.mark.parametrize("command", ["prune --completed-days 0", "prune --orphans --output audio", "db reset"])
+def test_what_a_pipe_says_is_nobodys_answer(spawn: Spawn, command: str, answer: str) -> None:
+    (kept,) = add("a", status="completed", attempt=1)
+    files = [put_old_file(f"{owner}-1.wav") for owner in (kept, uuid4())]
+
+    process = spawn(*command.split(), stdin=subprocess.PIPE)
+    talk = process.communicate(answer)[1]
+
+    assert talk == "Error: --yes is missing and there is no terminal to ask on; add it to go ahead.\n"
+    assert (process.returncode, all(file.exists() for file in files), count_rows()) == (2, True, 1)
 
 
 def put_old_file(name: str) -> Path:
@@ -87,7 +101,7 @@ def test_clips_that_nobody_has_used_for_a_day_go_too(run: Run) -> None:
     keep_old_clip()
 
     assert run("prune", "--failed-days", 1, "--dry-run", "--json").json == {"failed": 0, "clips": 1}
-    assert "Deleted 0 failed, 1 clips." in run("prune", "--failed-days", 1).err
+    assert "Deleted 0 failed, 1 clips." in run("prune", "--failed-days", 1, "--yes").err
     assert "clips" not in run("prune", "--failed-days", 1).err
 
 

@@ -73,6 +73,27 @@ async def test_what_was_measured_elsewhere_is_no_evidence(database):
     assert (told.starts_in, told.unknown_because) == (None, "nothing was measured yet for musicgen-small on cuda")
 
 
+@pytest.mark.parametrize("count", [1, 4])
+async def test_of_few_measurements_only_their_number_is_told(database, count):
+    async with database.session() as session:
+        await add_fleet(session, speed=(1.0, 1.5, 2.0, count))
+        told = await look(session)
+
+    why = f"{count} of the 5 measurements needed were made for musicgen-small on cuda"
+    assert (told.starts_in, told.unknown_because) == (None, why)
+
+
+async def test_a_few_measurements_take_the_place_of_few_only(database):
+    async with database.session() as session:
+        await add_worker(session)
+        kept = []
+        for count in (4, 1, 5, 4, 6):
+            await record_speed(session, MODEL, "cuda", 1.0, 1.5, 2.0, count)
+            kept.append(await session.scalar(select(Speed.measured_count)))
+
+    assert kept == [4, 1, 5, 5, 6]
+
+
 async def test_one_worker_of_unknown_speed_leaves_it_unknown(database):
     async with database.session() as session:
         await add_fleet(session)

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import struct
 from contextlib import suppress
+from pathlib import Path
 
 import anyio
 import pytest
@@ -25,6 +26,25 @@ SETTING = "DGX_MUSIC_DATABASE_URL"
 @pytest.mark.parametrize("url", ["sqlite:///data/x.db", "sqlite+aiosqlite:///data/x.db"])
 def test_a_plain_sqlite_url_gets_the_async_driver(url):
     assert str(normalise_url(url)) == "sqlite+aiosqlite:///data/x.db"
+
+
+@pytest.mark.parametrize("path", ["/a b/x.db", "/%20/x.db", "/100%/x#1.db", "/ü☃+&;/x.db", "x/~/y.db", "/~/x.db"])
+def test_a_sqlite_path_is_kept_and_shown_as_it_is(path):
+    assert normalise_url(f" sqlite:///{path}\r\n").database == path
+    assert str(Database(f"sqlite:///{path}")) == f"sqlite:///{path}"
+
+
+def test_a_home_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+
+    assert normalise_url("sqlite:///~/x.db").database == "/home/ann/x.db"
+    assert normalise_url("sqlite:///~root/x.db").database == f"{Path('~root').expanduser()}/x.db"
+    with pytest.raises(ConfigurationError, match="begins with ~nobody-here, whose home is not known"):
+        normalise_url("sqlite:///~nobody-here/x.db")
+
+
+def test_a_space_in_a_servers_url_is_written_as_in_any_url():
+    assert normalise_url("postgresql+asyncpg://ann@h/my%20music").database == "my music"
 
 
 @pytest.mark.parametrize(

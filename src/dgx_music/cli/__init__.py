@@ -12,6 +12,7 @@ Data goes to stdout, all talk to stderr. Exit codes:
     6  the engine cannot be used
     7  audio cannot be written or read: the output folder, or the disk
        (doctor ends with what a worker would end with here)
+   74  what was asked for is done, but stdout could not take all that was to be printed
   124  a --timeout passed; the generation goes on
   130  interrupted
 =====  ====================================================================================
@@ -21,7 +22,7 @@ Nothing heavy is imported before a command needs it: completion and ``--help`` m
 
 from __future__ import annotations
 
-import io
+import re
 import sys
 from typing import Annotated
 
@@ -31,15 +32,20 @@ from typer.exceptions import TyperException
 from dgx_music import __version__
 from dgx_music.cli import database, demo, doctor, enqueue, generations, prune, search, show, worker
 from dgx_music.cli.output import fail
+from dgx_music.cli.streams import lasting_streams
 from dgx_music.early import stand_back
 from dgx_music.errors import DgxMusicError
 
 __all__ = ["app", "main"]
 
 PROGRAM = "dgx-music"
+_LONG_QUOTE = re.compile(r"'[^']{80,}'")
+OUTPUT_LOST = 74
+"""The exit code where something was not printed: never 1, or a script would take what it asked for as not done."""
 EXIT_CODES = (
     "Exit codes: 0 all is well · 1 a generation failed or was cancelled · 2 bad input or setting · 3 no such generation · "
-    "4 its status does not allow it · 5 database · 6 engine · 7 output folder or disk · 124 timeout · 130 interrupted"
+    "4 its status does not allow it · 5 database · 6 engine · 7 output folder or disk · 74 done, but stdout is full · "
+    "124 timeout · 130 interrupted"
 )
 
 app = typer.Typer(
@@ -71,14 +77,24 @@ app.add_typer(database.app, name="db", rich_help_panel=_CARE)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; ``argv`` are the arguments, by default this process's."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows ? where a waveform would be
+    """Run one command and return its exit code; ``argv`` are the arguments, by default this process's.
+
+    A reader of stdout that leaves early changes nothing: the command goes on to its end.
+    """
     if (sys.argv[1:] if argv is None else argv)[:1] != ["worker"]:  # which has yet to import its own
         stand_back()
+    with lasting_streams() as output:
+        code = _run(argv)
+        if (loss := output.find_loss()) is not None:
+            rest = "; what was asked for is done all the same." if code == 0 else "."
+            code = fail(f"Not all could be printed, because of stdout ({loss}){rest}", code or OUTPUT_LOST)
+        return code
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         code = app(args=argv, prog_name=PROGRAM, standalone_mode=False)
-    except SystemExit as end:  # from shell completion, and where the reader of a pipe has left
+    except SystemExit as end:  # from shell completion
         return end.code if isinstance(end.code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -99,6 +115,7 @@ def _explain(error: BaseException) -> int:
 
 def _explain_usage(error: TyperException) -> int:
     message = error.format_message().replace("Value error, ", "").rstrip(".")
+    message = _LONG_QUOTE.sub("'…'", message)
     if message:  # empty where the help was printed instead
         context = getattr(error, "ctx", None)
         fail(f"{message}; see `{context.command_path if context else PROGRAM} --help`.", 2)

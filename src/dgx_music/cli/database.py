@@ -16,6 +16,7 @@ from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.storage import Database, Generation, close_db, count_generations, get_generation, init_db
 from dgx_music.storage.repository import find_generation_ids
 from dgx_music.storage.schema import SCHEMA_REVISION
+from dgx_music.text import plain
 from dgx_music.validation import check_name
 
 app = typer.Typer(help="Create, migrate, empty or look at the database.", no_args_is_help=True)
@@ -39,7 +40,7 @@ def migrate(database_url: DatabaseUrl = None) -> None:
 def reset(database_url: DatabaseUrl = None, yes: Yes = False) -> None:
     """Delete everything in the database.
 
-    Its tables are created anew, empty; audio files stay where they are. Asks first.
+    Its tables are created anew, empty; audio files stay where they are. On a terminal it asks first; elsewhere it needs --yes.
     """
     asyncio.run(_reset(database_url, is_agreed=yes))
 
@@ -91,12 +92,15 @@ async def find_generation(database: Database, wanted: str) -> Generation:
 
 
 def confirm(question: str, *, is_agreed: bool) -> None:
-    """Return once a person, or ``--yes``, has agreed; raises ``typer.Exit`` where not, and where nobody can be asked."""
+    """Return once a person, or ``--yes``, has agreed; raises ``typer.Exit`` where not, and where nobody can be asked.
+
+    What comes through a pipe is nobody's answer.
+    """
     if is_agreed:
         return
     if not sys.stdin.isatty():
         raise InvalidRequestError("--yes", "is missing and there is no terminal to ask on", "add it to go ahead")
-    if not typer.confirm(question, err=True):
+    if not typer.confirm(plain(question), err=True):
         tell("Nothing was changed.")
         raise typer.Exit(1)
 

@@ -19,6 +19,7 @@ import typer
 from dgx_music.catalog import UNTRAINED_NOTICE
 from dgx_music.cli.database import opened
 from dgx_music.cli.doctor import HOW_TO_INSTALL
+from dgx_music.cli.options import at_home
 from dgx_music.cli.output import fail, near, print_line, print_table, tell
 from dgx_music.cli.progress import follow
 from dgx_music.cli.show import print_waveform
@@ -38,7 +39,7 @@ _LOG_LINES = 15
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where its database and audio go.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option(help="Where its database and audio go.", callback=at_home)] = Path("demo"),
     engine: Annotated[
         EngineName, typer.Option(help="musicgen at toy size, or tone: sine waves, for which torch is not needed.")
     ] = "musicgen",

@@ -15,7 +15,7 @@ import typer
 from dgx_music.artifacts import open_place_of
 from dgx_music.cli.database import opened
 from dgx_music.cli.estimates import in_words
-from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, complete_model, given
+from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, at_home, complete_model, given
 from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_outcome, tell_untrained
 from dgx_music.cli.prompt_file import check_clips, parse_object, read_requests
@@ -41,6 +41,7 @@ def enqueue(
             "-f",
             help="Enqueue every line of a file, all or none: a prompt, or a JSON object with `prompt` and any of the "
             "options below (with _ for -; paths from here). `-` is stdin.",
+            callback=at_home,
         ),
     ] = None,
     duration: Annotated[
@@ -145,7 +146,9 @@ def enqueue(
     timeout: Timeout = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Wait, and copy the audio to this file.", rich_help_panel=WAITING),
+        typer.Option(
+            "--out", "-o", help="Wait, and copy the audio to this file.", callback=at_home, rich_help_panel=WAITING
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Let --out overwrite a file.", rich_help_panel=WAITING)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dgx_music.catalog import MODELS
+from dgx_music.cli.output import has_password, warn
 from dgx_music.config import PREFIX, Settings
 from dgx_music.storage import Filters, GenerationStatus
 from dgx_music.validation import check_run_at
@@ -21,6 +24,21 @@ def setting(name: str, **more: Any) -> Any:
     text = description if description.startswith("`") else description[:1].upper() + description[1:]
     text = f"{text.replace('`', '')} ({PREFIX}{name.upper()}{'' if shown is None else f', default {shown}'})"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, **more)
+
+
+def warn_of_password(parameter: typer.CallbackParam, url: str | None) -> str | None:
+    """Return the URL as it is, and say who else can read a password in it."""
+    if url is not None and has_password(url):
+        variable = f"{PREFIX}{str(parameter.name).upper()}"
+        warn(
+            f"every user of this machine can read the password in {parameter.opts[0]}, in `ps`; set {variable} instead."
+        )
+    return url
+
+
+def at_home(path: Path | None) -> Path | None:
+    """Return the path with a home in the place of ``~``: a shell leaves it in ``--out=~/a.wav``."""
+    return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises where it knows no home
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -45,7 +63,7 @@ def filters_of(
     return filters
 
 
-DatabaseUrl = Annotated[str | None, setting("database_url", metavar="URL")]
+DatabaseUrl = Annotated[str | None, setting("database_url", metavar="URL", callback=warn_of_password)]
 Output = Annotated[str | None, setting("output", metavar="FOLDER|URL")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

@@ -1,9 +1,13 @@
-"""What is printed, and where: data on stdout, talk on stderr; colours only on a terminal."""
+"""What is printed, and where: data on stdout, talk on stderr; colours only on a terminal.
+
+Whatever people and engines have written is shown as what it is: what cannot be seen is escaped, also in JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dgx_music.storage import Generation, Prompt
+from dgx_music.text import plain, plain_json
 
 WAVEFORM_WIDTH = 72
 UNCONDITIONAL = "(unconditional)"
@@ -41,30 +46,47 @@ _STYLES = {
     "loading": "yellow",
     "silent": "red",
 }
+_PASSWORD = re.compile(r"(://[^:/@\s]*):\S+@")
 _UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
 
 def tell(message: str) -> None:
     """Say one line on stderr: what a person wants to know and a program does not."""
-    typer.echo(message, err=True)
+    typer.echo(plain(message), err=True)
 
 
 def fail(message: str, exit_code: int) -> int:
-    """Say on one line of stderr what went wrong, and return the exit code."""
+    """Say on one line of stderr what went wrong, and return the exit code; no password that was typed is repeated."""
     label = typer.style("Error:", fg="red", bold=True)
-    typer.echo(f"{label} {one_line(message)}", err=True)
+    typer.echo(f"{label} {plain(one_line(without_passwords(message)))}", err=True)
     return exit_code
+
+
+def warn(message: str) -> None:
+    """Say on one line of stderr what somebody should mend, though all goes on."""
+    label = typer.style("Warning:", fg="yellow", bold=True)
+    typer.echo(f"{label} {plain(message)}", err=True)
+
+
+def without_passwords(text: str) -> str:
+    """Return the text with stars in the place of every password in a URL."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
+def has_password(url: str) -> bool:
+    """Return True where the URL holds one."""
+    return _PASSWORD.search(url) is not None
 
 
 def print_json(value: object, indent: int | None = 2) -> None:
     """Print the value as JSON on stdout, in ASCII where stdout cannot carry all of Unicode."""
     is_unicode = str(sys.stdout.encoding).lower().replace("-", "") == "utf8"
-    typer.echo(json.dumps(value, indent=indent, ensure_ascii=not is_unicode))
+    typer.echo(plain_json(json.dumps(value, indent=indent, ensure_ascii=not is_unicode)))
 
 
 def print_line(text: str = "") -> None:
-    """Print one line of data on stdout, as it is."""
-    typer.echo(text)
+    """Print one line of data on stdout."""
+    typer.echo(plain(text))
 
 
 def make_console(file: TextIO | None = None) -> Console:
@@ -96,10 +118,11 @@ def print_table(
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:
     """Print names and values in two columns; a long value is left to the terminal, so that it can be copied whole."""
-    console, lines = make_console(), list(fields)
+    console, lines = make_console(), [(plain(name), value) for name, value in fields]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        text = str(value).replace("\n", "\n" + " " * (width + _GAP.cell_len))
+        parts = str(value).expandtabs(4).split("\n")
+        text = ("\n" + " " * (width + _GAP.cell_len)).join(plain(part) for part in parts)
         line = Text.assemble((f"{name:{width}}", "bold"), _GAP, (text, _STYLES.get(text, "")))
         console.print(line, soft_wrap=True)
 
@@ -116,7 +139,7 @@ def _print_row(console: Console, start: Text, last: Text, *, is_cut: bool) -> No
 
 
 def _cell(heading: str, value: object, width: int) -> Text:
-    text = one_line(str(value))
+    text = plain(one_line(str(value)))
     if heading == "ID" and width < _NARROW:
         text = text[:ID_PREFIX_CHARACTERS]
     return Text(text, style=_STYLES.get(text.partition(" ")[0], "") if heading in _STATES else "")

@@ -17,6 +17,7 @@ from dgx_music.errors import WaitTimeoutError
 from dgx_music.inference.engine import is_untrained
 from dgx_music.storage import Generation
 from dgx_music.storage.schema import COMPLETED
+from dgx_music.text import plain
 
 Show = Callable[[Generation], None]
 
@@ -68,7 +69,8 @@ def board(ids: Sequence[str]) -> Iterator[Show]:
     if not sys.stderr.isatty():
         yield _Lines().show
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[state]}"))
+    texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[state]")]
+    columns = (texts[0], BarColumn(), TaskProgressColumn(), texts[1])
     with Progress(*columns, TimeElapsedColumn(), console=make_console(sys.stderr)) as progress:
         yield _Bars(progress, ids).show if len(ids) <= MAX_BARS else _TotalBar(progress, len(ids)).show
 
@@ -96,7 +98,7 @@ class _Bars:
     def show(self, generation: Generation) -> None:
         self._progress.update(
             self._bars[generation.id],
-            description=shorten(one_line(prompt_in_words(generation)), _PROMPT_CHARACTERS),
+            description=shorten(plain(one_line(prompt_in_words(generation))), _PROMPT_CHARACTERS),
             completed=1.0 if generation.is_finished else generation.progress,
             state=_short_state(generation),
             visible=True,

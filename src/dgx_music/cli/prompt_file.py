@@ -12,6 +12,7 @@ from typing import Any
 
 from dgx_music.enqueue import Plan, plan, read_clips
 from dgx_music.errors import InvalidRequestError
+from dgx_music.validation import shown
 
 _JSON_LINES = {".jsonl", ".ndjson"}
 _STDIN = Path("-")
@@ -26,7 +27,7 @@ def read_requests(file: Path, defaults: Mapping[str, Any]) -> list[dict[str, Any
     requests, plans = [], []
     for number, line in _read_lines(file):
         try:
-            request = {**defaults, **_parse(line, is_json=file.suffix in _JSON_LINES)}
+            request = {**defaults, **_parse(line, is_json=file.suffix.lower() in _JSON_LINES)}
             planned = plan(request.get("prompt"), {name: value for name, value in request.items() if name != "prompt"})
         except InvalidRequestError as error:
             raise InvalidRequestError(f"line {number}: {error.field}", error.problem, error.remedy) from None
@@ -55,7 +56,9 @@ def parse_object(field: str, text: str, example: str) -> dict[str, Any]:
     """Return a JSON object; raises ``InvalidRequestError`` that names the field and shows the example."""
     remedy = f"use an object such as {example}"
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(field, error.problem, error.remedy) from None
     except json.JSONDecodeError as error:
         raise InvalidRequestError(field, f"is not JSON ({error.msg} at column {error.colno})", remedy) from None
     except (ValueError, RecursionError):
@@ -63,6 +66,15 @@ def parse_object(field: str, text: str, example: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequestError(field, "is JSON, but not an object", remedy)
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object; of a name that stands in it twice JSON's readers would keep one value, each its own."""
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidRequestError("object", f"has {shown(twice)} twice", "leave one of them out")
+    return dict(pairs)
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -77,10 +89,8 @@ def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read(file: Path) -> bytes:
-    if file == _STDIN:
-        return sys.stdin.buffer.read()
     try:
-        return file.read_bytes()
+        return sys.stdin.buffer.read() if file == _STDIN else file.read_bytes()
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise InvalidRequestError(

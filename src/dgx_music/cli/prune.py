@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -44,8 +43,8 @@ def prune(
 ) -> None:
     """Delete old finished generations and their audio, and clips that nobody has used for a day.
 
-    A status for which no days are given is kept for ever. On a terminal it asks first; elsewhere
-    --orphans needs --yes.
+    A status for which no days are given is kept for ever. On a terminal it asks first; elsewhere,
+    where there is something to delete, it needs --yes.
     """
     days = given(completed=completed_days, failed=failed_days, cancelled=cancelled_days)
     if not days and not orphans:
@@ -57,9 +56,8 @@ def prune(
         for status, count in days.items()
     }
     artifacts = open_output(load_settings(**given(output=output)).output)
-    is_agreed = yes or (not orphans and not sys.stdin.isatty())
     plan = _Plan(artifacts, keep, has_orphans=orphans)
-    counts = asyncio.run(_prune(database_url, plan, dry_run=dry_run, is_agreed=is_agreed))
+    counts = asyncio.run(_prune(database_url, plan, dry_run=dry_run, is_agreed=yes))
     if as_json:
         print_json(counts)
     else:

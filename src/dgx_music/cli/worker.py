@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dgx_music.cli.database import opened
-from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting
+from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting, warn_of_password
 from dgx_music.cli.output import ID_PREFIX_CHARACTERS, distance, print_json, print_table, tell
 from dgx_music.config import AudioFormat, EngineName, Loudness, load_settings
 from dgx_music.fleet import pause as pause_claims
@@ -55,7 +55,9 @@ def worker(
     deadline_floor_seconds: Annotated[float | None, setting("deadline_floor_seconds", rich_help_panel=_TIMING)] = None,
     deadline_factor: Annotated[float | None, setting("deadline_factor", rich_help_panel=_TIMING)] = None,
     backoff_base_seconds: Annotated[float | None, setting("backoff_base_seconds", rich_help_panel=_TIMING)] = None,
-    replica_url: Annotated[str | None, setting("replica_url", metavar="URL", rich_help_panel=_SERVER)] = None,
+    replica_url: Annotated[
+        str | None, setting("replica_url", metavar="URL", callback=warn_of_password, rich_help_panel=_SERVER)
+    ] = None,
     pool_size: Annotated[int | None, setting("pool_size", rich_help_panel=_SERVER)] = None,
     connect_timeout_seconds: Annotated[
         float | None, setting("connect_timeout_seconds", rich_help_panel=_SERVER)

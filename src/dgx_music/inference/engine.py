@@ -53,15 +53,15 @@ class GenerationRequest:
         model = validation.check_model(self.model)
         self._set("prompt", validation.check_prompt(self.prompt))
         self._set("duration", validation.check_duration(self.duration, model.max_duration_seconds))
-        validation.check_integer("channels", self.channels, 1, 2)
-        validation.check_integer("sample_rate", self.sample_rate, 8_000, 192_000)
+        self._set("channels", validation.check_integer("channels", self.channels, 1, 2))
+        self._set("sample_rate", validation.check_integer("sample_rate", self.sample_rate, 8_000, 192_000))
         self._set("guidance_scale", validation.check_between("guidance_scale", self.guidance_scale, 1, 20))
         self._set("temperature", validation.check_between("temperature", self.temperature, 0, 5))
-        validation.check_integer("top_k", self.top_k, 0, validation.MAX_TOP_K)
+        self._set("top_k", validation.check_integer("top_k", self.top_k, 0, validation.MAX_TOP_K))
         if self.top_p is not None:
             self._set("top_p", validation.check_between("top_p", self.top_p, 0.01, 1))
         if self.seed is not None:
-            validation.check_integer("seed", self.seed, 0, validation.MAX_SEED)
+            self._set("seed", validation.check_seed(self.seed))
         if self.negative_prompt is not None:
             self._set("negative_prompt", validation.check_negative_prompt(self.negative_prompt))
             validation.check_guided("negative_prompt", self.guidance_scale)

@@ -13,7 +13,7 @@ from sqlalchemy import Row, and_, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import GenerationNotFoundError
-from dgx_music.forecast import Ahead, Range, Slot, earliest_start, latest_start
+from dgx_music.forecast import LEAST_MEASURED, Ahead, Range, Slot, earliest_start, latest_start
 from dgx_music.storage.due import CLAIM_ORDER, find_waits, g, is_paused
 from dgx_music.storage.models import Speed, WorkerInfo
 from dgx_music.storage.repository import dialect_of, insert
@@ -60,7 +60,8 @@ class _Server(NamedTuple):
     silent_seconds: float
 
 
-_Speeds = dict[tuple[str, str], Range]
+_Speeds = dict[tuple[str, str], Range | int]
+"""By model and device; a number where so few were measured that no range follows."""
 
 
 async def record_speed(
@@ -72,13 +73,16 @@ async def record_speed(
     high: float,
     measured_count: int,
 ) -> None:
-    """Keep what a worker has measured, in place of what this kind of device had measured before.
+    """Keep what a worker has measured, in place of what this kind of device had measured before; of a few, only their number.
 
+    Few take the place of few only: a worker that has just started must not make unknown what is known.
     In seconds for one second of the model's audio; ``low`` and ``high`` are the 10th and the 90th percentile.
     """
     measured = {"low": low, "typical": typical, "high": high, "measured_count": measured_count, "measured_at": now()}
     statement = insert(dialect_of(session), Speed).values(model_name=model_name, device=device, **measured)
-    await session.execute(statement.on_conflict_do_update(index_elements=["model_name", "device"], set_=measured))
+    is_better = Speed.measured_count < LEAST_MEASURED if measured_count < LEAST_MEASURED else None
+    keys = ["model_name", "device"]
+    await session.execute(statement.on_conflict_do_update(index_elements=keys, set_=measured, where=is_better))
 
 
 async def estimate(session: AsyncSession, generation_id: str) -> Estimate:
@@ -155,13 +159,20 @@ async def _living(session: AsyncSession) -> list[_Server]:
 async def _speeds(session: AsyncSession, servers: Iterable[_Server]) -> _Speeds:
     devices = {server.device for server in servers}
     rows = await session.execute(select(Speed).where(Speed.device.in_(devices)))
-    return {(speed.model_name, speed.device): Range(speed.low, speed.high) for speed in rows.scalars()}
+    return {(speed.model_name, speed.device): _range_of(speed) for speed in rows.scalars()}
+
+
+def _range_of(speed: Speed) -> Range | int:
+    is_enough = speed.measured_count >= LEAST_MEASURED
+    return Range(speed.low, speed.high) if is_enough else speed.measured_count
 
 
 def _speed(speeds: _Speeds, model_name: str, device: str) -> Range:
-    if (model_name, device) not in speeds:
-        raise _UnknownError(f"nothing was measured yet for {model_name} on {device}")
-    return speeds[model_name, device]
+    found = speeds.get((model_name, device), 0)
+    if isinstance(found, Range):
+        return found
+    count = f"{found} of the {LEAST_MEASURED} measurements needed were made" if found else "nothing was measured yet"
+    raise _UnknownError(f"{count} for {model_name} on {device}")
 
 
 async def _slots(session: AsyncSession, model_name: str) -> list[Slot]:

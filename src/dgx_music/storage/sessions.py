@@ -9,7 +9,9 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import anyio
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_scoped_session
+
+from dgx_music.errors import InvalidRequestError
 
 T = TypeVar("T")
 
@@ -21,6 +23,14 @@ class NoAnswerError(Exception):
 
     def __init__(self) -> None:
         super().__init__("it did not answer in time")
+
+
+def check_session(session: object) -> None:
+    """Refuse what is no ``AsyncSession`` of SQLAlchemy, a synchronous one among it."""
+    if not isinstance(session, AsyncSession | async_scoped_session):
+        kind = type(session).__name__
+        remedy = "use an AsyncSession of SQLAlchemy, or leave it out for one of our own"
+        raise InvalidRequestError("session", f"is of the type {kind}", remedy)
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:

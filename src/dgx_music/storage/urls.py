@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from dgx_music.config import at_home
 from dgx_music.errors import ConfigurationError
 
 POSTGRES_OPTIONS = (
@@ -42,13 +43,17 @@ def normalise_url(url: str) -> URL:
 
     ``sqlite:///file.db``, ``postgres://…`` and ``postgresql://…`` are all that a user need write; the latter may name
     ``+asyncpg`` or ``+psycopg``, several hosts (``//one:5432,two:5432/name``), a socket's folder (``?host=/run/postgresql``)
-    and ``POSTGRES_OPTIONS``. Raises ``ConfigurationError``, whose sentence never quotes a password.
+    and ``POSTGRES_OPTIONS``. What follows ``sqlite:///`` is a path as it is, in which ``%20`` is no space and only a ``~`` at
+    the start stands for a home; a server's URL has every ``%20`` decoded. Raises ``ConfigurationError``, whose sentence never
+    quotes a password.
     """
+    url = url.strip()
     parsed = _parse(url)
     kind, _, driver = parsed.drivername.partition("+")
     if kind == "sqlite" and driver in ("", "aiosqlite"):
-        _check_file(parsed, has_options="?" in url)
-        return parsed.set(drivername="sqlite+aiosqlite")
+        path = at_home(_SETTING, url.partition("://")[2].removeprefix("/")) or None
+        _check_file(parsed, path or "", has_options="?" in url)
+        return parsed.set(drivername="sqlite+aiosqlite", database=path)
     if kind in ("postgres", "postgresql"):
         _check_server(parsed)
         return parsed.set(drivername=f"postgresql+{_choose_driver(driver)}")
@@ -106,13 +111,12 @@ def _take_hosts(rest: str) -> tuple[str, dict[str, str]]:
     return f"{user}{at}{slash}{path}", {"host": ",".join(names), "port": ",".join(port or "5432" for port in ports)}
 
 
-def _check_file(url: URL, *, has_options: bool) -> None:
+def _check_file(url: URL, path: str, *, has_options: bool) -> None:
     if url.host is not None:
         raise _refusal("names a host, which a SQLite file has not", "write sqlite:/// with three slashes")
     if has_options:
         raise _refusal("has options behind a ?", "leave them out; none is needed")
-    name = url.database or ""
-    is_text = name.isprintable() and all(len(part.encode()) <= _LONGEST_NAME_BYTES for part in name.split("/"))
+    is_text = path.isprintable() and all(len(part.encode()) <= _LONGEST_NAME_BYTES for part in path.split("/"))
     if not is_text:
         raise _refusal("names a file that cannot be", f"use printable names of at most {_LONGEST_NAME_BYTES} bytes")
 

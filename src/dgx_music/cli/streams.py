@@ -1,0 +1,132 @@
+"""The standard streams as they may be: closed, full, a pipe that nobody reads. None of it changes what a command does."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO
+
+from typing_extensions import Buffer
+
+_STANDARD = (0, 1, 2)
+
+
+class _Lasting(io.RawIOBase):
+    """A file descriptor that takes whatever is written: what cannot go there is dropped, and the reason remembered.
+
+    Data of which a part was lost is not gone on with, since nobody would see the hole. A log goes on once there is room again.
+    """
+
+    def __init__(self, descriptor: int | None, *, is_data: bool) -> None:
+        self.trouble: OSError | None = None
+        self._descriptor = descriptor
+        self._is_data = is_data
+
+    def has_lost_its_reader(self) -> bool:
+        """Return True for a pipe that nobody reads any more, and for a terminal that was closed."""
+        if self._descriptor is None or self.trouble is None:
+            return False
+        is_terminal = stat.S_ISCHR(os.fstat(self._descriptor).st_mode)
+        return self.trouble.errno == errno.EPIPE or (is_terminal and self.trouble.errno == errno.EIO)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        if self._descriptor is None:
+            raise io.UnsupportedOperation("this stream leads nowhere")
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return self._descriptor is not None and os.isatty(self._descriptor)
+
+    def write(self, data: Buffer, /) -> int:
+        size = memoryview(data).nbytes
+        if self._descriptor is None or (self._is_data and self.trouble is not None):
+            return size
+        try:
+            return os.write(self._descriptor, data)
+        except BlockingIOError:  # somebody else who has this terminal or pipe does not want to wait for it
+            select.select((), (self._descriptor,), ())
+            return 0
+        except OSError as error:
+            self.trouble = error
+            return size
+
+
+class Output:
+    """What became of all that was printed on stdout."""
+
+    def __init__(self, raw: _Lasting | None) -> None:
+        self._raw = raw
+
+    def find_loss(self) -> str | None:
+        """Return why some of it is lost; ``None`` where nothing is, and where the reader has left: he had what he wanted."""
+        sys.stdout.flush()
+        trouble = None if self._raw is None else self._raw.trouble
+        if self._raw is None or trouble is None or self._raw.has_lost_its_reader():
+            return None
+        return (trouble.strerror or str(trouble)).lower()
+
+
+@contextmanager
+def lasting_streams() -> Iterator[Output]:
+    """Give this process standard streams that are there, and that no write to them can end; the former ones come back."""
+    _open_closed_descriptors()
+    former = sys.stdin, sys.stdout, sys.stderr
+    if _is_closed(sys.stdin):
+        sys.stdin = io.TextIOWrapper(io.BytesIO())
+    raw = _replacement(sys.stdout, is_data=True)
+    talk = _replacement(sys.stderr, is_data=False)
+    sys.stdout, sys.stderr = _as_text(raw, sys.stdout, "replace"), _as_text(talk, sys.stderr, "backslashreplace")
+    try:
+        yield Output(raw)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdin, sys.stdout, sys.stderr = former
+
+
+def _open_closed_descriptors() -> None:
+    """Have 0, 1 and 2 lead nowhere where they are closed, or the next file or socket would get that number, and our prints."""
+    for descriptor in _STANDARD:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is this one
+
+
+def _is_closed(stream: TextIO | None) -> bool:
+    return stream is None or getattr(stream, "closed", False)
+
+
+def _replacement(stream: TextIO | None, *, is_data: bool) -> _Lasting | None:
+    """Return what takes the place of a stream's file; ``None`` for a stream in memory, which somebody has put there."""
+    if stream is None or _is_closed(stream):
+        return _Lasting(None, is_data=is_data)
+    with suppress(OSError):  # what was printed before us is not ours to tell of
+        stream.flush()
+    try:
+        return _Lasting(stream.fileno(), is_data=is_data)
+    except (OSError, AttributeError):
+        return None
+
+
+def _as_text(raw: _Lasting | None, former: TextIO, errors: str) -> TextIO:
+    """Return a text stream in the former one's encoding, in which what it lacks is shown otherwise; else the former one."""
+    if raw is None:
+        return former
+    like = former if isinstance(former, io.TextIOWrapper) and not former.closed else None
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding="utf-8" if like is None else like.encoding,
+        errors=errors,
+        line_buffering=like is None or like.line_buffering,
+        write_through=like is not None and like.write_through,
+    )
