@@ -11,18 +11,20 @@ from sqlalchemy import Connection, NullPool, inspect, text
 from sqlalchemy.exc import DatabaseError as DriverError
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import DatabaseNotInitializedError, DatabaseNotMigratedError, DatabaseUnavailableError
 from dgx_music.storage import postgres, sqlite
 from dgx_music.storage.changes import Changes
+from dgx_music.storage.connections import ConnectionsByLoop
 from dgx_music.storage.models import Base
 from dgx_music.storage.notifications import Notifications
 from dgx_music.storage.postgres import Limits
-from dgx_music.storage.replica import Replica
+from dgx_music.storage.replica import Replica, check_replica_url
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
-from dgx_music.storage.sessions import NoAnswerError, Session, finish
+from dgx_music.storage.sessions import NoAnswerError, finish
+from dgx_music.storage.sqlite_file import DatabaseFile
 from dgx_music.storage.urls import normalise_url
 
 T = TypeVar("T")
@@ -38,23 +40,17 @@ _REPEATS = 3
 class Database:
     """One database: its engines, and sessions on it.
 
-    ``changes`` wakes whoever waits for something in it. ``limits`` are PostgreSQL's; ``replica_url`` names a read replica of
-    it, for what may be a little behind.
+    Event loops and threads may share it, and it may be used on both sides of a fork: each event loop has connections of its own.
+    ``limits`` are PostgreSQL's; ``replica_url`` names a read replica of it, for what may be a little behind.
     """
 
     def __init__(self, url: str, *, replica_url: str | None = None, limits: Limits | None = None) -> None:
         self.url = normalise_url(url)
         self.limits = limits or Limits()
         self.is_embedded = self.url.get_backend_name() == "sqlite"
-        if self.is_embedded:
-            self.engine, reading = sqlite.create_engines(self.url)
-        else:
-            self.engine, reading = postgres.create_engines(self.url, self.limits)
-        self.replica = Replica(replica_url, self.url, self.limits) if replica_url else None
-        self._reading_engine = reading
-        self._writing = async_sessionmaker(self.engine, class_=Session, expire_on_commit=False)
-        self._reading = async_sessionmaker(reading, class_=Session, expire_on_commit=False)
-        self.changes = Changes(self.path) if self.is_embedded else Notifications(self.url, self.limits)
+        replica = check_replica_url(replica_url, self.url) if replica_url else None
+        file = None if self.path is None else DatabaseFile(self.path)
+        self._connections = ConnectionsByLoop(self.url, replica, self.limits, file)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Database:
@@ -72,11 +68,24 @@ class Database:
         return postgres.shown(self.url)
 
     @property
+    def engine(self) -> AsyncEngine:
+        """The SQLAlchemy engine of writing sessions, on the running event loop."""
+        return self._connections.here().engine
+
+    @property
     def engines(self) -> tuple[AsyncEngine, ...]:
-        """The SQLAlchemy engines with connections of their own: of writing sessions, of reading ones, of the replica."""
-        is_shared = self.engine.pool is self._reading_engine.pool
-        own = (self.engine,) if is_shared else (self.engine, self._reading_engine)
-        return own if self.replica is None else (*own, self.replica.engine)
+        """The engines with connections of their own: of writing sessions, of reading ones, of the replica."""
+        return self._connections.here().engines
+
+    @property
+    def changes(self) -> Changes | Notifications:
+        """What wakes those that wait for something in the database, on the running event loop."""
+        return self._connections.here().changes
+
+    @property
+    def replica(self) -> Replica | None:
+        """The read replica, where there is one, as the running event loop sees it."""
+        return self._connections.here().replica
 
     @property
     def path(self) -> Path | None:
@@ -119,8 +128,9 @@ class Database:
     async def _begin(self, *, read_only: bool, may_lag: bool) -> AsyncSession:
         if may_lag and not read_only:
             raise ValueError("a session that writes cannot lag; add read_only=True")
-        at_replica = await self.replica.begin() if may_lag and self.replica is not None else None
-        return at_replica or (self._reading() if read_only else self._writing())
+        here = self._connections.here()
+        at_replica = await here.replica.begin() if may_lag and here.replica is not None else None
+        return at_replica or (here.reading() if read_only else here.writing())
 
     async def transact(
         self, work: Callable[[AsyncSession], Awaitable[T]], *, read_only: bool = False, may_lag: bool = False
@@ -164,7 +174,7 @@ class Database:
 
     async def revision(self) -> str | None:
         """Return the schema's revision, without waiting for a writer; ``None`` where there are none of our tables."""
-        revision: str | None = await self._run(self._reading_engine, _read_revision)
+        revision: str | None = await self._run(self._connections.here().reading_engine, _read_revision)
         return revision
 
     async def check_migrated(self) -> None:
@@ -195,11 +205,8 @@ class Database:
             await engine.dispose()
 
     async def dispose(self) -> None:
-        """Close every connection."""
-        if isinstance(self.changes, Notifications):
-            await self.changes.close()
-        for engine in self.engines:
-            await finish(engine.dispose())
+        """Close every connection, those of other event loops too."""
+        await self._connections.close()
 
     async def _change(self, work: Callable[[Connection], Any]) -> None:
         async with self.migrating() as engine:

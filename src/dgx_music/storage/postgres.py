@@ -17,6 +17,7 @@ from functools import cache
 from math import ceil
 from typing import Any
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import URL, Dialect, Engine, event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
@@ -117,13 +118,60 @@ def creator(url: URL, limits: Limits, *, is_patient: bool = False) -> Callable[.
     async def create(*_arguments: Any, **_options: Any) -> Any:  # SQLAlchemy's reading of the URL
         try:
             async with asyncio.timeout(longest):
-                return await connect(url, limits, is_patient)
+                connection = await connect(url, limits, is_patient)
         except TimeoutError:
             raise DatabaseUnavailableError(shown(url), f"no connection in {limits.connect_seconds:g} s") from None
         except Exception as error:  # OSError and the driver's own, each with causes of its own
             raise DatabaseUnavailableError(shown(url), _why_refused(error)) from error
+        _loops[connection] = asyncio.get_running_loop()
+        return connection
 
     return create
+
+
+_loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
+"""Every connection of this process, and the event loop that it belongs to."""
+
+
+def hang_up_ended() -> None:
+    """Close the connections of event loops that were closed before them, which nothing can say goodbye on any more."""
+    for connection in [connection for connection, loop in tuple(_loops.items()) if loop.is_closed()]:
+        del _loops[connection]
+        if hasattr(connection, "pgconn"):
+            connection.pgconn.finish()
+        else:
+            _hang_up_asyncpg(connection)
+
+
+def _hang_up_asyncpg(connection: Any) -> None:
+    """Do what ``terminate`` would have the event loop do in a moment; else the transport complains when it is collected."""
+    transport = connection._transport
+    transport = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)
+    with suppress(Exception):  # the event loop is closed
+        transport.abort()
+    with suppress(Exception):
+        transport._call_connection_lost(None)
+
+
+def after_fork() -> list[Any]:
+    """In the child: let go of the parent's sockets, know of no connection, and return those there were.
+
+    Nothing is in a socket's place from now on, so that whatever its owner does to it, the parent does not hear it.
+    """
+    inherited = list(_loops.items())
+    _loops.clear()
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for connection, _ in inherited:
+        with suppress(Exception):  # it is closed already
+            os.dup2(nothing, _socket_of(connection), inheritable=False)
+    os.close(nothing)
+    return inherited
+
+
+def _socket_of(connection: Any) -> int:
+    if hasattr(connection, "pgconn"):
+        return int(connection.pgconn.socket)
+    return int(connection._transport.get_extra_info("socket").fileno())
 
 
 def _longest(url: URL, limits: Limits) -> float:

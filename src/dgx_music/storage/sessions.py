@@ -23,6 +23,14 @@ class NoAnswerError(Exception):
         super().__init__("it did not answer in time")
 
 
+class _Uncancellable(asyncio.Task[T]):
+    """A task that an event loop waits for at its end: ``asyncio.run`` cancels every task there is."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Return False: it goes on."""
+        return False
+
+
 async def finish(work: Coroutine[Any, Any, T]) -> T:
     """Run the work to its end even if the caller is cancelled, then let the cancellation through.
 
@@ -32,7 +40,7 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     """
     if _is_finishing.get():
         return await work
-    task = asyncio.create_task(_finishing(work))
+    task = _Uncancellable(_finishing(work), loop=asyncio.get_running_loop())
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():

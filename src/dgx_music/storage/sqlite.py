@@ -16,6 +16,8 @@ from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from dgx_music.storage.sqlite_file import DatabaseFile
+
 READ_ONLY = "dgx_music_read_only"
 """Execution option of a connection whose transactions only read: they begin deferred and never wait for a writer."""
 
@@ -23,16 +25,18 @@ _BUSY_TIMEOUT_SECONDS = 30
 _READERS = 4
 
 
-def create_engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
-    """Return the engine of writing and that of reading sessions; the same one where the database is in memory.
+def create_engines(url: URL, file: DatabaseFile | None) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return the engine of writing and that of reading sessions; the same one where the database is in memory (no file).
 
     One connection writes, so that this process's writers queue fairly instead of polling each other's lock, and a few
     others read.
     """
     writing = _create_engine(url, connections=1)
-    if url.database in (None, "", ":memory:"):
+    if file is None:
         return writing, writing
     reading = _create_engine(url, _READERS)
+    for engine in (writing, reading):
+        file.attach(engine.sync_engine)
     event.listen(reading.sync_engine, "connect", _refuse_writes)
     return writing, reading.execution_options(**{READ_ONLY: True})
 
@@ -64,7 +68,6 @@ def _create_engine(url: URL, connections: int) -> AsyncEngine:
         max_overflow=0,
         connect_args={"timeout": _BUSY_TIMEOUT_SECONDS},
     )
-    event.listen(engine.sync_engine, "do_connect", _open_once)
     configure_sqlite(engine)
     return engine
 
@@ -73,11 +76,6 @@ def _refuse_writes(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA query_only = ON")
     cursor.close()
-
-
-def _open_once(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
-    """Let a file that cannot be opened fail here: the driver's thread would report it to an event loop closed by then."""
-    sqlite3.connect(arguments[0], uri=options.get("uri", False)).close()
 
 
 def _set_up_connection(connection: Any, _record: Any) -> None:
