@@ -199,6 +199,7 @@ class Database:
         engine = create_async_engine(
             self.url.set(query={}), poolclass=NullPool, connect_args={"async_creator_fn": connect}
         )
+        postgres.prepare(engine, self.url)
         try:
             yield engine
         finally:
@@ -220,7 +221,7 @@ class Database:
         try:
             return await finish(run())
         except Exception as error:
-            if self._is_unavailable(error) or isinstance(error, TimeoutError):
+            if self._is_unavailable(error) or isinstance(error, OSError | EOFError):
                 self._explain(error)
             raise
 

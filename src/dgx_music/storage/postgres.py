@@ -19,21 +19,31 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import URL, Dialect, Engine, event
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy import URL, Dialect, Engine, ExceptionContext, event
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.storage.models import Base
+from dgx_music.storage.schema import VERSION_TABLE
+from dgx_music.storage.server_settings import READABLE, SET_UP, say_in_each_transaction
 from dgx_music.storage.sessions import NoAnswerError
 from dgx_music.storage.urls import connect_timeout, is_pooled_by_transaction, server_address
 
-_TRANSIENT = {"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25006"}
+_TRANSIENT = {"40001", "40P01", "40003", "55P03", "55006", "57014", "57P01", "57P02", "57P03", "57P04", "57P05"}
+_TRANSIENT |= {"25P03", "25P04", "25006"}
 """Serialisation, deadlock, lock and statement timeouts, shutdown; the last is a server that has become a replica."""
 _FORBIDDEN = "42501"
 _LOCK_NOT_HAD, _IDLE_TOO_LONG = "55P03", "25P03"
 _ASYNCPGS_IDLE_TOO_LONG = ("underlying connection is closed", "idle-in-transaction timeout")
 _WORTH_REPEATING = {"40001", "40P01"}
+_STALE_PLAN = ("cached plan must not change result type", "cached statement plan is invalid")
+_NOT_THERE, _NO_SCHEMA = "42P01", "3F000"
+_BEHIND_A_POOLER = {"26000", "42P05"}
+_UNAVAILABLE_CLASSES = ("08", "53", "58", "XX")
+"""Connections, resources, the server's own disk, and what it calls an internal error."""
+_LOST = ("connection is closed", "connection was closed", "connection has been closed")
 _BETWEEN_HOSTS_SECONDS = 1.0
 _GOODBYE_SECONDS = 0.3
 _TRUSTED_SECONDS = 30.0
@@ -64,9 +74,28 @@ def create_engines(url: URL, limits: Limits) -> tuple[AsyncEngine, AsyncEngine]:
         isolation_level="READ COMMITTED",
         connect_args={"async_creator_fn": creator(url, limits), **_dialect_options(url)},
     )
+    prepare(engine, url)
     _replace_dead_connections(engine.sync_engine)
     reading = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     return engine, reading
+
+
+def prepare(engine: AsyncEngine, url: URL) -> None:
+    """Have an engine on this URL forget plans that a migration has made wrong, and say its settings where a pooler needs it."""
+    event.listen(engine.sync_engine, "handle_error", _forget_plans)
+    if is_pooled_by_transaction(url):
+        say_in_each_transaction(engine.sync_engine)
+
+
+def _forget_plans(context: ExceptionContext) -> None:
+    """Have every connection made anew once one of their prepared statements has a result of another type."""
+    if context.sqlalchemy_exception is not None and _has_stale_plan(context.sqlalchemy_exception):
+        context.is_disconnect = True
+
+
+def _has_stale_plan(error: BaseException) -> bool:
+    """Return True where somebody else's migration has changed what a prepared statement returns: again, it succeeds."""
+    return isinstance(error, DBAPIError) and any(words in str(error.orig) for words in _STALE_PLAN)
 
 
 def _replace_dead_connections(engine: Engine) -> None:
@@ -90,6 +119,8 @@ def _replace_dead_connections(engine: Engine) -> None:
             is_dead = not _answers(engine.dialect, connection)
         if is_dead:
             raise InvalidatePoolError
+        if not is_asyncpg:  # a reading session would leave READ WRITE behind, which a read-only database must refuse
+            connection.run_async(lambda driver: driver.set_read_only(None))
 
     event.listen(engine, "checkin", note_rest)
     event.listen(engine, "checkout", look)
@@ -192,15 +223,37 @@ def shown(url: URL) -> str:
 
 def is_unavailable(error: BaseException) -> bool:
     """Tell a server that is away, or too busy for now, from a mistake in using it."""
-    if not isinstance(error, DBAPIError):
-        return False
-    code = sqlstate(error)
-    return error.connection_invalidated or code in _TRANSIENT or code == _FORBIDDEN or code.startswith(("08", "53"))
+    if isinstance(error, DBAPIError):
+        code = sqlstate(error)
+        return error.connection_invalidated or _is_passing(code) or _lacks_our_tables(error) or _is_lost(error, code)
+    return _is_drivers_own(error) and (_is_passing(code := getattr(error, "sqlstate", None) or "") or not code)
+
+
+def _is_passing(code: str) -> bool:
+    passing = _TRANSIENT | _BEHIND_A_POOLER | {_FORBIDDEN, _NO_SCHEMA}
+    return code in passing or code.startswith(_UNAVAILABLE_CLASSES)
+
+
+def _is_lost(error: DBAPIError, code: str) -> bool:
+    """Return True where the driver itself says that its connection is no good, and the server nothing."""
+    is_psycopgs = isinstance(error, OperationalError) and not code
+    return _has_stale_plan(error) or is_psycopgs or any(words in str(error.orig) for words in _LOST)
+
+
+def _lacks_our_tables(error: DBAPIError) -> bool:
+    """Return True where a table of ours is not there just now: it may be being created."""
+    names = (VERSION_TABLE, *Base.metadata.tables)
+    return sqlstate(error) == _NOT_THERE and any(f'"{name}"' in str(error.orig) for name in names)
+
+
+def _is_drivers_own(error: BaseException) -> bool:
+    """Return True for what a driver raises while SQLAlchemy makes its first connection, which nothing wraps."""
+    return type(error).__module__.partition(".")[0] in ("asyncpg", "psycopg")
 
 
 def is_worth_repeating(error: BaseException) -> bool:
-    """Return True where the very same transaction may succeed at once: a deadlock's victim, a lost race."""
-    return isinstance(error, DBAPIError) and sqlstate(error) in _WORTH_REPEATING
+    """Return True where the very same transaction may succeed at once: a deadlock's victim, a lost race, a stale plan."""
+    return isinstance(error, DBAPIError) and (sqlstate(error) in _WORTH_REPEATING or _has_stale_plan(error))
 
 
 def known_reason(error: BaseException, limits: Limits) -> str | None:
@@ -209,6 +262,10 @@ def known_reason(error: BaseException, limits: Limits) -> str | None:
         return None
     if sqlstate(error) == _LOCK_NOT_HAD:
         return "others are using its tables; try again when they are quieter"
+    if sqlstate(error) in _BEHIND_A_POOLER:
+        return f"{first_line(error.orig or error)}; where a pooler stands before it, add ?pgbouncer=true to its URL"
+    if _has_stale_plan(error):
+        return "its tables were changed meanwhile; try again"
     has_no_code = any(words in str(error.orig) for words in _ASYNCPGS_IDLE_TOO_LONG)
     if sqlstate(error) == _IDLE_TOO_LONG or has_no_code:
         why = f"its connection ended in an idle transaction, which the server allows for {limits.idle_seconds:g} s"
@@ -230,7 +287,7 @@ async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
     *others, last = _in_order(url)
     for host in (*others, last):
         try:
-            return await asyncpg.connect(
+            connection = await asyncpg.connect(
                 server_address(host),
                 connection_class=_bounded_asyncpg(),
                 timeout=limits.connect_seconds,
@@ -238,6 +295,9 @@ async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
                 server_settings={} if pooled else _server_settings(url, limits, is_patient),
                 **({"statement_cache_size": 0} if pooled else {}),
             )
+            if not pooled:
+                await connection.execute(SET_UP)
+            return connection
         except not_this_one:  # a TimeoutError is an OSError
             if host is last:
                 raise
@@ -276,19 +336,22 @@ async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
         connect_timeout=_psycopg_timeout(limits),
         options=" ".join(f"-c {setting}={value}" for setting, value in settings.items()),
         prepare_threshold=None if is_pooled_by_transaction(url) else 2,
+        client_encoding="utf8",
         **({"application_name": name} if name else {}),
     )
     connection.command_seconds = None if is_patient else limits.command_seconds
+    if settings:
+        await connection.execute(SET_UP)
+        await connection.commit()
     return connection
 
 
 def _server_settings(url: URL, limits: Limits, is_patient: bool) -> dict[str, str]:
-    settings = {"jit": "off"}  # compiling costs more than any statement of ours takes
+    settings = READABLE | {"jit": "off"}  # compiling costs more than any statement of ours takes
     if "application_name" not in url.query:
         settings["application_name"] = "dgx-music"
-    if not is_patient:
-        settings["statement_timeout"] = f"{limits.statement_seconds * 1000:.0f}"
-        settings["idle_in_transaction_session_timeout"] = f"{limits.idle_seconds * 1000:.0f}"
+    settings["statement_timeout"] = f"{0 if is_patient else limits.statement_seconds * 1000:.0f}"
+    settings["idle_in_transaction_session_timeout"] = f"{0 if is_patient else limits.idle_seconds * 1000:.0f}"
     return settings
 
 

@@ -17,10 +17,10 @@ _is_finishing: ContextVar[bool] = ContextVar("dgx_music_is_finishing", default=F
 
 
 class NoAnswerError(Exception):
-    """The driver gave up waiting for the server; a class of our own, since a caller's timeouts are TimeoutErrors too."""
+    """The driver had no answer from the server; a class of our own, since a caller has timeouts and sockets too."""
 
-    def __init__(self) -> None:
-        super().__init__("it did not answer in time")
+    def __init__(self, why: str = "it did not answer in time") -> None:
+        super().__init__(why)
 
 
 class _Uncancellable(asyncio.Task[T]):
@@ -67,6 +67,8 @@ def _finished(method: Any) -> Any:
             return await finish(method(*args, **kwargs))
         except TimeoutError as error:  # asyncpg's; what SQLAlchemy raises itself has other classes
             raise NoAnswerError from error
+        except (OSError, EOFError) as error:  # of a socket, while SQLAlchemy makes its first connection
+            raise NoAnswerError(f"the connection was lost ({error})") from error
 
     return call
 
