@@ -120,9 +120,8 @@ class DatabaseNotMigratedError(DatabaseError):
     """The database's schema is not the one this version needs."""
 
     def __init__(self, found: str | None, needed: str) -> None:
-        super().__init__(
-            f"The database is at revision {found or 'none'} and this version needs {needed}; run `dgx-music db migrate`."
-        )
+        remedy = "upgrade dgx-music" if found is not None and found > needed else "run `dgx-music db migrate`"
+        super().__init__(f"The database is at revision {found or 'none'} and this version needs {needed}; {remedy}.")
         self.found = found
         self.needed = needed
 

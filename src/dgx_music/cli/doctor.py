@@ -22,6 +22,7 @@ from dgx_music.config import EngineName, Settings, load_settings
 from dgx_music.errors import ConfigurationError, DatabaseError
 from dgx_music.inference import inventory
 from dgx_music.storage import Database
+from dgx_music.storage.database import is_newer
 from dgx_music.storage.schema import SCHEMA_REVISION
 from dgx_music.storage.sqlite import warn_of_old_sqlite
 
@@ -156,6 +157,10 @@ async def _examine_database(database: Database) -> Finding:
         await database.dispose()
     if found == SCHEMA_REVISION:
         return Finding("ok", "database", f"{database} is at head ({found})")
+    if is_newer(found):
+        return Finding(
+            "failed", "database", f"{database} is at revision {found}, newer than this version's; upgrade dgx-music"
+        )
     verdict: Verdict = "warning" if database.is_embedded else "failed"  # an embedded one migrates itself
     return Finding(verdict, "database", f"{database} is at revision {found or 'none'}; run `dgx-music db migrate`")
 

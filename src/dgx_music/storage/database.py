@@ -49,8 +49,8 @@ class Database:
         self.limits = limits or Limits()
         self.is_embedded = self.url.get_backend_name() == "sqlite"
         replica = check_replica_url(replica_url, self.url) if replica_url else None
-        file = None if self.path is None else DatabaseFile(self.path)
-        self._connections = ConnectionsByLoop(self.url, replica, self.limits, file)
+        self._file = None if self.path is None else DatabaseFile(self.path)
+        self._connections = ConnectionsByLoop(self.url, replica, self.limits, self._file)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Database:
@@ -165,11 +165,7 @@ class Database:
     async def migrate(self) -> None:
         """Bring the schema to this version's; does nothing, and imports nothing heavy, where it is there already."""
         self.create_folder()
-        found = await self.revision()
-        if found is not None and found > SCHEMA_REVISION:
-            why = f"its revision {found} is newer than this version's, {SCHEMA_REVISION}; upgrade dgx-music"
-            raise DatabaseUnavailableError(str(self), why)
-        if found != SCHEMA_REVISION:
+        if await self.revision() != SCHEMA_REVISION:
             await self._change(_upgrade)
 
     async def revision(self) -> str | None:
@@ -184,10 +180,9 @@ class Database:
             raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
 
     async def reset(self) -> None:
-        """Drop all our tables with all they hold, and create them empty."""
+        """Drop all our tables with all they hold, and create them empty: for everybody else at one moment."""
         self.create_folder()
-        await self._change(_drop)
-        await self._change(_upgrade)
+        await self._change(_recreate)
 
     @asynccontextmanager
     async def migrating(self) -> AsyncIterator[AsyncEngine]:
@@ -210,8 +205,15 @@ class Database:
         await self._connections.close()
 
     async def _change(self, work: Callable[[Connection], Any]) -> None:
+        """Change the schema in one transaction; again where it was a deadlock's victim: it takes more locks than anybody."""
         async with self.migrating() as engine:
-            await self._run(engine, work)
+            for is_last in (*[False] * (_REPEATS - 1), True):
+                try:
+                    await self._run(engine, work)
+                    return
+                except DatabaseUnavailableError as error:
+                    if is_last or error.__cause__ is None or not postgres.is_worth_repeating(error.__cause__):
+                        raise
 
     async def _run(self, engine: AsyncEngine, work: Callable[[Connection], Any]) -> Any:
         async def run() -> Any:
@@ -250,6 +252,8 @@ class Database:
         why = postgres.known_reason(error, self.limits) or postgres.first_line(getattr(error, "orig", error))
         if isinstance(error, PoolTimeoutError):
             why = "all its connections are in use; is a session opened inside another one?"
+            if self._file is not None and self._file.waits_for_lock:
+                why = "another process has it locked, and others of this one wait before us"
         elif isinstance(error, TimeoutError):
             why = str(NoAnswerError())
         raise DatabaseUnavailableError(str(self.replica if at_replica else self), why) from error
@@ -282,6 +286,16 @@ def _upgrade(connection: Connection) -> None:
     migrations.upgrade(connection)
 
 
+def is_newer(revision: str | None) -> bool:
+    """Return True where a newer version of this library made the tables: nothing but an upgrade helps."""
+    return revision is not None and revision > SCHEMA_REVISION
+
+
+def _recreate(connection: Connection) -> None:
+    _drop(connection)
+    _upgrade(connection)
+
+
 def take_turn(connection: Connection) -> None:
     """Wait for whoever migrates, as long as it takes; from then on for nobody who holds a table for long."""
     connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
@@ -299,8 +313,12 @@ def _drop(connection: Connection) -> None:
 
 
 def _check_ours(connection: Connection) -> bool:
-    """Return whether our tables are there; raise where somebody else's have their names."""
-    is_ours = _read_revision(connection) is not None
+    """Return whether our tables are there; raise where a newer version made them, or somebody else's have their names."""
+    found = _read_revision(connection)
+    if is_newer(found):
+        why = f"its revision {found} is newer than this version's, {SCHEMA_REVISION}; upgrade dgx-music"
+        raise DatabaseUnavailableError(postgres.shown(connection.engine.url), why)
+    is_ours = found is not None
     foreign = set(Base.metadata.tables) & set(inspect(connection).get_table_names())
     if foreign and not is_ours:
         raise DatabaseUnavailableError(postgres.shown(connection.engine.url), f"its table {min(foreign)} is not ours")

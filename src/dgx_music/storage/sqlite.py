@@ -8,15 +8,19 @@ WAL so that readers never wait.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import time
+from contextlib import closing
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from dgx_music.storage.sqlite_file import DatabaseFile
+from dgx_music.storage.sqlite_file import DatabaseFile, waiting
 
 READ_ONLY = "dgx_music_read_only"
 """Execution option of a connection whose transactions only read: they begin deferred and never wait for a writer."""
@@ -106,4 +110,29 @@ def _begin(connection: Connection) -> None:
     """Begin on the driver's own connection: one trip to its thread where a statement takes three."""
     statement = "BEGIN" if connection.get_execution_options().get(READ_ONLY, False) else "BEGIN IMMEDIATE"
     driver: Any = connection.connection.dbapi_connection
-    driver.run_async(lambda raw: raw.execute(statement))
+    with waiting(connection):
+        driver.run_async(lambda raw: raw.execute(statement))
+
+
+def back_up(source: Path, target: Path) -> None:
+    """Write a database as it is at this moment into a new file, whoever is writing meanwhile.
+
+    Nothing has the file's name before it is whole. Raises ``OSError`` for the target, ``sqlite3.Error`` for either.
+    """
+    target = target.absolute()
+    part = target.with_name(f"{target.name}.part-{uuid4().hex[:8]}")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        _copy(source, part)
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # its name, which nobody else may have
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    from_source = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_SECONDS)
+    with closing(from_source), closing(sqlite3.connect(target)) as to_target:
+        to_target.execute("PRAGMA synchronous = FULL")
+        from_source.backup(to_target)
+        to_target.execute("PRAGMA journal_mode = DELETE")  # one file, with nothing beside it

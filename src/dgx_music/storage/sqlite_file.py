@@ -13,7 +13,8 @@ import asyncio
 import os
 import sqlite3
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class _Opened:
     log: Place
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     is_used: bool = True
+    is_waiting: bool = False
     is_closed: bool = False
 
 
@@ -70,6 +72,11 @@ class DatabaseFile:
         event.listen(engine, "checkout", self._look)
         event.listen(engine, "checkin", self._rest)
         event.listen(engine, "close", self._forget)
+
+    @property
+    def waits_for_lock(self) -> bool:
+        """True while a transaction of this process waits to begin: somebody else is writing."""
+        return any(opened.is_waiting for opened in tuple(self._opened))
 
     def check(self, connection_info: dict[str, Any]) -> None:
         """Raise where what this connection has just committed is not under the database's name any more."""
@@ -187,6 +194,20 @@ class _Checkpoint:
         raw.execute(f"PRAGMA busy_timeout = {_CHECKPOINT_SECONDS * 1000:.0f}")
         is_busy, *_ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         self._is_empty = not is_busy
+
+
+@contextmanager
+def waiting(connection: Connection) -> Iterator[None]:
+    """Note that the connection waits for the lock, for as long as the block runs."""
+    opened = connection.info.get(_OPENED)
+    if not isinstance(opened, _Opened):  # an engine of the caller's own
+        yield
+        return
+    opened.is_waiting = True
+    try:
+        yield
+    finally:
+        opened.is_waiting = False
 
 
 def session_class(file: DatabaseFile) -> type[Session]:
