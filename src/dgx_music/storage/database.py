@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -308,8 +309,29 @@ def _drop(connection: Connection) -> None:
 
         if connection.dialect.name == "postgresql":
             take_turn(connection)
+            _lock_all(connection)
         migrations.downgrade(connection, "base")
         connection.execute(text(f"DROP TABLE {VERSION_TABLE}"))
+
+
+def _lock_all(connection: Connection) -> None:
+    """Lock every table of ours, without a deadlock: wait for one only while holding none, for the one that was in the way."""
+    tables = sorted(set(Base.metadata.tables) & set(inspect(connection).get_table_names()))
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        savepoint = connection.begin_nested()
+        try:
+            for table in tables:
+                wait = "" if table == tables[0] else " NOWAIT"
+                connection.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE{wait}"))
+            savepoint.commit()
+            return
+        except DBAPIError as error:
+            savepoint.rollback()
+            if not postgres.is_locked(error) or time.monotonic() > deadline:
+                raise
+            tables.remove(table)
+            tables.insert(0, table)
 
 
 def _check_ours(connection: Connection) -> bool:

@@ -256,11 +256,16 @@ def is_worth_repeating(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) and (sqlstate(error) in _WORTH_REPEATING or _has_stale_plan(error))
 
 
+def is_locked(error: DBAPIError) -> bool:
+    """Return True where a lock was not to be had in time."""
+    return sqlstate(error) == _LOCK_NOT_HAD
+
+
 def known_reason(error: BaseException, limits: Limits) -> str | None:
     """Return why the server gave up, and what to do; ``None`` where its own words have to do."""
     if not isinstance(error, DBAPIError):
         return None
-    if sqlstate(error) == _LOCK_NOT_HAD:
+    if is_locked(error):
         return "others are using its tables; try again when they are quieter"
     if sqlstate(error) in _BEHIND_A_POOLER:
         return f"{first_line(error.orig or error)}; where a pooler stands before it, add ?pgbouncer=true to its URL"
