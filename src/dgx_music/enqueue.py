@@ -10,11 +10,11 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, TypedDict, cast, get_type_hints
+from typing import Any, TypedDict, TypeVar, cast, get_type_hints
 
 import anyio
 import anyio.to_thread
@@ -35,6 +35,8 @@ from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, UtcDateTime, new_id, now
 from dgx_music.storage.sessions import check_session, finish
+
+T = TypeVar("T")
 
 DEFAULT_DURATION_SECONDS = 10.0
 MAX_BATCH = 10_000
@@ -117,8 +119,7 @@ async def enqueue(prompt: str, *, session: AsyncSession | None = None, **options
     commits, gone if he rolls back.
     """
     batch = await _read_clips([plan(prompt, cast("Mapping[str, Any]", options))])
-    async with _session(session) as current:
-        return (await finish(_insert(current, batch)))[0]
+    return (await _transact(session, lambda current: _insert(current, batch)))[0]
 
 
 async def enqueue_many(
@@ -138,8 +139,7 @@ async def enqueue_many(
     if len(plans) > MAX_BATCH:
         raise InvalidRequestError("requests", f"are {len(plans):,}", f"send at most {MAX_BATCH:,} at a time")
     batch = await _read_clips(plans)
-    async with _session(session) as current:
-        return await finish(_insert(current, batch))
+    return await _transact(session, lambda current: _insert(current, batch))
 
 
 def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
@@ -155,8 +155,7 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
         database = Database.from_settings(load_settings())
         try:
             await database.prepare()
-            async with database.session() as session:
-                return (await finish(_insert(session, batch)))[0]
+            return (await database.transact(lambda session: _insert(session, batch)))[0]
         finally:
             await database.dispose()
 
@@ -178,8 +177,7 @@ async def cancel_generation(generation_id: str, *, session: AsyncSession | None 
     ``GenerationNotFoundError``, or ``IllegalTransitionError`` where it has already completed or failed.
     """
     validation.check_name("generation_id", generation_id)
-    async with _session(session) as current:
-        return await finish(queue.cancel(current, generation_id))
+    return await _transact(session, lambda current: queue.cancel(current, generation_id))
 
 
 async def retry_generation(generation_id: str, *, session: AsyncSession | None = None) -> None:
@@ -188,15 +186,13 @@ async def retry_generation(generation_id: str, *, session: AsyncSession | None =
     Raises ``GenerationNotFoundError``, or ``IllegalTransitionError`` where it is pending, running or completed.
     """
     validation.check_name("generation_id", generation_id)
-    async with _session(session) as current:
-        await finish(queue.retry(current, generation_id))
+    await _transact(session, lambda current: queue.retry(current, generation_id))
 
 
 async def queue_position(generation_id: str, *, session: AsyncSession | None = None) -> int | None:
     """Return the place of a pending generation among those of its model, from 1; ``None`` where it does not wait."""
     validation.check_name("generation_id", generation_id)
-    async with _session(session, read_only=True) as current:
-        return await finish(due.queue_position(current, generation_id))
+    return await _transact(session, lambda current: due.queue_position(current, generation_id), read_only=True)
 
 
 async def wait_for_generation(generation_id: str, *, timeout: float | None = None) -> Generation:
@@ -350,17 +346,15 @@ def _hash(row: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-@asynccontextmanager
-async def _session(session: AsyncSession | None, *, read_only: bool = False) -> AsyncIterator[AsyncSession]:
-    """Give the caller's session as it is, else one of our own that commits."""
+async def _transact(
+    session: AsyncSession | None, work: Callable[[AsyncSession], Coroutine[Any, Any, T]], *, read_only: bool = False
+) -> T:
+    """Return what the work returns, done in the caller's session as it is, else in a transaction of our own."""
     if session is not None:
         check_session(session)
         check_variables()
-        yield session
-        return
-    database = await ensure_database()
-    async with database.session(read_only=read_only) as own:
-        yield own
+        return await finish(work(session))
+    return await (await ensure_database()).transact(work, read_only=read_only)
 
 
 async def _insert(session: AsyncSession, batch: _Batch) -> list[Generation]:
@@ -435,8 +429,9 @@ def _insert_statement(dialect: str) -> Any:
 
 
 async def _read(database: Database, generation_id: str) -> Generation:
-    async with database.session(read_only=True) as session:
-        generation = await repository.get_generation(session, generation_id)
+    generation = await database.transact(
+        lambda session: repository.get_generation(session, generation_id), read_only=True
+    )
     if generation is None:
         raise GenerationNotFoundError(generation_id)
     return generation

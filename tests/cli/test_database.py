@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from dgx_music.storage.schema import SCHEMA_REVISION
+from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 from tests.cli.conftest import Run, add, count_rows
 
 
@@ -51,6 +53,71 @@ def test_reset_asks_on_a_terminal_and_says_how_much_is_lost(
 
     assert run("db", "reset").code == code
     assert count_rows() == left
+
+
+@pytest.fixture
+def newer() -> None:
+    """A database that a later version has migrated."""
+    add("lofi rain")
+    with closing(sqlite3.connect("data/generations.db")) as connection, connection:
+        connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
+
+
+@pytest.mark.usefixtures("newer")
+@pytest.mark.parametrize(
+    "words",
+    [("db", "reset", "--yes"), ("db", "migrate"), ("enqueue", "rain"), ("list",), ("worker", "--engine", "tone")],
+)
+def test_a_newer_schema_is_one_sentence_that_says_to_upgrade(run: Run, words: tuple[str, ...]) -> None:
+    result = run(*words)
+
+    assert (result.code, len(result.err.splitlines())) == (5, 1)
+    assert "9999" in result.err
+    assert "; upgrade dgx-music." in result.err
+
+
+@pytest.mark.usefixtures("newer")
+def test_current_and_doctor_say_to_upgrade_on_a_newer_schema(run: Run) -> None:
+    assert "upgrade dgx-music" in run("db", "current").err
+    result = run("doctor", "--engine", "tone")
+    assert (result.code, "newer than this version's; upgrade dgx-music" in result.out) == (1, True)
+
+
+def test_a_backup_is_a_whole_database_of_one_file(run: Run) -> None:
+    (generation_id,) = add("lofi rain")
+
+    assert run("db", "backup", "copy.db").code == 0
+
+    assert [path.name for path in Path().glob("copy.db*")] == ["copy.db"]
+    assert run("show", generation_id, "--database-url", "sqlite:///copy.db").code == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("there", "there exists"), ("no/folder.db", "No such file"), (".", "exists")]
+)
+def test_a_backup_overwrites_nothing_and_leaves_nothing_half_done(run: Run, file: str, words: str) -> None:
+    add("lofi rain")
+    Path("there").write_text("mine")
+    before = set(Path().iterdir())
+
+    result = run("db", "backup", file)
+
+    assert (result.code, words in result.err, Path("there").read_text()) == (2, True, "mine")
+    assert set(Path().iterdir()) == before
+
+
+def test_a_backup_of_nothing_is_refused(run: Run) -> None:
+    result = run("db", "backup", "copy.db")
+
+    assert (result.code, "there is no such file" in result.err) == (5, True)
+    assert not Path("data").exists()
+
+
+def test_a_backup_of_postgresql_names_its_own_tool(run: Run) -> None:
+    result = run("db", "backup", "copy.dump", "--database-url", "postgresql://ada:secret@host/music")
+
+    assert (result.code, "secret" in result.err) == (2, False)
+    assert "pg_dump --format=custom --file=copy.dump 'postgresql://ada@host/music'" in result.err
 
 
 def test_the_first_use_says_that_it_creates_the_database(run: Run) -> None:

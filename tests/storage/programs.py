@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
 import sys
 
-from dgx_music.enqueue import enqueue
-from dgx_music.storage import create_generation, queue
+from dgx_music.enqueue import cancel_generation, enqueue, wait_for_generation
+from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.storage import close_db, count_generations, create_generation, get_session, init_db, queue
 from dgx_music.storage.database import Database
 from tests.factories import claim_up_to, completion_of
 
@@ -66,6 +69,65 @@ async def produce(url: str, key: str, prompt: str) -> None:
     await database.dispose()
 
 
+async def fork_beside_a_waiter(url: str) -> None:
+    """Fork with connections open and somebody waiting; child and parent each enqueue, at once and afterwards."""
+    database = await init_db(url)
+    first = await enqueue("first")
+    waiting = asyncio.create_task(wait_for_generation(first.id))
+    for _ in range(3):
+        await enqueue("before")
+        while any(engine.pool.checkedout() for engine in database.engines):  # the waiter looks
+            await asyncio.sleep(0.01)
+        child = multiprocessing.get_context("fork").Process(target=asyncio.run, args=[enqueue("child")])
+        child.start()
+        await enqueue("beside")
+        await asyncio.to_thread(child.join)
+        await enqueue("after")
+        tell(child.exitcode)
+    await cancel_generation(first.id)
+    tell([(await waiting).status, await _count()])
+    await close_db()
+
+
+def fork_between_runs(url: str) -> None:
+    """Fork where an event loop rests with connections open; the child ends with all of Python's tidying up."""
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(init_db(url))
+    for _ in range(3):
+        loop.run_until_complete(enqueue("before"))
+        if (child := os.fork()) == 0:
+            asyncio.run(enqueue("child"))
+            sys.exit()
+        tell(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    loop.run_until_complete(enqueue("after"))
+    tell(loop.run_until_complete(_count()))
+    loop.run_until_complete(close_db())
+    loop.close()
+
+
+async def fork_in_a_session(url: str) -> None:
+    """Fork where a session of ours is in the middle of its transaction; tell what the child is told, and what we have."""
+    await init_db(url)
+    async with get_session() as session:
+        await enqueue("rain", session=session)
+        if (child := os.fork()) == 0:
+            try:
+                asyncio.run(enqueue("child"))
+            except DatabaseUnavailableError as error:
+                tell(str(error))
+            os._exit(0)
+        os.waitpid(child, 0)
+    tell(await _count())
+    await close_db()
+
+
+async def _count() -> int:
+    async with get_session(read_only=True) as session:
+        return await count_generations(session)
+
+
 if __name__ == "__main__":
     wait_for_begin()
-    asyncio.run(globals()[sys.argv[1]](*sys.argv[2:]))
+    work = globals()[sys.argv[1]](*sys.argv[2:])
+    if work is not None:
+        asyncio.run(work)

@@ -280,6 +280,39 @@ async def test_a_session_inside_another_is_one_sentence(monkeypatch, database):
             await add_one(database)
 
 
+async def test_who_waits_behind_one_that_waits_for_another_process_is_told_so(monkeypatch, database, path):
+    monkeypatch.setattr(database.engine.pool, "_timeout", 0.05)
+    with closing(sqlite3.connect(path, isolation_level=None)) as raw:
+        raw.execute("BEGIN IMMEDIATE")
+        first = asyncio.create_task(add_one(database))
+        with pytest.raises(
+            DatabaseUnavailableError, match="another process has it locked, and others of this one wait"
+        ):
+            await add_one(database)
+        raw.rollback()
+
+    assert (await first).is_pending
+
+
+async def test_a_full_disk_is_one_sentence_and_nothing_is_acknowledged(database, path):
+    async with database.engine.connect() as connection:
+        pages = await connection.scalar(text("PRAGMA page_count"))
+        await connection.execute(text(f"PRAGMA max_page_count = {pages}"))
+    told = []
+
+    async def add_until_it_is_full():
+        while True:
+            told.append((await add_one(database)).id)
+
+    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: database or disk is full\.$"):
+        await add_until_it_is_full()
+    async with database.engine.connect() as connection:
+        await connection.execute(text("PRAGMA max_page_count = 1000000"))
+
+    assert set(told) == set(await read_all(database, select(Generation.id)))
+    assert (await add_one(database)).is_pending
+
+
 @pytest.mark.parametrize(("version", "is_warned"), [((3, 40, 1), True), ((3, 51, 2), True), ((3, 51, 3), False)])
 def test_an_old_sqlite_is_warned_of(monkeypatch, version, is_warned):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)

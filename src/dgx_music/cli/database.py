@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from dgx_music.cli.options import AsJson, DatabaseUrl, Yes, given
-from dgx_music.cli.output import print_json, print_line, tell
+from dgx_music.cli.output import print_json, print_line, size, tell
 from dgx_music.config import load_settings
-from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
+from dgx_music.errors import (
+    DatabaseNotMigratedError,
+    DatabaseUnavailableError,
+    GenerationNotFoundError,
+    InvalidRequestError,
+)
 from dgx_music.storage import Database, Generation, close_db, count_generations, get_generation, init_db
+from dgx_music.storage.database import is_newer
 from dgx_music.storage.repository import find_generation_ids
 from dgx_music.storage.schema import SCHEMA_REVISION
+from dgx_music.storage.sqlite import back_up
+from dgx_music.storage.urls import server_address
 from dgx_music.text import plain
 from dgx_music.validation import check_name
 
@@ -54,7 +65,37 @@ def current(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
         return
     print_line(f"{found or 'none'}{' (head)' if found == SCHEMA_REVISION else ''}")
     if found != SCHEMA_REVISION:
-        tell(f"This version needs {SCHEMA_REVISION}: run `dgx-music db migrate`.")
+        remedy = "upgrade dgx-music" if is_newer(found) else "run `dgx-music db migrate`"
+        tell(f"This version needs {SCHEMA_REVISION}: {remedy}.")
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The new file.", show_default=False)], database_url: DatabaseUrl = None
+) -> None:
+    """Copy a SQLite database into a new file, whoever is using it.
+
+    Copy the output folder afterwards: every file that the copy names is in it then.
+    """
+    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    if database.path is None:
+        url = server_address(database.url._replace(password=None))
+        raise InvalidRequestError("FILE", "is for SQLite", f"run: pg_dump --format=custom --file={file} '{url}'")
+    _back_up(database, database.path, file)
+    tell(f"The database {database} is copied into {file} ({size(file.stat().st_size)}).")
+
+
+def _back_up(database: Database, source: Path, target: Path) -> None:
+    if not source.exists():
+        raise DatabaseUnavailableError(str(database), "there is no such file")
+    try:
+        back_up(source, target)
+    except FileExistsError:
+        raise InvalidRequestError("FILE", f"{target} exists", "name a new file") from None
+    except OSError as error:
+        raise InvalidRequestError("FILE", f"cannot be written ({error.strerror})", "name another place") from None
+    except sqlite3.Error as error:
+        raise DatabaseUnavailableError(str(database), f"it could not be copied ({error})") from error
 
 
 @asynccontextmanager
@@ -129,8 +170,11 @@ async def _reset(database_url: str | None, *, is_agreed: bool) -> None:
 
 
 async def _contents(database: Database) -> str:
-    if await _revision_of(database) is None:
+    found = await _revision_of(database)
+    if found is None:
         return "nothing"
+    if is_newer(found):
+        raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     async with database.session(read_only=True) as session:
         count = await count_generations(session)
     return "1 generation" if count == 1 else f"all {count:,} generations"

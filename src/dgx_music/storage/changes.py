@@ -21,6 +21,8 @@ from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import anyio
 
@@ -29,6 +31,7 @@ EVERYTHING = "*"
 
 _LOOK_EVERY_SECONDS = 0.0125
 _LOOK_AGAIN_SECONDS = 1.0
+_PAUSE_SECONDS = 5.0
 _VISIBLE_SECONDS = 0.001
 _NEXT_COMMIT_SECONDS = 0.05
 _SLOW_DISK_SECONDS = 0.02
@@ -103,6 +106,8 @@ class Changes:
         self._is_file = path is not None
         self._subscriptions: set[Subscription] = set()
         self._stop: _Stop | None = None
+        self._thread: threading.Thread | None = None
+        _all.add(self)
 
     @contextmanager
     def subscribe(self, topic: Topic | None = None, keys: Collection[str] = ()) -> Iterator[Subscription]:
@@ -119,10 +124,36 @@ class Changes:
             if not self._subscriptions:
                 self._end()
 
+    async def close(self) -> None:
+        """Stop watching; its subscribers are gone."""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Stop watching for subscribers whose event loop has ended."""
+        self._subscriptions.clear()
+        self._end()
+
+    def watches(self, path: Path | None) -> bool:
+        """Return True where its thread runs, and watches this file; ``None`` stands for any."""
+        return self._stop is not None and path in (None, self._path)
+
+    def pause(self) -> None:
+        """Close the connection to the file, and return when that is done."""
+        thread, self._thread = self._thread, None
+        self._end()
+        if thread is not None:
+            thread.join(_PAUSE_SECONDS)
+
+    def resume(self) -> None:
+        """Watch again, after ``pause``, where there still are subscribers."""
+        if self._subscriptions and self._stop is None:
+            self._start()
+
     def _start(self) -> None:
         self._end()
         self._stop = _Stop()
-        threading.Thread(target=self._watch, args=(self._stop,), name="dgx-music-changes", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, args=(self._stop,), name="dgx-music-changes", daemon=True)
+        self._thread.start()
 
     def _end(self) -> None:
         if self._stop is not None:
@@ -144,8 +175,8 @@ class Changes:
         path = self._path
         connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
         with closing(connection), closing(_open_log_watch(path)) as log:
-            seen, cursor = -1, connection.cursor()
-            while not stop.is_set():
+            seen, cursor, place = -1, connection.cursor(), find_place(path)
+            while not stop.is_set() and find_place(path) == place:
                 seen = self._look(cursor, seen, log, stop)
                 log.wait(stop)
 
@@ -185,6 +216,7 @@ class _LogWatch:
     look_seconds = 2.0
 
     def __init__(self, path: Path) -> None:
+        path = path.resolve()  # the log stands beside the file, not beside a link to it
         self._log = f"{path.name}-wal".encode()
         libc = ctypes.CDLL(None, use_errno=True)
         self._events = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
@@ -192,9 +224,10 @@ class _LogWatch:
             raise OSError(ctypes.get_errno(), "inotify")
 
     def wait(self, stop: _Stop) -> None:
-        """Wait for a write to the log, or the stop."""
-        while not stop.is_set():
-            readable, _, _ = select.select([self._events, stop], [], [])
+        """Wait for a write to the log, or the stop; not for long, since another folder may have come in this one's place."""
+        readable: list[Any] = [self]
+        while readable and not stop.is_set():
+            readable, _, _ = select.select([self._events, stop], [], [], _LOOK_AGAIN_SECONDS)
             if self._events in readable and self.drain():
                 return
 
@@ -222,6 +255,43 @@ class _NoLogWatch:
 
     def close(self) -> None:
         return
+
+
+Place = tuple[int, int] | None
+"""Device and inode of what is under a name; ``None`` where nothing is."""
+
+
+def find_place(name: str | Path) -> Place:
+    """Return what is under this name now: another file of the same name has another place."""
+    try:
+        found = os.stat(name)  # noqa: PTH116 - asked before every transaction
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def pause(path: Path | None = None) -> list[Changes]:
+    """Close the connections that watch this file, or any; return what to ``resume``."""
+    paused = [each for each in tuple(_all) if each.watches(path)]
+    for each in paused:
+        each.pause()
+    return paused
+
+
+def resume(paused: list[Changes]) -> None:
+    """Watch again."""
+    for each in paused:
+        each.resume()
+
+
+def after_fork() -> list[Changes]:
+    """In the child, which has none of the threads: know of nobody, and return who there was."""
+    inherited = list(_all)
+    _all.clear()
+    return inherited
+
+
+_all: WeakSet[Changes] = WeakSet()
 
 
 def _open_log_watch(path: Path) -> _LogWatch | _NoLogWatch:

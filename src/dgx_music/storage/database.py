@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -11,19 +12,21 @@ from sqlalchemy import Connection, NullPool, inspect, text
 from sqlalchemy.exc import DatabaseError as DriverError
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import DatabaseNotInitializedError, DatabaseNotMigratedError, DatabaseUnavailableError
 from dgx_music.modes import create_file, make_folders
 from dgx_music.storage import postgres, sqlite
 from dgx_music.storage.changes import Changes
+from dgx_music.storage.connections import ConnectionsByLoop
 from dgx_music.storage.models import Base
 from dgx_music.storage.notifications import Notifications
 from dgx_music.storage.postgres import Limits
-from dgx_music.storage.replica import Replica
+from dgx_music.storage.replica import Replica, check_replica_url
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
-from dgx_music.storage.sessions import NoAnswerError, Session, finish
+from dgx_music.storage.sessions import NoAnswerError, finish
+from dgx_music.storage.sqlite_file import DatabaseFile
 from dgx_music.storage.urls import normalise_url
 
 T = TypeVar("T")
@@ -39,8 +42,9 @@ _REPEATS = 3
 class Database:
     """One database: its engines, and sessions on it.
 
-    ``changes`` wakes whoever waits for something in it. ``limits`` are PostgreSQL's; ``replica_url`` names a read replica of
-    it, for what may be a little behind. A SQLite file that ``is_private`` is made for its owner alone.
+    Event loops and threads may share it, and it may be used on both sides of a fork: each event loop has connections of its own.
+    ``limits`` are PostgreSQL's; ``replica_url`` names a read replica of it, for what may be a little behind. A SQLite file that
+    ``is_private`` is made for its owner alone.
     """
 
     def __init__(
@@ -50,15 +54,9 @@ class Database:
         self.url = normalise_url(url)
         self.limits = limits or Limits()
         self.is_embedded = self.url.get_backend_name() == "sqlite"
-        if self.is_embedded:
-            self.engine, reading = sqlite.create_engines(self.url)
-        else:
-            self.engine, reading = postgres.create_engines(self.url, self.limits)
-        self.replica = Replica(replica_url, self.url, self.limits) if replica_url else None
-        self._reading_engine = reading
-        self._writing = async_sessionmaker(self.engine, class_=Session, expire_on_commit=False)
-        self._reading = async_sessionmaker(reading, class_=Session, expire_on_commit=False)
-        self.changes = Changes(self.path) if self.is_embedded else Notifications(self.url, self.limits)
+        replica = check_replica_url(replica_url, self.url) if replica_url else None
+        self._file = None if self.path is None else DatabaseFile(self.path)
+        self._connections = ConnectionsByLoop(self.url, replica, self.limits, self._file)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Database:
@@ -81,11 +79,24 @@ class Database:
         return postgres.shown(self.url)
 
     @property
+    def engine(self) -> AsyncEngine:
+        """The SQLAlchemy engine of writing sessions, on the running event loop."""
+        return self._connections.here().engine
+
+    @property
     def engines(self) -> tuple[AsyncEngine, ...]:
-        """The SQLAlchemy engines with connections of their own: of writing sessions, of reading ones, of the replica."""
-        is_shared = self.engine.pool is self._reading_engine.pool
-        own = (self.engine,) if is_shared else (self.engine, self._reading_engine)
-        return own if self.replica is None else (*own, self.replica.engine)
+        """The engines with connections of their own: of writing sessions, of reading ones, of the replica."""
+        return self._connections.here().engines
+
+    @property
+    def changes(self) -> Changes | Notifications:
+        """What wakes those that wait for something in the database, on the running event loop."""
+        return self._connections.here().changes
+
+    @property
+    def replica(self) -> Replica | None:
+        """The read replica, where there is one, as the running event loop sees it."""
+        return self._connections.here().replica
 
     @property
     def path(self) -> Path | None:
@@ -128,8 +139,9 @@ class Database:
     async def _begin(self, *, read_only: bool, may_lag: bool) -> AsyncSession:
         if may_lag and not read_only:
             raise ValueError("a session that writes cannot lag; add read_only=True")
-        at_replica = await self.replica.begin() if may_lag and self.replica is not None else None
-        return at_replica or (self._reading() if read_only else self._writing())
+        here = self._connections.here()
+        at_replica = await here.replica.begin() if may_lag and here.replica is not None else None
+        return at_replica or (here.reading() if read_only else here.writing())
 
     async def transact(
         self, work: Callable[[AsyncSession], Awaitable[T]], *, read_only: bool = False, may_lag: bool = False
@@ -164,16 +176,12 @@ class Database:
     async def migrate(self) -> None:
         """Bring the schema to this version's; does nothing, and imports nothing heavy, where it is there already."""
         self.create_folder()
-        found = await self.revision()
-        if found is not None and found > SCHEMA_REVISION:
-            why = f"its revision {found} is newer than this version's, {SCHEMA_REVISION}; upgrade dgx-music"
-            raise DatabaseUnavailableError(str(self), why)
-        if found != SCHEMA_REVISION:
+        if await self.revision() != SCHEMA_REVISION:
             await self._change(_upgrade)
 
     async def revision(self) -> str | None:
         """Return the schema's revision, without waiting for a writer; ``None`` where there are none of our tables."""
-        revision: str | None = await self._run(self._reading_engine, _read_revision)
+        revision: str | None = await self._run(self._connections.here().reading_engine, _read_revision)
         return revision
 
     async def check_migrated(self) -> None:
@@ -183,10 +191,9 @@ class Database:
             raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
 
     async def reset(self) -> None:
-        """Drop all our tables with all they hold, and create them empty."""
+        """Drop all our tables with all they hold, and create them empty: for everybody else at one moment."""
         self.create_folder()
-        await self._change(_drop)
-        await self._change(_upgrade)
+        await self._change(_recreate)
 
     @asynccontextmanager
     async def migrating(self) -> AsyncIterator[AsyncEngine]:
@@ -198,21 +205,26 @@ class Database:
         engine = create_async_engine(
             self.url.set(query={}), poolclass=NullPool, connect_args={"async_creator_fn": connect}
         )
+        postgres.prepare(engine, self.url)
         try:
             yield engine
         finally:
             await engine.dispose()
 
     async def dispose(self) -> None:
-        """Close every connection."""
-        if isinstance(self.changes, Notifications):
-            await self.changes.close()
-        for engine in self.engines:
-            await finish(engine.dispose())
+        """Close every connection, those of other event loops too."""
+        await self._connections.close()
 
     async def _change(self, work: Callable[[Connection], Any]) -> None:
+        """Change the schema in one transaction; again where it was a deadlock's victim: it takes more locks than anybody."""
         async with self.migrating() as engine:
-            await self._run(engine, work)
+            for is_last in (*[False] * (_REPEATS - 1), True):
+                try:
+                    await self._run(engine, work)
+                    return
+                except DatabaseUnavailableError as error:
+                    if is_last or error.__cause__ is None or not postgres.is_worth_repeating(error.__cause__):
+                        raise
 
     async def _run(self, engine: AsyncEngine, work: Callable[[Connection], Any]) -> Any:
         async def run() -> Any:
@@ -222,7 +234,7 @@ class Database:
         try:
             return await finish(run())
         except Exception as error:
-            if self._is_unavailable(error) or isinstance(error, TimeoutError):
+            if self._is_unavailable(error) or isinstance(error, OSError | EOFError):
                 self._explain(error)
             raise
 
@@ -254,6 +266,8 @@ class Database:
         why = postgres.known_reason(error, self.limits) or postgres.first_line(getattr(error, "orig", error))
         if isinstance(error, PoolTimeoutError):
             why = "all its connections are in use; is a session opened inside another one?"
+            if self._file is not None and self._file.waits_for_lock:
+                why = "another process has it locked, and others of this one wait before us"
         elif isinstance(error, TimeoutError):
             why = str(NoAnswerError())
         raise DatabaseUnavailableError(str(self.replica if at_replica else self), why) from error
@@ -286,6 +300,16 @@ def _upgrade(connection: Connection) -> None:
     migrations.upgrade(connection)
 
 
+def is_newer(revision: str | None) -> bool:
+    """Return True where a newer version of this library made the tables: nothing but an upgrade helps."""
+    return revision is not None and revision > SCHEMA_REVISION
+
+
+def _recreate(connection: Connection) -> None:
+    _drop(connection)
+    _upgrade(connection)
+
+
 def take_turn(connection: Connection) -> None:
     """Wait for whoever migrates, as long as it takes; from then on for nobody who holds a table for long."""
     connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
@@ -298,13 +322,38 @@ def _drop(connection: Connection) -> None:
 
         if connection.dialect.name == "postgresql":
             take_turn(connection)
+            _lock_all(connection)
         migrations.downgrade(connection, "base")
         connection.execute(text(f"DROP TABLE {VERSION_TABLE}"))
 
 
+def _lock_all(connection: Connection) -> None:
+    """Lock every table of ours, without a deadlock: wait for one only while holding none, for the one that was in the way."""
+    tables = sorted(set(Base.metadata.tables) & set(inspect(connection).get_table_names()))
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        savepoint = connection.begin_nested()
+        try:
+            for table in tables:
+                wait = "" if table == tables[0] else " NOWAIT"
+                connection.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE{wait}"))
+            savepoint.commit()
+            return
+        except DBAPIError as error:
+            savepoint.rollback()
+            if not postgres.is_locked(error) or time.monotonic() > deadline:
+                raise
+            tables.remove(table)
+            tables.insert(0, table)
+
+
 def _check_ours(connection: Connection) -> bool:
-    """Return whether our tables are there; raise where somebody else's have their names."""
-    is_ours = _read_revision(connection) is not None
+    """Return whether our tables are there; raise where a newer version made them, or somebody else's have their names."""
+    found = _read_revision(connection)
+    if is_newer(found):
+        why = f"its revision {found} is newer than this version's, {SCHEMA_REVISION}; upgrade dgx-music"
+        raise DatabaseUnavailableError(postgres.shown(connection.engine.url), why)
+    is_ours = found is not None
     foreign = set(Base.metadata.tables) & set(inspect(connection).get_table_names())
     if foreign and not is_ours:
         raise DatabaseUnavailableError(postgres.shown(connection.engine.url), f"its table {min(foreign)} is not ours")

@@ -66,6 +66,12 @@ class Notifications:
         self._end()
         await asyncio.gather(*self._ending, return_exceptions=True)
 
+    def abandon(self) -> None:
+        """Forget a listener whose event loop has ended; its connection is hung up with the others."""
+        self._subscriptions.clear()
+        self._listening = None
+        self._ending.clear()
+
     async def _listen_for_ever(self) -> None:
         failures = 0
         while True:

@@ -17,24 +17,33 @@ from functools import cache
 from math import ceil
 from typing import Any
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import URL, Dialect, Engine, event
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy import URL, Dialect, Engine, ExceptionContext, event
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.storage.models import Base
+from dgx_music.storage.schema import VERSION_TABLE
+from dgx_music.storage.server_settings import READABLE, SET_UP, say_in_each_transaction
 from dgx_music.storage.sessions import NoAnswerError
 from dgx_music.storage.urls import connect_timeout, is_pooled_by_transaction, server_address
 
-_TRANSIENT = {"40001", "40P01", "55P03", "57014", "57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25006"}
+_TRANSIENT = {"40001", "40P01", "40003", "55P03", "55006", "57014", "57P01", "57P02", "57P03", "57P04", "57P05"}
+_TRANSIENT |= {"25P03", "25P04", "25006"}
 """Serialisation, deadlock, lock and statement timeouts, shutdown; the last is a server that has become a replica."""
-_OF_ANOTHER_SCHEMA = {"42P01", "42703"}
-"""No such table, no such column: it was migrated, or is being made anew. SQLite's errors of this kind are taken likewise."""
 _FORBIDDEN = "42501"
 _LOCK_NOT_HAD, _IDLE_TOO_LONG = "55P03", "25P03"
 _ASYNCPGS_IDLE_TOO_LONG = ("underlying connection is closed", "idle-in-transaction timeout")
 _WORTH_REPEATING = {"40001", "40P01"}
+_STALE_PLAN = ("cached plan must not change result type", "cached statement plan is invalid")
+_NOT_THERE, _NO_COLUMN, _NO_SCHEMA = "42P01", "42703", "3F000"
+_BEHIND_A_POOLER = {"26000", "42P05"}
+_UNAVAILABLE_CLASSES = ("08", "53", "58", "XX")
+"""Connections, resources, the server's own disk, and what it calls an internal error."""
+_LOST = ("connection is closed", "connection was closed", "connection has been closed")
 _BETWEEN_HOSTS_SECONDS = 1.0
 _GOODBYE_SECONDS = 0.3
 _TRUSTED_SECONDS = 30.0
@@ -65,9 +74,28 @@ def create_engines(url: URL, limits: Limits) -> tuple[AsyncEngine, AsyncEngine]:
         isolation_level="READ COMMITTED",
         connect_args={"async_creator_fn": creator(url, limits), **_dialect_options(url)},
     )
+    prepare(engine, url)
     _replace_dead_connections(engine.sync_engine)
     reading = engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
     return engine, reading
+
+
+def prepare(engine: AsyncEngine, url: URL) -> None:
+    """Have an engine on this URL forget plans that a migration has made wrong, and say its settings where a pooler needs it."""
+    event.listen(engine.sync_engine, "handle_error", _forget_plans)
+    if is_pooled_by_transaction(url):
+        say_in_each_transaction(engine.sync_engine)
+
+
+def _forget_plans(context: ExceptionContext) -> None:
+    """Have every connection made anew once one of their prepared statements has a result of another type."""
+    if context.sqlalchemy_exception is not None and _has_stale_plan(context.sqlalchemy_exception):
+        context.is_disconnect = True
+
+
+def _has_stale_plan(error: BaseException) -> bool:
+    """Return True where somebody else's migration has changed what a prepared statement returns: again, it succeeds."""
+    return isinstance(error, DBAPIError) and any(words in str(error.orig) for words in _STALE_PLAN)
 
 
 def _replace_dead_connections(engine: Engine) -> None:
@@ -91,6 +119,8 @@ def _replace_dead_connections(engine: Engine) -> None:
             is_dead = not _answers(engine.dialect, connection)
         if is_dead:
             raise InvalidatePoolError
+        if not is_asyncpg:  # a reading session would leave READ WRITE behind, which a read-only database must refuse
+            connection.run_async(lambda driver: driver.set_read_only(None))
 
     event.listen(engine, "checkin", note_rest)
     event.listen(engine, "checkout", look)
@@ -119,13 +149,60 @@ def creator(url: URL, limits: Limits, *, is_patient: bool = False) -> Callable[.
     async def create(*_arguments: Any, **_options: Any) -> Any:  # SQLAlchemy's reading of the URL
         try:
             async with asyncio.timeout(longest):
-                return await connect(url, limits, is_patient)
+                connection = await connect(url, limits, is_patient)
         except TimeoutError:
             raise DatabaseUnavailableError(shown(url), f"no connection in {limits.connect_seconds:g} s") from None
         except Exception as error:  # OSError and the driver's own, each with causes of its own
             raise DatabaseUnavailableError(shown(url), _why_refused(error)) from error
+        _loops[connection] = asyncio.get_running_loop()
+        return connection
 
     return create
+
+
+_loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
+"""Every connection of this process, and the event loop that it belongs to."""
+
+
+def hang_up_ended() -> None:
+    """Close the connections of event loops that were closed before them, which nothing can say goodbye on any more."""
+    for connection in [connection for connection, loop in tuple(_loops.items()) if loop.is_closed()]:
+        del _loops[connection]
+        if hasattr(connection, "pgconn"):
+            connection.pgconn.finish()
+        else:
+            _hang_up_asyncpg(connection)
+
+
+def _hang_up_asyncpg(connection: Any) -> None:
+    """Do what ``terminate`` would have the event loop do in a moment; else the transport complains when it is collected."""
+    transport = connection._transport
+    transport = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)
+    with suppress(Exception):  # the event loop is closed
+        transport.abort()
+    with suppress(Exception):
+        transport._call_connection_lost(None)
+
+
+def after_fork() -> list[Any]:
+    """In the child: let go of the parent's sockets, know of no connection, and return those there were.
+
+    Nothing is in a socket's place from now on, so that whatever its owner does to it, the parent does not hear it.
+    """
+    inherited = list(_loops.items())
+    _loops.clear()
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for connection, _ in inherited:
+        with suppress(Exception):  # it is closed already
+            os.dup2(nothing, _socket_of(connection), inheritable=False)
+    os.close(nothing)
+    return inherited
+
+
+def _socket_of(connection: Any) -> int:
+    if hasattr(connection, "pgconn"):
+        return int(connection.pgconn.socket)
+    return int(connection._transport.get_extra_info("socket").fileno())
 
 
 def _longest(url: URL, limits: Limits) -> float:
@@ -150,24 +227,57 @@ def shown(url: URL) -> str:
 
 def is_unavailable(error: BaseException) -> bool:
     """Tell a server that is away, or too busy for now, from a mistake in using it."""
-    if not isinstance(error, DBAPIError):
-        return False
-    code = sqlstate(error)
-    is_known = code in _TRANSIENT | _OF_ANOTHER_SCHEMA or code == _FORBIDDEN
-    return error.connection_invalidated or is_known or code.startswith(("08", "53"))
+    if isinstance(error, DBAPIError):
+        code = sqlstate(error)
+        return (
+            error.connection_invalidated or _is_passing(code) or _is_of_another_schema(error) or _is_lost(error, code)
+        )
+    return _is_drivers_own(error) and (_is_passing(code := getattr(error, "sqlstate", None) or "") or not code)
+
+
+def _is_passing(code: str) -> bool:
+    passing = _TRANSIENT | _BEHIND_A_POOLER | {_FORBIDDEN, _NO_SCHEMA}
+    return code in passing or code.startswith(_UNAVAILABLE_CLASSES)
+
+
+def _is_lost(error: DBAPIError, code: str) -> bool:
+    """Return True where the driver itself says that its connection is no good, and the server nothing."""
+    is_psycopgs = isinstance(error, OperationalError) and not code
+    return _has_stale_plan(error) or is_psycopgs or any(words in str(error.orig) for words in _LOST)
+
+
+def _is_of_another_schema(error: DBAPIError) -> bool:
+    """Return True if a table or a column of ours is not there just now: it is being made anew, or was migrated."""
+    names = (VERSION_TABLE, *Base.metadata.tables)
+    is_away = sqlstate(error) == _NOT_THERE and any(f'"{name}"' in str(error.orig) for name in names)
+    return is_away or sqlstate(error) == _NO_COLUMN
+
+
+def _is_drivers_own(error: BaseException) -> bool:
+    """Return True for what a driver raises while SQLAlchemy makes its first connection, which nothing wraps."""
+    return type(error).__module__.partition(".")[0] in ("asyncpg", "psycopg")
 
 
 def is_worth_repeating(error: BaseException) -> bool:
-    """Return True where the very same transaction may succeed at once: a deadlock's victim, a lost race."""
-    return isinstance(error, DBAPIError) and sqlstate(error) in _WORTH_REPEATING
+    """Return True where the very same transaction may succeed at once: a deadlock's victim, a lost race, a stale plan."""
+    return isinstance(error, DBAPIError) and (sqlstate(error) in _WORTH_REPEATING or _has_stale_plan(error))
+
+
+def is_locked(error: DBAPIError) -> bool:
+    """Return True where a lock was not to be had in time."""
+    return sqlstate(error) == _LOCK_NOT_HAD
 
 
 def known_reason(error: BaseException, limits: Limits) -> str | None:
     """Return why the server gave up, and what to do; ``None`` where its own words have to do."""
     if not isinstance(error, DBAPIError):
         return None
-    if sqlstate(error) == _LOCK_NOT_HAD:
+    if is_locked(error):
         return "others are using its tables; try again when they are quieter"
+    if sqlstate(error) in _BEHIND_A_POOLER:
+        return f"{first_line(error.orig or error)}; where a pooler stands before it, add ?pgbouncer=true to its URL"
+    if _has_stale_plan(error):
+        return "its tables were changed meanwhile; try again"
     has_no_code = any(words in str(error.orig) for words in _ASYNCPGS_IDLE_TOO_LONG)
     if sqlstate(error) == _IDLE_TOO_LONG or has_no_code:
         why = f"its connection ended in an idle transaction, which the server allows for {limits.idle_seconds:g} s"
@@ -189,7 +299,7 @@ async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
     *others, last = _in_order(url)
     for host in (*others, last):
         try:
-            return await asyncpg.connect(
+            connection = await asyncpg.connect(
                 server_address(host),
                 connection_class=_bounded_asyncpg(),
                 timeout=limits.connect_seconds,
@@ -197,6 +307,9 @@ async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
                 server_settings={} if pooled else _server_settings(url, limits, is_patient),
                 **({"statement_cache_size": 0} if pooled else {}),
             )
+            if not pooled:
+                await connection.execute(SET_UP)
+            return connection
         except not_this_one:  # a TimeoutError is an OSError
             if host is last:
                 raise
@@ -235,19 +348,22 @@ async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
         connect_timeout=_psycopg_timeout(limits),
         options=" ".join(f"-c {setting}={value}" for setting, value in settings.items()),
         prepare_threshold=None if is_pooled_by_transaction(url) else 2,
+        client_encoding="utf8",
         **({"application_name": name} if name else {}),
     )
     connection.command_seconds = None if is_patient else limits.command_seconds
+    if settings:
+        await connection.execute(SET_UP)
+        await connection.commit()
     return connection
 
 
 def _server_settings(url: URL, limits: Limits, is_patient: bool) -> dict[str, str]:
-    settings = {"jit": "off"}  # compiling costs more than any statement of ours takes
+    settings = READABLE | {"jit": "off"}  # compiling costs more than any statement of ours takes
     if "application_name" not in url.query:
         settings["application_name"] = "dgx-music"
-    if not is_patient:
-        settings["statement_timeout"] = f"{limits.statement_seconds * 1000:.0f}"
-        settings["idle_in_transaction_session_timeout"] = f"{limits.idle_seconds * 1000:.0f}"
+    settings["statement_timeout"] = f"{0 if is_patient else limits.statement_seconds * 1000:.0f}"
+    settings["idle_in_transaction_session_timeout"] = f"{0 if is_patient else limits.idle_seconds * 1000:.0f}"
     return settings
 
 

@@ -31,8 +31,8 @@ _LEAVE_SECONDS = 10.0
 class Replica:
     """The replica's engine, and whether it is of any use just now."""
 
-    def __init__(self, url: str, primary: URL, limits: Limits) -> None:
-        self.url = _checked(url, primary)
+    def __init__(self, url: URL, limits: Limits) -> None:
+        self.url = url
         _, self.engine = postgres.create_engines(self.url, limits)
         self._sessions = async_sessionmaker(self.engine, class_=Session, expire_on_commit=False)
         self._is_left = False
@@ -84,7 +84,8 @@ async def _check_migrated(session: AsyncSession) -> None:
         raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
 
 
-def _checked(given: str, primary: URL) -> URL:
+def check_replica_url(given: str, primary: URL) -> URL:
+    """Return the URL of a replica of the primary; raises ``ConfigurationError``."""
     try:
         url = normalise_url(given)
     except ConfigurationError as error:

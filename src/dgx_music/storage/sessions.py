@@ -19,10 +19,18 @@ _is_finishing: ContextVar[bool] = ContextVar("dgx_music_is_finishing", default=F
 
 
 class NoAnswerError(Exception):
-    """The driver gave up waiting for the server; a class of our own, since a caller's timeouts are TimeoutErrors too."""
+    """The driver had no answer from the server; a class of our own, since a caller has timeouts and sockets too."""
 
-    def __init__(self) -> None:
-        super().__init__("it did not answer in time")
+    def __init__(self, why: str = "it did not answer in time") -> None:
+        super().__init__(why)
+
+
+class _Uncancellable(asyncio.Task[T]):
+    """A task that an event loop waits for at its end: ``asyncio.run`` cancels every task there is."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Return False: it goes on."""
+        return False
 
 
 def check_session(session: object) -> None:
@@ -42,7 +50,7 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     """
     if _is_finishing.get():
         return await work
-    task = asyncio.create_task(_finishing(work))
+    task = _Uncancellable(_finishing(work), loop=asyncio.get_running_loop())
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -74,6 +82,8 @@ def _finished(method: Any) -> Any:
             if caller is None or caller.cancelling():
                 raise
             raise NoAnswerError from error  # nobody cancelled it: as an error of its own it would end its whole task group
+        except (OSError, EOFError) as error:  # of a socket, while SQLAlchemy makes its first connection
+            raise NoAnswerError(f"the connection was lost ({error})") from error
 
     return call
 

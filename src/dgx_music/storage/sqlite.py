@@ -8,13 +8,19 @@ WAL so that readers never wait.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import time
+from contextlib import closing
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from dgx_music.storage.sqlite_file import DatabaseFile, waiting
 
 READ_ONLY = "dgx_music_read_only"
 """Execution option of a connection whose transactions only read: they begin deferred and never wait for a writer."""
@@ -23,16 +29,18 @@ _BUSY_TIMEOUT_SECONDS = 30
 _READERS = 4
 
 
-def create_engines(url: URL) -> tuple[AsyncEngine, AsyncEngine]:
-    """Return the engine of writing and that of reading sessions; the same one where the database is in memory.
+def create_engines(url: URL, file: DatabaseFile | None) -> tuple[AsyncEngine, AsyncEngine]:
+    """Return the engine of writing and that of reading sessions; the same one where the database is in memory (no file).
 
     One connection writes, so that this process's writers queue fairly instead of polling each other's lock, and a few
     others read.
     """
     writing = _create_engine(url, connections=1)
-    if url.database in (None, "", ":memory:"):
+    if file is None:
         return writing, writing
     reading = _create_engine(url, _READERS)
+    for engine in (writing, reading):
+        file.attach(engine.sync_engine)
     event.listen(reading.sync_engine, "connect", _refuse_writes)
     return writing, reading.execution_options(**{READ_ONLY: True})
 
@@ -64,7 +72,6 @@ def _create_engine(url: URL, connections: int) -> AsyncEngine:
         max_overflow=0,
         connect_args={"timeout": _BUSY_TIMEOUT_SECONDS},
     )
-    event.listen(engine.sync_engine, "do_connect", _open_once)
     configure_sqlite(engine)
     return engine
 
@@ -73,11 +80,6 @@ def _refuse_writes(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA query_only = ON")
     cursor.close()
-
-
-def _open_once(_dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
-    """Let a file that cannot be opened fail here: the driver's thread would report it to an event loop closed by then."""
-    sqlite3.connect(arguments[0], uri=options.get("uri", False)).close()
 
 
 def _set_up_connection(connection: Any, _record: Any) -> None:
@@ -108,4 +110,29 @@ def _begin(connection: Connection) -> None:
     """Begin on the driver's own connection: one trip to its thread where a statement takes three."""
     statement = "BEGIN" if connection.get_execution_options().get(READ_ONLY, False) else "BEGIN IMMEDIATE"
     driver: Any = connection.connection.dbapi_connection
-    driver.run_async(lambda raw: raw.execute(statement))
+    with waiting(connection):
+        driver.run_async(lambda raw: raw.execute(statement))
+
+
+def back_up(source: Path, target: Path) -> None:
+    """Write a database as it is at this moment into a new file, whoever is writing meanwhile.
+
+    Nothing has the file's name before it is whole. Raises ``OSError`` for the target, ``sqlite3.Error`` for either.
+    """
+    target = target.absolute()
+    part = target.with_name(f"{target.name}.part-{uuid4().hex[:8]}")
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        _copy(source, part)
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # its name, which nobody else may have
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    from_source = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_SECONDS)
+    with closing(from_source), closing(sqlite3.connect(target)) as to_target:
+        to_target.execute("PRAGMA synchronous = FULL")
+        from_source.backup(to_target)
+        to_target.execute("PRAGMA journal_mode = DELETE")  # one file, with nothing beside it

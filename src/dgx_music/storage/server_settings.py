@@ -1,0 +1,64 @@
+"""What we depend on of a PostgreSQL session's settings: a role or a database may bring others, so each connection says them.
+
+They go with the connection's first message where the server keeps them. A pooler in transaction mode does not: there they
+are said at the beginning of each transaction, for that transaction. What depends on what the server has is asked of it by
+one statement more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event
+
+from dgx_music.storage.schema import VERSION_TABLE
+
+READABLE = {
+    "DateStyle": "ISO",  # psycopg reads no other
+    "TimeZone": "UTC",
+    "extra_float_digits": "1",  # less would round durations
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
+    "lock_timeout": "0",  # what a statement may take is said by its own timeout
+}
+"""Settings that every role may set."""
+
+_OUR_SCHEMA = f"""
+SELECT min(quote_ident(nspname)) AS name
+FROM pg_catalog.pg_class JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
+WHERE relname = '{VERSION_TABLE}' AND relkind = 'r' AND has_schema_privilege(pg_namespace.oid, 'USAGE')
+HAVING count(*) = 1
+"""  # noqa: S608 - a constant
+
+_ASKED = f"""
+SELECT set_config('synchronous_commit', 'on', {{is_local}}) WHERE current_setting('synchronous_commit') = 'off'
+UNION ALL SELECT set_config('session_replication_role', 'origin', {{is_local}})
+  WHERE current_setting('session_replication_role') <> 'origin' AND (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+UNION ALL SELECT set_config('transaction_timeout', '0', {{is_local}})
+  WHERE current_setting('transaction_timeout', true) <> '0'
+UNION ALL SELECT set_config('search_path', concat_ws(', ', coalesce(visible.name, alone.name, 'public'),
+  nullif(nullif(current_setting('search_path'), ''), '""')), {{is_local}})
+  FROM (SELECT min(quote_ident(nspname)) AS name FROM pg_catalog.pg_class
+        JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace
+        WHERE pg_class.oid = to_regclass('{VERSION_TABLE}')) AS visible, (SELECT min(name) AS name FROM ({_OUR_SCHEMA})
+        AS found) AS alone
+  WHERE coalesce(visible.name, alone.name) IS NOT NULL OR current_schema() IS NULL
+"""  # noqa: S608 - a constant
+"""Acknowledged rows are on the server's disk; triggers fire; a transaction ends when we say so; and our tables, which were
+created where the search path of that time led to, are found by any other one, before others of the same names."""
+
+SET_UP = _ASKED.format(is_local="false")
+
+
+def say_in_each_transaction(engine: Engine) -> None:
+    """Have each of the engine's transactions begin with the settings, which a pooler would take to another session."""
+    said = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in READABLE.items())
+
+    def begin(connection: Connection) -> None:
+        cursor: Any = connection.connection.cursor()
+        for statement in (f"SELECT {said}", _ASKED.format(is_local="true")):
+            cursor.execute(statement)
+            cursor.fetchall()
+        cursor.close()
+
+    event.listen(engine, "begin", begin)
