@@ -63,7 +63,7 @@ _REFUSALS = (DgxMusicError, StaleDataError)
 """What a caller may meet; anything else is a raw error of a driver, or a fault of ours."""
 
 
-class Violation(AssertionError):
+class ViolationError(AssertionError):
     """Something promised does not hold."""
 
 
@@ -229,7 +229,7 @@ class World:
         """Raise with all that is needed to see it again, unless it holds."""
         if not holds:
             steps = "\n".join(f"  {number}. {line}" for number, line in enumerate(self.said, 1))
-            raise Violation(f"seed {self.seed} on {self.url.split(':')[0]}: {words}\n{steps}")
+            raise ViolationError(f"seed {self.seed} on {self.url.split(':')[0]}: {words}\n{steps}")
 
     def note_start(self, request: GenerationRequest) -> None:
         claim = (request.generation_id, request.attempt)
@@ -547,8 +547,14 @@ class World:
         for row in rows.values():
             name, before = self.short(row.id), self.seen.get(row.id)
             if before is not None:
-                self.check(row.attempt >= before.attempt, f"{name}: attempt went from {before.attempt} to {row.attempt}")
-                is_same = (row.status, row.completed_at, row.sha256) == ("completed", before.completed_at, before.sha256)
+                self.check(
+                    row.attempt >= before.attempt, f"{name}: attempt went from {before.attempt} to {row.attempt}"
+                )
+                is_same = (row.status, row.completed_at, row.sha256) == (
+                    "completed",
+                    before.completed_at,
+                    before.sha256,
+                )
                 self.check(before.status != "completed" or is_same, f"{name} was completed and is {row.status} again")
             is_stopped = row.status == "cancelled" or (row.status == "processing" and row.cancel_requested)
             self.check(row.id not in self.cancelled or is_stopped, f"{name}: its cancel is lost, it is {row.status}")
@@ -720,7 +726,7 @@ async def check_schedule(seed: int, url: str, folder: Path, steps: int = STEPS) 
     logger.addHandler(handler)
     try:
         await world.run(steps)
-    except Violation:
+    except ViolationError:
         raise
     except Exception as error:
         world.check(False, f"{type(error).__module__}.{type(error).__name__}: {error}")
