@@ -14,6 +14,7 @@ from dgx_music.errors import ArtifactError
 from dgx_music.storage import Generation
 from tests.cli.conftest import Run, Spawn
 from tests.factories import audio_file
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("migrated")
 
@@ -86,7 +87,7 @@ def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn,
     assert "alive" in run("workers").out
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(PATIENCE) == 0
     assert run("workers", "--json").json == []
 
 
