@@ -97,7 +97,8 @@ async def test_an_engine_without_memory_is_told_in_a_sentence_and_starts_where_t
     )
     poor.chmod(0o755)
     async with make_process() as process:
-        with monkeypatch.context() as patch, pytest.raises(EngineError, match=r"^The engine.*\.$"):
+        with monkeypatch.context() as patch:
             patch.setattr(sys, "executable", str(poor))
-            await process.start()
+            with pytest.raises(EngineError, match=r"^The engine.*\.$"):
+                await process.start()
         assert (await process.start()).slots == 4
