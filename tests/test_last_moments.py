@@ -1,14 +1,15 @@
-"""What a worker does between its audio and its completion when something comes between: nothing by halves."""
+"""A worker's rare moments: what comes between audio and completion, and deaths of the engine with successes between."""
 
 import asyncio
 
 import anyio
 import pytest
 
-from dgx_music.artifacts import LocalArtifacts
+from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
 from dgx_music.config import load_settings
+from dgx_music.errors import EngineCrashedError
 from dgx_music.storage import queue
-from dgx_music.worker import Worker
+from dgx_music.worker import BROKEN_AFTER, Worker
 from tests.daemons import add, attempts_of, rows_of
 from tests.factories import SQLITE, on
 from tests.fakes import FakeEngine
@@ -96,3 +97,14 @@ async def test_a_worker_cancelled_in_its_completion_leaves_the_row_to_the_lease(
     row = await only_row(database)
     assert (row.status, row.worker_id is not None) == ("processing", True)
     assert [attempt.outcome for attempt in await attempts_of(database)] == [None]
+
+
+async def test_deaths_of_the_engine_count_from_its_last_success(database, make_worker, engine):
+    """Else a worker of many months would stop one day, since now and then one prompt or another kills its engine."""
+    for number in range(2 * BROKEN_AFTER - 1):
+        await add(database, f"prompt {number}", max_attempts=1)
+        if number != BROKEN_AFTER - 1:
+            engine.script[f"prompt {number}"] = EngineCrashedError("killed")
+    await make_worker(MemoryArtifacts()).run(drain=True)
+    statuses = {row.prompt: row.status for row in (await rows_of(database)).values()}
+    assert [prompt for prompt, status in statuses.items() if status == "completed"] == [f"prompt {BROKEN_AFTER - 1}"]
