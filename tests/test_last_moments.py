@@ -10,8 +10,8 @@ from dgx_music.config import load_settings
 from dgx_music.errors import EngineCrashedError
 from dgx_music.storage import queue
 from dgx_music.worker import BROKEN_AFTER, Worker
-from tests.daemons import add, attempts_of, rows_of
-from tests.factories import SQLITE, on
+from tests.daemons import add, attempts_of, is_finished, rows_of, until
+from tests.factories import SQLITE, add_generation, back_date, on
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 
@@ -108,3 +108,27 @@ async def test_deaths_of_the_engine_count_from_its_last_success(database, make_w
     await make_worker(MemoryArtifacts()).run(drain=True)
     statuses = {row.prompt: row.status for row in (await rows_of(database)).values()}
     assert [prompt for prompt, status in statuses.items() if status == "completed"] == [f"prompt {BROKEN_AFTER - 1}"]
+
+
+async def test_a_heartbeat_hears_of_a_cancel_that_nobody_told_of(database, make_worker, engine):
+    generation = await add(database)
+    engine.hold("lofi rain")
+    worker = make_worker(MemoryArtifacts())
+    worker._leases.notice_cancels = anyio.sleep_forever
+    running = asyncio.create_task(worker.run())
+    await engine.started["lofi rain"].wait()
+    async with database.session() as session:
+        await queue.cancel(session, generation.id)
+    await until(database, generation, is_finished)
+    worker.stop()
+    await running
+    assert (await only_row(database)).status == "cancelled"
+
+
+async def test_a_sweep_rescues_all_that_is_lost_however_much(database, make_worker):
+    async with database.session() as session:
+        for _ in range(queue.RESCUE_CHUNK + 1):
+            lost = await add_generation(session, worker_id="lost")
+            await back_date(session, lost.id, lease_expires_at=1)
+    await make_worker(MemoryArtifacts())._leases._rescue()
+    assert {row.status for row in (await rows_of(database)).values()} == {"pending"}
