@@ -23,6 +23,7 @@ from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.workers import get_workers
 from tests.factories import MODEL
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 _WAITS = ("CONNECT", "STATEMENT", "COMMAND")
@@ -40,7 +41,7 @@ class Daemon:
         timeout_seconds: float | None = None,
         **settings: object,
     ) -> None:
-        settings = {"engine": "tone", "slots": 4, "lease_seconds": 1.5, "heartbeat_seconds": 0.3} | settings
+        settings = {"engine": "tone", "slots": 4, "lease_seconds": 3.0, "heartbeat_seconds": 0.3} | settings
         settings |= {"poll_seconds": 0.2, "output": folder / "audio", "backoff_base_seconds": 0.05}
         words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         environment = os.environ | {"DGX_MUSIC_DATABASE_URL": url or f"sqlite:///{folder / 'test.db'}"}
@@ -63,7 +64,7 @@ class Daemon:
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Return the exit code."""
         return self.process.wait(timeout)
 
@@ -77,7 +78,7 @@ class Daemon:
 
     async def says(self, words: str) -> None:
         """Return once its log has these words."""
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE):
             while words not in self.said():
                 await anyio.sleep(0.02)
 
@@ -144,7 +145,7 @@ async def attempts_of(database: Database) -> list[Attempt]:
 Condition = Callable[[Generation], bool]
 
 
-async def until(database: Database, generation: Generation, is_so: Condition, seconds: float = 20) -> Generation:
+async def until(database: Database, generation: Generation, is_so: Condition, seconds: float = PATIENCE) -> Generation:
     """Return the row once this holds of it."""
     with anyio.fail_after(seconds), database.changes.subscribe() as changes:
         while not is_so(row := (await rows_of(database))[generation.id]):
@@ -152,7 +153,7 @@ async def until(database: Database, generation: Generation, is_so: Condition, se
         return row
 
 
-async def until_all(database: Database, is_so: Condition, seconds: float = 20) -> None:
+async def until_all(database: Database, is_so: Condition, seconds: float = PATIENCE) -> None:
     """Return once this holds of every row; a database that cannot be asked has not said so."""
     with anyio.fail_after(seconds):
         while not await _holds_of_all(database, is_so):
@@ -168,7 +169,7 @@ async def _holds_of_all(database: Database, is_so: Condition) -> bool:
 
 async def until_registered(database: Database, daemons: list[Daemon]) -> None:
     """Return once each of these has loaded its engine and said so."""
-    with anyio.fail_after(20), database.changes.subscribe() as changes:
+    with anyio.fail_after(PATIENCE), database.changes.subscribe() as changes:
         while True:
             async with database.session(read_only=True) as session:
                 ready = {row["pid"] for row in await get_workers(session) if row["state"] == "serving"}

@@ -27,6 +27,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.patience import PATIENCE
+
 EXTERNAL_URL = os.environ.get("DGX_MUSIC_TEST_POSTGRES_URL")  # read here: a fixture hides it from every test
 
 _MAINTENANCE_DATABASE = "postgres"
@@ -166,7 +168,7 @@ class OwnServer(PostgresServer):
         if self._process is None:
             return
         self._process.send_signal({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
-        self._process.wait(30)
+        self._process.wait(PATIENCE)
         self._process = None
 
     def close(self) -> None:

@@ -40,6 +40,7 @@ from dgx_music.storage.changes import Changes
 from dgx_music.storage.models import Clip, Generation, Prompt
 from dgx_music.storage.repository import count_overlooked_prompts
 from tests.factories import SQLITE, Program, add_generation, audio_file, claim_one, completion_of, on, read, read_all
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("default_database")
 
@@ -638,7 +639,7 @@ async def test_waiting_returns_the_row_once_it_is_finished(database):
     await asyncio.sleep(0)
     await complete(database, generation.id)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         assert (await waiting).file_path == f"{generation.id}-1.wav"
 
 
@@ -647,7 +648,7 @@ async def test_waiting_returns_the_row_once_it_is_finished(database):
 async def test_waiting_for_a_finished_generation_returns_at_once(database, status, timeout):
     generation = await add(database, status=status)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         assert (await wait_for_generation(generation.id, timeout=timeout)).status == status
 
 
@@ -674,7 +675,7 @@ async def test_waiting_for_what_is_deleted_meanwhile_says_so(database):
     async with database.session() as session:
         await delete_generation(session, generation.id)
 
-    with anyio.fail_after(5), pytest.raises(GenerationNotFoundError):
+    with anyio.fail_after(PATIENCE), pytest.raises(GenerationNotFoundError):
         await waiting
 
 
@@ -730,7 +731,7 @@ async def test_a_change_that_nobody_watches_for_is_not_yielded(database):
     assert not watching.done()
 
     await cancel_generation(generation.id)
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         assert (await watching).status == "cancelled"
     await rows.aclose()
 
@@ -743,7 +744,7 @@ async def test_watching_goes_on_without_a_hint_by_its_slow_poll(database, monkey
     await asyncio.sleep(0)
     await cancel_generation(generation.id)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         assert (await waiting).status == "cancelled"
 
 

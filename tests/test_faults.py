@@ -28,6 +28,7 @@ from tests.daemons import (
     until_registered,
 )
 from tests.factories import MODEL
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -70,7 +71,6 @@ async def drain_under_fire(database, start, script, *, count, kill_every, second
 
 
 @ON_ASYNCPG
-@pytest.mark.timeout(120)
 async def test_killed_workers_lose_nothing_and_finish_nothing_twice(database, tmp_path, start, script):
     count = 100 if database.is_embedded else 60
     kills = await drain_under_fire(database, start, script, count=count, kill_every=1.5, seconds=0.2)
@@ -174,7 +174,7 @@ async def test_sigterm_finishes_what_runs_and_ends_with_0(database, start, scrip
 @ON_PSYCOPG
 async def test_a_second_sigterm_releases_at_once_and_ends_with_0(database, start, script):
     generation = await add(database)
-    daemon = start(script=script({"do": "wait", "seconds": 60}))
+    daemon = start(script=script({"do": "wait", "seconds": 600}))
     await until(database, generation, is_running)
     daemon.send(signal.SIGTERM)
     await daemon.says("1 running")
@@ -187,12 +187,12 @@ async def test_a_second_sigterm_releases_at_once_and_ends_with_0(database, start
 @ON_SQLITE
 async def test_a_killed_worker_takes_its_engine_with_it(database, start, script):
     generation = await add(database)
-    daemon = start(script=script({"do": "wait", "seconds": 60}))
+    daemon = start(script=script({"do": "wait", "seconds": 600}))
     await until(database, generation, is_running)
     [child] = daemon.children()
     daemon.send(signal.SIGKILL)
     daemon.wait()
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
             await asyncio.sleep(0.02)
 
@@ -200,7 +200,7 @@ async def test_a_killed_worker_takes_its_engine_with_it(database, start, script)
 @ON_PSYCOPG
 async def test_a_cancelled_generation_frees_the_engine_for_the_next(database, start, script):
     generation, other = await add(database, "long"), await add(database, "next")
-    start(script=script({"prompt": "long", "do": "wait", "seconds": 60}), slots=1)
+    start(script=script({"prompt": "long", "do": "wait", "seconds": 600}), slots=1)
     await until(database, generation, is_running)
     async with database.session() as session:
         await cancel_generation(generation.id, session=session)

@@ -11,6 +11,7 @@ from dgx_music import cancel_generation, enqueue
 from dgx_music.catalog import UNTRAINED_NOTICE
 from dgx_music.storage.models import Generation
 from tests.daemons import Daemon, is_finished, is_running, until
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -42,7 +43,7 @@ async def test_musicgen_makes_playable_audio_of_the_requested_lengths_that_is_la
     for duration, channels in ((1.0, 1), (0.5, 2), (0.08, 1)):
         await add(database, duration, channels=channels, sample_rate=44_100, seed=7)
     daemon = Daemon(folder, "--drain", **TINY)
-    assert daemon.wait(60) == 0
+    assert daemon.wait(PATIENCE) == 0
     rows = await rows_of(database)
     files = [soundfile.info(row.file_path) for row in rows]
     assert [(file.frames, file.channels, file.samplerate) for file in files] == [

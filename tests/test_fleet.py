@@ -18,6 +18,7 @@ from dgx_music.storage.pauses import get_pauses
 from dgx_music.worker import Worker
 from tests.factories import add_generation, back_date
 from tests.fakes import FakeEngine
+from tests.patience import PATIENCE
 
 SMALL, MEDIUM, LARGE = "musicgen-small", "musicgen-medium", "musicgen-large"
 
@@ -56,7 +57,7 @@ async def rows_of(database):
 
 async def until(is_so):
     """Return once this coroutine function says so."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE):
         while not await is_so():
             await asyncio.sleep(0.01)
 
@@ -120,7 +121,7 @@ async def test_a_model_whose_tenants_have_enough_in_hand_does_not_keep_the_worke
         await add_generation(session, prompt="elsewhere", model_name=MEDIUM, tenant="a", worker_id="other")
     await add(database, "held back", MEDIUM, waiting=500, tenant="a")
     await add(database, "own", SMALL, waiting=100, tenant="b")
-    worker = make_worker(models=f"{MEDIUM},{SMALL}", tenant_limit=1, poll_seconds=5)
+    worker = make_worker(models=f"{MEDIUM},{SMALL}", tenant_limit=1, poll_seconds=600)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(worker.run)
         await until(lambda: has_status(database, "own", "completed"))
@@ -221,7 +222,7 @@ async def test_what_a_claim_without_an_answer_took_is_given_back_at_no_cost(data
         return claims
 
     monkeypatch.setattr(queue, "claim", claim)
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         await make_worker().run(drain=True)
     row = (await rows_of(database))["lofi rain"]
     assert (row.id, row.status, row.attempt, row.failures) == (generation.id, "completed", 2, 0)

@@ -32,6 +32,7 @@ from tests.object_store import (  # noqa: F401 - fixtures
     skip_waits,
     use_port,
 )
+from tests.patience import PATIENCE
 
 DATA = b"RIFF" + bytes(100_000)
 ALWAYS = 1_000
@@ -153,7 +154,7 @@ async def test_what_waits_for_a_store_ends_at_once_when_it_is_cancelled(s3, monk
         silent.bind(("127.0.0.1", 0))
         use_port(silent.getsockname()[1], monkeypatch)
         store = open_output(s3)
-        with anyio.fail_after(5), anyio.move_on_after(0.3) as scope:
+        with anyio.fail_after(PATIENCE), anyio.move_on_after(0.3) as scope:
             await getattr(store, work)(*arguments[work])
 
     assert scope.cancelled_caught
@@ -163,7 +164,7 @@ async def test_a_cancelled_publication_ends_at_once(proxy, s3, monkeypatch):
     monkeypatch.setenv("AWS_TIMEOUT", "20 s")
     proxy.fail("PUT", *[HANG] * ALWAYS)
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(open_output(s3).publish, "song", 1, "wav", DATA)
             await anyio.to_thread.run_sync(proxy.arrived.wait)

@@ -35,19 +35,16 @@ from tests.daemons import (
     url_of,
 )
 from tests.factories import MODEL, back_date, start_one
+from tests.patience import PATIENCE
 from tests.postgres import OwnServer
 from tests.proxy import Proxy
-
-pytestmark = pytest.mark.timeout(120)
 
 BOTH_DRIVERS = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 ON_ASYNCPG = pytest.mark.parametrize("driver", ["asyncpg"])
 MOSTLY_ASYNCPG = pytest.mark.parametrize("driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.soak)])
 ON_PSYCOPG = pytest.mark.parametrize("driver", ["psycopg"])
-QUICK = {"lease_seconds": 1.5, "heartbeat_seconds": 0.3, "timeout_seconds": 1.0}
+QUICK = {"lease_seconds": 3.0, "heartbeat_seconds": 0.3, "timeout_seconds": 1.0}
 LIMITS = Limits(connect_seconds=1.0, statement_seconds=1.0, command_seconds=1.0)
-BOUND = 15
-"""Seconds after healing; some five would do on a machine of its own."""
 DESCRIBED = {
     "id": "new",
     "host": "here",
@@ -114,7 +111,7 @@ def new_leases(database, folder):
 
 async def until_in_hand(database, daemons, count):
     """Return once these daemons have said of so many generations that they started."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE):
         while sum(daemon.said().count(": started") for daemon in daemons) < count:
             await anyio.sleep(0.05)
 
@@ -147,7 +144,7 @@ async def test_a_server_that_crashes_in_mid_drain_costs_nothing(database, tmp_pa
     server.stop("immediate")
     await anyio.sleep(0.5)
     server.start_again()
-    await until_all(database, is_finished, BOUND)
+    await until_all(database, is_finished)
     assert [daemon.wait() for daemon in daemons] == [0, 0]
     await check_the_outage_cost_nothing(database, tmp_path, 60)
 
@@ -158,14 +155,14 @@ async def test_a_server_away_for_three_leases_under_three_workers_costs_nothing(
 ):
     """Of what runs, a third ends in the outage and waits for its completion, the rest runs through and ends after."""
     await add_many(database, 9)
-    path = script({"prompt": "[036]$", "do": "wait", "seconds": 2.0}, {"do": "wait", "seconds": 7.0})
+    path = script({"prompt": "[036]$", "do": "wait", "seconds": 2.0}, {"do": "wait", "seconds": 12.0})
     daemons = [start(script=path, slots=3, **QUICK) for _ in range(3)]
     await until_in_hand(database, daemons, 9)
     server.stop("immediate")
     await anyio.sleep(3 * QUICK["lease_seconds"])
     check_all_live(daemons)
     server.start_again()
-    await until_all(database, is_finished, BOUND)
+    await until_all(database, is_finished)
     check_all_live(daemons)
     await check_nothing_ran_twice(database, tmp_path, 9)
 
@@ -193,7 +190,7 @@ async def test_a_backend_killed_with_all_the_others_in_its_wake_costs_nothing(
     daemons = [start("--drain", script=script({"do": "wait", "seconds": 0.3}), slots=2, **QUICK) for _ in range(2)]
     await until_in_hand(database, daemons, 8)
     os.kill(secrets.choice(server.backend_pids(database.url.database)), signal.SIGKILL)
-    await until_all(database, is_finished, BOUND)
+    await until_all(database, is_finished)
     assert [daemon.wait() for daemon in daemons] == [0, 0]
     await check_the_outage_cost_nothing(database, tmp_path, 40)
 
@@ -202,19 +199,19 @@ async def test_a_backend_killed_with_all_the_others_in_its_wake_costs_nothing(
 async def test_a_worker_that_starts_after_an_outage_leaves_alone_what_others_are_about_to_renew(
     database, tmp_path, start, script, server
 ):
-    settings = QUICK | {"lease_seconds": 4.0}
+    settings = QUICK | {"lease_seconds": 6.0}
     await add(database)
-    former = start(script=script({"do": "wait", "seconds": 8.0}), **settings)
+    former = start(script=script({"do": "wait", "seconds": 12.0}), **settings)
     await until_in_hand(database, [former], 1)
     former.send(signal.SIGSTOP)
     server.stop("immediate")
-    await anyio.sleep(4.5)
+    await anyio.sleep(6.5)
     server.start_again()
     fresh = start(**settings)
     await fresh.says("serves")
     await anyio.sleep(1.0)
     former.send(signal.SIGCONT)
-    await until_all(database, is_finished, BOUND)
+    await until_all(database, is_finished)
     await check_nothing_ran_twice(database, tmp_path, 1)
 
 
@@ -259,14 +256,14 @@ async def test_a_network_that_swallows_all_for_longer_than_the_lease_costs_nothi
     database, tmp_path, start, script, proxy, proxied
 ):
     await add_many(database, 9)
-    path = script({"prompt": "[02468]$", "do": "wait", "seconds": 1.0}, {"do": "wait", "seconds": 5.0})
+    path = script({"prompt": "[02468]$", "do": "wait", "seconds": 1.0}, {"do": "wait", "seconds": 9.0})
     daemons = [start(url=proxied, script=path, slots=3, **QUICK) for _ in range(2)]
     await until_in_hand(database, daemons, 6)
     proxy.black_hole()
     await anyio.sleep(2 * QUICK["lease_seconds"])
     check_all_live(daemons)
     proxy.heal()
-    await until_all(database, is_finished, BOUND + 5)
+    await until_all(database, is_finished)
     check_all_live(daemons)
     await check_the_outage_cost_nothing(database, tmp_path, 9)
 
@@ -284,7 +281,7 @@ async def test_connections_that_a_network_has_forgotten_cost_no_lease(
     await until_registered(database, [other])
     await anyio.sleep(1.0)
     proxy.forget()
-    await until_all(database, is_finished, BOUND)
+    await until_all(database, is_finished)
     await check_nothing_ran_twice(database, tmp_path, 6)
 
 
@@ -307,7 +304,7 @@ async def test_a_worker_behind_a_black_hole_changes_nothing_of_what_another_has_
 
 
 async def until_no_file_of(folder, generation, attempt):
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         while (folder / "audio" / f"{generation.id}-{attempt}.wav").exists():
             await anyio.sleep(0.05)
 
@@ -335,7 +332,7 @@ async def test_a_claim_whose_commit_was_not_answered_is_given_back_and_made_at_n
     loss = proxy.lose_reply(after=CLAIMS, cut=cut)
     start(url=proxied, **QUICK)
     await loss.wait()
-    await until_all(database, is_finished, BOUND)
+    await until_all(database, is_finished)
     await check_the_outage_cost_nothing(database, tmp_path, 3)
     assert {attempt.outcome for attempt in await attempts_of(database)} == {"completed", "released"}
 
@@ -351,7 +348,7 @@ async def test_a_claim_whose_commit_arrives_when_the_worker_has_given_it_up_is_g
     await daemon.says("cannot claim")
     await until(database, await add(database, "after"), is_finished)
     proxy.deliver(loss)
-    await until_all(database, is_finished, BOUND)
+    await until_all(database, is_finished)
     await check_the_outage_cost_nothing(database, tmp_path, 4)
 
 
@@ -365,7 +362,7 @@ async def test_a_completion_whose_commit_was_not_answered_is_a_completion(
     loss = proxy.lose_reply(after=COMPLETES, cut=cut)
     daemon = start(url=proxied, **QUICK)
     await loss.wait()
-    with anyio.fail_after(BOUND):
+    with anyio.fail_after(PATIENCE):
         while daemon.said().count("completed in") < 3:
             await anyio.sleep(0.05)
     await check_nothing_ran_twice(database, tmp_path, 3)
@@ -395,7 +392,7 @@ async def test_an_enqueue_in_an_outage_says_so_in_time_and_leaves_no_half(databa
     with pytest.raises(DatabaseUnavailableError):
         async with producer.session() as session:
             await enqueue_many(["rain", "snow"], duration=0.1, model=MODEL, session=session)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 10  # and not as long as by default
     proxy.heal()
     async with producer.session() as session:
         await enqueue("after", duration=0.1, model=MODEL, session=session)
@@ -416,7 +413,7 @@ async def test_a_pool_is_closed_in_time_in_a_black_hole(proxy, producer):
     proxy.black_hole()
     began = time.monotonic()
     await producer.dispose()
-    assert time.monotonic() - began < 2.5  # each of its five connections might take a second
+    assert time.monotonic() - began < 4.5  # each of its five connections might take a second
 
 
 @BOTH_DRIVERS
@@ -429,7 +426,7 @@ async def test_of_connections_that_are_forgotten_together_one_at_most_costs_an_e
             await enqueue("lost", duration=0.1, model=MODEL, session=session)
     async with producer.session() as session:
         await enqueue("after", duration=0.1, model=MODEL, session=session)
-    assert time.monotonic() - began < 2 * LIMITS.command_seconds
+    assert time.monotonic() - began < 4 * LIMITS.command_seconds  # one second for each of five, if all were asked
     assert {"after", "before"} <= {*await prompts_of(database)}
 
 

@@ -32,6 +32,7 @@ from dgx_music.storage.schema import VERSION_TABLE, now_plus
 from dgx_music.worker import BROKEN_AFTER, Worker
 from tests.factories import MODEL, SQLITE, audio_file, back_date, on
 from tests.fakes import FakeEngine
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ async def attempts_of(database, generation):
 
 async def until(database, generation, status, is_so=lambda row: True):
     """Return the row once it has this status, and this holds of it."""
-    with anyio.fail_after(10), database.changes.subscribe() as changes:
+    with anyio.fail_after(PATIENCE), database.changes.subscribe() as changes:
         while (row := await read(database, generation)).status != status or not is_so(row):
             await changes.wait(0.1)
         return row
@@ -127,7 +128,7 @@ async def test_no_more_run_at_once_than_there_are_slots(database, make_worker, e
 async def test_a_slot_that_is_free_before_its_audio_is_made_serves_the_next(database, make_worker, engine):
     first, second = await add(database, "first"), await add(database, "second")
     sounding = engine.sounding["first"] = asyncio.Event()
-    async with at_work(make_worker(poll_seconds=10.0)):
+    async with at_work(make_worker(poll_seconds=600.0)):
         await until(database, second, "completed")
         assert (await read(database, first)).status == "processing"
         sounding.set()
@@ -152,10 +153,10 @@ async def test_no_more_than_as_many_again_wait_for_their_audio(database, make_wo
 async def test_a_generation_whose_slot_is_free_can_be_cancelled(database, make_worker, engine):
     generation = await add(database)
     engine.sounding["lofi rain"] = asyncio.Event()
-    worker = make_worker(poll_seconds=10.0)
+    worker = make_worker(poll_seconds=600.0)
     async with at_work(worker):
         await engine.started["lofi rain"].wait()
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             while any(running.has_slot for running in worker._running.values()):
                 await anyio.sleep(0.01)
         async with database.session() as session:
@@ -179,7 +180,7 @@ async def test_an_engine_that_has_come_to_have_fewer_slots_is_given_no_more_and_
     worker = make_worker()
     async with at_work(worker):
         await until(database, rows[3], "completed")
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             while await slots_of(database) != 2:
                 await anyio.sleep(0.01)
         held.set()
@@ -267,7 +268,7 @@ async def test_a_deadline_ends_an_attempt_that_hangs(database, make_worker, engi
 async def test_a_cancelled_generation_stops_and_its_slot_serves_the_next(database, make_worker, engine):
     generation, other = await add(database), await add(database, "other")
     engine.hold("lofi rain")
-    async with at_work(make_worker(heartbeat_seconds=10.0, poll_seconds=10.0)):
+    async with at_work(make_worker(lease_seconds=3600.0, heartbeat_seconds=600.0, poll_seconds=600.0)):
         await engine.started["lofi rain"].wait()
         async with database.session() as session:
             assert await cancel_generation(generation.id, session=session) == "processing"
@@ -321,7 +322,7 @@ async def test_audio_of_a_lost_lease_is_dropped(database, make_worker, output):
 
     worker = make_worker(LoseMeanwhile(output))
     async with at_work(worker):
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             while not output.exists() or list(output.iterdir()) or worker._running:
                 await anyio.sleep(0.01)
     assert (await read(database, generation)).worker_id == "rival"
@@ -334,7 +335,7 @@ async def test_heartbeats_store_progress_and_extend_the_lease(database, make_wor
     async with at_work(make_worker()):
         await engine.started["lofi rain"].wait()
         before = (await read(database, generation)).lease_expires_at
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             while (row := await read(database, generation)).lease_expires_at == before or not row.progress:
                 await anyio.sleep(0.01)
     assert row.lease_expires_at > before
@@ -634,7 +635,7 @@ async def test_a_stop_while_audio_is_stored_never_takes_the_file_of_a_completed_
         await storing.wait()
         worker.stop()
         worker.stop()
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             while not all(running.stopped_for for running in worker._running.values()):
                 await asyncio.sleep(0)
         stored.set()

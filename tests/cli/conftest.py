@@ -15,6 +15,7 @@ import pytest
 from dgx_music.cli import main
 from dgx_music.storage import Database, count_generations
 from tests.factories import add_generation
+from tests.patience import PATIENCE
 
 URL = "sqlite:///data/generations.db"
 
@@ -75,7 +76,7 @@ def spawn() -> Iterator[Spawn]:
     yield start
     for process in processes:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=PATIENCE)
 
 
 @pytest.fixture

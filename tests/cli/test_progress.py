@@ -12,6 +12,7 @@ import pytest
 from dgx_music.cli.progress import MAX_BARS, board, describe
 from dgx_music.storage import Generation
 from tests.cli.conftest import Run, Spawn
+from tests.patience import PATIENCE
 
 
 def generation(number: int = 0, **values: object) -> Generation:
@@ -67,7 +68,7 @@ def test_a_terminal_sees_progress_and_gets_its_cursor_back(spawn: Spawn, tone: C
     command = [sys.executable, "-m", "dgx_music.cli", "enqueue", "lofi rain", "--duration", "1", "--wait"]
     environment = os.environ | {"TERM": "xterm"}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
     os.close(theirs)
     seen = b""
     with suppress(OSError):  # which is how a terminal says that there is no more
@@ -87,7 +88,7 @@ def test_a_ctrl_c_while_waiting_ends_130_and_the_row_stays(run: Run, spawn: Spaw
     generation_id = process.stdout.readline().strip()
 
     process.send_signal(2)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=PATIENCE)
 
     assert (process.returncode, "Traceback" in errors) == (130, False)
     assert run("show", generation_id, "--json").json["status"] == "pending"

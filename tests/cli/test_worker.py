@@ -16,6 +16,7 @@ from dgx_music.errors import ArtifactError
 from dgx_music.storage import Generation
 from tests.cli.conftest import Run, Spawn, add
 from tests.factories import audio_file
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("migrated")
 
@@ -101,7 +102,7 @@ def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn,
     assert "alive" in run("workers").out
 
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(PATIENCE) == 0
     (ended,) = run("workers", "--json").json
     assert (ended["state"], ended["is_alive"], ended["end_reason"]) == ("ended", False, "it was stopped")
 

@@ -8,6 +8,7 @@ from typing import Any
 from dgx_music.errors import GenerationCancelledError
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
 from dgx_music.inference.process import EngineProcess
+from tests.patience import PATIENCE
 
 
 def make_request(**fields: Any) -> GenerationRequest:
@@ -34,7 +35,7 @@ async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:
     """Return the task of a generation that has reported progress: it is running in the child."""
     started = asyncio.Event()
     task = asyncio.create_task(process.generate(make_request(**fields), lambda progress: started.set()))
-    await asyncio.wait_for(started.wait(), 5)
+    await asyncio.wait_for(started.wait(), PATIENCE)
     return task
 
 

@@ -22,6 +22,7 @@ from dgx_music.inference.engine import Audio, Engine, EngineSettings, Generation
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import make_request, make_settings
 from tests.inference.test_process import has_vanished
+from tests.patience import PATIENCE
 
 Generate = Callable[[GenerationRequest, Run], Audio]
 
@@ -441,7 +442,7 @@ def test_a_cancel_is_heard_while_another_model_loads(
 ) -> None:
     go_on = threading.Event()
     parent = connect(wait_for_cancel)
-    parent.make_engine = lambda settings: go_on.wait(20) and ScriptedEngine(silence)
+    parent.make_engine = lambda settings: go_on.wait(PATIENCE) and ScriptedEngine(silence)
     parent.generate()
     parent.receive()
     parent.send(kind="load", model="musicgen-medium", slots=None)
@@ -491,7 +492,7 @@ def test_the_process_ends_with_the_code_of_a_lost_device(script: WriteScript) ->
         parent.generate()
 
         assert parent.receive().header["kind"] == "broken"
-        assert process.wait(5) == child.LOST_THE_DEVICE == 70
+        assert process.wait(PATIENCE) == child.LOST_THE_DEVICE == 70
 
 
 def child_command(connection: socket.socket) -> list[str]:
@@ -510,14 +511,14 @@ def test_the_end_of_the_channel_ends_the_process_in_mid_generation(script: Write
 
         ours.shutdown(socket.SHUT_RDWR)
 
-        assert process.wait(5) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 FOSTER_PARENT = """
 import subprocess, sys, time
 
 subprocess.Popen(sys.argv[2:], pass_fds=(int(sys.argv[1]),))
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -16,6 +16,7 @@ from dgx_music.inference.loop import DecodingLoop
 from dgx_music.inference.slots import Slots
 from tests.inference.factories import QuietRun
 from tests.inference.test_slots import PROMPTS, decode, make_row, make_slots
+from tests.patience import PATIENCE
 
 
 class SignallingRun(QuietRun):
@@ -30,7 +31,7 @@ class SignallingRun(QuietRun):
         super().report_progress(progress)
         self.has_begun.set()
         if self._go_on is not None:
-            assert self._go_on.wait(20)
+            assert self._go_on.wait(PATIENCE)
 
 
 class BrokenRun(QuietRun):
@@ -82,7 +83,7 @@ def test_a_row_joins_in_mid_flight_and_does_not_wait_for_longer_ones(
     go_on = threading.Event()
     long_run, short_run = SignallingRun(go_on), QuietRun()
     long = pool.submit(loop.decode, make_row(frames=70), long_run)
-    assert long_run.has_begun.wait(20)
+    assert long_run.has_begun.wait(PATIENCE)
     short = pool.submit(loop.decode, make_row(frames=4), short_run)
     go_on.set()
     short.result(20)
@@ -100,7 +101,7 @@ def test_a_cancelled_row_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor
     go_on = threading.Event()
     other, cancelled = SignallingRun(go_on), QuietRun(is_cancelled=True)
     healthy = pool.submit(loop.decode, make_row(frames=30, seed=1), other)
-    assert other.has_begun.wait(20)
+    assert other.has_begun.wait(PATIENCE)
     doomed = pool.submit(loop.decode, make_row(frames=30), cancelled)
     go_on.set()
     with pytest.raises(GenerationCancelledError):
@@ -119,7 +120,7 @@ def test_a_row_that_cannot_be_admitted_fails_alone(loop: DecodingLoop, pool: Thr
     go_on = threading.Event()
     other = SignallingRun(go_on)
     healthy = pool.submit(loop.decode, make_row(frames=20, seed=1), other)
-    assert other.has_begun.wait(20)
+    assert other.has_begun.wait(PATIENCE)
     misfit = make_row()
     misfit.text = misfit.text[:, :, :, :, :5]
     doomed = pool.submit(loop.decode, misfit, QuietRun())

@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import anyio
@@ -29,11 +28,12 @@ from dgx_music.inference.process import EngineInfo, EngineProcess, _Slots
 from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import QuietRun, begin, ignore, make_process, make_request
+from tests.patience import PATIENCE
 
-SLOW = {"do": "wait", "seconds": 60}
+SLOW = {"do": "wait", "seconds": 600}
 
 
-def has_vanished(pid: int, within_seconds: float = 2) -> bool:
+def has_vanished(pid: int, within_seconds: float = PATIENCE) -> bool:
     """Return whether the process ends in time, by its pidfd: a zombie counts as ended."""
     try:
         pidfd = os.pidfd_open(pid)
@@ -53,7 +53,7 @@ def pid_of(process: EngineProcess) -> int:
 @pytest.fixture
 def stuck_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every child load for ever."""
-    monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, "import time; time.sleep(60)"))
+    monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, "import time; time.sleep(600)"))
 
 
 def write_impostor(folder: Path, code: str) -> str:
@@ -67,7 +67,7 @@ def write_impostor(folder: Path, code: str) -> str:
 async def begin_start(process: EngineProcess) -> asyncio.Task[EngineInfo]:
     """Return the task of a start whose child is there, and loading."""
     starting = asyncio.create_task(process.start())
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         while process.pid is None:
             await asyncio.sleep(0.001)
     return starting
@@ -316,7 +316,7 @@ async def begin_audio(process: EngineProcess, **fields: object) -> asyncio.Task[
     """Return the task of a generation that has freed its slot."""
     freed = asyncio.Event()
     task = asyncio.create_task(process.generate(make_request(**fields), ignore, freed.set))
-    await asyncio.wait_for(freed.wait(), 5)
+    await asyncio.wait_for(freed.wait(), PATIENCE)
     return task
 
 
@@ -354,7 +354,7 @@ async def test_a_generation_is_cancelled_after_its_slot_is_free_and_gives_it_bac
         task = await begin_audio(process, prompt="long audio")
         await begin(process, prompt="slow")
         task.cancel()
-        await asyncio.wait((task,), timeout=2)
+        await asyncio.wait((task,), timeout=PATIENCE)
         waiting = asyncio.create_task(process.generate(make_request(), ignore))
 
         assert not (await asyncio.wait((waiting,), timeout=0.2))[0]
@@ -387,7 +387,7 @@ async def test_the_slots_let_in_as_they_are_freed_whoever_is_cancelled_meanwhile
     takers[2].cancel()
     slots.free()
     takers[3].cancel()  # at the moment of its turn
-    done, _ = await asyncio.wait(takers, timeout=2)
+    done, _ = await asyncio.wait(takers, timeout=PATIENCE)
     assert [task in done for task in takers] == [True] * 5
     assert [task.cancelled() for task in takers] == [False, False, True, True, False]
 
@@ -403,23 +403,21 @@ async def test_slots_that_have_become_fewer_let_nobody_in_before_as_many_are_fre
         await asyncio.sleep(0)
     assert not waiting.done()
     slots.free()
-    await asyncio.wait_for(waiting, 2)
+    await asyncio.wait_for(waiting, PATIENCE)
 
 
 # cancel
 
 
 @pytest.mark.parametrize("by_scope", [True, False])
-async def test_a_cancel_frees_the_slot_within_a_second(script: WriteScript, by_scope: bool) -> None:
+async def test_a_cancel_frees_the_slot_and_costs_no_child(script: WriteScript, by_scope: bool) -> None:
     script({"prompt": "slow", **SLOW})
     async with make_process(slots=1) as process:
         pid = (await process.start()).pid
-        began_at = time.monotonic()
         await (cancel_by_scope if by_scope else cancel_by_task)(process)
         await process.generate(make_request(), ignore)
 
-        assert time.monotonic() - began_at < 1
-        assert process.pid == pid
+        assert process.pid == pid  # it was heard within the grace, or another would be there
 
 
 async def cancel_by_scope(process: EngineProcess) -> None:
@@ -447,8 +445,8 @@ async def test_a_cancel_leaves_the_other_generation_alone(process: EngineProcess
 
 
 async def test_a_cancel_that_was_heard_has_no_consequences_later(script: WriteScript) -> None:
-    script({"prompt": "slow", **SLOW}, {"do": "wait", "seconds": 0.4})
-    async with make_process(cancel_grace_seconds=0.2) as process:
+    script({"prompt": "slow", **SLOW}, {"do": "wait", "seconds": 2.5})
+    async with make_process(cancel_grace_seconds=2.0) as process:
         pid = (await process.start()).pid
         await cancel_by_task(process)
 
@@ -477,7 +475,7 @@ async def test_a_hang_costs_the_child_and_the_others_are_not_to_blame(script: Wr
         other, hung = await begin(process), await begin(process, prompt="hang")
         hung.cancel()
 
-        await asyncio.wait((hung, other), timeout=2)
+        await asyncio.wait((hung, other), timeout=PATIENCE)
         assert hung.cancelled()
         assert isinstance(other.exception(), EngineReplacedError)
         assert (has_vanished(pid), process.is_alive) == (True, False)
@@ -504,7 +502,7 @@ async def test_a_stopped_child_is_ended_by_a_cancel(script: WriteScript) -> None
         os.kill(pid, signal.SIGSTOP)
         running.cancel()
 
-        await asyncio.wait((running,), timeout=2)
+        await asyncio.wait((running,), timeout=PATIENCE)
         assert running.cancelled()
         assert has_vanished(pid)
 
@@ -589,7 +587,7 @@ async def test_a_generation_cancelled_while_its_child_dies_is_cancelled(
     os.kill(pid_of(process), signal.SIGKILL)
     running.cancel()
 
-    await asyncio.wait((running,), timeout=1)
+    await asyncio.wait((running,), timeout=PATIENCE)
     assert running.cancelled()
 
 
@@ -649,7 +647,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("do", ["wait", "hang"])
 def test_the_child_vanishes_with_its_parent(script: WriteScript, do: str) -> None:
-    script({"do": do, "seconds": 60})
+    script({"do": do, "seconds": 600})
     root = Path(__file__).parents[2]
     with subprocess.Popen([sys.executable, "-c", PARENT], cwd=root, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
@@ -661,7 +659,7 @@ def test_the_child_vanishes_with_its_parent(script: WriteScript, do: str) -> Non
 
 
 async def test_a_child_that_closes_its_channel_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import os, sys, time; os.close(int(sys.argv[4])); time.sleep(60)"
+    code = "import os, sys, time; os.close(int(sys.argv[4])); time.sleep(600)"
     monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, code))
     monkeypatch.setattr(process_module, "_LAST_WORDS_SECONDS", 0.1)
 
@@ -673,8 +671,8 @@ async def test_a_child_that_closes_its_channel_is_ended(tmp_path: Path, monkeypa
 async def test_what_the_engine_started_dies_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fifo = tmp_path / "pid"
     os.mkfifo(fifo)
-    code = f"import subprocess, time; print(subprocess.Popen(['sleep', '60']).pid, file=open({str(fifo)!r}, 'w'))"
-    monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, f"{code}; time.sleep(60)"))
+    code = f"import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, file=open({str(fifo)!r}, 'w'))"
+    monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, f"{code}; time.sleep(600)"))
     async with make_process() as process:
         starting = await begin_start(process)
         helper_pid = int(await asyncio.to_thread(fifo.read_text))

@@ -16,6 +16,7 @@ from dgx_music.errors import EngineError, EngineReplacedError, GenerationCancell
 from dgx_music.inference.loop import DecodingLoop
 from dgx_music.inference.trouble import has_lost_the_device
 from tests.inference.factories import QuietRun
+from tests.patience import PATIENCE
 
 STRIDE = 4
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAdvice for programmers.")
@@ -92,7 +93,7 @@ class HeldRun(QuietRun):
     def report_progress(self, progress: float) -> None:
         super().report_progress(progress)
         self.has_begun.set()
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(PATIENCE)
 
 
 Decode = Callable[..., "Future[Tensor]"]
@@ -119,7 +120,7 @@ def endless(decode: Decode) -> Endless:
     def hold(loop: DecodingLoop) -> Iterator[HeldRun]:
         run = HeldRun(threading.Event())
         call = decode(loop, run, step_count=10**9)
-        assert run.has_begun.wait(20)
+        assert run.has_begun.wait(PATIENCE)
         try:
             yield run
         finally:
@@ -139,7 +140,7 @@ def step_together(loop: DecodingLoop, decode: Decode, count: int) -> list[Future
     go_on = threading.Event()
     first = HeldRun(go_on)
     calls = [decode(loop, first, step_count=40)]
-    assert first.has_begun.wait(20)
+    assert first.has_begun.wait(PATIENCE)
     calls += [decode_next(loop, decode) for _ in range(count - 1)]
     go_on.set()
     return calls

@@ -88,9 +88,9 @@ def test_speed_is_audio_seconds_per_wall_second() -> None:
     run = QuietRun()
     began_at = time.monotonic()
 
-    ToneEngine(1, 10, None).generate(make_request(duration=1), run)
+    ToneEngine(1, 100, None).generate(make_request(duration=10), run)
 
-    assert 0.1 <= time.monotonic() - began_at < 1
+    assert 0.1 <= time.monotonic() - began_at < 10
     assert len(run.progress) > 1
     assert run.progress == sorted(run.progress)
 

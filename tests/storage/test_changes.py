@@ -11,8 +11,9 @@ import pytest
 from dgx_music.storage import changes as changes_module
 from dgx_music.storage.changes import Changes
 from tests.factories import Program
+from tests.patience import PATIENCE
 
-LONG = 60.0
+LONG = 600.0
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def _no_thread_of_an_earlier_test():
 
 async def quiet(subscription):
     """Take in the wake-up with which the watching begins."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         await subscription.wait(LONG)
 
 
@@ -60,7 +61,7 @@ async def test_a_commit_by_another_connection_wakes_a_subscriber(path):
         await quiet(subscription)
         await asyncio.to_thread(commit, path)
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             await subscription.wait(LONG)
 
 
@@ -70,7 +71,7 @@ async def test_a_commit_by_another_process_wakes_a_subscriber(database_url, data
         await quiet(subscription)
         program.begin()
 
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             await subscription.wait(LONG)
     assert len(await program.rest()) == 1
 
@@ -81,7 +82,7 @@ async def test_a_change_before_the_wait_is_not_missed(path):
         subscription.wake()
         await asyncio.sleep(0)
 
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             await subscription.wait(LONG)
 
 
@@ -133,7 +134,7 @@ async def test_an_error_in_the_block_ends_the_subscription(path):
 async def test_without_a_file_nobody_is_woken_and_no_thread_runs():
     with Changes(None).subscribe() as subscription:
         assert threads() == []
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             await subscription.wait(0.01)
 
 
@@ -162,7 +163,7 @@ async def test_a_subscriber_whose_event_loop_has_closed_is_forgotten(path):
     changes = Changes(path)
     left = await asyncio.to_thread(leave_open, changes)
     (thread,) = threads()
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         while changes._subscriptions:
             await asyncio.to_thread(commit, path)
     with changes.subscribe() as subscription:

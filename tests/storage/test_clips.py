@@ -14,6 +14,7 @@ from dgx_music.storage.clips import UNUSED_SECONDS, keep_clips, prune_clips, rea
 from dgx_music.storage.models import Clip
 from dgx_music.storage.schema import now_plus
 from tests.factories import POSTGRES, add_generation, on, read_all
+from tests.patience import PATIENCE
 
 A, B, C = (letter * 64 for letter in "abc")
 
@@ -113,7 +114,7 @@ async def test_a_clip_that_is_in_use_again_is_not_pruned_and_nobody_waits(databa
     await age(database, 1e6, A)
     async with database.session() as producer:
         await keep_clips(producer, {A: (A.encode(), 1.5)})
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             assert await prune(database) == 0
         await add_generation(producer, continuation_sha256=A)
 
@@ -126,7 +127,7 @@ async def test_open_transactions_with_the_same_clips_neither_wait_nor_deadlock(d
     await keep(database, A, B)
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(database.session()) for _ in range(2)]
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             for session, order in zip(sessions, ([A, B], [B, A]), strict=True):
                 for sha256 in order:
                     await keep_clips(session, {sha256: (b"", 1.5)})

@@ -26,6 +26,7 @@ from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import VERSION_TABLE
 from dgx_music.storage.sessions import finish
 from tests.factories import add_generation, back_date, claim_up_to, completion_of, read_all
+from tests.patience import PATIENCE
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
 
@@ -140,7 +141,7 @@ async def test_a_row_can_be_read_after_its_session(database):
 
 
 async def test_a_reading_session_does_not_wait_for_a_writer(database):
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         async with database.session() as writer:
             await create_generation(writer, *WISH)
             assert await count(database) == 0
@@ -443,7 +444,7 @@ async def test_a_session_whose_call_is_cancelled_leaves_no_lock(database, name):
         async with database.session() as session:
             await SESSION_CALLS[name](session)
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE):
         for number in range(50):
             await by_task_cancel(call(), random.Random(number))
     await assert_no_lock_is_left(database)
@@ -487,7 +488,7 @@ async def test_400_calls_cancelled_at_random_leave_no_lock_and_lose_nothing(call
 async def assert_no_lock_is_left(database):
     assert connections_in_use(database) == 0
     other = Database(database.url.render_as_string(hide_password=False))
-    with anyio.fail_after(2):
+    with anyio.fail_after(PATIENCE):
         for each in (database, other):
             async with each.session() as session:
                 await create_generation(session, *WISH)

@@ -11,6 +11,7 @@ from dgx_music.enqueue import enqueue, enqueue_many
 from dgx_music.storage import queue
 from dgx_music.storage.queue import Lease
 from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_up_to, completion_of, on, read
+from tests.patience import PATIENCE
 
 pytestmark = on(*POSTGRES)
 
@@ -30,7 +31,7 @@ async def test_a_renewal_passes_over_a_row_that_a_caller_has_locked_and_still_ho
             await back_date(session, lease.generation_id, lease_expires_at=-1)
     async with database.session() as caller, database.session() as session:
         await queue.cancel(caller, three[1].generation_id)
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             renewed = await queue.renew(session, dict.fromkeys(three, 0.5), lease_seconds=30)
     assert renewed == dict.fromkeys(three, False)
     progress = [(await read(database, lease.generation_id)).progress for lease in three]
@@ -50,11 +51,11 @@ async def test_completions_go_on_without_the_one_that_a_caller_has_locked(databa
     async with database.session() as caller:
         await queue.cancel(caller, three[1].generation_id)
         writing = [asyncio.create_task(completions.write(completion_of(lease))) for lease in three]
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             assert await asyncio.gather(writing[0], writing[2]) == [True, True]
         assert not writing[1].done()
         await caller.rollback()
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             assert await writing[1] is True
 
 
@@ -63,7 +64,7 @@ async def test_a_completion_whose_row_is_cancelled_meanwhile_is_refused_in_the_e
         await queue.cancel(caller, three[1].generation_id)
         writing = asyncio.create_task(Completions(database).write(completion_of(three[1])))
         await asyncio.sleep(0.1)
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         assert await writing is False
 
 
@@ -74,7 +75,7 @@ async def test_a_claim_passes_over_a_row_that_a_caller_has_locked(database, tena
         await back_date(session, rows[0].id, run_at=100)
     async with database.session() as caller, database.session() as session:
         await queue.cancel(caller, rows[0].id)
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             claims = await claim_up_to(session, 2, tenant_limit=tenant_limit)
     assert {claimed.lease.generation_id for claimed in claims} == {rows[1].id, rows[2].id}
 

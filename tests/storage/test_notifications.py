@@ -17,6 +17,7 @@ from dgx_music.storage.database import Database
 from dgx_music.worker import Worker
 from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_one, completion_of, on, read, start_one
 from tests.fakes import FakeEngine
+from tests.patience import PATIENCE
 from tests.proxy import Proxy
 
 pytestmark = on(*POSTGRES)
@@ -28,7 +29,7 @@ LONG = 600.0
 async def listening(database, topic=None, keys=()):
     """Give a subscription; the first one only once it has heard that the connection listens."""
     is_first = not database.changes._subscriptions
-    with anyio.fail_after(20), database.changes.subscribe(topic, keys) as subscription:
+    with anyio.fail_after(PATIENCE), database.changes.subscribe(topic, keys) as subscription:
         if is_first:
             await subscription.wait(LONG)
         yield subscription
@@ -201,7 +202,7 @@ async def test_the_connection_ends_with_the_last_who_waits(postgres, database):
     name = database.url.database
     async with listening(database), listening(database):
         assert len(postgres.backend_pids(name)) == 1
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         await until(lambda: not postgres.backend_pids(name))
 
 
@@ -288,7 +289,7 @@ async def test_behind_a_pooler_a_waiter_asks_now_and_then(pooled, monkeypatch):
     await asyncio.sleep(0)
     await cancel_generation(generation.id)
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         assert (await waiting).status == "cancelled"
 
 

@@ -36,6 +36,7 @@ from tests.factories import (
     start_one,
     with_driver,
 )
+from tests.patience import PATIENCE
 from tests.proxy import Proxy
 
 WISH = ("lofi rain", MODEL, 8.0, 32_000, 1)
@@ -56,7 +57,7 @@ async def add_many(database, count, **overrides):
 
 async def test_two_claimers_never_wait_for_each_other(database):
     ids = await add_many(database, 6)
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         async with database.session() as first, database.session() as second:
             claims = [await claim_up_to(session, 3) for session in (first, second)]
 
@@ -67,7 +68,7 @@ async def test_two_rescuers_never_wait_for_each_other(database):
     for generation_id in await add_many(database, 4, worker_id="dead"):
         async with database.session() as session:
             await back_date(session, generation_id, lease_expires_at=1)
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         async with database.session() as first, database.session() as second:
             rescued = [await queue.rescue(session, limit=2) for session in (first, second)]
 
@@ -78,7 +79,7 @@ async def test_two_rescuers_never_wait_for_each_other(database):
 async def test_a_claim_does_not_wait_for_who_only_refers_to_the_row(database):
     """An attempt that is being added holds a KEY SHARE lock on its generation."""
     await add_many(database, 1)
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         async with database.session() as reader, database.session() as claimer:
             await reader.execute(text("SELECT 1 FROM generations FOR KEY SHARE"))
             assert len(await claim_up_to(claimer, 1)) == 1
@@ -136,7 +137,7 @@ async def test_who_is_a_deadlocks_victim_is_done_again(database):
 
         return work
 
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE):
         await asyncio.gather(database.transact(lock_in_order(*ids)), database.transact(lock_in_order(*ids[::-1])))
 
     assert len(tries) == 3
@@ -183,7 +184,7 @@ async def enqueue_in(database, **options):
 async def until_blocked(database, count=1):
     """Return once so many statements wait for a lock."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         while (await read_all(database, text(query)))[0] < count:
             await anyio.sleep(0.01)
 
@@ -379,7 +380,7 @@ async def test_a_workers_heartbeat_touches_no_index(postgres, database):
 
 
 async def counted(postgres, database, table, *, at_least):
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         while sum(updates := updates_of(postgres, database, table)) < at_least:
             await anyio.sleep(0.02)
         return updates
@@ -442,7 +443,7 @@ async def distant(database_url, proxy):
     """The database by way of the proxy, given up quickly."""
     database = Database(proxy.url(database_url), limits=QUICK)
     yield database
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE):
         await database.dispose()
 
 
@@ -452,7 +453,7 @@ async def add_one(session):
 
 async def works(database):
     """Return True where a transaction goes through, at its first try."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         return (await database.transact(add_one)).is_pending
 
 
@@ -552,7 +553,7 @@ async def test_a_black_hole_does_not_keep_a_caller_with_an_error_of_his_own(dist
 
 async def until_answered(database, work):
     """Say it again and again, as a worker does: a row stays locked until the server takes its client for dead."""
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE):
         while True:
             with suppress(DatabaseUnavailableError):
                 return await database.transact(work)
@@ -567,7 +568,7 @@ async def test_a_completion_whose_commit_was_not_answered_is_said_again(database
         await distant.transact(lambda session: queue.complete(session, [completion_of(lease, file_path="first.wav")]))
     await loss.wait()
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(PATIENCE):
         assert await Completions(distant).write(completion_of(lease, file_path="again.wav"))
     assert (await read(database, lease.generation_id)).file_path == ("first.wav" if is_done else "again.wav")
 
@@ -600,7 +601,7 @@ async def until_ended(database):
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
     other = Database(str(database.url))
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         while (await read_all(other, others))[0]:
             await anyio.sleep(0.02)
     await other.dispose()

@@ -19,6 +19,7 @@ from dgx_music.storage import (
 from dgx_music.storage.models import Generation, Prompt
 from dgx_music.storage.repository import count_overlooked_prompts, count_prompt_uses
 from tests.factories import MODEL, POSTGRES, on, read, read_all
+from tests.patience import PATIENCE
 
 
 async def uses(database):
@@ -74,7 +75,7 @@ PROMPTS = [f"prompt {number}" for number in range(40)]
 @pytest.mark.parametrize("order", [1, -1])
 async def test_open_transactions_with_the_same_prompts_neither_wait_nor_deadlock(database, order):
     async with AsyncExitStack() as stack:
-        with anyio.fail_after(20):
+        with anyio.fail_after(PATIENCE):
             sessions = [await stack.enter_async_context(database.session()) for _ in range(3)]
             for start in (0, 20):
                 for number, session in enumerate(sessions):
@@ -128,7 +129,7 @@ async def test_what_cannot_be_counted_yet_is_left_for_the_next_time(database):
         await session.execute(update(Generation).values(prompt_id=None))
     async with database.session() as counting:
         await count_prompt_uses(counting, ["rain"])
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             assert await database.transact(count_overlooked_prompts) == 0
 
     assert await database.transact(count_overlooked_prompts) == 1

@@ -19,6 +19,7 @@ from dgx_music.storage.database import Database
 from dgx_music.storage.models import Base, Generation
 from dgx_music.storage.schema import VERSION_TABLE
 from tests.factories import Program, add_generation, claim_up_to, read_all
+from tests.patience import PATIENCE
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
 
@@ -119,7 +120,7 @@ async def test_a_switch_to_wal_waits_until_nobody_else_is_in_the_file(tmp_path, 
     assert not looking.done()
     read_in_old_mode.execute("COMMIT")
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         assert await looking is None
     await old.dispose()
 
@@ -464,7 +465,7 @@ async def test_a_writer_waits_for_another_process_to_finish(database, path):
     raw.execute("COMMIT")
     raw.close()
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         assert (await adding).is_pending
 
 

@@ -27,6 +27,7 @@ from dgx_music.storage import (
 from dgx_music.storage.models import Generation, Prompt, Tally
 from dgx_music.storage.schema import FINISHED, GenerationStatus, now_plus
 from tests.factories import MODEL, POSTGRES, add_generation, claim_up_to, completion_of, on, read_all
+from tests.patience import PATIENCE
 
 
 async def assert_counts_are_true(database):
@@ -195,7 +196,7 @@ async def test_tallies_are_summed_up_where_they_are_many(database):
 @on(*POSTGRES)
 async def test_two_who_sum_up_never_wait_for_each_other(database, few):
     await add_tallies(database, 20)
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         async with database.session() as first, database.session() as second:
             summed = [await repository.compact_tallies(session) for session in (first, second)]
 

@@ -17,6 +17,7 @@ from dgx_music.storage.database import Database
 from dgx_music.storage.postgres import Limits
 from dgx_music.storage.urls import is_pooled_by_transaction, normalise_url, server_address
 from tests.factories import POSTGRES
+from tests.patience import PATIENCE
 from tests.postgres import OwnServer
 from tests.proxy import Proxy
 
@@ -251,14 +252,17 @@ def silent():
 async def test_of_several_hosts_one_that_is_silent_is_passed_over_in_time(server, silent, driver, wanted):
     hosts = f"{silent},127.0.0.1:{server.port}"
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         url = f"postgresql+{driver}://postgres@{hosts}/music?target_session_attrs={wanted}"
         assert await ask(url, connect_seconds=1) == 1
 
 
 @pytest.mark.parametrize("driver", POSTGRES)
 async def test_of_several_hosts_that_are_all_silent_each_has_its_time_and_no_more(silent, driver):
-    with anyio.fail_after(8), pytest.raises(DatabaseUnavailableError, match=r"no connection in 1 s|timeout expired"):
+    with (
+        anyio.fail_after(PATIENCE),
+        pytest.raises(DatabaseUnavailableError, match=r"no connection in 1 s|timeout expired"),
+    ):
         await ask(f"postgresql+{driver}://postgres@{silent},{silent}/music", connect_seconds=1)
 
 

@@ -1,0 +1,158 @@
+"""A worker in a process of its own that is killed, by a real SIGKILL, at a named point of a generation's life.
+
+The points are set from outside: the product's functions and the system's calls are wrapped in that process alone. A point is
+``statement 2`` of a step, before it is sent; ``the commit``, before or after it; or a moment in the life of a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import anyio
+from sqlalchemy import event
+
+from dgx_music import artifacts, worker
+from dgx_music.config import Settings, load_settings
+from dgx_music.errors import EngineError, EngineReplacedError
+from dgx_music.storage import queue, sessions
+from dgx_music.storage.database import Database
+from tests.fakes import FakeEngine
+
+PROMPT = "lofi rain"
+STEPS = ("claim", "complete", "fail", "release", "rescue", "renew")
+_SECONDS = 60.0
+
+_point = ""
+_step: ContextVar[list[str] | None] = ContextVar("step", default=None)
+"""The step whose statements are being sent, and how many times it was sent one."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([__name__])  # each process is a fork of one that has everything imported
+
+
+async def die_at(point: str, url: str, folder: Path) -> int | None:
+    """Run a worker that is to die at this point, and return how its process ended: ``-SIGKILL`` where it got there."""
+    process = _context.Process(target=_live, args=(point, url, folder), daemon=True)
+    process.start()
+    await anyio.to_thread.run_sync(process.join, _SECONDS)
+    process.kill()
+    return process.exitcode
+
+
+def make_worker(database: Database, folder: Path) -> worker.Worker:
+    """Return a worker with an imitated engine, which at the first attempt does what leads to the step of the point."""
+    engine = FakeEngine()
+    step = _point.split(":")[0]
+    if step in _TROUBLES:
+        engine.script[PROMPT] = [_TROUBLES[step]]
+    return worker.Worker(database, engine, artifacts.LocalArtifacts(folder), settings())
+
+
+def settings() -> Settings:
+    chosen = load_settings(lease_seconds=30.0, heartbeat_seconds=0.05, poll_seconds=0.1, loudness="none")
+    return chosen.model_copy(update={"backoff_base_seconds": 0.01})
+
+
+_TROUBLES: dict[str, Any] = {
+    "fail": EngineError("bad luck"),
+    "release": EngineReplacedError("not its fault"),
+    "renew": asyncio.Event(),  # never set
+}
+
+
+def _live(point: str, url: str, folder: Path) -> None:
+    global _point
+    _point = point
+    for step in STEPS:
+        setattr(queue, step, _watched(step, getattr(queue, step)))
+    sessions.Session.commit = _watched_commit(sessions.Session.commit)  # type: ignore[method-assign]
+    FakeEngine.generate = _watched_call("infer", FakeEngine.generate)  # type: ignore[method-assign]
+    artifacts.LocalArtifacts.publish = _watched_call("store", artifacts.LocalArtifacts.publish)  # type: ignore[method-assign]
+    artifacts.LocalArtifacts.delete = _watched_call("delete", artifacts.LocalArtifacts.delete)  # type: ignore[method-assign]
+    os.write, os.fsync, os.link = _half_a_write(os.write), _watched_flush(os.fsync), _watched_link(os.link)
+    asyncio.run(_serve(url, folder))
+
+
+async def _serve(url: str, folder: Path) -> None:
+    database = Database(url)
+    for engine in database.engines:
+        event.listen(engine.sync_engine, "before_cursor_execute", _note_statement)
+    await make_worker(database, folder).run()
+
+
+def _reach(point: str) -> None:
+    if point == _point:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _note_statement(*_arguments: Any) -> None:
+    if (sent := _step.get()) is not None:
+        sent.append("statement")
+        _reach(f"{sent[0]}: before statement {len(sent) - 1}")
+
+
+def _watched(step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(session: Any, *arguments: Any, **options: Any) -> Any:
+        token = _step.set([step])
+        try:
+            answer = await function(session, *arguments, **options)
+        finally:
+            _step.reset(token)
+        if answer:  # it has changed something
+            session.info["step"] = step
+            _reach(f"{step}: before the commit")
+        return answer
+
+    return call
+
+
+def _watched_commit(commit: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(session: Any) -> None:
+        await commit(session)
+        _reach(f"{session.info.get('step')}: after the commit")
+
+    return call
+
+
+def _watched_call(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(*arguments: Any, **options: Any) -> Any:
+        _reach(f"{name}: before")
+        answer = await function(*arguments, **options)
+        _reach(f"{name}: after")
+        return answer
+
+    return call
+
+
+def _half_a_write(write: Callable[..., int]) -> Callable[..., int]:
+    def call(descriptor: int, data: Any) -> int:
+        if _point == "store: in the middle of the write" and len(data) > 1_000:  # the event loop writes bytes to itself
+            write(descriptor, data[: len(data) // 2])
+            _reach(_point)
+        return write(descriptor, data)
+
+    return call
+
+
+def _watched_flush(flush: Callable[[int], None]) -> Callable[[int], None]:
+    def call(descriptor: int) -> None:
+        _reach("store: before the flush")
+        flush(descriptor)
+        _reach("store: after the flush")
+
+    return call
+
+
+def _watched_link(link: Callable[..., None]) -> Callable[..., None]:
+    def call(*arguments: Any, **options: Any) -> None:
+        link(*arguments, **options)
+        _reach("store: after the link")
+
+    return call

@@ -1,0 +1,41 @@
+"""What the fences keep out that no worker does by itself: a lease that was made up, an attempt that was ended by hand."""
+
+import pytest
+from sqlalchemy import select, update
+
+from dgx_music.storage import Attempt, queue
+from dgx_music.storage.queue import Lease
+from dgx_music.storage.schema import now
+from tests.factories import add_generation, completion_of, read_all, start_one
+
+
+async def test_a_completion_never_takes_a_row_that_somebody_works_on_by_hand(database):
+    async with database.session() as session:
+        row = await add_generation(session, status="processing", attempt=1)
+        lease = Lease(row.id, 1)
+
+        assert await queue.complete(session, [completion_of(lease)]) == set()
+        assert await queue.find_completable(session, [lease]) == set()
+
+
+async def fail(session, lease):
+    await queue.fail(session, lease, "late", retry_in_seconds=0)
+
+
+async def release(session, lease):
+    await queue.release(session, [lease])
+
+
+async def complete(session, lease):
+    await queue.complete(session, [completion_of(lease)])
+
+
+@pytest.mark.parametrize("end", [fail, release, complete])
+async def test_an_attempt_that_has_its_end_keeps_it(database, end):
+    lease = await start_one(database)
+    async with database.session() as session:
+        await session.execute(update(Attempt).values(outcome="lost", finished_at=now(), error_message="by hand"))
+        await end(session, lease)
+
+    [attempt] = await read_all(database, select(Attempt))
+    assert (attempt.outcome, attempt.error_message) == ("lost", "by hand")
