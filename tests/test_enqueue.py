@@ -256,7 +256,7 @@ async def test_numbers_that_are_not_pythons_are_refused_where_they_are_not_exact
 
 
 @on(SQLITE)
-@pytest.mark.parametrize("session", ["x", 7, True, object(), Session(), AsyncSession], ids=str)
+@pytest.mark.parametrize("session", ["x", 7, True, object(), Session(), AsyncSession], ids=lambda session: type(session).__name__)
 async def test_what_is_no_session_is_refused(database, session):
     calls = (cancel_generation, retry_generation, queue_position, estimate_generation, enqueue)
     for call in (*calls, lambda prompt, session: enqueue_many([prompt], session=session)):
