@@ -318,6 +318,33 @@ async def test_a_cancellation_is_let_through_even_where_the_work_fails():
     assert caught.value.__cause__ is work.error
 
 
+def test_work_is_finished_before_its_event_loop_ends():
+    work = Work()
+
+    async def leave_it():
+        left.append(asyncio.create_task(finish(work.run())))
+        await work.started.wait()
+        asyncio.get_running_loop().call_later(0.01, work.released.set)
+
+    left = []
+    with asyncio.Runner() as runner:
+        runner.run(leave_it())
+
+    assert work.is_done
+
+
+async def test_a_timeout_inside_the_work_ends_it():
+    with pytest.raises(TimeoutError):
+        await finish(asyncio.wait_for(Work().run(), 0.001))
+    with pytest.raises(TimeoutError):
+        await finish(time_out())
+
+
+async def time_out():
+    async with asyncio.timeout(0.001):
+        await Work().run()
+
+
 async def test_work_that_cancels_itself_is_cancelled():
     async def give_up():
         raise asyncio.CancelledError

@@ -286,6 +286,7 @@ async def test_who_waits_behind_one_that_waits_for_another_process_is_told_so(mo
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("BEGIN IMMEDIATE")
         first = asyncio.create_task(add_one(database))
+        await asyncio.wait([first], timeout=0.1)
         with pytest.raises(
             DatabaseUnavailableError, match="another process has it locked, and others of this one wait"
         ):

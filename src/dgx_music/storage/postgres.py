@@ -353,8 +353,9 @@ async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
     )
     connection.command_seconds = None if is_patient else limits.command_seconds
     if settings:
+        await connection.set_autocommit(True)  # spares it a BEGIN and a COMMIT
         await connection.execute(SET_UP)
-        await connection.commit()
+        await connection.set_autocommit(False)
     return connection
 
 

@@ -25,12 +25,12 @@ class NoAnswerError(Exception):
         super().__init__(why)
 
 
-class _Uncancellable(asyncio.Task[T]):
-    """A task that an event loop waits for at its end: ``asyncio.run`` cancels every task there is."""
+class _Finishing(asyncio.Task[T]):
+    """A task that goes on when its event loop ends: ``asyncio.run`` cancels every task there is, and then waits for them."""
 
     def cancel(self, msg: Any = None) -> bool:
-        """Return False: it goes on."""
-        return False
+        """Be cancelled by what happens inside, as timeouts do it, and not from outside of the event loop."""
+        return self.get_loop().is_running() and super().cancel(msg)
 
 
 def check_session(session: object) -> None:
@@ -50,7 +50,7 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     """
     if _is_finishing.get():
         return await work
-    task = _Uncancellable(_finishing(work), loop=asyncio.get_running_loop())
+    task = _Finishing(_finishing(work), loop=asyncio.get_running_loop())
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():
