@@ -45,15 +45,20 @@ async def test_an_attempt_that_has_its_end_keeps_it(database, end):
 
 @on(*POSTGRES)
 async def test_a_claim_counts_what_another_has_just_taken_of_a_tenant(database):
-    async with database.session() as session:
-        for _ in range(2):
-            await add_generation(session, tenant="a")
+    """The one it could take instead is more urgent than the one that is taken, and came after that."""
+    await add_of_tenant(database)
 
     async def claim_too():
         return await database.transact(lambda session: claim_up_to(session, 1, "other", tenant_limit=1))
 
     async with database.session() as first:
         assert len(await claim_up_to(first, 1, tenant_limit=1)) == 1
+        await add_of_tenant(database, priority=5)
         second = asyncio.create_task(claim_too())
         await asyncio.wait([second], timeout=0.3)
     assert await second == []
+
+
+async def add_of_tenant(database, **options):
+    async with database.session() as session:
+        await add_generation(session, tenant="a", **options)
