@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from dgx_music import cancel_generation, enqueue, enqueue_many, watch_generation
+from dgx_music.errors import IdempotencyConflictError
 from tests.factories import MODEL, POSTGRES, claim_one
 from tests.patience import PATIENCE
 
@@ -31,3 +32,10 @@ async def test_batches_with_the_same_keys_in_another_order_wait_and_do_not_deadl
         await asyncio.wait([second], timeout=0.5)
         await enqueue("rain", session=first, model=MODEL, idempotency_key="b")
     assert [row.idempotency_key for row in await second] == ["b", "a"]
+
+
+async def test_another_tenant_is_another_request(default_database):
+    made = await enqueue("rain", model=MODEL, tenant="a", idempotency_key="k")
+    assert made.tenant == "a"
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue("rain", model=MODEL, tenant="b", idempotency_key="k")
