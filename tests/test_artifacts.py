@@ -341,6 +341,16 @@ async def test_file_and_folders_are_flushed_before_publish_returns(local, root, 
     assert flushed == [root.parent.parent, root.parent, root / "song-1.wav.part", root]
 
 
+async def test_a_deletion_is_flushed_before_delete_returns(local, root, monkeypatch):
+    await local.publish("song", 1, "wav", DATA)
+    flushed, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(Path(f"/proc/self/fd/{fd}").readlink()), real(fd)))
+
+    await local.delete("song", [1])
+
+    assert flushed == [root]
+
+
 # Failures
 
 

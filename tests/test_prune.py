@@ -13,12 +13,14 @@ from dgx_music import prune as pruning
 from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts, StoredFile
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError
-from dgx_music.prune import ORPHAN_SECONDS, prune, prune_orphans
+from dgx_music.prune import prune, prune_orphans
 from dgx_music.storage import Database, count_generations, delete_generation, queue
 from dgx_music.storage.schema import FINISHED
 from dgx_music.worker import Worker
 from tests.factories import MODEL, add_generation, back_date, claim_one, completion_of, read, start_one
 from tests.fakes import FakeEngine
+
+HOUR = 3_600.0
 
 
 async def add_finished(database: Database, status: str, seconds_ago: float = 0, **values: Any) -> str:
@@ -136,8 +138,8 @@ async def with_a_known_file(database: Database) -> tuple[MemoryArtifacts, str]:
 
 async def test_a_file_without_a_generation_goes_once_it_is_old(database: Database) -> None:
     artifacts, known = await with_a_known_file(database)
-    await publish(artifacts, str(uuid4()), 3, ORPHAN_SECONDS + 60)
-    young = await publish(artifacts, str(uuid4()), 3, ORPHAN_SECONDS - 60)
+    await publish(artifacts, str(uuid4()), 3, 25 * HOUR)
+    young = await publish(artifacts, str(uuid4()), 3, 23 * HOUR)
 
     assert await prune_orphans(database, artifacts) == 1
     assert set(artifacts.files) == {known, young}
