@@ -737,7 +737,7 @@ async def test_a_change_that_nobody_watches_for_is_not_yielded(database):
 
 
 async def test_watching_goes_on_without_a_hint_by_its_slow_poll(database, monkeypatch):
-    monkeypatch.setattr(database, "changes", Changes(None))
+    monkeypatch.setattr(database._connections.here(), "changes", Changes(None))
     monkeypatch.setattr(enqueueing, "_POLL_SECONDS", 0.01)
     generation = await enqueue("lofi rain")
     waiting = asyncio.create_task(wait_for_generation(generation.id))

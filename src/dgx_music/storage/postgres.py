@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -308,7 +308,7 @@ async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
                 **({"statement_cache_size": 0} if pooled else {}),
             )
             if not pooled:
-                await connection.execute(SET_UP)
+                await _or_hang_up(connection.execute(SET_UP), connection.terminate)
             return connection
         except not_this_one:  # a TimeoutError is an OSError
             if host is last:
@@ -353,10 +353,23 @@ async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
     )
     connection.command_seconds = None if is_patient else limits.command_seconds
     if settings:
-        await connection.set_autocommit(True)  # spares it a BEGIN and a COMMIT
-        await connection.execute(SET_UP)
-        await connection.set_autocommit(False)
+        await _or_hang_up(_set_up_psycopg(connection), connection.pgconn.finish)
     return connection
+
+
+async def _set_up_psycopg(connection: Any) -> None:
+    await connection.set_autocommit(True)  # spares it a BEGIN and a COMMIT
+    await connection.execute(SET_UP)
+    await connection.set_autocommit(False)
+
+
+async def _or_hang_up(set_up: Awaitable[Any], hang_up: Callable[[], Any]) -> None:
+    """Wait for a new connection's setting up; hang up where it fails or is cancelled, since nobody has the connection yet."""
+    try:
+        await set_up
+    except BaseException:
+        hang_up()
+        raise
 
 
 def _server_settings(url: URL, limits: Limits, is_patient: bool) -> dict[str, str]:
