@@ -256,7 +256,9 @@ async def test_numbers_that_are_not_pythons_are_refused_where_they_are_not_exact
 
 
 @on(SQLITE)
-@pytest.mark.parametrize("session", ["x", 7, True, object(), Session(), AsyncSession], ids=lambda session: type(session).__name__)
+@pytest.mark.parametrize(
+    "session", ["x", 7, True, object(), Session(), AsyncSession], ids=lambda session: type(session).__name__
+)
 async def test_what_is_no_session_is_refused(database, session):
     calls = (cancel_generation, retry_generation, queue_position, estimate_generation, enqueue)
     for call in (*calls, lambda prompt, session: enqueue_many([prompt], session=session)):
@@ -810,13 +812,6 @@ def test_every_refusal_is_one_family_of_errors():
 async def test_the_synchronous_helper_is_refused_inside_an_event_loop():
     with pytest.raises(RuntimeError, match="await enqueue"):
         enqueue_sync("lofi rain")
-
-
-@pytest.mark.parametrize("requests", ["abc", {"prompt": "a"}])
-async def test_a_single_request_is_no_batch(default_database, requests):
-    with pytest.raises(InvalidRequestError, match="single one"):
-        await enqueue_many(requests)
-    assert await read_all(default_database, select(Generation)) == []
 
 
 async def test_the_key_that_completion_writes_is_refused_in_metadata(default_database):

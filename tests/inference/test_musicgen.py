@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -417,8 +418,11 @@ def test_auto_takes_the_gpu_where_there_is_one(has_gpu: bool, device: str, monke
 
 @pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_is_16_bit_on_a_gpu(has_bfloat16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: has_bfloat16)
-    assert musicgen._choose_dtype("auto", torch.device("cuda")) is dtype
+    assert musicgen._choose_dtype("auto", torch.device("cuda:1")) is dtype
+    assert asked == [torch.device("cuda:1")]  # the GPU that is meant, and not the current one
 
 
 @pytest.mark.parametrize(
