@@ -391,20 +391,20 @@ async def test_a_long_outage_gives_the_generation_back_and_ends_the_worker(datab
 
 
 @pytest.mark.parametrize(
-    ("url", "verdict", "detail"),
+    ("url", "subject", "verdict", "detail"),
     [
-        (None, "ok", "can be written"),
-        ("s3://nowhere/audio", "failed", "there is no such bucket"),
-        ("az://box/audio", "failed", "cannot be opened"),
+        (None, "output", "ok", "can be written"),
+        ("s3://nowhere/audio", "output", "failed", "there is no such bucket"),
+        ("az://box/audio", "settings", "failed", "cannot be opened"),
     ],
 )
-def test_doctor_looks_at_an_object_store(s3, tmp_path, monkeypatch, url, verdict, detail):
+def test_doctor_looks_at_an_object_store(s3, tmp_path, monkeypatch, url, subject, verdict, detail):
     monkeypatch.chdir(tmp_path)
 
     found = {finding.subject: finding for finding in examine({"engine": "tone", "output": url or s3})}
 
-    assert found["output"].verdict == verdict
-    assert detail in found["output"].detail
+    assert found[subject].verdict == verdict
+    assert detail in found[subject].detail
 
 
 def test_the_clients_own_coroutines_are_not_used():

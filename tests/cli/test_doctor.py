@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -261,3 +263,14 @@ def test_doctor_prints_a_table_and_a_verdict(run: Run) -> None:
 
     assert result.out.startswith("CHECK")
     assert "A worker can run here." in result.err
+
+
+def test_a_file_system_without_links_is_a_warning(run: Run, migrated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    result = run("doctor", "--engine", "tone", "--json")
+    (output,) = [finding for finding in result.json["findings"] if finding["subject"] == "output"]
+    assert (result.code, output["verdict"]) == (0, "warning")
+    assert "has no hard links" in output["detail"]

@@ -288,6 +288,8 @@ async def _examine_output(output: Path | str) -> Finding:
         return Finding("failed", "output", problem)
     if not isinstance(artifacts, LocalArtifacts):
         return Finding("ok", "output", f"{output} can be written")
+    if (weakness := await artifacts.find_weakness()) is not None:
+        return Finding("warning", "output", f"{output} can be written; {weakness}")
     existing = next(path for path in (artifacts.root, *artifacts.root.parents) if path.exists())
     free = size(shutil.disk_usage(existing).free)
     if existing != artifacts.root:
