@@ -67,9 +67,22 @@ async def check_a_kill_costs_nothing(database, folder, point):
     await check_everything_is_true(database, folder, 1)
 
 
-@on("sqlite", "asyncpg")
+@on("sqlite")
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_kill_at_any_point_of_a_generations_life_costs_nothing(database, tmp_path, point):
+    await check_a_kill_costs_nothing(database, tmp_path, point)
+
+
+@on("asyncpg")
+@pytest.mark.parametrize("point", ["claim: after the commit", "complete: after the commit", "rescue: after the commit"])
+async def test_a_kill_costs_nothing_on_postgresql(database, tmp_path, point):
+    await check_a_kill_costs_nothing(database, tmp_path, point)
+
+
+@pytest.mark.soak
+@on("asyncpg")
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_kill_at_any_point_costs_nothing_on_postgresql(database, tmp_path, point):
     await check_a_kill_costs_nothing(database, tmp_path, point)
 
 
