@@ -260,6 +260,21 @@ def test_what_fp8_cannot_hold_is_its_largest(device: str) -> None:
     assert not written[:, 0].any()
 
 
+def test_infinity_stays_what_it_is_in_its_own_format(device: str) -> None:
+    """It ends its row, where a large number would be taken for a key."""
+    cache = torch.zeros(1, 1, 2, 1, 2, 32, dtype=torch.float16, device=device)
+    fresh = torch.full((1, 2, 1, 32), torch.inf, dtype=torch.float16, device=device)
+    store_newest(fresh, cache, torch.tensor([1], device=device), 1)
+    assert cache[..., 1, :].isinf().all()
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory", "CUDA error: an illegal memory access was encountered"])
+def test_a_device_in_trouble_is_not_taken_for_one_without_kernels(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setattr(kernels, "store_newest", Mock(side_effect=RuntimeError(words)))
+    with pytest.raises(RuntimeError, match=words):
+        kernels.can_launch(torch.device("cpu"), torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("fresh", "cache", "positions"),
     [

@@ -470,3 +470,10 @@ def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatc
     slots = Slots(compiled_decoder("eager"), 3, MAX_STEPS)
     for prompt, row, codes in zip(PROMPTS, rows, decode(rows, slots=slots), strict=True):
         assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.guidance_scale))
+
+
+def test_a_model_whose_norms_are_others_is_refused() -> None:
+    model, _ = build_tiny()
+    model.decoder.model.decoder.layer_norm.eps = 1e-6
+    with pytest.raises(ValueError, match="epsilon is 1e-06 and not 1e-05"):
+        Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from dgx_music.inference.kernels import add_norm, attend_cached, can_launch, is_available, store_newest
 from dgx_music.inference.launches import Span, borrow_stream
-from dgx_music.inference.layers import Cross, Layer, Norm, Weight, linear, norm_of, quantise
+from dgx_music.inference.layers import EPSILON, Cross, Layer, Norm, Weight, linear, norm_of, quantise
 from dgx_music.inference.native import Native, build
 
 _MOST_SHAPES = 128
@@ -214,7 +214,7 @@ class Decoder:
     def _add(self, x: Tensor, more: Tensor, norm: Norm, *, added_every: int = 1, read_every: int = 1) -> Tensor:
         """Add to every so many lines of x, in place; return every so many of them, normalised."""
         if self._has_kernel:
-            return add_norm(x, more, norm.weight, norm.bias, added_every, read_every)
+            return add_norm(x, more, norm.weight, norm.bias, added_every, read_every, epsilon=EPSILON)
         x[::added_every].add_(more)
         return norm(x[::read_every])
 

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from dgx_music.inference.trouble import first_line
+from dgx_music.inference.trouble import first_line, has_lost_the_device, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,6 @@ _PROGRAMS = 1024
 to do. An estimate from registers and bandwidth; not measured."""
 _OPTIONS = {"enable_fp_fusion": True}
 """Multiply and add as one: the default until Triton 3.9, which warns that it is about to change."""
-_EPSILON = 1e-5
-"""Of torch's layer norm, if nothing else is said."""
 _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 _CAPABILITY = (8, 0)  # Ampere: what Triton supports, and the first with bfloat16
 
@@ -64,7 +62,10 @@ def is_available(device: torch.device | None = None, cache_dtype: torch.dtype = 
 
 
 def can_launch(device: torch.device, cache_dtype: torch.dtype) -> bool:
-    """Launch the kernels once, on next to nothing, and return whether that works; says in the log why it does not."""
+    """Launch the kernels once, on next to nothing, and return whether that works; says in the log why it does not.
+
+    Raises the error itself if there is no memory, or the device is lost: torch's own attention would not go on either.
+    """
     cache = torch.zeros(1, 1, 2, 1, 1, 32, device=device).to(cache_dtype)
     position = torch.zeros(1, dtype=torch.long, device=device)
     line = torch.zeros(1, 32, device=device)
@@ -73,7 +74,11 @@ def can_launch(device: torch.device, cache_dtype: torch.dtype) -> bool:
             store_newest(torch.zeros(1, 2, 1, 32, device=device), cache, position, 1)
             attend_cached(line[:, None], cache[:, 0, 0], cache[:, 0, 1], position, 1)
             add_norm(line, line, line[0], line[0])
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # what fails on the device is not told before
     except Exception as error:  # a compiler's complaints are of many kinds
+        if is_out_of_memory(error) or has_lost_the_device(error):
+            raise
         logger.warning("no Triton kernels, torch's attention instead: %s", first_line(error))
         return False
     return True
@@ -133,12 +138,19 @@ def attend_cached(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, fi
 
 
 def add_norm(
-    x: Tensor, more: Tensor, weight: Tensor, bias: Tensor, added_every: int = 1, read_every: int = 1
+    x: Tensor,
+    more: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added_every: int = 1,
+    read_every: int = 1,
+    *,
+    epsilon: float = 1e-5,
 ) -> Tensor:
     """Add ``more`` to every so many lines of x ``[N, hidden]``, in place; return every so many of them after a layer norm.
 
     That is lines 0, ``added_every`` and so on, and of what is returned lines 0, ``read_every`` and so on. The norm is computed
-    in float32 from the sums as x holds them; its epsilon is torch's default.
+    in float32 from the sums as x holds them.
     """
     from dgx_music.inference import fused
 
@@ -153,7 +165,7 @@ def add_norm(
         bias,
         out,
         hidden,
-        _EPSILON,
+        epsilon,
         added_every=added_every,
         read_every=read_every,
         block=_power_of_two(hidden),
@@ -167,7 +179,7 @@ def store_newest(fresh: Tensor, cache: Tensor, positions: Tensor, halves: int) -
     """Put the keys and values ``[N, 2, H, D]`` of a step into a layer's cache ``[slot, half, 2, H, T, D]``.
 
     Row r is slot r and has so many halves, side by side among the N lines; its position ``[R]`` is read on the device. What is
-    too large for the cache's number format becomes the largest that it holds.
+    too large for a cache of fewer bits becomes the largest number that it holds; infinity in the step's own format stays.
     """
     from dgx_music.inference import fused
 
@@ -183,7 +195,7 @@ def store_newest(fresh: Tensor, cache: Tensor, positions: Tensor, halves: int) -
         fresh.stride(0),
         *cache.stride()[:4],
         hidden,
-        torch.finfo(cache.dtype).max,
+        math.inf if cache.dtype == fresh.dtype else torch.finfo(cache.dtype).max,
         halves=halves,
         head_size=head_size,
         block=_power_of_two(hidden),

@@ -201,6 +201,7 @@ class GraphLauncher:
         """Drop all recordings, once what was launched has been done."""
         self._stream.synchronize()
         self._graphs.clear()
+        self._unrecordable.clear()
         self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last recording
         self._under_way.clear()
 

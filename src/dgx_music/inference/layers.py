@@ -15,6 +15,8 @@ from dgx_music.inference.quantised import Int8
 
 Weight: TypeAlias = Tensor | Int8
 
+EPSILON = 1e-5
+"""What every layer norm of MusicGen adds to the variance."""
 _FEW_LINES = 64
 """Up to so many lines of numbers a product's cost is reading the weight."""
 
@@ -27,7 +29,7 @@ class Norm(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x normalised over its last dimension."""
-        return torch.layer_norm(x, self.bias.shape, self.weight, self.bias)
+        return torch.layer_norm(x, self.bias.shape, self.weight, self.bias, EPSILON)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Layer:
 
 
 def norm_of(module: nn.LayerNorm) -> Norm:
-    """Return the weights of one of torch's layer norms."""
+    """Return the weights of one of torch's layer norms. Raises ``ValueError`` if it adds another epsilon than usual."""
+    if module.eps != EPSILON:
+        raise ValueError(f"a layer norm's epsilon is {module.eps:g} and not {EPSILON:g}")
     return Norm(module.weight, module.bias)
 
 
