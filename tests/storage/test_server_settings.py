@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import re
+import secrets
 from contextlib import suppress
 
 import anyio
@@ -69,6 +71,22 @@ async def test_a_setting_of_the_database_makes_no_difference(set_up, database_ur
 
     assert (row.prompt, row.duration_seconds, row.metadata_) == (TEXT, 8.1, {"a": [0.1, "♫\\"]})
     assert (row.lease_expires_at - row.started_at).total_seconds() == pytest.approx(30, abs=1)
+
+
+async def test_a_role_whose_triggers_do_not_fire_is_refused_in_a_sentence(postgres, database_url, database):
+    role = f"alice_{secrets.token_hex(4)}"
+    postgres.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
+    postgres.execute(sql.SQL("ALTER ROLE {} SET session_replication_role = replica").format(sql.Identifier(role)))
+    hers = Database(re.sub("//postgres@", f"//{role}@", database_url))
+
+    with pytest.raises(DatabaseUnavailableError, match="session_replication_role"):
+        await enqueue_in(hers)
+    await hers.dispose()
+    postgres.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
+
+
+async def enqueue_in(database):
+    await database.transact(lambda session: create_generation(session, TEXT, "m", 8.0, 32_000, 1))
 
 
 @pytest.mark.parametrize("options", ["", "?pgbouncer=true"])

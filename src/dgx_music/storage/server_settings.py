@@ -33,7 +33,7 @@ HAVING count(*) = 1
 _ASKED = f"""
 SELECT set_config('synchronous_commit', 'on', {{is_local}}) WHERE current_setting('synchronous_commit') = 'off'
 UNION ALL SELECT set_config('session_replication_role', 'origin', {{is_local}})
-  WHERE current_setting('session_replication_role') <> 'origin' AND (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)
+  WHERE current_setting('session_replication_role') = 'replica'
 UNION ALL SELECT set_config('transaction_timeout', '0', {{is_local}})
   WHERE current_setting('transaction_timeout', true) <> '0'
 UNION ALL SELECT set_config('search_path', concat_ws(', ', coalesce(visible.name, alone.name, 'public'),
@@ -44,7 +44,8 @@ UNION ALL SELECT set_config('search_path', concat_ws(', ', coalesce(visible.name
         AS found) AS alone
   WHERE coalesce(visible.name, alone.name) IS NOT NULL OR current_schema() IS NULL
 """  # noqa: S608 - a constant
-"""Acknowledged rows are on the server's disk; triggers fire; a transaction ends when we say so; and our tables, which were
+"""Acknowledged rows are on the server's disk; triggers fire (a role that may not have that gets the server's refusal, for its
+statistics would be wrong in silence); a transaction ends when we say so; and our tables, which were
 created where the search path of that time led to, are found by any other one, before others of the same names."""
 
 SET_UP = _ASKED.format(is_local="false")
