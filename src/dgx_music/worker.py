@@ -620,10 +620,13 @@ class Worker:
 
     async def _say_ready(self, info: EngineInfo) -> None:
         self._note_engine(info)
-        async with self._database.session() as session:
-            await workers.heartbeat_worker(session, **self._describe(), running_count=0)
-            self._leases.free_workers = await workers.count_free_workers(session, self._model)
-        await self._leases.hasten()
+        try:
+            async with self._database.session() as session:
+                await workers.heartbeat_worker(session, **self._describe(), running_count=0)
+                self._leases.free_workers = await workers.count_free_workers(session, self._model)
+            await self._leases.hasten()
+        except DatabaseUnavailableError as error:  # the first heartbeat and the first sweep do all of it again
+            logger.warning("worker %s: cannot say that it is ready: %s", self.id, error)
         served = ", ".join(self._models)
         logger.info(
             "worker %s: serves %s on %s, %d slots, pid %d", self.id, served, info.device, info.slots, os.getpid()
@@ -651,18 +654,22 @@ class Worker:
         }
 
     async def _unregister(self, reason: str) -> None:
-        """Give back what is still held, and leave word of why there is one worker less."""
+        """Give back what is still held, leave word of why there is one worker less, and end the engine.
+
+        In this order: an engine that a driver holds may not end for long. What it still makes is refused by its lease.
+        """
 
         async def work(session: AsyncSession) -> None:
             await queue.release_all(session, self.id, but=self._undecided)
             await workers.end_worker(session, **self._describe(), reason=reason)
 
         with anyio.CancelScope(shield=True):
-            await self._engine.close()
             try:
                 await self._database.transact(work)
             except DatabaseUnavailableError as error:
                 logger.warning("worker %s: %s", self.id, error)
+            finally:
+                await self._engine.close()
         logger.info("worker %s: stopped", self.id)
 
 
