@@ -135,10 +135,9 @@ class Settings(BaseSettings):
     def _values_are_tidy(cls, values: dict[str, Any]) -> dict[str, Any]:
         check_variables()
         for name, field in cls.model_fields.items():
+            # Pydantic would take it for 1 or 0.
             if isinstance(value := values.get(name), bool) and field.annotation in (int, float, int | None):
-                raise ConfigurationError(
-                    _setting(name), f"is {value}", _remedy(field)
-                )  # pydantic would take it for 1 or 0
+                raise ConfigurationError(_setting(name), f"is {value}", _remedy(field))
         tidy = {name: _tidy(_setting(name), value) for name, value in values.items()}
         return {name: value for name, value in tidy.items() if value != "" or values[name] == ""}  # blank is not set
 

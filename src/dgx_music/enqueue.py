@@ -1,6 +1,6 @@
 """What producers call: enqueue, wait, watch, cancel, retry. Never imports torch.
 
-Each coroutine opens a session of its own on the default database (made from the settings where ``init_db`` was not called),
+Each coroutine opens a session of its own on the default database (made from the settings if ``init_db`` was not called),
 or works in the caller's: then nothing is committed, rolled back or closed by us.
 """
 
@@ -114,7 +114,7 @@ class Batch:
 async def enqueue(prompt: str, *, session: AsyncSession | None = None, **options: Unpack[RequestOptions]) -> Generation:
     """Add one generation to the queue and return its row. An empty prompt asks for unconditional music.
 
-    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` where the key belongs to a
+    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` if the key belongs to a
     different request. With the caller's ``session`` the row is part of the caller's transaction: workers see it
     once that is committed, and it is gone if that is rolled back.
     """
