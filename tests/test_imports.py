@@ -27,7 +27,7 @@ HEAVY = [
 ]
 LAYERS = [
     [
-        *("early", "text", "logs", "errors", "catalog", "validation", "config", "modes", "forecast"),
+        *("early", "text", "logs", "errors", "groups", "catalog", "validation", "config", "modes", "forecast"),
         *("storage.schema", "storage.words"),
     ],
     ["storage.models", "storage.changes", "inference.engine"],

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import resource
 import sqlite3
 import subprocess
@@ -12,7 +13,7 @@ from functools import partial
 import pytest
 
 from dgx_music.errors import EngineError
-from tests.daemons import Daemon, add_many, check_everything_is_true, is_finished, rows_of, until_all
+from tests.daemons import Daemon, add_many, check_everything_is_true, is_finished, rows_of, until_all, url_of
 from tests.factories import ROOT, on
 from tests.inference.factories import make_process
 from tests.patience import PATIENCE
@@ -37,6 +38,7 @@ async def main():
 asyncio.run(main())
 """
 
+NO_ROOM = "There is no memory for the loudness meter; raise the limit (`ulimit -v`)."
 full_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
 
@@ -86,6 +88,23 @@ async def test_a_worker_outlives_a_full_disk_of_its_database_and_completes_what_
     await until_all(database, is_finished)
     await check_everything_is_true(database, tmp_path, 20)
     check_sound(database)
+
+
+@on("sqlite")
+async def test_a_worker_without_memory_for_the_loudness_meter_ends_in_a_sentence_and_spares_the_queue(
+    database, tmp_path
+):
+    await add_many(database, 1)
+    poor = subprocess.run(
+        [sys.executable, str(ROOT / "worker.py"), "--engine", "tone", "--output", str(tmp_path / "audio")],
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (300_000 * 1024,) * 2),
+        env=os.environ | {"DGX_MUSIC_DATABASE_URL": url_of(database)},
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    last = poor.stderr.decode().splitlines()[-1]
+    assert (poor.returncode, last) == (7, f"Error: {NO_ROOM}")
+    assert {row.attempt for row in (await rows_of(database)).values()} == {0}
 
 
 async def test_an_engine_without_memory_is_told_in_a_sentence_and_starts_where_there_is_some(tmp_path, monkeypatch):

@@ -825,6 +825,35 @@ async def test_a_worker_that_cannot_store_audio_leaves_word_of_why(database, mak
     assert (await service_of(database)).end_reason == str(raised.value)
 
 
+async def test_a_worker_that_cannot_say_that_it_is_ready_serves_all_the_same(database, make_worker, monkeypatch):
+    generation = await add(database)
+    heartbeat, failures = workers.heartbeat_worker, []
+
+    async def fail_once_loaded(session, **values):
+        if values["state"] == "serving" and not failures:
+            failures.append(DatabaseUnavailableError("db", "it restarts"))
+            raise failures[0]
+        await heartbeat(session, **values)
+
+    monkeypatch.setattr(workers, "heartbeat_worker", fail_once_loaded)
+    await make_worker().run(drain=True)
+    assert ((await read(database, generation)).status, len(failures)) == ("completed", 1)
+
+
+async def test_a_worker_leaves_word_of_its_end_before_it_waits_for_that_of_its_engine(
+    database, make_worker, engine, monkeypatch
+):
+    found = []
+
+    async def close():
+        found.append((await service_of(database)).end_reason)
+
+    monkeypatch.setattr(engine, "close", close)
+    async with at_work(make_worker()):
+        await until_serving(database)
+    assert found == ["it was stopped"]
+
+
 async def test_a_drained_worker_leaves_word_of_that(database, make_worker):
     await make_worker().run(drain=True)
     assert (await service_of(database)).end_reason == "its queue was empty, as --drain asks for"

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
+import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import soundfile
 import soxr
 
 from dgx_music.config import AudioFormat, Loudness
-from dgx_music.errors import EngineError, GenerationRejectedError
+from dgx_music.errors import ArtifactError, EngineError, GenerationRejectedError
 from dgx_music.inference.engine import Audio, Samples
 
 if TYPE_CHECKING:
@@ -42,6 +45,10 @@ _SHORTEST_MEASURED_SECONDS = 0.4  # one gating block of BS.1770
 _LOST_SHARE = 0.25
 _LOST_MUSIC = 0.1
 _BARS = "▁▂▃▄▅▆▇█"
+_METER_BYTES = 192 * 2**20
+_BLAS_THREAD_BYTES = 64 * 2**20
+"""Address space that pyloudnorm's import takes, with some to spare: measured as 107 MiB and 40 MiB for each thread."""
+_MOST_BLAS_THREADS = 64
 _METER_LOCK = threading.Lock()  # pyloudnorm uses warnings.catch_warnings, which threads corrupt for each other
 
 
@@ -82,8 +89,11 @@ def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
 
 
 def warm_up() -> None:
-    """Import the loudness meter (a second or two, because of scipy) before the first clip needs it."""
-    import pyloudnorm  # noqa: F401
+    """Import the loudness meter (a second or two, because of scipy) before the first clip needs it.
+
+    Raises ``ArtifactError`` if there is no memory for it.
+    """
+    _import_meter()
 
 
 def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
@@ -168,11 +178,29 @@ def _measure_lufs(samples: Samples, sample_rate: int) -> float | None:
     """Return the integrated loudness by ITU-R BS.1770-4; ``None`` on silence and on clips shorter than its block."""
     if samples.shape[1] < _SHORTEST_MEASURED_SECONDS * sample_rate:
         return None
+    meter = _import_meter()
+    with _METER_LOCK:
+        lufs = float(meter.Meter(sample_rate).integrated_loudness(samples.T))
+    return lufs if math.isfinite(lufs) else None
+
+
+def _import_meter() -> Any:
+    """Return pyloudnorm; raises ``ArtifactError`` if there is no memory to import it.
+
+    Scipy's OpenBLAS asks again and again, for ever, for memory that it does not get, and nothing can interrupt that. So the
+    room that it takes is looked for first.
+    """
+    if "pyloudnorm" not in sys.modules:
+        threads = min(os.cpu_count() or 1, _MOST_BLAS_THREADS)
+        try:
+            mmap.mmap(
+                -1, _METER_BYTES + threads * _BLAS_THREAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            ).close()
+        except OSError:
+            raise ArtifactError("There is no memory for the loudness meter; raise the limit (`ulimit -v`).") from None
     import pyloudnorm
 
-    with _METER_LOCK:
-        lufs = float(pyloudnorm.Meter(sample_rate).integrated_loudness(samples.T))
-    return lufs if math.isfinite(lufs) else None
+    return pyloudnorm
 
 
 def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -> bytes:

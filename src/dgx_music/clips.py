@@ -281,7 +281,7 @@ def _path(name: str, source: object) -> str:
     if not isinstance(path, str):
         problem = f"is of the type {type(source).__name__}"
         raise InvalidRequestError(name, problem, "use the path of an audio file, or its bytes")
-    return os.path.expanduser(path)  # noqa: PTH111 - pathlib raises where it knows no home
+    return validation.at_home(name, path)
 
 
 def _check_size(what: str, size: int) -> None:

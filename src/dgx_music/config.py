@@ -17,8 +17,9 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator, mode
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dgx_music import validation
 from dgx_music.catalog import DEFAULT_MODEL, MODELS, find_model
-from dgx_music.errors import ConfigurationError
+from dgx_music.errors import ConfigurationError, InvalidRequestError
 from dgx_music.validation import exactly, shown
 
 DEFAULT_DATABASE_URL = "sqlite:///data/generations.db"
@@ -134,10 +135,9 @@ class Settings(BaseSettings):
     def _values_are_tidy(cls, values: dict[str, Any]) -> dict[str, Any]:
         check_variables()
         for name, field in cls.model_fields.items():
+            # Pydantic would take it for 1 or 0.
             if isinstance(value := values.get(name), bool) and field.annotation in (int, float, int | None):
-                raise ConfigurationError(
-                    _setting(name), f"is {value}", _remedy(field)
-                )  # pydantic would take it for 1 or 0
+                raise ConfigurationError(_setting(name), f"is {value}", _remedy(field))
         tidy = {name: _tidy(_setting(name), value) for name, value in values.items()}
         return {name: value for name, value in tidy.items() if value != "" or values[name] == ""}  # blank is not set
 
@@ -263,14 +263,11 @@ def check_variables(names: Iterable[str] | None = None) -> None:
 
 
 def at_home(setting: str, path: str) -> str:
-    """Return the path with a home in the place of ``~`` or ``~user`` at its start; any other path as it is."""
-    if not path.startswith("~"):
-        return path
-    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises where it knows no home
-    if found.startswith("~"):
-        user = path.partition("/")[0]
-        raise ConfigurationError(setting, f"begins with {user}, whose home is not known", "write the path in full")
-    return found
+    """Return the setting's path with a home in the place of ``~`` or ``~user`` at its start; any other path as it is."""
+    try:
+        return validation.at_home(setting, path)
+    except InvalidRequestError as error:
+        raise ConfigurationError(setting, error.problem, error.remedy) from None
 
 
 def _tidy(setting: str, value: object) -> object:

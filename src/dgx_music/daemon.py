@@ -11,7 +11,7 @@ from dgx_music import audio, logs
 from dgx_music.artifacts import open_output
 from dgx_music.config import Settings
 from dgx_music.early import stopping_signals
-from dgx_music.errors import DgxMusicError
+from dgx_music.errors import ArtifactError, DgxMusicError
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.process import EngineProcess
 from dgx_music.storage.database import Database
@@ -34,7 +34,7 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_stop_on_signals, worker, name="signals")
-            tasks.start_soon(anyio.to_thread.run_sync, audio.warm_up, name="audio warm-up")
+            tasks.start_soon(_warm_up, worker, name="audio warm-up")
             try:
                 await database.prepare()
                 await worker.run(drain=drain)
@@ -78,6 +78,16 @@ def configure_logging(level: str) -> None:
     """Log one line for each event to stderr; only the daemon does this, the library never."""
     logs.configure_logging(level)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+async def _warm_up(worker: Worker) -> None:
+    """Get ready to finish audio; a worker that could not finish any ends before it has claimed some."""
+    try:
+        await anyio.to_thread.run_sync(audio.warm_up)
+    except ArtifactError as error:
+        worker.give_up(error)
+    except (ImportError, MemoryError, RuntimeError) as error:  # the last is Python's, for a thread that it cannot start
+        logger.warning("worker %s: the audio's libraries are not loaded yet: %s", worker.id, error)
 
 
 async def _stop_on_signals(worker: Worker) -> None:

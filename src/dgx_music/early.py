@@ -3,7 +3,7 @@
 A process 1, as in a container, has no default handlers: a SIGTERM would be lost. A Ctrl-C would end in a traceback. Nothing
 has begun yet, so the answer is to end at once; the engine's process answers to its parent alone.
 
-Acts on being imported, and only in the programs: a library leaves the signals of whoever imports it alone.
+Importing this module sets the handlers, in our own programs only: in anybody else's, signals stay as they are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What producers call: enqueue, wait, watch, cancel, retry. Never imports torch.
 
-Each coroutine opens a session of its own on the default database (made from the settings where ``init_db`` was not called),
-or works in the caller's: then nothing is committed, rolled back or closed for him.
+Each coroutine opens a session of its own on the default database (made from the settings if ``init_db`` was not called),
+or works in the caller's: then nothing is committed, rolled back or closed by us.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class RequestOptions(TypedDict, total=False):
     """What the music must not be like; of no use without guidance."""
     continuation: str | os.PathLike[str] | bytes | None
     """What the music starts with and goes on from: an audio file's path or its bytes, 0.08 to 30 s, from whose start the
-    duration counts. A path is read here and now, with your rights: never take one from a stranger, take his bytes."""
+    duration counts. A path is read here and now, with your rights: never take one from a stranger, take the bytes."""
     melody: str | os.PathLike[str] | bytes | None
     """The tune to follow, given likewise, of which the first 30 s count; for models that hear one."""
     priority: int
@@ -104,8 +104,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Rows to insert, and the clips that they refer to: content and seconds, by ``sha256``."""
+class Batch:
+    """Checked requests: the rows to insert, and the clips that they refer to: content and seconds, by ``sha256``."""
 
     rows: list[dict[str, Any]]
     clips: Mapping[str, tuple[bytes, float]]
@@ -114,12 +114,12 @@ class _Batch:
 async def enqueue(prompt: str, *, session: AsyncSession | None = None, **options: Unpack[RequestOptions]) -> Generation:
     """Add one generation to the queue and return its row. An empty prompt asks for unconditional music.
 
-    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` where the key belongs to a
-    different request. With the caller's ``session`` the row lives in his transaction: invisible to workers until he
-    commits, gone if he rolls back.
+    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` if the key belongs to a
+    different request. With the caller's ``session`` the row is part of the caller's transaction: workers see it
+    once that is committed, and it is gone if that is rolled back.
     """
     batch = await _read_clips([plan(prompt, cast("Mapping[str, Any]", options))])
-    return (await _transact(session, lambda current: _insert(current, batch)))[0]
+    return (await store(batch, session=session))[0]
 
 
 async def enqueue_many(
@@ -136,9 +136,11 @@ async def enqueue_many(
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         raise InvalidRequestError("requests", "are not a list", "send a list of prompts, or call enqueue for one")
     plans = [_plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
-    if len(plans) > MAX_BATCH:
-        raise InvalidRequestError("requests", f"are {len(plans):,}", f"send at most {MAX_BATCH:,} at a time")
-    batch = await _read_clips(plans)
+    return await store(await _read_clips(plans), session=session)
+
+
+async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
+    """Add the generations of a batch in one transaction, all or none, and return their rows in the same order."""
     return await _transact(session, lambda current: _insert(current, batch))
 
 
@@ -221,9 +223,8 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
     validation.check_name("generation_id", generation_id)
     database = await ensure_database()
     seen: tuple[Any, ...] | None = None
-    with database.changes.subscribe(
-        Topic.DONE, [generation_id]
-    ) as changes:  # the poll finds what it has come to before
+    # What has become of it before this moment is found by the first read.
+    with database.changes.subscribe(Topic.DONE, [generation_id]) as changes:
         while True:
             generation = await _read(database, generation_id)
             state = (generation.status, generation.attempt, generation.progress, generation.cancel_requested)
@@ -286,13 +287,16 @@ def plan(prompt: object, options: Mapping[str, Any]) -> Plan:
     return Plan(row, rest, model, _given(options, _CLIPS))
 
 
-def read_clips(plans: Sequence[Plan]) -> _Batch:
-    """Return the rows of these plans with their clips read; raises ``InvalidRequestError`` on the first that cannot be.
+def read_clips(plans: Sequence[Plan]) -> Batch:
+    """Return the batch of these plans, with their clips read.
 
-    Takes its time where there are clips: call it in a thread.
+    Raises ``InvalidRequestError`` if there are too many, or for the first whose clips cannot be read. Takes a while if there
+    are clips: call it in a thread.
     """
+    if len(plans) > MAX_BATCH:
+        raise InvalidRequestError("requests", f"are {len(plans):,}", f"send at most {MAX_BATCH:,} at a time")
     if not any(plan.sources for plan in plans):
-        return _Batch([_row(plan) for plan in plans], {})
+        return Batch([_row(plan) for plan in plans], {})
     from dgx_music.clips import Reader  # NumPy comes with it
 
     reader = Reader()
@@ -305,10 +309,10 @@ def read_clips(plans: Sequence[Plan]) -> _Batch:
         sources = {name: clip.source_sha256 for name, clip in clips.items()}
         return _row(plan, sources, {f"{name}_sha256": clip.sha256 for name, clip in clips.items()})
 
-    return _Batch([read(plan) for plan in plans], reader.data)
+    return Batch([read(plan) for plan in plans], reader.data)
 
 
-async def _read_clips(plans: Sequence[Plan]) -> _Batch:
+async def _read_clips(plans: Sequence[Plan]) -> Batch:
     read = partial(read_clips, plans)
     return await anyio.to_thread.run_sync(read) if any(plan.sources for plan in plans) else read()
 
@@ -357,7 +361,7 @@ async def _transact(
     return await (await ensure_database()).transact(work, read_only=read_only)
 
 
-async def _insert(session: AsyncSession, batch: _Batch) -> list[Generation]:
+async def _insert(session: AsyncSession, batch: Batch) -> list[Generation]:
     """Insert the rows, keep their clips and count their prompts; a repeated idempotency key gives the existing row."""
     rows = batch.rows
     by_key = await _find_by_key(session, rows)
@@ -406,9 +410,8 @@ async def _insert_fresh(
     prompt_ids = {prompt.text: prompt.id for prompt in prompts}
     statement = _insert_statement(repository.dialect_of(session))
     inserted: list[Generation] = []
-    rows = sorted(
-        rows, key=lambda row: row["idempotency_key"] or ""
-    )  # in one order: two batches must not wait in a circle
+    # In one order: two batches must not wait for each other in a circle.
+    rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
     for start in range(0, len(rows), _CHUNK):
         chunk = [row | {"prompt_id": prompt_ids.get(row["prompt"])} for row in rows[start : start + _CHUNK]]
         inserted += await session.scalars(statement, chunk)

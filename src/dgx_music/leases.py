@@ -9,7 +9,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -253,17 +253,14 @@ class Leases:
                 logger.warning(
                     "generation %s attempt %d: worker lost, now %s", lease.generation_id, lease.attempt, item.status
                 )
-                await self._drop_file(lease)
+                await self.drop_files(lease, [lease.attempt])
 
-    async def _drop_file(self, lease: Lease) -> None:
-        """Delete the file of an attempt that can never complete; where that fails, the next attempt or a prune does."""
+    async def drop_files(self, lease: Lease, attempts: Iterable[int]) -> None:
+        """Delete the files of attempts that can never complete; where that fails, the next attempt or a prune does."""
         try:
-            await self._artifacts.delete(lease.generation_id, [lease.attempt])
-        except (
-            ArtifactError,
-            MemoryError,
-            RuntimeError,
-        ) as error:  # the last is Python's, for a thread that it cannot start
+            await self._artifacts.delete(lease.generation_id, attempts)
+        # Python raises RuntimeError for a thread that it cannot start.
+        except (ArtifactError, MemoryError, RuntimeError) as error:
             logger.warning("generation %s attempt %d: %s", lease.generation_id, lease.attempt, error)
 
     async def _find_lapsed(self) -> dict[Lease, datetime]:
@@ -295,7 +292,8 @@ class Leases:
     async def _note_silence(self, session: AsyncSession) -> None:
         """Let a new worker wait one lease where another is silent: a server that was away may have silenced it.
 
-        That of all but one, and a third who was quick to be heard again says nothing of the rest.
+        A server that is back is heard of by one worker after another: that one of them has renewed its leases already does
+        not mean that the others have had the time to.
         """
         since = await workers.longest_silent(session, but=self._worker_id)
         if since is not None:

@@ -98,6 +98,15 @@ def check_path(field: str, value: object) -> str:
     return text
 
 
+def at_home(field: str, path: str) -> str:
+    """Return the path with a home in the place of ``~`` or ``~user`` at its start; any other path as it is."""
+    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises where it knows no home
+    if found.startswith("~"):
+        user = path.partition("/")[0]
+        raise InvalidRequestError(field, f"begins with {user}, whose home is not known", "write the path in full")
+    return found
+
+
 def tidy_text(message: str) -> str:
     """Return an error's message in a form that every database keeps: unprintable characters shown, length bounded."""
     shown = _SURROGATE.sub("\ufffd", _CONTROL.sub("\ufffd", message)).strip()
@@ -107,7 +116,7 @@ def tidy_text(message: str) -> str:
 def check_model(value: object, field: str = "model") -> ModelInfo:
     """Return what is known of the model of this name, or of this local folder."""
     name = check_name(field, value)
-    model = find_model(os.path.expanduser(name))  # noqa: PTH111 - pathlib raises where it knows no home
+    model = find_model(at_home(field, name))
     if model is None:
         known = ", ".join(MODELS)
         raise InvalidRequestError(field, f"{name!r} is not known", f"use {known}, or a local folder's absolute path")

@@ -13,7 +13,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +37,7 @@ from dgx_music.errors import (
     GenerationRejectedError,
     InvalidRequestError,
 )
+from dgx_music.groups import unwrap
 from dgx_music.inference.engine import Audio, GenerationRequest
 from dgx_music.inference.process import EngineInfo
 from dgx_music.leases import Leases, Running, Stop
@@ -218,7 +219,7 @@ class Worker:
             logger.warning("worker %s: cannot claim: %s", self.id, error)
             await self._notice_another_schema()
         except (EngineUnavailableError, DatabaseNotMigratedError) as error:
-            self._give_up(error)
+            self.give_up(error)
         return []
 
     async def _notice_another_schema(self) -> None:
@@ -226,7 +227,7 @@ class Worker:
         try:
             await self._database.transact(queue.check_schema, read_only=True)
         except DatabaseNotMigratedError as error:
-            self._give_up(error)
+            self.give_up(error)
         except DatabaseUnavailableError:
             pass
 
@@ -366,7 +367,7 @@ class Worker:
             await self._release(running, str(error))
         except ArtifactError as error:  # the next one's audio would be lost as well
             await self._release(running, str(error))
-            self._give_up(error)
+            self.give_up(error)
         except (GenerationRejectedError, InvalidRequestError) as error:
             await self._fail(running, error, is_permanent=True)
         except Exception as error:
@@ -435,7 +436,7 @@ class Worker:
         )
         finished = finish() if made.duration < _AT_ONCE_SECONDS else await anyio.to_thread.run_sync(finish)
         # Whatever is there by these names was never completed and never can be: this attempt holds the claim.
-        await self._drop_files(lease, range(1, lease.attempt + 1))
+        await self._leases.drop_files(lease, range(1, lease.attempt + 1))
         artifact = await self._artifacts.publish(lease.generation_id, lease.attempt, finished.extension, finished.data)
         return artifact, {**finished.facts, **made.facts}
 
@@ -511,7 +512,7 @@ class Worker:
                 status = str(error) or type(error).__name__
             logger.log(level, "generation %s attempt %d: %s: %s", *_named(lease), status, why)
             if await self._is_over(lease):
-                await self._drop_files(lease, [lease.attempt])
+                await self._leases.drop_files(lease, [lease.attempt])
 
     async def _is_over(self, lease: Lease) -> bool:
         """Return True where this attempt has no file and can get none; False where nobody can say: pruning finds that."""
@@ -524,17 +525,6 @@ class Worker:
             return False
         found = owner.get(lease.generation_id)
         return found is None or not found.may_have(lease.attempt)
-
-    async def _drop_files(self, lease: Lease, attempts: Iterable[int]) -> None:
-        """Remove what attempts that will not complete have left; where that fails, the next attempt or prune does."""
-        try:
-            await self._artifacts.delete(lease.generation_id, attempts)
-        except (
-            ArtifactError,
-            MemoryError,
-            RuntimeError,
-        ) as error:  # the last is Python's, for a thread that it cannot start
-            logger.warning("generation %s attempt %d: %s", *_named(lease), error)
 
     def _free(self, running: Running) -> None:
         running.has_slot = False
@@ -549,11 +539,12 @@ class Worker:
         if isinstance(error, EngineCrashedError):
             self._victims.add(running.lease.generation_id)
             if min(self._engine_deaths, len(self._victims)) >= BROKEN_AFTER:
-                self._give_up(error)
+                self.give_up(error)
         elif not isinstance(error, EngineError | TimeoutError):
             logger.error("generation %s attempt %d: unexpected", *_named(running.lease), exc_info=error)
 
-    def _give_up(self, error: DgxMusicError) -> None:
+    def give_up(self, error: DgxMusicError) -> None:
+        """Stop because of an error that every generation would meet; ``run`` raises it once what runs has ended."""
         if self._broken is None:
             logger.error("worker %s: stops: %s", self.id, error)
             self._broken = error
@@ -620,10 +611,13 @@ class Worker:
 
     async def _say_ready(self, info: EngineInfo) -> None:
         self._note_engine(info)
-        async with self._database.session() as session:
-            await workers.heartbeat_worker(session, **self._describe(), running_count=0)
-            self._leases.free_workers = await workers.count_free_workers(session, self._model)
-        await self._leases.hasten()
+        try:
+            async with self._database.session() as session:
+                await workers.heartbeat_worker(session, **self._describe(), running_count=0)
+                self._leases.free_workers = await workers.count_free_workers(session, self._model)
+            await self._leases.hasten()
+        except DatabaseUnavailableError as error:  # the first heartbeat and the first sweep do all of it again
+            logger.warning("worker %s: cannot say that it is ready: %s", self.id, error)
         served = ", ".join(self._models)
         logger.info(
             "worker %s: serves %s on %s, %d slots, pid %d", self.id, served, info.device, info.slots, os.getpid()
@@ -651,18 +645,22 @@ class Worker:
         }
 
     async def _unregister(self, reason: str) -> None:
-        """Give back what is still held, and leave word of why there is one worker less."""
+        """Give back what is still held, leave word of why there is one worker less, and end the engine.
+
+        In this order: an engine that a driver holds may not end for long. What it still makes is refused by its lease.
+        """
 
         async def work(session: AsyncSession) -> None:
             await queue.release_all(session, self.id, but=self._undecided)
             await workers.end_worker(session, **self._describe(), reason=reason)
 
         with anyio.CancelScope(shield=True):
-            await self._engine.close()
             try:
                 await self._database.transact(work)
             except DatabaseUnavailableError as error:
                 logger.warning("worker %s: %s", self.id, error)
+            finally:
+                await self._engine.close()
         logger.info("worker %s: stopped", self.id)
 
 
@@ -684,9 +682,8 @@ def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
 
 def _in_one_line(error: Exception) -> str:
     """Return what others are told of the error, and keep that short; a task group's is what it wraps."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    told = str(error) if isinstance(error, DgxMusicError) else f"{type(error).__name__}: {error}"
+    alone = unwrap(error)
+    told = str(alone) if isinstance(alone, DgxMusicError) else f"{type(alone).__name__}: {alone}"
     return " ".join(tidy_text(told).split())[:_MOST_OF_A_REASON]
 
 

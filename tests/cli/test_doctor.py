@@ -69,23 +69,23 @@ def test_doctor_looks_for_the_device_that_is_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("is_there", "reason", "verdict", "words"),
+    ("is_there", "problem", "verdict", "words"),
     [
         (True, "never asked", "ok", "is in the Hugging Face cache (CC-BY-NC 4.0)"),
         (False, None, "warning", "is downloaded when a worker starts; its licence is CC-BY-NC 4.0"),
         (
             False,
-            "HF_HUB_OFFLINE is set",
+            "It cannot be downloaded (HF_HUB_OFFLINE is set).",
             "failed",
-            "not on this machine and cannot be downloaded: HF_HUB_OFFLINE is set",
+            "It cannot be downloaded (HF_HUB_OFFLINE is set).",
         ),
     ],
 )
 def test_doctor_says_whether_the_weights_are_here_or_can_be_had(
-    monkeypatch: pytest.MonkeyPatch, is_there: bool, reason: str | None, verdict: str, words: str
+    monkeypatch: pytest.MonkeyPatch, is_there: bool, problem: str | None, verdict: str, words: str
 ) -> None:
-    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda repository, revision: is_there)
-    monkeypatch.setattr("dgx_music.inference.inventory.can_reach_hub", lambda repository, revision: reason)
+    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: is_there)
+    monkeypatch.setattr("dgx_music.inference.inventory.find_obstacle", lambda model, revision: problem)
 
     finding = _examine_model(load_settings(model="musicgen-large"), "musicgen-large")
 
@@ -95,8 +95,8 @@ def test_doctor_says_whether_the_weights_are_here_or_can_be_had(
 def test_a_model_beside_the_first_that_cannot_be_had_keeps_no_worker_from_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda repository, revision: False)
-    monkeypatch.setattr("dgx_music.inference.inventory.can_reach_hub", lambda repository, revision: "no network")
+    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: False)
+    monkeypatch.setattr("dgx_music.inference.inventory.find_obstacle", lambda model, revision: "No network.")
     settings = load_settings(models="musicgen-small,musicgen-large")
 
     verdicts = [_examine_model(settings, name).verdict for name in settings.served_models]
@@ -238,8 +238,8 @@ def test_an_output_folder_that_is_gone_is_said_not_to_exist(run: Run, migrated: 
 
 def test_doctor_does_not_download_what_is_to_be_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda repository, revision: False)
-    monkeypatch.setattr("dgx_music.inference.inventory.can_reach_hub", lambda repository, revision: None)
+    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: False)
+    monkeypatch.setattr("dgx_music.inference.inventory.find_obstacle", lambda model, revision: None)
 
     found = findings(run("doctor", "--device", "cpu", "--verify", "--json"))
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dgx_music import clips
 from dgx_music.cli import enqueue as command
 from dgx_music.errors import DatabaseUnavailableError
 from tests.cli.conftest import Run, Spawn, add, count_rows
@@ -182,6 +183,16 @@ def test_a_home_that_the_shell_left_is_found(run: Run, monkeypatch: pytest.Monke
     assert (result.code, "'/home/ann/not-there/a.wav'" in result.err) == (2, True)
 
 
+@pytest.mark.parametrize("option", ["--file", "--continuation", "--out", "--model"])
+def test_a_home_that_nobody_has_is_refused(run: Run, option: str) -> None:
+    prompt = [] if option == "--file" else ["x"]
+
+    result = run("enqueue", *prompt, option, "~nobody-here/a.wav")
+
+    told = "begins with ~nobody-here, whose home is not known; write the path in full.\n"
+    assert (result.code, result.err.endswith(told), list(Path().iterdir())) == (2, True, [])
+
+
 def test_a_line_that_is_not_utf8_is_named(run: Run) -> None:
     Path("prompts.txt").write_bytes(b"lofi rain\n\xff\n")
 
@@ -331,6 +342,18 @@ def test_what_is_mended_in_a_clip_is_told_on_one_line(spawn: Spawn) -> None:
     _, err = spawn("enqueue", "x", "--continuation", "silence.wav").communicate(timeout=60)
 
     assert err.count("continuation: it holds no sound, only silence or a constant level\n") == 1
+
+
+@pytest.mark.usefixtures("migrated")
+@pytest.mark.parametrize("is_file", [False, True])
+def test_a_clip_is_decoded_once(run: Run, monkeypatch: pytest.MonkeyPatch, is_file: bool) -> None:
+    decoded, make = list[str](), clips._make
+    monkeypatch.setattr(clips, "_make", lambda name, *more: decoded.append(name) or make(name, *more))
+    Path("all.jsonl").write_text(f'{{"prompt": "x", "continuation": "{write_clip()}"}}\n')
+
+    result = run("enqueue", *(["--file", "all.jsonl"] if is_file else ["x", "--continuation", "clip.wav"]))
+
+    assert (result.code, decoded) == (0, ["continuation"])
 
 
 def test_clips_of_a_file_are_found_from_here(run: Run) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 import dgx_music
 from dgx_music.cli import _explain, main
-from dgx_music.errors import EngineUnavailableError
+from dgx_music.errors import DatabaseUnavailableError, EngineUnavailableError
+from dgx_music.groups import unwrap
 from tests.cli.conftest import Run, Spawn, add
 
 HEAVY = ("torch", "transformers", "alembic", "scipy", "pyloudnorm", "numpy", "soundfile", "soxr", "fastapi")
@@ -40,6 +41,7 @@ def test_help_documents_the_exit_codes(run: Run) -> None:
 
     assert "3 no such generation" in text
     assert "124 timeout" in text
+    assert "answered with no, packages are missing (doctor), or an unexpected error · 2 bad" in text
 
 
 def test_nothing_to_do_prints_the_help_and_ends_2(run: Run) -> None:
@@ -140,6 +142,35 @@ def test_a_lone_error_comes_out_of_its_groups(monkeypatch: pytest.MonkeyPatch, r
     monkeypatch.setattr("dgx_music.cli.generations._stats", fail)
 
     assert run("stats")[::2] == (6, "Error: No weights.\n")
+
+
+LOST = [DatabaseUnavailableError("db", "gone"), DatabaseUnavailableError("db", "still gone")]
+
+
+@pytest.mark.parametrize(
+    "errors", [LOST, [ExceptionGroup("more", LOST), *LOST], [LOST[0], ExceptionGroup("more", LOST)]]
+)
+def test_of_several_told_errors_the_first_is_told(
+    monkeypatch: pytest.MonkeyPatch, run: Run, errors: list[Exception]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ExceptionGroup("tasks", errors)
+
+    monkeypatch.setattr("dgx_music.cli.generations._stats", fail)
+
+    assert run("stats")[::2] == (5, f"Error: {LOST[0]}\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("can't start new thread")])
+def test_a_lack_of_memory_is_told_in_one_sentence(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+    assert _explain(error) == 1
+    assert capsys.readouterr().err == f"Error: There is no memory to go on ({error}); raise the limit (`ulimit -v`).\n"
+
+
+def test_an_unexpected_error_beside_others_keeps_its_traceback() -> None:
+    group = ExceptionGroup("tasks", [LOST[0], ZeroDivisionError()])
+
+    assert unwrap(group) is group
 
 
 def test_an_unexpected_error_keeps_its_traceback() -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,13 @@ def test_a_revision_that_the_hub_does_not_know_is_told_with_the_setting(
     assert all(part in message for part in ("DGX_MUSIC_REVISION", revision or str(MEDIUM.revision), "commits/main"))
     assert "\n" not in message
     assert len(fake.requests) == 1
-    assert inventory.can_reach_hub(fake.repository, "no-such-branch") == "the hub does not know this revision"
+    assert "has no revision no-such-branch" in str(inventory.find_obstacle(MEDIUM, "no-such-branch"))
 
 
 def test_a_repository_without_weights_is_refused_before_the_download(serve: Serve) -> None:
     fake = serve(MEDIUM.name)
     (fake.folder / "pytorch_model.bin").unlink()
+    assert "the hub has none of model.safetensors" in str(inventory.find_obstacle(MEDIUM, None))
     with pytest.raises(EngineUnavailableError, match=r"none of model\.safetensors"):
         checkpoint.obtain(MEDIUM, None)
     assert fake.taken == []
@@ -108,18 +110,18 @@ def test_a_repository_without_weights_is_refused_before_the_download(serve: Serv
 
 def test_a_repository_that_is_not_there_is_told(serve: Serve) -> None:
     serve(MEDIUM.name)
-    assert inventory.can_reach_hub("facebook/absent", "main") == "the hub answers 404"
+    assert "(the hub answers 404)" in str(inventory.find_obstacle(replace(MEDIUM, repository="facebook/absent"), None))
 
 
 def test_a_login_page_is_not_the_hub(serve: Serve) -> None:
     fake = serve(MEDIUM.name)
     fake.is_login_page = True
-    assert inventory.can_reach_hub(fake.repository, fake.commit) == "what answers is not the hub"
+    assert "(what answers is not the hub)" in str(inventory.find_obstacle(MEDIUM, None))
 
 
 def test_files_that_can_be_had_are(serve: Serve) -> None:
-    fake = serve(MEDIUM.name)
-    assert inventory.can_reach_hub(fake.repository, fake.commit) is None
+    serve(MEDIUM.name)
+    assert inventory.find_obstacle(MEDIUM, None) is None
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -146,7 +148,7 @@ def test_what_cannot_be_had_is_told_before_torch_is_imported() -> None:
 def test_a_machine_that_is_told_to_be_offline_asks_nobody(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = serve(MEDIUM.name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert inventory.can_reach_hub(fake.repository, fake.commit) == "HF_HUB_OFFLINE is set"
+    assert "(HF_HUB_OFFLINE is set)" in str(inventory.find_obstacle(MEDIUM, None))
     assert fake.requests == []
 
 
@@ -154,8 +156,8 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
-        reason = inventory.can_reach_hub("facebook/musicgen-small", "main")
-    assert reason == "the hub does not answer within 0.2 s"
+        problem = inventory.find_obstacle(MEDIUM, None)
+    assert "(the hub does not answer within 0.2 s)" in str(problem)
 
 
 def test_names_that_are_resolved_for_ever_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,5 +165,5 @@ def test_names_that_are_resolved_for_ever_are_given_up(monkeypatch: pytest.Monke
     resolver, never = socket.socketpair()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_arguments, **_options: resolver.recv(1))
     with resolver, never:
-        reason = inventory.can_reach_hub("facebook/musicgen-small", "main")
-    assert reason == "the hub does not answer within 0.05 s"
+        problem = inventory.find_obstacle(MEDIUM, None)
+    assert "(the hub does not answer within 0.05 s)" in str(problem)

@@ -716,6 +716,24 @@ async def test_close_ends_a_child_that_is_loading() -> None:
         await starting
 
 
+@pytest.mark.usefixtures("stuck_interpreter")
+async def test_close_does_not_wait_for_ever_for_a_child_that_nothing_can_kill(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process_module, "_CLOSE_SECONDS", 0.1)
+    process = make_process()
+    starting = await begin_start(process)
+    pid = pid_of(process)
+    with monkeypatch.context() as patch, anyio.fail_after(PATIENCE):
+        patch.setattr(os, "killpg", lambda *_: None)
+        await process.close()
+
+    assert "was killed and has not ended" in caplog.text
+    os.killpg(pid, signal.SIGKILL)
+    with pytest.raises(EngineUnavailableError):
+        await starting
+
+
 async def test_nothing_is_left_behind(script: WriteScript) -> None:
     script({"prompt": "kill", "do": "kill"})
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
@@ -782,6 +800,7 @@ async def test_the_child_gets_none_of_the_workers_secrets(monkeypatch: pytest.Mo
 
 
 NEEDED = ["HF_HOME", "HTTPS_PROXY", "no_proxy", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME", "LC_ALL"]
+NEEDED += ["CC", "CXX", "CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "CPLUS_INCLUDE_PATH", "TMP", "TEMP"]
 
 
 async def test_the_child_gets_what_its_libraries_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ Data goes to stdout, all talk to stderr. Exit codes:
 
 =====  ====================================================================================
     0  all is well
-    1  a generation failed or was cancelled (enqueue --wait, watch, demo)
+    1  a generation failed or was cancelled (enqueue --wait, watch, demo), a question was answered
+       with no (prune, db reset), packages are missing (doctor), or an unexpected error
     2  bad input or a bad setting; nothing was stored
     3  no such generation
     4  the generation's status does not allow it, or the idempotency key is another request's
@@ -35,6 +36,7 @@ from dgx_music.cli.output import fail
 from dgx_music.cli.streams import lasting_streams
 from dgx_music.early import stand_back
 from dgx_music.errors import DgxMusicError
+from dgx_music.groups import unwrap
 
 __all__ = ["app", "main"]
 
@@ -42,10 +44,12 @@ PROGRAM = "dgx-music"
 _LONG_QUOTE = re.compile(r"'[^']{80,}'")
 OUTPUT_LOST = 74
 """The exit code where something was not printed: never 1, or a script would take what it asked for as not done."""
+_NO_THREAD = "can't start new thread"
+"""Python's words for it, as a ``RuntimeError``."""
 EXIT_CODES = (
-    "Exit codes: 0 all is well · 1 a generation failed or was cancelled · 2 bad input or setting · 3 no such generation · "
-    "4 its status does not allow it · 5 database · 6 engine · 7 output folder or disk · 74 done, but stdout is full · "
-    "124 timeout · 130 interrupted"
+    "Exit codes: 0 all is well · 1 a generation failed or was cancelled, a question was answered with no, packages are missing "
+    "(doctor), or an unexpected error · 2 bad input or setting · 3 no such generation · 4 its status does not allow it · "
+    "5 database · 6 engine · 7 output folder or disk · 74 done, but stdout is full · 124 timeout · 130 interrupted"
 )
 
 app = typer.Typer(
@@ -99,7 +103,7 @@ def _run(argv: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
-        return _explain(_alone(error))
+        return _explain(unwrap(error))
     return code if isinstance(code, int) else 0
 
 
@@ -110,6 +114,8 @@ def _explain(error: BaseException) -> int:
             return fail(str(error), error.exit_code)
         case TyperException():
             return _explain_usage(error)
+        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or str(error) == _NO_THREAD:
+            return fail(f"There is no memory to go on ({error}); raise the limit (`ulimit -v`).", 1)
     raise error
 
 
@@ -120,13 +126,6 @@ def _explain_usage(error: TyperException) -> int:
         context = getattr(error, "ctx", None)
         fail(f"{message}; see `{context.command_path if context else PROGRAM} --help`.", 2)
     return 2
-
-
-def _alone(error: BaseException) -> BaseException:
-    """Return the error that a task group wrapped, where it is the only one."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 def _print_version(is_asked: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from dgx_music.artifacts import LocalArtifacts, MissingFiles, open_output
-from dgx_music.catalog import UNTRAINED_NOTICE, ModelInfo, find_model
+from dgx_music.catalog import UNTRAINED_NOTICE, find_model
 from dgx_music.cli.database import exists
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting
 from dgx_music.cli.output import print_json, print_table, size, tell
@@ -174,17 +174,15 @@ def _examine_model(settings: Settings, name: str) -> Finding:
         return Finding("warning", "model", f"{name} is built here; {UNTRAINED_NOTICE}")
     if model.repository is None:
         return _examine_folder(Path(model.name))
-    revision = settings.revision or model.revision or "main"
-    if inventory.has_weights(model.repository, revision):
+    if inventory.has_weights(model, settings.revision):
         return Finding("ok", "model", f"{model.name} is in the Hugging Face cache ({model.licence})")
-    reason = inventory.can_reach_hub(model.repository, revision)
-    if reason is None:
+    problem = inventory.find_obstacle(model, settings.revision)
+    if problem is None:
         how = f"is downloaded when a worker starts; its licence is {model.licence}"
         return Finding("warning", "model", f"{model.name} {how}")
-    problem = f"{model.name} is not on this machine and cannot be downloaded: {reason}"
     if name != settings.served_models[0]:  # a worker starts with the first, and does without what it cannot load
-        return Finding("warning", "model", f"{problem}; a worker serves the others only")
-    return Finding("failed", "model", f"{problem}; connect to the hub once, or use a local folder")
+        return Finding("warning", "model", f"{problem} A worker serves the others only.")
+    return Finding("failed", "model", problem)
 
 
 def _examine_folder(folder: Path) -> Finding:
@@ -203,7 +201,7 @@ def _examine_answers(settings: Settings) -> Iterator[Finding]:
 
     for name in settings.served_models:
         model = find_model(name)
-        if model is not None and model.repository is not None and not _is_at_hand(settings, model):
+        if model is not None and model.repository is not None and not inventory.has_weights(model, settings.revision):
             yield Finding("warning", "answers", f"not compared: the weights of {name} are not on this machine")
             continue
         try:
@@ -211,11 +209,6 @@ def _examine_answers(settings: Settings) -> Iterator[Finding]:
                 yield Finding(comparison.verdict, "answers", comparison.detail)
         except EngineError as error:
             yield Finding("failed", "answers", str(error))
-
-
-def _is_at_hand(settings: Settings, model: ModelInfo) -> bool:
-    revision = settings.revision or model.revision or "main"
-    return inventory.has_weights(str(model.repository), revision)
 
 
 async def _examine_database(database: Database) -> Finding:
@@ -234,9 +227,8 @@ async def _try_database(database: Database) -> Finding:
         raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     if found is None and not database.is_embedded:
         return Finding("failed", "database", f"{database} is at revision none; run `dgx-music db migrate`")
-    await (
-        database.dispose()
-    )  # a connection that has read may be told to write, where a fresh one follows the server's default
+    # A connection that has read may be told to write; a fresh one follows the server's default.
+    await database.dispose()
     await check_writable(database)
     if found == SCHEMA_REVISION:
         return Finding("ok", "database", f"{database} is at head ({found})")

@@ -18,9 +18,9 @@ from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, at_home, complete_model, given
 from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_outcome, tell_untrained
-from dgx_music.cli.prompt_file import check_clips, parse_object, read_requests
+from dgx_music.cli.prompt_file import parse_object, read_requests
 from dgx_music.cli.service import ServiceTeller
-from dgx_music.enqueue import enqueue_many, plan
+from dgx_music.enqueue import Batch, plan, read_clips, store
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.estimates import estimate_generation
 from dgx_music.storage import Database, Generation
@@ -180,26 +180,25 @@ def enqueue(
         idempotency_key=idempotency_key,
         metadata=None if metadata is None else parse_object("metadata", metadata, '{"bpm": 140}'),
     )
-    requests = _read(prompt, file, options)
+    batch = _read(prompt, file, options)
     is_waiting = wait or out is not None
-    _check_waiting(out, timeout, len(requests), is_waiting=is_waiting, force=force)
+    _check_waiting(out, timeout, len(batch.rows), is_waiting=is_waiting, force=force)
     show = partial(_print_json, is_list=file is not None) if as_json else _print_ids
-    rows = asyncio.run(_enqueue(requests, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json))
+    rows = asyncio.run(_enqueue(batch, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json))
     if is_waiting and not tell_outcome(rows):
         raise typer.Exit(1)
     if out is not None:
         _copy_audio(rows[0], out, force=force)
 
 
-def _read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> list[dict[str, Any]]:
+def _read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> Batch:
     """Return the checked requests; nothing has been opened or created yet."""
     if file is not None and prompt is None:
         if "idempotency_key" in options:
             raise InvalidRequestError("--idempotency-key", "is for one prompt", "give each line of the file its own")
         return read_requests(file, options)
     if prompt is not None and file is None:
-        check_clips([plan(prompt, options)])
-        return [{"prompt": prompt, **options}]
+        return read_clips([plan(prompt, options)])
     problem = "is missing" if prompt is None else "and --file are given together"
     raise InvalidRequestError("PROMPT", problem, "describe the music in quotes, or name a file of prompts with --file")
 
@@ -224,7 +223,7 @@ def _check_waiting(out: Path | None, timeout: float | None, count: int, *, is_wa
 
 
 async def _enqueue(
-    requests: list[dict[str, Any]],
+    batch: Batch,
     database_url: str | None,
     show: Callable[[list[Generation]], None],
     *,
@@ -237,7 +236,7 @@ async def _enqueue(
     JSON is shown after a wait, and after one that failed too: what is enqueued must not be lost to who has enqueued it.
     """
     async with opened(database_url) as database:
-        rows = await enqueue_many(requests)
+        rows = await store(batch)
         if not (is_waiting and as_json):
             show(rows)
         try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dgx_music import validation
 from dgx_music.catalog import MODELS
 from dgx_music.cli.output import has_password, warn
 from dgx_music.config import PREFIX, Settings
@@ -36,9 +36,9 @@ def warn_of_password(parameter: typer.CallbackParam, url: str | None) -> str | N
     return url
 
 
-def at_home(path: Path | None) -> Path | None:
+def at_home(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
     """Return the path with a home in the place of ``~``: a shell leaves it in ``--out=~/a.wav``."""
-    return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises where it knows no home
+    return None if path is None else Path(validation.at_home(parameter.opts[0], str(path)))
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dgx_music.enqueue import Plan, plan, read_clips
+from dgx_music.enqueue import Batch, plan, read_clips
 from dgx_music.errors import InvalidRequestError
 from dgx_music.validation import shown
 
@@ -18,38 +17,23 @@ _JSON_LINES = {".jsonl", ".ndjson"}
 _STDIN = Path("-")
 
 
-def read_requests(file: Path, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the file's requests, each with the defaults it does not override; blank lines are skipped.
+def read_requests(file: Path, defaults: Mapping[str, Any]) -> Batch:
+    """Return the file's requests, checked, each with the defaults it does not override; blank lines are skipped.
 
-    A line is JSON where it starts with ``{``, and every line is where the file's name ends in ``.jsonl``. All are checked:
-    raises ``InvalidRequestError`` that names the first line that cannot be enqueued.
+    A line that starts with ``{`` is JSON; so is every line of a file whose name ends in ``.jsonl``. Raises
+    ``InvalidRequestError`` that names the first line that cannot be enqueued.
     """
-    requests, plans = [], []
+    plans = []
     for number, line in _read_lines(file):
         try:
             request = {**defaults, **_parse(line, is_json=file.suffix.lower() in _JSON_LINES)}
             planned = plan(request.get("prompt"), {name: value for name, value in request.items() if name != "prompt"})
         except InvalidRequestError as error:
             raise InvalidRequestError(f"line {number}: {error.field}", error.problem, error.remedy) from None
-        requests.append(request)
         plans.append(replace(planned, name=f"line {number}"))
-    check_clips(plans)
-    if not requests:
+    if not plans:
         raise InvalidRequestError("--file", f"{str(file)!r} holds no prompts", "write one in each line")
-    return requests
-
-
-def check_clips(plans: Sequence[Plan]) -> None:
-    """Raise ``InvalidRequestError`` for the first clip that cannot be read, before anything is opened or created.
-
-    What else there is to tell of a clip is told once, when it is read to be stored: logging's last resort is stderr.
-    """
-    logger = logging.getLogger("dgx_music.clips")
-    logger.disabled = True
-    try:
-        read_clips(plans)
-    finally:
-        logger.disabled = False
+    return read_clips(plans)
 
 
 def parse_object(field: str, text: str, example: str) -> dict[str, Any]:

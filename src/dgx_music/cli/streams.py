@@ -67,7 +67,7 @@ class Output:
         self._raw = raw
 
     def find_loss(self) -> str | None:
-        """Return why some of it is lost; ``None`` where nothing is, and where the reader has left: he had what he wanted."""
+        """Return why some of it is lost; ``None`` if nothing is, and if the reader has left: it had what it wanted."""
         sys.stdout.flush()
         trouble = None if self._raw is None else self._raw.trouble
         if self._raw is None or trouble is None or self._raw.has_lost_its_reader():

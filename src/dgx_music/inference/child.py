@@ -2,7 +2,8 @@
 
 Started by ``process.py`` as ``python -m dgx_music.inference.child FD SETTINGS``, with the channel's file descriptor and
 the engines' settings as JSON. The main thread reads messages, one thread loads engines, and each generation has a thread
-of its own. Its exit code is 0 where the parent hung up, and ``LOST_THE_DEVICE`` where it gave up by itself.
+of its own. ``early`` has it ignore the signals that a terminal or a supervisor sends to everybody. Its exit code is 0
+where the parent hung up, and ``LOST_THE_DEVICE`` where it gave up by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dgx_music.early import STOPPING
 from dgx_music.errors import (
     EngineError,
     EngineReplacedError,
@@ -139,7 +139,7 @@ def main() -> None:
     """Serve until the parent hangs up; ends with the process, at once."""
     faulthandler.enable()
     configure_logging("warning")
-    _obey_only_the_parent()
+    _die_with_the_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)  # a process that an engine starts must not hold the channel open
     with suppress(ConnectionError):
@@ -326,10 +326,8 @@ def _failed(key: int, error: str, message: str) -> bytes:
     return encode({"kind": "failed", "key": key, "error": error, "message": message})
 
 
-def _obey_only_the_parent() -> None:
-    """Ignore the signals that a terminal or a supervisor sends to everybody; on Linux die when the parent dies."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+def _die_with_the_parent() -> None:
+    """Die when the parent dies, on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

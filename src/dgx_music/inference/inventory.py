@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dgx_music.inference.checkpoint import find_snapshot, find_weights
-from dgx_music.inference.hub import HubUnavailableError, list_files
+from dgx_music.catalog import ModelInfo
+from dgx_music.errors import EngineUnavailableError
+from dgx_music.inference.checkpoint import check_obtainable, find_folder, find_weights
 
 
 def find_cuda_devices() -> list[str]:
@@ -15,9 +16,12 @@ def find_cuda_devices() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def has_weights(repository: str, revision: str) -> bool:
-    """Return whether the Hugging Face cache holds a model that can be loaded; asks no network. Needs huggingface_hub."""
-    return find_snapshot(repository, revision) is not None
+def has_weights(model: ModelInfo, revision: str | None) -> bool:
+    """Return whether this machine holds the model's files, so that it can be loaded; asks no network.
+
+    ``revision`` is the one that is set. Needs huggingface_hub.
+    """
+    return find_folder(model, revision) is not None
 
 
 def holds_weights(folder: Path) -> bool:
@@ -25,13 +29,13 @@ def holds_weights(folder: Path) -> bool:
     return bool(find_weights(folder))
 
 
-def can_reach_hub(repository: str, revision: str) -> str | None:
-    """Return ``None`` where the hub offers the model's files within 3 s, else the reason in words. Needs huggingface_hub.
+def find_obstacle(model: ModelInfo, revision: str | None) -> str | None:
+    """Return in a sentence why a worker could not have the model's files; ``None`` if they are here or can be downloaded.
 
-    The reason is half a sentence, such as "the hub does not know this revision" or "HF_HUB_OFFLINE is set".
+    Asks the hub for 3 s at most, and downloads nothing. Needs huggingface_hub.
     """
     try:
-        list_files(repository, revision)
-    except HubUnavailableError as error:
+        check_obtainable(model, revision)
+    except EngineUnavailableError as error:
         return str(error)
     return None

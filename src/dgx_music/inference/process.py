@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -35,15 +36,20 @@ from dgx_music.errors import (
 from dgx_music.inference.channel import Decoder, encode, encode_request
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
 
+logger = logging.getLogger(__name__)
+
 ReportProgress = Callable[[float], None]
 FreeSlot = Callable[[], None]
 
 _NOT_RUNNING = "The engine's process is not running."
 _STDERR = 2
 _LAST_WORDS_SECONDS = 10.0  # between the end of the channel and that of the process: freeing a GPU takes a while
+_CLOSE_SECONDS = 15.0
+"""How long a close waits for the end: a killed process may stay for long in a driver that does not return."""
 _NEEDED = re.compile(
-    r"(PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|TERM|VIRTUAL_ENV|CONDA_PREFIX"  # any program
-    r"|PYTHON\w*|LD_\w+|MALLOC_\w+|GLIBC_TUNABLES|CC|CFLAGS|CPATH|C_INCLUDE_PATH|LIBRARY_PATH|XDG_\w+"  # its libraries
+    r"(PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|TMP|TEMP|TERM|VIRTUAL_ENV|CONDA_PREFIX"  # any program
+    r"|PYTHON\w*|LD_\w+|MALLOC_\w+|GLIBC_TUNABLES|XDG_\w+"  # its libraries
+    r"|CC|CXX|CFLAGS|CPPFLAGS|CXXFLAGS|LDFLAGS|CPATH|C_INCLUDE_PATH|CPLUS_INCLUDE_PATH|LIBRARY_PATH"  # compilers
     r"|(OMP|GOMP|KMP|MKL|OPENBLAS|BLIS|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|SAFETENSORS)_\w+"  # arithmetic
     r"|(CUDA|CUDNN|CUBLAS|NVIDIA|NCCL|NVTX|ROCM|HIP|HSA|ROCR|GPU|AMD)_\w+"  # devices
     r"|(HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TQDM)_\w+|SSL_CERT_\w+|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"  # weights
@@ -128,12 +134,17 @@ class EngineProcess:
         return await self._child.generate(request, on_progress, on_slot_free, self._cancel_grace_seconds)
 
     async def close(self) -> None:
-        """End the process for good; what still runs in it raises ``EngineReplacedError``."""
+        """End the process for good; what still runs in it raises ``EngineReplacedError``.
+
+        It is killed at once; its end is waited for, but not longer than ``_CLOSE_SECONDS``.
+        """
         self._is_closed = True
-        with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(_CLOSE_SECONDS, shield=True) as patience:
             async with self._spawning:
                 if self._child is not None:
                     await self._child.end("was closed")
+        if patience.cancelled_caught:
+            logger.warning("the engine's process was killed and has not ended after %g s", _CLOSE_SECONDS)
 
     async def __aenter__(self) -> Self:
         return self

@@ -54,7 +54,7 @@ class Notifications:
                 self._end()
 
     def _end(self) -> None:
-        """Stop listening; who subscribes from now on gets a listener of his own."""
+        """Stop listening; a later subscription starts another listener."""
         if self._listening is not None:
             self._listening.cancel()
             self._ending.add(self._listening)

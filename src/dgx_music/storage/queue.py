@@ -182,7 +182,7 @@ async def renew(session: AsyncSession, progress: Mapping[Lease, float], *, lease
     """Extend these leases and store their progress; return those still held, with whether a cancel was requested.
 
     A lease that is not in the answer is lost: stop that generation and drop its file. An expired lease that nobody has
-    rescued yet is revived. A row that somebody else has locked is passed over until the next time, and still held: his
+    rescued yet is revived. A row that somebody else has locked is passed over until the next time, and still held: an
     open transaction must not cost the others their leases.
     """
     if not progress:

@@ -292,9 +292,8 @@ async def compact_tallies(session: AsyncSession) -> int:
     if (await session.scalar(select(func.count()).select_from(few)) or 0) < _TALLY_ROWS:
         return 0
     oldest = select(Tally.id).order_by(Tally.id).limit(TALLY_CHUNK).with_for_update(skip_locked=True)
-    chosen = select(
-        oldest.cte("chosen").prefix_with("MATERIALIZED").c.id
-    )  # else its LIMIT may be applied again and again
+    # Materialized, or its LIMIT may be applied again and again.
+    chosen = select(oldest.cte("chosen").prefix_with("MATERIALIZED").c.id)
     gone = (await session.execute(delete(Tally).where(Tally.id.in_(chosen)).returning(Tally.name, Tally.delta))).all()
     sums: Counter[str] = Counter()
     for row in gone:
