@@ -110,6 +110,16 @@ async def test_a_second_signal_releases_at_once_as_the_first_has_said(database, 
     assert (row.status, row.failures, row.attempt) == ("pending", 0, 1)
 
 
+@pytest.mark.parametrize("number", STOPPING)
+async def test_signals_that_go_on_while_an_idle_worker_ends_do_not_change_how_it_ends(database, start, number):
+    daemon = start()
+    await daemon.says("serves")
+    while daemon.process.poll() is None:
+        daemon.send(number)
+        await asyncio.sleep(0.02)
+    assert daemon.wait() == 0
+
+
 async def test_a_worker_under_nohup_outlives_its_terminal(database, start, script):
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import AsyncIterator
 
 import anyio
 
@@ -31,19 +32,22 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     output = open_output(settings.output, is_private=settings.is_private)
     worker = Worker(database, engine, output, settings)
     trouble: DgxMusicError | None = None
-    try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_stop_on_signals, worker, name="signals")
-            tasks.start_soon(_warm_up, worker, name="audio warm-up")
-            try:
-                await database.prepare()
-                await worker.run(drain=drain)
-            except DgxMusicError as error:  # raised below: a task group would wrap it
-                trouble = error
-            tasks.cancel_scope.cancel()
-    finally:
-        await engine.close()
-        await database.dispose()
+    with anyio.open_signal_receiver(
+        *stopping_signals()
+    ) as signals:  # to the very end: a signal must not cut that short
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_stop_on_signals, worker, signals, name="signals")
+                tasks.start_soon(_warm_up, worker, name="audio warm-up")
+                try:
+                    await database.prepare()
+                    await worker.run(drain=drain)
+                except DgxMusicError as error:  # raised below: a task group would wrap it
+                    trouble = error
+                tasks.cancel_scope.cancel()
+        finally:
+            await engine.close()
+            await database.dispose()
     if trouble is not None:
         raise trouble
 
@@ -90,8 +94,7 @@ async def _warm_up(worker: Worker) -> None:
         logger.warning("worker %s: the audio's libraries are not loaded yet: %s", worker.id, error)
 
 
-async def _stop_on_signals(worker: Worker) -> None:
-    with anyio.open_signal_receiver(*stopping_signals()) as signals:
-        async for number in signals:
-            logger.info("worker %s: received %s", worker.id, signal.Signals(number).name)
-            worker.stop()
+async def _stop_on_signals(worker: Worker, signals: AsyncIterator[signal.Signals]) -> None:
+    async for number in signals:
+        logger.info("worker %s: received %s", worker.id, signal.Signals(number).name)
+        worker.stop()

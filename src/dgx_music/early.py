@@ -31,6 +31,13 @@ def stand_back() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def see_it_through() -> None:
+    """Let no signal cut short the end of a worker of ours that has stopped: its exit code says how it went."""
+    if _program() in _PROGRAMS:
+        for number in stopping_signals():
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _stand_by() -> None:
     program = _program()
     if program == _ENGINE:

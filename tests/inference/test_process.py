@@ -814,6 +814,18 @@ async def test_the_child_gets_what_its_libraries_need(monkeypatch: pytest.Monkey
     assert {f"{name}=1" for name in NEEDED} | {f"PATH={os.environ['PATH']}"} <= {*environment}
 
 
+async def test_the_child_gets_no_secret_whatever_its_name_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NVIDIA_API_KEY", "LD_SDK_KEY", "PYTHONANYWHERE_API_TOKEN", "GPU_CLOUD_SECRET", "XDG_PASSWORD"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("HF_TOKEN", "for the hub")
+
+    async with make_process() as process:
+        await process.start()
+        environment = Path(f"/proc/{process.pid}/environ").read_text()
+
+    assert ("hunter2" in environment, "HF_TOKEN=for the hub" in environment) == (False, True)
+
+
 async def test_the_tone_engines_variables_get_to_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SPEED_VARIABLE, "quick")
     monkeypatch.delenv(SCRIPT_VARIABLE, raising=False)

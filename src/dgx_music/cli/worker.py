@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from dgx_music.cli.database import opened
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting, warn_of_password
 from dgx_music.cli.output import ID_PREFIX_CHARACTERS, distance, print_json, print_table, tell
 from dgx_music.config import AudioFormat, EngineName, Loudness, load_settings
+from dgx_music.early import see_it_through
 from dgx_music.fleet import pause as pause_claims
 from dgx_music.fleet import resume as resume_claims
 from dgx_music.storage.models import ALL_MODELS, Pause
@@ -119,7 +120,14 @@ def worker(
     from dgx_music.daemon import configure_logging, run_worker
 
     configure_logging(settings.log_level)
-    asyncio.run(run_worker(settings, drain=drain))
+    asyncio.run(_see_through(run_worker(settings, drain=drain)))
+
+
+async def _see_through(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        await work
+    finally:
+        see_it_through()
 
 
 def workers(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:

@@ -58,10 +58,16 @@ _NEEDED = re.compile(
 )
 """The variables that the engine's process gets. A list of what it may have, not of what it must not: nobody can name all
 secrets that a worker's environment may hold, and a library's variable that is missing here is missed, not leaked."""
+_SECRET = re.compile(r"(?!HF_TOKEN|HUGGING_?FACE_)\w*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)\w*", re.IGNORECASE)
+"""Named like something needed and yet a secret, such as ``NVIDIA_API_KEY``; the hub's own is for downloads."""
 _FAILURES: dict[str, type[EngineError]] = {
     error.__name__: error
     for error in (EngineError, EngineReplacedError, GenerationCancelledError, GenerationRejectedError)
 }
+
+
+def _may_have(name: str) -> bool:
+    return _NEEDED.fullmatch(name) is not None and _SECRET.fullmatch(name) is None
 
 
 @dataclass(frozen=True)
@@ -432,7 +438,7 @@ async def _start_python(channel: socket.socket, settings: EngineSettings) -> asy
     try:
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "dgx_music.inference.child", *arguments),
-            env={name: value for name, value in os.environ.items() if _NEEDED.fullmatch(name)},
+            env={name: value for name, value in os.environ.items() if _may_have(name)},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=_STDERR,  # what libraries print belongs in the worker's log
             pass_fds=(channel.fileno(),),
