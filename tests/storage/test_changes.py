@@ -1,7 +1,9 @@
 """Waking up when another connection commits."""
 
 import asyncio
+import os
 import sqlite3
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -172,6 +174,15 @@ async def test_a_subscriber_whose_event_loop_has_closed_is_forgotten(path):
         (again,) = threads()
     await assert_thread_ends(again)
     left.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_a_folder_that_cannot_be_watched_leaves_no_descriptor_open(tmp_path):
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="inotify"):
+        changes_module._LogWatch(tmp_path / "missing" / "x.db")
+
+    assert os.listdir("/proc/self/fd") == before
 
 
 def leave_open(changes):

@@ -220,8 +220,12 @@ class _LogWatch:
         self._log = f"{path.name}-wal".encode()
         libc = ctypes.CDLL(None, use_errno=True)
         self._events = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
-        if self._events < 0 or libc.inotify_add_watch(self._events, bytes(path.parent), _IN_MODIFY) < 0:
+        if self._events < 0:
             raise OSError(ctypes.get_errno(), "inotify")
+        if libc.inotify_add_watch(self._events, bytes(path.parent), _IN_MODIFY) < 0:
+            error = ctypes.get_errno()
+            os.close(self._events)
+            raise OSError(error, "inotify")
 
     def wait(self, stop: _Stop) -> None:
         """Wait for a write to the log, or the stop; not for long, since another folder may have come in this one's place."""
