@@ -333,6 +333,19 @@ def test_work_is_finished_before_its_event_loop_ends():
     assert work.is_done
 
 
+async def test_work_outlives_whoever_cancels_every_task_there_is():
+    work = Work()
+    task = await work.begin()
+    for each in asyncio.all_tasks() - {asyncio.current_task()}:
+        each.cancel()
+    await asyncio.sleep(0)
+    work.released.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.is_done
+
+
 async def test_a_timeout_inside_the_work_ends_it():
     with pytest.raises(TimeoutError):
         await finish(asyncio.wait_for(Work().run(), 0.001))

@@ -25,14 +25,6 @@ class NoAnswerError(Exception):
         super().__init__(why)
 
 
-class _Finishing(asyncio.Task[T]):
-    """A task that goes on when its event loop ends: ``asyncio.run`` cancels every task there is, and then waits for them."""
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Be cancelled by what happens inside, as timeouts do it, and not from outside of the event loop."""
-        return self.get_loop().is_running() and super().cancel(msg)
-
-
 def check_session(session: object) -> None:
     """Refuse what is no ``AsyncSession`` of SQLAlchemy, a synchronous one among it."""
     if not isinstance(session, AsyncSession | async_scoped_session):
@@ -50,7 +42,8 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     """
     if _is_finishing.get():
         return await work
-    task = _Finishing(_finishing(work), loop=asyncio.get_running_loop())
+    task = asyncio.get_running_loop().create_task(_finishing(work))
+    asyncio._unregister_task(task)  # not among ``all_tasks``, which who shuts down cancels one and all; the caller is
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():
