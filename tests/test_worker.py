@@ -455,7 +455,6 @@ async def test_an_unusable_output_folder_stops_the_worker_before_anything_is_cla
 async def test_a_database_that_is_not_migrated_is_refused(make_worker, empty_database):
     worker = make_worker()
     worker._database = empty_database
-    empty_database.create_folder()
     with pytest.raises(DatabaseNotMigratedError, match="run `dgx-music db migrate`"):
         await worker.run()
 

@@ -196,7 +196,6 @@ async def test_readers_more_than_connections_take_turns(database):
 
 
 async def test_an_empty_database_is_not_migrated(empty_database):
-    empty_database.create_folder()
     with pytest.raises(DatabaseNotMigratedError, match="is at revision none and this version needs"):
         await empty_database.check_migrated()
 

@@ -26,6 +26,8 @@ from weakref import WeakSet
 
 import anyio
 
+from dgx_music.storage.snapshots import snapshot
+
 EVERYTHING = "*"
 """The key of a hint that is for every subscriber of its topic."""
 
@@ -276,7 +278,7 @@ def find_place(name: str | Path) -> Place:
 
 def pause(path: Path | None = None) -> list[Changes]:
     """Close the connections that watch this file, or any; return what to ``resume``."""
-    paused = [each for each in tuple(_all) if each.watches(path)]
+    paused = [each for each in snapshot(_all) if each.watches(path)]
     for each in paused:
         each.pause()
     return paused
@@ -290,7 +292,7 @@ def resume(paused: list[Changes]) -> None:
 
 def after_fork() -> list[Changes]:
     """In the child, which has none of the threads: know of nobody, and return who there was."""
-    inherited = list(_all)
+    inherited = snapshot(_all)
     _all.clear()
     return inherited
 

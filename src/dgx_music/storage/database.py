@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import DatabaseNotInitializedError, DatabaseNotMigratedError, DatabaseUnavailableError
-from dgx_music.modes import create_file, make_folders
+from dgx_music.modes import make_folders
 from dgx_music.storage import postgres, sqlite
 from dgx_music.storage.changes import Changes
 from dgx_music.storage.connections import ConnectionsByLoop
@@ -55,7 +55,7 @@ class Database:
         self.limits = limits or Limits()
         self.is_embedded = self.url.get_backend_name() == "sqlite"
         replica = check_replica_url(replica_url, self.url) if replica_url else None
-        self._file = None if self.path is None else DatabaseFile(self.path)
+        self._file = None if self.path is None else DatabaseFile(self.path, is_private=is_private)
         self._connections = ConnectionsByLoop(self.url, replica, self.limits, self._file)
 
     @classmethod
@@ -239,7 +239,7 @@ class Database:
             raise
 
     def create_folder(self) -> None:
-        """Create the folder of a SQLite database, and the file with its mode, which SQLite gives to those beside it."""
+        """Create the folder of a SQLite database."""
         if self.path is None:
             return
         try:
@@ -247,8 +247,6 @@ class Database:
             self.path.parent.mkdir(exist_ok=True)  # a file of that name is no folder
         except OSError as error:
             raise DatabaseUnavailableError(str(self), f"its folder cannot be created ({error.strerror})") from error
-        with suppress(OSError):  # it is there, or SQLite will say why it cannot be
-            create_file(self.path, is_private=self.is_private)
 
     def _is_unavailable(self, error: BaseException) -> bool:
         """Tell a database that cannot be used from a mistake in using it."""

@@ -30,6 +30,7 @@ from dgx_music.storage.models import Base
 from dgx_music.storage.schema import VERSION_TABLE
 from dgx_music.storage.server_settings import READABLE, SET_UP, say_in_each_transaction
 from dgx_music.storage.sessions import NoAnswerError, as_no_answer
+from dgx_music.storage.snapshots import snapshot
 from dgx_music.storage.urls import connect_timeout, is_pooled_by_transaction, server_address
 
 _TRANSIENT = {"40001", "40P01", "40003", "55P03", "55006", "57014", "57P01", "57P02", "57P03", "57P04", "57P05"}
@@ -175,8 +176,9 @@ _loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
 
 def hang_up_ended() -> None:
     """Close the connections of event loops that were closed before them, which nothing can say goodbye on any more."""
-    for connection in [connection for connection, loop in tuple(_loops.items()) if loop.is_closed()]:
-        del _loops[connection]
+    for connection in [connection for connection, loop in snapshot(_loops.items()) if loop.is_closed()]:
+        if _loops.pop(connection, None) is None:  # another thread was quicker
+            continue
         if hasattr(connection, "pgconn"):
             connection.pgconn.finish()
         else:
@@ -198,7 +200,7 @@ def after_fork() -> list[Any]:
 
     Nothing is in a socket's place from now on, so that whatever its owner does to it, the parent does not hear it.
     """
-    inherited = list(_loops.items())
+    inherited = snapshot(_loops.items())
     _loops.clear()
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for connection, _ in inherited:
