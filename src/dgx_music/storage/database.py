@@ -15,7 +15,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from dgx_music.config import Settings, load_settings
-from dgx_music.errors import DatabaseNotInitializedError, DatabaseNotMigratedError, DatabaseUnavailableError
+from dgx_music.errors import (
+    DatabaseNotInitializedError,
+    DatabaseNotMigratedError,
+    DatabaseUnavailableError,
+    is_newer,
+)
 from dgx_music.modes import make_folders
 from dgx_music.storage import postgres, sqlite
 from dgx_music.storage.changes import Changes
@@ -27,7 +32,7 @@ from dgx_music.storage.replica import Replica, check_replica_url
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.sessions import NoAnswerError, finish
 from dgx_music.storage.sqlite_file import DatabaseFile
-from dgx_music.storage.urls import normalise_url
+from dgx_music.storage.urls import file_of, normalise_url
 
 T = TypeVar("T")
 
@@ -101,8 +106,7 @@ class Database:
     @property
     def path(self) -> Path | None:
         """The file of a SQLite database, ``None`` where there is none."""
-        is_file = self.is_embedded and self.url.database not in (None, "", ":memory:")
-        return Path(str(self.url.database)) if is_file else None
+        return file_of(self.url)
 
     @asynccontextmanager
     async def session(self, *, read_only: bool = False, may_lag: bool = False) -> AsyncIterator[AsyncSession]:
@@ -261,7 +265,7 @@ class Database:
         """Raise the ``DatabaseUnavailableError`` that the error amounts to."""
         if isinstance(error, DatabaseUnavailableError):
             raise error
-        why = postgres.known_reason(error, self.limits) or postgres.first_line(getattr(error, "orig", error))
+        why = self._known_reason(error) or postgres.first_line(getattr(error, "orig", error))
         if isinstance(error, PoolTimeoutError):
             why = "all its connections are in use; is a session opened inside another one?"
             if self._file is not None and self._file.waits_for_lock:
@@ -269,6 +273,9 @@ class Database:
         elif isinstance(error, TimeoutError):
             why = str(NoAnswerError())
         raise DatabaseUnavailableError(str(self.replica if at_replica else self), why) from error
+
+    def _known_reason(self, error: BaseException) -> str | None:
+        return postgres.known_reason(error, self.limits) if self.path is None else sqlite.known_reason(error, self.path)
 
 
 def _is_refused_write(error: BaseException) -> bool:
@@ -296,11 +303,6 @@ def _upgrade(connection: Connection) -> None:
             raise DatabaseUnavailableError(postgres.shown(connection.engine.url), why)
     _check_ours(connection)
     migrations.upgrade(connection)
-
-
-def is_newer(revision: str | None) -> bool:
-    """Return True where a newer version of this library made the tables: nothing but an upgrade helps."""
-    return revision is not None and revision > SCHEMA_REVISION
 
 
 def _recreate(connection: Connection) -> None:
@@ -348,9 +350,8 @@ def _lock_all(connection: Connection) -> None:
 def _check_ours(connection: Connection) -> bool:
     """Return whether our tables are there; raise where a newer version made them, or somebody else's have their names."""
     found = _read_revision(connection)
-    if is_newer(found):
-        why = f"its revision {found} is newer than this version's, {SCHEMA_REVISION}; upgrade dgx-music"
-        raise DatabaseUnavailableError(postgres.shown(connection.engine.url), why)
+    if is_newer(found, SCHEMA_REVISION):
+        raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     is_ours = found is not None
     foreign = set(Base.metadata.tables) & set(inspect(connection).get_table_names())
     if foreign and not is_ours:
