@@ -824,6 +824,29 @@ async def test_a_worker_that_cannot_store_audio_leaves_word_of_why(database, mak
     assert (await service_of(database)).end_reason == str(raised.value)
 
 
+@on(SQLITE)
+async def test_a_worker_whose_file_stays_gone_for_a_lease_ends_with_a_sentence(database, make_worker):
+    async def delete():
+        await until_serving(database)
+        database.path.unlink()
+
+    error = await end_of(make_worker(lease_seconds=1.0), delete(), DatabaseUnavailableError)
+    assert str(error).endswith("cannot be used: its file is gone; put it back, or make a new one: dgx-music db init.")
+    assert not database.path.exists()
+
+
+@on(SQLITE)
+async def test_a_worker_whose_file_is_put_back_within_a_lease_goes_on(database, make_worker):
+    async with at_work(make_worker(lease_seconds=30.0)):
+        await until_serving(database)
+        database.path.rename(away := database.path.with_name("away.db"))
+        with pytest.raises(DatabaseUnavailableError):
+            await add(database)
+        away.rename(database.path)
+        generation = await add(database)
+        await until(database, generation, "completed")
+
+
 async def test_a_drained_worker_leaves_word_of_that(database, make_worker):
     await make_worker().run(drain=True)
     assert (await service_of(database)).end_reason == "its queue was empty, as --drain asks for"
@@ -843,10 +866,10 @@ OTHER_REVISIONS = pytest.mark.parametrize(
 )
 
 
-async def end_of(worker, meanwhile=None):
+async def end_of(worker, meanwhile=None, kind=DatabaseNotMigratedError):
     """Return the error that ends the worker while this is done beside it."""
     task = asyncio.ensure_future(meanwhile) if meanwhile is not None else None
-    with pytest.raises(DatabaseNotMigratedError) as raised:
+    with pytest.raises(kind) as raised:
         await worker.run()
     if task is not None:
         await task

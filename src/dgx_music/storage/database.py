@@ -31,7 +31,7 @@ from dgx_music.storage.postgres import Limits
 from dgx_music.storage.replica import Replica, check_replica_url
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.sessions import NoAnswerError, finish
-from dgx_music.storage.sqlite_file import DatabaseFile
+from dgx_music.storage.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.urls import file_of, normalise_url
 
 T = TypeVar("T")
@@ -107,6 +107,11 @@ class Database:
     def path(self) -> Path | None:
         """The file of a SQLite database, ``None`` where there is none."""
         return file_of(self.url)
+
+    def check_file(self) -> None:
+        """Raise where the file of a SQLite database is gone."""
+        if self._file is not None and self._file.is_gone:
+            raise DatabaseUnavailableError(str(self), GONE)
 
     @asynccontextmanager
     async def session(self, *, read_only: bool = False, may_lag: bool = False) -> AsyncIterator[AsyncSession]:

@@ -33,7 +33,7 @@ _OPENED = "dgx_music_opened"
 _IS_SECOND = "dgx_music_is_second"
 _LEAVE_SECONDS = 5.0
 _CHECKPOINT_SECONDS = 2.0
-_GONE = "its file is gone; put it back, or make a new one: dgx-music db init"
+GONE = "its file is gone; put it back, or make a new one: dgx-music db init"
 _MOVED = "its file was replaced or deleted meanwhile, and what was being written went with it; try again"
 _IN_THE_WAY = "its file or its log (-wal) was replaced while others use it; stop them all, and start them again"
 _FORKED = (
@@ -86,6 +86,11 @@ class DatabaseFile:
         event.listen(engine, "close", self._forget)
 
     @property
+    def is_gone(self) -> bool:
+        """True where the file was there and has no successor: deleted, or moved away with its folder."""
+        return self.is_known and find_place(self.path) is None
+
+    @property
     def waits_for_lock(self) -> bool:
         """True while a transaction of this process waits to begin: somebody else is writing."""
         return any(opened.is_waiting for opened in tuple(self._opened))
@@ -132,8 +137,8 @@ class DatabaseFile:
         try:
             sqlite3.connect(arguments[0], uri=True).close()
         except sqlite3.OperationalError:
-            if self.is_known and find_place(self.path) is None:
-                raise sqlite3.OperationalError(_GONE) from None
+            if self.is_gone:
+                raise sqlite3.OperationalError(GONE) from None
             raise
         record.info[_OPENED] = find_place(self.path)
 
