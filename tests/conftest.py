@@ -79,7 +79,7 @@ def database_url(request: pytest.FixtureRequest) -> str:
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a database of each kind in which there is nothing at all."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'folder' / 'empty.db'}"
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
         return
     server: PostgresServer = request.getfixturevalue("postgres")
     name = f"empty_{secrets.token_hex(4)}"

@@ -28,7 +28,7 @@ HEAVY = [
 LAYERS = [
     [
         *("early", "text", "logs", "errors", "groups", "catalog", "validation", "config", "modes", "forecast"),
-        *("storage.schema", "storage.words"),
+        *("storage.schema", "storage.words", "storage.snapshots"),
     ],
     ["storage.models", "storage.changes", "inference.engine"],
     ["storage", "inference", "audio", "clips", "containers", "artifacts"],

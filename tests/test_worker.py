@@ -455,7 +455,6 @@ async def test_an_unusable_output_folder_stops_the_worker_before_anything_is_cla
 async def test_a_database_that_is_not_migrated_is_refused(make_worker, empty_database):
     worker = make_worker()
     worker._database = empty_database
-    empty_database.create_folder()
     with pytest.raises(DatabaseNotMigratedError, match="run `dgx-music db migrate`"):
         await worker.run()
 
@@ -854,6 +853,29 @@ async def test_a_worker_leaves_word_of_its_end_before_it_waits_for_that_of_its_e
     assert found == ["it was stopped"]
 
 
+@on(SQLITE)
+async def test_a_worker_whose_file_stays_gone_for_a_lease_ends_with_a_sentence(database, make_worker):
+    async def delete():
+        await until_serving(database)
+        database.path.unlink()
+
+    error = await end_of(make_worker(lease_seconds=1.0), delete(), DatabaseUnavailableError)
+    assert str(error).endswith("cannot be used: its file is gone; put it back, or make a new one: dgx-music db init.")
+    assert not database.path.exists()
+
+
+@on(SQLITE)
+async def test_a_worker_whose_file_is_put_back_within_a_lease_goes_on(database, make_worker):
+    async with at_work(make_worker(lease_seconds=30.0)):
+        await until_serving(database)
+        database.path.rename(away := database.path.with_name("away.db"))
+        with pytest.raises(DatabaseUnavailableError):
+            await add(database)
+        away.rename(database.path)
+        generation = await add(database)
+        await until(database, generation, "completed")
+
+
 async def test_a_drained_worker_leaves_word_of_that(database, make_worker):
     await make_worker().run(drain=True)
     assert (await service_of(database)).end_reason == "its queue was empty, as --drain asks for"
@@ -873,10 +895,10 @@ OTHER_REVISIONS = pytest.mark.parametrize(
 )
 
 
-async def end_of(worker, meanwhile=None):
+async def end_of(worker, meanwhile=None, kind=DatabaseNotMigratedError):
     """Return the error that ends the worker while this is done beside it."""
     task = asyncio.ensure_future(meanwhile) if meanwhile is not None else None
-    with pytest.raises(DatabaseNotMigratedError) as raised:
+    with pytest.raises(kind) as raised:
         await worker.run()
     if task is not None:
         await task

@@ -116,11 +116,16 @@ class DatabaseNotInitializedError(DatabaseError, RuntimeError):
         super().__init__("The database is not initialized; call `await init_db()` first.")
 
 
+def is_newer(found: str | None, needed: str) -> bool:
+    """Return True where a newer version of this library made the tables: nothing but an upgrade helps."""
+    return found is not None and found > needed
+
+
 class DatabaseNotMigratedError(DatabaseError):
     """The database's schema is not the one this version needs."""
 
     def __init__(self, found: str | None, needed: str) -> None:
-        remedy = "upgrade dgx-music" if found is not None and found > needed else "run `dgx-music db migrate`"
+        remedy = "upgrade dgx-music" if is_newer(found, needed) else "run `dgx-music db migrate`"
         super().__init__(f"The database is at revision {found or 'none'} and this version needs {needed}; {remedy}.")
         self.found = found
         self.needed = needed

@@ -127,6 +127,7 @@ class Worker:
         self._undecided: set[Lease] = set()
         self._in_doubt_until = -math.inf
         self._broken: DgxMusicError | None = None
+        self._file_gone_since: float | None = None
 
     async def run(self, *, drain: bool = False) -> None:
         """Serve until stopped, or with ``drain`` until every generation of the model is finished.
@@ -186,6 +187,7 @@ class Worker:
     async def _claim_until_stopped(self, tasks: TaskGroup, drain: bool) -> None:
         look_first = False
         while not self._stopping.is_set():
+            self._notice_lost_file()
             if self._running and self._slots > 1:
                 await anyio.sleep(_GATHER_SECONDS)
             free = self._free_slots()
@@ -230,6 +232,16 @@ class Worker:
             self.give_up(error)
         except DatabaseUnavailableError:
             pass
+
+    def _notice_lost_file(self) -> None:
+        """Give up where a SQLite file is gone for longer than a lease; one that is put back sooner is opened anew."""
+        try:
+            self._database.check_file()
+            self._file_gone_since = None
+        except DatabaseUnavailableError as error:
+            self._file_gone_since = self._file_gone_since or time.monotonic()
+            if time.monotonic() - self._file_gone_since > self._settings.lease_seconds:
+                self.give_up(error)
 
     async def _claim_up_to(self, limit: int) -> list[Claim]:
         """Claim what is due of the loaded model, no more than this worker's share of it."""

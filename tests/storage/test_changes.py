@@ -2,7 +2,9 @@
 
 import asyncio
 import sqlite3
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import anyio
@@ -174,6 +176,15 @@ async def test_a_subscriber_whose_event_loop_has_closed_is_forgotten(path):
     left.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_a_folder_that_cannot_be_watched_leaves_no_descriptor_open(tmp_path):
+    before = descriptors()
+    with pytest.raises(OSError, match="inotify"):
+        changes_module._LogWatch(tmp_path / "missing" / "x.db")
+
+    assert descriptors() == before
+
+
 def leave_open(changes):
     """Subscribe on an event loop, close the loop, and leave the subscription open."""
 
@@ -184,6 +195,10 @@ def leave_open(changes):
 
     with asyncio.Runner() as runner:
         return runner.run(subscribe())
+
+
+def descriptors():
+    return sorted(each.name for each in Path("/proc/self/fd").iterdir())
 
 
 def generate(changes):

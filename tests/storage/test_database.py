@@ -22,10 +22,11 @@ from dgx_music.errors import (
 from dgx_music.storage import close_db, create_generation, get_database, get_session, init_db, queue, reset_database
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Attempt, Generation, Prompt
+from dgx_music.storage.postgres import Limits
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import VERSION_TABLE
 from dgx_music.storage.sessions import finish
-from tests.factories import add_generation, back_date, claim_up_to, completion_of, read_all
+from tests.factories import POSTGRES, add_generation, back_date, claim_up_to, completion_of, on, read_all
 from tests.patience import PATIENCE
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
@@ -195,7 +196,6 @@ async def test_readers_more_than_connections_take_turns(database):
 
 
 async def test_an_empty_database_is_not_migrated(empty_database):
-    empty_database.create_folder()
     with pytest.raises(DatabaseNotMigratedError, match="is at revision none and this version needs"):
         await empty_database.check_migrated()
 
@@ -204,10 +204,9 @@ async def test_a_database_of_a_newer_version_is_refused_in_one_sentence(database
     async with database.session() as session:
         await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
 
-    with pytest.raises(DatabaseUnavailableError, match=r"its revision 9999 is newer than this version's, .*; upgrade"):
-        await database.migrate()
-    with pytest.raises(DatabaseNotMigratedError, match="is at revision 9999"):
-        await database.check_migrated()
+    for refused in (database.migrate, database.reset, database.check_migrated):
+        with pytest.raises(DatabaseNotMigratedError, match=r"is at revision 9999 and this version needs .*; upgrade"):
+            await refused()
 
 
 async def test_migrating_again_changes_nothing(database):
@@ -333,6 +332,19 @@ def test_work_is_finished_before_its_event_loop_ends():
     assert work.is_done
 
 
+async def test_work_outlives_whoever_cancels_every_task_there_is():
+    work = Work()
+    task = await work.begin()
+    for each in asyncio.all_tasks() - {asyncio.current_task()}:
+        each.cancel()
+    await asyncio.sleep(0)
+    work.released.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.is_done
+
+
 async def test_a_timeout_inside_the_work_ends_it():
     with pytest.raises(TimeoutError):
         await finish(asyncio.wait_for(Work().run(), 0.001))
@@ -351,6 +363,45 @@ async def test_work_that_cancels_itself_is_cancelled():
 
     with pytest.raises(asyncio.CancelledError):
         await finish(give_up())
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("mine"), TimeoutError("mine"), EOFError("mine")])
+async def test_what_a_callers_own_function_raises_comes_as_it_is(database, error):
+    def read_file(_session):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        async with database.session() as session:
+            await session.run_sync(read_file)
+    assert caught.value is error
+
+
+@on(*POSTGRES)
+async def test_a_server_that_does_not_answer_a_callers_own_function_is_told(database_url):
+    hasty = Database(database_url, limits=Limits(command_seconds=0.2))
+    with pytest.raises(DatabaseUnavailableError, match="cannot be used"):
+        async with hasty.session() as session:
+            await session.run_sync(lambda sync: sync.execute(text("SELECT pg_sleep(30)")))
+    await hasty.dispose()
+
+
+@on(*POSTGRES)
+@pytest.mark.parametrize("column", ["promt", "generations.promt"])
+async def test_a_column_that_nobody_knows_is_the_callers_mistake(database, column):
+    with pytest.raises(DBAPIError, match="promt"):
+        async with database.session() as session:
+            await session.execute(text(f"SELECT {column} FROM generations"))
+
+
+@on(*POSTGRES)
+@pytest.mark.parametrize("column", ["prompt", "generations.prompt"])
+async def test_a_column_of_ours_that_is_away_is_of_another_schema(database, column):
+    async with database.session() as session:
+        await session.execute(text("ALTER TABLE generations RENAME prompt TO former"))
+
+    with pytest.raises(DatabaseUnavailableError, match="prompt"):
+        async with database.session() as session:
+            await session.execute(text(f"SELECT {column} FROM generations"))
 
 
 # cancelled calls

@@ -10,8 +10,10 @@ from sqlalchemy import func, select
 from dgx_music import enqueue, init_db, wait_for_generation
 from dgx_music.enqueue import cancel_generation
 from dgx_music.storage import close_db
+from dgx_music.storage import connections as connections_module
 from dgx_music.storage.database import get_database
 from dgx_music.storage.models import Generation
+from dgx_music.storage.snapshots import snapshot
 from tests.factories import POSTGRES, SQLITE, Program, on, read_all
 
 
@@ -111,6 +113,53 @@ def test_event_loops_in_several_threads_at_once_share_the_default_database(on_a_
 
     assert in_threads(4, work) == []
     assert run(count()) == 12
+
+
+def test_a_set_that_another_thread_adds_to_meanwhile_is_read_again():
+    class Grown(list):
+        def __iter__(self):
+            if len(self) == 1:
+                self.append(2)
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    assert snapshot(Grown([1])) == [1, 2]
+
+
+def test_an_event_loop_that_another_thread_forgot_meanwhile_is_passed_over(database_url):
+    ended = asyncio.new_event_loop()
+    ended.close()
+
+    class Emptied(dict):
+        def __iter__(self):
+            return iter([ended])
+
+    database = run(init_db(database_url))
+    database._connections._by_loop = Emptied()
+
+    assert run(count()) == 0
+
+
+async def test_connections_that_are_closed_late_take_no_others_with_them(database_url):
+    connections = (await init_db(database_url))._connections
+    connections.here()
+    ((_, closing),) = connections._by_loop.values()
+    connections._by_loop.clear()
+    later = connections.here()
+    await closing.aclose()
+
+    assert connections.here() is later
+    await close_db()
+
+
+async def test_an_event_loop_that_ends_just_now_has_closed_its_connections_itself():
+    ending = asyncio.new_event_loop()
+    ending.close()
+
+    async def generate():
+        yield
+
+    await connections_module._close_elsewhere(ending, generate())
 
 
 def test_a_waiter_on_another_event_loop_is_woken():

@@ -207,7 +207,6 @@ async def test_a_migration_gives_way_to_who_reads_on_and_on(empty_database, read
 @pytest.fixture
 async def theirs(empty_database):
     """A database with a table of the caller's, and with Alembic's own for his migrations."""
-    empty_database.create_folder()
     await run(empty_database, execute("CREATE TABLE theirs (name VARCHAR(20))"))
     await run(empty_database, execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"))
     await run(empty_database, execute("INSERT INTO alembic_version VALUES ('ada')"))

@@ -1,12 +1,17 @@
 """What only SQLite needs: the recipe of its connections, its files, and a process that dies in mid-write."""
 
 import asyncio
+import errno
 import os
+import shutil
 import sqlite3
 import stat
 import threading
 from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
 
+import aiosqlite
 import anyio
 import pytest
 from sqlalchemy import event, func, select, text
@@ -313,6 +318,52 @@ async def test_a_full_disk_is_one_sentence_and_nothing_is_acknowledged(database,
 
     assert set(told) == set(await read_all(database, select(Generation.id)))
     assert (await add_one(database)).is_pending
+
+
+@pytest.mark.parametrize(("free", "why"), [(0, "database or disk is full"), (10**9, "disk I/O error")])
+def test_what_cannot_be_written_on_a_full_disk_is_told_as_a_full_disk(tmp_path, monkeypatch, free, why):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+    database = Database(f"sqlite:///{tmp_path / 'x.db'}")
+
+    with pytest.raises(DatabaseUnavailableError, match=rf"cannot be used: {why}\.$"):
+        database._explain(error)
+
+
+def test_the_driver_has_the_private_parts_that_are_used_of_it(tmp_path):
+    connection = aiosqlite.connect(tmp_path / "x.db")
+
+    assert {"_tx", "_conn", "stop"} <= {*dir(connection)}
+    assert hasattr(connection._tx, "put_nowait")
+
+
+@pytest.mark.parametrize("cannot_link", [False, True])
+def test_a_backup_never_stands_in_anothers_place(path, tmp_path, monkeypatch, cannot_link):
+    if cannot_link:
+        monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "kept.db").write_text("kept")
+    with pytest.raises(FileExistsError):
+        sqlite.back_up(path, tmp_path / "kept.db")
+    sqlite.back_up(path, tmp_path / "new.db")
+
+    assert (tmp_path / "kept.db").read_text() == "kept"
+    assert stat.S_IMODE((tmp_path / "new.db").stat().st_mode) == 0o600
+    assert not [*tmp_path.glob("*.part-*")]
+
+
+def refuse(*_arguments):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("failing", ["copy", "place"])
+def test_a_backup_that_fails_leaves_no_file(path, tmp_path, monkeypatch, failing):
+    monkeypatch.setattr(*{"copy": (sqlite, "_copy"), "place": (Path, "replace")}[failing], refuse)
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(PermissionError):
+        sqlite.back_up(path, tmp_path / "new.db")
+
+    assert not [*tmp_path.glob("new.db*")]
 
 
 @pytest.mark.parametrize(("version", "is_warned"), [((3, 40, 1), True), ((3, 51, 2), True), ((3, 51, 3), False)])

@@ -1,17 +1,21 @@
 """A SQLite database whose file is replaced, deleted or moved under connections that are open on it."""
 
+import os
 import shutil
 import sqlite3
-from contextlib import closing
+import stat
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError as DriverError
 
-from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.storage import create_generation
+from dgx_music.errors import DatabaseError, DatabaseUnavailableError
+from dgx_music.storage import create_generation, sqlite_file
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Generation
+from dgx_music.storage.sqlite_file import DatabaseFile
 from tests.factories import read_all
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
@@ -152,6 +156,62 @@ async def test_a_working_folder_that_changes_is_not_a_move(tmp_path, path, monke
     await relative.dispose()
 
     assert len(ids_in(path)) == 2
+
+
+async def test_a_file_that_is_replaced_each_time_it_is_opened_is_told(database, path, monkeypatch):
+    await add_one(database)
+    monkeypatch.setattr(DatabaseFile, "_is_in_place", lambda *_: False)
+    with pytest.raises(DatabaseUnavailableError, match="its file was replaced or deleted meanwhile"):
+        await count(database)
+    monkeypatch.undo()
+
+    assert await count(database) == 1
+
+
+async def test_connections_that_are_to_be_closed_are_not_taken_into_use_meanwhile(database, monkeypatch):
+    await add_one(database)
+    monkeypatch.setattr(sqlite_file, "_call_soon", lambda opened, _work: closed.append(opened.is_left) or Done())
+    closed = []
+    database._file.rest()
+
+    assert closed == [True]
+
+
+class Done:
+    def wait(self, _seconds):
+        return True
+
+
+async def test_a_child_is_refused_whose_parent_could_not_close_its_connections(database, monkeypatch):
+    await add_one(database)
+    monkeypatch.setattr(sqlite_file, "_call_soon", lambda *_: Done())
+    database._file.rest()
+    database._file.after_fork()
+
+    with pytest.raises(DatabaseUnavailableError, match="this process was forked while"):
+        await count(database)
+
+
+@pytest.mark.parametrize("first_use", [add_one, count, Database.check_migrated, Database.revision])
+@pytest.mark.parametrize(("is_private", "mode"), [(True, 0o600), (False, 0o644)])
+async def test_whoever_makes_the_file_makes_it_for_whom_the_settings_say(tmp_path, first_use, is_private, mode):
+    before = os.umask(0o022)
+    new = Database(f"sqlite:///{tmp_path / 'new.db'}", is_private=is_private)
+    with suppress(DatabaseError, DriverError):
+        await first_use(new)
+    os.umask(before)
+    await new.dispose()
+
+    assert stat.S_IMODE((tmp_path / "new.db").stat().st_mode) == mode
+
+
+async def test_a_link_to_a_file_that_is_not_there_yet_leads_to_the_new_one(tmp_path):
+    (tmp_path / "link.db").symlink_to(tmp_path / "new.db")
+    new = Database(f"sqlite:///{tmp_path / 'link.db'}")
+    await new.migrate()
+    await new.dispose()
+
+    assert stat.S_IMODE((tmp_path / "new.db").stat().st_mode) == 0o600
 
 
 async def test_a_link_to_the_file_may_come_to_lead_to_another(path, tmp_path):

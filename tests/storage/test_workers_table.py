@@ -17,7 +17,7 @@ from dgx_music.storage.workers import (
     longest_silent,
     register_worker,
 )
-from tests.factories import start_one
+from tests.factories import add_generation, claim_one, start_one
 
 WORKER = {
     "id": "worker-1",
@@ -168,11 +168,21 @@ async def test_the_longest_silent_of_the_others_is_the_one_heard_of_first(databa
         await register(session)
         assert await longest_silent(session, but="worker-1") is None
         for worker_id, seconds in (("worker-2", 60), ("worker-3", 20)):
+            await add_generation(session)
+            await claim_one(session, worker_id=worker_id)
             await register(session, id=worker_id)
             await silence(session, worker_id, seconds)
         since = await longest_silent(session, but="worker-1")
 
     assert timedelta(seconds=50) < datetime.now(UTC) - since < timedelta(seconds=80)
+
+
+async def test_a_silent_worker_that_holds_nothing_keeps_nobody_waiting(database):
+    async with database.session() as session:
+        await register(session, id="killed")
+        await silence(session, "killed", 600)
+
+        assert await longest_silent(session, but="worker-1") is None
 
 
 async def test_workers_are_listed_oldest_first(database):

@@ -20,13 +20,13 @@ from dgx_music.errors import (
     DatabaseUnavailableError,
     GenerationNotFoundError,
     InvalidRequestError,
+    is_newer,
 )
 from dgx_music.storage import Database, Generation, close_db, count_generations, get_generation, init_db
-from dgx_music.storage.database import is_newer
 from dgx_music.storage.repository import find_generation_ids
 from dgx_music.storage.schema import SCHEMA_REVISION
 from dgx_music.storage.sqlite import back_up
-from dgx_music.storage.urls import server_address
+from dgx_music.storage.urls import file_of, normalise_url, server_address
 from dgx_music.text import plain
 from dgx_music.validation import check_name
 
@@ -65,7 +65,7 @@ def current(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
         return
     print_line(f"{found or 'none'}{' (head)' if found == SCHEMA_REVISION else ''}")
     if found != SCHEMA_REVISION:
-        remedy = "upgrade dgx-music" if is_newer(found) else "run `dgx-music db migrate`"
+        remedy = "upgrade dgx-music" if is_newer(found, SCHEMA_REVISION) else "run `dgx-music db migrate`"
         tell(f"This version needs {SCHEMA_REVISION}: {remedy}.")
 
 
@@ -75,9 +75,9 @@ def backup(
 ) -> None:
     """Copy a SQLite database into a new file, whoever is using it.
 
-    Copy the output folder afterwards: every file that the copy names is in it then.
+    Copy the output folder afterwards, and prune nothing meanwhile: every file that the copy names is in it then.
     """
-    database = Database(load_settings(**given(database_url=database_url)).database_url)
+    database = _database(database_url)
     if database.path is None:
         url = server_address(database.url._replace(password=None))
         raise InvalidRequestError("FILE", "is for SQLite", f"run: pg_dump --format=custom --file={file} '{url}'")
@@ -102,7 +102,8 @@ def _back_up(database: Database, source: Path, target: Path) -> None:
 async def opened(database_url: str | None) -> AsyncIterator[Database]:
     """Give the default database of one command; an embedded one is created, which is told, and migrated."""
     url = load_settings(**given(database_url=database_url)).database_url
-    is_new = not exists(Database(url))
+    path = file_of(normalise_url(url))
+    is_new = path is not None and not path.exists()
     database = await init_db(url)
     if is_new:
         tell(f"Created the database {database}.")
@@ -146,8 +147,12 @@ def confirm(question: str, *, is_agreed: bool) -> None:
         raise typer.Exit(1)
 
 
+def _database(database_url: str | None) -> Database:
+    return Database.from_settings(load_settings(**given(database_url=database_url)))
+
+
 async def _migrate(database_url: str | None) -> None:
-    database = Database.from_settings(load_settings(**given(database_url=database_url)))
+    database = _database(database_url)
     try:
         before = await _revision_of(database)
         await database.migrate()
@@ -160,7 +165,7 @@ async def _migrate(database_url: str | None) -> None:
 
 
 async def _reset(database_url: str | None, *, is_agreed: bool) -> None:
-    database = Database.from_settings(load_settings(**given(database_url=database_url)))
+    database = _database(database_url)
     try:
         confirm(f"Delete {await _contents(database)} from {database}?", is_agreed=is_agreed)
         await database.reset()
@@ -173,7 +178,7 @@ async def _contents(database: Database) -> str:
     found = await _revision_of(database)
     if found is None:
         return "nothing"
-    if is_newer(found):
+    if is_newer(found, SCHEMA_REVISION):
         raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     async with database.session(read_only=True) as session:
         count = await count_generations(session)
@@ -181,7 +186,7 @@ async def _contents(database: Database) -> str:
 
 
 async def _read_revision(database_url: str | None) -> str | None:
-    database = Database.from_settings(load_settings(**given(database_url=database_url)))
+    database = _database(database_url)
     try:
         return await _revision_of(database)
     finally:

@@ -26,6 +26,7 @@ from dgx_music.errors import (
     DatabaseNotMigratedError,
     DgxMusicError,
     EngineError,
+    is_newer,
 )
 from dgx_music.inference import inventory
 from dgx_music.storage import Database
@@ -223,7 +224,9 @@ async def _examine_database(database: Database) -> Finding:
 async def _try_database(database: Database) -> Finding:
     """Look at the revision, and do what a worker does at once, which is to write; that is undone."""
     found = await database.revision()
-    if found is not None and (found > SCHEMA_REVISION or (found != SCHEMA_REVISION and not database.is_embedded)):
+    if found is not None and (
+        is_newer(found, SCHEMA_REVISION) or (found != SCHEMA_REVISION and not database.is_embedded)
+    ):
         raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     if found is None and not database.is_embedded:
         return Finding("failed", "database", f"{database} is at revision none; run `dgx-music db migrate`")

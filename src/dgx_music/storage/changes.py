@@ -26,6 +26,8 @@ from weakref import WeakSet
 
 import anyio
 
+from dgx_music.storage.snapshots import snapshot
+
 EVERYTHING = "*"
 """The key of a hint that is for every subscriber of its topic."""
 
@@ -220,8 +222,12 @@ class _LogWatch:
         self._log = f"{path.name}-wal".encode()
         libc = ctypes.CDLL(None, use_errno=True)
         self._events = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
-        if self._events < 0 or libc.inotify_add_watch(self._events, bytes(path.parent), _IN_MODIFY) < 0:
+        if self._events < 0:
             raise OSError(ctypes.get_errno(), "inotify")
+        if libc.inotify_add_watch(self._events, bytes(path.parent), _IN_MODIFY) < 0:
+            error = ctypes.get_errno()
+            os.close(self._events)
+            raise OSError(error, "inotify")
 
     def wait(self, stop: _Stop) -> None:
         """Wait for a write to the log, or the stop; not for long, since another folder may have come in this one's place."""
@@ -272,7 +278,7 @@ def find_place(name: str | Path) -> Place:
 
 def pause(path: Path | None = None) -> list[Changes]:
     """Close the connections that watch this file, or any; return what to ``resume``."""
-    paused = [each for each in tuple(_all) if each.watches(path)]
+    paused = [each for each in snapshot(_all) if each.watches(path)]
     for each in paused:
         each.pause()
     return paused
@@ -286,7 +292,7 @@ def resume(paused: list[Changes]) -> None:
 
 def after_fork() -> list[Changes]:
     """In the child, which has none of the threads: know of nobody, and return who there was."""
-    inherited = list(_all)
+    inherited = snapshot(_all)
     _all.clear()
     return inherited
 

@@ -25,6 +25,7 @@ from dgx_music.storage.notifications import Notifications
 from dgx_music.storage.postgres import Limits
 from dgx_music.storage.replica import Replica
 from dgx_music.storage.sessions import Session, finish
+from dgx_music.storage.snapshots import snapshot
 from dgx_music.storage.sqlite_file import DatabaseFile
 
 _CLOSE_SECONDS = 10.0
@@ -96,14 +97,15 @@ class ConnectionsByLoop:
         try:
             yield
         finally:
-            self._by_loop.pop(loop, None)
+            if (found := self._by_loop.get(loop)) is not None and found[0] is made:
+                del self._by_loop[loop]
             await made.close()
 
     def _forget_ended(self) -> None:
         """Forget event loops that were closed without closing their generators: nothing can wait on them any more."""
         for loop in [loop for loop in tuple(self._by_loop) if loop.is_closed()]:
-            made, _ = self._by_loop.pop(loop)
-            made.changes.abandon()
+            if (ended := self._by_loop.pop(loop, None)) is not None:  # unless another thread was quicker
+                ended[0].changes.abandon()
         postgres.hang_up_ended()
         sqlite_file.close_ended()
 
@@ -115,14 +117,17 @@ class ConnectionsByLoop:
 
 async def _close_elsewhere(loop: asyncio.AbstractEventLoop, closing: AsyncGenerator[None]) -> None:
     done: Future[None] = Future()
+    tasks: list[asyncio.Task[None]] = []  # an event loop alone keeps no task alive
 
     async def close() -> None:
         try:
             await closing.aclose()
         finally:
+            tasks.clear()
             done.set_result(None)
 
-    loop.call_soon_threadsafe(lambda: loop.create_task(close()))
+    with suppress(RuntimeError):  # it was closed meanwhile, and its generators with it
+        loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(close())))
     if loop.is_running():
         await asyncio.wait([asyncio.wrap_future(done)], timeout=_CLOSE_SECONDS)
 
@@ -145,7 +150,7 @@ def _after_fork_in_child() -> None:
     Its sockets are the parent's too, so they are not shut down here but let go.
     """
     inherited = [sqlite_file.after_fork(), postgres.after_fork(), changes.after_fork()]
-    inherited += [each.after_fork() for each in tuple(_all)]
+    inherited += [each.after_fork() for each in snapshot(_all)]
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))  # not even at the interpreter's end
 
 

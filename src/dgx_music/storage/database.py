@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -15,8 +15,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from dgx_music.config import Settings, load_settings
-from dgx_music.errors import DatabaseNotInitializedError, DatabaseNotMigratedError, DatabaseUnavailableError
-from dgx_music.modes import create_file, make_folders
+from dgx_music.errors import (
+    DatabaseNotInitializedError,
+    DatabaseNotMigratedError,
+    DatabaseUnavailableError,
+    is_newer,
+)
+from dgx_music.modes import make_folders
 from dgx_music.storage import postgres, sqlite
 from dgx_music.storage.changes import Changes
 from dgx_music.storage.connections import ConnectionsByLoop
@@ -26,8 +31,8 @@ from dgx_music.storage.postgres import Limits
 from dgx_music.storage.replica import Replica, check_replica_url
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.sessions import NoAnswerError, finish
-from dgx_music.storage.sqlite_file import DatabaseFile
-from dgx_music.storage.urls import normalise_url
+from dgx_music.storage.sqlite_file import GONE, DatabaseFile
+from dgx_music.storage.urls import file_of, normalise_url
 
 T = TypeVar("T")
 
@@ -55,7 +60,7 @@ class Database:
         self.limits = limits or Limits()
         self.is_embedded = self.url.get_backend_name() == "sqlite"
         replica = check_replica_url(replica_url, self.url) if replica_url else None
-        self._file = None if self.path is None else DatabaseFile(self.path)
+        self._file = None if self.path is None else DatabaseFile(self.path, is_private=is_private)
         self._connections = ConnectionsByLoop(self.url, replica, self.limits, self._file)
 
     @classmethod
@@ -101,8 +106,12 @@ class Database:
     @property
     def path(self) -> Path | None:
         """The file of a SQLite database, ``None`` where there is none."""
-        is_file = self.is_embedded and self.url.database not in (None, "", ":memory:")
-        return Path(str(self.url.database)) if is_file else None
+        return file_of(self.url)
+
+    def check_file(self) -> None:
+        """Raise where the file of a SQLite database is gone."""
+        if self._file is not None and self._file.is_gone:
+            raise DatabaseUnavailableError(str(self), GONE)
 
     @asynccontextmanager
     async def session(self, *, read_only: bool = False, may_lag: bool = False) -> AsyncIterator[AsyncSession]:
@@ -239,7 +248,7 @@ class Database:
             raise
 
     def create_folder(self) -> None:
-        """Create the folder of a SQLite database, and the file with its mode, which SQLite gives to those beside it."""
+        """Create the folder of a SQLite database."""
         if self.path is None:
             return
         try:
@@ -247,8 +256,6 @@ class Database:
             self.path.parent.mkdir(exist_ok=True)  # a file of that name is no folder
         except OSError as error:
             raise DatabaseUnavailableError(str(self), f"its folder cannot be created ({error.strerror})") from error
-        with suppress(OSError):  # it is there, or SQLite will say why it cannot be
-            create_file(self.path, is_private=self.is_private)
 
     def _is_unavailable(self, error: BaseException) -> bool:
         """Tell a database that cannot be used from a mistake in using it."""
@@ -263,7 +270,7 @@ class Database:
         """Raise the ``DatabaseUnavailableError`` that the error amounts to."""
         if isinstance(error, DatabaseUnavailableError):
             raise error
-        why = postgres.known_reason(error, self.limits) or postgres.first_line(getattr(error, "orig", error))
+        why = self._known_reason(error) or postgres.first_line(getattr(error, "orig", error))
         if isinstance(error, PoolTimeoutError):
             why = "all its connections are in use; is a session opened inside another one?"
             if self._file is not None and self._file.waits_for_lock:
@@ -271,6 +278,9 @@ class Database:
         elif isinstance(error, TimeoutError):
             why = str(NoAnswerError())
         raise DatabaseUnavailableError(str(self.replica if at_replica else self), why) from error
+
+    def _known_reason(self, error: BaseException) -> str | None:
+        return postgres.known_reason(error, self.limits) if self.path is None else sqlite.known_reason(error, self.path)
 
 
 def _is_refused_write(error: BaseException) -> bool:
@@ -298,11 +308,6 @@ def _upgrade(connection: Connection) -> None:
             raise DatabaseUnavailableError(postgres.shown(connection.engine.url), why)
     _check_ours(connection)
     migrations.upgrade(connection)
-
-
-def is_newer(revision: str | None) -> bool:
-    """Return True where a newer version of this library made the tables: nothing but an upgrade helps."""
-    return revision is not None and revision > SCHEMA_REVISION
 
 
 def _recreate(connection: Connection) -> None:
@@ -350,9 +355,8 @@ def _lock_all(connection: Connection) -> None:
 def _check_ours(connection: Connection) -> bool:
     """Return whether our tables are there; raise where a newer version made them, or somebody else's have their names."""
     found = _read_revision(connection)
-    if is_newer(found):
-        why = f"its revision {found} is newer than this version's, {SCHEMA_REVISION}; upgrade dgx-music"
-        raise DatabaseUnavailableError(postgres.shown(connection.engine.url), why)
+    if is_newer(found, SCHEMA_REVISION):
+        raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     is_ours = found is not None
     foreign = set(Base.metadata.tables) & set(inspect(connection).get_table_names())
     if foreign and not is_ours:

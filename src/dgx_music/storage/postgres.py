@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -28,7 +29,8 @@ from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage.models import Base
 from dgx_music.storage.schema import VERSION_TABLE
 from dgx_music.storage.server_settings import READABLE, SET_UP, say_in_each_transaction
-from dgx_music.storage.sessions import NoAnswerError
+from dgx_music.storage.sessions import NoAnswerError, as_no_answer
+from dgx_music.storage.snapshots import snapshot
 from dgx_music.storage.urls import connect_timeout, is_pooled_by_transaction, server_address
 
 _TRANSIENT = {"40001", "40P01", "40003", "55P03", "55006", "57014", "57P01", "57P02", "57P03", "57P04", "57P05"}
@@ -83,6 +85,7 @@ def create_engines(url: URL, limits: Limits) -> tuple[AsyncEngine, AsyncEngine]:
 def prepare(engine: AsyncEngine, url: URL) -> None:
     """Have an engine on this URL forget plans that a migration has made wrong, and say its settings where a pooler needs it."""
     event.listen(engine.sync_engine, "handle_error", _forget_plans)
+    event.listen(engine.sync_engine, "handle_error", _tell_sockets_trouble, retval=True)
     if is_pooled_by_transaction(url):
         say_in_each_transaction(engine.sync_engine)
 
@@ -91,6 +94,13 @@ def _forget_plans(context: ExceptionContext) -> None:
     """Have every connection made anew once one of their prepared statements has a result of another type."""
     if context.sqlalchemy_exception is not None and _has_stale_plan(context.sqlalchemy_exception):
         context.is_disconnect = True
+
+
+def _tell_sockets_trouble(context: ExceptionContext) -> BaseException | None:
+    """Say here, while it can only be the driver's, what a timeout or a lost connection is."""
+    error = context.original_exception
+    is_bare = context.sqlalchemy_exception is None and isinstance(error, OSError | EOFError)
+    return as_no_answer(error) if is_bare else None  # type: ignore[arg-type]  # is_bare has looked
 
 
 def _has_stale_plan(error: BaseException) -> bool:
@@ -166,8 +176,9 @@ _loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
 
 def hang_up_ended() -> None:
     """Close the connections of event loops that were closed before them, which nothing can say goodbye on any more."""
-    for connection in [connection for connection, loop in tuple(_loops.items()) if loop.is_closed()]:
-        del _loops[connection]
+    for connection in [connection for connection, loop in snapshot(_loops.items()) if loop.is_closed()]:
+        if _loops.pop(connection, None) is None:  # another thread was quicker
+            continue
         if hasattr(connection, "pgconn"):
             connection.pgconn.finish()
         else:
@@ -189,7 +200,7 @@ def after_fork() -> list[Any]:
 
     Nothing is in a socket's place from now on, so that whatever its owner does to it, the parent does not hear it.
     """
-    inherited = list(_loops.items())
+    inherited = snapshot(_loops.items())
     _loops.clear()
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for connection, _ in inherited:
@@ -250,7 +261,13 @@ def _is_of_another_schema(error: DBAPIError) -> bool:
     """Return True if a table or a column of ours is not there just now: it is being made anew, or was migrated."""
     names = (VERSION_TABLE, *Base.metadata.tables)
     is_away = sqlstate(error) == _NOT_THERE and any(f'"{name}"' in str(error.orig) for name in names)
-    return is_away or sqlstate(error) == _NO_COLUMN
+    return is_away or (sqlstate(error) == _NO_COLUMN and _names_column_of_ours(first_line(error.orig or error)))
+
+
+def _names_column_of_ours(message: str) -> bool:
+    """Return True unless the column that is not there is somebody's mistake; the words around it are in any language."""
+    ours = {column.name for table in Base.metadata.tables.values() for column in table.columns}
+    return not ours.isdisjoint(re.findall(r"\w+", message))
 
 
 def _is_drivers_own(error: BaseException) -> bool:

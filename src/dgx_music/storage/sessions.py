@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import anyio
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_scoped_session
+from sqlalchemy.orm import Session as SyncSession
 
 from dgx_music.errors import InvalidRequestError
 
@@ -23,14 +24,6 @@ class NoAnswerError(Exception):
 
     def __init__(self, why: str = "it did not answer in time") -> None:
         super().__init__(why)
-
-
-class _Finishing(asyncio.Task[T]):
-    """A task that goes on when its event loop ends: ``asyncio.run`` cancels every task there is, and then waits for them."""
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Be cancelled by what happens inside, as timeouts do it, and not from outside of the event loop."""
-        return self.get_loop().is_running() and super().cancel(msg)
 
 
 def check_session(session: object) -> None:
@@ -50,7 +43,8 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     """
     if _is_finishing.get():
         return await work
-    task = _Finishing(_finishing(work), loop=asyncio.get_running_loop())
+    task = asyncio.get_running_loop().create_task(_finishing(work))
+    asyncio._unregister_task(task)  # not among ``all_tasks``, which who shuts down cancels one and all; the caller is
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -75,17 +69,45 @@ def _finished(method: Any) -> Any:
     async def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return await finish(method(*args, **kwargs))
-        except TimeoutError as error:  # asyncpg's; what SQLAlchemy raises itself has other classes
-            raise NoAnswerError from error
         except asyncio.CancelledError as error:
             caller = asyncio.current_task()
             if caller is None or caller.cancelling():
                 raise
             raise NoAnswerError from error  # nobody cancelled it: as an error of its own it would end its whole task group
-        except (OSError, EOFError) as error:  # of a socket, while SQLAlchemy makes its first connection
-            raise NoAnswerError(f"the connection was lost ({error})") from error
+        except (OSError, EOFError) as error:  # while SQLAlchemy makes its first connection
+            raise as_no_answer(error) from error
 
     return call
+
+
+def as_no_answer(error: OSError | EOFError) -> NoAnswerError:
+    """Return what it means that a driver has raised this."""
+    if isinstance(error, TimeoutError):  # asyncpg's; what SQLAlchemy raises itself has other classes
+        return NoAnswerError()
+    return NoAnswerError(f"the connection was lost ({error})")
+
+
+class _CallersOwnError(Exception):
+    """Carries what a caller's function has raised past those who would take it for the driver's."""
+
+    def __init__(self, error: OSError | EOFError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+async def _run_sync(session: AsyncSession, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Like ``AsyncSession.run_sync``; the driver's trouble inside is a ``NoAnswerError`` by then."""
+
+    def run(sync_session: SyncSession) -> T:
+        try:
+            return work(sync_session, *args, **kwargs)
+        except (OSError, EOFError) as error:
+            raise _CallersOwnError(error) from None
+
+    return await AsyncSession.run_sync(session, run)
+
+
+_finished_run_sync = _finished(_run_sync)
 
 
 class _Transaction(AsyncSessionTransaction):
@@ -108,13 +130,20 @@ class Session(AsyncSession):
     delete = _finished(AsyncSession.delete)
     delete_all = _finished(AsyncSession.delete_all)
     flush = _finished(AsyncSession.flush)
-    run_sync = _finished(AsyncSession.run_sync)
     connection = _finished(AsyncSession.connection)
     commit = _finished(AsyncSession.commit)
     rollback = _finished(AsyncSession.rollback)
     close = _finished(AsyncSession.close)
     reset = _finished(AsyncSession.reset)
     invalidate = _finished(AsyncSession.invalidate)
+
+    async def run_sync(self, fn: Callable[..., T], *arg: Any, **kw: Any) -> T:
+        """Like ``AsyncSession.run_sync``; what ``fn`` raises comes as it is."""
+        try:
+            result: T = await _finished_run_sync(self, fn, *arg, **kw)
+        except _CallersOwnError as carrier:
+            raise carrier.error from carrier.error.__cause__
+        return result
 
     def begin(self) -> AsyncSessionTransaction:
         """Like ``AsyncSession.begin``."""

@@ -8,7 +8,9 @@ WAL so that readers never wait.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import shutil
 import sqlite3
 import time
 from contextlib import closing
@@ -27,6 +29,8 @@ READ_ONLY = "dgx_music_read_only"
 
 _BUSY_TIMEOUT_SECONDS = 30
 _READERS = 4
+_LEAST_FREE_BYTES = 65_536
+"""SQLite lets the index of its log, beside the database, grow by half as much at once."""
 
 
 def create_engines(url: URL, file: DatabaseFile | None) -> tuple[AsyncEngine, AsyncEngine]:
@@ -55,6 +59,20 @@ def is_unavailable(error: BaseException) -> bool:
     """Tell a database that cannot be used from a mistake in using it; the plain class is SQLite's for a damaged file."""
     # The first comes from _begin, which nothing wraps.
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+
+
+def known_reason(error: BaseException, path: Path) -> str | None:
+    """Return what SQLite says of a full disk where it only says that it could not write; ``None`` for all else."""
+    code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)
+    is_full = code & 0xFF == sqlite3.SQLITE_IOERR and _find_free_bytes(path.parent) < _LEAST_FREE_BYTES
+    return "database or disk is full" if is_full else None
+
+
+def _find_free_bytes(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf
 
 
 def warn_of_old_sqlite() -> str | None:
@@ -117,17 +135,43 @@ def _begin(connection: Connection) -> None:
 def back_up(source: Path, target: Path) -> None:
     """Write a database as it is at this moment into a new file, whoever is writing meanwhile.
 
-    Nothing has the file's name before it is whole. Raises ``OSError`` for the target, ``sqlite3.Error`` for either.
+    Nothing has the file's name before it is whole; where the file system has no links, an empty file has it for a moment.
+    Raises ``OSError`` for the target, ``sqlite3.Error`` for either.
     """
     target = target.absolute()
     part = target.with_name(f"{target.name}.part-{uuid4().hex[:8]}")
     os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
         _copy(source, part)
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # its name, which nobody else may have
-        part.replace(target)
+        _place(part, target)
     finally:
         part.unlink(missing_ok=True)
+    _flush_folder(target.parent)
+
+
+def _place(part: Path, target: Path) -> None:
+    """Give the file its name; raises ``FileExistsError`` where another one has it."""
+    try:
+        os.link(part, target)
+        return
+    except FileExistsError:
+        raise
+    except OSError:  # the file system has no links
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # its name, which nobody else may have
+    try:
+        part.replace(target)
+    except OSError:
+        target.unlink()
+        raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the disk know the name as well."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -24,13 +24,16 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
 
+from dgx_music.modes import create_file
 from dgx_music.storage import changes
 from dgx_music.storage.changes import Place, find_place
+from dgx_music.storage.snapshots import snapshot
 
 _OPENED = "dgx_music_opened"
+_IS_SECOND = "dgx_music_is_second"
 _LEAVE_SECONDS = 5.0
 _CHECKPOINT_SECONDS = 2.0
-_GONE = "its file is gone; put it back, or make a new one: dgx-music db init"
+GONE = "its file is gone; put it back, or make a new one: dgx-music db init"
 _MOVED = "its file was replaced or deleted meanwhile, and what was being written went with it; try again"
 _IN_THE_WAY = "its file or its log (-wal) was replaced while others use it; stop them all, and start them again"
 _FORKED = (
@@ -49,17 +52,26 @@ class _Opened:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     is_used: bool = True
     is_waiting: bool = False
+    is_left: bool = False
+    """Nobody may use it any more."""
     is_closed: bool = False
+
+    def close(self) -> None:
+        """Close it, in its own thread."""
+        self.driver._conn.close()
+        self.is_closed = True
 
 
 class DatabaseFile:
     """The file of one database, and this process's connections to it.
 
-    ``is_known`` once it was opened: from then on nobody makes an empty one in its place.
+    ``is_known`` once it was opened: from then on nobody makes an empty one in its place. One that ``is_private`` is made for
+    its owner alone.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_private: bool) -> None:
         self.path = path.absolute()
+        self.is_private = is_private
         self.is_known = False
         self._opened: set[_Opened] = set()
         self._was_forked_in_use = False
@@ -72,6 +84,11 @@ class DatabaseFile:
         event.listen(engine, "checkout", self._look)
         event.listen(engine, "checkin", self._rest)
         event.listen(engine, "close", self._forget)
+
+    @property
+    def is_gone(self) -> bool:
+        """True where the file was there and has no successor: deleted, or moved away with its folder."""
+        return self.is_known and find_place(self.path) is None
 
     @property
     def waits_for_lock(self) -> bool:
@@ -87,15 +104,16 @@ class DatabaseFile:
 
     def rest(self) -> None:
         """Close every connection that nobody is using, from any thread."""
-        resting = [opened for opened in self._opened if not (opened.is_used or opened.is_closed)]
-        for done in [_call_soon(opened, opened.driver._conn.close) for opened in resting]:
+        with turn:
+            resting = [opened for opened in tuple(self._opened) if not (opened.is_used or opened.is_left)]
+            for opened in resting:
+                opened.is_left = True
+        for done in [_call_soon(opened, opened.close) for opened in resting]:
             done.wait(_LEAVE_SECONDS)
-        for opened in resting:
-            opened.is_closed = True
 
     def close_ended(self) -> None:
         """Close the connections of event loops that were closed before them."""
-        for opened in [opened for opened in self._opened if opened.loop.is_closed()]:
+        for opened in [opened for opened in tuple(self._opened) if opened.loop.is_closed()]:
             self._opened.discard(opened)
             stopping = threading.Thread(target=opened.driver.stop)  # in a thread of its own it tells no event loop
             stopping.start()
@@ -111,13 +129,16 @@ class DatabaseFile:
         """Let a file that cannot be opened fail here: the driver's thread would tell an event loop closed by then."""
         if self._was_forked_in_use:
             raise sqlite3.OperationalError(_FORKED)
-        arguments[0] = f"{self.path.as_uri()}?mode={'rw' if self.is_known else 'rwc'}"
+        if not self.is_known:
+            with suppress(OSError):  # it is there, or SQLite will say why it cannot be
+                create_file(Path(os.path.realpath(self.path)), is_private=self.is_private)
+        arguments[0] = f"{self.path.as_uri()}?mode=rw"
         options["uri"] = True
         try:
             sqlite3.connect(arguments[0], uri=True).close()
         except sqlite3.OperationalError:
-            if self.is_known and find_place(self.path) is None:
-                raise sqlite3.OperationalError(_GONE) from None
+            if self.is_gone:
+                raise sqlite3.OperationalError(GONE) from None
             raise
         record.info[_OPENED] = find_place(self.path)
 
@@ -136,15 +157,19 @@ class DatabaseFile:
         self.is_known = True
 
     def _look(self, _connection: Any, record: Any, _proxy: Any) -> None:
-        """Begin to use a connection that is open on the database as it is; have another one made in any other's place."""
+        """Begin to use a connection that is open on the database as it is; have another one made in any other's place, once."""
         opened: _Opened = record.info[_OPENED]
         with turn:
-            is_good = not opened.is_closed and self._is_in_place(opened)
+            is_good = not opened.is_left and self._is_in_place(opened)
             opened.is_used = is_good
+        is_second = record.record_info.pop(_IS_SECOND, False)
         if is_good:
             return
-        if not opened.is_closed:
+        if not opened.is_left:
             self._leave(opened)
+        if is_second:
+            raise sqlite3.OperationalError(_MOVED)
+        record.record_info[_IS_SECOND] = True
         raise InvalidatePoolError
 
     def _leave(self, opened: _Opened) -> None:
@@ -230,13 +255,13 @@ def session_class(file: DatabaseFile) -> type[Session]:
 
 def rest_all() -> None:
     """Close every connection of this process that nobody is using, for a fork."""
-    for file in tuple(_files):
+    for file in snapshot(_files):
         file.rest()
 
 
 def close_ended() -> None:
     """Close the connections of event loops that were closed before them."""
-    for file in tuple(_files):
+    for file in snapshot(_files):
         file.close_ended()
 
 
@@ -244,7 +269,7 @@ def after_fork() -> list[Any]:
     """In the child: as ``DatabaseFile.after_fork``, for every file; the lock's holder is the parent's."""
     global turn
     turn = threading.RLock()
-    return [opened for file in tuple(_files) for opened in file.after_fork()]
+    return [opened for file in snapshot(_files) for opened in file.after_fork()]
 
 
 def _call_soon(opened: _Opened, work: Any) -> threading.Event:

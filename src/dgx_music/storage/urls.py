@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.util import find_spec
+from pathlib import Path
 from urllib.parse import unquote
 
 from sqlalchemy import URL, make_url
@@ -165,3 +166,9 @@ def _choose_driver(wanted: str) -> str:
 
 def _refusal(problem: str, remedy: str) -> ConfigurationError:
     return ConfigurationError(_SETTING, problem, remedy)
+
+
+def file_of(url: URL) -> Path | None:
+    """Return the file of a SQLite database, ``None`` where there is none."""
+    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    return Path(str(url.database)) if is_file else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.models import Generation, WorkerInfo
@@ -26,6 +26,8 @@ _ENDS_KEPT = 20
 IS_LIVING = and_(
     WorkerInfo.state != WorkerState.ENDED.value, WorkerInfo.heartbeat_at > now_plus(-WorkerInfo.lease_seconds)
 )
+
+_IS_HELD = and_(Generation.status == written(PROCESSING), Generation.worker_id.is_not(None))
 
 
 @dataclass(frozen=True)
@@ -132,19 +134,19 @@ async def count_free_workers(session: AsyncSession, model_name: str) -> int:
 async def longest_silent(session: AsyncSession, *, but: str) -> datetime | None:
     """Return since when one of the workers, ``but`` for this one, was not heard of; ``None`` where there is no other.
 
-    Who has said that it ends is not silent, and left nothing to be rescued.
+    Only those count that hold something: who has ended, or was killed and rescued long ago, left nothing to be rescued.
     """
     has_not_ended = WorkerInfo.state != WorkerState.ENDED.value
+    holds_something = exists().where(_IS_HELD, Generation.worker_id == WorkerInfo.id)
     since: datetime | None = await session.scalar(
-        select(func.min(WorkerInfo.heartbeat_at)).where(WorkerInfo.id != but, has_not_ended)
+        select(func.min(WorkerInfo.heartbeat_at)).where(WorkerInfo.id != but, has_not_ended, holds_something)
     )
     return since
 
 
 async def _find_running(session: AsyncSession) -> Mapping[str, list[dict[str, Any]]]:
-    is_held = (Generation.status == written(PROCESSING)) & Generation.worker_id.is_not(None)
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in await session.scalars(select(Generation).where(is_held).order_by(Generation.id)):
+    for row in await session.scalars(select(Generation).where(_IS_HELD).order_by(Generation.id)):
         shown = row.to_dict()
         found[str(row.worker_id)].append({name: shown[name] for name in ("id", "model_name", "progress", "started_at")})
     return found
