@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import pytest
 from sqlalchemy import func, select, text, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from dgx_music import enqueue, retry_generation
 from dgx_music.config import load_settings
@@ -22,7 +23,7 @@ from dgx_music.errors import (
 from dgx_music.storage import close_db, create_generation, get_database, get_session, init_db, queue, reset_database
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Attempt, Generation, Prompt
-from dgx_music.storage.postgres import Limits
+from dgx_music.storage.postgres import Limits, is_unavailable
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import VERSION_TABLE
 from dgx_music.storage.sessions import finish
@@ -383,6 +384,29 @@ async def test_a_server_that_does_not_answer_a_callers_own_function_is_told(data
         async with hasty.session() as session:
             await session.run_sync(lambda sync: sync.execute(text("SELECT pg_sleep(30)")))
     await hasty.dispose()
+
+
+class Told(Exception):
+    """What a server says in a language of its own."""
+
+    def __init__(self, sqlstate, words, source_function=""):
+        super().__init__(words)
+        self.sqlstate = sqlstate
+        self.diag = SimpleNamespace(source_function=source_function)
+
+
+@pytest.mark.parametrize(
+    ("told", "is_passing"),
+    [
+        (Told("42P01", "Relation »generations« existiert nicht"), True),
+        (Told("42P01", "Relation »gaeste« existiert nicht"), False),
+        (Told("42703", "Spalte »prompt« existiert nicht"), True),
+        (Told("0A000", "gecachter Plan darf den Ergebnistyp nicht ändern", "RevalidateCachedQuery"), True),
+        (Told("0A000", "das wird nicht unterstützt", "transformSetOperationStmt"), False),
+    ],
+)
+def test_a_servers_errors_are_known_in_every_language(told, is_passing):
+    assert is_unavailable(ProgrammingError("SELECT 1", {}, told)) == is_passing
 
 
 @on(*POSTGRES)

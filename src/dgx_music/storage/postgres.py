@@ -104,8 +104,14 @@ def _tell_sockets_trouble(context: ExceptionContext) -> BaseException | None:
 
 
 def _has_stale_plan(error: BaseException) -> bool:
-    """Return True where somebody else's migration has changed what a prepared statement returns: again, it succeeds."""
-    return isinstance(error, DBAPIError) and any(words in str(error.orig) for words in _STALE_PLAN)
+    """Return True where somebody else's migration has changed what a prepared statement returns: again, it succeeds.
+
+    The server's words for it are in its own language, but the function that says so is not; asyncpg's words are its own.
+    """
+    if not isinstance(error, DBAPIError):
+        return False
+    told_by = getattr(getattr(error.orig, "diag", None), "source_function", None)
+    return told_by == "RevalidateCachedQuery" or any(words in str(error.orig) for words in _STALE_PLAN)
 
 
 def _replace_dead_connections(engine: Engine) -> None:
@@ -259,15 +265,11 @@ def _is_lost(error: DBAPIError, code: str) -> bool:
 
 def _is_of_another_schema(error: DBAPIError) -> bool:
     """Return True if a table or a column of ours is not there just now: it is being made anew, or was migrated."""
-    names = (VERSION_TABLE, *Base.metadata.tables)
-    is_away = sqlstate(error) == _NOT_THERE and any(f'"{name}"' in str(error.orig) for name in names)
-    return is_away or (sqlstate(error) == _NO_COLUMN and _names_column_of_ours(first_line(error.orig or error)))
-
-
-def _names_column_of_ours(message: str) -> bool:
-    """Return True unless the column that is not there is somebody's mistake; the words around it are in any language."""
-    ours = {column.name for table in Base.metadata.tables.values() for column in table.columns}
-    return not ours.isdisjoint(re.findall(r"\w+", message))
+    tables = {VERSION_TABLE, *Base.metadata.tables}
+    columns = {column.name for table in Base.metadata.tables.values() for column in table.columns}
+    ours = {_NOT_THERE: tables, _NO_COLUMN: columns}.get(sqlstate(error), set())
+    # The words around the name are in the server's language, and so are its quotation marks.
+    return not ours.isdisjoint(re.findall(r"\w+", first_line(error.orig or error)))
 
 
 def _is_drivers_own(error: BaseException) -> bool:
