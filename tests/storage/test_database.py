@@ -386,7 +386,7 @@ async def test_a_server_that_does_not_answer_a_callers_own_function_is_told(data
     await hasty.dispose()
 
 
-class Told(Exception):
+class ToldError(Exception):
     """What a server says in a language of its own."""
 
     def __init__(self, sqlstate, words, source_function=""):
@@ -398,11 +398,11 @@ class Told(Exception):
 @pytest.mark.parametrize(
     ("told", "is_passing"),
     [
-        (Told("42P01", "Relation »generations« existiert nicht"), True),
-        (Told("42P01", "Relation »gaeste« existiert nicht"), False),
-        (Told("42703", "Spalte »prompt« existiert nicht"), True),
-        (Told("0A000", "gecachter Plan darf den Ergebnistyp nicht ändern", "RevalidateCachedQuery"), True),
-        (Told("0A000", "das wird nicht unterstützt", "transformSetOperationStmt"), False),
+        (ToldError("42P01", "Relation »generations« existiert nicht"), True),
+        (ToldError("42P01", "Relation »gaeste« existiert nicht"), False),
+        (ToldError("42703", "Spalte »prompt« existiert nicht"), True),
+        (ToldError("0A000", "gecachter Plan darf den Ergebnistyp nicht ändern", "RevalidateCachedQuery"), True),
+        (ToldError("0A000", "das wird nicht unterstützt", "transformSetOperationStmt"), False),
     ],
 )
 def test_a_servers_errors_are_known_in_every_language(told, is_passing):
