@@ -161,6 +161,25 @@ def test_doctor_ends_2_where_a_setting_is_wrong(run: Run, monkeypatch: pytest.Mo
     assert [run(command, "--engine", "tone").code for command in ("doctor", "worker")] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DGX_MUSIC_TONE_SPEED", "abc", "DGX_MUSIC_TONE_SPEED is 'abc'; use a number above 0."),
+        ("DGX_MUSIC_TONE_SCRIPT", "/no/script.json", "the tone script /no/script.json cannot be read: No such file"),
+    ],
+)
+def test_a_wrong_variable_of_the_tone_engine_ends_2(
+    run: Run, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+
+    doctor, worker = [run(command, "--engine", "tone") for command in ("doctor", "worker")]
+
+    assert [doctor.code, worker.code] == [2, 2]
+    assert [words in doctor.out, words in worker.err, variable in worker.err] == [True, True, True]
+    assert not Path("data").exists()
+
+
 def test_doctor_notices_a_database_that_cannot_be_written(run: Run, migrated: None) -> None:
     with Path("data/generations.db").open("r+b") as file:  # what SQLite reads as: only later versions may write here
         file.seek(18)

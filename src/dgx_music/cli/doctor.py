@@ -146,6 +146,12 @@ def _version_of(package: str) -> str | None:
 
 def _examine_engine(settings: Settings) -> Iterator[Finding]:
     if settings.engine == "tone":
+        from dgx_music.inference import tone
+
+        try:
+            tone.check_environment()
+        except ConfigurationError as error:
+            yield Finding("failed", "settings", str(error))
         yield Finding("warning", "engine", "tone: sine waves for tests, not music; torch is not needed")
         return
     packages = _examine_packages("engine", ENGINE_PACKAGES, HOW_TO_INSTALL)
