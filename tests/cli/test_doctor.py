@@ -244,11 +244,30 @@ def test_files_that_are_gone_are_counted_and_shown(run: Run, migrated: None, pla
     assert ["missing:" in run("show", one).out for one in ids] == [False, True]
 
 
+def test_files_of_another_size_are_counted_and_shown(run: Run, migrated: None, place: Path) -> None:
+    for name, content in {"whole": b"music", "cut": b"mus", "empty": b""}.items():
+        (place / f"{name}.wav").write_bytes(content)
+    (place / "folder.wav").mkdir()
+    names = ("whole", "cut", "empty", "folder")
+    ids = [add("x", status="completed", file_size_bytes=5, file_path=str(place / f"{name}.wav"))[0] for name in names]
+
+    assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == (
+        "warning",
+        f"3 of 4 are damaged, such as {place / 'cut.wav'}",
+    )
+    assert [run("show", one, "--json").json["file_is_damaged"] for one in ids] == [False, True, True, True]
+    assert [run("show", one, "--json").json["file_is_missing"] for one in ids] == [False] * 4
+    assert "file is 3 bytes and not 5" in run("show", ids[1]).out
+
+
 def test_no_file_is_missing_where_there_is_none(run: Run, migrated: None) -> None:
     (waiting,) = add("x")
 
     assert run("show", waiting, "--json").json["file_is_missing"] is None
-    assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == ("ok", "none of 0 is missing")
+    assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == (
+        "ok",
+        "none of 0 is missing or damaged",
+    )
 
 
 def test_an_output_folder_that_is_gone_is_said_not_to_exist(run: Run, migrated: None) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dgx_music.artifacts import LocalArtifacts, MissingFiles, open_output
+from dgx_music.artifacts import FileInspection, LocalArtifacts, open_output
 from dgx_music.catalog import UNTRAINED_NOTICE, find_model
 from dgx_music.cli.database import exists
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting
@@ -78,7 +78,10 @@ def doctor(
         ),
     ] = False,
     files: Annotated[
-        bool, typer.Option("--files", help="Count the completed generations whose file is no longer there.")
+        bool,
+        typer.Option(
+            "--files", help="Count the completed generations whose file is gone, or not of the size that it had."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -253,30 +256,36 @@ async def _try_place_of(database: Database) -> Finding:
 
 
 async def _examine_files(database: Database) -> Finding:
-    """Count the completed generations whose file is gone; nothing that keeps a worker from running."""
+    """Count the completed generations whose file is gone or damaged; nothing that keeps a worker from running."""
     try:
         if not exists(database) or await database.revision() != SCHEMA_REVISION:
             return Finding("warning", "files", "not counted: there is no database of this version to ask")
-        count, missing = await _count_files(database)
+        count, missing, damaged = await _count_files(database)
     except DgxMusicError as error:
         return Finding("warning", "files", f"not counted: {error}")
     finally:
         await database.dispose()
-    if missing:
-        return Finding("warning", "files", f"{len(missing):,} of {count:,} are missing, such as {min(missing)}")
-    return Finding("ok", "files", f"none of {count:,} is missing")
+    problems = {"missing": missing, "damaged": damaged}
+    told = [
+        f"{len(paths):,} of {count:,} are {what}, such as {min(paths)}" for what, paths in problems.items() if paths
+    ]
+    if told:
+        return Finding("warning", "files", "; ".join(told))
+    return Finding("ok", "files", f"none of {count:,} is missing or damaged")
 
 
-async def _count_files(database: Database) -> tuple[int, list[str]]:
-    """Return how many completed generations have a file, and the paths of those that are gone."""
-    finder, count, missing = MissingFiles(), 0, list[str]()
-    page = [("", "")]
+async def _count_files(database: Database) -> tuple[int, list[str], list[str]]:
+    """Return how many completed generations have a file, and the paths of those that are gone, and that are damaged."""
+    inspection, count, missing, damaged = FileInspection(), 0, list[str](), list[str]()
+    page: list[tuple[str, str, int | None]] = [("", "", None)]
     while page:
         read = partial(find_completed_files, after_id=page[-1][0], limit=_ROWS_AT_ONCE)
         page = await database.transact(read, read_only=True)
         count += len(page)
-        missing += await finder.among(path for _, path in page)
-    return count, missing
+        states = await inspection.look_at((path, size_bytes) for _, path, size_bytes in page)
+        missing += [path for path, state in states.items() if state.is_missing]
+        damaged += [path for path, state in states.items() if state.is_damaged]
+    return count, missing, damaged
 
 
 async def _examine_output(output: Path | str) -> Finding:
