@@ -296,6 +296,33 @@ def test_doctor_looks_into_a_local_folder(run: Run, place: Path) -> None:
     )
 
 
+def test_doctor_notices_a_local_folder_of_junk(run: Run, place: Path) -> None:
+    pytest.importorskip("torch")
+    (place / "config.json").write_text("{}")
+    (place / "model.safetensors").write_text("junk")
+
+    result = run("doctor", "--model", place, "--device", "cpu", "--json")
+
+    problem = f"{place} cannot be loaded: config.json is not that of a MusicGen model"
+    assert result.code == 6
+    assert findings(result)["model"] == ("failed", f"{problem}; save the model there with save_pretrained")
+
+
+@pytest.mark.parametrize(
+    ("models", "verdict"), [("musicgen-large", "failed"), ("musicgen-small,musicgen-large", "warning")]
+)
+def test_doctor_notices_damage_in_the_cache(monkeypatch: pytest.MonkeyPatch, models: str, verdict: str) -> None:
+    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: True)
+    monkeypatch.setattr("dgx_music.inference.inventory.find_damage_of", lambda model, revision: "it is bad")
+
+    finding = _examine_model(load_settings(models=models), "musicgen-large")
+
+    assert (finding.verdict, "in the Hugging Face cache cannot be loaded: it is bad" in finding.detail) == (
+        verdict,
+        True,
+    )
+
+
 def test_doctor_prints_a_table_and_a_verdict(run: Run) -> None:
     result = run("doctor", "--engine", "tone")
 

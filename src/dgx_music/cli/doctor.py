@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from dgx_music.artifacts import FileInspection, LocalArtifacts, open_output
-from dgx_music.catalog import UNTRAINED_NOTICE, find_model
+from dgx_music.catalog import UNTRAINED_NOTICE, ModelInfo, find_model
 from dgx_music.cli.database import exists
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting
 from dgx_music.cli.output import print_json, print_table, size, tell
@@ -183,22 +183,33 @@ def _examine_model(settings: Settings, name: str) -> Finding:
     if model is None or model.is_untrained:
         return Finding("warning", "model", f"{name} is built here; {UNTRAINED_NOTICE}")
     if model.repository is None:
-        return _examine_folder(Path(model.name))
+        return _examine_folder(settings, model)
     if inventory.has_weights(model, settings.revision):
+        if (damage := inventory.find_damage_of(model, settings.revision)) is not None:
+            problem = f"{model.name} in the Hugging Face cache cannot be loaded: {damage}"
+            return _without(settings, model, f"{problem}; delete it there, and it is downloaded again")
         return Finding("ok", "model", f"{model.name} is in the Hugging Face cache ({model.licence})")
     problem = inventory.find_obstacle(model, settings.revision)
     if problem is None:
         how = f"is downloaded when a worker starts; its licence is {model.licence}"
         return Finding("warning", "model", f"{model.name} {how}")
-    if name != settings.served_models[0]:  # a worker starts with the first, and does without what it cannot load
-        return Finding("warning", "model", f"{problem} A worker serves the others only.")
+    return _without(settings, model, problem)
+
+
+def _examine_folder(settings: Settings, model: ModelInfo) -> Finding:
+    remedy = "save the model there with save_pretrained"
+    if not inventory.holds_weights(Path(model.name)):
+        return _without(settings, model, f"{model.name} holds no complete weights; {remedy}")
+    if (damage := inventory.find_damage_of(model, None)) is not None:
+        return _without(settings, model, f"{model.name} cannot be loaded: {damage}; {remedy}")
+    return Finding("ok", "model", f"{model.name} holds weights")
+
+
+def _without(settings: Settings, model: ModelInfo, problem: str) -> Finding:
+    """Say that a model cannot be had: a worker starts with the first, and does without the others that it cannot load."""
+    if model.name != settings.served_models[0]:
+        return Finding("warning", "model", f"{problem.rstrip('.')}. A worker serves the others only.")
     return Finding("failed", "model", problem)
-
-
-def _examine_folder(folder: Path) -> Finding:
-    if inventory.holds_weights(folder):
-        return Finding("ok", "model", f"{folder} holds weights")
-    return Finding("failed", "model", f"{folder} holds no complete weights; save the model there with save_pretrained")
 
 
 def _examine_answers(settings: Settings) -> Iterator[Finding]:
