@@ -91,7 +91,7 @@ def test_only_what_is_loaded_is_counted(name: str, layout: Any, repositories: Re
     used = [file] if shards == 1 else [f"{stem}-{n:05}-of-{shards:05}.{suffix}" for n in range(1, shards + 1)]
     size = sum((snapshot / each).stat().st_size for each in used)
     assert musicgen.estimate_bytes(settings(name)) == size
-    assert inventory.has_weights(str(MODELS[name].repository), str(MODELS[name].revision))
+    assert inventory.has_weights(MODELS[name], None)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -179,7 +179,7 @@ def test_safetensors_are_loaded_where_both_are_there(repositories: Repositories)
 def test_a_cache_that_lacks_a_file_has_no_weights(name: str, repositories: Repositories, hub: Path) -> None:
     info = MODELS["musicgen-stereo-large"]
     (fill_cache(info, repositories(info.name), hub) / name).unlink()
-    assert not inventory.has_weights(str(info.repository), str(info.revision))
+    assert not inventory.has_weights(info, None)
     assert musicgen.estimate_bytes(settings(info.name)) is None
 
 
