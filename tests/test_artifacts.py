@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgx_music.artifacts import EXTENSIONS, LocalArtifacts, MemoryArtifacts, MissingFiles, is_missing, open_output
+from dgx_music.artifacts import EXTENSIONS, FileInspection, LocalArtifacts, MemoryArtifacts, look_at_file, open_output
 from dgx_music.artifacts import local as local_module
 from dgx_music.artifacts.interface import CHUNK_BYTES
 from dgx_music.errors import ArtifactError, InvalidRequestError
@@ -202,8 +202,28 @@ async def test_of_many_files_those_that_are_gone_are_found(artifacts):
     there, gone = [(await artifacts.publish(name, 1, "wav", DATA)).path for name in ("there", "gone")]
     await artifacts.delete("gone", [1])
 
-    assert await MissingFiles().among([there, gone, "relative.wav"]) == [gone]
-    assert [await is_missing(path) for path in (there, gone, "relative.wav")] == [False, True, None]
+    states = await FileInspection().look_at((path, len(DATA)) for path in (there, gone, "relative.wav"))
+    assert [state.is_missing for state in states.values()] == [False, True, None]
+    looks = [await look_at_file(path, len(DATA)) for path in (there, gone, "relative.wav")]
+    assert [look.is_missing for look in looks] == [False, True, None]
+
+
+@pytest.mark.parametrize("artifacts", ["local", "s3"], indirect=True)
+async def test_of_many_files_those_of_another_size_are_found(artifacts):
+    paths = [(await artifacts.publish(name, 1, "wav", DATA)).path for name in ("whole", "cut", "unknown")]
+
+    states = await FileInspection().look_at(zip(paths, [len(DATA), len(DATA) + 1, None], strict=True))
+
+    assert [state.is_damaged for state in states.values()] == [False, True, None]
+    assert states[paths[1]].damage == "is 100,004 bytes and not 100,005"
+
+
+async def test_nobody_can_say_of_a_file_in_a_folder_that_is_shut(tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise PermissionError(errno.EACCES, "shut")
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert (await look_at_file(str(tmp_path / "song.wav"), 5)).is_missing is None
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "s3://other/song-1.wav", "other:song-1.wav"])

@@ -48,6 +48,13 @@ def test_what_cannot_be_seen_is_escaped_and_says_nothing(character: str) -> None
     assert not says_something(f" {character}{character} ")
 
 
+@pytest.mark.parametrize("character", ["\ufffc", "\ufffd"])
+def test_what_stands_for_something_lost_is_shown_and_says_nothing(character: str) -> None:
+    assert plain(character) == character
+    assert not says_something(f" {character}{character} ")
+    assert says_something(f"caf{character} music")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -13,6 +13,7 @@ from dgx_music.artifacts import open_output
 from dgx_music.config import Settings
 from dgx_music.early import stopping_signals
 from dgx_music.errors import ArtifactError, DgxMusicError
+from dgx_music.inference import tone
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.process import EngineProcess
 from dgx_music.storage.database import Database
@@ -25,8 +26,11 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     """Run one worker until a signal stops it, or with ``drain`` until its queue is empty.
 
     The first SIGTERM, SIGINT, SIGHUP or SIGQUIT lets running generations finish within the grace, a second releases them
-    at once. Embedded SQLite is migrated first. Raises what ``Worker.run`` raises.
+    at once. Embedded SQLite is migrated first. Raises what ``Worker.run`` raises, and
+    ``ConfigurationError`` before anything is started.
     """
+    if settings.engine == "tone":
+        tone.check_environment()
     database = Database.from_settings(within_lease(settings))
     engine = EngineProcess(engine_settings(settings))
     output = open_output(settings.output, is_private=settings.is_private)

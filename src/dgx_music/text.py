@@ -9,6 +9,8 @@ _BLANK = re.compile(
     r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U0001d159\U000e0000-\U000e0fff]"
 )
 """Letters, marks and signs by their category that nothing is drawn for: fillers, blanks, variation selectors, tags."""
+_LOST = "\ufffc\ufffd"
+"""Drawn in the place of an object and of a letter that were lost on the way here."""
 _YET_TO_COME = re.compile(r"[\U0001f000-\U0001faff\U00020000-\U0003fffd]")
 """Where emoji and Chinese characters are that this Python may be too old to know."""
 _JOINERS = "\u200c\u200d"
@@ -25,8 +27,11 @@ def is_seen(character: str) -> bool:
 
 
 def says_something(text: str) -> bool:
-    """Return True where the text has a letter, a digit or a sign: more than white space, accents, and what nobody sees."""
-    return any(is_seen(character) and category(character)[0] != "M" for character in text)
+    """Return True where the text has a letter, a digit or a sign: more than white space, accents, and what nobody sees.
+
+    Signs in the place of what was lost say nothing.
+    """
+    return any(is_seen(each) and category(each)[0] != "M" and each not in _LOST for each in text)
 
 
 def plain(text: str) -> str:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import resource
+import shlex
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
-from tests.cli.conftest import Run, add, count_rows
+from tests.cli.conftest import Run, Spawn, add, count_rows
+from tests.patience import PATIENCE
 
 
 def test_current_looks_without_creating_anything(run: Run) -> None:
@@ -117,7 +121,64 @@ def test_a_backup_of_postgresql_names_its_own_tool(run: Run) -> None:
     result = run("db", "backup", "copy.dump", "--database-url", "postgresql://ada:secret@host/music")
 
     assert (result.code, "secret" in result.err) == (2, False)
-    assert "pg_dump --format=custom --file=copy.dump 'postgresql://ada@host/music'" in result.err
+    assert "pg_dump --format=custom --file=copy.dump postgresql://ada@host/music" in result.err
+
+
+def test_the_advice_of_a_backup_can_be_pasted(run: Run) -> None:
+    name, url = "ada's copy; $(date).dump", "postgresql://ada@host/ada's music?sslmode=disable&application_name=a"
+
+    command = run("db", "backup", name, "--database-url", url).err.partition("`")[2].rpartition("`")[0]
+
+    words = shlex.split(command)
+    assert words[:3] == ["pg_dump", "--format=custom", f"--file={name}"]
+    assert (len(words), words[3].startswith("postgresql://ada@host/ada")) == (4, True)
+
+
+@pytest.mark.parametrize("url", ["sqlite:///data/generations.db", "postgresql://host/music"])
+def test_a_backup_into_no_name_is_said_to_be_that(run: Run, url: str) -> None:
+    result = run("db", "backup", "", "--database-url", url)
+
+    assert (result.code, "FILE is empty" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("statement", ["", "CREATE TABLE theirs (id INTEGER)"])
+def test_a_backup_of_what_is_not_ours_is_refused(run: Run, statement: str) -> None:
+    with closing(sqlite3.connect("theirs.db")) as connection:
+        connection.execute(statement)
+    Path("theirs.db").touch()
+    before = Path("theirs.db").read_bytes()
+
+    result = run("db", "backup", "copy.db", "--database-url", "sqlite:///theirs.db")
+
+    assert (result.code, "holds no tables of dgx-music" in result.err) == (5, True)
+    assert ([path.name for path in Path().iterdir()], Path("theirs.db").read_bytes()) == (["theirs.db"], before)
+
+
+def test_a_backup_onto_a_full_disk_does_not_blame_the_database(
+    run: Run, migrated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(place: object, **options: Any) -> sqlite3.Connection:
+        connection = real(place, **options)
+        if "mode=ro" not in str(place):
+            connection.execute("PRAGMA max_page_count = 3")
+        return connection
+
+    real: Any = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    result = run("db", "backup", "copy.db")
+    assert (result.code, "generations.db" in result.err) == (7, False)
+    assert "FILE copy.db cannot be written (No space left on device)" in result.err
+
+
+def test_a_backup_beyond_the_limit_of_a_files_size_does_not_blame_the_database(spawn: Spawn, migrated: None) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))
+
+    process = spawn("db", "backup", "copy.db", preexec_fn=limit)
+
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, "FILE copy.db cannot be written" in err, "generations.db" in err) == (7, True, False)
+    assert [path.name for path in Path().iterdir()] == ["data"]
 
 
 def test_the_first_use_says_that_it_creates_the_database(run: Run) -> None:

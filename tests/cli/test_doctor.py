@@ -161,6 +161,25 @@ def test_doctor_ends_2_where_a_setting_is_wrong(run: Run, monkeypatch: pytest.Mo
     assert [run(command, "--engine", "tone").code for command in ("doctor", "worker")] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("DGX_MUSIC_TONE_SPEED", "abc", "DGX_MUSIC_TONE_SPEED is 'abc'; use a number above 0."),
+        ("DGX_MUSIC_TONE_SCRIPT", "/no/script.json", "the tone script /no/script.json cannot be read: No such file"),
+    ],
+)
+def test_a_wrong_variable_of_the_tone_engine_ends_2(
+    run: Run, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+
+    doctor, worker = [run(command, "--engine", "tone") for command in ("doctor", "worker")]
+
+    assert [doctor.code, worker.code] == [2, 2]
+    assert [words in doctor.out, words in worker.err, variable in worker.err] == [True, True, True]
+    assert not Path("data").exists()
+
+
 def test_doctor_notices_a_database_that_cannot_be_written(run: Run, migrated: None) -> None:
     with Path("data/generations.db").open("r+b") as file:  # what SQLite reads as: only later versions may write here
         file.seek(18)
@@ -225,11 +244,30 @@ def test_files_that_are_gone_are_counted_and_shown(run: Run, migrated: None, pla
     assert ["missing:" in run("show", one).out for one in ids] == [False, True]
 
 
+def test_files_of_another_size_are_counted_and_shown(run: Run, migrated: None, place: Path) -> None:
+    for name, content in {"whole": b"music", "cut": b"mus", "empty": b""}.items():
+        (place / f"{name}.wav").write_bytes(content)
+    (place / "folder.wav").mkdir()
+    names = ("whole", "cut", "empty", "folder")
+    ids = [add("x", status="completed", file_size_bytes=5, file_path=str(place / f"{name}.wav"))[0] for name in names]
+
+    assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == (
+        "warning",
+        f"3 of 4 are damaged, such as {place / 'cut.wav'}",
+    )
+    assert [run("show", one, "--json").json["file_is_damaged"] for one in ids] == [False, True, True, True]
+    assert [run("show", one, "--json").json["file_is_missing"] for one in ids] == [False] * 4
+    assert "file is 3 bytes and not 5" in run("show", ids[1]).out
+
+
 def test_no_file_is_missing_where_there_is_none(run: Run, migrated: None) -> None:
     (waiting,) = add("x")
 
     assert run("show", waiting, "--json").json["file_is_missing"] is None
-    assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == ("ok", "none of 0 is missing")
+    assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == (
+        "ok",
+        "none of 0 is missing or damaged",
+    )
 
 
 def test_an_output_folder_that_is_gone_is_said_not_to_exist(run: Run, migrated: None) -> None:
@@ -255,6 +293,33 @@ def test_doctor_looks_into_a_local_folder(run: Run, place: Path) -> None:
     assert findings(result)["model"] == (
         "failed",
         f"{place} holds no complete weights; save the model there with save_pretrained",
+    )
+
+
+def test_doctor_notices_a_local_folder_of_junk(run: Run, place: Path) -> None:
+    pytest.importorskip("torch")
+    (place / "config.json").write_text("{}")
+    (place / "model.safetensors").write_text("junk")
+
+    result = run("doctor", "--model", place, "--device", "cpu", "--json")
+
+    problem = f"{place} cannot be loaded: config.json is not that of a MusicGen model"
+    assert result.code == 6
+    assert findings(result)["model"] == ("failed", f"{problem}; save the model there with save_pretrained")
+
+
+@pytest.mark.parametrize(
+    ("models", "verdict"), [("musicgen-large", "failed"), ("musicgen-small,musicgen-large", "warning")]
+)
+def test_doctor_notices_damage_in_the_cache(monkeypatch: pytest.MonkeyPatch, models: str, verdict: str) -> None:
+    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: True)
+    monkeypatch.setattr("dgx_music.inference.inventory.find_damage_of", lambda model, revision: "it is bad")
+
+    finding = _examine_model(load_settings(models=models), "musicgen-large")
+
+    assert (finding.verdict, "in the Hugging Face cache cannot be loaded: it is bad" in finding.detail) == (
+        verdict,
+        True,
     )
 
 

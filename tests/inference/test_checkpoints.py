@@ -91,7 +91,78 @@ def test_only_what_is_loaded_is_counted(name: str, layout: Any, repositories: Re
     used = [file] if shards == 1 else [f"{stem}-{n:05}-of-{shards:05}.{suffix}" for n in range(1, shards + 1)]
     size = sum((snapshot / each).stat().st_size for each in used)
     assert musicgen.estimate_bytes(settings(name)) == size
-    assert inventory.has_weights(str(MODELS[name].repository), str(MODELS[name].revision))
+    assert inventory.has_weights(MODELS[name], None)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_nothing_is_said_against_a_model_that_loads(
+    name: str, repositories: Repositories, hub: Path, tmp_path: Path
+) -> None:
+    info = MODELS[name]
+    fill_cache(info, repositories(name), hub)
+    assert inventory.find_damage_of(info, None) is None
+    assert checkpoint.find_damage(repositories(name)) is None
+    assert checkpoint.find_damage(write_plainly(name, tmp_path / "plain")) is None
+
+
+def test_nothing_is_said_against_the_toy_with_its_tokenizer_of_bytes(tmp_path: Path) -> None:
+    for part in build_tiny():
+        part.save_pretrained(tmp_path)
+    assert checkpoint.find_damage(tmp_path) is None
+
+
+def of_safetensors(header: object, rest: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+WHOLE = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+DAMAGES: dict[str, tuple[str, bytes | None, str]] = {
+    "config without a type": ("config.json", b"{}", "config.json is not that of a MusicGen model"),
+    "config of another model": ("config.json", b'{"model_type": "t5"}', "config.json is not that of a MusicGen"),
+    "config that is a list": ("config.json", b"[]", "config.json holds no JSON object"),
+    "config that is junk": ("config.json", b"\xff\0", "config.json holds no JSON object"),
+    "no config": ("config.json", None, "config.json cannot be read (no such file or directory)"),
+    "tokenizer that is junk": ("tokenizer.json", b"junk", "tokenizer.json holds no JSON object"),
+    "safetensors that are junk": ("model.safetensors", b"junk" * 100, "model.safetensors is cut short"),
+    "no bytes": ("model.safetensors", b"", "model.safetensors is cut short"),
+    "no tensors": ("model.safetensors", of_safetensors({}, b"1234"), "model.safetensors is cut short"),
+    "header cut short": ("model.safetensors", of_safetensors(WHOLE)[:-9], "model.safetensors is cut short"),
+    "tensors cut short": ("model.safetensors", of_safetensors(WHOLE, b"123"), "model.safetensors is cut short"),
+    "header that is a list": ("model.safetensors", of_safetensors([1], b"1234"), "model.safetensors is cut short"),
+    "pickle that is junk": ("pytorch_model.bin", b"junk" * 100, "pytorch_model.bin is cut short"),
+    "zip cut short": ("pytorch_model.bin", b"PK\3\4" + bytes(99), "pytorch_model.bin is cut short"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "damage"), DAMAGES.values(), ids=DAMAGES)
+def test_what_damage_costs_nothing_to_see_is_seen(name: str, content: bytes | None, damage: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    assert str(checkpoint.find_damage(folder)).startswith(damage)
+    with pytest.raises(EngineUnavailableError):  # the worker's opinion
+        musicgen.load(settings(folder))
+
+
+def test_a_folder_without_a_tokenizer_is_damaged(folder: Path) -> None:
+    for name in ("tokenizer.json", "spiece.model", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    assert str(checkpoint.find_damage(folder)).startswith("it holds no tokenizer")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_damage(folder: Path) -> None:
+    for name in ("tokenizer.json", "spiece.model"):
+        (folder / name).unlink(missing_ok=True)
+    assert checkpoint.find_damage(folder) == "its tokenizer has no vocabulary"
+    with pytest.raises(EngineUnavailableError, match="its tokenizer has no vocabulary"):
+        musicgen.load(settings(folder))
+
+
+def test_a_pickle_as_torch_once_wrote_it_is_no_damage(folder: Path) -> None:
+    file = folder / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    assert checkpoint.find_damage(folder) is None
 
 
 def test_every_model_of_the_hub_is_pinned_and_has_a_fixture() -> None:
@@ -108,7 +179,7 @@ def test_safetensors_are_loaded_where_both_are_there(repositories: Repositories)
 def test_a_cache_that_lacks_a_file_has_no_weights(name: str, repositories: Repositories, hub: Path) -> None:
     info = MODELS["musicgen-stereo-large"]
     (fill_cache(info, repositories(info.name), hub) / name).unlink()
-    assert not inventory.has_weights(str(info.repository), str(info.revision))
+    assert not inventory.has_weights(info, None)
     assert musicgen.estimate_bytes(settings(info.name)) is None
 
 

@@ -3,18 +3,19 @@
 from dgx_music.artifacts.interface import EXTENSIONS, Artifact, Artifacts, StoredFile
 from dgx_music.artifacts.local import LocalArtifacts
 from dgx_music.artifacts.memory import MemoryArtifacts
-from dgx_music.artifacts.missing import MissingFiles, is_missing
+from dgx_music.artifacts.missing import FileInspection, FileState, look_at_file
 from dgx_music.artifacts.output import open_output, open_place_of
 
 __all__ = [
     "EXTENSIONS",
     "Artifact",
     "Artifacts",
+    "FileInspection",
+    "FileState",
     "LocalArtifacts",
     "MemoryArtifacts",
-    "MissingFiles",
     "StoredFile",
-    "is_missing",
+    "look_at_file",
     "open_output",
     "open_place_of",
 ]

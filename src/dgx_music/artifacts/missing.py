@@ -1,10 +1,12 @@
-"""Files that rows speak of and that are no longer there: deleted, moved, or on a disk that is not mounted."""
+"""Files that rows speak of, and what became of them: deleted, moved, on a disk that is not mounted, or cut short."""
 
 from __future__ import annotations
 
+import stat
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from anyio import to_thread
 
@@ -12,42 +14,82 @@ from dgx_music.artifacts.output import open_place_of
 from dgx_music.errors import ArtifactError, ConfigurationError
 
 
+class FileState(NamedTuple):
+    """What is known of a row's file; ``None`` where that cannot be found out from here."""
+
+    is_missing: bool | None
+    is_damaged: bool | None = None
+    damage: str = ""
+    """Half a sentence, such as "is 1,000 bytes and not 64,044"; empty where it is not damaged."""
+
+
+_UNKNOWN = FileState(None)
+
+
 def can_be_looked_for(path: str) -> bool:
     """Return False for a path that only its creator can follow: it is relative to a folder that nobody has noted."""
     return "://" in path or Path(path).is_absolute()
 
 
-async def is_missing(path: str) -> bool | None:
-    """Return whether the file that a row names is gone; ``None`` where that cannot be found out from here."""
+async def look_at_file(path: str, size_bytes: int | None) -> FileState:
+    """Return what became of the file that a row names, which had so many bytes; an object's size is not asked for."""
     if not can_be_looked_for(path):
-        return None
+        return _UNKNOWN
+    if "://" not in path:
+        return await to_thread.run_sync(_look_at_local, path, size_bytes)
     try:
-        return not await open_place_of(path).exists(path)
+        return FileState(is_missing=not await open_place_of(path).exists(path))
     except (ArtifactError, ConfigurationError):
-        return None
+        return _UNKNOWN
 
 
-class MissingFiles:
-    """Finds those of many: a folder is asked for each file, an object store for its whole list, once."""
+class FileInspection:
+    """Looks at many: a folder is asked for each file, an object store for its whole list, once."""
 
     def __init__(self) -> None:
-        self._listed: dict[str, set[str]] = {}
+        self._listed: dict[str, dict[str, int]] = {}
 
-    async def among(self, paths: Iterable[str]) -> list[str]:
-        """Return which of these are not there; raises what ``open_output`` raises, and ``ArtifactError``."""
-        known = [path for path in paths if can_be_looked_for(path)]
+    async def look_at(self, files: Iterable[tuple[str, int | None]]) -> dict[str, FileState]:
+        """Return what became of each file, given by path and size.
+
+        Raises what ``open_output`` raises, and ``ArtifactError``.
+        """
+        sizes = dict(files)
         remote: dict[str, list[str]] = defaultdict(list)
-        for path in known:
+        for path in sizes:
             if "://" in path:
                 remote[path.rpartition("/")[0]].append(path)
-        local = [path for path in known if "://" not in path]
-        missing = await to_thread.run_sync(lambda: [path for path in local if not Path(path).is_file()])
+        local = [path for path in sizes if "://" not in path and can_be_looked_for(path)]
+        states = dict.fromkeys(sizes, _UNKNOWN)
+        states |= await to_thread.run_sync(lambda: {path: _look_at_local(path, sizes[path]) for path in local})
         for place, named in remote.items():
-            listed = await self._list(place, named[0])
-            missing += [path for path in named if path not in listed]
-        return missing
+            found = await self._list(place, named[0])
+            states |= {path: _compare(found.get(path), sizes[path]) for path in named}
+        return states
 
-    async def _list(self, place: str, path: str) -> set[str]:
+    async def _list(self, place: str, path: str) -> dict[str, int]:
         if place not in self._listed:
-            self._listed[place] = {file.path async for file in open_place_of(path).list_files()}
+            self._listed[place] = {file.path: file.size_bytes async for file in open_place_of(path).list_files()}
         return self._listed[place]
+
+
+def _look_at_local(path: str, size_bytes: int | None) -> FileState:
+    try:
+        facts = Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return FileState(is_missing=True)
+    except OSError:  # it may be there, for others
+        return _UNKNOWN
+    if not stat.S_ISREG(facts.st_mode):
+        return FileState(is_missing=False, is_damaged=True, damage="is no regular file")
+    return _compare(facts.st_size, size_bytes)
+
+
+def _compare(found_bytes: int | None, size_bytes: int | None) -> FileState:
+    if found_bytes is None:
+        return FileState(is_missing=True)
+    if size_bytes is None:
+        return FileState(is_missing=False)
+    if found_bytes == size_bytes:
+        return FileState(is_missing=False, is_damaged=False)
+    return FileState(is_missing=False, is_damaged=True, damage=f"is {found_bytes:,} bytes and not {size_bytes:,}")

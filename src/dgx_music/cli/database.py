@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -16,6 +18,7 @@ from dgx_music.cli.options import AsJson, DatabaseUrl, Yes, given
 from dgx_music.cli.output import print_json, print_line, size, tell
 from dgx_music.config import load_settings
 from dgx_music.errors import (
+    ArtifactError,
     DatabaseNotMigratedError,
     DatabaseUnavailableError,
     GenerationNotFoundError,
@@ -25,7 +28,7 @@ from dgx_music.errors import (
 from dgx_music.storage import Database, Generation, close_db, count_generations, get_generation, init_db
 from dgx_music.storage.repository import find_generation_ids
 from dgx_music.storage.schema import SCHEMA_REVISION
-from dgx_music.storage.sqlite import back_up
+from dgx_music.storage.sqlite import back_up, is_ours
 from dgx_music.storage.urls import file_of, normalise_url, server_address
 from dgx_music.text import plain
 from dgx_music.validation import check_name
@@ -33,6 +36,8 @@ from dgx_music.validation import check_name
 app = typer.Typer(help="Create, migrate, empty or look at the database.", no_args_is_help=True)
 
 _SHORTEST_PREFIX = 8
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What goes wrong where a file's name is fine."""
 
 
 @app.command()
@@ -71,28 +76,36 @@ def current(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def backup(
-    file: Annotated[Path, typer.Argument(help="The new file.", show_default=False)], database_url: DatabaseUrl = None
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The new file.", show_default=False)],
+    database_url: DatabaseUrl = None,
 ) -> None:
     """Copy a SQLite database into a new file, whoever is using it.
 
     Copy the output folder afterwards, and prune nothing meanwhile: every file that the copy names is in it then.
     """
+    if not file.strip():
+        raise InvalidRequestError("FILE", "is empty", "name a new file")
     database = _database(database_url)
     if database.path is None:
         url = server_address(database.url._replace(password=None))
-        raise InvalidRequestError("FILE", "is for SQLite", f"run: pg_dump --format=custom --file={file} '{url}'")
-    _back_up(database, database.path, file)
-    tell(f"The database {database} is copied into {file} ({size(file.stat().st_size)}).")
+        command = f"pg_dump --format=custom --file={quote(file)} {quote(str(url))}"
+        raise InvalidRequestError("FILE", "is for SQLite", f"run `{command}`")
+    _back_up(database, database.path, Path(file))
+    tell(f"The database {database} is copied into {file} ({size(Path(file).stat().st_size)}).")
 
 
 def _back_up(database: Database, source: Path, target: Path) -> None:
     if not source.exists():
         raise DatabaseUnavailableError(str(database), "there is no such file")
     try:
+        if not is_ours(source):
+            raise DatabaseUnavailableError(str(database), "it holds no tables of dgx-music")
         back_up(source, target)
     except FileExistsError:
         raise InvalidRequestError("FILE", f"{target} exists", "name a new file") from None
     except OSError as error:
+        if error.errno in _OF_THE_DISK:
+            raise ArtifactError(f"FILE {target} cannot be written ({error.strerror}); name another place.") from None
         raise InvalidRequestError("FILE", f"cannot be written ({error.strerror})", "name another place") from None
     except sqlite3.Error as error:
         raise DatabaseUnavailableError(str(database), f"it could not be copied ({error})") from error

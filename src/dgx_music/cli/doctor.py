@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from dgx_music.artifacts import LocalArtifacts, MissingFiles, open_output
-from dgx_music.catalog import UNTRAINED_NOTICE, find_model
+from dgx_music.artifacts import FileInspection, LocalArtifacts, open_output
+from dgx_music.catalog import UNTRAINED_NOTICE, ModelInfo, find_model
 from dgx_music.cli.database import exists
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting
 from dgx_music.cli.output import print_json, print_table, size, tell
@@ -78,7 +78,10 @@ def doctor(
         ),
     ] = False,
     files: Annotated[
-        bool, typer.Option("--files", help="Count the completed generations whose file is no longer there.")
+        bool,
+        typer.Option(
+            "--files", help="Count the completed generations whose file is gone, or not of the size that it had."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -146,6 +149,12 @@ def _version_of(package: str) -> str | None:
 
 def _examine_engine(settings: Settings) -> Iterator[Finding]:
     if settings.engine == "tone":
+        from dgx_music.inference import tone
+
+        try:
+            tone.check_environment()
+        except ConfigurationError as error:
+            yield Finding("failed", "settings", str(error))
         yield Finding("warning", "engine", "tone: sine waves for tests, not music; torch is not needed")
         return
     packages = _examine_packages("engine", ENGINE_PACKAGES, HOW_TO_INSTALL)
@@ -174,22 +183,33 @@ def _examine_model(settings: Settings, name: str) -> Finding:
     if model is None or model.is_untrained:
         return Finding("warning", "model", f"{name} is built here; {UNTRAINED_NOTICE}")
     if model.repository is None:
-        return _examine_folder(Path(model.name))
+        return _examine_folder(settings, model)
     if inventory.has_weights(model, settings.revision):
+        if (damage := inventory.find_damage_of(model, settings.revision)) is not None:
+            problem = f"{model.name} in the Hugging Face cache cannot be loaded: {damage}"
+            return _without(settings, model, f"{problem}; delete it there, and it is downloaded again")
         return Finding("ok", "model", f"{model.name} is in the Hugging Face cache ({model.licence})")
     problem = inventory.find_obstacle(model, settings.revision)
     if problem is None:
         how = f"is downloaded when a worker starts; its licence is {model.licence}"
         return Finding("warning", "model", f"{model.name} {how}")
-    if name != settings.served_models[0]:  # a worker starts with the first, and does without what it cannot load
-        return Finding("warning", "model", f"{problem} A worker serves the others only.")
+    return _without(settings, model, problem)
+
+
+def _examine_folder(settings: Settings, model: ModelInfo) -> Finding:
+    remedy = "save the model there with save_pretrained"
+    if not inventory.holds_weights(Path(model.name)):
+        return _without(settings, model, f"{model.name} holds no complete weights; {remedy}")
+    if (damage := inventory.find_damage_of(model, None)) is not None:
+        return _without(settings, model, f"{model.name} cannot be loaded: {damage}; {remedy}")
+    return Finding("ok", "model", f"{model.name} holds weights")
+
+
+def _without(settings: Settings, model: ModelInfo, problem: str) -> Finding:
+    """Say that a model cannot be had: a worker starts with the first, and does without the others that it cannot load."""
+    if model.name != settings.served_models[0]:
+        return Finding("warning", "model", f"{problem.rstrip('.')}. A worker serves the others only.")
     return Finding("failed", "model", problem)
-
-
-def _examine_folder(folder: Path) -> Finding:
-    if inventory.holds_weights(folder):
-        return Finding("ok", "model", f"{folder} holds weights")
-    return Finding("failed", "model", f"{folder} holds no complete weights; save the model there with save_pretrained")
 
 
 def _examine_answers(settings: Settings) -> Iterator[Finding]:
@@ -247,30 +267,36 @@ async def _try_place_of(database: Database) -> Finding:
 
 
 async def _examine_files(database: Database) -> Finding:
-    """Count the completed generations whose file is gone; nothing that keeps a worker from running."""
+    """Count the completed generations whose file is gone or damaged; nothing that keeps a worker from running."""
     try:
         if not exists(database) or await database.revision() != SCHEMA_REVISION:
             return Finding("warning", "files", "not counted: there is no database of this version to ask")
-        count, missing = await _count_files(database)
+        count, missing, damaged = await _count_files(database)
     except DgxMusicError as error:
         return Finding("warning", "files", f"not counted: {error}")
     finally:
         await database.dispose()
-    if missing:
-        return Finding("warning", "files", f"{len(missing):,} of {count:,} are missing, such as {min(missing)}")
-    return Finding("ok", "files", f"none of {count:,} is missing")
+    problems = {"missing": missing, "damaged": damaged}
+    told = [
+        f"{len(paths):,} of {count:,} are {what}, such as {min(paths)}" for what, paths in problems.items() if paths
+    ]
+    if told:
+        return Finding("warning", "files", "; ".join(told))
+    return Finding("ok", "files", f"none of {count:,} is missing or damaged")
 
 
-async def _count_files(database: Database) -> tuple[int, list[str]]:
-    """Return how many completed generations have a file, and the paths of those that are gone."""
-    finder, count, missing = MissingFiles(), 0, list[str]()
-    page = [("", "")]
+async def _count_files(database: Database) -> tuple[int, list[str], list[str]]:
+    """Return how many completed generations have a file, and the paths of those that are gone, and that are damaged."""
+    inspection, count, missing, damaged = FileInspection(), 0, list[str](), list[str]()
+    page: list[tuple[str, str, int | None]] = [("", "", None)]
     while page:
         read = partial(find_completed_files, after_id=page[-1][0], limit=_ROWS_AT_ONCE)
         page = await database.transact(read, read_only=True)
         count += len(page)
-        missing += await finder.among(path for _, path in page)
-    return count, missing
+        states = await inspection.look_at((path, size_bytes) for _, path, size_bytes in page)
+        missing += [path for path, state in states.items() if state.is_missing]
+        damaged += [path for path, state in states.items() if state.is_damaged]
+    return count, missing, damaged
 
 
 async def _examine_output(output: Path | str) -> Finding:

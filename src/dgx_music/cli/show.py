@@ -7,7 +7,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from dgx_music.artifacts import is_missing
+from dgx_music.artifacts import FileState, look_at_file
 from dgx_music.cli.database import find_generation, opened
 from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
@@ -36,28 +36,29 @@ def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json:
     While it waits or runs, also when it will start and be done, as far as anybody can say.
     With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a `low` and a `high`, which
     about 8 of 10 generations keep to, and `unknown_because` says why they are null. `file_is_missing` is null where there is
-    no file yet, or nobody can say from here.
+    no file yet, or nobody can say from here; `file_is_damaged` says whether its size has changed, or is null on the same terms.
     """
-    generation, attempts, outlook, clips, is_gone = asyncio.run(_read(generation_id, database_url))
+    generation, attempts, outlook, clips, file = asyncio.run(_read(generation_id, database_url))
     if as_json:
         more = {"attempts": attempts, "queue_position": outlook.position, "estimate": outlook.to_dict()}
-        print_json({**generation.to_dict(), "file_is_missing": is_gone, **more})
+        states = {"file_is_missing": file.is_missing, "file_is_damaged": file.is_damaged}
+        print_json({**generation.to_dict(), **states, **more})
         return
-    _print_generation(generation, outlook, clips, is_gone=bool(is_gone))
+    _print_generation(generation, outlook, clips, file)
     print_waveform(generation)
     _print_attempts(attempts)
     tell_untrained([generation])
 
 
-def _print_generation(
-    generation: Generation, outlook: Estimate, clips: dict[str, float], *, is_gone: bool = False
-) -> None:
+def _print_generation(generation: Generation, outlook: Estimate, clips: dict[str, float], file: FileState) -> None:
     now = datetime.now(UTC)
     told = generation.to_dict() | {"prompt": generation.prompt or UNCONDITIONAL, **_asked_for(generation, clips)}
     fields = {name: value for name, value in told.items() if value is not None and name != "metadata"}
     lines = [(label(name), shown(name, value, now)) for name, value in fields.items()]
-    if is_gone:
+    if file.is_missing:
         lines.append(("file", "missing: it was deleted or moved since, or its disk is not there"))
+    if file.is_damaged:
+        lines.append(("file", f"damaged: the file {file.damage}"))
     if outlook.position is not None:
         lines.append(("queue position", f"{outlook.position:,}"))
     if words := in_words(outlook):
@@ -123,12 +124,13 @@ def _print_attempts(attempts: list[dict[str, Any]]) -> None:
 
 async def _read(
     wanted: str, database_url: str | None
-) -> tuple[Generation, list[dict[str, Any]], Estimate, dict[str, float], bool | None]:
+) -> tuple[Generation, list[dict[str, Any]], Estimate, dict[str, float], FileState]:
     async with opened(database_url) as database:
         generation = await find_generation(database, wanted)
         async with database.session(read_only=True) as session:
             attempts = await get_attempts(session, generation.id)
             outlook = await estimate(session, generation.id)
             clips = await read_clip_seconds(session, _clips_of(generation).values())
-    is_gone = await is_missing(generation.file_path) if generation.is_complete and generation.file_path else None
-    return generation, [attempt.to_dict() for attempt in attempts], outlook, clips, is_gone
+    path = generation.file_path if generation.is_complete else None
+    file = await look_at_file(path, generation.file_size_bytes) if path else FileState(None)
+    return generation, [attempt.to_dict() for attempt in attempts], outlook, clips, file

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
 
 from dgx_music.catalog import ModelInfo
 from dgx_music.errors import EngineUnavailableError
@@ -22,7 +24,13 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """The files that weights begin with, the one to prefer first."""
 NO_WEIGHTS = f"it holds none of {', '.join(WEIGHTS)} with all its files"
-_TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZERS = ("tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
+_WITHOUT_VOCABULARY = "ByT5Tokenizer"
+"""The one kind of tokenizer that needs no more than its configuration: it counts bytes."""
+_MODEL_TYPES = ("musicgen", "musicgen_melody")
+_LONGEST_HEADER_BYTES = 100_000_000
+"""Of a file of safetensors; its own library reads no longer one."""
 _SMALL = (".json", ".model")
 
 
@@ -33,6 +41,25 @@ def find_weights(folder: Path) -> list[Path]:
         if files and all(file.is_file() for file in files):
             return files
     return []
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return in half a sentence why the folder's model cannot be loaded, or ``None``; no weights are read.
+
+    Only what costs nothing is looked at: the configuration, whether there is a tokenizer, and how the weights' files begin.
+    """
+    try:
+        _check_small_files(folder)
+        files = find_weights(folder)
+        if not files:
+            return NO_WEIGHTS
+        for file in files:
+            _check_weights(file)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({(error.strerror or str(error)).lower()})"
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def list_small_files(folder: Path) -> list[Path]:
@@ -88,6 +115,62 @@ def revision_of(info: ModelInfo, revision: str | None) -> str:
 def licence_of(info: ModelInfo) -> str:
     """Return what a user must know of the licence."""
     return f"the weights of {info.name} are licensed {info.licence}: no commercial use"
+
+
+def _check_small_files(folder: Path) -> None:
+    if _read_object(folder / "config.json").get("model_type") not in _MODEL_TYPES:
+        raise ValueError("config.json is not that of a MusicGen model")
+    tokenizers = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+    if not tokenizers:
+        raise ValueError(f"it holds no tokenizer, none of {', '.join(_TOKENIZERS)}")
+    told = {file.name: _read_object(file) for file in tokenizers if file.suffix == ".json"}
+    if [file.name for file in tokenizers] == [_TOKENIZER_CONFIG]:
+        kind = str(told[_TOKENIZER_CONFIG].get("tokenizer_class"))
+        if not kind.startswith(_WITHOUT_VOCABULARY):
+            raise ValueError("its tokenizer has no vocabulary")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises ``ValueError`` that says which file is none, and ``OSError``."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name} holds no JSON object")
+    return found
+
+
+def _check_weights(file: Path) -> None:
+    if file.suffix == ".safetensors":
+        if not _has_whole_header(file):
+            raise ValueError(f"{file.name} is cut short, damaged, or no file of safetensors")
+    elif not (is_zipfile(file) or _begins_as_pickle(file)):
+        raise ValueError(f"{file.name} is cut short, damaged, or was not written by torch.save")
+
+
+def _has_whole_header(file: Path) -> bool:
+    """Return whether the header can be read, and names tensors that fill the rest of the file."""
+    size_bytes = file.stat().st_size
+    with file.open("rb") as content:
+        header_bytes = int.from_bytes(content.read(8), "little")
+        rest_bytes = size_bytes - 8 - header_bytes
+        if rest_bytes <= 0 or header_bytes > _LONGEST_HEADER_BYTES:
+            return False
+        header = content.read(header_bytes)
+    try:
+        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
+        spans = [tensor["data_offsets"] for tensor in tensors.values()]
+        return all(0 <= start <= end for start, end in spans) and max(end for _, end in spans) == rest_bytes
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def _begins_as_pickle(file: Path) -> bool:
+    """Return whether the file begins as older versions of torch wrote it."""
+    with file.open("rb") as content:
+        mark = content.read(2)
+    return mark[:1] == b"\x80" and mark[1:] in (b"\2", b"\3", b"\4", b"\5")
 
 
 def _with_shards(file: Path) -> list[Path]:

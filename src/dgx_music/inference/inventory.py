@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dgx_music.catalog import ModelInfo
 from dgx_music.errors import EngineUnavailableError
-from dgx_music.inference.checkpoint import check_obtainable, find_folder, find_weights
+from dgx_music.inference.checkpoint import check_obtainable, find_damage, find_folder, find_weights
 
 
 def find_cuda_devices() -> list[str]:
@@ -27,6 +27,12 @@ def has_weights(model: ModelInfo, revision: str | None) -> bool:
 def holds_weights(folder: Path) -> bool:
     """Return whether a local folder holds weights that can be loaded, all files of them."""
     return bool(find_weights(folder))
+
+
+def find_damage_of(model: ModelInfo, revision: str | None) -> str | None:
+    """Return in half a sentence why the model's files on this machine cannot be loaded, or ``None``; reads no weights."""
+    folder = find_folder(model, revision)
+    return None if folder is None else find_damage(folder)
 
 
 def find_obstacle(model: ModelInfo, revision: str | None) -> str | None:

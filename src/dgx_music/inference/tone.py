@@ -43,7 +43,7 @@ from typing import Annotated, Literal, NoReturn
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dgx_music.errors import EngineReplacedError, EngineUnavailableError, GenerationRejectedError
+from dgx_music.errors import ConfigurationError, EngineReplacedError, EngineUnavailableError, GenerationRejectedError
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest, Run, Samples
 
 SPEED_VARIABLE = "DGX_MUSIC_TONE_SPEED"
@@ -137,8 +137,22 @@ def load(settings: EngineSettings) -> ToneEngine:
         if script:
             read_script(Path(script))
         return ToneEngine(settings.slots or 1, read_speed(speed) if speed else None, Path(script) if script else None)
-    except ValueError as error:
+    except (ConfigurationError, ValueError) as error:
         raise EngineUnavailableError(str(error)) from None
+
+
+def check_environment() -> None:
+    """Raise ``ConfigurationError`` for a variable that ``load`` would refuse, for who starts the process to see it first."""
+    speed, script = os.environ.get(SPEED_VARIABLE), os.environ.get(SCRIPT_VARIABLE)
+    if speed:
+        read_speed(speed)
+    try:
+        if script:
+            read_script(Path(script))
+    except ValueError as error:
+        sentence = str(error).rstrip(".")
+        problem = f"is of no use: {sentence[0].lower()}{sentence[1:]}"
+        raise ConfigurationError(SCRIPT_VARIABLE, problem, "mend the script, or unset the variable") from None
 
 
 def estimate_bytes(settings: EngineSettings) -> int:
@@ -147,13 +161,13 @@ def estimate_bytes(settings: EngineSettings) -> int:
 
 
 def read_speed(text: str) -> float:
-    """Return the speed that the variable sets. Raises ``ValueError`` where it is no number above 0."""
+    """Return the speed that the variable sets. Raises ``ConfigurationError`` where it is no number above 0."""
     try:
         speed = float(text)
     except ValueError:
         speed = 0.0
     if not 0 < speed < float("inf"):
-        raise ValueError(f"{SPEED_VARIABLE} is {text!r}; use a number above 0.")
+        raise ConfigurationError(SPEED_VARIABLE, f"is {text!r}", "use a number above 0")
     return speed
 
 

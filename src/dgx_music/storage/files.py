@@ -33,8 +33,11 @@ async def find_owners(session: AsyncSession, generation_ids: Collection[str]) ->
     return {row.id: Owner(row.attempt, row.status in (PROCESSING, COMPLETED), row.file_path) for row in rows}
 
 
-async def find_completed_files(session: AsyncSession, *, after_id: str, limit: int) -> list[tuple[str, str]]:
-    """Return the next completed generations by id, each with where its file is; those without one are left out."""
-    query = select(Generation.id, Generation.file_path).where(Generation.status == COMPLETED, Generation.id > after_id)
+async def find_completed_files(
+    session: AsyncSession, *, after_id: str, limit: int
+) -> list[tuple[str, str, int | None]]:
+    """Return the next completed generations by id, each with its file's path and size; those without one are left out."""
+    columns = (Generation.id, Generation.file_path, Generation.file_size_bytes)
+    query = select(*columns).where(Generation.status == COMPLETED, Generation.id > after_id)
     rows = await session.execute(query.where(Generation.file_path.is_not(None)).order_by(Generation.id).limit(limit))
-    return [(row.id, str(row.file_path)) for row in rows]
+    return [(row.id, str(row.file_path), row.file_size_bytes) for row in rows]

@@ -8,6 +8,7 @@ WAL so that readers never wait.
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import os
 import shutil
@@ -22,6 +23,7 @@ from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from dgx_music.storage.schema import VERSION_TABLE
 from dgx_music.storage.sqlite_file import DatabaseFile, waiting
 
 READ_ONLY = "dgx_music_read_only"
@@ -31,6 +33,13 @@ _BUSY_TIMEOUT_SECONDS = 30
 _READERS = 4
 _LEAST_FREE_BYTES = 65_536
 """SQLite lets the index of its log, beside the database, grow by half as much at once."""
+_ERRORS_OF_WRITING = {
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_FSYNC,
+    sqlite3.SQLITE_IOERR_DIR_FSYNC,
+    sqlite3.SQLITE_IOERR_TRUNCATE,
+    sqlite3.SQLITE_IOERR_DELETE,
+}
 
 
 def create_engines(url: URL, file: DatabaseFile | None) -> tuple[AsyncEngine, AsyncEngine]:
@@ -136,7 +145,7 @@ def back_up(source: Path, target: Path) -> None:
     """Write a database as it is at this moment into a new file, whoever is writing meanwhile.
 
     Nothing has the file's name before it is whole; where the file system has no links, an empty file has it for a moment.
-    Raises ``OSError`` for the target, ``sqlite3.Error`` for either.
+    Raises ``OSError`` for the target, ``sqlite3.Error`` for the source.
     """
     target = target.absolute()
     part = target.with_name(f"{target.name}.part-{uuid4().hex[:8]}")
@@ -174,9 +183,31 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_ours(source: Path) -> bool:
+    """Return whether the file has the tables of some version of ours; nothing is written."""
+    with closing(_open_to_read(source)) as connection:
+        query = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return bool(connection.execute(query, (VERSION_TABLE,)).fetchone()[0])
+
+
 def _copy(source: Path, target: Path) -> None:
-    from_source = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_SECONDS)
-    with closing(from_source), closing(sqlite3.connect(target)) as to_target:
-        to_target.execute("PRAGMA synchronous = FULL")
-        from_source.backup(to_target)
-        to_target.execute("PRAGMA journal_mode = DELETE")  # one file, with nothing beside it
+    with closing(_open_to_read(source)) as from_source, closing(sqlite3.connect(target)) as to_target:
+        try:
+            to_target.execute("PRAGMA synchronous = FULL")
+            from_source.backup(to_target)
+            to_target.execute("PRAGMA journal_mode = DELETE")  # one file, with nothing beside it
+        except sqlite3.Error as error:
+            raise _of_the_target(error) from error
+
+
+def _open_to_read(source: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_SECONDS)
+
+
+def _of_the_target(error: sqlite3.Error) -> Exception:
+    """Return an ``OSError`` for an error of writing, which is the copy's, since the source is only read; else the error."""
+    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if error.sqlite_errorcode in _ERRORS_OF_WRITING:  # SQLite does not say which; one is EFBIG
+        return OSError(errno.EIO, "disk error, or a limit on the size of a file")
+    return error
