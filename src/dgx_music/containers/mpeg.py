@@ -90,13 +90,14 @@ def _find_first(content: bytes) -> int | None:
     """Return where three frames of one kind follow each other, or all that there are, up to the end."""
     start = content.find(b"\xff", 0, _LONGEST_PADDING)
     while start != -1:
-        if _is_run(content, start):
+        if is_run(content, start):
             return start
         start = content.find(b"\xff", start + 1, _LONGEST_PADDING)
     return None
 
 
-def _is_run(content: bytes, start: int) -> bool:
+def is_run(content: bytes, start: int) -> bool:
+    """Return whether three frames of one kind follow each other from here, or all that there are, up to the end."""
     first = header = _read_header(content, start)
     for _ in range(2):
         if header is None or first is None or header.kind != first.kind:
@@ -136,7 +137,7 @@ def _check_end(content: bytes, start: int, frames: _Frames) -> None:
     position = rest.find(b"\xff")
     while position != -1:
         header = _read_header(rest, position)
-        is_one = header is not None and header.kind == frames.first.kind and _is_run(rest, position)
+        is_one = header is not None and header.kind == frames.first.kind and is_run(rest, position)
         if is_one or (position == 0 and len(rest) < 4):
             raise DamagedError(f"is damaged {frames.seconds:.2f} s after its start")
         position = rest.find(b"\xff", position + 1)
