@@ -40,12 +40,12 @@ class DamagedError(Exception):
         self.remedy = remedy
 
 
-def strip_tags(content: bytes) -> bytes:
-    """Return the content without the tags before and after it: ID3 of both versions, and APE."""
+def find_tags(content: bytes) -> tuple[int, int]:
+    """Return where the tags before the content end, and those after it begin: ID3 of both versions, and APE."""
     start, end = skip_id3(content, 0), len(content)
     while (shorter := _end_before_tag(content, end)) != end:
         end = shorter
-    return content if (start, end) == (0, len(content)) else content[start : max(start, end)]
+    return min(start, end), end
 
 
 def skip_id3(content: bytes, start: int) -> int:
