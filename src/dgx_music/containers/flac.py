@@ -1,4 +1,4 @@
-"""FLAC (RFC 9639): the number of samples in its header is taken out; libFLAC then reads to the end, and reports a frame cut short.
+"""FLAC (RFC 9639): the number of samples is taken out of its header; libFLAC then reads to the end, and reports a cut frame.
 
 Frames that are missing as a whole it does not report, so their numbers are followed here.
 """

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 READABLE = "use WAV, FLAC, MP3 or OGG"
 
 OTHER_AUDIO = re.compile(
-    rb"fLaC\0|OggS\0|(?:RIFF|RIFX|RF64|FORM)....(?:WAVE|AIF[FC])|riff\x2e\x91\xcf\x11|caff\0\x01|\.snd\0\0|....ftyp", re.DOTALL
+    rb"fLaC\0|OggS\0|(?:RIFF|RIFX|RF64|FORM)....(?:WAVE|AIF[FC])|riff\x2e\x91\xcf\x11|caff\0\x01|\.snd\0\0|....ftyp",
+    re.DOTALL,
 )
 """How files of audio begin, but for those of MPEG."""
 
