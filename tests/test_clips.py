@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -138,18 +139,38 @@ def test_opposite_phase_stays_in_a_model_of_two_channels(caplog) -> None:
 
 
 @pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
-@pytest.mark.parametrize("scale", [2**15, 2**23, 2**31])
+@pytest.mark.parametrize("scale", [2**7, 2**15, 2**23, 2**31])
 def test_integers_in_a_file_of_fractions_are_brought_to_scale(scale: int, subtype: str, caplog) -> None:
-    clip = read(floats(np.rint(sine(0.9) * scale), subtype))
+    samples = np.rint(sine(0.9) * scale)
+    clip = read(floats(samples, subtype))
 
-    np.testing.assert_allclose(samples_of(clip)[0], sine(0.9), atol=1e-4)
+    np.testing.assert_allclose(samples_of(clip)[0], samples / scale, atol=1e-4)
     assert caplog.messages == [
-        f"continuation: its samples are integers in a file of fractions; they are divided by {scale:,}"
+        f"continuation: its samples reach {np.float32(samples.max()):,.0f}, where 1 is full scale; they are divided by {scale:,}"
     ]
 
 
-def test_integers_that_were_filtered_are_brought_to_scale_too() -> None:
-    assert samples_of(read(floats(sine(0.9) * 2**15)))[0] == pytest.approx(sine(0.9), abs=1e-4)
+@pytest.mark.parametrize("level", [0.5, 0.9, 1.02, 1.5])
+@pytest.mark.parametrize("scale", [2**7, 2**15, 2**23])
+def test_integers_that_were_filtered_are_brought_to_scale_too(level: float, scale: int) -> None:
+    samples = sine(level) * scale if scale > 2**7 else np.rint(sine(level) * scale)
+
+    assert samples_of(read(floats(samples)))[0] == pytest.approx(np.clip(samples / scale, -1, 1), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "subtype"),
+    [
+        (np.rint(sine(0.9) * 32_767).astype(np.int32), "PCM_32"),
+        (sine(0.9) / 32_768, "FLOAT"),
+        (sine(0.5) / 32_768 / 256, "DOUBLE"),
+    ],
+)
+def test_a_clip_far_quieter_than_any_recording_is_told(samples, subtype: str, caplog) -> None:
+    read(floats(samples, subtype))
+
+    (message,) = caplog.messages
+    assert re.fullmatch(r"continuation: its sound is (91|97|144) dB below full scale, .*", message)
 
 
 def test_a_mix_far_too_loud_is_turned_down(caplog) -> None:

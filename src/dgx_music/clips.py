@@ -54,8 +54,10 @@ _LOUDEST = 2.0
 """+6 dBFS: what is above that is not just a little too loud."""
 _MEANT_PEAK = 100.0
 """No music is mixed 40 dB too loud: those are integers, or were."""
-_INTEGER_SCALES = (2**15, 2**23, 2**31)
+_INTEGER_SCALES = (2**7, 2**15, 2**23, 2**31)
 _STRAY_SHARE = 0.999
+_QUIETEST = 1e-4
+"""-80 dBFS: no recording is as quiet; its samples were divided once too often."""
 _MIN_RATE, _MAX_RATE = 8_000, 192_000
 
 
@@ -141,8 +143,7 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
     samples = resample(samples, audio.sample_rate, sample_rate)
     validation.check_clip(name, samples.shape[1] / sample_rate)
     pcm = np.clip(np.rint(samples * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)
-    if np.ptp(samples, axis=1).max() * _SCALE <= 1:
-        _tell(name, "it holds no sound, only silence or a constant level")
+    _tell_silence(name, audio.samples)
     source_sha256 = hashlib.sha256(content).hexdigest()
     return Clip(
         _fingerprint(pcm, sample_rate), encode(pcm, sample_rate, "flac"), pcm.shape[1] / sample_rate, source_sha256
@@ -228,14 +229,24 @@ def _mend_scale(name: str, samples: Samples) -> Samples:
     if peak <= _LOUDEST:
         return samples
     usual = float(np.quantile(np.abs(samples), _STRAY_SHARE))
-    if peak > _INTEGER_SCALES[-1] or peak > _MEANT_PEAK * max(usual, 1.0):
+    if peak > _LOUDEST * _INTEGER_SCALES[-1] or peak > _MEANT_PEAK * max(usual, 1.0):
         raise InvalidRequestError(name, f"holds samples of {peak:.3g}, where 1 is full scale", "use another clip")
     if peak > _MEANT_PEAK or _are_integers(samples):
-        scale = next(scale for scale in _INTEGER_SCALES if peak <= scale)
-        _tell(name, f"its samples are integers in a file of fractions; they are divided by {scale:,}")
+        scale = next(scale for scale in _INTEGER_SCALES if peak <= _LOUDEST * scale)
+        _tell(name, f"its samples reach {peak:,.0f}, where 1 is full scale; they are divided by {scale:,}")
         return samples / np.float32(scale)
     _tell(name, f"it is {20 * math.log10(peak):.0f} dB louder than full scale; it is turned down by that")
     return samples / np.float32(peak)
+
+
+def _tell_silence(name: str, samples: Samples) -> None:
+    """Say so where there is nothing to hear, and whether nothing is there or it is only too quiet."""
+    loudest = float(np.ptp(samples, axis=1).max()) / 2
+    if loudest == 0:
+        _tell(name, "it holds no sound, only silence or a constant level")
+    elif loudest < _QUIETEST:
+        below = -20 * math.log10(loudest)
+        _tell(name, f"its sound is {below:.0f} dB below full scale, as good as silence; is its scale right?")
 
 
 def _are_integers(samples: Samples) -> bool:

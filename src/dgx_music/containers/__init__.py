@@ -6,7 +6,7 @@ Where what is there stops in the middle, or is damaged on the way, it is refused
 """
 
 from dgx_music.containers import flac, mpeg, ogg, riff
-from dgx_music.containers.interface import READABLE, DamagedError, Source, strip_tags
+from dgx_music.containers.interface import READABLE, DamagedError, Source, find_tags
 
 _TAKEN_FOR_MPEG = (b"\xff", b"ID3")
 """libsndfile would give what starts so to libmpg123, which would write to stderr that it is none."""
@@ -19,7 +19,10 @@ def open_source(content: bytes, longest_seconds: float) -> Source:
 
     A container that is not known here is handed on as it is, to be refused by name.
     """
-    content = strip_tags(content)
+    start, end = find_tags(content)
+    mpeg.check_tag(content, 0, start)
+    mpeg.check_tag(content, end, len(content))
+    content = content[start:end]
     if content[:4] in (b"RIFF", b"RIFX", b"RF64"):
         return riff.open_source(content, longest_seconds)
     if content[:4] == b"fLaC":

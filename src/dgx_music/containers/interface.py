@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 READABLE = "use WAV, FLAC, MP3 or OGG"
+
+OTHER_AUDIO = re.compile(
+    rb"fLaC\0|OggS\0|(?:RIFF|RIFX|RF64|FORM)....(?:WAVE|AIF[FC])|riff\x2e\x91\xcf\x11|caff\0\x01|\.snd\0\0|....ftyp",
+    re.DOTALL,
+)
+"""How files of audio begin, but for those of MPEG."""
 
 _ID3V1_BYTES = 128
 _ID3V2_BYTES = 10
@@ -34,12 +41,12 @@ class DamagedError(Exception):
         self.remedy = remedy
 
 
-def strip_tags(content: bytes) -> bytes:
-    """Return the content without the tags before and after it: ID3 of both versions, and APE."""
+def find_tags(content: bytes) -> tuple[int, int]:
+    """Return where the tags before the content end, and those after it begin: ID3 of both versions, and APE."""
     start, end = skip_id3(content, 0), len(content)
     while (shorter := _end_before_tag(content, end)) != end:
         end = shorter
-    return content if (start, end) == (0, len(content)) else content[start : max(start, end)]
+    return min(start, end), end
 
 
 def skip_id3(content: bytes, start: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from dgx_music.containers.interface import DamagedError, Source, skip_id3
+from dgx_music.containers.interface import OTHER_AUDIO, DamagedError, Source, skip_id3
 
 _LAYER_I, _LAYER_II, _LAYER_III = 3, 2, 1  # as the header numbers them
 _VERSION_1 = 3
@@ -24,14 +24,16 @@ _RATES = (44_100, 48_000, 32_000)
 _RATE_DIVISORS = {_VERSION_1: 1, 2: 2, 0: 4}
 _LONGEST_PADDING = 65_536
 """Bytes before the first frame that are looked through: what begins later is no MP3."""
-_LONGEST_REST = 2**20
-"""Bytes after the last frame that are looked through for more of them."""
+_LONGEST_REST = 2**14
+"""Bytes after the last frame that are looked through for more of them; words of a song are shorter."""
 _MOST_SILENT_FRAMES = 4
 """No encoder adds more than that before and after the music together."""
 _TAG_KBITS_INDEX = {True: 9, False: 8}
 _HAS_COUNT = 1
 _SPARE_SECONDS = 1
 """Read beyond what is asked for: the silence that an encoder added is taken away from the end."""
+_TAG_FRAMES = 1
+"""Some encoders count the frame that holds the count."""
 _LAME_BYTES = 36
 _ZEROS = re.compile(rb"\0*")
 
@@ -77,10 +79,11 @@ def find_source(content: bytes, longest_seconds: float) -> Source | None:
     if start is None:
         return None
     frames = _walk(content, start, longest_seconds)
+    _check_count(frames)
     first, silence = frames.first, _lame_extension(frames)
     return Source(
         [_make_tag(frames, silence) + b"".join(frames.parts)],
-        _promised_frames(frames) * first.samples / first.rate or None,
+        _promised_seconds(frames, silence),
         is_mpeg=True,
         seconds=frames.seconds - _silent_samples(silence) / first.rate,
     )
@@ -90,13 +93,14 @@ def _find_first(content: bytes) -> int | None:
     """Return where three frames of one kind follow each other, or all that there are, up to the end."""
     start = content.find(b"\xff", 0, _LONGEST_PADDING)
     while start != -1:
-        if _is_run(content, start):
+        if is_run(content, start):
             return start
         start = content.find(b"\xff", start + 1, _LONGEST_PADDING)
     return None
 
 
-def _is_run(content: bytes, start: int) -> bool:
+def is_run(content: bytes, start: int) -> bool:
+    """Return whether three frames of one kind follow each other from here, or all that there are, up to the end."""
     first = header = _read_header(content, start)
     for _ in range(2):
         if header is None or first is None or header.kind != first.kind:
@@ -132,23 +136,53 @@ def _walk(content: bytes, start: int, longest_seconds: float) -> _Frames:
 
 def _check_end(content: bytes, start: int, frames: _Frames) -> None:
     """Raise where what stands here is not all that is left: what comes before more frames was one."""
-    rest = content[start : start + _LONGEST_REST]
-    position = rest.find(b"\xff")
+    end = min(start + _LONGEST_REST, len(content))
+    position = content.find(b"\xff", start, end)
     while position != -1:
-        header = _read_header(rest, position)
-        is_one = header is not None and header.kind == frames.first.kind and _is_run(rest, position)
-        if is_one or (position == 0 and len(rest) < 4):
-            raise DamagedError(f"is damaged {frames.seconds:.2f} s after its start")
-        position = rest.find(b"\xff", position + 1)
-    if len(rest) == _LONGEST_REST:
+        if is_run(content, position):
+            raise _broken_by(content, position, frames)
+        position = content.find(b"\xff", position + 1, end)
+    if OTHER_AUDIO.search(content, start, end):
+        raise DamagedError("holds something else after its audio")
+    if end == start + _LONGEST_REST:
         raise DamagedError("holds too much that is no audio after its end")
+    if content.startswith(b"\xff", start) and end - start < 4:
+        raise DamagedError(f"is damaged {frames.seconds:.2f} s after its start")
+
+
+def _broken_by(content: bytes, start: int, frames: _Frames) -> DamagedError:
+    """Return what is wrong where these frames follow, not at once or of another kind."""
+    header = _read_header(content, start)
+    if header is not None and header.kind != frames.first.kind:
+        return DamagedError("changes its sample rate or channels on the way", "use another clip")
+    return DamagedError(f"is damaged {frames.seconds:.2f} s after its start")
+
+
+def check_tag(content: bytes, start: int, end: int) -> None:
+    """Raise where the tag that stands here by its own word holds frames that go on to its end, or behind it."""
+    position = content.find(b"\xff", start, end)
+    while position != -1:
+        if is_run(content, position) and _reaches(content, position, end):
+            raise DamagedError("has a tag that reaches into its audio")
+        position = content.find(b"\xff", position + 1, end)
+
+
+def _reaches(content: bytes, start: int, end: int) -> bool:
+    first = header = _read_header(content, start)
+    while start < end and header is not None and first is not None and header.kind == first.kind:
+        start += header.size
+        header = _read_header(content, start)
+    is_frame = header is not None and first is not None and header.kind == first.kind
+    return start >= len(content) or is_frame or content.startswith(b"APETAGEX", start)
 
 
 def _skip_tags(content: bytes, start: int) -> int:
     """Return where the next frame can begin: files that were put together have their tags in the middle."""
     if content.startswith(b"TAG", start):
         return min(start + 128, len(content))
-    found = _ZEROS.match(content, min(skip_id3(content, start), len(content)))
+    end = min(skip_id3(content, start), len(content))
+    check_tag(content, start, end)
+    found = _ZEROS.match(content, end)
     return found.end() if found else start
 
 
@@ -173,11 +207,26 @@ def _is_tag(frame: bytes, header: _Header) -> bool:
     return frame[header.tag_start :][:4] in (b"Xing", b"Info") or frame[36:40] == b"VBRI"
 
 
-def _promised_frames(frames: _Frames) -> int:
-    """Return how many frames the file's only tag says it has, 0 where there is no such word or not all were looked at."""
+def _check_count(frames: _Frames) -> None:
+    """Raise where there are fewer frames than the tags of all the files say that were put together here."""
+    promised = sum(_promised_frames(frames, tag) for tag in frames.tags)
+    if frames.are_all and promised > len(frames.parts) + _TAG_FRAMES:
+        said = promised * frames.first.samples / frames.first.rate
+        raise DamagedError(f"holds only {frames.seconds:,.2f} s of the {said:,.2f} s that its header promises")
+
+
+def _promised_seconds(frames: _Frames, silence: bytes) -> float | None:
+    """Return how long the file's only tag says that it is, where that is too short; else ``None``."""
     if len(frames.tags) != 1 or not frames.are_all:
-        return 0
-    tag = frames.tags[0]
+        return None
+    promised = _promised_frames(frames, frames.tags[0])
+    if not 0 < promised < len(frames.parts):
+        return None
+    return (promised * frames.first.samples - _silent_samples(silence)) / frames.first.rate
+
+
+def _promised_frames(frames: _Frames, tag: bytes) -> int:
+    """Return how many frames a tag says there are, 0 where it says nothing of that."""
     if tag[36:40] == b"VBRI":
         return int.from_bytes(tag[36 + 14 : 36 + 18], "big")
     start = frames.first.tag_start
