@@ -22,6 +22,7 @@ DgxMusicError
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -117,16 +118,27 @@ class DatabaseNotInitializedError(DatabaseError, RuntimeError):
 
 
 def is_newer(found: str | None, needed: str) -> bool:
-    """Return True where a newer version of this library made the tables: nothing but an upgrade helps."""
-    return found is not None and found > needed
+    """Return True where a newer version of this library made the tables, or none of its versions did: do not migrate."""
+    return found is not None and (found > needed or not _is_ours(found))
+
+
+def remedy_for(found: str | None, needed: str) -> str:
+    """Return what to do about a database that is at another revision than this version needs."""
+    if found is not None and not _is_ours(found):
+        return f"{found} is not one of this product's: name another database"
+    return "upgrade dgx-music" if is_newer(found, needed) else "run `dgx-music db migrate`"
+
+
+def _is_ours(revision: str) -> bool:
+    return re.fullmatch("[0-9]{4}", revision) is not None
 
 
 class DatabaseNotMigratedError(DatabaseError):
     """The database's schema is not the one this version needs."""
 
     def __init__(self, found: str | None, needed: str) -> None:
-        remedy = "upgrade dgx-music" if is_newer(found, needed) else "run `dgx-music db migrate`"
-        super().__init__(f"The database is at revision {found or 'none'} and this version needs {needed}; {remedy}.")
+        problem = f"is at revision {found or 'none'} and this version needs {needed}"
+        super().__init__(f"The database {problem}; {remedy_for(found, needed)}.")
         self.found = found
         self.needed = needed
 

@@ -87,6 +87,19 @@ def test_current_and_doctor_say_to_upgrade_on_a_newer_schema(run: Run) -> None:
     assert (result.code, "upgrade dgx-music" in result.out) == (5, True)
 
 
+@pytest.mark.parametrize("revision", ["abcdef123", "0003abc"])
+@pytest.mark.parametrize("words", [("migrate",), ("reset", "--yes"), ("current",)])
+def test_a_revision_that_is_none_of_ours_is_not_called_newer(run: Run, revision: str, words: tuple[str, ...]) -> None:
+    add("lofi rain")
+    with closing(sqlite3.connect("data/generations.db")) as connection, connection:
+        connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'")
+
+    result = run("db", *words)
+
+    assert ("is not one of this product's" in result.err, "upgrade dgx-music" in result.err) == (True, False)
+    assert result.code == (0 if words == ("current",) else 5)
+
+
 def test_a_backup_is_a_whole_database_of_one_file(run: Run) -> None:
     (generation_id,) = add("lofi rain")
 

@@ -24,6 +24,7 @@ from dgx_music.errors import (
     GenerationNotFoundError,
     InvalidRequestError,
     is_newer,
+    remedy_for,
 )
 from dgx_music.storage import Database, Generation, close_db, count_generations, get_generation, init_db
 from dgx_music.storage.repository import find_generation_ids
@@ -70,8 +71,7 @@ def current(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
         return
     print_line(f"{found or 'none'}{' (head)' if found == SCHEMA_REVISION else ''}")
     if found != SCHEMA_REVISION:
-        remedy = "upgrade dgx-music" if is_newer(found, SCHEMA_REVISION) else "run `dgx-music db migrate`"
-        tell(f"This version needs {SCHEMA_REVISION}: {remedy}.")
+        tell(f"This version needs {SCHEMA_REVISION}; {remedy_for(found, SCHEMA_REVISION)}.")
 
 
 @app.command()

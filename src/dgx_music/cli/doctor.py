@@ -186,8 +186,10 @@ def _examine_model(settings: Settings, name: str) -> Finding:
         return _examine_folder(settings, model)
     if inventory.has_weights(model, settings.revision):
         if (damage := inventory.find_damage_of(model, settings.revision)) is not None:
-            problem = f"{model.name} in the Hugging Face cache cannot be loaded: {damage}"
-            return _without(settings, model, f"{problem}; delete it there, and it is downloaded again")
+            where = f"{model.name} in the Hugging Face cache"
+            return _without(
+                settings, model, f"{where} cannot be loaded: {damage}; delete it, to have it downloaded again"
+            )
         return Finding("ok", "model", f"{model.name} is in the Hugging Face cache ({model.licence})")
     problem = inventory.find_obstacle(model, settings.revision)
     if problem is None:
