@@ -139,6 +139,15 @@ def test_a_second_file_after_the_first_is_refused(first: str, other: str, paddin
     assert re.match("continuation (holds something else after its audio|is damaged)", refusal(data))
 
 
+@pytest.mark.parametrize("size", [0, 0xFFFF_FFFF])
+def test_a_second_wav_after_one_that_says_no_size_is_refused(size: int) -> None:
+    assert "holds something else after its audio" in refusal(put(WAV, DATA, "<I", size) + WAV)
+
+
+def test_an_mp3_with_its_tag_after_a_wav_is_refused() -> None:
+    assert "holds something else after its audio" in refusal(WAV + id3(100) + VBR)
+
+
 @pytest.mark.parametrize("first", [WAV, WAV_8[: WAV_8.index(b"data") + 4] + b"\1\0\0\0\x80\0"], ids=["16", "8"])
 def test_a_wav_with_two_blocks_of_samples_is_refused(first: bytes) -> None:
     data = first + b"LIST\4\0\0\0INFO" + WAV[DATA - 4 :]
@@ -421,6 +430,12 @@ def test_a_tag_that_claims_frames_is_refused(size: int) -> None:
 
     for data in (id3(size) + VBR, VBR + id3(size) + VBR, VBR + ape):
         assert refusal(data) == "continuation has a tag that reaches into its audio; use a file that is whole."
+
+
+def test_a_tag_full_of_what_looks_like_frames_is_passed_over() -> None:
+    body = b"\xff\xfb\xb4\xc0" * 1_000_000 + bytes(3_000)  # frames of 576 bytes begin at every fourth one
+
+    assert whole(id3(len(body), body) + VBR)
 
 
 @pytest.mark.parametrize("count", [0, 1, 10])

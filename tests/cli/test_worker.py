@@ -94,6 +94,19 @@ def test_the_files_of_a_worker_are_for_whom_the_setting_says(run: Run, tone: Ton
     assert stat.S_IMODE(file.stat().st_mode) == mode
 
 
+@pytest.mark.parametrize(("access", "mode"), [("owner", 0o600), ("umask", 0o666)])
+def test_a_copy_is_for_whom_the_setting_says(tmp_path: Path, monkeypatch, access: str, mode: int) -> None:
+    monkeypatch.setenv("DGX_MUSIC_FILE_ACCESS", access)
+    (tmp_path / "song-1.wav").write_bytes(b"audio")
+    before = os.umask(0)
+    try:
+        _copy_audio(Generation(file_path=str(tmp_path / "song-1.wav")), tmp_path / "rain.wav", force=False)
+    finally:
+        os.umask(before)
+
+    assert stat.S_IMODE((tmp_path / "rain.wav").stat().st_mode) == mode
+
+
 def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn, tone: Tone) -> None:
     process = spawn("worker")
     wait_until_says(process, "serves")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_outcome, tell_untrained
 from dgx_music.cli.prompt_file import parse_object, read_requests
 from dgx_music.cli.service import ServiceTeller
+from dgx_music.config import load_settings
 from dgx_music.enqueue import Batch, plan, read_clips, store
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.estimates import estimate_generation
+from dgx_music.modes import file_mode
 from dgx_music.storage import Database, Generation
 from dgx_music.validation import check_positive
 
@@ -313,7 +316,9 @@ async def _copy(source: str, out: Path, mode: Literal["wb", "xb"]) -> None:
     """Copy from wherever the audio is; the file is opened once there is something to write, and never left half-written."""
     chunks = open_place_of(source).stream(source)
     first = await anext(chunks, b"")
-    with out.open(mode) as target, _removed_on_failure(out):
+    access = file_mode(is_private=load_settings().is_private)
+    opener = partial(os.open, mode=access)
+    with open(out, mode, opener=opener) as target, _removed_on_failure(out):  # noqa: ASYNC230 - nothing else runs here
         target.write(first)
         async for chunk in chunks:
             target.write(chunk)

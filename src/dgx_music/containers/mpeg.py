@@ -34,6 +34,8 @@ _SPARE_SECONDS = 1
 """Read beyond what is asked for: the silence that an encoder added is taken away from the end."""
 _TAG_FRAMES = 1
 """Some encoders count the frame that holds the count."""
+_THREE_FRAMES = 3 * 2_881
+"""Bytes that three frames have at most."""
 _LAME_BYTES = 36
 _ZEROS = re.compile(rb"\0*")
 
@@ -160,7 +162,7 @@ def _broken_by(content: bytes, start: int, frames: _Frames) -> DamagedError:
 
 def check_tag(content: bytes, start: int, end: int) -> None:
     """Raise where the tag that stands here by its own word holds frames that go on to its end, or behind it."""
-    position = content.find(b"\xff", start, end)
+    position = content.find(b"\xff", max(start, end - _THREE_FRAMES), end)
     while position != -1:
         if is_run(content, position) and _reaches(content, position, end):
             raise DamagedError("has a tag that reaches into its audio")

@@ -155,7 +155,8 @@ def open_source(content: bytes) -> Source:
 def _walk(content: bytes) -> Iterator[_Page]:
     start = 0
     while content.startswith(_MAGIC, start):
-        sizes = content[start + _HEADER_BYTES :][: content[start + 26]] if start + 26 < len(content) else b""
+        head = start + _HEADER_BYTES
+        sizes = content[head : head + content[head - 1]] if head <= len(content) else b""
         end = start + _HEADER_BYTES + len(sizes) + sum(sizes)
         if end > len(content) or start + _HEADER_BYTES > len(content) or len(sizes) < content[start + 26]:
             raise DamagedError("ends in the middle")

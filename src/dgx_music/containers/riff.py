@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 
 from dgx_music.containers import mpeg
-from dgx_music.containers.interface import OTHER_AUDIO, READABLE, DamagedError, Source
+from dgx_music.containers.interface import OTHER_AUDIO, READABLE, DamagedError, Source, skip_id3
 
 _UNKNOWN_BYTES = 0x7F00_0000
 """Who cannot go back to write a size writes one like this, or none."""
@@ -15,6 +16,7 @@ _NO_SIZE = 0xFFFF_FFFF
 _MPEG_TAGS = (0x50, 0x55)
 _PLAIN, _EXTENSIBLE = (1, 3), 0xFFFE
 """Formats whose frames all have the same size: integers, fractions; and the one that names its format later."""
+_SECOND = re.compile(rb"(?:RIFF|RIFX|RF64)....WAVE", re.DOTALL)
 _AUDIO_CHUNKS = (b"data", b"RIFF", b"RIFX", b"RF64")
 _MOST_PADDING = 1_024
 """Bytes of nothing that are looked over for another file behind them."""
@@ -81,14 +83,19 @@ def _find_end(content: bytes, start: int, size: int, riff_size: int, order: str)
         is_whole = abs(riff_size + _HEADER_BYTES - len(content)) <= 1  # the other size is right: this one lies
         if size < _UNKNOWN_BYTES and not is_whole:
             raise DamagedError("ends in the middle")
-        return len(content)
-    if size:
-        _check_no_file(content, end)
-    return end if any(_are_chunks(content, at, order) for at in (end, end + size % 2)) else len(content)
+    else:
+        if size:
+            _check_no_file(content, end)
+        if any(_are_chunks(content, at, order) for at in (end, end + size % 2)):
+            return end
+    if _SECOND.search(content, start):
+        raise DamagedError("holds something else after its audio")
+    return len(content)
 
 
 def _check_no_file(content: bytes, start: int) -> None:
     """Raise where another file begins here, or after some padding."""
+    start = skip_id3(content, start)
     padding = content[start : start + _MOST_PADDING]
     start += len(padding) - len(padding.lstrip(b"\0"))
     if OTHER_AUDIO.match(content, start) or mpeg.is_run(content, start):
