@@ -1,7 +1,7 @@
 # `make demo` shows the product at work, `make test` proves it. Both install what they need into .venv, and only what changed.
 
 PYTHON ?= python3
-TESTERS ?= 3
+TESTERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
