@@ -308,7 +308,7 @@ async def test_a_new_worker_waits_for_the_living_after_everybody_was_silent(data
     if database.is_embedded:  # the database of one machine is not away: who is silent there is dead
         return
     async with database.session() as session:
-        await workers.register_worker(session, **make_worker()._describe())
+        await workers.register_worker(session, **make_worker()._describe() | {"id": "somebody"})
         await session.execute(WorkerInfo.__table__.update().values(heartbeat_at=queue.now_plus(-100.0)))
         generation = await add_generation(session, worker_id="somebody")
         await back_date(session, generation.id, lease_expires_at=50)

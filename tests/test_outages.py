@@ -17,7 +17,7 @@ from dgx_music.config import load_settings
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.leases import Leases
 from dgx_music.storage.database import Database
-from dgx_music.storage.models import WorkerInfo
+from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.postgres import Limits
 from dgx_music.storage.schema import now_plus
 from dgx_music.storage.workers import register_worker
@@ -224,6 +224,7 @@ async def test_a_new_worker_waits_for_the_slowest_of_those_that_an_outage_has_si
         for name in ("slow", "quick"):
             await register_worker(session, **DESCRIBED | {"id": name})
         await session.execute(update(WorkerInfo).where(WorkerInfo.id == "slow").values(heartbeat_at=now_plus(-60)))
+        await session.execute(Generation.__table__.update().values(worker_id="slow"))
     await new_leases(database, tmp_path)._rescue()
     assert is_running((await rows_of(database))[lease.generation_id])
 

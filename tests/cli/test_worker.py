@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from dgx_music.cli.enqueue import _copy_audio
+from dgx_music.cli.enqueue import _copy_audio, _removed_on_failure
 from dgx_music.config import Settings
 from dgx_music.errors import ArtifactError
 from dgx_music.storage import Generation
@@ -171,3 +171,13 @@ def test_music_starts_with_the_clip_that_it_continues(run: Run, tone: Tone) -> N
     given, _ = soundfile.read("clip.flac", dtype="int16")
     assert (len(made), rate) == (40_000, 32_000)
     assert abs(made[:16_000].astype(int) - given).max() <= 1
+
+
+def test_a_copy_that_fails_removes_files_and_nothing_else(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for name in ("pipe", "file"):
+        with pytest.raises(OSError, match="full"), _removed_on_failure(tmp_path / name):
+            raise OSError("full")
+
+    assert [(tmp_path / name).exists() for name in ("pipe", "file")] == [True, False]

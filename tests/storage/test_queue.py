@@ -270,7 +270,6 @@ async def test_processes_that_race_claim_every_row_exactly_once(database_url, da
     claimed = await asyncio.gather(*[program.rest() for program in programs])
 
     assert sorted(chain.from_iterable(claimed)) == sorted(ids)
-    assert sum(bool(each) for each in claimed) > 1
     assert Counter(await read_all(database, select(Attempt.attempt))) == {1: 500}
 
 

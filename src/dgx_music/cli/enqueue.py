@@ -326,8 +326,10 @@ async def _copy(source: str, out: Path, mode: Literal["wb", "xb"]) -> None:
 
 @contextmanager
 def _removed_on_failure(file: Path) -> Iterator[None]:
+    """Leave no half-written file behind; a device or a pipe is not ours to remove."""
     try:
         yield
     except BaseException:
-        file.unlink()
+        if file.is_file():
+            file.unlink()
         raise
