@@ -157,7 +157,8 @@ async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retrie
     [child] = daemon.children()
     os.kill(child, signal.SIGKILL)
     row = await until(database, generation, is_finished)
-    assert (row.status, row.attempt) == ("completed", 2)
+    assert (row.status, row.failures) == ("completed", 1)  # an attempt given back at no cost may lie between
+    assert row.attempt >= 2
     assert daemon.children() != [child]
 
 
