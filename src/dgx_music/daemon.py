@@ -36,9 +36,8 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     output = open_output(settings.output, is_private=settings.is_private)
     worker = Worker(database, engine, output, settings)
     trouble: DgxMusicError | None = None
-    with anyio.open_signal_receiver(
-        *stopping_signals()
-    ) as signals:  # to the very end: a signal must not cut that short
+    # Heard to the very end: a signal must not cut that short.
+    with anyio.open_signal_receiver(*stopping_signals()) as signals:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_stop_on_signals, worker, signals, name="signals")

@@ -236,9 +236,8 @@ def _why_refused(error: Exception) -> str:
 def shown(url: URL) -> str:
     """Return the URL as a user may see it."""
     if url.get_backend_name() == "sqlite":
-        return (
-            f"sqlite:///{url.database or ''}"  # SQLAlchemy would write some characters of the path as %25 and the like
-        )
+        # SQLAlchemy would write some characters of the path as %25 and the like.
+        return f"sqlite:///{url.database or ''}"
     return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
 
 
