@@ -27,7 +27,19 @@ HEAVY = [
 ]
 LAYERS = [
     [
-        *("early", "text", "logs", "errors", "groups", "catalog", "validation", "config", "modes", "forecast"),
+        *(
+            "early",
+            "text",
+            "logs",
+            "errors",
+            "groups",
+            "catalog",
+            "validation",
+            "config",
+            "modes",
+            "durability",
+            "forecast",
+        ),
         *("storage.schema", "storage.words", "storage.snapshots"),
     ],
     ["storage.models", "storage.changes", "inference.engine"],

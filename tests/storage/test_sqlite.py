@@ -352,6 +352,19 @@ def test_a_backup_never_stands_in_anothers_place(path, tmp_path, monkeypatch, ca
     assert not [*tmp_path.glob("*.part-*")]
 
 
+def test_a_backup_is_made_where_a_folder_cannot_be_flushed(path, tmp_path, monkeypatch):
+    flushed = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flushed(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sqlite.back_up(path, tmp_path / "new.db")
+    assert (tmp_path / "new.db").stat().st_size > 0
+
+
 def refuse(*_arguments):
     raise PermissionError(errno.EPERM, "Operation not permitted")
 

@@ -27,15 +27,12 @@ from dgx_music.artifacts.interface import (
     name_is_taken,
     parse_name,
 )
+from dgx_music.durability import flush, flush_folder, give_name
 from dgx_music.errors import ArtifactError
-from dgx_music.modes import create_file, file_mode, make_folders
+from dgx_music.modes import file_mode, make_folders
 
 MIN_FREE_BYTES = 100 * 2**20
 
-_CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {errno.EBADF, errno.EISDIR, errno.ENOTTY, errno.EACCES, errno.EPERM}
-"""Of a file system that has no such thing, or of a folder that may not be read; a broken disk says something else."""
-_NOT_OF_LINKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE}
 _PROBE = ".dgx-music-"
 _NO_LINKS = "has no hard links: after a crash an empty file can be left of audio that was being stored"
 _NO_FLUSH = "does not flush: the audio stored last can be lost when the power fails"
@@ -160,7 +157,7 @@ class LocalArtifacts:
             with tempfile.NamedTemporaryFile(prefix=_PROBE, dir=folder) as probe:
                 if not _can_link(Path(probe.name)):
                     found.append(_NO_LINKS)
-                if not (_flush(probe.fileno(), _CANNOT_FLUSH) and _flush_folder(folder)):
+                if not (flush(probe.fileno()) and flush_folder(folder)):
                     found.append(_NO_FLUSH)
         except OSError:  # a problem, not a weakness
             return None
@@ -174,7 +171,7 @@ class LocalArtifacts:
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
-            if not _flush(descriptor, _CANNOT_FLUSH):
+            if not flush(descriptor):
                 self._tell(_NO_FLUSH)
         finally:
             os.close(descriptor)
@@ -182,39 +179,15 @@ class LocalArtifacts:
     def _move_into_place(self, part: Path, target: Path, data: bytes) -> None:
         """Give the part file its name; one that is taken is left as it is, and fine where it holds the same data."""
         try:
-            self._link(part, target)
+            if not give_name(part, target, is_private=self._is_private):  # what a crash leaves, ``delete`` removes
+                self._tell(_NO_LINKS)
         except FileExistsError:
             with _open_regular(target) as file:
                 if file.read() != data:
                     raise name_is_taken(target.name) from None
 
-    def _link(self, part: Path, target: Path) -> None:
-        """Link, or do the next best thing: file systems refuse links in many words, also in those of a broken disk."""
-        try:
-            os.link(part, target)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            if error.errno in _NOT_OF_LINKS or not part.exists():  # somebody deletes this attempt
-                raise
-            self._claim_and_rename(part, target)
-            self._tell(_NO_LINKS)
-
-    def _claim_and_rename(self, part: Path, target: Path) -> None:
-        """Move without hard links (exFAT, some network shares): the exclusive empty file is what makes the rename safe.
-
-        The name goes from empty to whole in one step. A crash between the two leaves an empty file of an attempt that never
-        completed, which ``delete`` removes.
-        """
-        create_file(target, is_private=self._is_private)
-        try:
-            part.replace(target)
-        except OSError:
-            target.unlink()
-            raise
-
     def _flush_folder(self, folder: Path) -> None:
-        if not _flush_folder(folder):
+        if not flush_folder(folder):
             self._tell(_NO_FLUSH)
 
     def _tell(self, weakness: str) -> None:
@@ -225,33 +198,6 @@ class LocalArtifacts:
 
 def _part_of(target: Path) -> Path:
     return target.with_name(f"{target.name}{PART}")
-
-
-def _flush_folder(folder: Path) -> bool:
-    """Have the folder's names outlive a power cut; return ``False`` where its file system has no such thing."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        return _cannot(error, _CANNOT_FLUSH_FOLDER)
-    try:
-        return _flush(descriptor, _CANNOT_FLUSH_FOLDER)
-    finally:
-        os.close(descriptor)
-
-
-def _flush(descriptor: int, refusals: set[int]) -> bool:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        return _cannot(error, refusals)
-    return True
-
-
-def _cannot(error: OSError, refusals: set[int]) -> bool:
-    """Return ``False`` for a refusal, and raise every other error."""
-    if error.errno not in refusals:
-        raise error
-    return False
 
 
 def _can_link(file: Path) -> bool:

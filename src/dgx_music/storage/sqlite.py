@@ -23,6 +23,8 @@ from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
+from dgx_music.durability import flush_folder, give_name
+from dgx_music.modes import create_file
 from dgx_music.storage.schema import VERSION_TABLE
 from dgx_music.storage.sqlite_file import DatabaseFile, waiting
 
@@ -149,38 +151,13 @@ def back_up(source: Path, target: Path) -> None:
     """
     target = target.absolute()
     part = target.with_name(f"{target.name}.part-{uuid4().hex[:8]}")
-    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    create_file(part, is_private=True)
     try:
         _copy(source, part)
-        _place(part, target)
+        give_name(part, target, is_private=True)
     finally:
         part.unlink(missing_ok=True)
-    _flush_folder(target.parent)
-
-
-def _place(part: Path, target: Path) -> None:
-    """Give the file its name; raises ``FileExistsError`` where another one has it."""
-    try:
-        os.link(part, target)
-        return
-    except FileExistsError:
-        raise
-    except OSError:  # the file system has no links
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # its name, which nobody else may have
-    try:
-        part.replace(target)
-    except OSError:
-        target.unlink()
-        raise
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the disk know the name as well."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_folder(target.parent)
 
 
 def is_ours(source: Path) -> bool:

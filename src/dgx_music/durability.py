@@ -1,0 +1,77 @@
+"""Files that outlive a crash, also on file systems that cannot do all that this takes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from dgx_music.modes import create_file
+
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {errno.EBADF, errno.EISDIR, errno.ENOTTY, errno.EACCES, errno.EPERM}
+"""Of a file system that has no such thing, or of a folder that may not be read; a broken disk says something else."""
+_NOT_OF_LINKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE}
+
+
+def flush(descriptor: int) -> bool:
+    """Have the file's content outlive a power cut; return ``False`` if its file system has no such thing."""
+    return _flush(descriptor, _CANNOT_FLUSH)
+
+
+def flush_folder(folder: Path) -> bool:
+    """Have the folder's names outlive a power cut; return ``False`` if its file system has no such thing."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        return _cannot(error, _CANNOT_FLUSH_FOLDER)
+    try:
+        return _flush(descriptor, _CANNOT_FLUSH_FOLDER)
+    finally:
+        os.close(descriptor)
+
+
+def give_name(part: Path, target: Path, *, is_private: bool) -> bool:
+    """Give a whole file its name; return ``False`` if the file system has no hard links, where less is certain.
+
+    Raises ``FileExistsError`` if another file has the name, which then stays as it is. The part file may be left over.
+    File systems refuse links in many words, also in those of a broken disk.
+    """
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno in _NOT_OF_LINKS or not part.exists():  # somebody has deleted it
+            raise
+        _claim_and_rename(part, target, is_private=is_private)
+        return False
+    return True
+
+
+def _claim_and_rename(part: Path, target: Path, *, is_private: bool) -> None:
+    """Move without hard links (exFAT, some network shares): the exclusive empty file is what makes the rename safe.
+
+    The name goes from empty to whole in one step; a crash between the two leaves an empty file.
+    """
+    create_file(target, is_private=is_private)
+    try:
+        part.replace(target)
+    except OSError:
+        target.unlink()
+        raise
+
+
+def _flush(descriptor: int, refusals: set[int]) -> bool:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        return _cannot(error, refusals)
+    return True
+
+
+def _cannot(error: OSError, refusals: set[int]) -> bool:
+    """Return ``False`` for a refusal, and raise every other error."""
+    if error.errno not in refusals:
+        raise error
+    return False
