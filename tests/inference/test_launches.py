@@ -158,6 +158,7 @@ def test_a_launch_copies_nothing_to_the_host() -> None:
     with nobody_may_wait():
         for _ in range(4):
             slots.step()
+    assert slots._board.position[0] == slots.rows[0].position > 0
 
 
 @pytest.mark.gpu
