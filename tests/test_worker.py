@@ -713,13 +713,14 @@ async def test_completions_that_are_ready_together_share_a_transaction(database,
     complete = queue.complete
 
     async def counting(session, completions):
-        sizes.append(len(completions))
-        return await complete(session, completions)
+        done = await complete(session, completions)
+        sizes.append(len(done))  # a heartbeat may hold the rows just then: those are written a moment later
+        return done
 
     monkeypatch.setattr(queue, "complete", counting)
     await make_worker(MemoryArtifacts()).run(drain=True)
     assert sum(sizes) == 8
-    assert len(sizes) < 8
+    assert max(sizes) > 1
 
 
 async def test_a_lost_workers_generation_is_rescued_and_its_file_removed(database, make_worker, output):
@@ -752,7 +753,7 @@ async def test_files_of_earlier_attempts_are_removed_before_completion(database,
     there = []
     note_call(monkeypatch, "complete", lambda: there.extend(file.name for file in output.iterdir()))
     await make_worker().run(drain=True)
-    assert there == [f"{generation.id}-2.wav"]
+    assert set(there) == {f"{generation.id}-2.wav"}  # looked at again where a heartbeat held the row
 
 
 async def test_a_worker_is_listed_while_it_runs(database, make_worker, engine):
