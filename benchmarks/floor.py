@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dgx_music import audio
+from dgx_music.audio import files as audio
 from dgx_music.inference.engine import Audio
 
 MODEL = "musicgen-small"

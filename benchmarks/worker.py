@@ -14,7 +14,7 @@ from dgx_music.config import load_settings
 from dgx_music.inference.engine import Audio, GenerationRequest
 from dgx_music.inference.process import EngineInfo
 from dgx_music.storage.database import Database
-from dgx_music.worker import Worker
+from dgx_music.worker.worker import Worker
 
 
 class NoopEngine:

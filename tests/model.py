@@ -25,8 +25,9 @@ from sqlalchemy import event, select, text, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm.exc import StaleDataError
 
-from dgx_music import cancel_generation, enqueue, enqueue_many, fleet, prune, retry_generation
+from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import Artifact, LocalArtifacts
+from dgx_music.client import fleet, prune
 from dgx_music.config import load_settings
 from dgx_music.errors import (
     ArtifactError,
@@ -53,7 +54,7 @@ from dgx_music.storage import (
 )
 from dgx_music.storage.database import Database
 from dgx_music.storage.schema import now, now_plus
-from dgx_music.worker import Worker
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL
 
 STEPS = 40

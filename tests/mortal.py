@@ -18,11 +18,13 @@ from typing import Any
 import anyio
 from sqlalchemy import event
 
-from dgx_music import artifacts, worker
+from dgx_music import artifacts
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import EngineError, EngineReplacedError
-from dgx_music.storage import queue, sessions
+from dgx_music.storage import queue
+from dgx_music.storage.connection import sessions
 from dgx_music.storage.database import Database
+from dgx_music.worker import worker
 from tests.fakes import FakeEngine
 
 PROMPT = "lofi rain"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dgx_music.audio import MP3_SAMPLE_RATES, PEAK_LIMIT, check_format, finish, warm_up, waveform_text
+from dgx_music.audio.files import MP3_SAMPLE_RATES, PEAK_LIMIT, check_format, finish, warm_up, waveform_text
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
 from dgx_music.inference.engine import Audio
@@ -357,7 +357,7 @@ def test_many_threads_leave_the_warning_filters_alone():
 @pytest.mark.parametrize(("frames", "is_imported"), [(12_799, False), (12_800, True)])
 def test_the_meter_is_imported_only_for_a_clip_long_enough_to_be_measured(frames, is_imported):
     code = (
-        "import sys, numpy; from dgx_music.audio import Audio, finish;"
+        "import sys, numpy; from dgx_music.audio.files import Audio, finish;"
         f"audio = Audio(numpy.full((1, {frames}), 0.1, numpy.float32), 32000);"
         "finish(audio, sample_rate=32000, channels=1, audio_format='wav', loudness='lufs');"
         "print('pyloudnorm' in sys.modules)"

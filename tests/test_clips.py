@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from dgx_music import clips
+from dgx_music.audio import clips
+from dgx_music.audio.clips import Clip, Reader, Source
 from dgx_music.catalog import MODELS, find_model
-from dgx_music.clips import Clip, Reader, Source
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError
 from tests.factories import audio_file
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from dgx_music.completions import Completions
 from dgx_music.storage import queue
+from dgx_music.worker.completions import Completions
 from tests.factories import SQLITE, add_generation, claim_up_to, completion_of, on
 from tests.patience import PATIENCE
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from dgx_music import clips
+from dgx_music.audio import clips
+from dgx_music.audio.clips import Reader
 from dgx_music.catalog import MODELS
-from dgx_music.clips import Reader
 from dgx_music.errors import InvalidRequestError
 
 SECONDS, RATE = 4, 44_100

@@ -25,10 +25,12 @@ import pytest
 import soundfile
 from sqlalchemy import Row, select
 
-from dgx_music import audio, cancel_generation, clips
+from dgx_music import cancel_generation
+from dgx_music.audio import clips
+from dgx_music.audio import files as audio
 from dgx_music.errors import IllegalTransitionError
-from dgx_music.inference import musicgen
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest
+from dgx_music.inference.musicgen import engine as musicgen
 from dgx_music.storage.clips import read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation

@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session
 from dgx_music import (
     DgxMusicError,
     cancel_generation,
-    clips,
     configure_sqlite,
     enqueue,
     enqueue_many,
@@ -28,6 +27,7 @@ from dgx_music import (
     wait_for_generation,
     watch_generation,
 )
+from dgx_music.audio import clips
 from dgx_music.errors import (
     GenerationNotFoundError,
     IdempotencyConflictError,
@@ -36,7 +36,7 @@ from dgx_music.errors import (
     WaitTimeoutError,
 )
 from dgx_music.storage import delete_generation, queue
-from dgx_music.storage.changes import Changes
+from dgx_music.storage.connection.changes import Changes
 from dgx_music.storage.models import Clip, Generation, Prompt
 from dgx_music.storage.repository import count_overlooked_prompts
 from tests.factories import SQLITE, Program, add_generation, audio_file, claim_one, completion_of, on, read, read_all
@@ -44,7 +44,7 @@ from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("default_database")
 
-enqueueing = sys.modules["dgx_music.enqueue"]  # the package's attribute of this name is the coroutine
+enqueueing = sys.modules["dgx_music.client.enqueue"]  # the package's attribute of this name is the coroutine
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
@@ -904,7 +904,7 @@ async def test_a_bad_clip_is_refused_by_its_place_and_nothing_stored(database, r
 async def test_clips_are_read_beside_the_event_loop(database, monkeypatch):
     threads = []
     monkeypatch.setattr(
-        "dgx_music.clips._make", lambda *given, make=clips._make: threads.append(get_ident()) or make(*given)
+        "dgx_music.audio.clips._make", lambda *given, make=clips._make: threads.append(get_ident()) or make(*given)
     )
 
     await enqueue("x", continuation=audio_file())

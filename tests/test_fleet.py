@@ -8,14 +8,14 @@ from sqlalchemy import delete, select
 
 from dgx_music import close_db, init_db, pause, resume
 from dgx_music.artifacts import MemoryArtifacts
+from dgx_music.client.enqueue import enqueue, retry_generation
 from dgx_music.config import load_settings
-from dgx_music.daemon import engine_settings, within_lease
-from dgx_music.enqueue import enqueue, retry_generation
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError, EngineUnavailableError, InvalidRequestError
 from dgx_music.storage import queue, workers
 from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.pauses import get_pauses
-from dgx_music.worker import Worker
+from dgx_music.worker.daemon import engine_settings, within_lease
+from dgx_music.worker.worker import Worker
 from tests.factories import add_generation, back_date
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE

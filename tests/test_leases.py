@@ -14,12 +14,12 @@ from dgx_music import enqueue
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DatabaseUnavailableError
-from dgx_music.leases import Leases, Watch
 from dgx_music.storage import due, queue, repository, workers
 from dgx_music.storage.models import Generation, Speed
 from dgx_music.storage.queue import Held, Lease
 from dgx_music.storage.schema import now_plus
-from dgx_music.worker import Worker
+from dgx_music.worker.leases import Leases, Watch
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, add_generation, back_date, claim_one, read, start_one
 from tests.fakes import FakeEngine
 
@@ -350,7 +350,7 @@ async def test_speeds_that_could_not_be_told_are_told_the_next_time(database, mo
     for _ in range(5):
         leases.speeds.note(MODEL, 1.0, 2.0)
     with monkeypatch.context() as patched:
-        patched.setattr("dgx_music.leases.record_speed", raising(DatabaseUnavailableError("db", "gone")))
+        patched.setattr("dgx_music.worker.leases.record_speed", raising(DatabaseUnavailableError("db", "gone")))
         with pytest.raises(DatabaseUnavailableError):
             await leases._record_speeds()
     await leases._record_speeds()

@@ -18,7 +18,7 @@ from dgx_music.cli.enqueue import _copy_audio
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, ConfigurationError, InvalidRequestError
 from dgx_music.storage import Generation
-from dgx_music.worker import Worker
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, add_generation, read
 from tests.fakes import FakeEngine
 from tests.object_store import (  # noqa: F401 - fixtures

@@ -15,12 +15,12 @@ from dgx_music import enqueue, enqueue_many
 from dgx_music.artifacts import LocalArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.leases import Leases
+from dgx_music.storage.connection.postgres import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Generation, WorkerInfo
-from dgx_music.storage.postgres import Limits
 from dgx_music.storage.schema import now_plus
 from dgx_music.storage.workers import register_worker
+from dgx_music.worker.leases import Leases
 from tests.daemons import (
     add,
     add_many,

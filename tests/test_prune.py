@@ -9,14 +9,14 @@ from uuid import uuid4
 import anyio
 import pytest
 
-from dgx_music import prune as pruning
 from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts, StoredFile
+from dgx_music.client import prune as pruning
+from dgx_music.client.prune import prune, prune_orphans
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError
-from dgx_music.prune import prune, prune_orphans
 from dgx_music.storage import Database, count_generations, delete_generation, queue
 from dgx_music.storage.schema import FINISHED
-from dgx_music.worker import Worker
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, add_generation, back_date, claim_one, completion_of, read, start_one
 from tests.fakes import FakeEngine
 

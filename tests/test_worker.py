@@ -11,7 +11,6 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import InterfaceError, InternalError
 
 from dgx_music import cancel_generation, enqueue
-from dgx_music import worker as worker_module
 from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import (
@@ -24,12 +23,13 @@ from dgx_music.errors import (
     EngineUnavailableError,
     GenerationRejectedError,
 )
-from dgx_music.leases import Stop
 from dgx_music.storage import clips, create_generation, migrations, queue, workers
 from dgx_music.storage.models import Attempt, Clip, Generation, WorkerInfo
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import VERSION_TABLE, now_plus
-from dgx_music.worker import BROKEN_AFTER, Worker
+from dgx_music.worker import worker as worker_module
+from dgx_music.worker.leases import Stop
+from dgx_music.worker.worker import BROKEN_AFTER, Worker
 from tests.factories import MODEL, SQLITE, audio_file, back_date, on
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
@@ -481,7 +481,7 @@ def fail_commits(database, monkeypatch, *, times, after):
 @pytest.mark.parametrize("after", [False, True])
 async def test_a_database_hiccup_at_completion_loses_nothing(database, make_worker, monkeypatch, after):
     generation = await add(database)
-    monkeypatch.setattr("dgx_music.completions._RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr("dgx_music.worker.completions._RETRY_SECONDS", (0.01,))
     fail_commits(database, monkeypatch, times=3, after=after)
     await make_worker().run(drain=True)
     row = await read(database, generation)
@@ -1012,8 +1012,8 @@ async def test_a_database_that_is_away_while_a_clip_is_read_costs_no_attempt(dat
             raise away.pop()
         return await read(session, sha256s)
 
-    monkeypatch.setattr("dgx_music.worker.read_clips", read_later)
-    monkeypatch.setattr("dgx_music.worker._CLIP_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("dgx_music.worker.worker.read_clips", read_later)
+    monkeypatch.setattr("dgx_music.worker.worker._CLIP_RETRY_SECONDS", 0.01)
     generation = await add(database, duration=2, continuation=audio_file())
     await make_worker().run(drain=True)
     assert ((await read(database, generation)).status, await attempts_of(database, generation), away) == (

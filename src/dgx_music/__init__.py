@@ -5,7 +5,7 @@ Importing this imports nothing heavy: no torch, no Alembic, no SciPy.
 """
 
 import dgx_music.early  # noqa: F401 - first: the others take a second
-from dgx_music.enqueue import (
+from dgx_music.client.enqueue import (
     RequestOptions,
     cancel_generation,
     enqueue,
@@ -16,9 +16,9 @@ from dgx_music.enqueue import (
     wait_for_generation,
     watch_generation,
 )
+from dgx_music.client.estimates import estimate_generation
+from dgx_music.client.fleet import pause, resume
 from dgx_music.errors import DgxMusicError
-from dgx_music.estimates import estimate_generation
-from dgx_music.fleet import pause, resume
 from dgx_music.storage import (
     Database,
     Generation,

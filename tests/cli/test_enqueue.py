@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dgx_music import clips
+from dgx_music.audio import clips
 from dgx_music.cli import enqueue as command
 from dgx_music.errors import DatabaseUnavailableError
 from tests.cli.conftest import Run, Spawn, add, count_rows

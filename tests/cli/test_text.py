@@ -8,8 +8,8 @@ import pytest
 
 from dgx_music.cli import output
 from dgx_music.cli.progress import board
-from dgx_music.daemon import configure_logging
 from dgx_music.storage import Generation
+from dgx_music.worker.daemon import configure_logging
 from tests.cli.conftest import Run, add
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -98,7 +98,9 @@ def test_an_event_is_one_line_of_the_log_whatever_an_engine_says(
     monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
     configure_logging("info")
 
-    logging.getLogger("dgx_music.worker").warning("generation %s failed: %s", "id", "no\n2026 INFO fine\x1b[0m\u202e")
+    logging.getLogger("dgx_music.worker.worker").warning(
+        "generation %s failed: %s", "id", "no\n2026 INFO fine\x1b[0m\u202e"
+    )
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(r"WARNING generation id failed: no\x0a2026 INFO fine\x1b[0m\u202e")

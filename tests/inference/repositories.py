@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5Tokenizer
 
 from dgx_music.catalog import MODELS, ModelInfo
-from dgx_music.inference.tiny import build_tiny, build_tiny_melody
+from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 
 _LARGE = (".safetensors", ".bin", ".model")
 """What the hub keeps in its large file storage, and names by SHA-256."""

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from dgx_music.catalog import MODELS, find_model
 from dgx_music.errors import EngineUnavailableError
-from dgx_music.inference import checkpoint, integrity, inventory, musicgen, weights
+from dgx_music.inference import checkpoint, integrity, inventory
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
-from dgx_music.inference.tiny import build_tiny
+from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.inference.musicgen import weights
+from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import QuietRun
 from tests.inference.repositories import LAYOUTS, fill_cache, write_plainly, write_repository
 

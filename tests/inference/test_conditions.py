@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgx_music.inference.decoder import Decoder
-from dgx_music.inference.melody import MelodyReader
-from dgx_music.inference.slots import Row, Slots
-from dgx_music.inference.tiny import build_tiny_melody
+from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.melody import MelodyReader
+from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.tiny import build_tiny_melody
 from tests.inference.references import plain_greedy
 from tests.inference.test_slots import (
     GREEDY,
@@ -114,7 +114,7 @@ def test_a_continuation_reads_what_any_row_reads(options: dict[str, Any]) -> Non
 def test_what_is_given_is_read_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = make_codes(40)
     (whole,) = decode([make_row(frames=60, given=codes, **GREEDY)])
-    monkeypatch.setattr("dgx_music.inference.decoder._PREFILL_POSITIONS", 7)
+    monkeypatch.setattr("dgx_music.inference.musicgen.decoder._PREFILL_POSITIONS", 7)
     (pieces,) = decode([make_row(frames=60, given=codes, **GREEDY)])
     assert torch.equal(whole, pieces)
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgx_music.inference import kernels
-from dgx_music.inference.decoder import Decoder
-from dgx_music.inference.kernels import BLOCK, add_norm, attend_cached, cut, is_available, store_newest
-from dgx_music.inference.slots import Slots
-from dgx_music.inference.tiny import build_tiny
+from dgx_music.inference.musicgen import kernels
+from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.kernels import BLOCK, add_norm, attend_cached, cut, is_available, store_newest
+from dgx_music.inference.musicgen.slots import Slots
+from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.gpu import nobody_may_wait
 from tests.inference.test_slots import GREEDY, MAX_STEPS, decode, make_row
 
@@ -350,10 +350,10 @@ def test_a_decoders_tokens_are_the_same_through_the_kernels(
 
 def test_nothing_but_a_call_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "dgx_music.inference.split_kv", raising=False)
-    monkeypatch.setattr("dgx_music.inference.kernels", kernels)  # to be put back: importing again replaces it
-    monkeypatch.delitem(sys.modules, "dgx_music.inference.kernels")
-    fresh = importlib.import_module("dgx_music.inference.kernels")
+    monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.split_kv", raising=False)
+    monkeypatch.setattr("dgx_music.inference.musicgen.kernels", kernels)  # to be put back: importing again replaces it
+    monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.kernels")
+    fresh = importlib.import_module("dgx_music.inference.musicgen.kernels")
     with pytest.raises(ImportError, match="triton"):
         fresh.attend_cached(make_queries(1), *make_cache([1]).unbind(1), torch.tensor([1]), T)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dgx_music.catalog import MODELS
-from dgx_music.inference import inventory, known_answers
-from dgx_music.inference.known_answers import QUESTIONS, TOLERANCES, Examinee, compare, examine
-from dgx_music.inference.musicgen import build
-from dgx_music.inference.tiny import build_tiny
+from dgx_music.inference import inventory
+from dgx_music.inference.musicgen import known_answers
+from dgx_music.inference.musicgen.engine import build
+from dgx_music.inference.musicgen.known_answers import QUESTIONS, TOLERANCES, Examinee, compare, examine
+from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import make_settings
 
 SMALL = [question for question in QUESTIONS if question.model == "musicgen-small"]

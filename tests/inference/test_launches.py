@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from dgx_music.inference.decoder import Decoder
-from dgx_music.inference.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, Span, bucket
-from dgx_music.inference.slots import Row, Slots
-from dgx_music.inference.tiny import build_tiny
+from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, Span, bucket
+from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.gpu import nobody_may_wait
 from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
 from tests.inference.test_slots import GREEDY, MAX_STEPS, PROMPTS, decode, decoder, make_row, make_slots

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dgx_music.errors import EngineError, GenerationCancelledError
-from dgx_music.inference.loop import DecodingLoop
-from dgx_music.inference.slots import Slots
+from dgx_music.inference.musicgen.loop import DecodingLoop
+from dgx_music.inference.musicgen.slots import Slots
 from tests.inference.factories import QuietRun
 from tests.inference.test_slots import PROMPTS, decode, make_row, make_slots
 from tests.patience import PATIENCE

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer, GenerationConfig, MusicgenMelodyForConditionalGeneration
 
-from dgx_music.inference.melody import MelodyReader, chroma
-from dgx_music.inference.tiny import build_tiny, build_tiny_melody
+from dgx_music.inference.musicgen.melody import MelodyReader, chroma
+from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.references import PAD, melody_inputs, melody_prefix
 
 RATE = 32_000

@@ -26,11 +26,13 @@ from transformers import GenerationConfig
 
 from dgx_music.catalog import MODELS, UNTRAINED_NOTICE
 from dgx_music.errors import EngineError, EngineUnavailableError, GenerationCancelledError
-from dgx_music.inference import checkpoint, musicgen, weights
+from dgx_music.inference import checkpoint
 from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
-from dgx_music.inference.musicgen import MusicGenEngine
+from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.inference.musicgen import weights
+from dgx_music.inference.musicgen.engine import MusicGenEngine
+from dgx_music.inference.musicgen.tiny import build_tiny
 from dgx_music.inference.process import EngineProcess
-from dgx_music.inference.tiny import build_tiny
 from tests.inference.factories import ignore
 
 TINY = "musicgen-tiny-untrained"
@@ -493,6 +495,6 @@ def test_numbers_that_are_not_finite_are_an_error(folder: Path, weight: str, mon
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen")
+    monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.engine")
     with pytest.raises(EngineUnavailableError, match=r"dgx-music\[musicgen\]"):
-        importlib.import_module("dgx_music.inference.musicgen")
+        importlib.import_module("dgx_music.inference.musicgen.engine")

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgx_music.inference import native
-from dgx_music.inference.decoder import Decoder
-from dgx_music.inference.native import Native
-from dgx_music.inference.quantised import Int8
-from dgx_music.inference.slots import Row, Slots
-from dgx_music.inference.tiny import build_tiny, build_tiny_melody
+from dgx_music.inference.musicgen import native
+from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.native import Native
+from dgx_music.inference.musicgen.quantised import Int8
+from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.test_launches import BucketLauncher, make_rows
 from tests.inference.test_musicgen import generate, load
 from tests.inference.test_quantised import make_matrix

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dgx_music.errors import EngineUnavailableError
-from dgx_music.inference import drift, musicgen
-from dgx_music.inference.decoder import Decoder
-from dgx_music.inference.layers import linear
-from dgx_music.inference.quantised import Int8
-from dgx_music.inference.slots import Row, Slots, delays
-from dgx_music.inference.tiny import build_tiny, build_tiny_melody
+from dgx_music.inference.musicgen import drift
+from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.layers import linear
+from dgx_music.inference.musicgen.quantised import Int8
+from dgx_music.inference.musicgen.slots import Row, Slots, delays
+from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.test_conditions import make_codes
 from tests.inference.test_launches import BucketLauncher
 from tests.inference.test_musicgen import generate, load
@@ -153,7 +154,7 @@ def test_launches_of_several_steps_keep_all_logits(monkeypatch: pytest.MonkeyPat
     decoder, row = make_decoder(), make_trial(given=make_codes(9))
     codes, logits = drift.decode(decoder, row)
     launcher = lambda advance, _device: BucketLauncher(SimpleNamespace(_advance=advance))  # noqa: E731
-    monkeypatch.setattr("dgx_music.inference.slots.make_launcher", launcher)
+    monkeypatch.setattr("dgx_music.inference.musicgen.slots.make_launcher", launcher)
     fed, again = drift.decode(decoder, row, codes)
     assert torch.equal(fed, codes)
     exact, other = drift.scores(decoder, row, logits), drift.scores(decoder, row, again)

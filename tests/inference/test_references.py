@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer
 
-from dgx_music.inference.tiny import build_tiny, build_tiny_melody
+from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.references import (
     Model,
     audiocraft_long_form,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dgx_music.errors import GenerationRejectedError
-from dgx_music.inference.conditioning import LONGEST_PREFIX_TEXT
 from dgx_music.inference.engine import Audio
-from dgx_music.inference.melody import chroma
-from dgx_music.inference.musicgen import MusicGenEngine
-from dgx_music.inference.tiny import build_tiny, build_tiny_melody
-from dgx_music.inference.windows import Window, cut
+from dgx_music.inference.musicgen.conditioning import LONGEST_PREFIX_TEXT
+from dgx_music.inference.musicgen.engine import MusicGenEngine
+from dgx_music.inference.musicgen.melody import chroma
+from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
+from dgx_music.inference.musicgen.windows import Window, cut
 from tests.inference.references import audiocraft_long_form, plain_greedy
 from tests.inference.test_musicgen import FakeRun, generate, load
 
@@ -53,8 +53,8 @@ def engines(folders: dict[str, Path]) -> dict[str, MusicGenEngine]:
 def short_windows(folders: dict[str, Path]) -> Iterator[dict[str, MusicGenEngine]]:
     """Engines that hear half a second at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dgx_music.inference.musicgen.WINDOW_SECONDS", 0.5)
-        patch.setattr("dgx_music.inference.conditioning.WINDOW_SECONDS", 0.5)
+        patch.setattr("dgx_music.inference.musicgen.engine.WINDOW_SECONDS", 0.5)
+        patch.setattr("dgx_music.inference.musicgen.conditioning.WINDOW_SECONDS", 0.5)
         yield {name: load(folder) for name, folder in folders.items()}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dgx_music.errors import EngineError, EngineReplacedError, GenerationCancelledError
-from dgx_music.inference.loop import DecodingLoop
+from dgx_music.inference.musicgen.loop import DecodingLoop
 from dgx_music.inference.trouble import has_lost_the_device
 from tests.inference.factories import QuietRun
 from tests.patience import PATIENCE

@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditionalGeneration
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.decoder import Decoder, Text, sinusoids
-from dgx_music.inference.drift import divergence
-from dgx_music.inference.launches import Span, text_room
-from dgx_music.inference.layers import linear
-from dgx_music.inference.sampling import Sampling, sample
-from dgx_music.inference.slots import Row, Slots, delays
-from dgx_music.inference.tiny import build_tiny
+from dgx_music.inference.musicgen.decoder import Decoder, Text, sinusoids
+from dgx_music.inference.musicgen.drift import divergence
+from dgx_music.inference.musicgen.launches import Span, text_room
+from dgx_music.inference.musicgen.layers import linear
+from dgx_music.inference.musicgen.sampling import Sampling, sample
+from dgx_music.inference.musicgen.slots import Row, Slots, delays
+from dgx_music.inference.musicgen.tiny import build_tiny
 
 PROMPTS = ("lo-fi piano", "a very fast and loud drum solo in a small wet cave", "choir", "heavy metal")
 MAX_STEPS = 80
@@ -461,7 +461,7 @@ def test_a_plan_for_each_length_is_compiled() -> None:
 
 @pytest.mark.usefixtures("fixed_shapes")
 def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgx_music.inference.decoder._MOST_SHAPES", 3)
+    monkeypatch.setattr("dgx_music.inference.musicgen.decoder._MOST_SHAPES", 3)
     scales = (3.0, 1.0, 2.0, 1.0)
     rows = [
         make_row(prompt, 6 + 9 * index, guidance_scale=scale, **GREEDY)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import anyio
 import pytest
 
-from dgx_music.storage import changes as changes_module
-from dgx_music.storage.changes import Changes
+from dgx_music.storage.connection import changes as changes_module
+from dgx_music.storage.connection.changes import Changes
 from tests.factories import Program
 from tests.patience import PATIENCE
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from dgx_music.prune import prune_clips as prune_all_clips
+from dgx_music.client.prune import prune_clips as prune_all_clips
 from dgx_music.storage import delete_generation
 from dgx_music.storage.clips import UNUSED_SECONDS, keep_clips, prune_clips, read_clip_seconds, read_clips
 from dgx_music.storage.models import Clip
@@ -92,7 +92,7 @@ async def test_a_clip_that_a_generation_refers_to_stays_however_old(database, na
 
 
 async def test_more_than_a_chunk_is_pruned(database, monkeypatch):
-    monkeypatch.setattr("dgx_music.prune.CHUNK", 2)
+    monkeypatch.setattr("dgx_music.client.prune.CHUNK", 2)
     await keep(database, *(f"{number:064}" for number in range(5)))
     async with database.session() as session:
         await session.execute(update(Clip).values(last_used_at=now_plus(-1e6)))

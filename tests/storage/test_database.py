@@ -12,8 +12,8 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from dgx_music import enqueue, retry_generation
+from dgx_music.client.enqueue import cancel_generation
 from dgx_music.config import load_settings
-from dgx_music.enqueue import cancel_generation
 from dgx_music.errors import (
     ConfigurationError,
     DatabaseNotInitializedError,
@@ -21,12 +21,12 @@ from dgx_music.errors import (
     DatabaseUnavailableError,
 )
 from dgx_music.storage import close_db, create_generation, get_database, get_session, init_db, queue, reset_database
+from dgx_music.storage.connection.postgres import Limits, is_unavailable
+from dgx_music.storage.connection.sessions import finish
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Attempt, Generation, Prompt
-from dgx_music.storage.postgres import Limits, is_unavailable
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import VERSION_TABLE
-from dgx_music.storage.sessions import finish
 from tests.factories import POSTGRES, add_generation, back_date, claim_up_to, completion_of, on, read_all
 from tests.patience import PATIENCE
 

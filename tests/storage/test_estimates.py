@@ -5,8 +5,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import insert, select, update
 
+from dgx_music.client.estimates import estimate_generation
 from dgx_music.errors import GenerationNotFoundError
-from dgx_music.estimates import estimate_generation
 from dgx_music.forecast import Measured, Range
 from dgx_music.storage.due import queue_position
 from dgx_music.storage.estimates import estimate, record_speed

@@ -11,10 +11,10 @@ from sqlalchemy import func, literal, select
 
 from dgx_music import pause, resume
 from dgx_music.storage import due, queue
+from dgx_music.storage.connection.postgres import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import ALL_MODELS, Generation
 from dgx_music.storage.pauses import get_pauses, pause_model, resume_model
-from dgx_music.storage.postgres import Limits
 from dgx_music.storage.schema import AGEING_SECONDS, UtcDateTime, now_plus
 from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_up_to, on, read_all
 

@@ -6,10 +6,10 @@ import anyio
 import pytest
 from sqlalchemy import text
 
-from dgx_music.completions import Completions
-from dgx_music.enqueue import enqueue, enqueue_many
+from dgx_music.client.enqueue import enqueue, enqueue_many
 from dgx_music.storage import queue
 from dgx_music.storage.queue import Lease
+from dgx_music.worker.completions import Completions
 from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_up_to, completion_of, on, read
 from tests.patience import PATIENCE
 

@@ -8,12 +8,12 @@ import pytest
 from sqlalchemy import func, select
 
 from dgx_music import enqueue, init_db, wait_for_generation
-from dgx_music.enqueue import cancel_generation
+from dgx_music.client.enqueue import cancel_generation
 from dgx_music.storage import close_db
-from dgx_music.storage import connections as connections_module
+from dgx_music.storage.connection import connections as connections_module
+from dgx_music.storage.connection.snapshots import snapshot
 from dgx_music.storage.database import get_database
 from dgx_music.storage.models import Generation
-from dgx_music.storage.snapshots import snapshot
 from tests.factories import POSTGRES, SQLITE, Program, on, read_all
 
 

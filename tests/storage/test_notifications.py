@@ -11,10 +11,11 @@ import pytest
 from dgx_music import cancel_generation, enqueue, pause, resume, retry_generation, wait_for_generation
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
-from dgx_music.storage import close_db, init_db, notifications, queue
-from dgx_music.storage.changes import Topic
+from dgx_music.storage import close_db, init_db, queue
+from dgx_music.storage.connection import notifications
+from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database
-from dgx_music.worker import Worker
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_one, completion_of, on, read, start_one
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
@@ -138,7 +139,7 @@ async def test_a_resumption_wakes_workers_of_every_model(default_database):
 
 
 async def test_a_waiter_hears_of_the_end_and_does_not_have_to_ask(default_database, monkeypatch):
-    monkeypatch.setattr(sys.modules["dgx_music.enqueue"], "_POLL_SECONDS", LONG)
+    monkeypatch.setattr(sys.modules["dgx_music.client.enqueue"], "_POLL_SECONDS", LONG)
     generation = await enqueue("lofi rain")
     async with listening(default_database):
         waiting = asyncio.create_task(wait_for_generation(generation.id))
@@ -283,7 +284,7 @@ async def test_behind_a_pooler_nothing_is_prepared_and_nobody_listens(pooled):
 
 
 async def test_behind_a_pooler_a_waiter_asks_now_and_then(pooled, monkeypatch):
-    monkeypatch.setattr(sys.modules["dgx_music.enqueue"], "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sys.modules["dgx_music.client.enqueue"], "_POLL_SECONDS", 0.01)
     generation = await enqueue("lofi rain")
     waiting = asyncio.create_task(wait_for_generation(generation.id))
     await asyncio.sleep(0)

@@ -15,14 +15,14 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from dgx_music import enqueue
-from dgx_music.completions import Completions
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import count_generations, create_generation, due, queue
+from dgx_music.storage.connection.postgres import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import estimate
 from dgx_music.storage.models import Base, Generation, Prompt
-from dgx_music.storage.postgres import Limits
 from dgx_music.storage.workers import get_workers, heartbeat_worker
+from dgx_music.worker.completions import Completions
 from tests.factories import (
     MODEL,
     POSTGRES,

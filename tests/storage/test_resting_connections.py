@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import func, select
 
-from dgx_music.storage import postgres
+from dgx_music.storage.connection import postgres
 from dgx_music.storage.models import Generation
 from tests.factories import POSTGRES, on
 

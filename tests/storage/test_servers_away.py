@@ -5,7 +5,7 @@ from sqlalchemy import text
 
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import queue
-from dgx_music.storage.sessions import Session
+from dgx_music.storage.connection.sessions import Session
 from tests.factories import POSTGRES, add_generation, back_date, on, start_one
 
 

@@ -19,7 +19,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
-from dgx_music.storage import configure_sqlite, create_generation, migrations, sqlite
+from dgx_music.storage import configure_sqlite, create_generation, migrations
+from dgx_music.storage.connection import sqlite
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Base, Generation
 from dgx_music.storage.schema import VERSION_TABLE

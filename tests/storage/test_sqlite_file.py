@@ -12,10 +12,11 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError as DriverError
 
 from dgx_music.errors import DatabaseError, DatabaseUnavailableError
-from dgx_music.storage import create_generation, sqlite_file
+from dgx_music.storage import create_generation
+from dgx_music.storage.connection import sqlite_file
+from dgx_music.storage.connection.sqlite_file import DatabaseFile
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Generation
-from dgx_music.storage.sqlite_file import DatabaseFile
 from tests.factories import read_all
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)

@@ -13,7 +13,6 @@ from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import IllegalTransitionError
-from dgx_music.leases import Leases
 from dgx_music.storage import (
     complete_generation,
     count_generations,
@@ -26,6 +25,7 @@ from dgx_music.storage import (
 )
 from dgx_music.storage.models import Generation, Prompt, Tally
 from dgx_music.storage.schema import FINISHED, GenerationStatus, now_plus
+from dgx_music.worker.leases import Leases
 from tests.factories import MODEL, POSTGRES, add_generation, claim_up_to, completion_of, on, read_all
 from tests.patience import PATIENCE
 

@@ -12,10 +12,10 @@ from psycopg import sql
 from sqlalchemy import text
 
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
-from dgx_music.storage import urls
+from dgx_music.storage.connection import urls
+from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.urls import is_pooled_by_transaction, normalise_url, server_address
 from dgx_music.storage.database import Database
-from dgx_music.storage.postgres import Limits
-from dgx_music.storage.urls import is_pooled_by_transaction, normalise_url, server_address
 from tests.factories import POSTGRES
 from tests.patience import PATIENCE
 from tests.postgres import OwnServer

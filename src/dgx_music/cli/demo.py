@@ -23,8 +23,8 @@ from dgx_music.cli.options import at_home
 from dgx_music.cli.output import fail, near, print_line, print_table, tell
 from dgx_music.cli.progress import follow
 from dgx_music.cli.show import print_waveform
+from dgx_music.client.enqueue import enqueue_many
 from dgx_music.config import EngineName, load_settings
-from dgx_music.enqueue import enqueue_many
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.modes import create_file
 from dgx_music.storage import Database, Generation, get_generation

@@ -30,9 +30,9 @@ from dgx_music.errors import (
 )
 from dgx_music.inference import inventory
 from dgx_music.storage import Database
+from dgx_music.storage.connection.sqlite import warn_of_old_sqlite
 from dgx_music.storage.files import find_completed_files
 from dgx_music.storage.schema import SCHEMA_REVISION
-from dgx_music.storage.sqlite import warn_of_old_sqlite
 from dgx_music.storage.trial import check_writable, find_folder_problem
 
 PACKAGES = ("sqlalchemy", "aiosqlite", "alembic", "anyio", "numpy", "soundfile", "pyloudnorm", "soxr")
@@ -219,8 +219,8 @@ def _examine_answers(settings: Settings) -> Iterator[Finding]:
     if settings.engine == "tone" or any(_version_of(name) is None for name in ENGINE_PACKAGES):
         yield Finding("warning", "answers", "not compared: there is no engine here whose numbers are publicly known")
         return
-    from dgx_music.daemon import engine_settings
-    from dgx_music.inference import known_answers
+    from dgx_music.inference.musicgen import known_answers
+    from dgx_music.worker.daemon import engine_settings
 
     for name in settings.served_models:
         model = find_model(name)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dgx_music.enqueue import Batch, plan, read_clips
+from dgx_music.client.enqueue import Batch, plan, read_clips
 from dgx_music.errors import InvalidRequestError
 from dgx_music.validation import shown
 

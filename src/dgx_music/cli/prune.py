@@ -12,10 +12,10 @@ from dgx_music.artifacts import Artifacts, open_output
 from dgx_music.cli.database import confirm, opened
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, Yes, given
 from dgx_music.cli.output import print_json, tell
+from dgx_music.client.prune import prune as prune_generations
+from dgx_music.client.prune import prune_clips, prune_orphans
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
-from dgx_music.prune import prune as prune_generations
-from dgx_music.prune import prune_clips, prune_orphans
 from dgx_music.storage import Database
 from dgx_music.validation import check_between
 

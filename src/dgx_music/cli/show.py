@@ -96,7 +96,7 @@ def print_waveform(generation: Generation) -> None:
     facts = generation.get_metadata().get("audio")
     if not isinstance(facts, dict) or not facts.get("waveform"):
         return
-    from dgx_music.audio import waveform_text
+    from dgx_music.audio.files import waveform_text
 
     print_line(waveform_text(facts["waveform"], min(WAVEFORM_WIDTH, make_console().width)))
 

@@ -12,10 +12,10 @@ import typer
 from dgx_music.cli.database import opened
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, complete_model, given, setting, warn_of_password
 from dgx_music.cli.output import ID_PREFIX_CHARACTERS, distance, print_json, print_table, tell
+from dgx_music.client.fleet import pause as pause_claims
+from dgx_music.client.fleet import resume as resume_claims
 from dgx_music.config import AudioFormat, EngineName, Loudness, load_settings
 from dgx_music.early import see_it_through
-from dgx_music.fleet import pause as pause_claims
-from dgx_music.fleet import resume as resume_claims
 from dgx_music.storage.models import ALL_MODELS, Pause
 from dgx_music.storage.pauses import get_pauses
 from dgx_music.storage.schema import WorkerState
@@ -117,7 +117,7 @@ def worker(
             log_level=log_level,
         )
     )
-    from dgx_music.daemon import configure_logging, run_worker
+    from dgx_music.worker.daemon import configure_logging, run_worker
 
     configure_logging(settings.log_level)
     asyncio.run(_see_through(run_worker(settings, drain=drain)))

@@ -16,7 +16,7 @@ from dgx_music.inference.checkpoint import check_obtainable
 from dgx_music.inference.engine import Engine, EngineSettings, EstimateBytes, LoadEngine
 from dgx_music.inference.trouble import MEMORY_REMEDY, first_line, give_back_memory, is_out_of_memory
 
-ENGINES = {"musicgen": "dgx_music.inference.musicgen", "tone": "dgx_music.inference.tone"}
+ENGINES = {"musicgen": "dgx_music.inference.musicgen.engine", "tone": "dgx_music.inference.tone"}
 
 
 class Residents:

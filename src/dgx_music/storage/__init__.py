@@ -1,5 +1,6 @@
 """The storage service: sessions, generations, prompts, statistics. The only package that knows SQL."""
 
+from dgx_music.storage.connection.sqlite import configure_sqlite
 from dgx_music.storage.database import (
     Database,
     close_db,
@@ -26,7 +27,6 @@ from dgx_music.storage.repository import (
 )
 from dgx_music.storage.schema import AttemptOutcome, GenerationStatus
 from dgx_music.storage.search import SearchHit, search_generations
-from dgx_music.storage.sqlite import configure_sqlite
 
 __all__ = [
     "Attempt",

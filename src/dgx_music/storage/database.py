@@ -22,17 +22,17 @@ from dgx_music.errors import (
     is_newer,
 )
 from dgx_music.modes import make_folders
-from dgx_music.storage import postgres, sqlite
-from dgx_music.storage.changes import Changes
-from dgx_music.storage.connections import ConnectionsByLoop
+from dgx_music.storage.connection import postgres, sqlite
+from dgx_music.storage.connection.changes import Changes
+from dgx_music.storage.connection.connections import ConnectionsByLoop
+from dgx_music.storage.connection.notifications import Notifications
+from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.replica import Replica, check_replica_url
+from dgx_music.storage.connection.sessions import NoAnswerError, finish
+from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
+from dgx_music.storage.connection.urls import file_of, normalise_url
 from dgx_music.storage.models import Base
-from dgx_music.storage.notifications import Notifications
-from dgx_music.storage.postgres import Limits
-from dgx_music.storage.replica import Replica, check_replica_url
 from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
-from dgx_music.storage.sessions import NoAnswerError, finish
-from dgx_music.storage.sqlite_file import GONE, DatabaseFile
-from dgx_music.storage.urls import file_of, normalise_url
 
 T = TypeVar("T")
 

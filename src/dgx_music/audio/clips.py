@@ -1,0 +1,312 @@
+"""Audio given with a request: from a file of any usual kind to a clip as it is stored, and back to samples.
+
+A clip is FLAC of 16 bits, at the model's sample rate and of its channels. Synchronous: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import math
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import soundfile
+
+from dgx_music import validation
+from dgx_music.audio.containers import READABLE, DamagedError, open_source
+from dgx_music.audio.containers import Source as Container
+from dgx_music.audio.containers.decoder import Stream, decode_quietly, open_stream
+from dgx_music.audio.files import cancels_out, encode, match_channels, resample
+from dgx_music.catalog import WINDOW_SECONDS, ModelInfo
+from dgx_music.errors import GenerationRejectedError, InvalidRequestError
+from dgx_music.inference.engine import Audio, Samples
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+Source: TypeAlias = "str | os.PathLike[str] | bytes"
+"""A file's path, or its content."""
+
+MAX_SOURCE_BYTES = 100_000_000
+MAX_BATCH_BYTES = 256 * 2**20
+"""Clips of one batch, as they are stored: all are in memory until the last one is checked."""
+
+_FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG"}  # libsndfile's names
+_MAX_CHANNELS = 8
+_SCALE = 32_768  # what libsndfile divides 16 bits by, so that a file of 16 bits stays what it is
+_NAMES = ("continuation", "melody")
+_COUNTED_SECONDS = 600
+"""How far a clip that is too long is decoded, to say how long it is."""
+_PATIENCE_SECONDS = 60.0
+_TOLD_SECONDS = 0.1
+"""A header that is wrong by less is not worth a word."""
+_LOUDEST = 2.0
+"""+6 dBFS: what is above that is not just a little too loud."""
+_MEANT_PEAK = 100.0
+"""No music is mixed 40 dB too loud: those are integers, or were."""
+_INTEGER_SCALES = (2**7, 2**15, 2**23, 2**31)
+_STRAY_SHARE = 0.999
+_QUIETEST = 1e-4
+"""-80 dBFS: no recording is as quiet; its samples were divided once too often."""
+_MIN_RATE, _MAX_RATE = 8_000, 192_000
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip as it is stored: ``sha256`` is of its samples, since the bytes of a FLAC file tell who encoded it."""
+
+    sha256: str
+    data: bytes
+    duration_seconds: float
+    source_sha256: str
+    """Of the file that was given: what a repeated request repeats, however it is decoded."""
+
+
+class Reader:
+    """Reads the clips of requests, each distinct source once for a model's shape, and keeps what it made."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, tuple[bytes, float]] = {}
+        """Content and seconds of each distinct clip, by its ``sha256``."""
+        self._by_source: dict[tuple[object, ...], Clip] = {}
+        self._latest: tuple[Source, bytes] | None = None
+        self._bytes = 0
+
+    def read(self, sources: Mapping[str, Source], model: ModelInfo, duration: float) -> dict[str, Clip]:
+        """Return the clips of one request, by the names of its fields; raises ``InvalidRequestError``."""
+        clips = {name: self._read(name, sources[name], model) for name in _NAMES if name in sources}
+        if "continuation" in clips:
+            validation.check_continuation(clips["continuation"].duration_seconds, duration)
+        if self._bytes > MAX_BATCH_BYTES:
+            problem = f"and the clips before it take more than {MAX_BATCH_BYTES // 2**20} MiB"
+            raise InvalidRequestError(next(iter(clips)), problem, "send fewer requests at a time")
+        return clips
+
+    def _read(self, name: str, source: Source, model: ModelInfo) -> Clip:
+        channels = 1 if name == "melody" else _channels_of(model)
+        key = name, channels, model.sample_rate, self._identify(name, source)
+        if key not in self._by_source:
+            self._by_source[key] = self._keep(_make(name, _content(name, source), channels, model.sample_rate))
+        return self._by_source[key]
+
+    def _keep(self, clip: Clip) -> Clip:
+        """Return the clip with the content that is there already, where it is the same music."""
+        if clip.sha256 not in self.data:
+            self.data[clip.sha256] = clip.data, clip.duration_seconds
+            self._bytes += len(clip.data)
+        return replace(clip, data=self.data[clip.sha256][0])
+
+    def _identify(self, name: str, source: Source) -> object:
+        """Return what tells this source from others: its path, else a hash, made once for one that comes again and again."""
+        if not isinstance(source, bytes | bytearray | memoryview):
+            return _path(name, source)
+        if self._latest is None or self._latest[0] is not source:
+            self._latest = source, hashlib.sha256(source).digest()
+        return self._latest[1]
+
+
+def load(name: str, data: bytes, sha256: str) -> Audio:
+    """Return the samples of a stored clip; raises ``GenerationRejectedError`` where they are not those that were stored."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            pcm, sample_rate = file.read(dtype="int16", always_2d=True).T, file.samplerate
+    except soundfile.SoundFileError:
+        pcm, sample_rate = np.zeros((1, 0), np.int16), 0
+    if _fingerprint(pcm, sample_rate) != sha256:
+        raise GenerationRejectedError(
+            f"The {name} is damaged in the database; enqueue the request again with the clip."
+        )
+    return Audio(pcm.astype(np.float32) / _SCALE, sample_rate)  # [channel, frame]
+
+
+def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> Clip:
+    """Return the clip of a file's content; ``channels`` of ``None`` keeps them, two at most.
+
+    What was mended on the way, or is not as its header says, is logged as a warning.
+    """
+    audio = _decode(name, content)
+    samples = _mend_scale(name, audio.samples)
+    channels = channels or min(2, len(samples))
+    if len(samples) > channels and cancels_out(samples, audio.sample_rate):
+        _tell(name, "channels of opposite phase would cancel each other; the loudest of them is used alone")
+    samples = match_channels(samples, channels, audio.sample_rate)
+    samples = resample(samples, audio.sample_rate, sample_rate)
+    validation.check_clip(name, samples.shape[1] / sample_rate)
+    pcm = np.clip(np.rint(samples * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)
+    _tell_silence(name, audio.samples)
+    source_sha256 = hashlib.sha256(content).hexdigest()
+    return Clip(
+        _fingerprint(pcm, sample_rate), encode(pcm, sample_rate, "flac"), pcm.shape[1] / sample_rate, source_sha256
+    )
+
+
+def _decode(name: str, content: bytes) -> Audio:
+    """Return the audio of a file; a melody's first 30 s, while a longer continuation is refused."""
+    longest = WINDOW_SECONDS if name == "melody" else _COUNTED_SECONDS
+    try:
+        container = open_source(content, longest)
+        if name == "continuation" and container.seconds is not None and container.seconds > WINDOW_SECONDS:
+            raise _too_long(name, container.seconds)
+        audio = _read(name, container, longest)
+    except DamagedError as error:
+        raise InvalidRequestError(name, error.problem, error.remedy) from None
+    if not np.isfinite(audio.samples).all():
+        raise InvalidRequestError(name, "holds NaN or infinite samples", "use another clip")
+    return audio
+
+
+def _read(name: str, container: Container, longest: float) -> Audio:
+    """Return the audio to its true end, whatever its header says, or a melody to where it is cut."""
+    kept: list[Audio] = []
+    count, give_up_at = 0, time.monotonic() + _PATIENCE_SECONDS
+    for block in _blocks_of(name, container):
+        if kept and _form_of(block) != _form_of(kept[0]):
+            raise InvalidRequestError(name, "changes its sample rate or channels on the way", "use another clip")
+        if count < WINDOW_SECONDS * block.sample_rate:
+            kept.append(block)
+        count += block.samples.shape[1]
+        if count >= longest * block.sample_rate:
+            break
+        if time.monotonic() > give_up_at:
+            raise InvalidRequestError(name, "takes too long to decode", "use a shorter clip")
+    if not kept:
+        raise InvalidRequestError(name, "holds no audio", "use another clip")
+    rate = kept[0].sample_rate
+    limit = round(WINDOW_SECONDS * rate)
+    if name == "continuation" and count > limit:
+        raise _too_long(name, count / rate)
+    if count < limit:
+        _compare(name, container.promised_seconds, count / rate)
+    return Audio(np.concatenate([block.samples for block in kept], axis=1)[:, :limit], rate)
+
+
+def _blocks_of(name: str, container: Container) -> Iterator[Audio]:
+    for part in container.parts:
+        if container.is_mpeg:
+            audio = decode_quietly(part)
+            _check_whole(audio, container.seconds)
+            yield audio
+            continue
+        with open_stream(part) as file:
+            _check_form(name, file)
+            yield from file.audio_blocks()
+
+
+def _check_whole(audio: Audio, seconds: float | None) -> None:
+    """Raise where a decoder has left out frames that it did not like."""
+    if seconds is not None and audio.samples.shape[1] / audio.sample_rate < seconds - _TOLD_SECONDS:
+        raise DamagedError("is damaged")
+
+
+def _compare(name: str, promised: float | None, seconds: float) -> None:
+    if promised is not None and abs(promised - seconds) > _TOLD_SECONDS:
+        _tell(name, f"its header says {promised:,.4g} s, but it holds {seconds:,.4g} s of audio, all of which is used")
+
+
+def _too_long(name: str, seconds: float) -> InvalidRequestError:
+    is_counted = seconds < _COUNTED_SECONDS
+    problem = f"is {seconds:g} s long" if is_counted else f"is longer than {_COUNTED_SECONDS:g} s"
+    return InvalidRequestError(name, problem, validation.CLIP_REMEDY)
+
+
+def _form_of(audio: Audio) -> tuple[int, int]:
+    return audio.sample_rate, len(audio.samples)
+
+
+def _mend_scale(name: str, samples: Samples) -> Samples:
+    """Return the samples at the scale they were meant to have; a little too loud stays as it is."""
+    peak = float(np.abs(samples).max())
+    if peak <= _LOUDEST:
+        return samples
+    usual = float(np.quantile(np.abs(samples), _STRAY_SHARE))
+    if peak > _LOUDEST * _INTEGER_SCALES[-1] or peak > _MEANT_PEAK * max(usual, 1.0):
+        raise InvalidRequestError(name, f"holds samples of {peak:.3g}, where 1 is full scale", "use another clip")
+    if peak > _MEANT_PEAK or _are_integers(samples):
+        scale = next(scale for scale in _INTEGER_SCALES if peak <= _LOUDEST * scale)
+        _tell(name, f"its samples reach {peak:,.0f}, where 1 is full scale; they are divided by {scale:,}")
+        return samples / np.float32(scale)
+    _tell(name, f"it is {20 * math.log10(peak):.0f} dB louder than full scale; it is turned down by that")
+    return samples / np.float32(peak)
+
+
+def _tell_silence(name: str, samples: Samples) -> None:
+    """Say so where there is nothing to hear, and whether nothing is there or it is only too quiet."""
+    loudest = float(np.ptp(samples, axis=1).max()) / 2
+    if loudest == 0:
+        _tell(name, "it holds no sound, only silence or a constant level")
+    elif loudest < _QUIETEST:
+        below = -20 * math.log10(loudest)
+        _tell(name, f"its sound is {below:.0f} dB below full scale, as good as silence; is its scale right?")
+
+
+def _are_integers(samples: Samples) -> bool:
+    return bool((samples == np.rint(samples)).all())
+
+
+def _tell(name: str, what: str) -> None:
+    """Say what was done about a clip that is not what it seems; on the command line, a line on stderr."""
+    logger.warning("%s: %s", name, what)
+
+
+def _check_form(name: str, file: Stream) -> None:
+    """Refuse before it is read what would take more memory than any music needs."""
+    if file.format not in _FORMATS:
+        raise InvalidRequestError(name, f"is audio of the format {file.format}", READABLE)
+    if not _MIN_RATE <= file.samplerate <= _MAX_RATE:
+        problem = f"has a sample rate of {file.samplerate:,} Hz"
+        raise InvalidRequestError(name, problem, f"use one of {_MIN_RATE:,} to {_MAX_RATE:,} Hz")
+    if file.channels > _MAX_CHANNELS:
+        raise InvalidRequestError(name, f"has {file.channels} channels", f"use at most {_MAX_CHANNELS}")
+
+
+def _content(name: str, source: Source) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        _check_size(name, len(source))
+        return bytes(source)
+    path = _path(name, source)
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a path that is text stays as it was given
+        if not stat.S_ISREG(found.st_mode):  # nor one that never ends
+            raise InvalidRequestError(name, f"{path!r} is not a file", "name an audio file")
+        _check_size(f"{name} {path!r}", found.st_size)
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, InvalidRequestError):
+            raise
+        why = (getattr(error, "strerror", None) or str(error)).lower()
+        raise InvalidRequestError(name, f"{path!r} cannot be read ({why})", "name an audio file") from None
+
+
+def _path(name: str, source: object) -> str:
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    if not isinstance(path, str):
+        problem = f"is of the type {type(source).__name__}"
+        raise InvalidRequestError(name, problem, "use the path of an audio file, or its bytes")
+    return validation.at_home(name, path)
+
+
+def _check_size(what: str, size: int) -> None:
+    if size > MAX_SOURCE_BYTES:
+        problem = f"has {size / 1e6:,.0f} MB"
+        raise InvalidRequestError(what, problem, f"use at most {MAX_SOURCE_BYTES / 1e6:.0f} MB")
+
+
+def _channels_of(model: ModelInfo) -> int | None:
+    return None if model.hears_melody is None else model.channels  # a local folder's are not known here
+
+
+def _fingerprint(pcm: NDArray[np.int16], sample_rate: int) -> str:
+    """Return the SHA-256 of samples of 16 bits ``[channel, frame]``, with their rate and number of channels."""
+    digest = hashlib.sha256(f"{sample_rate} Hz, {len(pcm)} channels\n".encode())
+    digest.update(pcm.T.astype("<i2").tobytes())
+    return digest.hexdigest()

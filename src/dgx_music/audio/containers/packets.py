@@ -1,0 +1,82 @@
+"""How much audio the packets of an Ogg stream hold, by their own words: Vorbis (its specification) and Opus (RFC 6716, 7845)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dgx_music.audio.containers.interface import DamagedError
+
+_VORBIS, _OPUS = b"\1vorbis", b"OpusHead"
+_VORBIS_HEADERS, _OPUS_HEADERS = 3, 2
+_OPUS_RATE = 48_000
+_LONGEST_SKIP = 12_000
+"""A quarter of a second: an encoder needs a hundredth of it, and who cuts a stream a third."""
+_MODE_BITS = 41
+_MOST_MODES = 64
+
+
+def lengths(packets: Sequence[bytes]) -> list[int] | None:
+    """Return the samples that each packet adds, headers none; ``None`` where the codec is not known here.
+
+    Raises ``DamagedError`` where the headers are not as they must be.
+    """
+    if packets and packets[0].startswith(_VORBIS):
+        return _vorbis_lengths(packets)
+    if packets and packets[0].startswith(_OPUS):
+        return _opus_lengths(packets)
+    return None
+
+
+def _opus_lengths(packets: Sequence[bytes]) -> list[int]:
+    skip = int.from_bytes(packets[0][10:12], "little")
+    if skip > _LONGEST_SKIP:
+        raise DamagedError(f"skips {skip / _OPUS_RATE:.2f} s at its start")
+    return [0] * _OPUS_HEADERS + [_opus_length(packet) for packet in packets[_OPUS_HEADERS:]]
+
+
+def _opus_length(packet: bytes) -> int:
+    if not packet:
+        return 0
+    config, code = packet[0] >> 3, packet[0] & 3
+    if config < 12:
+        frame = (480, 960, 1_920, 2_880)[config & 3]
+    else:
+        frame = (480, 960)[config & 1] if config < 16 else (120, 240, 480, 960)[config & 3]
+    return frame * ((packet[1] & 63 if len(packet) > 1 else 0) if code == 3 else 2 if code else 1)
+
+
+def _vorbis_lengths(packets: Sequence[bytes]) -> list[int]:
+    """Each packet adds the overlap of its block with the one before, so that the first adds nothing."""
+    if len(packets) < _VORBIS_HEADERS or len(packets[0]) < 30:
+        raise DamagedError("is damaged: its headers are not whole")
+    blocks = 1 << (packets[0][28] & 15), 1 << (packets[0][28] >> 4)
+    modes = _vorbis_modes(packets[2])
+    mode_mask = (1 << (len(modes) - 1).bit_length()) - 1
+    found, before = [0] * _VORBIS_HEADERS, 0
+    for packet in packets[_VORBIS_HEADERS:]:
+        mode = packet[0] >> 1 & mode_mask if packet and not packet[0] & 1 else len(modes)
+        block = blocks[modes[mode]] if mode < len(modes) else 0  # a decoder leaves out what is no audio
+        found.append((before + block) // 4 if before and block else 0)
+        before = block or before
+    return found
+
+
+def _vorbis_modes(setup: bytes) -> list[bool]:
+    """Return of each mode whether its block is a long one; they stand at the end of the header, before one bit that is set.
+
+    What comes before them can only be found by reading all of it, so their number is looked for that stands in front.
+    """
+    bits = int.from_bytes(setup, "little")
+    end = bits.bit_length() - 1
+    modes: list[bool] = []
+    found: list[bool] = []
+    while len(modes) < _MOST_MODES and (end := end - _MODE_BITS) >= 6:
+        mode = bits >> end & (1 << _MODE_BITS) - 1
+        if mode >> 1 & 0xFFFF_FFFF or mode >> 33 > 63:  # the kinds of window and transform, of which there is one each
+            break
+        modes.insert(0, bool(mode & 1))
+        if bits >> end - 6 & 63 == len(modes) - 1:
+            found = list(modes)
+    if not found:
+        raise DamagedError("is damaged: its headers are not whole")
+    return found

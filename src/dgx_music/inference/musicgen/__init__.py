@@ -1,0 +1,1 @@
+"""MusicGen: the only place that imports torch."""

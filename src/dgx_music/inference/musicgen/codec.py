@@ -1,0 +1,48 @@
+"""EnCodec: from samples to codes and back. Stereo models have the codes of left and right in turn."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgx_music.inference.musicgen.launches import borrow_stream
+
+
+class Codec:
+    """A loaded EnCodec, in float32, as ``channels`` mono codecs side by side."""
+
+    def __init__(self, model: Any, channels: int) -> None:
+        self._model = model
+        self.channels = channels
+        self.sample_rate: int = model.config.sampling_rate
+        self.frame_size: int = model.config.hop_length
+        """Samples in a frame."""
+        self._stream = borrow_stream(self, model.device)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames in a second."""
+        return self.sample_rate / self.frame_size
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the samples ``[channel, sample]`` of codes ``[codebook, frame]``, both on the CPU."""
+        with self._beside_the_slots():
+            codes = codes.to(self._model.device)
+            sides = [codes[None, None, side :: self.channels] for side in range(self.channels)]
+            return torch.cat([self._model.decode(side, [None]).audio_values[0] for side in sides]).cpu()
+
+    @torch.no_grad()
+    def encode(self, samples: Tensor) -> Tensor:
+        """Return the codes ``[codebook, frame]`` of samples ``[channel, sample]``, both on the CPU."""
+        with self._beside_the_slots():
+            samples = samples[:, None].to(self._model.device)
+            sides: Tensor = self._model.encode(samples).audio_codes[0]  # [channel, codebook, frame]
+            return sides.transpose(0, 1).flatten(0, 1).cpu()
+
+    def _beside_the_slots(self) -> AbstractContextManager[object]:
+        """Return a context whose work keeps nothing else on a GPU waiting."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

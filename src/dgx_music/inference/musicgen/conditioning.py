@@ -1,0 +1,94 @@
+"""What the model is told of a request: its text, its negative prompt, its melody, and the clip it continues."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dgx_music.audio.files import match_channels, resample
+from dgx_music.catalog import WINDOW_SECONDS
+from dgx_music.errors import GenerationRejectedError
+from dgx_music.inference.engine import Audio, GenerationRequest
+from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.melody import MelodyReader, chroma
+
+LONGEST_PREFIX_TEXT = 512
+"""Tokens of text that a melody model can read: they take room in every slot."""
+
+
+class Conditions(NamedTuple):
+    """What a row is to read, see ``slots.Row``; ``is_guided`` is False where both halves of guidance would read the same."""
+
+    text: Tensor | None
+    negative: Tensor | None
+    prefix: Tensor | None
+    is_guided: bool
+
+
+class Conditioner:
+    """Reads what requests say, in one thread at a time: fast tokenizers are not safe in two."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, decoder: Decoder, sample_rate: int) -> None:
+        self._tokenizer = tokenizer
+        self._text_encoder = model.text_encoder
+        self._decoder = decoder
+        self._sample_rate = sample_rate
+        self._melody = None if decoder.reads_text else MelodyReader(model)
+        self._reading = threading.Lock()
+
+    @torch.no_grad()
+    def read(self, request: GenerationRequest, melody_from: float | None = None) -> Conditions:
+        """Return the request's conditions. Raises ``GenerationRejectedError`` for what this model cannot read.
+
+        ``melody_from`` is the second at which the window of a longer clip begins: its melody begins there as well, and
+        goes round and round, as audiocraft has it.
+        """
+        if request.melody is not None and self._melody is None:
+            able = "musicgen-melody" if self._decoder.channels == 1 else "musicgen-stereo-melody"
+            raise GenerationRejectedError(f"The model {request.model} hears no melody; use {able}.")
+        texts = request.prompt, request.negative_prompt or ""
+        is_guided = any(texts) or request.melody is not None
+        if self._melody is None:
+            return Conditions(self._read_text(texts[0]), self._read_text(texts[1]), None, is_guided)
+        text, negative = map(self._states, texts)
+        return Conditions(
+            None, None, self._melody.prefix(text, self._chroma(request, melody_from), negative), is_guided
+        )
+
+    def _read_text(self, text: str) -> Tensor | None:
+        """Return what cross-attention sees of the text: ``[L, 2, H, X, D]``; ``None`` where there is nothing to see."""
+        states = self._states(text)
+        return None if states is None else self._decoder.read_text(states)
+
+    def _chroma(self, request: GenerationRequest, begin: float | None) -> Tensor | None:
+        """Return the melody's pitch classes ``[frame, 12]``, ``None`` where none is given."""
+        if request.melody is None:
+            return None
+        samples = fit(request.melody, self._sample_rate, 1)[0]
+        if begin is not None:
+            first = int(begin * self._sample_rate)
+            samples = samples[torch.arange(first, first + round(WINDOW_SECONDS * self._sample_rate)) % len(samples)]
+        return chroma(samples, self._sample_rate)
+
+    def _states(self, text: str) -> Tensor | None:
+        """Return the text encoder's states ``[token, width]``; ``None`` for no text, which is not the text ""."""
+        if not text:
+            return None
+        with self._reading:
+            tokens = self._tokenizer(text, return_tensors="pt").to(self._decoder.device)
+            count = tokens.input_ids.shape[1]
+            if self._melody is not None and count > LONGEST_PREFIX_TEXT:
+                problem = f"A text of {count} tokens is too long for a model that hears melodies"
+                raise GenerationRejectedError(f"{problem}; use at most {LONGEST_PREFIX_TEXT} tokens.")
+            states: Tensor = self._text_encoder(**tokens).last_hidden_state[0]
+        return states
+
+
+def fit(clip: Audio, sample_rate: int, channels: int) -> Tensor:
+    """Return the clip's samples ``[channel, sample]`` at that rate, mixed down to one channel or doubled to two."""
+    samples = resample(match_channels(clip.samples, channels, clip.sample_rate), clip.sample_rate, sample_rate)
+    return torch.from_numpy(samples.copy())  # a request's own samples may be read-only
