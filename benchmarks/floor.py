@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from dgx_music.audio import files as audio
-from dgx_music.inference.engine import Audio
+from dgx_music.audio.samples import Audio
 
 MODEL = "musicgen-small"
 SLOTS = 16

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import numpy as np
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineCrashedError, EngineUnavailableError
-from dgx_music.inference.engine import Audio
 from dgx_music.inference.process import EngineInfo
 
 

@@ -27,6 +27,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import Artifact, LocalArtifacts
+from dgx_music.audio.samples import Audio
 from dgx_music.client import fleet, prune
 from dgx_music.config import load_settings
 from dgx_music.errors import (
@@ -38,7 +39,7 @@ from dgx_music.errors import (
     EngineReplacedError,
     GenerationRejectedError,
 )
-from dgx_music.inference.engine import Audio, GenerationRequest
+from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.process import EngineInfo
 from dgx_music.storage import (
     Attempt,

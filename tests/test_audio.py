@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dgx_music.audio.files import MP3_SAMPLE_RATES, PEAK_LIMIT, check_format, finish, warm_up, waveform_text
+from dgx_music.audio.samples import Audio
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
-from dgx_music.inference.engine import Audio
 
 RATE = 32_000
 FORMATS = get_args(AudioFormat)

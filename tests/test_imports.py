@@ -25,29 +25,22 @@ HEAVY = [
     "rich",
     "obstore",
 ]
-LAYERS = [
-    [
-        *(
-            "early",
-            "text",
-            "logs",
-            "errors",
-            "groups",
-            "catalog",
-            "validation",
-            "config",
-            "modes",
-            "durability",
-            "forecast",
-        ),
-        *("storage.schema", "storage.words", "storage.snapshots"),
-    ],
-    ["storage.models", "storage.changes", "inference.engine"],
-    ["storage", "inference", "audio", "clips", "containers", "artifacts"],
-    ["enqueue", "estimates", "fleet", "completions", "leases", "prune", "worker"],
-    ["daemon", "cli", "web"],
-]
-"""Lowest first: a module imports from its own layer and those below. A package stands for all in it that is not named."""
+ROOMS = {
+    "ground": set(),
+    "audio": {"ground"},
+    "artifacts": {"ground"},
+    "storage.connection": {"ground"},
+    "storage": {"storage.connection", "ground"},
+    "inference": {"audio", "ground"},
+    "inference.musicgen": {"inference", "audio", "ground"},
+    "client": {"storage", "storage.connection", "artifacts", "audio", "inference", "ground"},
+    "worker": {"storage", "storage.connection", "artifacts", "audio", "inference", "ground"},
+    "cli": {
+        *("worker", "client", "storage", "storage.connection", "artifacts", "audio"),
+        *("inference", "inference.musicgen", "ground"),
+    },
+}
+"""Each room, and the rooms that it may import from. The modules at the root of the package are the ground."""
 
 
 def name_of(path):
@@ -80,12 +73,9 @@ OURS = {
 }
 
 
-def layer_of(name):
-    """Return the number of the module's layer; the most exact name in the table counts."""
-    numbers = {each: number for number, layer in enumerate(LAYERS) for each in layer}
-    while name and name not in numbers:
-        name = name.rpartition(".")[0]
-    return numbers.get(name)
+def room_of(name):
+    """Return the room of a module: the longest name in the table that it is in."""
+    return max((room for room in ROOMS if is_in(name, room)), key=len, default="ground")
 
 
 def is_in(name, package):
@@ -106,16 +96,21 @@ def test_a_local_output_does_without_the_object_stores_client():
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
 
 
-@pytest.mark.parametrize("name", sorted(IMPORTS))
-def test_every_module_has_a_layer(name):
-    assert name == "" or layer_of(name) is not None
+def test_the_rooms_are_the_folders():
+    folders = {name_of(path.parent / "__init__.py") for path in SOURCE.rglob("*.py")} - {"", "audio.containers"}
+
+    assert folders == ROOMS.keys() - {"ground"}
 
 
-@pytest.mark.parametrize("name", sorted({*IMPORTS} - {""}))
-def test_imports_point_one_way(name):
-    upwards = {other for other in OURS[name] if layer_of(other) > layer_of(name)}
+@pytest.mark.parametrize("name", sorted({*IMPORTS} - {""}))  # the package itself gathers the public names
+def test_a_module_imports_from_the_rooms_it_may(name):
+    elsewhere = {other: room_of(other) for other in OURS[name] if room_of(other) != room_of(name)}
 
-    assert upwards == set()
+    assert {other for other, room in elsewhere.items() if room not in ROOMS[room_of(name)]} == set()
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    assert {*TopologicalSorter(ROOMS).static_order()} == ROOMS.keys()
 
 
 def test_no_imports_go_in_a_circle():
@@ -129,23 +124,17 @@ def is_package(name):
     return (SOURCE.joinpath(*name.split(".")) / "__init__.py").exists()
 
 
-def test_storage_and_inference_never_import_each_other():
-    for one, other in [("storage", "inference"), ("inference", "storage")]:
-        joined = {name: {each for each in OURS[name] if is_in(each, other)} for name in OURS if is_in(name, one)}
-        assert {name for name, others in joined.items() if others} == set()
-
-
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "safetensors"])
-def test_only_inference_imports_the_models_framework(heavy):
+def test_only_musicgen_imports_the_models_framework(heavy):
     importers = {name for name, imports in IMPORTS.items() if any(is_in(each, heavy) for each in imports)}
 
-    assert {name for name in importers if not is_in(name, "inference")} == set()
+    assert {name for name in importers if not is_in(name, "inference.musicgen")} == set()
 
 
-def test_only_storage_and_enqueue_know_sql():
+def test_only_storage_knows_sql():
     importers = {name for name, imports in IMPORTS.items() if any(is_in(each, "sqlalchemy") for each in imports)}
 
-    assert {name for name in importers if not is_in(name, "storage")} <= {"enqueue"}
+    assert {name for name in importers if not is_in(name, "storage")} == {"client.enqueue"}
 
 
 def test_alembic_is_imported_by_the_migrations_alone():

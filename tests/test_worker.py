@@ -24,9 +24,10 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.storage import clips, create_generation, migrations, queue, workers
+from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.models import Attempt, Clip, Generation, WorkerInfo
 from dgx_music.storage.queue import Lease
-from dgx_music.storage.schema import VERSION_TABLE, now_plus
+from dgx_music.storage.schema import now_plus
 from dgx_music.worker import worker as worker_module
 from dgx_music.worker.leases import Stop
 from dgx_music.worker.worker import BROKEN_AFTER, Worker

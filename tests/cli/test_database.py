@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
+from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from tests.cli.conftest import Run, Spawn, add, count_rows
 from tests.patience import PATIENCE
 

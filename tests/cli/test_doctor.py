@@ -10,7 +10,7 @@ from sqlalchemy import text
 from dgx_music.cli.doctor import Finding, _examine_database, _examine_device, _examine_model, exit_code_of
 from dgx_music.config import load_settings
 from dgx_music.storage import Database
-from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
+from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.trial import check_writable
 from dgx_music.storage.workers import get_workers
 from tests.cli.conftest import Result, Run, add
@@ -61,7 +61,7 @@ def test_doctor_says_that_untrained_weights_make_noise(run: Run) -> None:
 def test_doctor_looks_for_the_device_that_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, wanted: str, devices: list[str], verdict: str, words: str
 ) -> None:
-    monkeypatch.setattr("dgx_music.inference.inventory.find_cuda_devices", lambda: devices)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_cuda_devices", lambda: devices)
 
     finding = _examine_device(wanted)
 
@@ -84,8 +84,8 @@ def test_doctor_looks_for_the_device_that_is_asked_for(
 def test_doctor_says_whether_the_weights_are_here_or_can_be_had(
     monkeypatch: pytest.MonkeyPatch, is_there: bool, problem: str | None, verdict: str, words: str
 ) -> None:
-    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: is_there)
-    monkeypatch.setattr("dgx_music.inference.inventory.find_obstacle", lambda model, revision: problem)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: is_there)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: problem)
 
     finding = _examine_model(load_settings(model="musicgen-large"), "musicgen-large")
 
@@ -95,8 +95,8 @@ def test_doctor_says_whether_the_weights_are_here_or_can_be_had(
 def test_a_model_beside_the_first_that_cannot_be_had_keeps_no_worker_from_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: False)
-    monkeypatch.setattr("dgx_music.inference.inventory.find_obstacle", lambda model, revision: "No network.")
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: False)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: "No network.")
     settings = load_settings(models="musicgen-small,musicgen-large")
 
     verdicts = [_examine_model(settings, name).verdict for name in settings.served_models]
@@ -276,8 +276,8 @@ def test_an_output_folder_that_is_gone_is_said_not_to_exist(run: Run, migrated: 
 
 def test_doctor_does_not_download_what_is_to_be_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: False)
-    monkeypatch.setattr("dgx_music.inference.inventory.find_obstacle", lambda model, revision: None)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: False)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: None)
 
     found = findings(run("doctor", "--device", "cpu", "--verify", "--json"))
 
@@ -312,8 +312,8 @@ def test_doctor_notices_a_local_folder_of_junk(run: Run, place: Path) -> None:
     ("models", "verdict"), [("musicgen-large", "failed"), ("musicgen-small,musicgen-large", "warning")]
 )
 def test_doctor_notices_damage_in_the_cache(monkeypatch: pytest.MonkeyPatch, models: str, verdict: str) -> None:
-    monkeypatch.setattr("dgx_music.inference.inventory.has_weights", lambda model, revision: True)
-    monkeypatch.setattr("dgx_music.inference.inventory.find_damage_of", lambda model, revision: "it is bad")
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: True)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_damage_of", lambda model, revision: "it is bad")
 
     finding = _examine_model(load_settings(models=models), "musicgen-large")
 

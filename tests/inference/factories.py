@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import GenerationCancelledError
-from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
+from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.process import EngineProcess
 from tests.patience import PATIENCE
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgx_music.audio.samples import Audio
 from dgx_music.inference.channel import Decoder, decode_request, encode, encode_request
-from dgx_music.inference.engine import Audio
 from tests.inference.factories import make_request
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineReplacedError, EngineUnavailableError, GenerationCancelledError
 from dgx_music.inference import child
 from dgx_music.inference.channel import Decoder, Message, encode
 from dgx_music.inference.child import Channel, ChannelRun, Server
-from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, Run
+from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import make_request, make_settings
 from tests.inference.test_process import has_vanished

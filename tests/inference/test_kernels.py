@@ -367,7 +367,7 @@ def compile_kernel(
     """Return what Triton makes of a kernel: its PTX and machine code among it."""
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    kernel = getattr(importlib.import_module(f"dgx_music.inference.{module}"), name)
+    kernel = getattr(importlib.import_module(f"dgx_music.inference.musicgen.{module}"), name)
     signature = {name: types.get(name, "constexpr" if name in sizes else "i32") for name in kernel.arg_names}
     source = compiler.ASTSource(kernel, signature, constexprs=sizes)
     return dict(compiler.compile(source, target=target, options={"enable_fp_fusion": True}).asm)

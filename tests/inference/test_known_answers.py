@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dgx_music.catalog import MODELS
-from dgx_music.inference import inventory
-from dgx_music.inference.musicgen import known_answers
+from dgx_music.inference.musicgen import inventory, known_answers
 from dgx_music.inference.musicgen.engine import build
 from dgx_music.inference.musicgen.known_answers import QUESTIONS, TOLERANCES, Examinee, compare, examine
 from dgx_music.inference.musicgen.tiny import build_tiny

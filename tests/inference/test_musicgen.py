@@ -24,10 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+from dgx_music.audio.samples import Audio
 from dgx_music.catalog import MODELS, UNTRAINED_NOTICE
 from dgx_music.errors import EngineError, EngineUnavailableError, GenerationCancelledError
 from dgx_music.inference import checkpoint
-from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
+from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import engine as musicgen
 from dgx_music.inference.musicgen import weights
 from dgx_music.inference.musicgen.engine import MusicGenEngine

@@ -14,6 +14,7 @@ import anyio
 import numpy as np
 import pytest
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import (
     EngineCrashedError,
     EngineError,
@@ -23,7 +24,6 @@ from dgx_music.errors import (
 )
 from dgx_music.inference import process as process_module
 from dgx_music.inference.channel import encode
-from dgx_music.inference.engine import Audio
 from dgx_music.inference.process import EngineInfo, EngineProcess, _Slots
 from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
 from tests.inference.conftest import WriteScript

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import GenerationRejectedError
-from dgx_music.inference.engine import Audio
 from dgx_music.inference.musicgen.conditioning import LONGEST_PREFIX_TEXT
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.melody import chroma

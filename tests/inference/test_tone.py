@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import (
     EngineReplacedError,
     EngineUnavailableError,
@@ -16,7 +17,6 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.inference import tone
-from dgx_music.inference.engine import Audio
 from dgx_music.inference.tone import SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine, pitch_hz
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import QuietRun, make_request, make_settings

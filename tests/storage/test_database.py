@@ -22,11 +22,11 @@ from dgx_music.errors import (
 )
 from dgx_music.storage import close_db, create_generation, get_database, get_session, init_db, queue, reset_database
 from dgx_music.storage.connection.postgres import Limits, is_unavailable
+from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.connection.sessions import finish
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Attempt, Generation, Prompt
 from dgx_music.storage.queue import Lease
-from dgx_music.storage.schema import VERSION_TABLE
 from tests.factories import POSTGRES, add_generation, back_date, claim_up_to, completion_of, on, read_all
 from tests.patience import PATIENCE
 

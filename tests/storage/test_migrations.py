@@ -27,9 +27,9 @@ from dgx_music.storage import (
     search_generations,
 )
 from dgx_music.storage.clips import keep_clips
+from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Base, Generation, Prompt, Tally, WorkerInfo, text_hash
-from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.words import search_text
 from dgx_music.storage.workers import end_worker, register_worker
 from tests.factories import POSTGRES, ROOT, Program, add_generation, read, read_all, start_one
@@ -412,7 +412,7 @@ def test_the_wheel_has_the_migrations_and_the_kernels_and_says_that_it_is_typed(
 
     versions = [f"versions/{path.name}" for path in (ROOT / "migrations" / "versions").glob("*.py")]
     assert {f"dgx_music/_migrations/{name}" for name in ("env.py", "script.py.mako", *versions)} <= names
-    assert {"dgx_music/py.typed", "dgx_music/inference/native.c"} <= names
+    assert {"dgx_music/py.typed", "dgx_music/inference/musicgen/native.c"} <= names
     assert not any("__pycache__" in name or name.startswith(("tests", "worker")) for name in names)
 
 

@@ -5,8 +5,8 @@ from sqlalchemy import select, text
 
 from dgx_music.errors import DatabaseNotMigratedError
 from dgx_music.storage import queue
+from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.models import Attempt
-from dgx_music.storage.schema import VERSION_TABLE
 from tests.factories import add_generation, back_date, claim_up_to, completion_of, read, read_all, start_one
 
 BOTH_WAYS = pytest.mark.parametrize("revision", ["0001", "0003", "9999", "abc"])

@@ -21,9 +21,9 @@ from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
 from dgx_music.storage import configure_sqlite, create_generation, migrations
 from dgx_music.storage.connection import sqlite
+from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Base, Generation
-from dgx_music.storage.schema import VERSION_TABLE
 from tests.factories import Program, add_generation, claim_up_to, read_all
 from tests.patience import PATIENCE
 

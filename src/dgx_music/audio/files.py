@@ -20,9 +20,9 @@ import numpy as np
 import soundfile
 import soxr
 
+from dgx_music.audio.samples import Audio, Samples
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import ArtifactError, EngineError, GenerationRejectedError
-from dgx_music.inference.engine import Audio, Samples
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

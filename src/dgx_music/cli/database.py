@@ -27,10 +27,10 @@ from dgx_music.errors import (
     remedy_for,
 )
 from dgx_music.storage import Database, Generation, close_db, count_generations, get_generation, init_db
+from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.connection.sqlite import back_up, is_ours
 from dgx_music.storage.connection.urls import file_of, normalise_url, server_address
 from dgx_music.storage.repository import find_generation_ids
-from dgx_music.storage.schema import SCHEMA_REVISION
 from dgx_music.text import plain
 from dgx_music.validation import check_name
 

@@ -37,7 +37,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dgx_music.inference.engine import Audio, GenerationRequest
+from dgx_music.audio.samples import Audio
+from dgx_music.inference.engine import GenerationRequest
 
 _LENGTHS = struct.Struct("!II")  # of the header and of the payload, in bytes
 

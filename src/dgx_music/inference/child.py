@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import (
     EngineError,
     EngineReplacedError,
@@ -35,7 +36,7 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.inference.channel import Decoder, Message, decode_request, encode
-from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, Run
+from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
 from dgx_music.inference.residents import Residents, estimate_bytes, free_bytes, load_engine
 from dgx_music.inference.trouble import (
     MEMORY_REMEDY,

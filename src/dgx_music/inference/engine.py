@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Protocol
 
 from dgx_music import validation
+from dgx_music.audio.samples import Audio
 from dgx_music.catalog import DEFAULT_MODEL, MODELS
 from dgx_music.errors import InvalidRequestError
-
-if TYPE_CHECKING:  # producers build requests too, and need no NumPy for that
-    import numpy as np
-    from numpy.typing import NDArray
-
-Samples: TypeAlias = "NDArray[np.float32]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +90,6 @@ class GenerationRequest:
             "seed": self.seed,
             **negative,
         }
-
-
-@dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
-class Audio:
-    """What an engine made, or is given: ``samples`` float32 ``[channel, frame]``, nominally within ±1, at ``sample_rate`` Hz."""
-
-    samples: Samples
-    sample_rate: int
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What a user should know of how it was made (``seed``, ``device_seconds``, ``is_untrained``); plain JSON."""
-
-    @property
-    def duration(self) -> float:
-        """Seconds of audio."""
-        return float(self.samples.shape[-1] / self.sample_rate)
 
 
 def _check_samples(name: str, clip: Audio, channels: int) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Self
 import anyio
 import numpy as np
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import (
     EngineCrashedError,
     EngineError,
@@ -34,7 +35,7 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.inference.channel import Decoder, encode, encode_request
-from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest
+from dgx_music.inference.engine import EngineSettings, GenerationRequest
 
 logger = logging.getLogger(__name__)
 

@@ -43,8 +43,9 @@ from typing import Annotated, Literal, NoReturn
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dgx_music.audio.samples import Audio, Samples
 from dgx_music.errors import ConfigurationError, EngineReplacedError, EngineUnavailableError, GenerationRejectedError
-from dgx_music.inference.engine import Audio, EngineSettings, GenerationRequest, Run, Samples
+from dgx_music.inference.engine import EngineSettings, GenerationRequest, Run
 
 SPEED_VARIABLE = "DGX_MUSIC_TONE_SPEED"
 SCRIPT_VARIABLE = "DGX_MUSIC_TONE_SCRIPT"

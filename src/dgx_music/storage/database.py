@@ -28,11 +28,11 @@ from dgx_music.storage.connection.connections import ConnectionsByLoop
 from dgx_music.storage.connection.notifications import Notifications
 from dgx_music.storage.connection.postgres import Limits
 from dgx_music.storage.connection.replica import Replica, check_replica_url
+from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.connection.sessions import NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url
 from dgx_music.storage.models import Base
-from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 
 T = TypeVar("T")
 
@@ -262,7 +262,7 @@ class Database:
         if isinstance(error, DatabaseUnavailableError | NoAnswerError | PoolTimeoutError):
             return True
         if not self.is_embedded:
-            return postgres.is_unavailable(error)
+            return postgres.is_unavailable(error) or postgres.is_of_another_schema(error, Base.metadata)
         is_wrapped = isinstance(error, OperationalError) or type(error) is DriverError
         return is_wrapped or sqlite.is_unavailable(error)
 

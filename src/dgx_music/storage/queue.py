@@ -42,6 +42,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError, GenerationNotFoundError, IllegalTransitionError
+from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.due import CLAIM_ORDER, due_rows, g, generations, overtaken, take_turns
 from dgx_music.storage.models import Attempt, WorkerInfo
 from dgx_music.storage.repository import dialect_of
@@ -52,7 +53,6 @@ from dgx_music.storage.schema import (
     FINISHED,
     PENDING,
     PROCESSING,
-    SCHEMA_REVISION,
     AttemptOutcome,
     HashText,
     Id,

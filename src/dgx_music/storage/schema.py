@@ -31,11 +31,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-SCHEMA_REVISION = "0004"
-"""The newest migration; a test keeps it equal to Alembic's head, so that start-up need not import Alembic."""
-
-VERSION_TABLE = "dgx_music_alembic_version"
-"""Our own, so that our tables can live inside a database that has migrations of its own."""
+from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 
 AGEING_SECONDS = 60
 """One point of priority is worth a minute of waiting."""

@@ -24,6 +24,7 @@ from anyio.abc import TaskGroup
 from dgx_music.artifacts import Artifact, Artifacts
 from dgx_music.audio import clips
 from dgx_music.audio import files as audio
+from dgx_music.audio.samples import Audio
 from dgx_music.config import Settings
 from dgx_music.errors import (
     ArtifactError,
@@ -38,7 +39,7 @@ from dgx_music.errors import (
     InvalidRequestError,
 )
 from dgx_music.groups import unwrap
-from dgx_music.inference.engine import Audio, GenerationRequest
+from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.process import EngineInfo
 from dgx_music.storage import due, queue, workers
 from dgx_music.storage.clips import read_clips

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 
 from dgx_music.audio.containers.interface import READABLE, DamagedError
-from dgx_music.inference.engine import Audio
+from dgx_music.audio.samples import Audio
 
 BLOCK_FRAMES = 65_536
 

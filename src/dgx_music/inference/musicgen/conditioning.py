@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dgx_music.audio.files import match_channels, resample
+from dgx_music.audio.samples import Audio
 from dgx_music.catalog import WINDOW_SECONDS
 from dgx_music.errors import GenerationRejectedError
-from dgx_music.inference.engine import Audio, GenerationRequest
+from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader, chroma
 

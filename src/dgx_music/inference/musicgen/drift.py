@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgx_music.inference.engine import Audio, GenerationRequest
+from dgx_music.audio.samples import Audio
+from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.slots import Row, Slots, delays
 

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dgx_music.audio.samples import Audio
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo, find_model
 from dgx_music.errors import EngineError, EngineUnavailableError
-from dgx_music.inference.engine import Audio, Engine, EngineSettings, GenerationRequest, Run
+from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
 
 try:
     import torch

@@ -20,18 +20,17 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import URL, Dialect, Engine, ExceptionContext, event
+from sqlalchemy import URL, Dialect, Engine, ExceptionContext, MetaData, event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.connection.server_settings import READABLE, SET_UP, say_in_each_transaction
 from dgx_music.storage.connection.sessions import NoAnswerError, as_no_answer
 from dgx_music.storage.connection.snapshots import snapshot
 from dgx_music.storage.connection.urls import connect_timeout, is_pooled_by_transaction, server_address
-from dgx_music.storage.models import Base
-from dgx_music.storage.schema import VERSION_TABLE
 
 _TRANSIENT = {"40001", "40P01", "40003", "55P03", "55006", "57014", "57P01", "57P02", "57P03", "57P04", "57P05"}
 _TRANSIENT |= {"25P03", "25P04", "25006"}
@@ -245,9 +244,7 @@ def is_unavailable(error: BaseException) -> bool:
     """Tell a server that is away, or too busy for now, from a mistake in using it."""
     if isinstance(error, DBAPIError):
         code = sqlstate(error)
-        return (
-            error.connection_invalidated or _is_passing(code) or _is_of_another_schema(error) or _is_lost(error, code)
-        )
+        return error.connection_invalidated or _is_passing(code) or _is_lost(error, code)
     return _is_drivers_own(error) and (_is_passing(code := getattr(error, "sqlstate", None) or "") or not code)
 
 
@@ -262,10 +259,12 @@ def _is_lost(error: DBAPIError, code: str) -> bool:
     return _has_stale_plan(error) or is_psycopgs or any(words in str(error.orig) for words in _LOST)
 
 
-def _is_of_another_schema(error: DBAPIError) -> bool:
-    """Return True if a table or a column of ours is not there just now: it is being made anew, or was migrated."""
-    tables = {VERSION_TABLE, *Base.metadata.tables}
-    columns = {column.name for table in Base.metadata.tables.values() for column in table.columns}
+def is_of_another_schema(error: BaseException, metadata: MetaData) -> bool:
+    """Return True if a table or a column of these is not there just now: it is being made anew, or was migrated."""
+    if not isinstance(error, DBAPIError):
+        return False
+    tables = {VERSION_TABLE, *metadata.tables}
+    columns = {column.name for table in metadata.tables.values() for column in table.columns}
     ours = {_NOT_THERE: tables, _NO_COLUMN: columns}.get(sqlstate(error), set())
     # The words around the name are in the server's language, and so are its quotation marks.
     return not ours.isdisjoint(re.findall(r"\w+", first_line(error.orig or error)))

@@ -17,9 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from dgx_music.errors import ConfigurationError, DatabaseError, DatabaseNotMigratedError
 from dgx_music.storage.connection import postgres
 from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.connection.sessions import NoAnswerError, Session
 from dgx_music.storage.connection.urls import normalise_url
-from dgx_music.storage.schema import SCHEMA_REVISION, VERSION_TABLE
 
 logger = logging.getLogger(__name__)
 

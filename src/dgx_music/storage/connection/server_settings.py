@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 
-from dgx_music.storage.schema import VERSION_TABLE
+from dgx_music.storage.connection.revision import VERSION_TABLE
 
 READABLE = {
     "DateStyle": "ISO",  # psycopg reads no other

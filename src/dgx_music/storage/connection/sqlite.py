@@ -25,8 +25,8 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from dgx_music.durability import flush_folder, give_name
 from dgx_music.modes import create_file
+from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.connection.sqlite_file import DatabaseFile, waiting
-from dgx_music.storage.schema import VERSION_TABLE
 
 READ_ONLY = "dgx_music_read_only"
 """Execution option of a connection whose transactions only read: they begin deferred and never wait for a writer."""
