@@ -24,7 +24,7 @@ check: $(DEVELOPING) ## everything: format, lint, types, migrations, tests with 
 	$(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 soak: $(DEVELOPING) ## the long fault runs
-	$(BIN)/pytest -m soak --timeout=900
+	$(BIN)/pytest -m "soak or any_driver" --both-drivers --timeout=900
 
 db-init: $(INSTALLED) ## create the database and its tables
 	$(BIN)/dgx-music db init

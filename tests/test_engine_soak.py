@@ -342,7 +342,7 @@ def light(database: Database, tmp_path: Path, start: Callable[..., Daemon]) -> C
 
 @pytest.mark.parametrize("database_url", ["sqlite", pytest.param("asyncpg", marks=pytest.mark.soak)], indirect=True)
 async def test_kills_and_cancels_neither_lose_nor_change_what_others_become(database, light):
-    fire = light(make_requests(seed=11, count=30, longest_seconds=3.0), kill_every=1.5, most_kills=2)
+    fire = light(make_requests(seed=11, count=30, longest_seconds=1.5), kill_every=1.5, most_kills=2)
     ashes = await burn_and_check(fire, seconds=240)
     assert len(ashes.killed) >= fire.kill_count == 2
     assert ashes.completed(least_attempts=2)

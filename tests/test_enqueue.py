@@ -42,7 +42,7 @@ from dgx_music.storage.repository import count_overlooked_prompts
 from tests.factories import SQLITE, Program, add_generation, audio_file, claim_one, completion_of, on, read, read_all
 from tests.patience import PATIENCE
 
-pytestmark = pytest.mark.usefixtures("default_database")
+pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
 
 enqueueing = sys.modules["dgx_music.client.enqueue"]  # the package's attribute of this name is the coroutine
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)

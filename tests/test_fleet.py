@@ -20,6 +20,8 @@ from tests.factories import add_generation, back_date
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 
+pytestmark = pytest.mark.any_driver
+
 SMALL, MEDIUM, LARGE = "musicgen-small", "musicgen-medium", "musicgen-large"
 
 

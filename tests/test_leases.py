@@ -23,6 +23,8 @@ from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, add_generation, back_date, claim_one, read, start_one
 from tests.fakes import FakeEngine
 
+pytestmark = pytest.mark.any_driver
+
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ONE = Lease("one", 1)
 DESCRIBED = {

@@ -20,6 +20,8 @@ from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, add_generation, back_date, claim_one, completion_of, read, start_one
 from tests.fakes import FakeEngine
 
+pytestmark = pytest.mark.any_driver
+
 HOUR = 3_600.0
 
 

@@ -35,6 +35,8 @@ from tests.factories import MODEL, SQLITE, audio_file, back_date, on
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 
+pytestmark = pytest.mark.any_driver
+
 
 @pytest.fixture
 def engine():

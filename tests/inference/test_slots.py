@@ -325,12 +325,13 @@ def draw(count: int, **sampling: Any) -> Tensor:
     [(250, None, 1.0), (50, None, 0.7), (250, 0.9, 1.0), (0, 0.5, 1.3), (20, 0.8, 2.0), (5, None, 1.0)],
 )
 def test_tokens_follow_the_exact_distribution(top_k: int, top_p: float | None, temperature: float) -> None:
+    count = 8_000
     expected = exact(top_k or 2048, 2.0 if top_p is None else top_p, temperature)
-    drawn = torch.bincount(draw(20_000, top_k=top_k, top_p=top_p, temperature=temperature), minlength=2048)
+    drawn = torch.bincount(draw(count, top_k=top_k, top_p=top_p, temperature=temperature), minlength=2048)
     assert drawn[expected == 0].sum() == 0
-    common = expected * 20_000 >= 5
-    rare = torch.tensor([drawn[~common].sum(), 20_000 * expected[~common].sum()])
-    deviations = (drawn[common] - 20_000 * expected[common]) ** 2 / (20_000 * expected[common])
+    common = expected * count >= 5
+    rare = torch.tensor([drawn[~common].sum(), count * expected[~common].sum()])
+    deviations = (drawn[common] - count * expected[common]) ** 2 / (count * expected[common])
     chi_square = deviations.sum() + (rare[0] - rare[1]) ** 2 / rare[1].clamp(min=1)
     degrees = int(common.sum())
     assert chi_square < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations of a chi-square
@@ -432,8 +433,8 @@ def compiled_decoder(backend: str, **options: bool) -> Decoder:
 
 def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
     """``is_strict`` raises where torch would fall back to Python."""
-    compiled = compiled_decoder("aot_eager", is_strict=True)
-    rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:3])]
+    compiled = compiled_decoder("eager", is_strict=True)
+    rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:2])]
     for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
         assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))
 

@@ -16,6 +16,8 @@ from dgx_music.storage.schema import FINISHED, now_plus
 from tests.factories import MODEL, add_generation, back_date, claim_one
 from tests.storage.plans import analyze, plan_of
 
+pytestmark = pytest.mark.any_driver
+
 SPEED = Measured(low=1.0, typical=1.5, high=2.0, measured_count=50)
 LARGE = "musicgen-large"
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)

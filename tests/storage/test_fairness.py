@@ -18,6 +18,8 @@ from dgx_music.storage.pauses import get_pauses, pause_model, resume_model
 from dgx_music.storage.schema import AGEING_SECONDS, UtcDateTime, now_plus
 from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_up_to, on, read_all
 
+pytestmark = pytest.mark.any_driver
+
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 

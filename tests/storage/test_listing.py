@@ -14,6 +14,8 @@ from dgx_music.storage import Database, Generation, list_generations, search_gen
 from tests.factories import MODEL, add_generation
 from tests.storage.plans import analyze, plan_of
 
+pytestmark = pytest.mark.any_driver
+
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SHAPE = {"prompt": "lofi rain", "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
 FILTERS = {

@@ -34,6 +34,8 @@ from dgx_music.storage.words import search_text
 from dgx_music.storage.workers import end_worker, register_worker
 from tests.factories import POSTGRES, ROOT, Program, add_generation, read, read_all, start_one
 
+pytestmark = pytest.mark.any_driver
+
 DESCRIBED = {
     "id": "worker-1",
     "host": "dgx",

@@ -15,6 +15,8 @@ from dgx_music.storage.words import search_text
 from tests.factories import MODEL, back_date
 from tests.storage.plans import analyze, plan_of
 
+pytestmark = pytest.mark.any_driver
+
 WORDS = """\
 melancholic happy eerie calm energetic dreamy aggressive romantic nostalgic suspenseful uplifting raw
 piano cello violin guitar flute trumpet synth organ accordion harp banjo saxophone sitar marimba

@@ -29,6 +29,8 @@ from dgx_music.worker.leases import Leases
 from tests.factories import MODEL, POSTGRES, add_generation, claim_up_to, completion_of, on, read_all
 from tests.patience import PATIENCE
 
+pytestmark = pytest.mark.any_driver
+
 
 async def assert_counts_are_true(database):
     async with database.session(read_only=True) as session:
