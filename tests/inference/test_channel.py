@@ -6,30 +6,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgx_music.audio.samples import Audio
-from dgx_music.inference.channel import Decoder, decode_request, encode, encode_request
+from dgx_music.inference.channel import Decoder, encode
+from dgx_music.inference.messages import EngineInfo, Finished, Generate, Message, Progress, Ready
 from tests.inference.factories import make_request
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
-headers = st.dictionaries(st.text(), json_values, max_size=4)
+infos = st.builds(EngineInfo, st.integers(), st.text(), st.text(), st.none() | st.text(), st.integers())
+messages_of_all_shapes = st.one_of(
+    st.builds(
+        Generate,
+        st.integers(),
+        st.dictionaries(st.text(), json_values, max_size=4),
+        st.just({}),
+        st.binary(max_size=50),
+    ),
+    st.builds(Ready, st.text(), infos),
+    st.builds(Progress, st.integers(), st.floats(0, 1)),
+)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(headers, st.binary(max_size=50))), st.integers(1, 40))
-def test_messages_survive_a_stream_that_is_cut_anywhere(messages: list[tuple[dict, bytes]], size: int) -> None:
-    stream = b"".join(encode(header, payload) for header, payload in messages)
+@given(st.lists(messages_of_all_shapes), st.integers(1, 40))
+def test_messages_survive_a_stream_that_is_cut_anywhere(messages: list[Message], size: int) -> None:
+    stream = b"".join(map(encode, messages))
     decoder = Decoder()
 
     received = [item for at in range(0, len(stream), size) for item in decoder.feed(stream[at : at + size])]
 
-    assert [(header, bytes(payload)) for header, payload in received] == messages
+    assert received == messages
 
 
 def test_a_message_is_held_back_until_its_last_byte() -> None:
-    stream = encode({"kind": "audio"}, b"1234")
+    message = Finished(1, [1, 1], 8_000, {}, b"1234")
+    stream = encode(message)
     decoder = Decoder()
 
     assert list(decoder.feed(stream[:-1])) == []
-    assert list(decoder.feed(stream[-1:])) == [({"kind": "audio"}, b"1234")]
+    assert list(decoder.feed(stream[-1:])) == [message]
 
 
 def clip(channels: int, frames: int, rate: int) -> Audio:
@@ -48,11 +61,12 @@ def clip(channels: int, frames: int, rate: int) -> Audio:
 )
 def test_a_request_travels_with_its_clips(clips: dict[str, Audio]) -> None:
     sent = make_request(model="musicgen-melody", duration=5, negative_prompt="drums", **clips)
-    (message,) = Decoder().feed(encode_request(7, sent))
+    (message,) = Decoder().feed(encode(Generate.of(7, sent)))
 
-    received = decode_request(message)
+    assert isinstance(message, Generate)
+    received = message.request()
 
-    assert (message.header["kind"], message.header["key"], "clips" in message.header) == ("generate", 7, bool(clips))
+    assert (message.key, message.clips.keys()) == (7, clips.keys())
     assert {name: value for name, value in vars(received).items() if name not in clips} == {
         name: value for name, value in vars(sent).items() if name not in clips
     }

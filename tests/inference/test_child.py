@@ -16,16 +16,31 @@ import pytest
 
 from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineReplacedError, EngineUnavailableError, GenerationCancelledError
-from dgx_music.inference import child
-from dgx_music.inference.channel import Decoder, Message, encode
-from dgx_music.inference.child import Channel, ChannelRun, Server
+from dgx_music.inference import child, child_channel
+from dgx_music.inference.channel import Decoder, encode
+from dgx_music.inference.child import Server
+from dgx_music.inference.child_channel import Channel, ChannelRun
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
+from dgx_music.inference.messages import (
+    Cancel,
+    DeviceLost,
+    Failed,
+    Finished,
+    Generate,
+    Load,
+    Progress,
+    Ready,
+    SlotFreed,
+    SlotsReduced,
+    Unavailable,
+    Unloaded,
+)
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import make_request, make_settings
 from tests.inference.test_process import has_vanished
 from tests.patience import PATIENCE
 
-Generate = Callable[[GenerationRequest, Run], Audio]
+Performer = Callable[[GenerationRequest, Run], Audio]
 
 
 class ScriptedEngine:
@@ -34,7 +49,7 @@ class ScriptedEngine:
     model_version = "scripted"
     notice = None
 
-    def __init__(self, generate: Generate) -> None:
+    def __init__(self, generate: Performer) -> None:
         self.slots = 2
         self.generate = generate
         self.is_closed = False
@@ -51,42 +66,42 @@ class Parent:
         self.make_engine = make_engine
         self.connection = connection
         self._decoder = Decoder()
-        self._received: list[Message] = []
+        self._received: list[Any] = []
         self._begun: set[int] = set()
 
-    def send(self, **header: Any) -> None:
-        self.connection.sendall(encode(header))
+    def send(self, message: Load | Generate | Cancel) -> None:
+        self.connection.sendall(encode(message))
 
-    def receive(self) -> Message:
+    def receive(self) -> Any:
         """Return the next message; of each generation's progress the first only."""
         while not self._received:
             for message in self._decoder.feed(self.connection.recv(65_536)):
-                if message.header["kind"] != "progress" or message.header["key"] not in self._begun:
+                if not isinstance(message, Progress) or message.key not in self._begun:
                     self._received.append(message)
-                if message.header["kind"] == "progress":
-                    self._begun.add(message.header["key"])
+                if isinstance(message, Progress):
+                    self._begun.add(message.key)
         return self._received.pop(0)
 
-    def load(self, model: str, slots: int | None = None) -> dict[str, Any]:
-        """Return the answer to this ``load``."""
-        self.send(kind="load", model=model, slots=slots)
-        return self.receive().header
+    def load(self, model: str, slots: int | None = None) -> Any:
+        """Return the answer to this ``Load``."""
+        self.send(Load(model, slots))
+        return self.receive()
 
     def generate(self, key: int = 1, **fields: Any) -> None:
-        self.send(kind="generate", key=key, request=vars(make_request(**fields)))
+        self.send(Generate.of(key, make_request(**fields)))
 
 
 @pytest.fixture
-def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Generate], Parent]]:
+def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Performer], Parent]]:
     """Serves engines with the ``generate`` that is given; returns its parent's end once one model is loaded."""
     ours, theirs = socket.socketpair()
 
-    def start(generate: Generate) -> Parent:
+    def start(generate: Performer) -> Parent:
         parent = Parent(ours, lambda settings: ScriptedEngine(generate))
         monkeypatch.setattr(child, "load_engine", lambda settings: parent.make_engine(settings))
         monkeypatch.setattr(child, "estimate_bytes", lambda settings: 1)
         thread.start()
-        assert parent.load("musicgen-small")["kind"] == "ready"
+        assert isinstance(parent.load("musicgen-small"), Ready)
         return parent
 
     thread = threading.Thread(target=lambda: Server(make_settings(), Channel(theirs)).serve())
@@ -108,39 +123,37 @@ def wait_for_cancel(request: GenerationRequest, run: Run) -> Audio:
         time.sleep(0.005)
 
 
-def test_audio_travels_as_float32_with_its_shape(connect: Callable[[Generate], Parent]) -> None:
+def test_audio_travels_as_float32_with_its_shape(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(silence)
 
     parent.generate()
 
-    header, payload = parent.receive()
-    assert header == {"kind": "audio", "key": 1, "shape": [2, 3], "sample_rate": 8_000, "facts": {"seed": 7}}
-    assert payload == bytes(2 * 3 * 4)
+    assert parent.receive() == Finished(1, [2, 3], 8_000, {"seed": 7}, bytes(2 * 3 * 4))
 
 
-def test_a_cancel_stops_the_generation_it_names(connect: Callable[[Generate], Parent]) -> None:
+def test_a_cancel_stops_the_generation_it_names(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(wait_for_cancel)
     for key in (1, 2):
         parent.generate(key)
-        assert parent.receive().header["kind"] == "progress"
+        assert isinstance(parent.receive(), Progress)
 
-    parent.send(kind="cancel", key=2)
-    reply = parent.receive().header
+    parent.send(Cancel(2))
+    reply = parent.receive()
 
-    assert (reply["kind"], reply["key"], reply["error"]) == ("failed", 2, "GenerationCancelledError")
-    parent.send(kind="cancel", key=1)
-    assert parent.receive().header["key"] == 1
+    assert (type(reply), reply.key, reply.error) == (Failed, 2, "GenerationCancelledError")
+    parent.send(Cancel(1))
+    assert parent.receive().key == 1
 
 
-def test_a_cancel_that_comes_too_late_is_nothing(connect: Callable[[Generate], Parent]) -> None:
+def test_a_cancel_that_comes_too_late_is_nothing(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(silence)
     parent.generate()
     parent.receive()
 
-    parent.send(kind="cancel", key=1)
+    parent.send(Cancel(1))
     parent.generate(2)
 
-    assert parent.receive().header["key"] == 2
+    assert parent.receive().key == 2
 
 
 def raise_system_exit(request: GenerationRequest, run: Run) -> Audio:
@@ -164,22 +177,21 @@ def raise_unavailable(request: GenerationRequest, run: Run) -> Audio:
     ],
 )
 def test_whatever_goes_wrong_is_answered(
-    connect: Callable[[Generate], Parent], generate: Generate, message: str
+    connect: Callable[[Performer], Parent], generate: Performer, message: str
 ) -> None:
     parent = connect(generate)
 
     parent.generate()
 
-    header = parent.receive().header
-    assert header == {"kind": "failed", "key": 1, "error": "EngineError", "message": message}
+    assert parent.receive() == Failed(1, "EngineError", message)
 
 
-def test_a_request_that_is_unacceptable_is_answered(connect: Callable[[Generate], Parent]) -> None:
+def test_a_request_that_is_unacceptable_is_answered(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(silence)
 
-    parent.send(kind="generate", key=1, request={**vars(make_request()), "top_k": -1})
+    parent.send(Generate(1, {**vars(make_request()), "top_k": -1}, {}, b""))
 
-    assert parent.receive().header["message"].startswith("InvalidRequestError: top_k is -1")
+    assert parent.receive().message.startswith("InvalidRequestError: top_k is -1")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +199,7 @@ def test_a_request_that_is_unacceptable_is_answered(connect: Callable[[Generate]
     [(EngineUnavailableError("No weights."), "No weights."), (ImportError("no torch"), "ImportError: no torch")],
 )
 def test_an_engine_that_does_not_load_says_why_and_leaves_the_others_alone(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     def load_engine(settings: EngineSettings) -> Engine:
         raise error
@@ -195,9 +207,9 @@ def test_an_engine_that_does_not_load_says_why_and_leaves_the_others_alone(
     parent = connect(silence)
     parent.make_engine = load_engine
 
-    assert parent.load("musicgen-medium") == {"kind": "unavailable", "model": "musicgen-medium", "message": message}
+    assert parent.load("musicgen-medium") == Unavailable("musicgen-medium", message)
     parent.generate()
-    assert parent.receive().header["kind"] == "audio"
+    assert isinstance(parent.receive(), Finished)
 
 
 class RecordingChannel(Channel):
@@ -214,7 +226,7 @@ class RecordingChannel(Channel):
 
 def test_progress_is_sent_at_once_and_then_at_most_twice_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(child.time, "monotonic", lambda: now)
+    monkeypatch.setattr(child_channel.time, "monotonic", lambda: now)
     channel = RecordingChannel()
     run = ChannelRun(1, channel, lambda: False)
 
@@ -298,31 +310,31 @@ def free_slot_and_wait(request: GenerationRequest, run: Run) -> Audio:
     return wait_for_cancel(request, run)
 
 
-def test_a_slot_is_freed_once_before_the_audio_is_made(connect: Callable[[Generate], Parent]) -> None:
+def test_a_slot_is_freed_once_before_the_audio_is_made(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(free_slot_and_wait)
     parent.generate()
 
-    assert parent.receive().header == {"kind": "freed", "key": 1}
-    assert parent.receive().header["kind"] == "progress"
-    parent.send(kind="cancel", key=1)
-    assert parent.receive().header["error"] == "GenerationCancelledError"
+    assert parent.receive() == SlotFreed(1)
+    assert isinstance(parent.receive(), Progress)
+    parent.send(Cancel(1))
+    assert parent.receive().error == "GenerationCancelledError"
 
 
 def test_more_generations_run_than_there_are_slots_where_slots_were_freed(
-    connect: Callable[[Generate], Parent],
+    connect: Callable[[Performer], Parent],
 ) -> None:
     parent = connect(free_slot_and_wait)
     for key in range(4):
         parent.generate(key)
 
-    kinds = [parent.receive().header["kind"] for _ in range(8)]
-    assert sorted(kinds) == ["freed"] * 4 + ["progress"] * 4
+    kinds = [type(parent.receive()) for _ in range(8)]
+    assert sorted(kinds, key=str) == [Progress] * 4 + [SlotFreed] * 4
     for key in range(4):
-        parent.send(kind="cancel", key=key)
+        parent.send(Cancel(key))
 
 
 def test_fewer_slots_are_told_once_and_before_the_failure_that_they_cost(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def shrink(request: GenerationRequest, run: Run) -> Audio:
         engine.slots = 1
@@ -335,13 +347,13 @@ def test_fewer_slots_are_told_once_and_before_the_failure_that_they_cost(
     for key in (1, 2):
         parent.generate(key, model="musicgen-medium")
 
-    replies = [parent.receive().header for _ in range(3)]
-    assert replies[0] == {"kind": "slots", "model": "musicgen-medium", "slots": 1}
-    assert [(reply["kind"], reply["error"]) for reply in replies[1:]] == [("failed", "EngineReplacedError")] * 2
+    replies = [parent.receive() for _ in range(3)]
+    assert replies[0] == SlotsReduced("musicgen-medium", 1)
+    assert [(type(reply), reply.error) for reply in replies[1:]] == [(Failed, "EngineReplacedError")] * 2
 
 
 def test_the_slots_of_a_load_are_what_its_engine_is_made_with(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = connect(silence)
     asked: list[EngineSettings] = []
@@ -364,55 +376,55 @@ def run_out_of_memory(request: GenerationRequest, run: Run) -> Audio:
 
 
 def test_a_generation_without_memory_is_given_back_beside_others_and_fails_alone(
-    connect: Callable[[Generate], Parent],
+    connect: Callable[[Performer], Parent],
 ) -> None:
     parent = connect(run_out_of_memory)
     parent.generate(1, prompt="held")
     parent.receive()
 
     parent.generate(2)
-    beside = parent.receive().header
-    parent.send(kind="cancel", key=1)
+    beside = parent.receive()
+    parent.send(Cancel(1))
     parent.receive()
     parent.generate(3)
-    alone = parent.receive().header
+    alone = parent.receive()
 
-    assert (beside["error"], alone["error"]) == ("EngineReplacedError", "EngineError")
-    assert beside["message"] == "There is no memory for this generation beside the others (MemoryError: 2 GiB)."
-    assert alone["message"].endswith("; use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16.")
+    assert (beside.error, alone.error) == ("EngineReplacedError", "EngineError")
+    assert beside.message == "There is no memory for this generation beside the others (MemoryError: 2 GiB)."
+    assert alone.message.endswith("; use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16.")
 
 
-def test_a_generation_whose_audio_does_not_fit_pays_beside_others_too(connect: Callable[[Generate], Parent]) -> None:
+def test_a_generation_whose_audio_does_not_fit_pays_beside_others_too(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(run_out_of_memory)
     parent.generate(1, prompt="held")
     parent.receive()
 
     parent.generate(2, prompt="codec")
-    freed, failed = parent.receive().header, parent.receive().header
-    parent.send(kind="cancel", key=1)
+    freed, failed = parent.receive(), parent.receive()
+    parent.send(Cancel(1))
 
-    assert (freed["kind"], failed["key"], failed["error"]) == ("freed", 2, "EngineError")
-    assert failed["message"].startswith("There is no memory for this generation (MemoryError: 2 GiB); use a smaller")
+    assert (type(freed), failed.key, failed.error) == (SlotFreed, 2, "EngineError")
+    assert failed.message.startswith("There is no memory for this generation (MemoryError: 2 GiB); use a smaller")
 
 
 def test_generations_that_never_find_memory_beside_each_other_pay_in_the_end(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child, "_MOST_GIVEN_BACK", 2)
+    monkeypatch.setattr(child, "_MAX_FREE_FAILURES", 2)
     parent = connect(run_out_of_memory)
     parent.generate(0, prompt="held")
     parent.receive()
     errors = []
     for key in (1, 2, 3):
         parent.generate(key)
-        errors.append(parent.receive().header["error"])
-    parent.send(kind="cancel", key=0)
+        errors.append(parent.receive().error)
+    parent.send(Cancel(0))
 
     assert errors == ["EngineReplacedError"] * 2 + ["EngineError"]
 
 
 def test_a_generation_without_memory_unloads_idle_engines_and_is_tried_once_more(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     idle = ScriptedEngine(silence)
 
@@ -424,34 +436,34 @@ def test_a_generation_without_memory_unloads_idle_engines_and_is_tried_once_more
     parent.load("musicgen-medium")
     parent.generate()
 
-    assert parent.receive().header == {"kind": "unloaded", "model": "musicgen-medium"}
-    assert parent.receive().header["kind"] == "audio"
+    assert parent.receive() == Unloaded("musicgen-medium")
+    assert isinstance(parent.receive(), Finished)
     parent.generate(2, model="musicgen-medium")
-    assert parent.receive().header["error"] == "EngineReplacedError"
+    assert parent.receive().error == "EngineReplacedError"
 
 
-def test_a_resident_model_is_loaded_at_once(connect: Callable[[Generate], Parent]) -> None:
+def test_a_resident_model_is_loaded_at_once(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(silence)
     parent.load("musicgen-medium")
     parent.make_engine = None
 
-    assert parent.load("musicgen-small")["kind"] == "ready"
+    assert isinstance(parent.load("musicgen-small"), Ready)
 
 
 def test_a_cancel_is_heard_while_another_model_loads(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
     parent = connect(wait_for_cancel)
     parent.make_engine = lambda settings: go_on.wait(PATIENCE) and ScriptedEngine(silence)
     parent.generate()
     parent.receive()
-    parent.send(kind="load", model="musicgen-medium", slots=None)
-    parent.send(kind="cancel", key=1)
+    parent.send(Load("musicgen-medium", None))
+    parent.send(Cancel(1))
 
-    assert parent.receive().header["error"] == "GenerationCancelledError"
+    assert parent.receive().error == "GenerationCancelledError"
     go_on.set()
-    assert parent.receive().header["kind"] == "ready"
+    assert isinstance(parent.receive(), Ready)
 
 
 # a device that is lost
@@ -462,7 +474,7 @@ def lose_the_device(request: GenerationRequest, run: Run) -> Audio:
 
 
 def test_a_lost_device_is_told_in_one_line_and_ends_the_process(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes: list[int] = []
 
@@ -475,7 +487,7 @@ def test_a_lost_device_is_told_in_one_line_and_ends_the_process(
     parent.generate()
 
     message = "RuntimeError: CUDA error: an illegal memory access was encountered"
-    assert parent.receive().header == {"kind": "broken", "message": message}
+    assert parent.receive() == DeviceLost(message)
     while not codes:
         pass
     assert codes == [child.LOST_THE_DEVICE]
@@ -492,7 +504,7 @@ def test_the_process_ends_with_the_code_of_a_lost_device(script: WriteScript) ->
         parent.load("musicgen-small")
         parent.generate()
 
-        assert parent.receive().header["kind"] == "broken"
+        assert isinstance(parent.receive(), DeviceLost)
         assert process.wait(PATIENCE) == child.LOST_THE_DEVICE == 70
 
 
@@ -508,7 +520,7 @@ def test_the_end_of_the_channel_ends_the_process_in_mid_generation(script: Write
         parent = Parent(ours)
         parent.load("musicgen-small")
         parent.generate()
-        assert parent.receive().header["kind"] == "progress"
+        assert isinstance(parent.receive(), Progress)
 
         ours.shutdown(socket.SHUT_RDWR)
 
@@ -529,7 +541,7 @@ def test_the_death_of_the_parent_ends_the_process_though_the_channel_is_open(scr
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-c", FOSTER_PARENT, str(theirs.fileno()), *child_command(theirs)]
     with ours, theirs, subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as parent:
-        pid = Parent(ours).load("musicgen-small")["info"]["pid"]
+        pid = Parent(ours).load("musicgen-small").info.pid
 
         parent.kill()
 
@@ -541,18 +553,18 @@ def no_threads(*_: object) -> None:
 
 
 def test_what_no_thread_can_be_started_for_is_answered_once(
-    connect: Callable[[Generate], Parent], monkeypatch: pytest.MonkeyPatch
+    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = connect(silence)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", no_threads)
         parent.generate(1)
-        assert parent.receive().header["message"].startswith("There is no memory for this generation")
+        assert parent.receive().message.startswith("There is no memory for this generation")
 
     parent.generate(2)
     parent.generate(3)
 
-    assert {parent.receive().header["key"] for _ in range(2)} == {2, 3}
+    assert {parent.receive().key for _ in range(2)} == {2, 3}
 
 
 def test_a_model_that_no_thread_can_be_started_for_is_answered_once() -> None:
@@ -566,6 +578,7 @@ def test_a_model_that_no_thread_can_be_started_for_is_answered_once() -> None:
     server._load("musicgen-large", None)  # what was submitted and runs in a later thread
     theirs.close()
     (message,) = Decoder().feed(ours.recv(65_536))
-    assert message.header["message"] == "There is no memory to load it (RuntimeError: can't start new thread)."
+    assert isinstance(message, Unavailable)
+    assert message.message == "There is no memory to load it (RuntimeError: can't start new thread)."
     assert ours.recv(1) == b""
     ours.close()

@@ -22,9 +22,10 @@ from dgx_music.errors import (
     EngineUnavailableError,
     GenerationRejectedError,
 )
+from dgx_music.inference import child_process
 from dgx_music.inference import process as process_module
-from dgx_music.inference.channel import encode
-from dgx_music.inference.process import EngineInfo, EngineProcess, _Slots
+from dgx_music.inference.messages import Unloaded
+from dgx_music.inference.process import EngineInfo, EngineProcess
 from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import QuietRun, begin, ignore, make_process, make_request
@@ -138,13 +139,13 @@ async def test_a_model_that_is_not_loaded_generates_nothing(process: EngineProce
 
 
 async def test_a_model_that_was_unloaded_is_loaded_by_the_next_start(process: EngineProcess) -> None:
-    child = process._child
-    assert child is not None
-    child.data_received(encode({"kind": "unloaded", "model": "musicgen-small"}))
+    calls = process._calls
+    assert calls is not None
+    calls.receive(Unloaded("musicgen-small"))
     with pytest.raises(EngineReplacedError):
         await process.generate(make_request(), ignore)
 
-    assert (await process.start()).pid == child.pid
+    assert (await process.start()).pid == calls.child.pid
     assert (await process.generate(make_request(), ignore)).duration == 0.08
 
 
@@ -380,12 +381,13 @@ async def test_fewer_slots_let_in_no_more_and_are_remembered_by_the_next_process
 
 
 async def test_the_slots_let_in_as_they_are_freed_whoever_is_cancelled_meanwhile() -> None:
-    slots = _Slots(2)
-    takers = [asyncio.create_task(slots.take()) for _ in range(5)]
-    await asyncio.sleep(0)
+    slots = anyio.CapacityLimiter(2)
+    takers = [asyncio.create_task(slots.acquire_on_behalf_of(name)) for name in "abcde"]
+    for _ in range(3):
+        await asyncio.sleep(0)
     assert [task.done() for task in takers] == [True, True, False, False, False]
     takers[2].cancel()
-    slots.free()
+    slots.release_on_behalf_of("a")
     takers[3].cancel()  # at the moment of its turn
     done, _ = await asyncio.wait(takers, timeout=PATIENCE)
     assert [task in done for task in takers] == [True] * 5
@@ -393,16 +395,16 @@ async def test_the_slots_let_in_as_they_are_freed_whoever_is_cancelled_meanwhile
 
 
 async def test_slots_that_have_become_fewer_let_nobody_in_before_as_many_are_free() -> None:
-    slots = _Slots(4)
-    for _ in range(4):
-        await slots.take()
-    slots.count = 2
-    waiting = asyncio.create_task(slots.take())
-    for _ in range(2):
-        slots.free()
+    slots = anyio.CapacityLimiter(4)
+    for name in "abcd":
+        await slots.acquire_on_behalf_of(name)
+    slots.total_tokens = 2
+    waiting = asyncio.create_task(slots.acquire_on_behalf_of("e"))
+    for name in "ab":
+        slots.release_on_behalf_of(name)
         await asyncio.sleep(0)
     assert not waiting.done()
-    slots.free()
+    slots.release_on_behalf_of("c")
     await asyncio.wait_for(waiting, PATIENCE)
 
 
@@ -661,7 +663,7 @@ def test_the_child_vanishes_with_its_parent(script: WriteScript, do: str) -> Non
 async def test_a_child_that_closes_its_channel_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, sys, time; os.close(int(sys.argv[4])); time.sleep(600)"
     monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, code))
-    monkeypatch.setattr(process_module, "_LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr(child_process, "_REMAINING_MESSAGES_SECONDS", 0.1)
 
     async with make_process() as process:
         with pytest.raises(EngineUnavailableError, match="closed its channel and lived on"):

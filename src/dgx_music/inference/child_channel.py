@@ -1,0 +1,95 @@
+"""The child's end of the channel, and what an engine uses of it: one ``Run`` per generation."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import cast
+
+from dgx_music.errors import GenerationCancelledError
+from dgx_music.inference.channel import Decoder, encode
+from dgx_music.inference.messages import FromParent, Progress, SlotFreed
+
+PROGRESS_SECONDS = 0.5
+_READ_BYTES = 65_536
+
+
+class Channel:
+    """The child's end of the channel; any thread may send. Everything waits, except ``offer``."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._writable = select.poll()  # select.select() takes no descriptor above 1023
+        self._writable.register(connection, select.POLLOUT)
+        self._decoder = Decoder()
+
+    def send(self, message: bytes) -> None:
+        """Send one encoded message whole. Raises ``ConnectionError`` if the parent is gone."""
+        with self._sending:
+            self._connection.sendall(message)
+
+    def offer(self, message: bytes) -> bool:
+        """Send a short encoded message if that needs no waiting; return whether it was sent.
+
+        It waits neither for another sender nor for a busy parent. Raises ``ConnectionError`` if
+        the parent is gone.
+        """
+        if not self._sending.acquire(blocking=False):
+            return False
+        try:
+            is_writable = bool(self._writable.poll(0))
+            if is_writable:
+                self._connection.sendall(message)
+            return is_writable
+        finally:
+            self._sending.release()
+
+    def messages(self) -> Iterator[FromParent]:
+        """Yield what the parent sends until it hangs up."""
+        while data := self._connection.recv(_READ_BYTES):
+            for message in self._decoder.feed(data):
+                yield cast(FromParent, message)
+
+
+class ChannelRun:
+    """The ``Run`` of one generation: its progress goes to the parent, which can cancel it."""
+
+    def __init__(self, key: int, channel: Channel, make_room: Callable[[], bool]) -> None:
+        self.key = key
+        self.make_room = make_room
+        self._channel = channel
+        self.has_slot = True
+        """Until the tokens are there; then only the audio is still to be made."""
+        self._cancelled = threading.Event()
+        self._next_progress_at = 0.0
+
+    def report_progress(self, progress: float) -> None:
+        """Send the progress, unless some was sent less than ``PROGRESS_SECONDS`` ago.
+
+        It never waits, since one thread reports for all rows: if the channel is busy, the next
+        call tries again.
+        """
+        now = time.monotonic()
+        if now < self._next_progress_at:
+            return
+        if self._channel.offer(encode(Progress(self.key, progress))):
+            self._next_progress_at = now + PROGRESS_SECONDS
+
+    def check_cancelled(self) -> None:
+        """Raise ``GenerationCancelledError`` if ``cancel`` was called."""
+        if self._cancelled.is_set():
+            raise GenerationCancelledError("The generation was cancelled.")
+
+    def free_slot(self) -> None:
+        """Tell the parent, once, that another generation may have the slot."""
+        if self.has_slot:
+            self.has_slot = False
+            self._channel.send(encode(SlotFreed(self.key)))
+
+    def cancel(self) -> None:
+        """Ask the engine to stop this generation, and no other."""
+        self._cancelled.set()
