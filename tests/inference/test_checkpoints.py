@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dgx_music.catalog import MODELS, find_model
 from dgx_music.errors import EngineUnavailableError
-from dgx_music.inference import checkpoint, integrity, inventory
+from dgx_music.inference import checkpoint, integrity
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import engine as musicgen
-from dgx_music.inference.musicgen import weights
+from dgx_music.inference.musicgen import inventory, weights
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import QuietRun
 from tests.inference.repositories import LAYOUTS, fill_cache, write_plainly, write_repository
@@ -265,11 +265,11 @@ def test_a_model_of_code_in_its_folder_does_not_run_it(folder: Path, tmp_path: P
 
 def test_every_call_that_might_run_a_repositorys_code_says_that_it_may_not() -> None:
     calls = re.compile(r"(?:from_pretrained|from_config)\((?:[^()]|\([^()]*\))*\)")
-    found = [call for file in HUB_SOURCES.glob("*.py") for call in calls.findall(file.read_text())]
+    found = [call for file in HUB_SOURCES.rglob("*.py") for call in calls.findall(file.read_text())]
     assert len(found) >= 3
     assert [call for call in found if "trust_remote_code=False" not in call] == []
     loads = [
-        line for file in HUB_SOURCES.glob("*.py") for line in file.read_text().splitlines() if "torch.load(" in line
+        line for file in HUB_SOURCES.rglob("*.py") for line in file.read_text().splitlines() if "torch.load(" in line
     ]
     assert loads
     assert all("weights_only=True" in line for line in loads)

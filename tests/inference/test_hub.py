@@ -13,7 +13,8 @@ import pytest
 
 from dgx_music.catalog import MODELS
 from dgx_music.errors import EngineUnavailableError
-from dgx_music.inference import checkpoint, hub, inventory
+from dgx_music.inference import checkpoint, hub
+from dgx_music.inference.musicgen import inventory
 from tests.inference.fake_hub import FakeHub
 from tests.inference.repositories import LAYOUTS, write_repository
 
@@ -153,7 +154,7 @@ def test_a_machine_that_is_told_to_be_offline_asks_nobody(serve: Serve, monkeypa
 
 
 def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
         problem = inventory.find_obstacle(MEDIUM, None)
@@ -161,7 +162,7 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_names_that_are_resolved_for_ever_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.05)
     resolver, never = socket.socketpair()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_arguments, **_options: resolver.recv(1))
     with resolver, never:

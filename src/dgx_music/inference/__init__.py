@@ -1,1 +1,4 @@
-"""Engines, and the process they run in. Knows nothing of databases; torch is imported only below here."""
+"""Engines, and the process that they run in.
+
+Knows nothing of databases. Only ``musicgen`` imports torch.
+"""

@@ -1,7 +1,8 @@
-"""A model's files: which of them are loaded, on this machine or on the Hugging Face hub. Needs no torch.
+"""A model's files, on this machine or on the Hugging Face hub: which ones are loaded.
 
-Safetensors come first, then pickled tensors (``pytorch_model.bin``), each as one file or as shards with an index; other
-copies of the weights, such as ``model.fp32.safetensors`` or audiocraft's ``state_dict.bin``, are neither downloaded nor read.
+Safetensors are preferred to pickled tensors (``pytorch_model.bin``). Both may be one file or shards
+with an index. Other copies of the weights, such as ``model.fp32.safetensors`` or audiocraft's
+``state_dict.bin``, are neither downloaded nor read. Needs no torch.
 """
 
 from __future__ import annotations
@@ -21,21 +22,26 @@ from dgx_music.inference.integrity import check_integrity
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""The files that weights begin with, the one to prefer first."""
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The file of the weights, or the index of their shards: the first of these that is complete."""
 NO_WEIGHTS = f"it holds none of {', '.join(WEIGHTS)} with all its files"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZERS = ("tokenizer.json", "spiece.model", _TOKENIZER_CONFIG)
 _WITHOUT_VOCABULARY = "ByT5Tokenizer"
-"""The one kind of tokenizer that needs no more than its configuration: it counts bytes."""
+"""The only kind of tokenizer that needs no more than its configuration: its tokens are bytes."""
 _MODEL_TYPES = ("musicgen", "musicgen_melody")
 _LONGEST_HEADER_BYTES = 100_000_000
-"""Of a file of safetensors; its own library reads no longer one."""
+"""The limit of a safetensors file; the library for such files refuses longer headers too."""
 _SMALL = (".json", ".model")
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """Return the files that hold the folder's weights; empty where there are none, or not all of them."""
+    """Return the files that hold the folder's weights; empty if any of them is missing."""
     for name in WEIGHTS:
         files = _with_shards(folder / name)
         if files and all(file.is_file() for file in files):
@@ -44,9 +50,9 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return in half a sentence why the folder's model cannot be loaded, or ``None``; no weights are read.
+    """Return why the folder's model cannot be loaded, as a part of a sentence; ``None`` if it can.
 
-    Only what costs nothing is looked at: the configuration, whether there is a tokenizer, and how the weights' files begin.
+    Reads only what is small: the configuration, the tokenizer's, and how the weights' files begin.
     """
     try:
         _check_small_files(folder)
@@ -56,7 +62,8 @@ def find_damage(folder: Path) -> str | None:
         for file in files:
             _check_weights(file)
     except OSError as error:
-        return f"{Path(error.filename or folder).name} cannot be read ({(error.strerror or str(error)).lower()})"
+        reason = (error.strerror or str(error)).lower()
+        return f"{Path(error.filename or folder).name} cannot be read ({reason})"
     except ValueError as error:
         return str(error)
     return None
@@ -68,7 +75,7 @@ def list_small_files(folder: Path) -> list[Path]:
 
 
 def find_folder(info: ModelInfo, revision: str | None) -> Path | None:
-    """Return the model's folder on this machine, its own or one of the Hugging Face cache; ``None`` without weights."""
+    """Return the model's folder, its own or in the Hugging Face cache; ``None`` if incomplete."""
     if info.repository is not None:
         return find_snapshot(info.repository, revision_of(info, revision))
     folder = Path(info.name)
@@ -76,7 +83,10 @@ def find_folder(info: ModelInfo, revision: str | None) -> Path | None:
 
 
 def find_snapshot(repository: str, revision: str) -> Path | None:
-    """Return the folder, named for its commit, of the Hugging Face cache; ``None`` where it is not there or not complete."""
+    """Return the revision's folder in the Hugging Face cache; ``None`` if a file is missing.
+
+    The folder's name is the commit.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -84,23 +94,25 @@ def find_snapshot(repository: str, revision: str) -> Path | None:
     except OSError:
         return None
     folder = Path(found)
-    has_the_rest = (folder / "config.json").is_file() and any((folder / name).is_file() for name in _TOKENIZERS)
-    return folder if has_the_rest and find_weights(folder) else None
+    has_config = (folder / "config.json").is_file()
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZERS)
+    return folder if has_config and has_tokenizer and find_weights(folder) else None
 
 
 def obtain(info: ModelInfo, revision: str | None) -> Path:
-    """Return the folder with the model's files, downloaded if need be.
+    """Return the folder with the model's files; download them if they are missing.
 
-    Raises ``EngineUnavailableError`` where the hub does not have them or does not answer within 3 s.
+    Raises ``EngineUnavailableError`` if the hub lacks them or does not answer within 3 s.
     """
     if info.repository is None:
         return Path(info.name)
     revision = revision_of(info, revision)
-    return find_snapshot(info.repository, revision) or _download(info.repository, revision, licence_of(info))
+    found = find_snapshot(info.repository, revision)
+    return found or _download(info.repository, revision, licence_of(info))
 
 
 def check_obtainable(info: ModelInfo, revision: str | None) -> None:
-    """Raise what ``obtain`` would raise at once, and download nothing."""
+    """Raise what ``obtain`` would raise before it downloads; download nothing."""
     if info.repository is not None:
         revision = revision_of(info, revision)
         if find_snapshot(info.repository, revision) is None:
@@ -108,12 +120,12 @@ def check_obtainable(info: ModelInfo, revision: str | None) -> None:
 
 
 def revision_of(info: ModelInfo, revision: str | None) -> str:
-    """Return which revision of the repository is meant: the one that is set, else the pinned one."""
+    """Return the revision of the repository to use: the setting's, else the pinned one."""
     return revision or info.revision or "main"
 
 
 def licence_of(info: ModelInfo) -> str:
-    """Return what a user must know of the licence."""
+    """Return what a user must know of the licence, as a part of a sentence."""
     return f"the weights of {info.name} are licensed {info.licence}: no commercial use"
 
 
@@ -123,15 +135,18 @@ def _check_small_files(folder: Path) -> None:
     tokenizers = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
     if not tokenizers:
         raise ValueError(f"it holds no tokenizer, none of {', '.join(_TOKENIZERS)}")
-    told = {file.name: _read_object(file) for file in tokenizers if file.suffix == ".json"}
+    read = {file.name: _read_object(file) for file in tokenizers if file.suffix == ".json"}
     if [file.name for file in tokenizers] == [_TOKENIZER_CONFIG]:
-        kind = str(told[_TOKENIZER_CONFIG].get("tokenizer_class"))
+        kind = str(read[_TOKENIZER_CONFIG].get("tokenizer_class"))
         if not kind.startswith(_WITHOUT_VOCABULARY):
             raise ValueError("its tokenizer has no vocabulary")
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises ``ValueError`` that says which file is none, and ``OSError``."""
+    """Return the JSON object in a file.
+
+    Raises ``OSError`` if the file cannot be read, and ``ValueError`` if it holds anything else.
+    """
     try:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
@@ -150,7 +165,7 @@ def _check_weights(file: Path) -> None:
 
 
 def _has_whole_header(file: Path) -> bool:
-    """Return whether the header can be read, and names tensors that fill the rest of the file."""
+    """Return whether the header is readable and its tensors fill the rest of the file."""
     size_bytes = file.stat().st_size
     with file.open("rb") as content:
         header_bytes = int.from_bytes(content.read(8), "little")
@@ -159,22 +174,23 @@ def _has_whole_header(file: Path) -> bool:
             return False
         header = content.read(header_bytes)
     try:
-        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
-        spans = [tensor["data_offsets"] for tensor in tensors.values()]
-        return all(0 <= start <= end for start, end in spans) and max(end for _, end in spans) == rest_bytes
+        entries = json.loads(header).items()
+        spans = [entry["data_offsets"] for name, entry in entries if name != "__metadata__"]
+        are_in_order = all(0 <= start <= end for start, end in spans)
+        return are_in_order and max(end for _, end in spans) == rest_bytes
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
 def _begins_as_pickle(file: Path) -> bool:
-    """Return whether the file begins as older versions of torch wrote it."""
+    """Return whether the file begins as older versions of torch write it."""
     with file.open("rb") as content:
         mark = content.read(2)
     return mark[:1] == b"\x80" and mark[1:] in (b"\2", b"\3", b"\4", b"\5")
 
 
 def _with_shards(file: Path) -> list[Path]:
-    """Return the file itself, or the shards that an index names; empty where it cannot be read."""
+    """Return the file itself, or the shards that an index names; empty if it cannot be read."""
     if file.suffix != ".json":
         return [file]
     try:
@@ -185,21 +201,24 @@ def _with_shards(file: Path) -> list[Path]:
 
 
 def _download(repository: str, revision: str, licence: str) -> Path:
-    """Download the small files, then the weights, which are never there alone; return their folder."""
+    """Download the small files and then the weights; return their folder.
+
+    In this order, weights in the cache always have the other files beside them.
+    """
     from huggingface_hub import snapshot_download
 
     small, first = _choose_files(repository, revision)
     logger.warning("Before the first download: %s (https://huggingface.co/%s).", licence, repository)
-    with _telling_why(repository, revision):
+    with _explaining_failures(repository, revision):
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
         check_integrity(list_small_files(folder))
-        weights = [file.name for file in _with_shards(folder / first)]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*small, *weights]))
+        files = small + [file.name for file in _with_shards(folder / first)]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
 
 
 def _choose_files(repository: str, revision: str) -> tuple[list[str], str]:
-    """Return the names of the small files on the hub, and of the file that the weights begin with."""
-    with _telling_why(repository, revision):
+    """Return the names of the small files on the hub, and the one of ``WEIGHTS`` to use."""
+    with _explaining_failures(repository, revision):
         names = list_files(repository, revision)
         first = next((name for name in WEIGHTS if name in names), None)
         if first is None:
@@ -208,8 +227,8 @@ def _choose_files(repository: str, revision: str) -> tuple[list[str], str]:
 
 
 @contextmanager
-def _telling_why(repository: str, revision: str) -> Iterator[None]:
-    """Turn whatever goes wrong into ``EngineUnavailableError``, with the reason and the remedies."""
+def _explaining_failures(repository: str, revision: str) -> Iterator[None]:
+    """Turn every exception into ``EngineUnavailableError`` with the reason and the remedies."""
     try:
         yield
     except EngineUnavailableError:
@@ -222,7 +241,7 @@ def _telling_why(repository: str, revision: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise EngineUnavailableError(
-            f"The model {repository} (revision {revision}) is not on this machine and cannot be downloaded "
-            f"({reason}); connect to the internet once, or point DGX_MUSIC_MODEL at a local folder, "
-            "or use musicgen-tiny-untrained."
+            f"The model {repository} (revision {revision}) is not on this machine and cannot be "
+            f"downloaded ({reason}); connect to the internet once, or point DGX_MUSIC_MODEL at a "
+            "local folder, or use musicgen-tiny-untrained."
         ) from error

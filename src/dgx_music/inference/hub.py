@@ -1,4 +1,7 @@
-"""The Hugging Face hub, asked once and for 3 s at most: the library itself would ask for 38 s. Needs huggingface_hub."""
+"""One question to the Hugging Face hub, with an answer after at most 3 s.
+
+The library itself would go on asking for 38 s. Needs huggingface_hub.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,37 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-PATIENCE_SECONDS = 3.0
+TIMEOUT_SECONDS = 3.0
 
 _Answer = TypeVar("_Answer")
 
 
 class HubUnavailableError(Exception):
-    """The hub does not give the files; the message says why, as half a sentence."""
+    """The hub does not give the files; the message says why, as a part of a sentence."""
 
 
 class RevisionUnknownError(HubUnavailableError):
-    """The hub has the repository, but not this revision of it."""
+    """The hub has the repository, but not this revision."""
 
 
 def list_files(repository: str, revision: str) -> list[str]:
-    """Return the names of the files that the hub holds of this revision.
+    """Return the names of the files that the hub has for this revision.
 
-    Raises ``HubUnavailableError`` where it does not answer within ``PATIENCE_SECONDS``, or refuses.
+    Raises ``HubUnavailableError`` if it refuses or does not answer within ``TIMEOUT_SECONDS``.
     """
     from huggingface_hub import HfApi
 
-    info = _within_patience(lambda: HfApi().model_info(repository, revision=revision, timeout=PATIENCE_SECONDS))
+    info = _with_timeout(
+        lambda: HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS),
+    )
     return [file.rfilename for file in info.siblings or ()]
 
 
-def _within_patience(ask: Callable[[], _Answer]) -> _Answer:
-    """Return the answer; a thread is left to wait for it, since no timeout of a socket covers the resolver of names."""
+def _with_timeout(ask: Callable[[], _Answer]) -> _Answer:
+    """Return the answer, or leave behind a thread that waits for it.
+
+    A socket's timeout would not be enough: looking up the host's name may take much longer.
+    """
     answer: Future[_Answer] = Future()
 
     def run() -> None:
@@ -43,7 +51,7 @@ def _within_patience(ask: Callable[[], _Answer]) -> _Answer:
 
     threading.Thread(target=run, name="hub", daemon=True).start()
     try:
-        return answer.result(PATIENCE_SECONDS)
+        return answer.result(TIMEOUT_SECONDS)
     except Exception as error:
         raise _explain(error) from error
 
@@ -58,7 +66,8 @@ def _explain(error: Exception) -> HubUnavailableError:
     if isinstance(error, errors.HfHubHTTPError):
         return HubUnavailableError(f"the hub answers {error.response.status_code}")
     if isinstance(error, TimeoutError):
-        return HubUnavailableError(f"the hub does not answer within {PATIENCE_SECONDS:g} s")
-    if isinstance(error, ValueError | TypeError | KeyError):  # a proxy's or a hotel's own page
+        return HubUnavailableError(f"the hub does not answer within {TIMEOUT_SECONDS:g} s")
+    if isinstance(error, ValueError | TypeError | KeyError):  # the page of a proxy or a hotel
         return HubUnavailableError("what answers is not the hub")
-    return HubUnavailableError(f"the hub cannot be reached: {str(error).partition(chr(10))[0].rstrip('.')}")
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return HubUnavailableError(f"the hub cannot be reached: {reason}")

@@ -1,6 +1,7 @@
-"""Whether downloaded files still are what the hub has: its cache names each file by the digest of its content.
+"""Checks that downloaded files are what the hub has: its cache names each file by its digest.
 
-A file is read once: its size, times and place on the disk are remembered, and while they are the same it is believed.
+A file is read once. Its size, times and place on the disk are noted; while they stay the same, it
+is not read again.
 """
 
 from __future__ import annotations
@@ -20,33 +21,36 @@ _GIT = re.compile("[0-9a-f]{40}")
 
 
 def check_integrity(files: Iterable[Path]) -> None:
-    """Raise ``EngineUnavailableError`` for a file of the Hugging Face cache whose content is not what the hub recorded.
+    """Raise ``EngineUnavailableError`` if a file of the Hugging Face cache is damaged.
 
-    Of files that are elsewhere, the hub's record is not known, and they are not read.
+    Files elsewhere are not read, because nothing says what the hub has recorded of them.
     """
     known = _read_notes()
-    fresh = {
-        str(blob): stamp for blob in map(_blob_of, files) if blob and known.get(str(blob)) != (stamp := _stamp(blob))
-    }
+    stamps = {str(blob): _stamp(blob) for blob in map(_blob_of, files) if blob}
+    fresh = {name: stamp for name, stamp in stamps.items() if known.get(name) != stamp}
     for blob in map(Path, fresh):
         if not _is_as_recorded(blob):
             raise EngineUnavailableError(
-                f"{blob} is damaged: its content is not what the hub's record, its name, says; delete it, and it is "
-                "downloaded again."
+                f"{blob} is damaged: its content is not what the hub's record, its name, says; "
+                "delete it, and it is downloaded again."
             )
     if fresh:
         _write_notes({name: stamp for name, stamp in known.items() if Path(name).exists()} | fresh)
 
 
 def _blob_of(file: Path) -> Path | None:
-    """Return the cache's file that a snapshot's file is a link to; ``None`` where it is none."""
+    """Return the cache's file to which a snapshot's file links; ``None`` for any other file."""
     target = file.resolve()
     is_named_by_digest = _SHA256.fullmatch(target.name) or _GIT.fullmatch(target.name)
     return target if target.parent.name == "blobs" and is_named_by_digest else None
 
 
 def _is_as_recorded(blob: Path) -> bool:
-    """Compare a large file's SHA-256, or a small one's SHA-1: as git counts it, or plain, as some mirrors name files."""
+    """Return whether the file's name is its digest.
+
+    That is SHA-256 for a large file. For a small one it is SHA-1, as git computes it, or of the
+    content alone, as some mirrors do.
+    """
     with blob.open("rb") as content:
         if _SHA256.fullmatch(blob.name):
             return hashlib.file_digest(content, "sha256").hexdigest() == blob.name
@@ -59,6 +63,7 @@ def _sha1(data: bytes) -> str:
 
 
 def _stamp(file: Path) -> list[int]:
+    """Return what changes if the file is replaced or written to."""
     found = file.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_dev, found.st_ino]
 
@@ -78,9 +83,12 @@ def _read_notes() -> dict[str, list[int]]:
 
 
 def _write_notes(notes: dict[str, list[int]]) -> None:
-    """Replace what is remembered; where that cannot be written, every start reads the files again."""
-    place = _notes_file()
-    with suppress(OSError), NamedTemporaryFile("w", dir=place.parent, prefix=place.stem, delete=False) as part:
+    """Replace the notes. If that fails, the next start reads the files again."""
+    target = _notes_file()
+    with (
+        suppress(OSError),
+        NamedTemporaryFile("w", dir=target.parent, prefix=target.stem, delete=False) as part,
+    ):
         json.dump(notes, part)
         part.flush()
-        Path(part.name).replace(place)
+        Path(part.name).replace(target)

@@ -1,4 +1,7 @@
-"""The engines that one process has in memory: loaded side by side while there is room, the least recently used gives way."""
+"""The engines that one process has in memory.
+
+Engines stay loaded side by side while there is room. The least recently used one is unloaded first.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,21 @@ from dgx_music.catalog import find_model
 from dgx_music.errors import EngineReplacedError, EngineUnavailableError
 from dgx_music.inference.checkpoint import check_obtainable
 from dgx_music.inference.engine import Engine, EngineSettings, EstimateBytes, LoadEngine
-from dgx_music.inference.trouble import MEMORY_REMEDY, first_line, give_back_memory, is_out_of_memory
+from dgx_music.inference.trouble import (
+    MEMORY_REMEDY,
+    first_line,
+    give_back_memory,
+    is_out_of_memory,
+)
 
 ENGINES = {"musicgen": "dgx_music.inference.musicgen.engine", "tone": "dgx_music.inference.tone"}
 
 
 class Residents:
-    """Engines by model. ``load`` is for one thread at a time, everything else for any.
+    """Engines by model. Only one thread at a time may call ``load``; the rest is thread-safe.
 
-    An engine in which a generation runs is never unloaded. ``on_unload`` hears of a model once no generation of it can
-    begin any more.
+    An engine in which a generation runs is never unloaded. ``on_unload`` is called with a model
+    when no generation of it can begin any more.
     """
 
     def __init__(
@@ -39,15 +47,15 @@ class Residents:
         self._on_unload = on_unload
         self._engines: dict[str, Engine] = {}  # the least recently used first
         self._users: dict[str, int] = {}
-        self._sizes: dict[tuple[str, int | None], int] = {}  # by model and slots, as they were once they were loaded
         self._lock = threading.Lock()  # for the two above; never held while an engine loads
+        self._sizes: dict[tuple[str, int | None], int] = {}  # measured, by model and slots
 
     @contextmanager
     def load(self, settings: EngineSettings) -> Iterator[Engine]:
-        """Have the engine of ``settings.model`` for the block, loaded now where it is not resident.
+        """Return the engine of ``settings.model`` for the block; load it if it is not resident.
 
-        Idle others make room for it. Raises ``EngineUnavailableError`` where it does not fit even so, and what the
-        engine's own loading raises.
+        Idle engines are unloaded to make room. Raises ``EngineUnavailableError`` if it does not
+        fit even so, and what the engine's own loading raises.
         """
         engine = self._take(settings.model)
         if engine is None:
@@ -61,17 +69,24 @@ class Residents:
 
     @contextmanager
     def use(self, model: str) -> Iterator[Engine]:
-        """Keep the model's engine resident for the block. Raises ``EngineReplacedError`` where it was unloaded."""
+        """Return the model's engine and keep it resident for the block.
+
+        Raises ``EngineReplacedError`` if it was unloaded.
+        """
         engine = self._take(model)
         if engine is None:
-            raise EngineReplacedError(f"The model {model} was unloaded to make room for another one.")
+            message = f"The model {model} was unloaded to make room for another one."
+            raise EngineReplacedError(message)
         try:
             yield engine
         finally:
             self._leave(model)
 
     def _take(self, model: str, fresh: Engine | None = None) -> Engine | None:
-        """Count one more user of the model's engine, which is now the most recently used; ``None`` where there is none."""
+        """Return the model's engine with one more user, as the most recently used one.
+
+        Returns ``None`` if the model is not resident. ``fresh`` becomes its engine.
+        """
         with self._lock:
             engine = fresh or self._engines.pop(model, None)
             if engine is not None:
@@ -84,7 +99,10 @@ class Residents:
             self._users[model] -= 1
 
     def unload_idle(self, *, at_most: int | None = None) -> bool:
-        """Unload the engines that nothing runs in, the least recently used first; return whether there were any."""
+        """Unload the engines in which nothing runs; return whether there were any.
+
+        The least recently used ones come first.
+        """
         with self._lock:
             idle = [model for model in self._engines if not self._users.get(model)][:at_most]
             engines = [self._engines.pop(model) for model in idle]
@@ -96,13 +114,20 @@ class Residents:
         return bool(idle)
 
     def _make_room_for(self, settings: EngineSettings) -> None:
-        """Unload one idle engine after another until there is room, or all of them where that cannot be told."""
+        """Unload one idle engine after another until there is room.
+
+        If it is not known how much memory is needed or free, unload all of them.
+        """
         needed = self._needed_bytes(settings)
-        while self._engines and not _fits(needed, self._free_bytes()) and self.unload_idle(at_most=1):
-            pass
+        while self._engines and not _fits(needed, self._free_bytes()):
+            if not self.unload_idle(at_most=1):
+                return
 
     def _needed_bytes(self, settings: EngineSettings) -> int | None:
-        """Return what the engine will need; of one that nothing is known of, as much as the largest that is resident."""
+        """Return how much memory the engine will need, or ``None`` if nobody knows.
+
+        If there is no measure and no estimate, it is as much as the largest resident engine holds.
+        """
         needed = self._sizes.get((settings.model, settings.slots)) if settings.slots else None
         if needed is None:
             needed = self._estimate_bytes(settings)
@@ -112,17 +137,17 @@ class Residents:
             return max(map(_memory_bytes, self._engines.values()), default=0) or None
 
     def _load_with_all_slots(self, settings: EngineSettings) -> Engine:
-        """Return the loaded engine; before it makes do with fewer slots than were asked for, idle others give way."""
-        engine = self._load_where_it_fits(settings)
+        """Load the engine; if it got fewer slots than asked, unload idle ones and load it again."""
+        engine = self._load_making_room(settings)
         if settings.slots and engine.slots < settings.slots and self.unload_idle():
             _close(engine)
             del engine
             give_back_memory()
-            engine = self._load_where_it_fits(settings)
+            engine = self._load_making_room(settings)
         self._sizes[settings.model, settings.slots] = _memory_bytes(engine)
         return engine
 
-    def _load_where_it_fits(self, settings: EngineSettings) -> Engine:
+    def _load_making_room(self, settings: EngineSettings) -> Engine:
         while True:
             try:
                 return self._load(settings)
@@ -135,9 +160,13 @@ class Residents:
 
 
 def load_engine(settings: EngineSettings) -> Engine:
-    """Import the engine's module and build it. Raises ``EngineUnavailableError`` for a name that is not known."""
+    """Import the engine's module and build the engine.
+
+    Raises ``EngineUnavailableError`` if the engine's name is unknown, or if it cannot be loaded.
+    """
     if settings.engine not in ENGINES:
-        raise EngineUnavailableError(f"The engine {settings.engine!r} is not known; use {' or '.join(ENGINES)}.")
+        names = " or ".join(ENGINES)
+        raise EngineUnavailableError(f"The engine {settings.engine!r} is not known; use {names}.")
     if settings.engine == "musicgen":
         _check_obtainable(settings)
     load: LoadEngine = importlib.import_module(ENGINES[settings.engine]).load
@@ -145,21 +174,27 @@ def load_engine(settings: EngineSettings) -> Engine:
 
 
 def _check_obtainable(settings: EngineSettings) -> None:
-    """Find out whether the model's files can be had before torch is imported, which takes seconds."""
+    """Check that the model's files can be had, before importing torch takes seconds."""
     info = find_model(settings.model)
     if info is not None and all(map(find_spec, ("torch", "transformers", "huggingface_hub"))):
         check_obtainable(info, settings.revision)
 
 
 def estimate_bytes(settings: EngineSettings) -> int | None:
-    """Return how much memory the engine would hold, as its module estimates it, or ``None`` where it does not."""
+    """Return how much memory the engine would hold; ``None`` if its module does not estimate it.
+
+    A module that is not imported yet does not estimate either.
+    """
     module = sys.modules.get(ENGINES.get(settings.engine, ""))
     estimate: EstimateBytes | None = getattr(module, "estimate_bytes", None)
     return None if estimate is None else estimate(settings)
 
 
 def free_bytes(device: str) -> int | None:
-    """Return how much memory the device has free, or ``None`` where nobody says; ``auto`` is CUDA where torch has it."""
+    """Return how much memory the device has free, or ``None`` if that is not known.
+
+    ``auto`` is CUDA if torch uses it, else the host.
+    """
     torch = sys.modules.get("torch")
     if device != "cpu" and torch is not None and torch.cuda.is_initialized():
         return int(torch.cuda.mem_get_info(None if device in ("auto", "cuda") else device)[0])
@@ -171,7 +206,8 @@ def _free_host_bytes(meminfo: Path) -> int | None:
         lines = meminfo.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    available = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(kibibytes) * 1024 for kibibytes in available), None)
 
 
 def _memory_bytes(engine: Engine) -> int:
@@ -189,4 +225,5 @@ def _fits(needed: int | None, free: int | None) -> bool:
 
 
 def _does_not_fit(model: str, error: Exception) -> EngineUnavailableError:
-    return EngineUnavailableError(f"The model {model} does not fit into memory ({first_line(error)}); {MEMORY_REMEDY}.")
+    reason = f"The model {model} does not fit into memory ({first_line(error)})"
+    return EngineUnavailableError(f"{reason}; {MEMORY_REMEDY}.")

@@ -1,32 +1,37 @@
-"""The tone engine: sine waves at once, the same on every machine, without torch; for our tests and for yours.
+"""The tone engine: sine waves at once, the same on every machine, without torch; for tests.
 
-Pitch follows from the request's words and numbers, its attempt among them, so that two attempts never sound alike; its
-clips do not change it. A continuation is played first, as it is; a melody is taken, and told of, but not followed. How
-fast it is and where it fails is scripted from outside, by two environment variables of the worker:
+The pitch depends on the request's words and numbers, with the number of its attempt, so that two
+attempts never sound alike. It does not depend on the clips. A continuation is played first,
+unchanged; a melody is accepted and named in the facts, but not followed. Two environment variables
+of the worker say how fast the engine is and which generations fail:
 
 ``DGX_MUSIC_TONE_SPEED``
-    seconds of audio made in a second of wall time; instant where it is not set.
+    seconds of audio made in a second of wall time; instant if it is not set.
 
 ``DGX_MUSIC_TONE_SCRIPT``
-    path of a JSON file, read anew for each generation, so that a test can change it while the worker runs. It holds a
-    list of rules, and the first that matches a generation decides what becomes of it::
+    path of a JSON file. It is read anew for each generation, so that a test can change it while
+    the worker runs. It holds a list of rules; the first that matches a generation is applied::
 
         [
-          {"prompt": "storm", "attempts": [1], "do": "raise", "seconds": 0.5, "message": "no thunder today"},
+          {"prompt": "storm", "attempts": [1], "do": "raise", "message": "no thunder today"},
           {"prompt": "^rain$", "do": "wait", "seconds": 2}
         ]
 
-    ``prompt``     regular expression searched in the prompt; any prompt where it is missing
-    ``attempts``   attempts the rule is for; any where it is missing
-    ``do``         ``wait``: succeed after ``seconds``; ``raise``: fail in a way that a retry may cure; ``reject``: fail
-                   for good; ``shrink``: halve the slots and give the generation back, as where memory runs out;
-                   ``exit``: end the process with ``exit_code``; ``kill``: end it by SIGKILL; ``hang``: report progress
-                   for a moment, then never end, whatever is cancelled
-    ``seconds``    how long the generation takes, or how long it runs before it fails; 0, of no meaning to ``hang``
+    ``prompt``     regular expression that is searched in the prompt; any prompt if missing
+    ``attempts``   numbers of the attempts; any attempt if missing
+    ``do``         ``wait``: succeed after ``seconds``
+                   ``raise``: fail in a way that a retry may cure
+                   ``reject``: fail for good
+                   ``shrink``: halve the slots and give the generation back, as if memory ran out
+                   ``exit``: end the process with ``exit_code``
+                   ``kill``: end the process by SIGKILL
+                   ``hang``: report progress for a moment, then never end, even if cancelled
+    ``seconds``    how long the generation takes, or how long it runs before it fails; 0 if missing;
+                   ``hang`` ignores it
     ``audio_seconds``
-                   how long ``wait`` goes on after it has freed its slot; 0
-    ``message``    what ``raise``, ``reject`` and ``shrink`` say; "scripted failure"
-    ``exit_code``  1
+                   how long ``wait`` goes on after it has freed its slot; 0 if missing
+    ``message``    what ``raise``, ``reject`` and ``shrink`` say; "scripted failure" if missing
+    ``exit_code``  1 if missing
 """
 
 from __future__ import annotations
@@ -44,7 +49,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dgx_music.audio.samples import Audio, Samples
-from dgx_music.errors import ConfigurationError, EngineReplacedError, EngineUnavailableError, GenerationRejectedError
+from dgx_music.errors import (
+    ConfigurationError,
+    EngineReplacedError,
+    EngineUnavailableError,
+    GenerationRejectedError,
+)
 from dgx_music.inference.engine import EngineSettings, GenerationRequest, Run
 
 SPEED_VARIABLE = "DGX_MUSIC_TONE_SPEED"
@@ -55,11 +65,11 @@ _AMPLITUDE = 0.5
 _LOWEST_HZ, _HIGHEST_HZ = 110.0, 880.0
 _SLICE_SECONDS = 0.02
 _HANG_REPORTS = 5
-"""A single one may be dropped, where the channel is busy."""
+"""More than one, because a busy channel drops some."""
 
 
 class Rule(BaseModel):
-    """One rule of the script; the module's documentation says what the fields mean."""
+    """One rule of the script; the module's docstring explains the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,7 +82,7 @@ class Rule(BaseModel):
     exit_code: Annotated[int, Field(ge=0, le=255)] = 1
 
     def is_for(self, request: GenerationRequest) -> bool:
-        """Return whether the rule decides what becomes of this request."""
+        """Return whether the rule matches this request."""
         has_attempt = self.attempts is None or request.attempt in self.attempts
         return has_attempt and self.prompt.search(request.prompt) is not None
 
@@ -81,7 +91,10 @@ _SCRIPT = TypeAdapter(tuple[Rule, ...])
 
 
 class ToneEngine:
-    """Makes sine waves of amplitude 0.5; ``speed`` in audio seconds per wall second, instant where it is ``None``."""
+    """Makes sine waves of amplitude 0.5.
+
+    ``speed`` is in seconds of audio per second of wall time; ``None`` is instant.
+    """
 
     device = "cpu"
     model_version = "tone"
@@ -93,7 +106,10 @@ class ToneEngine:
         self._script = script
 
     def generate(self, request: GenerationRequest, run: Run) -> Audio:
-        """Return the request's tone, unless the script says that it fails, hangs or ends the process."""
+        """Return the request's tone, unless the script makes it fail or hang, or ends the process.
+
+        Raises ``GenerationRejectedError`` if the script says so or is malformed.
+        """
         started_at = time.monotonic()
         rule = self._rule_for(request)
         if rule is None:
@@ -132,18 +148,28 @@ class ToneEngine:
 
 
 def load(settings: EngineSettings) -> ToneEngine:
-    """Return the engine as the environment scripts it. Raises ``EngineUnavailableError`` where that is malformed."""
+    """Return the engine that the two environment variables describe.
+
+    Raises ``EngineUnavailableError`` if one of them is malformed.
+    """
     speed, script = os.environ.get(SPEED_VARIABLE), os.environ.get(SCRIPT_VARIABLE)
     try:
         if script:
             read_script(Path(script))
-        return ToneEngine(settings.slots or 1, read_speed(speed) if speed else None, Path(script) if script else None)
+        return ToneEngine(
+            settings.slots or 1,
+            read_speed(speed) if speed else None,
+            Path(script) if script else None,
+        )
     except (ConfigurationError, ValueError) as error:
         raise EngineUnavailableError(str(error)) from None
 
 
 def check_environment() -> None:
-    """Raise ``ConfigurationError`` for a variable that ``load`` would refuse, for who starts the process to see it first."""
+    """Raise ``ConfigurationError`` if ``load`` would refuse an environment variable.
+
+    So a worker learns it before it starts the engine's process.
+    """
     speed, script = os.environ.get(SPEED_VARIABLE), os.environ.get(SCRIPT_VARIABLE)
     if speed:
         read_speed(speed)
@@ -153,7 +179,8 @@ def check_environment() -> None:
     except ValueError as error:
         sentence = str(error).rstrip(".")
         problem = f"is of no use: {sentence[0].lower()}{sentence[1:]}"
-        raise ConfigurationError(SCRIPT_VARIABLE, problem, "mend the script, or unset the variable") from None
+        remedy = "mend the script, or unset the variable"
+        raise ConfigurationError(SCRIPT_VARIABLE, problem, remedy) from None
 
 
 def estimate_bytes(settings: EngineSettings) -> int:
@@ -162,7 +189,7 @@ def estimate_bytes(settings: EngineSettings) -> int:
 
 
 def read_speed(text: str) -> float:
-    """Return the speed that the variable sets. Raises ``ConfigurationError`` where it is no number above 0."""
+    """Return the speed; raises ``ConfigurationError`` if the text is not a number above 0."""
     try:
         speed = float(text)
     except ValueError:
@@ -173,7 +200,10 @@ def read_speed(text: str) -> float:
 
 
 def read_script(path: Path) -> tuple[Rule, ...]:
-    """Return the rules of a script. Raises ``ValueError`` with one sentence where it is missing or malformed."""
+    """Return the rules of a script.
+
+    Raises ``ValueError`` with one sentence if it cannot be read or is malformed.
+    """
     try:
         return _SCRIPT.validate_json(path.read_bytes())
     except OSError as error:
@@ -187,7 +217,7 @@ def read_script(path: Path) -> tuple[Rule, ...]:
 
 def pitch_hz(request: GenerationRequest) -> float:
     """Return the tone's frequency, 110 to 880 Hz, spread evenly over all requests and attempts."""
-    digest = hashlib.sha256(repr(request).encode()).digest()  # which leaves the clips out
+    digest = hashlib.sha256(repr(request).encode()).digest()  # the repr is without the clips
     return _LOWEST_HZ + (_HIGHEST_HZ - _LOWEST_HZ) * int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -199,11 +229,17 @@ def _audio(request: GenerationRequest, run_seconds: float) -> Audio:
         "frequency_hz": frequency,
         "device_seconds": run_seconds,
         "is_untrained": False,
-        **{f"{name}_seconds": clip.duration for name, clip in vars(request).items() if isinstance(clip, Audio)},
+        **_clip_seconds(request),
     }
-    if request.continuation is None:
+    start = request.continuation
+    if start is None:
         return Audio(_sine(request, frequency, request.sample_rate), request.sample_rate, facts)
-    return Audio(_continued(request, request.continuation, frequency), request.continuation.sample_rate, facts)
+    return Audio(_continued(request, start, frequency), start.sample_rate, facts)
+
+
+def _clip_seconds(request: GenerationRequest) -> dict[str, float]:
+    clips = {name: clip for name, clip in vars(request).items() if isinstance(clip, Audio)}
+    return {f"{name}_seconds": clip.duration for name, clip in clips.items()}
 
 
 def _sine(request: GenerationRequest, frequency: float, sample_rate: int) -> Samples:
@@ -214,14 +250,17 @@ def _sine(request: GenerationRequest, frequency: float, sample_rate: int) -> Sam
 
 
 def _continued(request: GenerationRequest, clip: Audio, frequency: float) -> Samples:
-    """Return the tone with the clip in the place of its start, at the clip's rate and of its channels."""
+    """Return the clip and then the rest of the tone, with the clip's sample rate and channels."""
     start = clip.samples  # [channel, frame]
     tone = _sine(request, frequency, clip.sample_rate)[:1, start.shape[1] :]
     return np.concatenate([start, np.repeat(tone, len(start), axis=0)], axis=1)
 
 
 def _spend(seconds: float, run: Run, *, since: float = 0.0, until: float = 1.0) -> None:
-    """Take this long, in slices between which the generation can be cancelled; progress goes from ``since`` to ``until``."""
+    """Take so many seconds, and let the generation be cancelled every 20 ms.
+
+    Its progress rises from ``since`` to ``until``.
+    """
     started_at = time.monotonic()
     while (spent := time.monotonic() - started_at) < seconds:
         run.check_cancelled()

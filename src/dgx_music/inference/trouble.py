@@ -1,4 +1,7 @@
-"""What an engine's errors mean, by their words and without torch: too little memory, or a device lost to this process."""
+"""What an engine's errors mean: too little memory, or a device that this process has lost.
+
+Reads the words of the errors, so that it needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from contextlib import suppress
 _NO_MEMORY = (
     "out of memory",
     "allocate memory",
-    "can't start new thread",  # Python's words where there is none for its stack
+    "can't start new thread",  # Python says so if there is no memory for its stack
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # there is no room for its handle
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # there is no memory for its handle
 )
 _STICKY = (
     "an illegal memory access was encountered",
     "misaligned address",
-    "device-side assert triggered",  # torch's advice below every error speaks of "device-side assertions"
+    "device-side assert triggered",  # torch's advice below all errors has "assertions"
     "unspecified launch failure",
     "the launch timed out",
     "uncorrectable",  # ECC, NVLink
@@ -34,30 +37,37 @@ _STICKY = (
     "unknown error",
     "MPS client has been terminated",
     "peer GPU memory",
-    "captures_underway",  # torch's own: a recording that broke has left the allocator in the middle of it
+    "captures_underway",  # torch's own: a broken recording left the allocator unusable
 )
-"""CUDA's words for the errors after which the process has to be ended, as its documentation of ``cudaError`` says."""
+"""CUDA's words for errors after which a process must end; see its reference of ``cudaError``."""
 
 RECORDING = threading.RLock()
-"""Held while a CUDA graph is recorded and while memory is given back: each breaks the other, in any thread of the process."""
+"""Held while a CUDA graph is recorded, and while memory is given back.
+
+Each breaks the other, in any thread of the process.
+"""
 
 MEMORY_REMEDY = "use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory did not suffice, the device's or the host's, for this error or for one that it came from."""
-    return any(_is_out_of_memory(each) for each in _with_causes(error))
+    """Return whether the device or the host had too little memory.
+
+    That may be this error, or one that caused it.
+    """
+    return any(map(_is_out_of_memory, _with_causes(error)))
 
 
 def has_lost_the_device(error: BaseException) -> bool:
-    """Return whether it is a sticky CUDA error: every later call of this process would only meet it again."""
-    return not is_out_of_memory(error) and any(_is_of_the_device(each) for each in _with_causes(error))
+    """Return whether it is a sticky CUDA error: every later call of this process would raise it."""
+    return not is_out_of_memory(error) and any(map(_is_sticky, _with_causes(error)))
 
 
 def give_back_memory(error: BaseException | None = None) -> None:
-    """Give what is no longer used back to the device, with what the functions that ``error`` has left still hold.
+    """Give memory that is no longer used back to the device.
 
-    Never raises: it is called while an error is dealt with, and a lost device fails here as well.
+    The functions that ``error`` has ended give up what they hold. Never raises: it is called while
+    an error is handled, and a lost device fails here too.
     """
     for each in _with_causes(error):
         traceback.clear_frames(each.__traceback__)
@@ -69,12 +79,16 @@ def give_back_memory(error: BaseException | None = None) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the error's kind and the first line of its message: the rest of CUDA's is advice for programmers."""
+    """Return the error's class and the first line of its message.
+
+    The other lines of a CUDA error are advice for programmers.
+    """
     line = str(error).partition("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error and those that caused it, each once: they may form a circle."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error
@@ -91,7 +105,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _is_of_the_device(error: BaseException) -> bool:
+def _is_sticky(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     text = str(error)
