@@ -24,7 +24,7 @@ from dgx_music.errors import (
 )
 from dgx_music.inference import child_process
 from dgx_music.inference import process as process_module
-from dgx_music.inference.messages import Unloaded
+from dgx_music.inference.messages import Finished, Unloaded
 from dgx_music.inference.process import EngineInfo, EngineProcess
 from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
 from tests.inference.conftest import WriteScript
@@ -568,6 +568,21 @@ async def test_a_generation_that_waited_for_a_slot_is_not_to_blame_for_the_crash
 
         outcomes = await asyncio.gather(running, waiting, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [EngineCrashedError, EngineReplacedError]
+
+
+async def test_audio_of_an_impossible_shape_leaves_its_generation_to_the_end_of_the_child(
+    process: EngineProcess, script: WriteScript
+) -> None:
+    script(SLOW)
+    running = await begin(process)
+    assert process._calls is not None
+    with pytest.raises(ValueError, match="reshape"):
+        process._calls.receive(Finished(0, [3], 8_000, {}, bytearray(4)))
+
+    os.kill(pid_of(process), signal.SIGKILL)
+
+    with pytest.raises(EngineCrashedError):
+        await asyncio.wait_for(running, PATIENCE)
 
 
 async def test_start_replaces_a_crashed_child(process: EngineProcess, script: WriteScript) -> None:

@@ -73,10 +73,9 @@ class _Running:
         self.key = key
         self.on_progress = on_progress
         self.on_slot_free = on_slot_free
-        loop = asyncio.get_running_loop()
-        self.outcome: asyncio.Future[Audio | EngineError] = loop.create_future()
-        self.kill_timer: asyncio.TimerHandle | None = None
-        """Ends the process if the cancelled generation does not stop in time."""
+        self._loop = asyncio.get_running_loop()
+        self.outcome: asyncio.Future[Audio | EngineError] = self._loop.create_future()
+        self._kill_timer: asyncio.TimerHandle | None = None
         self._slots: anyio.CapacityLimiter | None = slots
 
     def free_slot(self) -> bool:
@@ -86,10 +85,14 @@ class _Running:
             slots.release_on_behalf_of(self)
         return slots is not None
 
+    def kill_after(self, grace_seconds: float, kill: Callable[[], None]) -> None:
+        """Call ``kill`` after the grace, unless the generation has finished by then."""
+        self._kill_timer = self._loop.call_later(grace_seconds, kill)
+
     def finish(self, outcome: Audio | EngineError) -> None:
         """Wake the caller with the outcome."""
-        if self.kill_timer is not None:
-            self.kill_timer.cancel()
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
         self.outcome.set_result(outcome)
 
 
@@ -107,7 +110,7 @@ class ChildCalls:
 
     @classmethod
     async def spawn(cls, settings: EngineSettings, fewer_slots: dict[str, int]) -> ChildCalls:
-        """Start a process. ``fewer_slots`` keeps, by model, to how many slots an engine shrinks.
+        """Start a process. ``fewer_slots`` gets the slots of each model whose engine shrinks.
 
         Raises ``EngineUnavailableError`` if the process cannot be started.
         """
@@ -119,7 +122,7 @@ class ChildCalls:
         """Return the info of the model's engine, after loading it unless it is loaded already.
 
         Raises ``EngineUnavailableError`` if it cannot be loaded or the process dies meanwhile. If
-        it takes longer than the timeout, or if nothing else is loaded, the process is ended.
+        it takes longer than the timeout, or if no other model is left, the process is ended.
         """
         model = self._models.get(model_name)
         if model is None:
@@ -179,12 +182,8 @@ class ChildCalls:
         """
         if running.outcome.done():
             return
-        kill = partial(
-            self.child.kill,
-            EngineReplacedError,
-            "was ended because a cancelled generation in it did not stop",
-        )
-        running.kill_timer = self._loop.call_later(grace_seconds, kill)
+        reason = "was ended because a cancelled generation in it did not stop"
+        running.kill_after(grace_seconds, partial(self.child.kill, EngineReplacedError, reason))
         self.child.send(Cancel(running.key))
         await asyncio.wait((running.outcome,))
 
@@ -194,9 +193,9 @@ class ChildCalls:
             case Progress(key, progress):
                 self._report(key, progress)
             case Finished(key):
-                self._running.pop(key).finish(message.audio())
+                self._finish(key, message.audio())
             case Failed(key):
-                self._running.pop(key).finish(message.exception())
+                self._finish(key, message.exception())
             case SlotFreed(key):
                 self._free_slot(key)
             case Ready(model, info):
@@ -209,6 +208,9 @@ class ChildCalls:
                 self._models.pop(model)
             case DeviceLost(reason):
                 self.child.kill(EngineCrashedError, f"has lost its device ({reason})")
+
+    def _finish(self, key: int, outcome: Audio | EngineError) -> None:
+        self._running.pop(key).finish(outcome)
 
     def _report(self, key: int, progress: float) -> None:
         running = self._running.get(key)
