@@ -41,7 +41,7 @@ async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:
 
 
 class QuietRun:
-    """A ``Run`` of the test's own: keeps the progress, is cancelled from the start where it is told so."""
+    """A ``Run`` for tests: keeps the progress; ``is_cancelled`` cancels it from the start."""
 
     def __init__(self, *, is_cancelled: bool = False, idle_engines: int = 0) -> None:
         self.progress: list[float] = []

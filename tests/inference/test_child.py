@@ -256,12 +256,12 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_what_is_offered_arrives_where_nobody_waits(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_an_offered_message_arrives_if_nobody_is_busy(pair: tuple[socket.socket, socket.socket]) -> None:
     assert Channel(pair[1]).offer(b"progress")
     assert pair[0].recv(99) == b"progress"
 
 
-def test_nothing_offered_waits_for_a_busy_parent_or_for_another_message(
+def test_an_offer_waits_neither_for_a_busy_parent_nor_for_another_message(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
     channel, audio = Channel(pair[1]), bytes(4_000_000)
@@ -276,7 +276,7 @@ def test_nothing_offered_waits_for_a_busy_parent_or_for_another_message(
     assert pair[0].recv(99) == b"progress"
 
 
-def test_nothing_offered_waits_where_the_socket_is_full(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_an_offer_does_not_wait_if_the_socket_is_full(pair: tuple[socket.socket, socket.socket]) -> None:
     pair[1].setblocking(False)
     with suppress(BlockingIOError):
         while True:
@@ -285,7 +285,7 @@ def test_nothing_offered_waits_where_the_socket_is_full(pair: tuple[socket.socke
     assert not Channel(pair[1]).offer(b"progress")
 
 
-def test_who_offers_hears_that_the_parent_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_an_offer_raises_if_the_parent_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
     pair[0].close()
     with pytest.raises(ConnectionError):
         Channel(pair[1]).offer(b"progress")
@@ -320,7 +320,7 @@ def test_a_slot_is_freed_once_before_the_audio_is_made(connect: Callable[[Perfor
     assert parent.receive().error == "GenerationCancelledError"
 
 
-def test_more_generations_run_than_there_are_slots_where_slots_were_freed(
+def test_more_generations_than_slots_run_if_slots_were_freed(
     connect: Callable[[Performer], Parent],
 ) -> None:
     parent = connect(free_slot_and_wait)
@@ -394,7 +394,7 @@ def test_a_generation_without_memory_is_given_back_beside_others_and_fails_alone
     assert alone.message.endswith("; use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16.")
 
 
-def test_a_generation_whose_audio_does_not_fit_pays_beside_others_too(connect: Callable[[Performer], Parent]) -> None:
+def test_audio_that_does_not_fit_counts_as_a_failure_beside_others_too(connect: Callable[[Performer], Parent]) -> None:
     parent = connect(run_out_of_memory)
     parent.generate(1, prompt="held")
     parent.receive()
@@ -407,7 +407,7 @@ def test_a_generation_whose_audio_does_not_fit_pays_beside_others_too(connect: C
     assert failed.message.startswith("There is no memory for this generation (MemoryError: 2 GiB); use a smaller")
 
 
-def test_generations_that_never_find_memory_beside_each_other_pay_in_the_end(
+def test_out_of_memory_failures_count_after_so_many_free_ones(
     connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "_MAX_FREE_FAILURES", 2)
@@ -552,7 +552,7 @@ def no_threads(*_: object) -> None:
     raise RuntimeError("can't start new thread")
 
 
-def test_what_no_thread_can_be_started_for_is_answered_once(
+def test_a_generation_is_answered_once_if_no_thread_can_be_started(
     connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = connect(silence)
@@ -567,7 +567,7 @@ def test_what_no_thread_can_be_started_for_is_answered_once(
     assert {parent.receive().key for _ in range(2)} == {2, 3}
 
 
-def test_a_model_that_no_thread_can_be_started_for_is_answered_once() -> None:
+def test_a_load_is_answered_once_if_no_thread_can_be_started() -> None:
     class NoThread:
         def submit(self, *_: object) -> None:
             no_threads()

@@ -17,7 +17,7 @@ SIZES = {"small": 2, "medium": 4, "large": 8}
 
 
 class FakeWeights:
-    """Bytes that hold themselves, as a graph's do: where they are dropped, only the garbage collector gives them back."""
+    """Bytes that refer to themselves, as a graph's do: only the garbage collector frees them."""
 
     def __init__(self, memory: FakeMemory, model: str, size: int) -> None:
         self.itself = self
@@ -36,7 +36,10 @@ class FakeEngine:
 
 
 class FakeMemory:
-    """So many bytes, which engines fill until they are closed and collected; loading what does not fit fails as torch does."""
+    """So many bytes, which engines fill until they are closed and collected.
+
+    Loading an engine that does not fit fails as it does in torch.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
