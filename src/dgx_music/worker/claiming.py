@@ -60,7 +60,7 @@ class Claiming:
         self._file_gone_since: float | None = None
 
     async def claim(self) -> list[Claim]:
-        """Return what was claimed: nothing if no slot is free, or the database or engine is away."""
+        """Return what was claimed: nothing if no slot is free, or database or engine is away."""
         self._notice_lost_file()
         if self._leases.running and self._engine.info.slots > 1:
             await anyio.sleep(_GATHER_SECONDS)
@@ -137,7 +137,9 @@ class Claiming:
         Else it would wait for a rescue. For a whole lease: the commit may still be on its way.
         """
         known = self._leases.undecided | self._leases.running.keys()
-        await self._database.transact(lambda session: queue.release_all(session, self._presence.id, but=known))
+        await self._database.transact(
+            lambda session: queue.release_all(session, self._presence.id, but=known),
+        )
         lease_end = time.monotonic() + self._settings.lease_seconds
         self._in_doubt_until = min(self._in_doubt_until, lease_end)
 
@@ -153,8 +155,8 @@ class Claiming:
         if len(self._engine.models) == 1 and not has_to_look:
             return True
         waits = await self._database.transact(self._find_waits, read_only=True)
-        candidates = {model: wait for model, wait in waits.items() if not self._seconds_to_skip(model)}
-        wanted = self._choose_model(candidates)
+        skipped = {model for model in waits if self._seconds_to_skip(model)}
+        wanted = self._choose_model({m: wait for m, wait in waits.items() if m not in skipped})
         if wanted is None or wanted == self._engine.model:
             return wanted is not None
         if self._leases.running:  # they finish first, and nothing more is claimed meanwhile
@@ -201,8 +203,9 @@ class Claiming:
     async def _wait_for_work(self) -> None:
         """Wait for a change of the database, a free slot or a stop, at most the poll interval."""
         if not self._stopping.is_requested:
-            skips = [seconds for model in self._engine.models if (seconds := self._seconds_to_skip(model))]
-            await self._stopping.wait_for_change(min([self._settings.poll_seconds, *skips]))
+            skips = map(self._seconds_to_skip, self._engine.models)
+            seconds = min([self._settings.poll_seconds, *filter(None, skips)])
+            await self._stopping.wait_for_change(seconds)
 
     async def _notice_another_schema(self) -> None:
         """Give up if the tables have changed so that the claim itself fails on them."""

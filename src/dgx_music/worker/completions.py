@@ -1,4 +1,4 @@
-"""The group commit: completions that are ready together share one transaction, and one disk flush."""
+"""The group commit: completions that are ready together share one transaction and one flush."""
 
 from __future__ import annotations
 
@@ -93,11 +93,15 @@ class Completions:
         """
         lease = entry.completion.lease
         try:
-            done = await self._database.transact(lambda session: queue.find_completed(session, [lease]), read_only=True)
+            done = await self._database.transact(
+                lambda session: queue.find_completed(session, [lease]),
+                read_only=True,
+            )
         except Exception:  # then nobody knows, and the first error is the one to tell
             done = set()
         if done:
-            logger.warning("completions: 1 was written, though it raised %s: %s", type(error).__name__, error)
+            name = type(error).__name__
+            logger.warning("completions: 1 was written, though it raised %s: %s", name, error)
             entry.is_done = True
         else:
             entry.error = error
@@ -114,7 +118,8 @@ class Completions:
             return done, await queue.find_completable(session, rest)
 
         def note(error: DatabaseUnavailableError, wait: float | None) -> None:
-            logger.warning("completions: %d wait %.1f s for the database: %s", len(completions), wait, error)
+            count = len(completions)
+            logger.warning("completions: %d wait %.1f s for the database: %s", count, wait, error)
 
         return await keep_trying(
             lambda: self._database.transact(work),

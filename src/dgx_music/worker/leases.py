@@ -123,7 +123,11 @@ class Leases:
         try:
             async with self._database.session() as session:
                 await self._presence.renew(session, running_count=len(held))
-                renewed = await queue.renew(session, held, lease_seconds=self._settings.lease_seconds)
+                renewed = await queue.renew(
+                    session,
+                    held,
+                    lease_seconds=self._settings.lease_seconds,
+                )
                 await self._presence.count_free_workers(session)
         except DatabaseUnavailableError as error:
             logger.warning("worker %s: heartbeat missed: %s", self._presence.id, error)

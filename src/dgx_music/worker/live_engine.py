@@ -50,7 +50,13 @@ class EngineHost(Protocol):
 class LiveEngine:
     """The engine, the model that it has loaded, and what is known of its process."""
 
-    def __init__(self, host: EngineHost, models: Iterable[str], stopping: Stopping, worker_id: str) -> None:
+    def __init__(
+        self,
+        host: EngineHost,
+        models: Iterable[str],
+        stopping: Stopping,
+        worker_id: str,
+    ) -> None:
         self.models = list(models)
         """Those that the worker serves."""
         self.model = self.models[0]
@@ -156,7 +162,7 @@ class LiveEngine:
         return None
 
     def _note_start(self, info: EngineInfo) -> None:
-        """Count a fresh process as a death of the former one; the engine may have fewer slots now."""
+        """Count a fresh process as a death of the former one; it may have fewer slots."""
         self.state = WorkerState.SERVING
         if info.pid != self.info.pid:
             self._death_count += 1

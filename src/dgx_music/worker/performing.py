@@ -43,6 +43,9 @@ from dgx_music.worker.stopping import Stopping
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    Write = Callable[[AsyncSession], Awaitable[str | None]]
+    """Ends a claim, and returns the row's new status; ``None`` if the lease was lost."""
+
 logger = logging.getLogger(__name__)
 
 _SHORT_SECONDS = 0.4
@@ -89,7 +92,7 @@ class Performing:
             await self._release(running, str(error))
             self._stopping.give_up(error)
         except (GenerationRejectedError, InvalidRequestError) as error:
-            await self._fail(running, error, is_permanent=True)
+            await self._fail(running, error, is_final=True)
         except Exception as error:
             await self._fail(running, error)
             self._note_trouble(running, error)
@@ -107,6 +110,7 @@ class Performing:
             self._free_slot(running)
 
     async def _perform(self, running: Running) -> None:
+        """Infer, store, complete."""
         started = time.monotonic()
         made = await self._infer(running)
         device_seconds = time.monotonic() - started
@@ -124,9 +128,11 @@ class Performing:
         deadline = settings.deadline_floor_seconds + settings.deadline_factor * request.duration
         try:
             with anyio.fail_after(deadline):
-                return await self._engine.generate(request, running.note_progress, partial(self._free_slot, running))
+                free_slot = partial(self._free_slot, running)
+                return await self._engine.generate(request, running.note_progress, free_slot)
         except TimeoutError:
-            raise TimeoutError(f"The attempt took longer than its deadline of {deadline:g} s.") from None
+            message = f"The attempt took longer than its deadline of {deadline:g} s."
+            raise TimeoutError(message) from None
         finally:
             self._free_slot(running)
 
@@ -150,12 +156,19 @@ class Performing:
         }
 
     async def _find_clips(self, sha256s: Collection[str]) -> dict[str, bytes]:
-        """Return the stored clips; wait for a database that is away until the generation is stopped."""
+        """Return the stored clips; a lost lease or a stop ends the wait for a database."""
+
+        async def work(session: AsyncSession) -> dict[str, bytes]:
+            return await read_clips(session, sha256s)
+
+        def note(error: DatabaseUnavailableError, _wait: float | None) -> None:
+            logger.warning("worker %s: cannot read clips: %s", self._worker_id, error)
+
         return await keep_trying(
-            lambda: self._database.transact(lambda session: read_clips(session, sha256s), read_only=True),
+            lambda: self._database.transact(work, read_only=True),
             on=DatabaseUnavailableError,
             waits=for_ever(_CLIP_RETRY_SECONDS),
-            note=lambda error, _wait: logger.warning("worker %s: cannot read clips: %s", self._worker_id, error),
+            note=note,
         )
 
     # ----------------------------------------------------------------------- store
@@ -175,17 +188,18 @@ class Performing:
         finished = finish() if is_short else await anyio.to_thread.run_sync(finish)
         # Files of these names were never completed and never can be: this attempt holds the claim.
         await drop_files(self._artifacts, lease, range(1, lease.attempt + 1))
-        artifact = await self._artifacts.publish(lease.generation_id, lease.attempt, finished.extension, finished.data)
+        artifact = await self._artifacts.publish(
+            lease.generation_id,
+            lease.attempt,
+            finished.extension,
+            finished.data,
+        )
         return artifact, {**finished.facts, **made.facts}
 
     # ----------------------------------------------------------------------- complete
 
     async def _complete(
-        self,
-        running: Running,
-        artifact: Artifact,
-        facts: dict[str, object],
-        device_seconds: float,
+        self, running: Running, artifact: Artifact, facts: dict[str, object], device_seconds: float
     ) -> None:
         completion = Completion(
             lease=running.lease,
@@ -211,23 +225,25 @@ class Performing:
 
     # ----------------------------------------------------------------------- fail, or release
 
-    async def _fail(self, running: Running, error: Exception, *, is_permanent: bool = False) -> None:
+    async def _fail(self, running: Running, error: Exception, *, is_final: bool = False) -> None:
+        """Count a failure: the generation waits for its next attempt, or has failed for good."""
         message = tidy_text(str(error) or type(error).__name__)
-        wait = queue.backoff_seconds(running.claim.failures + 1, self._settings.backoff_base_seconds, self._rng)
+        failures, base = running.claim.failures + 1, self._settings.backoff_base_seconds
+        wait = queue.backoff_seconds(failures, base, self._rng)
 
         async def fail(session: AsyncSession) -> str | None:
             return await queue.fail(
                 session,
                 running.lease,
                 message,
-                retry_in_seconds=None if is_permanent else wait,
+                retry_in_seconds=None if is_final else wait,
                 device_seconds=time.monotonic() - running.started,
             )
 
         await self._let_go(running.lease, fail, message, logging.WARNING)
 
     async def _release(self, running: Running, why: str) -> None:
-        """Give the row back if it is still ours; if a cancel was requested, it becomes cancelled."""
+        """Give the row back if it is still ours, cancelled if that was requested."""
         lease = running.lease
 
         async def release(session: AsyncSession) -> str | None:
@@ -235,13 +251,7 @@ class Performing:
 
         await self._let_go(lease, release, why, logging.INFO)
 
-    async def _let_go(
-        self,
-        lease: Lease,
-        write: Callable[[AsyncSession], Awaitable[str | None]],
-        why: str,
-        level: int,
-    ) -> None:
+    async def _let_go(self, lease: Lease, write: Write, why: str, level: int) -> None:
         """End the claim by this write, and drop the file of an attempt that can never complete.
 
         Raises nothing: if the write fails, the lease runs out and a rescue does the rest. A write
@@ -303,7 +313,8 @@ def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
 
     Raises ``InvalidRequestError`` for what no engine can do.
     """
-    sampling = {name: claim.sampling[name] for name in _SAMPLING_FIELDS if claim.sampling.get(name) is not None}
+    sampling = {name: claim.sampling.get(name) for name in _SAMPLING_FIELDS}
+    given_sampling = {name: value for name, value in sampling.items() if value is not None}
     return GenerationRequest(
         generation_id=claim.lease.generation_id,
         attempt=claim.lease.attempt,
@@ -312,7 +323,7 @@ def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
         model=claim.model_name,
         channels=claim.channels,
         sample_rate=claim.sample_rate,
-        **sampling,
+        **given_sampling,
         continuation=given.get("continuation"),
         melody=given.get("melody"),
     )

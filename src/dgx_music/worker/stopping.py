@@ -44,7 +44,7 @@ class Stopping:
         self.wake()
 
     def give_up(self, error: DgxMusicError) -> None:
-        """Stop because of an error that every generation would meet; the first such error counts."""
+        """Stop because of an error that every generation would meet; the first one counts."""
         if self.error is None:
             logger.error("worker %s: stops: %s", self._worker_id, error)
             self.error = error

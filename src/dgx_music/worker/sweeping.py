@@ -49,18 +49,20 @@ class Watch:
         self._length_seconds = length_seconds
         self._until: dict[tuple[Lease, datetime], float] = {}
 
-    def look(self, held: Mapping[Lease, Held], clock: float, now: datetime | None) -> dict[Lease, datetime]:
+    def look(
+        self,
+        held: Mapping[Lease, Held],
+        clock: float,
+        now: datetime | None,
+    ) -> dict[Lease, datetime]:
         """Return which of these leases have lapsed, each with its end on the database's clock.
 
         ``clock`` is this process's; ``now`` is the database's, ``None`` if that is not to be
         trusted.
         """
-        former = self._until
-        self._until = {
-            (lease, each.expires_at): former.get((lease, each.expires_at), clock + self._left(each, now))
-            for lease, each in held.items()
-        }
-        return {lease: expires_at for (lease, expires_at), until in self._until.items() if until <= clock}
+        left = {(lease, each.expires_at): self._left(each, now) for lease, each in held.items()}
+        self._until = {key: self._until.get(key, clock + left[key]) for key in left}
+        return {lease: end for (lease, end), until in self._until.items() if until <= clock}
 
     def forget(self) -> None:
         """Have every lease seen anew: the living could not renew theirs."""
@@ -140,7 +142,10 @@ class Sweeping:
         Looking for it takes no lock.
         """
         models = self._engine.models
-        overtaken = await self._database.transact(lambda session: due.find_overtaken(session, models), read_only=True)
+        overtaken = await self._database.transact(
+            lambda session: due.find_overtaken(session, models),
+            read_only=True,
+        )
         for model in overtaken:
             logger.warning(
                 "worker %s: the database's clock has gone back; what waited of %s is due",
@@ -175,16 +180,21 @@ class Sweeping:
         others = {lease: each for lease, each in held.items() if lease not in running}
         return self.look(others, time.monotonic(), now)
 
-    def look(self, held: Mapping[Lease, Held], clock: float, now: datetime) -> dict[Lease, datetime]:
+    def look(
+        self,
+        held: Mapping[Lease, Held],
+        clock: float,
+        now: datetime,
+    ) -> dict[Lease, datetime]:
         """Return which of these leases have lapsed, each with its end on the database's clock.
 
         ``clock`` is this process's, ``now`` the database's, both of this moment.
 
         If this worker could not renew or look for long, everybody gets a whole lease more: a
         database that was away, or took no writes, has kept the living from renewing as well. And if
-        the database's clock has jumped ahead, or the machine has slept, leases only look dead by it.
-        A worker that lived at the last look had renewed at most a third of a lease before it (the
-        longest heartbeat allowed), so no living lease can have run out within two thirds.
+        the database's clock has jumped ahead, or the machine has slept, leases only look dead by
+        it. A worker that lived at the last look had renewed at most a third of a lease before it
+        (the longest heartbeat allowed), so no living lease can have run out within two thirds.
         """
         longest = _SILENCE * self._settings.lease_seconds
         last_times = self._leases.renewed_at, self._looked_at

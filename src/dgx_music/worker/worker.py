@@ -2,7 +2,7 @@
 
 ``Worker.run`` is the table of contents. What to claim is in ``claiming``, one generation's life in
 ``performing``, the engine's in ``live_engine``. This process holds the database, the heartbeats and
-the files; the engine is in a child process, so that a crash there costs one child and never a lease.
+the files; the engine is in a child process, so that a crash costs one child and never a lease.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LOOK_SECONDS = 0.1
 
 
 class Worker:
-    """Serves one model or several: ``await Worker(database, engine, artifacts, settings).run()``."""
+    """Serves one model or several: ``Worker(database, engine, artifacts, settings).run()``."""
 
     def __init__(
         self,
@@ -68,7 +68,14 @@ class Worker:
         self._engine = LiveEngine(engine, settings.served_models, self._stopping, self.id)
         self._presence = Presence(self.id, settings, self._engine)
         self._leases = Leases(database, settings, self._presence)
-        self._claiming = Claiming(database, settings, self._engine, self._leases, self._presence, self._stopping)
+        self._claiming = Claiming(
+            database,
+            settings,
+            engine=self._engine,
+            leases=self._leases,
+            presence=self._presence,
+            stopping=self._stopping,
+        )
         self._performing = Performing(
             database,
             artifacts,
@@ -116,11 +123,14 @@ class Worker:
             await self._end(reason)
 
     def stop(self) -> None:
-        """Stop claiming, let what runs finish within the grace, and end; called again, release it."""
+        """Stop claiming, let what runs finish within the grace, and end.
+
+        Called again, release at once what runs.
+        """
         self._stopping.request()
 
     def give_up(self, error: DgxMusicError) -> None:
-        """Stop because of an error that every generation would meet; ``run`` raises it at its end."""
+        """Stop because of an error that every generation would meet; ``run`` then raises it."""
         self._stopping.give_up(error)
 
     # ----------------------------------------------------------------------- start
@@ -136,7 +146,7 @@ class Worker:
             raise ArtifactError(problem)
 
     async def _load_first_model(self) -> bool:
-        """Load it, with heartbeats meanwhile, and announce it; return False if a stop came first."""
+        """Load it, with heartbeats meanwhile, and announce it; False if a stop came first."""
         is_loaded = False
         trouble: EngineUnavailableError | None = None
         async with anyio.create_task_group() as tasks:
@@ -200,15 +210,16 @@ class Worker:
     # ----------------------------------------------------------------------- finish
 
     async def _finish(self) -> None:
-        """Let what runs finish within the grace, then release it; a second stop releases at once."""
+        """Let what runs finish within the grace, then release it; after a second stop, at once."""
         running = self._leases.running
         if not running:
             return
         logger.info(
-            "worker %s: stops within %g s, %d running; press Ctrl-C or send the signal again to release at once",
+            "worker %s: stops within %g s, %d running; %s",
             self.id,
             self._settings.grace_seconds,
             len(running),
+            "press Ctrl-C or send the signal again to release at once",
         )
         with anyio.move_on_after(self._settings.grace_seconds):
             while running and not self._stopping.is_urgent:
