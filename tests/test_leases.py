@@ -56,6 +56,10 @@ def lapses(worker, held_until, clock, now=None):
     return ONE in worker._sweeping.look(held(held_until), clock, at(clock if now is None else now))
 
 
+def test_a_lease_says_itself_in_a_log_line():
+    assert str(Lease("one", 2)) == "generation one attempt 2"
+
+
 # the watch, without a database
 
 

@@ -35,7 +35,7 @@ class Stopping:
         return self._urgent.is_set()
 
     def request(self) -> None:
-        """Request a stop; called again, request it at once."""
+        """Request a stop; a second request makes it urgent."""
         if self._requested.is_set():
             self._urgent.set()
         self._requested.set()

@@ -64,26 +64,19 @@ class Worker:
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
-        self._stopping = Stopping(self.id)
-        self._engine = LiveEngine(engine, settings.served_models, self._stopping, self.id)
-        self._presence = Presence(self.id, settings, self._engine)
-        self._leases = Leases(database, settings, self._presence)
-        self._claiming = Claiming(
-            database,
-            settings,
-            engine=self._engine,
-            leases=self._leases,
-            presence=self._presence,
-            stopping=self._stopping,
-        )
+        stopping = self._stopping = Stopping(self.id)
+        live = self._engine = LiveEngine(engine, settings.served_models, stopping, self.id)
+        presence = self._presence = Presence(self.id, settings, live)
+        leases = self._leases = Leases(database, settings, presence)
+        self._claiming = Claiming(database, settings, live, leases, presence, stopping)
         self._performing = Performing(
             database,
             artifacts,
             settings,
-            engine=self._engine,
-            leases=self._leases,
+            engine=live,
+            leases=leases,
             speeds=speeds,
-            stopping=self._stopping,
+            stopping=stopping,
             rng=rng,
             worker_id=self.id,
         )
@@ -91,8 +84,8 @@ class Worker:
             database,
             artifacts,
             settings,
-            engine=self._engine,
-            leases=self._leases,
+            engine=live,
+            leases=leases,
             speeds=speeds,
             rng=rng,
             worker_id=self.id,
