@@ -78,7 +78,7 @@ class Claiming:
             await self._stopping.wait(_SPREAD_SECONDS)
 
     async def has_work(self) -> bool:
-        """Return True while something is left of the served models, or if nobody can say."""
+        """Return True while work of the served models is left, or if the database is away."""
         try:
             async with self._database.session(read_only=True) as session:
                 return await due.has_work(session, self._engine.models)

@@ -55,7 +55,7 @@ class Completions:
         self._waiting.append(entry)
         while entry.is_open:
             async with self._turn:
-                if entry.is_open:  # nobody before us wrote it together with another
+                if entry.is_open:  # no earlier turn has written it
                     await anyio.sleep(_GATHER_SECONDS)
                     await self._write_waiting()
             if entry.is_open:  # its row is locked: the others go on without it
@@ -97,7 +97,7 @@ class Completions:
                 lambda session: queue.find_completed(session, [lease]),
                 read_only=True,
             )
-        except Exception:  # then nobody knows, and the first error is the one to tell
+        except Exception:  # then nobody knows, and the first error is raised
             done = set()
         if done:
             name = type(error).__name__
