@@ -901,6 +901,23 @@ async def test_a_bad_clip_is_refused_by_its_place_and_nothing_stored(database, r
     assert await clips_of(database) == []
 
 
+@on(SQLITE)
+@pytest.mark.parametrize("name", ["continuation", "melody"])
+@pytest.mark.parametrize("model", ["musicgen-melody", "musicgen-small"])
+async def test_a_clip_given_as_text_is_refused_before_any_file_is_touched(database, tmp_path, monkeypatch, name, model):
+    path = tmp_path / "tune.wav"
+    path.write_bytes(audio_file())
+    monkeypatch.setattr("dgx_music.audio.clips.Reader.read", lambda *_: pytest.fail("a file was read"))
+    sentence = f"{name} is text; use pathlib.Path\\(...\\) for a file of this machine, or the bytes of one."
+
+    for text in (str(path), "nowhere.wav", ""):
+        with pytest.raises(InvalidRequestError, match=f"^{sentence}$"):
+            await enqueue("x", model=model, **{name: text})
+        with pytest.raises(InvalidRequestError, match=f"^request 2: {sentence}$"):
+            await enqueue_many([{"prompt": "a", "continuation": path}, {"prompt": "b", name: text}], model=model)
+    await assert_unchanged(database)
+
+
 async def test_clips_are_read_beside_the_event_loop(database, monkeypatch):
     threads = []
     monkeypatch.setattr(

@@ -138,6 +138,19 @@ def check_guided(field: str, guidance_scale: float) -> None:
         raise InvalidRequestError(field, "has no effect with a guidance_scale of 1", "use one above 1, or leave it out")
 
 
+def check_clip_source(field: str, value: object) -> None:
+    """Refuse anything but a ``pathlib.Path`` or bytes. No file is touched.
+
+    Text is refused: a request that comes from a web client as JSON must not choose a file of this machine.
+    """
+    if isinstance(value, str):
+        remedy = "use pathlib.Path(...) for a file of this machine, or the bytes of one"
+        raise InvalidRequestError(field, "is text", remedy)
+    if not isinstance(value, bytes | bytearray | memoryview | os.PathLike):
+        problem = f"is of the type {type(value).__name__}"
+        raise InvalidRequestError(field, problem, "use the path of an audio file, or its bytes")
+
+
 def check_continuation(clip_seconds: float, duration: float, field: str = "continuation") -> None:
     """Refuse a clip that the music cannot start with: one of another length than 0.08 to 30 s, or as long as the music."""
     check_clip(field, clip_seconds)

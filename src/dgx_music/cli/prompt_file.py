@@ -84,5 +84,9 @@ def _read(file: Path) -> bytes:
 
 def _parse(line: str, *, is_json: bool) -> dict[str, Any]:
     if is_json or line.startswith("{"):
-        return parse_object("request", line, '{"prompt": "lofi rain", "duration": 16}')
+        request = parse_object("request", line, '{"prompt": "lofi rain", "duration": 16}')
+        return {
+            name: Path(value) if name in ("continuation", "melody") and isinstance(value, str) else value
+            for name, value in request.items()
+        }
     return {"prompt": line}

@@ -63,10 +63,10 @@ class RequestOptions(TypedDict, total=False):
     """The same seed, model and settings make the same audio; where not given it follows from the row's id."""
     negative_prompt: str | None
     """What the music must not be like; of no use without guidance."""
-    continuation: str | os.PathLike[str] | bytes | None
-    """What the music starts with and goes on from: an audio file's path or its bytes, 0.08 to 30 s, from whose start the
-    duration counts. A path is read here and now, with your rights: never take one from a stranger, take the bytes."""
-    melody: str | os.PathLike[str] | bytes | None
+    continuation: os.PathLike[str] | bytes | None
+    """What the music starts with and goes on from: an audio file as a ``pathlib.Path`` or as bytes, 0.08 to 30 s, from
+    whose start the duration counts. A path is read here and now, with the rights of this process."""
+    melody: os.PathLike[str] | bytes | None
     """The tune to follow, given likewise, of which the first 30 s count; for models that hear one."""
     priority: int
     """Higher goes first, a point being worth a minute of waiting; 0 where not given."""
@@ -245,6 +245,9 @@ def plan(prompt: object, options: Mapping[str, Any]) -> Plan:
         if name not in _OPTIONS:
             called = name[:40] if isinstance(name, str) else validation.shown(name)
             raise InvalidRequestError(called, "is not an option", f"use {', '.join(sorted(_OPTIONS))}")
+    sources = _given(options, _CLIPS)
+    for name, source in sources.items():
+        validation.check_clip_source(name, source)
     wanted = options.get("model")
     model = validation.check_model(default_model() if wanted is None else wanted)
     audio = {"channels": model.channels, "sample_rate": model.sample_rate} | _given(options, _AUDIO)
@@ -284,7 +287,7 @@ def plan(prompt: object, options: Mapping[str, Any]) -> Plan:
         ),
         "wanted_run_at": None if run_at is None else validation.check_run_at(run_at),
     }
-    return Plan(row, rest, model, _given(options, _CLIPS))
+    return Plan(row, rest, model, sources)
 
 
 def read_clips(plans: Sequence[Plan]) -> Batch:
