@@ -28,6 +28,8 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2_048
 PRIORITY_LIMIT = 1_000
 MAX_ATTEMPTS_LIMIT = 25
+CLIP_FIELDS = ("continuation", "melody")
+"""The fields of a request that take audio; its row refers to each clip as ``<field>_sha256``."""
 CLIP_REMEDY = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} seconds"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline

@@ -44,7 +44,6 @@ MAX_BATCH_BYTES = 256 * 2**20
 _FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG"}  # libsndfile's names
 _MAX_CHANNELS = 8
 _SCALE = 32_768  # what libsndfile divides 16 bits by, so that a file of 16 bits stays what it is
-_NAMES = ("continuation", "melody")
 _COUNTED_SECONDS = 600
 """How far a clip that is too long is decoded, to say how long it is."""
 _PATIENCE_SECONDS = 60.0
@@ -84,7 +83,7 @@ class Reader:
 
     def read(self, sources: Mapping[str, Source], model: ModelInfo, duration: float) -> dict[str, Clip]:
         """Return the clips of one request, by the names of its fields; raises ``InvalidRequestError``."""
-        clips = {name: self._read(name, sources[name], model) for name in _NAMES if name in sources}
+        clips = {name: self._read(name, sources[name], model) for name in validation.CLIP_FIELDS if name in sources}
         if "continuation" in clips:
             validation.check_continuation(clips["continuation"].duration_seconds, duration)
         if self._bytes > MAX_BATCH_BYTES:

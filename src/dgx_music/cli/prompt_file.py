@@ -11,7 +11,7 @@ from typing import Any
 
 from dgx_music.client.enqueue import Batch, plan, read_clips
 from dgx_music.errors import InvalidRequestError
-from dgx_music.validation import shown
+from dgx_music.validation import CLIP_FIELDS, shown
 
 _JSON_LINES = {".jsonl", ".ndjson"}
 _STDIN = Path("-")
@@ -86,7 +86,7 @@ def _parse(line: str, *, is_json: bool) -> dict[str, Any]:
     if is_json or line.startswith("{"):
         request = parse_object("request", line, '{"prompt": "lofi rain", "duration": 16}')
         return {
-            name: Path(value) if name in ("continuation", "melody") and isinstance(value, str) else value
+            name: Path(value) if name in CLIP_FIELDS and isinstance(value, str) else value
             for name, value in request.items()
         }
     return {"prompt": line}

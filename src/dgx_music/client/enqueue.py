@@ -25,6 +25,7 @@ from dgx_music.catalog import ModelInfo
 from dgx_music.config import check_variables, default_model, load_settings
 from dgx_music.errors import GenerationNotFoundError, InvalidRequestError, WaitTimeoutError
 from dgx_music.inference.engine import GenerationRequest
+from dgx_music.sampling import Sampling
 from dgx_music.storage import due, queue, repository
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.connection.sessions import check_session, finish
@@ -83,9 +84,7 @@ class RequestOptions(TypedDict, total=False):
 
 
 _OPTIONS = frozenset(get_type_hints(RequestOptions))
-_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "negative_prompt")
 _AUDIO = ("channels", "sample_rate")
-_CLIPS = ("continuation", "melody")
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def plan(prompt: object, options: Mapping[str, Any]) -> Plan:
         if name not in _OPTIONS:
             called = name[:40] if isinstance(name, str) else validation.shown(name)
             raise InvalidRequestError(called, "is not an option", f"use {', '.join(sorted(_OPTIONS))}")
-    sources = _given(options, _CLIPS)
+    sources = _given(options, validation.CLIP_FIELDS)
     for name, source in sources.items():
         validation.check_clip_source(name, source)
     wanted = options.get("model")
@@ -258,7 +257,7 @@ def plan(prompt: object, options: Mapping[str, Any]) -> Plan:
         duration=options.get("duration", DEFAULT_DURATION_SECONDS),
         model=model.name,
         **audio,
-        **_given(options, _SAMPLING),
+        **Sampling.pick(options),
     )
     if options.get("melody") is not None:
         validation.check_hears_melody(model)
@@ -323,7 +322,7 @@ async def _read_clips(plans: Sequence[Plan]) -> Batch:
 
 def _row(plan: Plan, sources: Mapping[str, str] = {}, clips: Mapping[str, str] = {}) -> dict[str, Any]:
     """Return the columns of a row, given the hashes of what its clips came from and of themselves."""
-    columns = {f"{name}_sha256": clips.get(f"{name}_sha256") for name in _CLIPS}
+    columns = {f"{name}_sha256": clips.get(f"{name}_sha256") for name in validation.CLIP_FIELDS}
     return plan.row | plan.rest | columns | {"request_hash": _hash({**plan.row, **sources})}
 
 
