@@ -1,7 +1,6 @@
 """What producers call, on every database."""
 
 import asyncio
-import sys
 import uuid
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -28,6 +27,7 @@ from dgx_music import (
     watch_generation,
 )
 from dgx_music.audio import clips
+from dgx_music.client import generations, requests
 from dgx_music.errors import (
     GenerationNotFoundError,
     IdempotencyConflictError,
@@ -44,7 +44,6 @@ from tests.patience import PATIENCE
 
 pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
 
-enqueueing = sys.modules["dgx_music.client.enqueue"]  # the package's attribute of this name is the coroutine
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
@@ -352,7 +351,7 @@ async def test_a_request_of_no_known_form_is_refused(database, request_, sentenc
 
 
 async def test_a_batch_too_large_is_refused(database, monkeypatch):
-    monkeypatch.setattr(enqueueing, "MAX_BATCH", 2)
+    monkeypatch.setattr(requests, "MAX_BATCH", 2)
 
     with pytest.raises(InvalidRequestError, match=r"^requests are 3; send at most 2 at a time"):
         await enqueue_many(["a", "b", "c"])
@@ -740,7 +739,7 @@ async def test_a_change_that_nobody_watches_for_is_not_yielded(database):
 
 async def test_watching_goes_on_without_a_hint_by_its_slow_poll(database, monkeypatch):
     monkeypatch.setattr(database._connections.here(), "changes", Changes(None))
-    monkeypatch.setattr(enqueueing, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(generations, "_POLL_SECONDS", 0.01)
     generation = await enqueue("lofi rain")
     waiting = asyncio.create_task(wait_for_generation(generation.id))
     await asyncio.sleep(0)

@@ -5,19 +5,17 @@ Importing this imports nothing heavy: no torch, no Alembic, no SciPy.
 """
 
 import dgx_music.early  # noqa: F401 - first: the others take a second
-from dgx_music.client.enqueue import (
-    RequestOptions,
+from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
+from dgx_music.client.fleet import pause, resume
+from dgx_music.client.generations import (
     cancel_generation,
-    enqueue,
-    enqueue_many,
-    enqueue_sync,
+    estimate_generation,
     queue_position,
     retry_generation,
     wait_for_generation,
     watch_generation,
 )
-from dgx_music.client.estimates import estimate_generation
-from dgx_music.client.fleet import pause, resume
+from dgx_music.client.requests import RequestOptions
 from dgx_music.errors import DgxMusicError
 from dgx_music.storage import (
     Database,

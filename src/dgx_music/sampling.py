@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any, TypedDict
 
-from typing_extensions import Doc
-
 from dgx_music.validation import (
     MAX_TOP_K,
     check_between,
@@ -25,18 +23,18 @@ from dgx_music.validation import (
 class SamplingOptions(TypedDict, total=False):
     """The sampling fields as options of a request, each with its meaning."""
 
-    guidance_scale: Annotated[float, Doc("How closely to follow the prompt, 1 (no guidance) to 20.")]
-    temperature: Annotated[float, Doc("How adventurous to be, 0 (always the likeliest token) to 5.")]
-    top_k: Annotated[int, Doc("Choose among this many of the likeliest tokens; 0 for all of them.")]
+    guidance_scale: Annotated[float, "How closely to follow the prompt, 1 (no guidance) to 20."]
+    temperature: Annotated[float, "How adventurous to be, 0 (always the likeliest token) to 5."]
+    top_k: Annotated[int, "Choose among this many of the likeliest tokens; 0 for all of them."]
     top_p: Annotated[
         float | None,
-        Doc("Among those of top_k, keep only the likeliest of this total probability; None for all."),
+        "Among those of top_k, keep only the likeliest of this total probability; None for all.",
     ]
     seed: Annotated[
         int | None,
-        Doc("The same seed, model and settings make the same audio; None for one that follows from the row's id."),
+        "The same seed, model and settings make the same audio; None for one that follows from the row's id.",
     ]
-    negative_prompt: Annotated[str | None, Doc("What the music must not be like; needs a guidance_scale above 1.")]
+    negative_prompt: Annotated[str | None, "What the music must not be like; needs a guidance_scale above 1."]
 
 
 def _checked(default: Any, check: Callable[..., object], **limits: float) -> Any:
