@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from dgx_music import validation
+from dgx_music.audio.facts import AudioFacts
 from dgx_music.client.transactions import transact
 from dgx_music.errors import GenerationNotFoundError, WaitTimeoutError
 from dgx_music.storage import due, queue, repository
@@ -101,6 +102,14 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
             if generation.is_finished:
                 return
             await changes.wait(_POLL_SECONDS)
+
+
+def audio_facts(generation: Generation) -> AudioFacts | None:
+    """Return the duration, peak, loudness, waveform and so on of a completed generation's audio.
+
+    ``None`` if there is no audio yet, or if the row was completed by hand without these facts.
+    """
+    return AudioFacts.read(generation.get_metadata().get(queue.AUDIO_KEY))
 
 
 async def _read(database: Database, generation_id: str) -> Generation:
