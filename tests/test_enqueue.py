@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from dgx_music import (
     DgxMusicError,
+    GenerationStatus,
     cancel_generation,
     configure_sqlite,
     enqueue,
@@ -86,6 +87,14 @@ async def test_enqueue_returns_the_row_that_is_stored(database):
     assert (await read(database, generation.id)).to_dict() == generation.to_dict()
     assert (generation.prompt, generation.status, generation.attempt) == ("lofi rain", "pending", 0)
     assert uuid.UUID(generation.id).version == 7
+
+
+async def test_a_status_is_typed_wherever_it_comes_from(database):
+    generation = await enqueue("lofi rain")
+
+    assert generation.status is (await read(database, generation.id)).status is GenerationStatus.PENDING
+    assert (await estimate_generation(generation.id)).status is Generation().status is GenerationStatus.PENDING
+    assert await cancel_generation(generation.id) is GenerationStatus.CANCELLED
 
 
 async def test_what_is_not_said_has_its_default(database):

@@ -17,7 +17,7 @@ from dgx_music.forecast import LEAST_MEASURED, Ahead, Range, Slot, earliest_star
 from dgx_music.storage.due import CLAIM_ORDER, find_waits, g, is_paused
 from dgx_music.storage.models import Speed, WorkerInfo
 from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import PENDING, PROCESSING, WorkerState, now, unindexed, written
+from dgx_music.storage.schema import PENDING, PROCESSING, GenerationStatus, WorkerState, now, unindexed, written
 from dgx_music.storage.workers import IS_LIVING, served_models
 
 _ROUNDS = 4
@@ -29,7 +29,7 @@ _UNKNOWN = Range(0.0, math.inf)
 class Estimate:
     """When a generation starts and is done, in seconds from now, as far as anybody can say."""
 
-    status: str
+    status: GenerationStatus
     position: int | None = None
     """The place among those of its model that wait, from 1 for the next."""
     starts_in: Range | None = None

@@ -42,6 +42,7 @@ from dgx_music.storage.schema import (
     LongText,
     Real,
     ShortText,
+    Status,
     StatusText,
     UtcDateTime,
     WorkerState,
@@ -161,7 +162,7 @@ class Generation(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
 
     # Where it is: moved by the guarded statements of queue.py.
-    status: Mapped[str] = mapped_column(StatusText, default=PENDING, server_default=PENDING)
+    status: Mapped[GenerationStatus] = mapped_column(Status, default=PENDING, server_default=PENDING)
     run_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     """Not claimed before this moment: the producer's wish at first, after a failure the end of the backoff."""
     attempt: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
@@ -271,7 +272,14 @@ class Generation(Base):
     def __init__(self, **values: Any) -> None:
         metadata = values.pop("metadata", None)
         super().__init__(
-            **{"id": new_id(), "status": PENDING, "attempt": 0, "failures": 0, "cancel_requested": False} | values
+            **{
+                "id": new_id(),
+                "status": GenerationStatus.PENDING,
+                "attempt": 0,
+                "failures": 0,
+                "cancel_requested": False,
+            }
+            | values
         )
         if metadata is not None:
             self.set_metadata(metadata)
@@ -346,7 +354,7 @@ class Generation(Base):
                 raise IllegalTransitionError(self.id, self.status, wanted, CANCEL_REQUESTED)
             if self.cancel_requested and wanted == FAILED:
                 wanted = CANCELLED
-        self.status = wanted
+        self.status = GenerationStatus(wanted)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601."""
@@ -372,7 +380,7 @@ def _heed_cancel(_mapper: object, connection: Connection, generation: Generation
     if stored is None or stored.status != PROCESSING or not stored.cancel_requested:
         return
     if is_moved and generation.status == FAILED:
-        generation.status = CANCELLED
+        generation.status = GenerationStatus.CANCELLED
     elif (is_moved and generation.status != CANCELLED) or False in (flag or ()):
         raise IllegalTransitionError(generation.id, stored.status, generation.status, CANCEL_REQUESTED)
 
