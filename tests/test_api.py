@@ -24,7 +24,11 @@ WIDTH = 100
 def sections():
     """Return the code and the prose of each section of the page, by the name in its heading."""
     page = (ROOT / "docs" / "api.md").read_text()
-    found = re.findall(r"^### `(\w+)`\n\n```python\n(.*?)\n```\n\n(.+?)\n(?=\n#|\Z)", page, re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r"^### `(\w+)`\n\n```python\n(.*?)\n```\n\n(.+?)\n(?=\n#|\Z)",
+        page,
+        re.DOTALL | re.MULTILINE,
+    )
     assert len(found) == page.count("\n### "), "a section has another form"
     return {name: (code, prose) for name, code, prose in found}
 
@@ -38,14 +42,20 @@ def declaration(name, value):
         return lines(f"class {name}({bases}):", [f'{member.name} = "{member.value}"' for member in value])
     if value.__bases__ == (dict,):
         fields = value.__annotations__.items() if value is not dgx_music.RequestOptions else ()
-        return lines(f"class {name}(TypedDict, total=False):", [f"{key}: {shown_type(hint)}" for key, hint in fields])
+        return lines(
+            f"class {name}(TypedDict, total=False):",
+            [f"{key}: {shown_type(hint)}" for key, hint in fields],
+        )
     if is_dataclass(value):
         return lines(f"class {name}:", [shown(each) for each in inspect.signature(value).parameters.values()])
     if issubclass(value, storage.Base) and value is not storage.Base:
         return lines(f"class {name}({bases}):", columns_of(value))
     if getattr(value, "_is_protocol", False):
         methods = [(key, each) for key, each in vars(value).items() if not key.startswith("_")]
-        return lines(f"class {name}({bases}):", [declared_function(key, each, indent=4) for key, each in methods])
+        return lines(
+            f"class {name}({bases}):",
+            [declared_function(key, each, indent=4) for key, each in methods],
+        )
     if issubclass(value, Exception) or value is storage.Base:
         return f"class {name}({bases})"
     return call(f"class {name}", inspect.signature(value))
@@ -72,7 +82,10 @@ def declared_function(name, value, indent=0):
 
 def call(start, signature, indent=0):
     parameters = [shown(each) for each in signature.parameters.values()]
-    star = next((n for n, each in enumerate(signature.parameters.values()) if each.kind is each.KEYWORD_ONLY), None)
+    star = next(
+        (n for n, each in enumerate(signature.parameters.values()) if each.kind is each.KEYWORD_ONLY),
+        None,
+    )
     if star is not None:
         parameters.insert(star, "*")
     result = signature.return_annotation
