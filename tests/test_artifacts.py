@@ -594,7 +594,7 @@ async def test_without_hard_links_a_rename_that_fails_leaves_nothing(local, root
     assert names_in(root) == []
 
 
-# What somebody else has put into the folder
+# Files that do not belong to us
 
 
 async def refused(local, path):

@@ -19,7 +19,7 @@ from dgx_music.errors import InvalidRequestError
 
 SECONDS, RATE = 4, 44_100
 TOLERANCE = 0.06
-"""Seconds: two frames of MP3, which an encoder adds and, without a tag, nobody takes away."""
+"""Seconds: two frames of MP3, which an encoder adds and which stay if there is no tag."""
 
 
 def sound(seconds: float = SECONDS, rate: int = RATE, channels: int = 1):

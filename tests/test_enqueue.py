@@ -550,7 +550,7 @@ async def test_a_producer_whose_rival_asked_for_something_else_is_refused(databa
 
 @pytest.fixture(params=["configured", "plain"])
 async def own(request, database):
-    """A session of the caller's own, on an engine of his own."""
+    """A session of the caller's own, on an engine of its own."""
     is_ours, is_sqlite = request.param == "configured", database.is_embedded
     options = {"isolation_level": "REPEATABLE READ"} if is_ours and not is_sqlite else {}
     engine = create_async_engine(database.url, **options)
@@ -589,7 +589,7 @@ async def test_nothing_is_committed_rolled_back_or_closed_for_the_caller(databas
     await own.rollback()
 
 
-async def test_a_row_in_the_callers_transaction_is_invisible_until_he_commits(database, own):
+async def test_a_row_in_the_callers_transaction_is_invisible_until_the_commit(database, own):
     generation = await enqueue("lofi rain", session=own)
     assert await count(database) == 0
     async with database.session(read_only=True) as session:
@@ -637,7 +637,7 @@ async def test_a_refusal_leaves_the_callers_transaction_usable(database, own, re
     assert await uses(database) == {"lofi rain": 1, "rain": 1}
 
 
-async def test_a_generation_of_the_callers_session_counts_from_his_view(database, own):
+async def test_a_generation_of_the_callers_session_counts_from_its_view(database, own):
     generation = await enqueue("lofi rain", session=own)
 
     assert await queue_position(generation.id, session=own) == 1
@@ -927,7 +927,7 @@ async def test_clips_are_stored_with_the_row_and_shown_by_their_hashes(database,
     assert await clips_of(database) == sorted([row.continuation_sha256, row.melody_sha256])
 
 
-async def test_who_shares_a_clip_shares_its_row(database):
+async def test_generations_that_share_a_clip_share_its_row(database):
     data = audio_file()
     rows = await enqueue_many(["a", {"prompt": "b", "seed": 7}, "c"], continuation=data)
     rows += [await enqueue("d", continuation=data)]

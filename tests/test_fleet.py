@@ -1,4 +1,4 @@
-"""Several workers, several models, several callers: who claims what, and when nobody does."""
+"""Several workers, models and callers: which worker claims what, and when none does."""
 
 import asyncio
 
@@ -317,7 +317,7 @@ async def test_all_of_a_tenants_are_made_in_the_end(database, make_worker, engin
 
 
 async def test_a_new_worker_waits_for_the_living_after_everybody_was_silent(database, make_worker):
-    if database.is_embedded:  # the database of one machine is not away: who is silent there is dead
+    if database.is_embedded:  # on one machine a silent worker is dead
         return
     async with database.session() as session:
         await workers.register_worker(session, **make_worker()._describe() | {"id": "somebody"})

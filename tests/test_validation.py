@@ -199,7 +199,7 @@ def test_a_melody_for_a_model_that_hears_none_is_refused_with_one_that_does(mode
 
 
 @pytest.mark.parametrize("model", ["musicgen-melody", "musicgen-stereo-melody-large", "/models/mine"])
-def test_who_may_hear_a_melody_gets_it(model: str) -> None:
+def test_a_model_that_may_hear_a_melody_gets_it(model: str) -> None:
     validation.check_hears_melody(validation.check_model(model))
 
 

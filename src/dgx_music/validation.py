@@ -104,7 +104,7 @@ def check_path(field: str, value: object) -> str:
 
 def at_home(field: str, path: str) -> str:
     """Return the path with ``~`` or ``~user`` at its start replaced by that home."""
-    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises where it knows no home
+    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises if it knows no home
     if found.startswith("~"):
         user = path.partition("/")[0]
         problem = f"begins with {user}, whose home is not known"

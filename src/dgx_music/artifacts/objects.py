@@ -174,7 +174,7 @@ class ObjectArtifacts:
             await _call(obstore.put, self._store, name, data, mode="create", use_multipart=False)
         except AlreadyExistsError as error:
             held = await self._read(name)
-            if held is None:  # somebody else's write, or a delete, was under way
+            if held is None:  # another write, or a delete, is under way
                 raise GenericError(str(error)) from error
             if held != data:
                 raise name_is_taken(name) from None

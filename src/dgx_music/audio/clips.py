@@ -25,7 +25,8 @@ from dgx_music import validation
 from dgx_music.audio.containers import READABLE, DamagedError, open_source
 from dgx_music.audio.containers import Source as Container
 from dgx_music.audio.containers.decoder import Stream, decode_quietly, open_stream
-from dgx_music.audio.files import cancels_out, encode, match_channels, resample
+from dgx_music.audio.conversion import cancels_out, match_channels, resample
+from dgx_music.audio.files import encode
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError
