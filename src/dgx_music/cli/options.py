@@ -10,7 +10,7 @@ import typer
 from dgx_music import validation
 from dgx_music.catalog import MODELS
 from dgx_music.cli.output import has_password, warn
-from dgx_music.config import PREFIX, Settings
+from dgx_music.config import PREFIX, SETTINGS
 from dgx_music.storage import Filters, GenerationStatus
 from dgx_music.validation import check_run_at
 
@@ -19,10 +19,11 @@ WAITING = "Waiting"
 
 def setting(name: str, **more: Any) -> Any:
     """Return the option that overrides this setting; its help is the setting's own description."""
-    field, description = Settings.model_fields[name], str(Settings.model_fields[name].description)
-    shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
-    text = description if description.startswith("`") else description[:1].upper() + description[1:]
-    text = f"{text.replace('`', '')} ({PREFIX}{name.upper()}{'' if shown is None else f', default {shown}'})"
+    known = SETTINGS[name]
+    default = f"{known.default:g}" if isinstance(known.default, float) else known.default
+    text = known.description.replace("`", "")
+    text = text if known.description.startswith("`") else text[:1].upper() + text[1:]
+    text = f"{text} ({known.variable}{'' if default is None else f', default {default}'})"
     return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, **more)
 
 
