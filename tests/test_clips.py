@@ -208,10 +208,14 @@ def test_silence_and_a_constant_level_are_told(level: float, caplog) -> None:
         (audio_file(rate=7_999), "continuation has a sample rate of 7,999 Hz; use one of 8,000 to 192,000 Hz."),
         (audio_file(channels=9), "continuation has 9 channels; use at most 8."),
         (7, "continuation is of the type int; use the path of an audio file, or its bytes."),
-        ("nowhere.wav", "continuation 'nowhere.wav' cannot be read (no such file or directory); name an audio file."),
-        ("/dev/null", "continuation '/dev/null' is not a file; name an audio file."),
-        ("/", "continuation '/' is not a file; name an audio file."),
-        ("a\0b", "continuation 'a\\x00b' cannot be read (embedded null byte); name an audio file."),
+        ("a.wav", "continuation is text; use pathlib.Path(...) for a file of this machine, or the bytes of one."),
+        (
+            Path("nowhere.wav"),
+            "continuation 'nowhere.wav' cannot be read (no such file or directory); name an audio file.",
+        ),
+        (Path("/dev/null"), "continuation '/dev/null' is not a file; name an audio file."),
+        (Path("/"), "continuation '/' is not a file; name an audio file."),
+        (Path("a\0b"), "continuation 'a\\x00b' cannot be read (embedded null byte); name an audio file."),
     ],
 )
 def test_what_is_no_clip_is_refused_in_one_sentence(source, sentence: str) -> None:
@@ -258,7 +262,7 @@ def test_a_source_that_many_requests_share_is_read_once(tmp_path: Path, monkeypa
     path, data, reader = tmp_path / "a.wav", audio_file(hertz=500), Reader()
     path.write_bytes(audio_file())
 
-    for source in (path, str(path), data, data, bytes(bytearray(data))):
+    for source in (path, Path(str(path)), data, data, bytes(bytearray(data))):
         reader.read({"continuation": source}, SMALL, 60)
 
     assert (len(made), len(reader.data)) == (2, 2)

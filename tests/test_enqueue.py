@@ -1,7 +1,6 @@
 """What producers call, on every database."""
 
 import asyncio
-import sys
 import uuid
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -28,6 +27,7 @@ from dgx_music import (
     watch_generation,
 )
 from dgx_music.audio import clips
+from dgx_music.client import generations, requests
 from dgx_music.errors import (
     GenerationNotFoundError,
     IdempotencyConflictError,
@@ -35,7 +35,7 @@ from dgx_music.errors import (
     InvalidRequestError,
     WaitTimeoutError,
 )
-from dgx_music.storage import delete_generation, queue
+from dgx_music.storage import delete_generation, insertion, queue
 from dgx_music.storage.connection.changes import Changes
 from dgx_music.storage.models import Clip, Generation, Prompt
 from dgx_music.storage.repository import count_overlooked_prompts
@@ -44,7 +44,6 @@ from tests.patience import PATIENCE
 
 pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
 
-enqueueing = sys.modules["dgx_music.client.enqueue"]  # the package's attribute of this name is the coroutine
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
@@ -352,7 +351,7 @@ async def test_a_request_of_no_known_form_is_refused(database, request_, sentenc
 
 
 async def test_a_batch_too_large_is_refused(database, monkeypatch):
-    monkeypatch.setattr(enqueueing, "MAX_BATCH", 2)
+    monkeypatch.setattr(requests, "MAX_BATCH", 2)
 
     with pytest.raises(InvalidRequestError, match=r"^requests are 3; send at most 2 at a time"):
         await enqueue_many(["a", "b", "c"])
@@ -444,15 +443,15 @@ def quicker_rival(monkeypatch):
     """Return a function that lets a rival enqueue between our look for a key and our insert."""
 
     def arrange(rival):
-        look = enqueueing._find_by_key
+        look = insertion._find_by_key
 
         async def look_too_early(session, rows):
             found = await look(session, rows)
-            monkeypatch.setattr(enqueueing, "_find_by_key", look)
+            monkeypatch.setattr(insertion, "_find_by_key", look)
             await rival(session)
             return found
 
-        monkeypatch.setattr(enqueueing, "_find_by_key", look_too_early)
+        monkeypatch.setattr(insertion, "_find_by_key", look_too_early)
 
     return arrange
 
@@ -740,7 +739,7 @@ async def test_a_change_that_nobody_watches_for_is_not_yielded(database):
 
 async def test_watching_goes_on_without_a_hint_by_its_slow_poll(database, monkeypatch):
     monkeypatch.setattr(database._connections.here(), "changes", Changes(None))
-    monkeypatch.setattr(enqueueing, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(generations, "_POLL_SECONDS", 0.01)
     generation = await enqueue("lofi rain")
     waiting = asyncio.create_task(wait_for_generation(generation.id))
     await asyncio.sleep(0)
@@ -899,6 +898,23 @@ async def test_a_bad_clip_is_refused_by_its_place_and_nothing_stored(database, r
 
     await assert_unchanged(database)
     assert await clips_of(database) == []
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("name", ["continuation", "melody"])
+@pytest.mark.parametrize("model", ["musicgen-melody", "musicgen-small"])
+async def test_a_clip_given_as_text_is_refused_before_any_file_is_touched(database, tmp_path, monkeypatch, name, model):
+    path = tmp_path / "tune.wav"
+    path.write_bytes(audio_file())
+    monkeypatch.setattr("dgx_music.audio.clips.Reader.read", lambda *_: pytest.fail("a file was read"))
+    sentence = f"{name} is text; use pathlib.Path\\(...\\) for a file of this machine, or the bytes of one."
+
+    for text in (str(path), "nowhere.wav", ""):
+        with pytest.raises(InvalidRequestError, match=f"^{sentence}$"):
+            await enqueue("x", model=model, **{name: text})
+        with pytest.raises(InvalidRequestError, match=f"^request 2: {sentence}$"):
+            await enqueue_many([{"prompt": "a", "continuation": path}, {"prompt": "b", name: text}], model=model)
+    await assert_unchanged(database)
 
 
 async def test_clips_are_read_beside_the_event_loop(database, monkeypatch):

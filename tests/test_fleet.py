@@ -8,7 +8,8 @@ from sqlalchemy import delete, select
 
 from dgx_music import close_db, init_db, pause, resume
 from dgx_music.artifacts import MemoryArtifacts
-from dgx_music.client.enqueue import enqueue, retry_generation
+from dgx_music.client.enqueue import enqueue
+from dgx_music.client.generations import retry_generation
 from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError, EngineUnavailableError, InvalidRequestError
 from dgx_music.storage import queue, workers

@@ -28,6 +28,8 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2_048
 PRIORITY_LIMIT = 1_000
 MAX_ATTEMPTS_LIMIT = 25
+CLIP_FIELDS = ("continuation", "melody")
+"""The fields of a request that take audio; its row refers to each clip as ``<field>_sha256``."""
 CLIP_REMEDY = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} seconds"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -136,6 +138,19 @@ def check_guided(field: str, guidance_scale: float) -> None:
     """Refuse what only guidance could heed where there is none."""
     if guidance_scale == 1:
         raise InvalidRequestError(field, "has no effect with a guidance_scale of 1", "use one above 1, or leave it out")
+
+
+def check_clip_source(field: str, value: object) -> None:
+    """Refuse anything but a ``pathlib.Path`` or bytes. No file is touched.
+
+    Text is refused: a request that comes from a web client as JSON must not choose a file of this machine.
+    """
+    if isinstance(value, str):
+        remedy = "use pathlib.Path(...) for a file of this machine, or the bytes of one"
+        raise InvalidRequestError(field, "is text", remedy)
+    if not isinstance(value, bytes | bytearray | memoryview | os.PathLike):
+        problem = f"is of the type {type(value).__name__}"
+        raise InvalidRequestError(field, problem, "use the path of an audio file, or its bytes")
 
 
 def check_continuation(clip_seconds: float, duration: float, field: str = "continuation") -> None:

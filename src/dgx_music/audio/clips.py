@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Source: TypeAlias = "str | os.PathLike[str] | bytes"
+Source: TypeAlias = "os.PathLike[str] | bytes"
 """A file's path, or its content."""
 
 MAX_SOURCE_BYTES = 100_000_000
@@ -44,7 +44,6 @@ MAX_BATCH_BYTES = 256 * 2**20
 _FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG"}  # libsndfile's names
 _MAX_CHANNELS = 8
 _SCALE = 32_768  # what libsndfile divides 16 bits by, so that a file of 16 bits stays what it is
-_NAMES = ("continuation", "melody")
 _COUNTED_SECONDS = 600
 """How far a clip that is too long is decoded, to say how long it is."""
 _PATIENCE_SECONDS = 60.0
@@ -84,7 +83,7 @@ class Reader:
 
     def read(self, sources: Mapping[str, Source], model: ModelInfo, duration: float) -> dict[str, Clip]:
         """Return the clips of one request, by the names of its fields; raises ``InvalidRequestError``."""
-        clips = {name: self._read(name, sources[name], model) for name in _NAMES if name in sources}
+        clips = {name: self._read(name, sources[name], model) for name in validation.CLIP_FIELDS if name in sources}
         if "continuation" in clips:
             validation.check_continuation(clips["continuation"].duration_seconds, duration)
         if self._bytes > MAX_BATCH_BYTES:
@@ -108,6 +107,7 @@ class Reader:
 
     def _identify(self, name: str, source: Source) -> object:
         """Return what tells this source from others: its path, else a hash, made once for one that comes again and again."""
+        validation.check_clip_source(name, source)
         if not isinstance(source, bytes | bytearray | memoryview):
             return _path(name, source)
         if self._latest is None or self._latest[0] is not source:
@@ -287,12 +287,8 @@ def _content(name: str, source: Source) -> bytes:
         raise InvalidRequestError(name, f"{path!r} cannot be read ({why})", "name an audio file") from None
 
 
-def _path(name: str, source: object) -> str:
-    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
-    if not isinstance(path, str):
-        problem = f"is of the type {type(source).__name__}"
-        raise InvalidRequestError(name, problem, "use the path of an audio file, or its bytes")
-    return validation.at_home(name, path)
+def _path(name: str, source: os.PathLike[str]) -> str:
+    return validation.at_home(name, os.fsdecode(source))
 
 
 def _check_size(what: str, size: int) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from dgx_music.audio.facts import AudioFacts
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import ArtifactError, EngineError, GenerationRejectedError
@@ -76,7 +77,8 @@ def finish(
     samples = resample(samples, audio.sample_rate, sample_rate)
     samples, lufs = _normalise(samples, sample_rate, loudness)
     data = encode(samples, sample_rate, audio_format)
-    return FinishedAudio(data, audio_format, _describe(samples, sample_rate, audio_format, lufs))
+    facts = _describe(samples, sample_rate, audio_format, lufs)
+    return FinishedAudio(data, audio_format, facts.to_dict())
 
 
 def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
@@ -213,18 +215,18 @@ def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -
     return buffer.getvalue()
 
 
-def _describe(samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None) -> dict[str, Any]:
+def _describe(samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None) -> AudioFacts:
     channels, frames = samples.shape
     envelope = np.abs(samples).max(axis=0)  # [frame]
-    return {
-        "duration_seconds": frames / sample_rate,
-        "sample_rate": sample_rate,
-        "channels": channels,
-        "format": audio_format,
-        "peak": round(float(envelope.max()), 4),
-        "loudness_lufs": None if lufs is None else round(lufs, 2),
-        "waveform": _peaks(envelope, WAVEFORM_POINTS),
-    }
+    return AudioFacts(
+        duration_seconds=frames / sample_rate,
+        sample_rate=sample_rate,
+        channels=channels,
+        format=audio_format,
+        peak=round(float(envelope.max()), 4),
+        loudness_lufs=None if lufs is None else round(lufs, 2),
+        waveform=_peaks(envelope, WAVEFORM_POINTS),
+    )
 
 
 def _peaks(envelope: Samples, points: int) -> list[float]:

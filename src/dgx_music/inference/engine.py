@@ -12,20 +12,17 @@ from dgx_music import validation
 from dgx_music.audio.samples import Audio
 from dgx_music.catalog import DEFAULT_MODEL, MODELS
 from dgx_music.errors import InvalidRequestError
+from dgx_music.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(Sampling):
     """One validated request; building it raises ``InvalidRequestError`` on the first unacceptable field.
 
-    The sampling defaults are audiocraft's (``audiocraft/models/musicgen.py``, ``set_generation_params``): top_k 250,
-    top_p off, temperature 1.0, guidance 3.0. ``top_p`` narrows ``top_k``, as in transformers; in audiocraft it takes its place,
-    which is ``top_k`` 0 here. ``temperature`` 0 decodes greedily. ``channels`` and ``sample_rate`` are
-    what the file will have, whatever the model produces.
-
-    An empty ``prompt`` asks for unconditional music. ``negative_prompt`` is the text of guidance's null half: what the
-    music must not be like. The music starts with ``continuation``, at most 30 s of 1 or 2 channels, from which
-    ``duration`` counts; it follows the tune of ``melody``, at most 30 s of 1 channel. Both have a sample rate of their own.
+    An empty ``prompt`` asks for unconditional music. ``channels`` and ``sample_rate`` are those of the file, whatever
+    the model produces. The music starts with ``continuation``, at most 30 s of 1 or 2 channels, and ``duration``
+    counts from its start. The music follows the tune of ``melody``, at most 30 s of 1 channel. Each clip has its own
+    sample rate.
     """
 
     generation_id: str
@@ -35,12 +32,6 @@ class GenerationRequest:
     attempt: int = 0
     channels: int = 1
     sample_rate: int = 32_000
-    guidance_scale: float = 3.0
-    temperature: float = 1.0
-    top_k: int = 250
-    top_p: float | None = None
-    seed: int | None = None
-    negative_prompt: str | None = None
     continuation: Audio | None = field(default=None, repr=False)
     melody: Audio | None = field(default=None, repr=False)
 
@@ -50,16 +41,7 @@ class GenerationRequest:
         self._set("duration", validation.check_duration(self.duration, model.max_duration_seconds))
         self._set("channels", validation.check_integer("channels", self.channels, 1, 2))
         self._set("sample_rate", validation.check_integer("sample_rate", self.sample_rate, 8_000, 192_000))
-        self._set("guidance_scale", validation.check_between("guidance_scale", self.guidance_scale, 1, 20))
-        self._set("temperature", validation.check_between("temperature", self.temperature, 0, 5))
-        self._set("top_k", validation.check_integer("top_k", self.top_k, 0, validation.MAX_TOP_K))
-        if self.top_p is not None:
-            self._set("top_p", validation.check_between("top_p", self.top_p, 0.01, 1))
-        if self.seed is not None:
-            self._set("seed", validation.check_seed(self.seed))
-        if self.negative_prompt is not None:
-            self._set("negative_prompt", validation.check_negative_prompt(self.negative_prompt))
-            validation.check_guided("negative_prompt", self.guidance_scale)
+        super().__post_init__()
         if self.continuation is not None:
             _check_samples("continuation", self.continuation, channels=2)
             validation.check_continuation(self.continuation.duration, self.duration)
@@ -68,28 +50,12 @@ class GenerationRequest:
             _check_samples("melody", self.melody, channels=1)
             validation.check_clip("melody", self.melody.duration)
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the documented way to normalise a field of a frozen dataclass
-
     @property
     def effective_seed(self) -> int:
-        """The seed asked for, else one that follows from the id: every attempt of a generation makes the same audio."""
+        """The seed that was asked for, or one that follows from the id: each attempt makes the same audio."""
         if self.seed is not None:
             return self.seed
         return int.from_bytes(hashlib.sha256(self.generation_id.encode()).digest()[:8], "big") >> 1
-
-    @property
-    def sampling(self) -> dict[str, float | int | str | None]:
-        """The sampling fields, in the form that is stored: ``negative_prompt`` is there where it was given only."""
-        negative = {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
-        return {
-            "guidance_scale": self.guidance_scale,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "seed": self.seed,
-            **negative,
-        }
 
 
 def _check_samples(name: str, clip: Audio, channels: int) -> None:

@@ -9,13 +9,20 @@ from typing import Any
 from sqlalchemy import ColumnElement, bindparam, delete, exists, func, not_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.storage.models import Clip, Generation
+from dgx_music.storage.models import CLIP_COLUMNS, Clip, Generation
 from dgx_music.storage.repository import dialect_of, insert
 from dgx_music.storage.schema import now, now_plus
+from dgx_music.validation import CLIP_FIELDS
 
 UNUSED_SECONDS = 86_400.0
 """How long a clip is kept that nobody refers to: whoever enqueues with it right now must find it there."""
 _FRESH_SECONDS = 3_600.0
+
+
+def clips_of(row: object) -> dict[str, str]:
+    """Return the ``sha256`` of each clip that a generation, or a claim of one, refers to, by the name of its field."""
+    found = {name: getattr(row, f"{name}_sha256", None) for name in CLIP_FIELDS}
+    return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
 
 
 async def keep_clips(session: AsyncSession, clips: Mapping[str, tuple[bytes, float]]) -> None:
@@ -58,10 +65,7 @@ async def prune_clips(session: AsyncSession, *, limit: int, unused_seconds: floa
 
 
 def _is_unused(seconds: float) -> ColumnElement[bool]:
-    is_referred_to = or_(
-        exists().where(Generation.continuation_sha256 == Clip.sha256),
-        exists().where(Generation.melody_sha256 == Clip.sha256),
-    )
+    is_referred_to = or_(*(exists().where(getattr(Generation, name) == Clip.sha256) for name in CLIP_COLUMNS))
     return (Clip.last_used_at < now_plus(-seconds)) & not_(is_referred_to)
 
 

@@ -50,9 +50,11 @@ from dgx_music.storage.schema import (
     now,
 )
 from dgx_music.storage.words import search_text
+from dgx_music.validation import CLIP_FIELDS
 
 ALL_MODELS = "*"
 """In the place of a model's name: whichever it is."""
+CLIP_COLUMNS = tuple(f"{name}_sha256" for name in CLIP_FIELDS)
 CANCEL_REQUESTED = "its cancellation was requested"
 
 _CLAIM_ORDER = claim_order(column("run_at"), column("priority"))
@@ -140,7 +142,7 @@ class Generation(Base):
     sample_rate: Mapped[int]
     channels: Mapped[int]
     sampling: Mapped[dict[str, Any] | None] = mapped_column(JsonObject)
-    """guidance_scale, temperature, top_k, top_p, seed, and negative_prompt where given; null means the defaults."""
+    """The fields of ``Sampling``; null means the defaults."""
     continuation_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
     """The clip that the music starts with; the duration counts from its start."""
     melody_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
@@ -261,7 +263,7 @@ class Generation(Base):
                 sqlite_where=sql(f"{name} IS NOT NULL"),
                 postgresql_where=sql(f"{name} IS NOT NULL"),
             )
-            for name in ("continuation_sha256", "melody_sha256")
+            for name in CLIP_COLUMNS
         ),
         {"postgresql_with": {"fillfactor": 80}},
     )
