@@ -12,7 +12,6 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,6 @@ _SILENCE_PEAK = 10 ** (-70 / 20)  # BS.1770 hears nothing below -70 LUFS; noise 
 _SHORTEST_MEASURED_SECONDS = 0.4  # one gating block of BS.1770
 _LOST_SHARE = 0.25
 _LOST_MUSIC = 0.1
-_BARS = "▁▂▃▄▅▆▇█"
 _METER_BYTES = 192 * 2**20
 _BLAS_THREAD_BYTES = 64 * 2**20
 """Address space that pyloudnorm's import takes, with some to spare: measured as 107 MiB and 40 MiB for each thread."""
@@ -96,14 +94,6 @@ def warm_up() -> None:
     Raises ``ArtifactError`` if there is no memory for it.
     """
     _import_meter()
-
-
-def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
-    """Return the waveform's peaks (0 to 1) as one line of at most ``width`` blocks; silence is a flat line."""
-    if not waveform:
-        return ""
-    peaks = _peaks(np.asarray(waveform, np.float32), width)
-    return "".join(_BARS[min(int(peak * len(_BARS)), len(_BARS) - 1)] for peak in peaks)
 
 
 def _check_samples(samples: Samples) -> Samples:
