@@ -13,8 +13,8 @@ from obstore.store import from_url
 
 from dgx_music.artifacts import LocalArtifacts, objects, open_output, open_place_of
 from dgx_music.artifacts.interface import LONGEST_LINK_SECONDS
-from dgx_music.cli.doctor import examine
-from dgx_music.cli.enqueue import _copy_audio
+from dgx_music.cli.enqueueing import copy_audio
+from dgx_music.cli.examination import examine
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, ConfigurationError, InvalidRequestError
 from dgx_music.storage import Generation
@@ -431,7 +431,7 @@ def test_the_clients_own_coroutines_are_not_used():
 def test_audio_in_a_store_is_copied_out(store, tmp_path):
     artifact = anyio.run(partial(store.publish, "song", 1, "wav", DATA))
 
-    _copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
+    copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
 
     assert (tmp_path / "rain.wav").read_bytes() == DATA
 
@@ -441,7 +441,7 @@ def test_a_copy_of_what_is_not_there_overwrites_nothing(s3, tmp_path):
     out.write_text("mine")
 
     with pytest.raises(ArtifactError, match="no such object"):
-        _copy_audio(Generation(file_path=f"{s3}/song-1.wav"), out, force=True)
+        copy_audio(Generation(file_path=f"{s3}/song-1.wav"), out, force=True)
     assert out.read_text() == "mine"
 
 
@@ -451,5 +451,5 @@ def test_a_copy_that_breaks_off_leaves_no_half_file(flaky, proxy, tmp_path, monk
     proxy.plan_after("GET", {"GET": [500] * ALWAYS})
 
     with pytest.raises(ArtifactError, match=r"song-1\.wav cannot be read"):
-        _copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
+        copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
     assert list(tmp_path.glob("rain*")) == []

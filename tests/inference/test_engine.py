@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dgx_music.audio.samples import Audio
+from dgx_music.catalog import is_untrained
 from dgx_music.errors import InvalidRequestError
-from dgx_music.inference.engine import GenerationRequest, is_untrained
+from dgx_music.inference.engine import GenerationRequest
 from tests.inference.factories import make_request
 
 SEED_OF_G1 = 4_074_095_729_657_203_136

@@ -12,7 +12,6 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,6 @@ _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overf
 _SILENCE_PEAK = 10 ** (-70 / 20)
 """BS.1770 counts nothing below -70 LUFS, and gain does not turn such noise into music."""
 _SHORTEST_MEASURED_SECONDS = 0.4  # one gating block of BS.1770
-_BARS = "▁▂▃▄▅▆▇█"
 _METER_BYTES = 192 * 2**20
 _BLAS_THREAD_BYTES = 64 * 2**20
 """Address space that the import of pyloudnorm takes, with a margin: 107 MiB were measured, and 40
@@ -108,14 +106,6 @@ def warm_up() -> None:
     Raises ``ArtifactError`` if there is no memory for it.
     """
     _import_meter()
-
-
-def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
-    """Return the peaks (0 to 1) as a line of at most ``width`` blocks; silence is flat."""
-    if not waveform:
-        return ""
-    peaks = _peaks(np.asarray(waveform, np.float32), width)
-    return "".join(_BARS[min(int(peak * len(_BARS)), len(_BARS) - 1)] for peak in peaks)
 
 
 def _check_samples(samples: Samples) -> Samples:

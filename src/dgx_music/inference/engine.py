@@ -10,7 +10,7 @@ from typing import Protocol
 
 from dgx_music import validation
 from dgx_music.audio.samples import Audio
-from dgx_music.catalog import DEFAULT_MODEL, MODELS
+from dgx_music.catalog import DEFAULT_MODEL
 from dgx_music.errors import InvalidRequestError
 from dgx_music.sampling import Sampling
 
@@ -138,8 +138,3 @@ class EngineSettings:
 
 LoadEngine = Callable[[EngineSettings], Engine]
 EstimateBytes = Callable[[EngineSettings], int | None]
-
-
-def is_untrained(model: str) -> bool:
-    """Return ``True`` if the model has random weights, so that its audio is noise."""
-    return model in MODELS and MODELS[model].is_untrained
