@@ -35,7 +35,7 @@ from dgx_music.errors import (
     InvalidRequestError,
     WaitTimeoutError,
 )
-from dgx_music.storage import delete_generation, queue
+from dgx_music.storage import delete_generation, insertion, queue
 from dgx_music.storage.connection.changes import Changes
 from dgx_music.storage.models import Clip, Generation, Prompt
 from dgx_music.storage.repository import count_overlooked_prompts
@@ -444,15 +444,15 @@ def quicker_rival(monkeypatch):
     """Return a function that lets a rival enqueue between our look for a key and our insert."""
 
     def arrange(rival):
-        look = enqueueing._find_by_key
+        look = insertion._find_by_key
 
         async def look_too_early(session, rows):
             found = await look(session, rows)
-            monkeypatch.setattr(enqueueing, "_find_by_key", look)
+            monkeypatch.setattr(insertion, "_find_by_key", look)
             await rival(session)
             return found
 
-        monkeypatch.setattr(enqueueing, "_find_by_key", look_too_early)
+        monkeypatch.setattr(insertion, "_find_by_key", look_too_early)
 
     return arrange
 

@@ -13,34 +13,34 @@ import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, TypedDict, TypeVar, cast, get_type_hints
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast, get_type_hints
 
 import anyio
 import anyio.to_thread
-from sqlalchemy import bindparam, func, select
-from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import Unpack
 
 from dgx_music import validation
 from dgx_music.catalog import ModelInfo
 from dgx_music.config import check_variables, default_model, load_settings
-from dgx_music.errors import GenerationNotFoundError, IdempotencyConflictError, InvalidRequestError, WaitTimeoutError
+from dgx_music.errors import GenerationNotFoundError, InvalidRequestError, WaitTimeoutError
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.storage import due, queue, repository
-from dgx_music.storage.clips import keep_clips
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.connection.sessions import check_session, finish
 from dgx_music.storage.database import Database, ensure_database
+from dgx_music.storage.insertion import insert_generations
 from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
-from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, UtcDateTime, new_id, now
+from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 T = TypeVar("T")
 
 DEFAULT_DURATION_SECONDS = 10.0
 MAX_BATCH = 10_000
-_CHUNK = 500
 _POLL_SECONDS = 1.0
 
 
@@ -141,7 +141,7 @@ async def enqueue_many(
 
 async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
     """Add the generations of a batch in one transaction, all or none, and return their rows in the same order."""
-    return await _transact(session, lambda current: _insert(current, batch))
+    return await _transact(session, lambda current: insert_generations(current, batch.rows, batch.clips))
 
 
 def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
@@ -157,7 +157,8 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
         database = Database.from_settings(load_settings())
         try:
             await database.prepare()
-            return (await database.transact(lambda session: _insert(session, batch)))[0]
+            rows = await database.transact(lambda session: insert_generations(session, batch.rows, batch.clips))
+            return rows[0]
         finally:
             await database.dispose()
 
@@ -359,76 +360,6 @@ async def _transact(
         check_variables()
         return await finish(work(session))
     return await (await ensure_database()).transact(work, read_only=read_only)
-
-
-async def _insert(session: AsyncSession, batch: Batch) -> list[Generation]:
-    """Insert the rows, keep their clips and count their prompts; a repeated idempotency key gives the existing row."""
-    rows = batch.rows
-    by_key = await _find_by_key(session, rows)
-    owners = {key: (found.id, found.request_hash) for key, found in by_key.items()}
-    for row in rows:
-        if (key := row["idempotency_key"]) is not None:
-            _check_same_request(key, row, owners.setdefault(key, (row["id"], row["request_hash"])))
-    fresh = [row for row in rows if owners.get(row["idempotency_key"], (row["id"],))[0] == row["id"]]
-    inserted: dict[str, Generation] = {}
-    while fresh:
-        inserted |= {row.id: row for row in await _insert_fresh(session, fresh, batch.clips)}
-        raced = [row for row in fresh if row["id"] not in inserted]  # another producer was quicker with the same key
-        found = await _find_by_key(session, raced)
-        for row in raced:
-            if (owner := found.get(row["idempotency_key"])) is not None:
-                _check_same_request(row["idempotency_key"], row, (owner.id, owner.request_hash))
-        by_key |= found
-        fresh = [row for row in raced if row["idempotency_key"] not in found]  # and its row is gone again
-    by_key |= {row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None}
-    return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
-
-
-def _check_same_request(key: str, row: Mapping[str, Any], owner: tuple[str, str | None]) -> None:
-    owner_id, request_hash = owner
-    if request_hash != row["request_hash"]:
-        raise IdempotencyConflictError(key, owner_id)
-
-
-async def _find_by_key(session: AsyncSession, rows: list[dict[str, Any]]) -> dict[str, Generation]:
-    keys = sorted({row["idempotency_key"] for row in rows} - {None})
-    found: dict[str, Generation] = {}
-    for start in range(0, len(keys), _CHUNK):
-        query = select(Generation).where(Generation.idempotency_key.in_(keys[start : start + _CHUNK]))
-        found |= {str(row.idempotency_key): row for row in await session.scalars(query)}
-    return found
-
-
-async def _insert_fresh(
-    session: AsyncSession, rows: list[dict[str, Any]], clips: Mapping[str, tuple[bytes, float]]
-) -> list[Generation]:
-    """Insert these rows, with their clips kept and their prompts counted, and return those whose key was free."""
-    used = {row[f"{name}_sha256"] for row in rows for name in _CLIPS} - {None}
-    if used:
-        await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
-    prompts = await repository.count_prompt_uses(session, [row["prompt"] for row in rows])
-    prompt_ids = {prompt.text: prompt.id for prompt in prompts}
-    statement = _insert_statement(repository.dialect_of(session))
-    inserted: list[Generation] = []
-    # In one order: two batches must not wait for each other in a circle.
-    rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
-    for start in range(0, len(rows), _CHUNK):
-        chunk = [row | {"prompt_id": prompt_ids.get(row["prompt"])} for row in rows[start : start + _CHUNK]]
-        inserted += await session.scalars(statement, chunk)
-    stored = {row.id for row in inserted}
-    raced = [row["prompt"] for row in rows if row["id"] not in stored and row["prompt"] in prompt_ids]
-    await repository.uncount_prompt_uses(session, raced)
-    return inserted
-
-
-@cache
-def _insert_statement(dialect: str) -> Any:
-    return (
-        repository.insert(dialect, Generation)
-        .values(run_at=func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now()))
-        .on_conflict_do_nothing(index_elements=["idempotency_key"])
-        .returning(Generation)
-    )
 
 
 async def _read(database: Database, generation_id: str) -> Generation:
