@@ -38,7 +38,7 @@ from dgx_music.errors import (
 from dgx_music.storage import delete_generation, insertion, queue
 from dgx_music.storage.connection.changes import Changes
 from dgx_music.storage.models import Clip, Generation, Prompt
-from dgx_music.storage.repository import count_overlooked_prompts
+from dgx_music.storage.prompts import count_overlooked_prompts
 from tests.factories import SQLITE, Program, add_generation, audio_file, claim_one, completion_of, on, read, read_all
 from tests.patience import PATIENCE
 

@@ -10,8 +10,7 @@ from sqlalchemy import ColumnElement, bindparam, delete, exists, func, not_, or_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.models import Clip, Generation
-from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import now, now_plus
+from dgx_music.storage.schema import dialect_of, insert, now, now_plus
 
 UNUSED_SECONDS = 86_400.0
 """How long a clip is kept that nobody refers to: whoever enqueues with it right now must find it there."""

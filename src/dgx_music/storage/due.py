@@ -29,13 +29,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.storage.models import ALL_MODELS, Generation, Pause
-from dgx_music.storage.repository import dialect_of
-from dgx_music.storage.schema import PENDING, PROCESSING, claim_order, now, unindexed, written
+from dgx_music.storage.generation import g, generations
+from dgx_music.storage.models import ALL_MODELS, Pause
+from dgx_music.storage.schema import PENDING, PROCESSING, claim_order, dialect_of, now, unindexed, written
 
-generations = cast("Table", Generation.__table__)
 pauses = cast("Table", Pause.__table__)
-g = generations.c
 
 CLAIM_ORDER = claim_order(g.run_at, g.priority)
 _PENDING, _PROCESSING = written(PENDING), written(PROCESSING)

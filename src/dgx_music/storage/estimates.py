@@ -14,10 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import LEAST_MEASURED, Ahead, Range, Slot, earliest_start, latest_start
-from dgx_music.storage.due import CLAIM_ORDER, find_waits, g, is_paused
+from dgx_music.storage.due import CLAIM_ORDER, find_waits, is_paused
+from dgx_music.storage.generation import g
 from dgx_music.storage.models import Speed, WorkerInfo
-from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import PENDING, PROCESSING, WorkerState, now, unindexed, written
+from dgx_music.storage.schema import PENDING, PROCESSING, WorkerState, dialect_of, insert, now, unindexed, written
 from dgx_music.storage.workers import IS_LIVING, served_models
 
 _ROUNDS = 4

@@ -14,10 +14,10 @@ from sqlalchemy import bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
-from dgx_music.storage import repository
 from dgx_music.storage.clips import keep_clips
 from dgx_music.storage.models import Generation
-from dgx_music.storage.schema import UtcDateTime, now
+from dgx_music.storage.prompts import count_prompt_uses, uncount_prompt_uses
+from dgx_music.storage.schema import UtcDateTime, dialect_of, insert, now
 
 Row = Mapping[str, Any]
 """The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once."""
@@ -84,9 +84,9 @@ async def _insert_fresh(
     used = {row[name] for row in rows for name in _CLIP_COLUMNS} - {None}
     if used:
         await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
-    prompts = await repository.count_prompt_uses(session, [row["prompt"] for row in rows])
+    prompts = await count_prompt_uses(session, [row["prompt"] for row in rows])
     prompt_ids = {prompt.text: prompt.id for prompt in prompts}
-    statement = _insert_statement(repository.dialect_of(session))
+    statement = _insert_statement(dialect_of(session))
     inserted: list[Generation] = []
     # In one order: two batches must not wait for each other in a circle.
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
@@ -95,14 +95,14 @@ async def _insert_fresh(
         inserted += await session.scalars(statement, chunk)
     stored = {row.id for row in inserted}
     raced = [row["prompt"] for row in rows if row["id"] not in stored and row["prompt"] in prompt_ids]
-    await repository.uncount_prompt_uses(session, raced)
+    await uncount_prompt_uses(session, raced)
     return inserted
 
 
 @cache
 def _insert_statement(dialect: str) -> Any:
     return (
-        repository.insert(dialect, Generation)
+        insert(dialect, Generation)
         .values(run_at=func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now()))
         .on_conflict_do_nothing(index_elements=["idempotency_key"])
         .returning(Generation)

@@ -6,7 +6,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.models import ALL_MODELS, Pause
-from dgx_music.storage.repository import dialect_of, insert
+from dgx_music.storage.schema import dialect_of, insert
 
 
 async def pause_model(session: AsyncSession, model_name: str = ALL_MODELS) -> None:

@@ -25,12 +25,15 @@ from sqlalchemy import (
     select,
     table,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 
 AGEING_SECONDS = 60
@@ -60,6 +63,15 @@ LEGAL_TRANSITIONS: dict[str, frozenset[str]] = {
     FAILED: frozenset({PENDING}),
     CANCELLED: frozenset({PENDING}),
 }
+
+
+def check_status(status: GenerationStatus | str) -> str:
+    """Return the status as text, or raise ``InvalidRequestError``."""
+    try:
+        return GenerationStatus(status).value
+    except ValueError:
+        known = ", ".join(GenerationStatus)
+        raise InvalidRequestError("status", f"{status!r} is not one", f"use {known}") from None
 
 
 def sources_of(status: str) -> list[str]:
@@ -242,6 +254,16 @@ LongText = Text()
 def written(status: str) -> ColumnElement[str]:
     """Return a status as SQL text: with a parameter in its place PostgreSQL's prepared plans could use no partial index."""
     return literal_column(f"'{GenerationStatus(status)}'", StatusText)
+
+
+def dialect_of(session: AsyncSession) -> str:
+    """Return the kind of the session's database: ``sqlite`` or ``postgresql``."""
+    return session.get_bind().dialect.name
+
+
+def insert(dialect: str, model: type[Any]) -> Any:
+    """Return an INSERT for this kind of database, one that can say ON CONFLICT."""
+    return (postgresql.insert if dialect == "postgresql" else sqlite.insert)(model)
 
 
 _versions = table(VERSION_TABLE, column("version_num", String(32)))

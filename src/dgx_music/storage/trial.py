@@ -11,8 +11,7 @@ from sqlalchemy import Table, false, text, update
 
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
-from dgx_music.storage.repository import dialect_of
-from dgx_music.storage.schema import new_id
+from dgx_music.storage.schema import dialect_of, new_id
 from dgx_music.storage.workers import heartbeat_worker
 
 _NOBODY = {"host": "", "pid": 0, "model_name": "", "models": [], "device": "", "slots": 1, "lease_seconds": 1.0}

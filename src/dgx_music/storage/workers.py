@@ -16,8 +16,7 @@ from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.models import Generation, WorkerInfo
-from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import PROCESSING, WorkerState, now, now_plus, written
+from dgx_music.storage.schema import PROCESSING, WorkerState, dialect_of, insert, now, now_plus, written
 
 _FORGET_AFTER_SECONDS = 86_400.0
 _ENDS_KEPT = 20

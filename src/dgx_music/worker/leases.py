@@ -21,7 +21,7 @@ from dgx_music.artifacts import Artifacts
 from dgx_music.config import Settings
 from dgx_music.errors import ArtifactError, DatabaseUnavailableError
 from dgx_music.forecast import Speedometer
-from dgx_music.storage import due, queue, repository, workers
+from dgx_music.storage import due, prompts, queue, statistics, workers
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import record_speed
@@ -303,7 +303,7 @@ class Leases:
         """Once a minute, make up for what enqueues and triggers left to be done."""
         if time.monotonic() - self._last_tidying < _TIDY_SECONDS:
             return
-        while await self._database.transact(repository.compact_tallies) == repository.TALLY_CHUNK:
+        while await self._database.transact(statistics.compact_tallies) == statistics.TALLY_CHUNK:
             pass
-        await self._database.transact(repository.count_overlooked_prompts)
+        await self._database.transact(prompts.count_overlooked_prompts)
         self._last_tidying = time.monotonic()

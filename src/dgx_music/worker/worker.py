@@ -45,8 +45,8 @@ from dgx_music.storage import due, queue, workers
 from dgx_music.storage.clips import read_clips
 from dgx_music.storage.connection.changes import Subscription, Topic
 from dgx_music.storage.database import Database
-from dgx_music.storage.files import find_owners
 from dgx_music.storage.queue import Claim, Completion, Lease
+from dgx_music.storage.retention import find_owners
 from dgx_music.storage.schema import WorkerState
 from dgx_music.validation import tidy_text
 from dgx_music.worker.completions import Completions
