@@ -189,7 +189,7 @@ async def reader(empty_url):
 
 @pytest.mark.parametrize("empty_url", POSTGRES, indirect=True)
 async def test_a_migration_gives_way_to_who_reads_on_and_on(empty_database, reader, monkeypatch):
-    monkeypatch.setattr(sys.modules["dgx_music.storage.database"], "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(sys.modules["dgx_music.storage.schema_changes"], "_LOCK_SECONDS", 0.2)
     await empty_database.migrate()
     await run(empty_database, to("0001"))
     async with reader.session() as session:

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from dgx_music import enqueue
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import count_generations, create_generation, due, queue
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import estimate
 from dgx_music.storage.models import Base, Generation, Prompt

@@ -14,7 +14,7 @@ from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
 from dgx_music.storage import Database, Generation, close_db, create_generation, get_session, init_db
 from dgx_music.storage.connection import replica
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from tests.factories import MODEL
 from tests.postgres import OwnServer, _user_and_group

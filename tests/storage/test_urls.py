@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
 from dgx_music.storage.connection import urls
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.urls import is_pooled_by_transaction, normalise_url, server_address
 from dgx_music.storage.database import Database
 from tests.factories import POSTGRES

@@ -16,10 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from dgx_music.errors import ConfigurationError, DatabaseError, DatabaseNotMigratedError
 from dgx_music.storage.connection import postgres
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
+from dgx_music.storage.connection.postgres_errors import message_line
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.connection.sessions import NoAnswerError, Session
-from dgx_music.storage.connection.urls import normalise_url
+from dgx_music.storage.connection.urls import normalise_url, shown
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Replica:
         self._try_at = 0.0
 
     def __str__(self) -> str:
-        return postgres.shown(self.url)
+        return shown(self.url)
 
     async def begin(self) -> AsyncSession | None:
         """Return a session that has begun; ``None`` where the replica is of no use for now."""
@@ -63,9 +64,7 @@ class Replica:
         if isinstance(error, PoolTimeoutError):  # it is busy, not away
             return
         if not self._is_left:
-            logger.warning(
-                "read replica: left for the primary (%s)", postgres.first_line(getattr(error, "orig", error))
-            )
+            logger.warning("read replica: left for the primary (%s)", message_line(getattr(error, "orig", error)))
         self._is_left, self._try_at = True, time.monotonic() + _LEAVE_SECONDS
 
     def _return(self) -> None:

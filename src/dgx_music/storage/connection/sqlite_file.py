@@ -25,9 +25,9 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from dgx_music.modes import create_file
-from dgx_music.storage.connection import changes
-from dgx_music.storage.connection.changes import Place, find_place
+from dgx_music.storage.connection import sqlite_changes
 from dgx_music.storage.connection.snapshots import snapshot
+from dgx_music.storage.connection.sqlite_changes import Place, find_place
 
 _OPENED = "dgx_music_opened"
 _IS_SECOND = "dgx_music_is_second"
@@ -174,13 +174,13 @@ class DatabaseFile:
 
     def _leave(self, opened: _Opened) -> None:
         """Leave a file that was replaced, or lost its log, with nothing in a log that is not beside its own file any more."""
-        paused = changes.pause(self.path)
+        paused = sqlite_changes.pause(self.path)
         try:
             if self._has_stray_log(opened) and not _Checkpoint(opened).run():
                 raise sqlite3.OperationalError(_IN_THE_WAY)
             self.rest()
         finally:
-            changes.resume(paused)
+            sqlite_changes.resume(paused)
 
     def _has_stray_log(self, opened: _Opened) -> bool:
         """Return True where the log is to be emptied: it lies beside another file, or is deleted and would be lost."""

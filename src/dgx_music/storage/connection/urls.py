@@ -164,6 +164,14 @@ def _choose_driver(wanted: str) -> str:
     )
 
 
+def shown(url: URL) -> str:
+    """Return the URL as a user may see it."""
+    if url.get_backend_name() == "sqlite":
+        # SQLAlchemy would write some characters of the path as %25 and the like.
+        return f"sqlite:///{url.database or ''}"
+    return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
+
+
 def _refusal(problem: str, remedy: str) -> ConfigurationError:
     return ConfigurationError(_SETTING, problem, remedy)
 
