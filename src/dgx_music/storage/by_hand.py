@@ -30,7 +30,7 @@ from dgx_music.storage.schema import (
 
 
 async def cancel(session: AsyncSession, generation_id: str) -> str:
-    """Cancel a pending generation, or ask the worker of a running one to stop; return its status now.
+    """Cancel a pending generation, or ask the worker of a running one to stop; return its status.
 
     ``processing`` means that the request is noted: the row ends cancelled, whatever its attempt
     returns. Raises ``GenerationNotFoundError``, or ``IllegalTransitionError`` if it has already
@@ -52,10 +52,10 @@ async def cancel(session: AsyncSession, generation_id: str) -> str:
 
 
 async def retry(session: AsyncSession, generation_id: str) -> None:
-    """Make a failed or cancelled generation pending again, with no failures; its attempts go on counting.
+    """Make a failed or cancelled generation pending again, without failures.
 
-    Raises ``GenerationNotFoundError``, or ``IllegalTransitionError`` if it is pending, running or
-    completed.
+    The count of its attempts goes on. Raises ``GenerationNotFoundError``, or
+    ``IllegalTransitionError`` if it is pending, running or completed.
     """
     statement = (
         update(generations)
@@ -93,7 +93,12 @@ async def update_generation_status(
         changes |= {"attempt": Generation.attempt + 1, "started_at": now(), "progress": 0.0}
     if wanted == PENDING:
         failures = case((Generation.status == PROCESSING, Generation.failures), else_=0)
-        changes |= {"run_at": now(), "failures": failures, "cancel_requested": False, "progress": 0.0}
+        changes |= {
+            "run_at": now(),
+            "failures": failures,
+            "cancel_requested": False,
+            "progress": 0.0,
+        }
     if wanted == FAILED:
         changes["status"] = case((Generation.cancel_requested, CANCELLED), else_=FAILED)
     changes["completed_at"] = now() if wanted in FINISHED else None

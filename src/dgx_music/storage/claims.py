@@ -55,9 +55,10 @@ async def claim(
 ) -> list[Claim]:
     """Take up to ``limit`` due generations of this model for this worker, most urgent first.
 
-    With a ``tenant_limit`` no tenant has more than so many in hand, whichever workers hold them: they
-    are counted in the rows themselves, by one claim at a time. Nothing of a paused model is taken.
-    Raises ``DatabaseNotMigratedError``, and takes nothing, if the schema is not this version's any more.
+    With a ``tenant_limit`` no tenant has more than so many in hand, whichever workers hold them:
+    they are counted in the rows themselves, by one claim at a time. Nothing of a paused model is
+    taken. Raises ``DatabaseNotMigratedError``, and takes nothing, if the schema is not this
+    version's any more.
     """
     if tenant_limit is not None:
         await take_turns(session)
@@ -76,7 +77,8 @@ async def claim(
 async def check_schema(session: AsyncSession) -> None:
     """Raise ``DatabaseNotMigratedError`` if the schema has become an older or a newer version's.
 
-    A schema without a revision is being made anew: there is nothing to claim, and no reason to give up.
+    A schema without a revision is being made anew: there is nothing to claim, and no reason to give
+    up.
     """
     found = await session.scalar(schema_revision())
     if found not in (None, SCHEMA_REVISION):

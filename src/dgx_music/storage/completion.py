@@ -64,11 +64,11 @@ class Completion:
 
 
 async def complete(session: AsyncSession, completions: Sequence[Completion]) -> set[Lease]:
-    """Complete these generations together; return the leases whose own attempt has completed its row.
+    """Complete these generations together; return the leases that have completed their rows.
 
     The others were taken by another attempt, deleted, have a cancel requested, or are locked by
-    another transaction; ``find_completable`` returns the locked ones. After a lost reply the same call
-    gives the same answer.
+    another transaction; ``find_completable`` returns the locked ones. After a lost reply the same
+    call gives the same answer.
     """
     if not completions:
         return set()
@@ -103,7 +103,7 @@ async def find_completable(session: AsyncSession, leases: Collection[Lease]) -> 
 
 
 async def _complete(session: AsyncSession, completions: Sequence[Completion]) -> set[Lease]:
-    """Complete what can be completed and return it; on SQLite return nothing, the caller reads it."""
+    """Complete what can be completed and return it; on SQLite return nothing."""
     rows = [_values(completion) for completion in completions]
     if dialect_of(session) == "postgresql":
         return await _read_leases(session, _COMPLETE_TOGETHER, {"completions": _as_json(rows)})
@@ -117,7 +117,7 @@ async def _read_leases(session: AsyncSession, statement: Any, values: Any = None
 
 
 def _complete_with(values: Any) -> Any:
-    """Return the UPDATE that completes rows with these values: bind parameters or a table's columns."""
+    """Return the UPDATE that completes rows with these parameters or columns."""
     return (
         update(generations)
         .where(_is_completable(values))
@@ -139,7 +139,7 @@ def _complete_with(values: Any) -> Any:
 
 
 def _is_completable(values: Any) -> ColumnElement[bool]:
-    """Return the fence of a completion: its own attempt holds the row, and no cancel is requested."""
+    """Return the fence: the attempt itself holds the row, and no cancel is requested."""
     is_held = and_(g.status == PROCESSING, g.worker_id.is_not(None), not_(g.cancel_requested))
     return and_(g.id == values.lease_id, g.attempt == values.lease_attempt, is_held)
 
@@ -185,12 +185,12 @@ def _values(completion: Completion) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> str:
-    """Return the value as JSON, with null for NaN; ``json`` takes four times as long for a waveform."""
+    """Return the value as JSON, with null for NaN; ``json`` takes four times as long."""
     return to_json(value, inf_nan_mode="null").decode()
 
 
 def _end_attempts(leases: Collection[Lease]) -> Any:
-    """Return the UPDATE that ends the attempts of completed generations with the rows' own values."""
+    """Return the UPDATE that ends the attempts of completed rows, with the rows' own values."""
     named = [(lease.generation_id, lease.attempt) for lease in leases]
     return (
         update(attempts)

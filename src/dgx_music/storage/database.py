@@ -40,9 +40,9 @@ _REPEATS = 3
 class Database:
     """One database: its engines, and sessions on it.
 
-    Event loops and threads may share it, and both sides of a fork may use it: each event loop has its
-    own connections. ``limits`` are for PostgreSQL; ``replica_url`` names a read replica, for reads that
-    may lag. A SQLite file that ``is_private`` is made for its owner alone.
+    Event loops and threads may share it, and both sides of a fork may use it: each event loop has
+    its own connections. ``limits`` are for PostgreSQL; ``replica_url`` names a read replica, for
+    reads that may lag. A SQLite file that ``is_private`` is made for its owner alone.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Database:
 
     @property
     def engines(self) -> tuple[AsyncEngine, ...]:
-        """The engines that have their own connections: for writing, for reading, for the replica."""
+        """The engines with their own connections: for writing, for reading, for the replica."""
         return self._connections.here().engines
 
     @property
@@ -116,12 +116,12 @@ class Database:
         """Give a session that commits on success, rolls back on any exception, and always closes.
 
         A writing session holds SQLite's write lock from its first statement on: keep it short. A
-        reading session sees one moment of the database, never waits for a writer, and must not write.
-        It sees all that was committed before, unless it ``may_lag``: then the read replica answers, if
-        there is one that can.
+        reading session sees one moment of the database, never waits for a writer, and must not
+        write. It sees all that was committed before, unless it ``may_lag``: then the read replica
+        answers, if there is one that can.
 
-        PostgreSQL ends a session whose transaction is idle for ``Limits.idle_seconds``: do nothing slow
-        in it.
+        PostgreSQL ends a session whose transaction is idle for ``Limits.idle_seconds``: do nothing
+        slow in it.
         """
         session = await self._begin(read_only=read_only, may_lag=may_lag)
         try:
@@ -138,7 +138,7 @@ class Database:
             await session.close()
 
     async def _roll_back(self, session: AsyncSession) -> None:
-        """Roll back; if the database is away nothing is left to roll back, and the caller's error counts."""
+        """Roll back, unless the database is away: the caller's own error is more important."""
         try:
             await session.rollback()
         except Exception as error:
@@ -160,10 +160,10 @@ class Database:
         read_only: bool = False,
         may_lag: bool = False,
     ) -> T:
-        """Return what ``work`` returns, done in its own transaction, which a cancellation does not stop.
+        """Return what ``work`` returns, done in its own transaction, which a cancel does not stop.
 
-        It is repeated if it was a deadlock's victim, and repeated on the primary if the read replica
-        fails: a replica also ends a query that delays what it copies.
+        It is repeated if it was a deadlock's victim, and repeated on the primary if the read
+        replica fails: a replica also ends a query that delays what it copies.
         """
 
         async def run(*, may_lag: bool) -> T:
@@ -195,7 +195,7 @@ class Database:
             await self._change(schema_changes.upgrade)
 
     async def revision(self) -> str | None:
-        """Return the schema's revision without waiting for a writer; ``None`` without our tables."""
+        """Return the schema's revision, without waiting for writers; ``None`` without our tables."""
         engine = self._connections.here().reading_engine
         revision: str | None = await self._run(engine, schema_changes.read_revision)
         return revision
@@ -316,8 +316,8 @@ async def init_db(database_url: str | None = None) -> Database:
 
     A SQLite file and its folder are created. The schema of a PostgreSQL server is only checked:
     ``DatabaseNotMigratedError`` says what to run. The URL is the one given, else
-    ``DGX_MUSIC_DATABASE_URL``, else ``DATABASE_URL``, else ``sqlite:///data/generations.db``. A second
-    call replaces the default database and closes the connections of the first.
+    ``DGX_MUSIC_DATABASE_URL``, else ``DATABASE_URL``, else ``sqlite:///data/generations.db``. A
+    second call replaces the default database and closes the connections of the first.
     """
     global _default
     database = await _open(database_url)

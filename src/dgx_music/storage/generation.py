@@ -58,8 +58,9 @@ def _only(condition: str) -> dict[str, Any]:
 class Generation(Base):
     """One request for music, from enqueue to file.
 
-    ``attempt`` counts claims, only ever goes up, and fences every write after a claim; it is also SQLAlchemy's version
-    counter, so an ORM write that raced with a claim raises ``StaleDataError`` instead of overwriting it.
+    ``attempt`` counts claims, only ever goes up, and fences every write after a claim; it is also
+    SQLAlchemy's version counter, so an ORM write that raced with a claim raises ``StaleDataError``
+    instead of overwriting it.
     """
 
     __tablename__ = "generations"
@@ -73,7 +74,7 @@ class Generation(Base):
     sample_rate: Mapped[int]
     channels: Mapped[int]
     sampling: Mapped[dict[str, Any] | None] = mapped_column(JsonObject)
-    """guidance_scale, temperature, top_k, top_p, seed, and negative_prompt if given; null: defaults."""
+    """guidance_scale, temperature, top_k, top_p, seed, maybe negative_prompt; null: defaults."""
     continuation_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
     """The clip that the music starts with; the duration counts from its start."""
     melody_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
@@ -88,7 +89,7 @@ class Generation(Base):
     """How many failures it takes to give up."""
     idempotency_key: Mapped[str | None] = mapped_column(ShortText, unique=True)
     request_hash: Mapped[str | None] = mapped_column(HashText)
-    """SHA-256 of what was asked for: tells a repeated request from another one with the same key."""
+    """SHA-256 of what was asked for: tells a repeated request from another with its key."""
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
 
     # Its place in life: moved by the guarded statements that queue.py lists.
@@ -99,7 +100,7 @@ class Generation(Base):
     failures: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
     """Errors, crashes and lost workers so far; a release adds none, a retry by hand starts at 0."""
     worker_id: Mapped[str | None] = mapped_column(ShortText)
-    """Who holds it; null if it was marked processing by hand: its caller has it, nobody rescues it."""
+    """Who holds it; null if its caller works on it by hand: then nobody rescues it."""
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     """When its current or last attempt began."""
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -135,7 +136,11 @@ class Generation(Base):
         CheckConstraint("attempt >= 0 AND failures >= 0 AND max_attempts >= 1", "counts"),
         CheckConstraint("progress >= 0 AND progress <= 1", "progress"),
         # The claim chooses by this one, in order, however many finished rows there are.
-        Index("ix_generations_claim", "model_name", _CLAIM_ORDER, "id", **_only("status = 'pending'")),
+        Index(
+            "ix_generations_claim",
+            *("model_name", _CLAIM_ORDER, "id"),
+            **_only("status = 'pending'"),
+        ),
         # The same for each tenant, if each may run only so many.
         Index(
             "ix_generations_tenant_claim",
@@ -265,7 +270,10 @@ def _heed_cancel(_mapper: object, connection: Connection, generation: Generation
     Such a row ends cancelled: a failure becomes that, all else raises ``IllegalTransitionError``.
     """
     attributes = inspect(generation).attrs
-    is_moved, flag = attributes.status.history.has_changes(), attributes.cancel_requested.history.added
+    is_moved, flag = (
+        attributes.status.history.has_changes(),
+        attributes.cancel_requested.history.added,
+    )
     if not (is_moved or flag):
         return
     query = select(g.status, g.cancel_requested).where(g.id == generation.id)

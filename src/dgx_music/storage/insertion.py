@@ -1,7 +1,7 @@
 """The first transition of a row's life: into the queue, in the caller's own transaction.
 
-One call keeps the clips, counts the prompts, and inserts the generations. A repeated idempotency key
-inserts nothing and gives the row that is there already.
+One call keeps the clips, counts the prompts, and inserts the generations. A repeated idempotency
+key inserts nothing and gives the row that is there already.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ async def insert_generations(
 ) -> list[Generation]:
     """Insert these rows and return the generations in the same order.
 
-    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``. A row
-    whose idempotency key exists is not inserted: the existing generation is returned in its place.
-    Raises ``IdempotencyConflictError`` if that one belongs to a different request.
+    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``. A
+    row whose idempotency key exists is not inserted: the existing generation is returned in its
+    place. Raises ``IdempotencyConflictError`` if that one belongs to a different request.
     """
     by_key = await _find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
@@ -54,7 +54,7 @@ async def insert_generations(
 
 
 def _without_repeats(rows: Sequence[Row], by_key: Mapping[str, Generation]) -> list[Row]:
-    """Return the rows to insert: those without a key, and the first of each key that is not stored."""
+    """Return the rows to insert: those without a key, and the first of each new key."""
     owners = {key: (found.id, found.request_hash) for key, found in by_key.items()}
     for row in rows:
         if (key := row["idempotency_key"]) is not None:

@@ -33,8 +33,9 @@ _BACKOFF_LIMIT_SECONDS = 3600.0
 def backoff_seconds(failures: int, base: float, rng: random.Random) -> float:
     """Return how long to wait before the next attempt, after this many failures.
 
-    Jitter on a doubling limit: uniform between half of and all of ``base * 2**(failures - 1)``, at most
-    an hour (M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015: "equal jitter").
+    Jitter on a doubling limit: uniform between half of and all of ``base * 2**(failures - 1)``, at
+    most an hour (M. Brooker, "Exponential Backoff and Jitter", AWS Architecture Blog, 2015: "equal
+    jitter").
     """
     limit = min(_BACKOFF_LIMIT_SECONDS, base * 2.0 ** min(failures - 1, 30))
     return rng.uniform(limit / 2, limit)
@@ -50,8 +51,8 @@ async def fail(
 ) -> str | None:
     """Count a failure: pending again after a wait, or failed for good if no failures are left.
 
-    ``retry_in_seconds`` is ``None`` if no retry can help. Returns the new status (cancelled if that was
-    requested), or ``None`` if the lease was lost.
+    ``retry_in_seconds`` is ``None`` if no retry can help. Returns the new status (cancelled if that
+    was requested), or ``None`` if the lease was lost.
     """
     spent = literal(retry_in_seconds is None) | (g.failures + 1 >= g.max_attempts)
     status = case((g.cancel_requested, CANCELLED), (spent, FAILED), else_=PENDING)
@@ -77,7 +78,7 @@ async def release(session: AsyncSession, leases: Collection[Lease]) -> dict[Leas
 
 
 async def release_all(session: AsyncSession, worker_id: str, *, but: Collection[Lease]) -> int:
-    """Give back all that this worker still holds except these, without a failure; return how many."""
+    """Give back all that this worker holds except these, without a failure; return how many."""
     is_own = (g.status == written(PROCESSING)) & (g.worker_id == worker_id)
     return len(await _release(session, is_own & not_(is_among(but))))
 
@@ -97,7 +98,7 @@ def _released(status: str) -> AttemptOutcome:
 
 
 def let_go(status: ColumnElement[str]) -> Any:
-    """Return the UPDATE that ends leases with this status; it answers with id, attempt and status."""
+    """Return the UPDATE that ends leases with this status; it returns id, attempt and status."""
     return (
         update(generations)
         .values(

@@ -1,8 +1,8 @@
 """Leases: who may write a row, and until when.
 
 A lease is a generation and the attempt that runs. Every write after a claim carries the fence
-(``is_held_by``): the row's id, ``status = 'processing'`` and the attempt. Attempt numbers only go up, so
-a worker that lost its lease can never write the row again.
+(``is_held_by``): the row's id, ``status = 'processing'`` and the attempt. Attempt numbers only go
+up, so a worker that lost its lease can never write the row again.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Held:
 async def renew(session: AsyncSession, progress: Mapping[Lease, float], *, lease_seconds: float) -> dict[Lease, bool]:
     """Extend these leases and store their progress; return those still held.
 
-    Each comes with True if a cancel was requested. A lease that is not in the answer is lost: stop that
-    generation and delete its file. An expired lease that nobody has rescued is held again. A row that
-    another transaction has locked is skipped until the next time and still counts as held: one open
-    transaction must not cost the other rows their leases.
+    Each comes with True if a cancel was requested. A lease that is not in the answer is lost: stop
+    that generation and delete its file. An expired lease that nobody has rescued is held again. A
+    row that another transaction has locked is skipped until the next time and still counts as held:
+    one open transaction must not cost the other rows their leases.
     """
     if not progress:
         return {}

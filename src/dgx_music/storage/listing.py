@@ -32,7 +32,7 @@ _MAX_CURSOR_CHARACTERS = 400
 
 
 class Filters(TypedDict, total=False):
-    """Which generations; each may be left out or ``None``, and a generation fits all that are given."""
+    """Which generations: those that fit all filters given; ``None`` is not a filter."""
 
     status: GenerationStatus | str | None
     model: str | None
@@ -62,12 +62,15 @@ async def list_generations(
 ) -> Page:
     """Return a page of at most ``limit`` generations, newest first, that fit the filters.
 
-    ``after`` is the ``next`` of an earlier page, to be used with the same filters. The rows are read
-    from an index in order; nothing is sorted. Raises ``InvalidRequestError``.
+    ``after`` is the ``next`` of an earlier page, to be used with the same filters. The rows are
+    read from an index in order; nothing is sorted. Raises ``InvalidRequestError``.
     """
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
     start = None if after is None else _Cursor.parse(after)
-    equalities, bounds = _equalities(filters, Generation, is_found=False), _bounds(filters, start, Generation)
+    equalities, bounds = (
+        _equalities(filters, Generation, is_found=False),
+        _bounds(filters, start, Generation),
+    )
     newest_first = (Generation.created_at.desc(), Generation.id.desc())
     query = select(Generation).where(*equalities, *bounds).order_by(*newest_first).limit(limit + 1)
     rows = list(await session.scalars(query))
@@ -119,8 +122,9 @@ def _equalities(filters: Filters, row: Any, *, is_found: bool) -> list[ColumnEle
     """Return the conditions that a column equals a value.
 
     Unless the rows are found by another condition, the first one may choose an index. PostgreSQL
-    has statistics of the values and chooses by them. SQLite has none, so the condition that is likely
-    to fit the fewest rows comes first here: a tenant, a status other than completed, a model.
+    has statistics of the values and chooses by them. SQLite has none, so the condition that is
+    likely to fit the fewest rows comes first here: a tenant, a status other than completed, a
+    model.
     """
     for name in filters.keys() - Filters.__annotations__.keys():
         raise TypeError(f"there is no filter {name!r}; use {', '.join(Filters.__annotations__)}")
@@ -136,7 +140,7 @@ def _equalities(filters: Filters, row: Any, *, is_found: bool) -> list[ColumnEle
     equal = [column == value for column, value in asked[: not is_found]]
     equal += [unindexed(column) == value for column, value in asked[not is_found :]]
     if tenant and not is_found:
-        equal.append(row.tenant != literal_column("''"))  # so that the index without empty ones fits
+        equal.append(row.tenant != literal_column("''"))  # the index has no empty ones
     if tenant == "":
         equal.append(unindexed(row.tenant) == "")
     return equal

@@ -1,4 +1,4 @@
-"""The tables: generations, the prompts and clips they use, the attempts made at them, the workers."""
+"""The tables: generations, their prompts, clips and attempts, the workers, and others."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Prompt(Base):
         deferred=True,
         deferred_raiseload=True,
     )
-    """The words of the text by the rules of ``words.py``: the databases index it, nobody reads it."""
+    """The words of the text, by the rules of ``words.py``; the databases index it."""
     used_count: Mapped[int] = mapped_column(default=1, server_default=sql("1"))
     first_used_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     last_used_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
@@ -80,7 +80,7 @@ class Prompt(Base):
         return text
 
     def increment_usage(self) -> None:
-        """Count one more use in this object; ``track_prompt_usage`` does it in one atomic statement."""
+        """Count one more use in this object; ``track_prompt_usage`` does it atomically."""
         self.used_count += 1
         self.last_used_at = datetime.now(UTC)
 
@@ -142,7 +142,7 @@ class WorkerInfo(Base):
     state: Mapped[str] = mapped_column(
         StatusText, default=WorkerState.SERVING.value, server_default=WorkerState.SERVING.value
     )
-    """Loading its model, serving, or ended; one that was killed is silent and keeps its last state."""
+    """Loading, serving, or ended; a worker that was killed keeps its last state."""
     model_name: Mapped[str] = mapped_column(ShortText)
     """The model that is loaded or being loaded."""
     models: Mapped[list[str]] = mapped_column(JsonObject, server_default="[]")
@@ -174,10 +174,10 @@ class Pause(Base):
 
 
 class Speed(Base):
-    """Seconds that a device takes for one second of a model's audio, as its workers measured lately.
+    """Seconds that a device takes for one second of a model's audio, as measured lately.
 
-    ``low``, ``typical`` and ``high`` are the 10th, 50th and 90th percentile over generations, whether
-    all slots of the worker were in use or not.
+    ``low``, ``typical`` and ``high`` are the 10th, 50th and 90th percentile over generations,
+    whether all slots of the worker were in use or not.
     """
 
     __tablename__ = "speeds"

@@ -42,10 +42,10 @@ async def get_most_used_prompts(session: AsyncSession, limit: int = 10) -> list[
 async def count_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
     """Count one use for each text given, repeated ones too, and return the rows that were counted.
 
-    On PostgreSQL a text that another open transaction is counting is left out: a long transaction of
-    one producer must neither delay others with the same prompt nor deadlock with them. In a
-    transaction of a stricter isolation all texts are left out, since a count that was made meanwhile
-    would make it fail. ``count_overlooked_prompts`` counts them later.
+    On PostgreSQL a text that another open transaction is counting is left out: a long transaction
+    of one producer must neither delay others with the same prompt nor deadlock with them. In a
+    transaction of a stricter isolation all texts are left out, since a count that was made
+    meanwhile would make it fail. ``count_overlooked_prompts`` counts them later.
     """
     texts = list(texts)
     if dialect_of(session) == "postgresql":
@@ -94,7 +94,7 @@ def _lock_statement() -> Any:
 
 
 def _bucket(text: str) -> int:
-    """Return which of 256 locks counts this text: a lock for each text would fill the lock table."""
+    """Return which of 256 locks counts this text: too many locks would fill the server's table."""
     return int(text_hash(text)[:2], 16)
 
 

@@ -45,11 +45,12 @@ async def rescue(
 ) -> list[Rescued]:
     """Take rows from lost workers; return what was taken.
 
-    ``lapsed`` names leases, each with its end: if a lease ends at another time now, its worker lives.
-    Without it, up to ``limit`` leases are taken that have expired by the database's clock.
+    ``lapsed`` names leases, each with its end: if a lease ends at another time now, its worker
+    lives. Without it, up to ``limit`` leases are taken that have expired by the database's clock.
 
-    Counts a failure for each row: a generation that kills its workers must run out of attempts. If the
-    schema is not this version's any more, nothing is taken: this version does not know all of a row.
+    Counts a failure for each row: a generation that kills its workers must run out of attempts. If
+    the schema is not this version's any more, nothing is taken: this version does not know all of a
+    row.
     """
     is_lost = and_(g.status == written(PROCESSING), g.worker_id.is_not(None), _has_lapsed(lapsed))
     lost = select(g.id).where(is_lost).order_by(g.lease_expires_at).limit(limit)

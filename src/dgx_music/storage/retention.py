@@ -31,7 +31,7 @@ class Owner:
 
 
 async def find_prunable(session: AsyncSession, *, status: str, older_than_seconds: float, limit: int) -> list[Lease]:
-    """Return finished generations of this status that ended longer ago, each with its last attempt."""
+    """Return finished generations of this status that ended longer ago, as leases."""
     query = (
         select(g.id, g.attempt)
         .where(
@@ -52,7 +52,7 @@ async def find_files(session: AsyncSession, leases: Collection[Lease]) -> list[s
 
 
 async def prune(session: AsyncSession, leases: Collection[Lease]) -> int:
-    """Delete those of these rows that are still finished; return how many. Delete their files first."""
+    """Delete these rows if they are still finished; return how many. Delete their files first."""
     statement = delete(generations).where(is_among(leases), g.status.in_(FINISHED)).returning(g.id)
     return len((await session.execute(statement)).all())
 
@@ -67,7 +67,7 @@ async def find_owners(session: AsyncSession, generation_ids: Collection[str]) ->
 async def find_completed_files(
     session: AsyncSession, *, after_id: str, limit: int
 ) -> list[tuple[str, str, int | None]]:
-    """Return the next completed generations in the order of their ids: id, file's path, size in bytes.
+    """Return the id, path and size in bytes of the next completed generations, by id.
 
     Those without a file are left out.
     """

@@ -1,4 +1,4 @@
-"""Changes of the schema: make it, migrate it, drop it. Each runs in one transaction of the caller."""
+"""Changes of the schema: make, migrate, drop it; each in one transaction of the caller."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def read_revision(connection: Connection) -> str | None:
 def upgrade(connection: Connection) -> None:
     """Migrate to this version's schema.
 
-    Raises ``DatabaseNotMigratedError`` if it is a newer version's, ``DatabaseUnavailableError`` if it
-    cannot be ours.
+    Raises ``DatabaseNotMigratedError`` if it is a newer version's, ``DatabaseUnavailableError`` if
+    it cannot be ours.
     """
     from dgx_music.storage import migrations
 

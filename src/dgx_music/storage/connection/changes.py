@@ -1,7 +1,7 @@
 """Waking up when the database changes, instead of asking it again and again.
 
-A change is a hint: it may be lost, so every waiter also polls slowly. sqlite_changes.py watches a file,
-notifications.py listens to a PostgreSQL server.
+A change is a hint: it may be lost, so every waiter also polls slowly. sqlite_changes.py watches a
+file, notifications.py listens to a PostgreSQL server.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Changes(ABC):
 
     @contextmanager
     def subscribe(self, topic: Topic | None = None, keys: Collection[str] = ()) -> Iterator[Subscription]:
-        """Give a subscription to the topic's changes while the block runs; no keys stand for all."""
+        """Give a subscription to a topic's changes while the block runs; no keys mean all."""
         subscription = Subscription(topic, keys)
         is_first = not self._subscriptions
         self._subscriptions.add(subscription)

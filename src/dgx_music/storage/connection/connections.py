@@ -1,8 +1,8 @@
 """The open connections of a database, each of one event loop of one process.
 
-A connection waits on the event loop that made it, and two processes must not use one socket. So each
-event loop has its own engines, which are closed when it ends; and a forked child never touches what it
-has inherited.
+A connection waits on the event loop that made it, and two processes must not use one socket. So
+each event loop has its own engines, which are closed when it ends; and a forked child never touches
+what it has inherited.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Connections:
 
     @property
     def engines(self) -> tuple[AsyncEngine, ...]:
-        """The engines that have their own connections: for writing, for reading, for the replica."""
+        """The engines with their own connections: for writing, for reading, for the replica."""
         is_shared = self.engine.pool is self.reading_engine.pool
         own = (self.engine,) if is_shared else (self.engine, self.reading_engine)
         return own if self.replica is None else (*own, self.replica.engine)
@@ -157,11 +157,15 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Never touch what was inherited: a driver's goodbye would end the parent's session on the server.
+    """Never touch what was inherited: a driver's goodbye would end the parent's session.
 
     The sockets are also the parent's, so they are not shut down here but let go.
     """
-    inherited = [sqlite_file.after_fork(), postgres_drivers.after_fork(), sqlite_changes.after_fork()]
+    inherited = [
+        sqlite_file.after_fork(),
+        postgres_drivers.after_fork(),
+        sqlite_changes.after_fork(),
+    ]
     inherited += [each.after_fork() for each in snapshot(_all)]
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))  # kept until after the interpreter's end
 

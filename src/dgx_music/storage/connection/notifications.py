@@ -1,6 +1,7 @@
 """Waking up by PostgreSQL's LISTEN, on a separate connection.
 
-A notification is lost while the connection is lost, and never comes through a pooler in transaction mode.
+A notification is lost while the connection is lost, and never comes through a pooler in transaction
+mode.
 """
 
 from __future__ import annotations

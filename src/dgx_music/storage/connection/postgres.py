@@ -74,8 +74,9 @@ def _tell_sockets_trouble(context: ExceptionContext) -> BaseException | None:
 def _replace_dead_connections(engine: Engine) -> None:
     """Have the pool test idle connections, so that the first statement after a restart succeeds.
 
-    asyncpg hears of a connection's end by itself, so a connection that was used lately needs no test;
-    its dialect's ``pool_pre_ping`` would test each time, in three round trips: as many as a claim takes.
+    asyncpg hears of a connection's end by itself, so a connection that was used lately needs no
+    test; its dialect's ``pool_pre_ping`` would test each time, in three round trips: as many as a
+    claim takes.
     """
     is_asyncpg = engine.dialect.driver == "asyncpg"
 

@@ -1,8 +1,8 @@
 """How asyncpg and psycopg connect to PostgreSQL, how long they wait, and how they hang up.
 
-Both get the URL in the form that PostgreSQL's own libraries read, so that ``sslmode``, several hosts and
-sockets mean the same with each. Neither gives up by itself on a network that loses everything: here
-every wait has a limit.
+Both get the URL in the form that PostgreSQL's own libraries read, so that ``sslmode``, several
+hosts and sockets mean the same with each. Neither gives up by itself on a network that loses
+everything: here every wait has a limit.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Limits:
     command_seconds: float = 15.0
     """How long we wait for the server's answer, network included; then we drop the connection."""
     idle_seconds: float = 60.0
-    """How long the server keeps an idle transaction: its client may be gone, its locks must not stay."""
+    """How long the server keeps an idle transaction: its client may be gone, with its locks."""
 
 
 def creator(url: URL, limits: Limits, *, is_patient: bool = False) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """Return a coroutine that connects; ``is_patient`` leaves out the limits on statements, for migrations.
+    """Return a coroutine that connects; ``is_patient``, for migrations, limits no statement.
 
     It raises ``DatabaseUnavailableError``, whichever error the driver raises.
     """
@@ -88,7 +88,7 @@ def _why_refused(error: Exception) -> str:
 
 
 async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
-    """Connect to the first host that answers; asyncpg itself would have one time for all together."""
+    """Connect to the first host that answers; asyncpg itself has one limit for all hosts."""
     import asyncpg
 
     pooled = is_pooled_by_transaction(url)
@@ -161,7 +161,7 @@ async def _set_up_psycopg(connection: Any) -> None:
 
 
 async def _or_hang_up(set_up: Awaitable[Any], hang_up: Callable[[], Any]) -> None:
-    """Wait for a new connection's set-up; hang up if it fails, since nobody has the connection yet."""
+    """Wait for a new connection's set-up; hang up if it fails: nobody else would."""
     try:
         await set_up
     except BaseException:
@@ -231,7 +231,8 @@ def _bounded_psycopg() -> Any:
         async def wait(self, *arguments: Any, **options: Any) -> Any:
             """Wait for the server; hang up if it takes too long: a lost connection for libpq.
 
-            A timeout around the wait would cancel it, and the driver would wait twice five seconds more.
+            A timeout around the wait would cancel it, and the driver would wait twice five seconds
+            more.
             """
             if self.command_seconds is None:
                 return await super().wait(*arguments, **options)
@@ -264,7 +265,7 @@ def hang_up_ended() -> None:
 
 
 def _hang_up_asyncpg(connection: Any) -> None:
-    """Do at once what ``terminate`` leaves to the event loop, or the transport warns when collected."""
+    """Do at once what ``terminate`` leaves to the event loop, which is closed."""
     transport = connection._transport
     transport = getattr(getattr(transport, "_ssl_protocol", None), "_transport", transport)
     with suppress(Exception):  # the event loop is closed
@@ -276,8 +277,8 @@ def _hang_up_asyncpg(connection: Any) -> None:
 def after_fork() -> list[Any]:
     """In the child: let go of the parent's sockets, forget all connections, and return them.
 
-    From now on /dev/null is in the place of each socket, so that nothing that its owner does reaches
-    the parent's server.
+    From now on /dev/null is in the place of each socket, so that nothing that its owner does
+    reaches the parent's server.
     """
     inherited = snapshot(_loops.items())
     _loops.clear()

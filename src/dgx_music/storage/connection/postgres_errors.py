@@ -1,4 +1,4 @@
-"""What an error of PostgreSQL or of its drivers means: away, busy, locked, or a mistake in using it."""
+"""What an error of PostgreSQL or of its drivers means: away, busy, locked, or a mistake."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRANSIENT = {
     *("40001", "40P01", "40003", "55P03", "55006", "57014"),
     *("57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25P04", "25006"),
 }
-"""Serialisation, deadlock, timeouts of locks and statements, shutdown; 25006: it has become a replica."""
+"""Serialisation, deadlock, timeouts, shutdown; 25006: the server has become a replica."""
 _FORBIDDEN = "42501"
 _LOCK_NOT_HAD, _IDLE_TOO_LONG = "55P03", "25P03"
 _ASYNCPGS_IDLE_TOO_LONG = ("underlying connection is closed", "idle-in-transaction timeout")
@@ -27,7 +27,7 @@ _LOST = ("connection is closed", "connection was closed", "connection has been c
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Return True for a server that is away or too busy for now, False for a mistake in using it."""
+    """Return True if the server is away or too busy, False for a mistake in using it."""
     if isinstance(error, DBAPIError):
         code = sqlstate(error)
         return error.connection_invalidated or _is_passing(code) or _is_lost(error, code)
@@ -51,7 +51,7 @@ def _is_drivers_own(error: BaseException) -> bool:
 
 
 def is_of_another_schema(error: BaseException, metadata: MetaData) -> bool:
-    """Return True if one of these tables or columns is missing: it is being made anew, or was migrated."""
+    """Return True if one of these tables or columns is missing: somebody changes the schema."""
     if not isinstance(error, DBAPIError):
         return False
     tables = {VERSION_TABLE, *metadata.tables}
@@ -70,10 +70,10 @@ def is_worth_repeating(error: BaseException) -> bool:
 
 
 def has_stale_plan(error: BaseException) -> bool:
-    """Return True if a migration has changed what a prepared statement returns; repeated, it succeeds.
+    """Return True if a migration has changed the result of a prepared statement.
 
-    The server's message is in its own language, but the name of its function is not. asyncpg's message
-    is always the same.
+    Repeated, it succeeds. The server's message is in its own language, but the name of its function
+    is not. asyncpg's message is always the same.
     """
     if not isinstance(error, DBAPIError):
         return False
@@ -109,5 +109,5 @@ def sqlstate(error: DBAPIError) -> str:
 
 
 def message_line(error: BaseException) -> str:
-    """Return the first line of the error's message, without its full stop; its class if it is empty."""
+    """Return the first line of the error's message without its full stop, or its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(".")

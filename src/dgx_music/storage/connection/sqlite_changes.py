@@ -1,9 +1,9 @@
 """Waking up when another process commits to a SQLite file.
 
 SQLite has no notifications between processes. But a commit writes to the write-ahead log, which the
-kernel reports (inotify), and ``PRAGMA data_version`` says when another connection's commit has become
-visible: it reads shared memory and takes no lock. One thread waits for the kernel and wakes the
-subscribers; without inotify it looks eighty times a second.
+kernel reports (inotify), and ``PRAGMA data_version`` says when another connection's commit has
+become visible: it reads shared memory and takes no lock. One thread waits for the kernel and wakes
+the subscribers; without inotify it looks eighty times a second.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class _Stop:
 class FileChanges(Changes):
     """Wakes its subscribers after each commit to a SQLite file, whatever their topics and keys.
 
-    Its thread runs while there are any. Without a file to watch (``path`` is ``None``) it wakes nobody,
-    and the subscribers rely on their polls.
+    Its thread runs while there are any. Without a file to watch (``path`` is ``None``) it wakes
+    nobody, and the subscribers rely on their polls.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -133,8 +133,8 @@ class FileChanges(Changes):
     def _look(self, cursor: sqlite3.Cursor, seen: int, log: _LogWatch | _NoLogWatch, stop: _Stop) -> int:
         """Wake everybody if the version is not the one seen, and return the version.
 
-        Goes on for a while after each write: the log is written first, then flushed to disk, which may
-        take long, and only then the commit is visible.
+        Goes on for a while after each write: the log is written first, then flushed to disk, which
+        may take long, and only then the commit is visible.
         """
         until, pause = time.monotonic() + log.look_seconds, _VISIBLE_SECONDS
         while not stop.is_set():
@@ -161,7 +161,7 @@ class FileChanges(Changes):
 
 
 class _LogWatch:
-    """Waits until the kernel reports a write to the log; watches the folder, as the log comes and goes."""
+    """Waits until the kernel reports a write to the log, which comes and goes in its folder."""
 
     look_seconds = 2.0
 
