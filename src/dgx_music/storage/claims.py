@@ -55,7 +55,7 @@ async def claim(
 ) -> list[Claim]:
     """Take up to ``limit`` due generations of this model for this worker, most urgent first.
 
-    With a ``tenant_limit`` no tenant has more than so many in hand, whichever workers hold them:
+    With a ``tenant_limit`` no tenant has more than this many running, whichever workers hold them:
     they are counted in the rows themselves, by one claim at a time. Nothing of a paused model is
     taken. Raises ``DatabaseNotMigratedError``, and takes nothing, if the schema is not this
     version's any more.

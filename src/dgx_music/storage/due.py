@@ -53,7 +53,7 @@ _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 def due_rows(dialect: str, model_name: str, limit: int, tenant_limit: int | None = None) -> Select[Any]:
     """Return the query for the ids of up to ``limit`` due generations, most urgent first.
 
-    With a ``tenant_limit`` it leaves out what would give a tenant more than so many in hand; call
+    With a ``tenant_limit`` it leaves out what would give a tenant more than this many running; call
     ``take_turns`` first.
     """
     if tenant_limit is None:
@@ -65,7 +65,7 @@ def due_rows(dialect: str, model_name: str, limit: int, tenant_limit: int | None
 
 
 async def take_turns(session: AsyncSession) -> None:
-    """Wait until no other transaction counts what tenants have in hand.
+    """Wait until no other transaction counts what the tenants have running.
 
     SQLite's writers take turns anyway.
     """
@@ -231,7 +231,7 @@ def _own_queue(rooms: Any, model_name: str, limit: int) -> Any:
 
 
 def _rooms(tenants: Any, limit: int, tenant_limit: int) -> Any:
-    """Return the tenants that may have more in hand, and how much; the empty one has no limit."""
+    """Return the tenants that may have more running, and how many; the empty one has no limit."""
     is_running = and_(g.status == _PROCESSING, g.worker_id.is_not(None))
     tenant = unindexed(g.tenant)
     by_tenant = select(tenant.label("tenant"), func.count().label("count")).where(is_running)

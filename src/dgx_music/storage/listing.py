@@ -95,7 +95,7 @@ def limited(query: Any, limit: int, offset: int = 0) -> Any:
 
 
 class _Cursor(NamedTuple):
-    """The last row of a page, as text whose content is nobody's concern."""
+    """The last row of a page; callers see it as opaque text."""
 
     created_at: datetime
     id: str

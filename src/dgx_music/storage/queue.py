@@ -1,8 +1,17 @@
-"""The transitions of a generation, in the order of its life.
+"""The transitions of a generation, gathered; in the order of its life they are in these modules.
 
-Each is one guarded statement that says what it changed; none reads first and then writes. Times are
-the database's: workers send durations. Each coroutine works in the session that it is given and
-leaves the commit to whoever opened it. insertion.py adds a row, retention.py deletes it.
+- insertion.py inserts the row: pending
+- claims.py: ``claim``, of what due.py says is due: processing, with a lease
+- leases.py: ``renew``, and who holds what
+- completion.py: ``complete``: completed
+- lease_end.py: ``fail`` and ``release``: pending again, failed, or cancelled
+- rescue.py: ``rescue``, the same for the rows of lost workers
+- by_hand.py: ``cancel`` and ``retry``, which people ask for
+- retention.py deletes the row
+
+Each transition is one guarded statement that says what it changed; none reads first and then writes.
+Times are the database's: workers send durations. Each coroutine works in the session that it is
+given and leaves the commit to whoever opened it.
 """
 
 from dgx_music.storage.by_hand import cancel, retry

@@ -1,4 +1,4 @@
-"""Rows that nobody works on any more: those of lost workers, and those that a clock put off."""
+"""Rows that would stay behind: those of lost workers, and those that a clock has postponed."""
 
 from __future__ import annotations
 
