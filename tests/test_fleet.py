@@ -8,9 +8,15 @@ from sqlalchemy import delete, select
 
 from dgx_music import close_db, init_db, pause, resume
 from dgx_music.artifacts import MemoryArtifacts
-from dgx_music.client.enqueue import enqueue, retry_generation
+from dgx_music.client.enqueue import enqueue
+from dgx_music.client.generations import retry_generation
 from dgx_music.config import load_settings
-from dgx_music.errors import ConfigurationError, DatabaseUnavailableError, EngineUnavailableError, InvalidRequestError
+from dgx_music.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    EngineUnavailableError,
+    InvalidRequestError,
+)
 from dgx_music.storage import queue, workers
 from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.pauses import get_pauses
@@ -137,7 +143,11 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_others_served(database, 
     await add(database, "own", SMALL)
     await make_worker(models=f"{SMALL},{MEDIUM}").run(drain=True)
     rows = await rows_of(database)
-    assert (rows["own"].status, rows["other"].status, rows["other"].failures) == ("completed", "pending", 0)
+    assert (rows["own"].status, rows["other"].status, rows["other"].failures) == (
+        "completed",
+        "pending",
+        0,
+    )
 
 
 async def test_the_only_model_that_cannot_be_loaded_stops_the_worker(make_worker, engine):

@@ -13,6 +13,8 @@ import dgx_music
 SOURCE = Path(dgx_music.__file__).parent
 HEAVY = [
     "torch",
+    "sqlalchemy",
+    "pydantic",
     "transformers",
     "alembic",
     "scipy",

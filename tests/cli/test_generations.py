@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dgx_music.client.enqueue import RequestOptions
+from dgx_music.client.requests import RequestOptions
 from tests.cli.conftest import Run, add
 
 pytestmark = pytest.mark.usefixtures("migrated")

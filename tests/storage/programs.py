@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import sys
 
-from dgx_music.client.enqueue import cancel_generation, enqueue, wait_for_generation
+from dgx_music.client.enqueue import enqueue
+from dgx_music.client.generations import cancel_generation, wait_for_generation
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import close_db, count_generations, create_generation, get_session, init_db, queue
 from dgx_music.storage.database import Database

@@ -12,7 +12,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from dgx_music import enqueue, retry_generation
-from dgx_music.client.enqueue import cancel_generation
+from dgx_music.client.generations import cancel_generation
 from dgx_music.config import load_settings
 from dgx_music.errors import (
     ConfigurationError,

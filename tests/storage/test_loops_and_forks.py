@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, select
 
 from dgx_music import enqueue, init_db, wait_for_generation
-from dgx_music.client.enqueue import cancel_generation
+from dgx_music.client.generations import cancel_generation
 from dgx_music.storage import close_db
 from dgx_music.storage.connection import connections as connections_module
 from dgx_music.storage.connection.snapshots import snapshot

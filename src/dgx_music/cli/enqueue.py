@@ -21,8 +21,9 @@ from dgx_music.cli.output import print_json, print_line, tell
 from dgx_music.cli.progress import describe, follow, tell_outcome, tell_untrained
 from dgx_music.cli.prompt_file import parse_object, read_requests
 from dgx_music.cli.service import ServiceTeller
-from dgx_music.client.enqueue import Batch, plan, read_clips, store
-from dgx_music.client.estimates import estimate_generation
+from dgx_music.client.enqueue import store
+from dgx_music.client.generations import estimate_generation
+from dgx_music.client.requests import Batch, plan, read_clips
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.modes import file_mode

@@ -24,7 +24,7 @@ from dgx_music.cli.options import (
 from dgx_music.cli.output import distance, print_fields, print_json, print_table, prompt_in_words, tell
 from dgx_music.cli.progress import follow, tell_outcome, tell_untrained
 from dgx_music.cli.service import ServiceTeller
-from dgx_music.client.enqueue import cancel_generation, retry_generation
+from dgx_music.client.generations import cancel_generation, retry_generation
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage import (
     Filters,

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from dgx_music.storage import Generation, Prompt
 from dgx_music.text import plain, plain_json
+from dgx_music.validation import CLIP_FIELDS
 
 WAVEFORM_WIDTH = 72
 UNCONDITIONAL = "(unconditional)"
@@ -173,7 +174,7 @@ def shown(name: str, value: Any, now: datetime) -> str:
 def prompt_in_words(row: Generation | Prompt) -> str:
     """Return the prompt, or what an empty one means, and which clips were given with it."""
     text = row.text if isinstance(row, Prompt) else row.prompt
-    clips = [name for name in ("continuation", "melody") if getattr(row, f"{name}_sha256", None) is not None]
+    clips = [name for name in CLIP_FIELDS if getattr(row, f"{name}_sha256", None) is not None]
     return (text or UNCONDITIONAL) + (f" (with {' and '.join(clips)})" if clips else "")
 
 

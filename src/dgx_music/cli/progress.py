@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from dgx_music.catalog import UNTRAINED_NOTICE
 from dgx_music.cli.output import make_console, near, one_line, prompt_in_words, shorten, tell
 from dgx_music.cli.service import ServiceTeller
-from dgx_music.client.enqueue import watch_generation
+from dgx_music.client.generations import watch_generation
 from dgx_music.errors import WaitTimeoutError
 from dgx_music.inference.engine import is_untrained
 from dgx_music.storage import Generation

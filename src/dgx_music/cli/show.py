@@ -25,7 +25,7 @@ from dgx_music.cli.output import (
 )
 from dgx_music.cli.progress import tell_untrained
 from dgx_music.storage import Generation
-from dgx_music.storage.clips import read_clip_seconds
+from dgx_music.storage.clips import clips_of, read_clip_seconds
 from dgx_music.storage.estimates import Estimate, estimate
 from dgx_music.storage.repository import get_attempts
 
@@ -75,14 +75,9 @@ def _print_generation(generation: Generation, outlook: Estimate, clips: dict[str
 def _asked_for(generation: Generation, clips: dict[str, float]) -> dict[str, str | None]:
     """Return what is said of the negative prompt and the clips, in the place of how they are stored."""
     told: dict[str, str | None] = {"negative_prompt": (generation.sampling or {}).get("negative_prompt")}
-    for name, sha256 in _clips_of(generation).items():
+    for name, sha256 in clips_of(generation).items():
         told |= {f"{name}_sha256": None, name: f"{clips.get(sha256, 0):.4g} s, clip {sha256[:12]}"}
     return told
-
-
-def _clips_of(generation: Generation) -> dict[str, str]:
-    named = {"continuation": generation.continuation_sha256, "melody": generation.melody_sha256}
-    return {name: sha256 for name, sha256 in named.items() if sha256 is not None}
 
 
 def _audio_facts(facts: object) -> dict[str, Any]:
@@ -130,7 +125,7 @@ async def _read(
         async with database.session(read_only=True) as session:
             attempts = await get_attempts(session, generation.id)
             outlook = await estimate(session, generation.id)
-            clips = await read_clip_seconds(session, _clips_of(generation).values())
+            clips = await read_clip_seconds(session, clips_of(generation).values())
     path = generation.file_path if generation.is_complete else None
     file = await look_at_file(path, generation.file_size_bytes) if path else FileState(None)
     return generation, [attempt.to_dict() for attempt in attempts], outlook, clips, file

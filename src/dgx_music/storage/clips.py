@@ -9,12 +9,20 @@ from typing import Any
 from sqlalchemy import ColumnElement, bindparam, delete, exists, func, not_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.storage.models import Clip, Generation
+from dgx_music.storage.generation import CLIP_COLUMNS, Generation
+from dgx_music.storage.models import Clip
 from dgx_music.storage.schema import dialect_of, insert, now, now_plus
+from dgx_music.validation import CLIP_FIELDS
 
 UNUSED_SECONDS = 86_400.0
 """How long an unused clip is kept: an enqueue that is about to refer to it must find it."""
 _FRESH_SECONDS = 3_600.0
+
+
+def clips_of(row: object) -> dict[str, str]:
+    """Return the ``sha256`` of each clip of a generation or a claim, by the name of its field."""
+    found = {name: getattr(row, f"{name}_sha256", None) for name in CLIP_FIELDS}
+    return {name: sha256 for name, sha256 in found.items() if sha256 is not None}
 
 
 async def keep_clips(session: AsyncSession, clips: Mapping[str, tuple[bytes, float]]) -> None:
@@ -62,10 +70,8 @@ async def prune_clips(session: AsyncSession, *, limit: int, unused_seconds: floa
 
 
 def _is_unused(seconds: float) -> ColumnElement[bool]:
-    is_referred_to = or_(
-        exists().where(Generation.continuation_sha256 == Clip.sha256),
-        exists().where(Generation.melody_sha256 == Clip.sha256),
-    )
+    columns = (getattr(Generation, name) for name in CLIP_COLUMNS)
+    is_referred_to = or_(*(exists().where(column == Clip.sha256) for column in columns))
     return (Clip.last_used_at < now_plus(-seconds)) & not_(is_referred_to)
 
 

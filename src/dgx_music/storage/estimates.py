@@ -20,6 +20,7 @@ from dgx_music.storage.models import Speed, WorkerInfo
 from dgx_music.storage.schema import (
     PENDING,
     PROCESSING,
+    GenerationStatus,
     WorkerState,
     dialect_of,
     insert,
@@ -38,7 +39,7 @@ _UNKNOWN = Range(0.0, math.inf)
 class Estimate:
     """When a generation starts and is done, in seconds from now, as far as it is known."""
 
-    status: str
+    status: GenerationStatus
     position: int | None = None
     """Its place in the queue of its model; 1 is the next."""
     starts_in: Range | None = None

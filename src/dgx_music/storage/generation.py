@@ -32,18 +32,21 @@ from dgx_music.storage.schema import (
     LEGAL_TRANSITIONS,
     PENDING,
     PROCESSING,
+    GenerationStatus,
     HashText,
     Id,
     JsonObject,
     LongText,
     ShortText,
-    StatusText,
+    Status,
     UtcDateTime,
     claim_order,
     new_id,
     now,
 )
+from dgx_music.validation import CLIP_FIELDS
 
+CLIP_COLUMNS = tuple(f"{name}_sha256" for name in CLIP_FIELDS)
 CANCEL_REQUESTED = "its cancellation was requested"
 
 _CLAIM_ORDER = claim_order(column("run_at"), column("priority"))
@@ -74,7 +77,7 @@ class Generation(Base):
     sample_rate: Mapped[int]
     channels: Mapped[int]
     sampling: Mapped[dict[str, Any] | None] = mapped_column(JsonObject)
-    """guidance_scale, temperature, top_k, top_p, seed, maybe negative_prompt; null: defaults."""
+    """The fields of ``Sampling``; null means the defaults."""
     continuation_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
     """The clip that the music starts with; the duration counts from its start."""
     melody_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
@@ -93,7 +96,7 @@ class Generation(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
 
     # Its place in life: moved by the guarded statements that queue.py lists.
-    status: Mapped[str] = mapped_column(StatusText, default=PENDING, server_default=PENDING)
+    status: Mapped[GenerationStatus] = mapped_column(Status, default=PENDING, server_default=PENDING)
     run_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     """Not claimed before: at first the producer's wish, after a failure the end of the backoff."""
     attempt: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
@@ -168,17 +171,15 @@ class Generation(Base):
         # The newest generation of a prompt: the search shows it.
         Index("ix_generations_prompt_id_created_at", "prompt_id", "created_at", "id"),
         # Whether any generation refers to a clip: pruning and the foreign keys ask.
-        *(
-            Index(f"ix_generations_{name}", name, **_only(f"{name} IS NOT NULL"))
-            for name in ("continuation_sha256", "melody_sha256")
-        ),
+        *(Index(f"ix_generations_{name}", name, **_only(f"{name} IS NOT NULL")) for name in CLIP_COLUMNS),
         {"postgresql_with": {"fillfactor": 80}},
     )
 
     def __init__(self, **values: Any) -> None:
         metadata = values.pop("metadata", None)
-        fresh = {"status": PENDING, "attempt": 0, "failures": 0, "cancel_requested": False}
-        super().__init__(**{"id": new_id()} | fresh | values)
+        fresh = {"attempt": 0, "failures": 0, "cancel_requested": False}
+        own = {"id": new_id(), "status": GenerationStatus.PENDING, **fresh}
+        super().__init__(**own | values)
         if metadata is not None:
             self.set_metadata(metadata)
 
@@ -252,7 +253,7 @@ class Generation(Base):
                 raise IllegalTransitionError(self.id, self.status, wanted, CANCEL_REQUESTED)
             if self.cancel_requested and wanted == FAILED:
                 wanted = CANCELLED
-        self.status = wanted
+        self.status = GenerationStatus(wanted)
 
     def __repr__(self) -> str:
         return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
@@ -281,6 +282,6 @@ def _heed_cancel(_mapper: object, connection: Connection, generation: Generation
     if stored is None or stored.status != PROCESSING or not stored.cancel_requested:
         return
     if is_moved and generation.status == FAILED:
-        generation.status = CANCELLED
+        generation.status = GenerationStatus.CANCELLED
     elif (is_moved and generation.status != CANCELLED) or False in (flag or ()):
         raise IllegalTransitionError(generation.id, stored.status, generation.status, CANCEL_REQUESTED)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
 from dgx_music.storage.clips import keep_clips
-from dgx_music.storage.models import Generation
+from dgx_music.storage.generation import CLIP_COLUMNS, Generation
 from dgx_music.storage.prompts import count_prompt_uses, uncount_prompt_uses
 from dgx_music.storage.schema import UtcDateTime, dialect_of, insert, now
 
@@ -23,7 +23,6 @@ Row = Mapping[str, Any]
 """The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once."""
 
 _CHUNK = 500
-_CLIP_COLUMNS = ("continuation_sha256", "melody_sha256")
 
 
 async def insert_generations(
@@ -81,7 +80,7 @@ async def _insert_fresh(
     session: AsyncSession, rows: list[Row], clips: Mapping[str, tuple[bytes, float]]
 ) -> list[Generation]:
     """Keep the rows' clips, count their prompts, insert them; return those whose key was free."""
-    used = {row[name] for row in rows for name in _CLIP_COLUMNS} - {None}
+    used = {row[name] for row in rows for name in CLIP_COLUMNS} - {None}
     if used:
         await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
     prompts = await count_prompt_uses(session, [row["prompt"] for row in rows])

@@ -255,6 +255,23 @@ Id = String(36)
 HashText = String(64)
 ShortText = String(200)
 StatusText = String(20)
+
+
+class Status(TypeDecorator[GenerationStatus]):
+    """A generation's status: text in the database, a ``GenerationStatus`` in Python."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Store the text: drivers do not know enumerations."""
+        return None if value is None else str.__str__(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> GenerationStatus | None:
+        """Give back a status."""
+        return None if value is None else GenerationStatus(value)
+
+
 LongText = Text()
 
 

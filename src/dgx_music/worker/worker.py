@@ -41,8 +41,9 @@ from dgx_music.errors import (
 from dgx_music.groups import unwrap
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.process import EngineInfo
+from dgx_music.sampling import Sampling
 from dgx_music.storage import due, queue, workers
-from dgx_music.storage.clips import read_clips
+from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.connection.changes import Subscription, Topic
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
@@ -67,7 +68,6 @@ _AT_ONCE_SECONDS = 0.4
 """So short a clip takes a tenth of a millisecond to finish: less than the way to a thread and back."""
 _BARREN_SECONDS = 1.0
 _SPREAD_SECONDS = 0.05
-_SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "negative_prompt")
 _CLIP_RETRY_SECONDS = 1.0
 _MOST_OF_A_REASON = 500
 
@@ -422,8 +422,7 @@ class Worker:
 
         Raises ``GenerationRejectedError`` where one is missing or damaged.
         """
-        named = {"continuation": claim.continuation_sha256, "melody": claim.melody_sha256}
-        wanted = {name: sha256 for name, sha256 in named.items() if sha256 is not None}
+        wanted = clips_of(claim)
         if not wanted:
             return {}
         found = await self._find_clips(wanted.values())
@@ -678,7 +677,7 @@ class Worker:
         logger.info("worker %s: stopped", self.id)
 
 
-def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
+def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:
     """Return the request of a claimed row; raises ``InvalidRequestError`` for what no engine can do."""
     return GenerationRequest(
         generation_id=claim.lease.generation_id,
@@ -688,9 +687,8 @@ def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
         model=claim.model_name,
         channels=claim.channels,
         sample_rate=claim.sample_rate,
-        **{name: claim.sampling[name] for name in _SAMPLING_FIELDS if claim.sampling.get(name) is not None},
-        continuation=given.get("continuation"),
-        melody=given.get("melody"),
+        **Sampling.pick(claim.sampling),
+        **given,
     )
 
 
