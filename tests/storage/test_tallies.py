@@ -3,7 +3,6 @@
 import asyncio
 import random
 from contextlib import suppress
-from functools import partial
 
 import anyio
 import pytest
@@ -26,8 +25,9 @@ from dgx_music.storage import (
 )
 from dgx_music.storage.models import Generation, Prompt, Tally
 from dgx_music.storage.schema import FINISHED, GenerationStatus, now_plus
-from dgx_music.worker.leases import Leases
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, POSTGRES, add_generation, claim_up_to, completion_of, on, read_all
+from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.any_driver
@@ -210,8 +210,7 @@ async def test_two_who_sum_up_never_wait_for_each_other(database, few):
 
 async def test_a_worker_sums_up_all_that_has_gathered(database, few):
     await add_tallies(database, 40)
-    describe = partial(dict, id="worker-1")
-    await Leases(database, MemoryArtifacts(), load_settings(), random.Random(1), describe)._tidy()
+    await Worker(database, FakeEngine(), MemoryArtifacts(), load_settings())._sweeping.tidy()
 
     assert await tally_rows(database) < 5
 

@@ -77,10 +77,10 @@ async def release(session: AsyncSession, leases: Collection[Lease]) -> dict[Leas
     return await _release(session, is_held_by(leases))
 
 
-async def release_all(session: AsyncSession, worker_id: str, *, but: Collection[Lease]) -> int:
-    """Give back all that this worker holds except these, without a failure; return how many."""
+async def release_all(session: AsyncSession, worker_id: str, *, keep: Collection[Lease]) -> int:
+    """Give back all that this worker holds except ``keep``, without a failure; return how many."""
     is_own = (g.status == written(PROCESSING)) & (g.worker_id == worker_id)
-    return len(await _release(session, is_own & not_(is_among(but))))
+    return len(await _release(session, is_own & not_(is_among(keep))))
 
 
 async def _release(session: AsyncSession, is_meant: ColumnElement[bool]) -> dict[Lease, str]:

@@ -26,6 +26,9 @@ class Lease:
     generation_id: str
     attempt: int
 
+    def __str__(self) -> str:
+        return f"generation {self.generation_id} attempt {self.attempt}"
+
 
 @dataclass(frozen=True)
 class Held:

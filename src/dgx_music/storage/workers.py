@@ -150,16 +150,16 @@ async def count_free_workers(session: AsyncSession, model_name: str) -> int:
     return await session.scalar(select(func.count()).select_from(WorkerInfo).where(is_free)) or 0
 
 
-async def longest_silent(session: AsyncSession, *, but: str) -> datetime | None:
+async def longest_silent(session: AsyncSession, *, other_than: str) -> datetime | None:
     """Return the oldest heartbeat of all workers except this one; ``None`` if there is no other.
 
     Only workers that hold a generation count: the others leave nothing to rescue.
     """
     has_not_ended = WorkerInfo.state != WorkerState.ENDED.value
     holds_something = exists().where(_IS_HELD, Generation.worker_id == WorkerInfo.id)
-    since: datetime | None = await session.scalar(
-        select(func.min(WorkerInfo.heartbeat_at)).where(WorkerInfo.id != but, has_not_ended, holds_something)
-    )
+    oldest = select(func.min(WorkerInfo.heartbeat_at))
+    oldest = oldest.where(WorkerInfo.id != other_than, has_not_ended, holds_something)
+    since: datetime | None = await session.scalar(oldest)
     return since
 
 
