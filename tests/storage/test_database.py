@@ -561,7 +561,7 @@ PER_CALL = 40
 
 @pytest.fixture
 async def caller(default_database):
-    """A caller with rows enough for every call; those that are claimed are of another model than those that end."""
+    """A caller with enough rows for every call; claimed rows and ended rows have different models."""
     async with default_database.session() as session:
         for _ in range(PER_CALL * 2):
             await add_generation(session, model_name="musicgen-medium")
@@ -611,7 +611,7 @@ async def assert_nothing_is_lost(caller):
 
 
 async def assert_rows_and_attempts_agree(database):
-    """A transition is all there or not at all: a row is held exactly where its attempt has not ended."""
+    """A transition is complete or absent: a row is held if and only if its attempt has not ended."""
     query = select(Generation.status == "processing", Attempt.outcome.is_(None)).join(Attempt)
     rows = await read_rows(database, query)
 

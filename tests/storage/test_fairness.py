@@ -1,4 +1,4 @@
-"""Who goes first, on every database: ageing, tenants, pauses, and the share of one worker among several."""
+"""The order of claims on every database: ageing, tenants, pauses, and a worker's share."""
 
 import asyncio
 import random

@@ -1,4 +1,4 @@
-"""How often each prompt was asked for, on every database; on PostgreSQL nobody waits for anybody who counts the same."""
+"""The counts of prompts, on every database; on PostgreSQL no count waits for another."""
 
 import asyncio
 from contextlib import AsyncExitStack

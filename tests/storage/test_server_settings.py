@@ -40,7 +40,7 @@ SETTINGS = {
 
 @pytest.fixture
 def set_up(postgres, database_url):
-    """Set something for everybody who connects to this test's database."""
+    """Set something for all connections to this test's database."""
     name = sql.Identifier(database_url.rpartition("/")[2])
     change = sql.SQL("ALTER DATABASE {} SET {} = {}")
 

@@ -169,7 +169,7 @@ async def test_the_counts_are_true_after_walkers_at_once_beside_one_who_sums_up(
 
 
 async def walk_alone(database, seed):
-    """Walk where no other walker does what makes him wait: adding, claiming and ending."""
+    """Walk alone: to add, claim and end would make other walkers wait."""
     walker = Walker(random.Random(seed))
     for _ in range(12):
         for step in (walker.enqueue, walker.claim, walker.end, walker.add_finished, walker.prune):
@@ -181,7 +181,7 @@ async def tally_rows(database):
 
 
 async def add_tallies(database, count):
-    """Write as many tallies as so many completed generations would, of which there are none."""
+    """Write the tallies of this many completed generations, without the generations."""
     async with database.session() as session:
         session.add_all([Tally(name="completed", delta=1) for _ in range(count)])
 
