@@ -37,9 +37,9 @@ from dgx_music.errors import (
     WaitTimeoutError,
 )
 from dgx_music.storage import delete_generation, insertion, queue
-from dgx_music.storage.connection.changes import Changes
+from dgx_music.storage.connection.sqlite_changes import FileChanges
 from dgx_music.storage.models import Clip, Generation, Prompt
-from dgx_music.storage.repository import count_overlooked_prompts
+from dgx_music.storage.prompts import count_overlooked_prompts
 from tests.factories import (
     SQLITE,
     Program,
@@ -807,7 +807,7 @@ async def test_a_change_that_nobody_watches_for_is_not_yielded(database):
 
 
 async def test_watching_goes_on_without_a_hint_by_its_slow_poll(database, monkeypatch):
-    monkeypatch.setattr(database._connections.here(), "changes", Changes(None))
+    monkeypatch.setattr(database._connections.here(), "changes", FileChanges(None))
     monkeypatch.setattr(generations, "_POLL_SECONDS", 0.01)
     generation = await enqueue("lofi rain")
     waiting = asyncio.create_task(wait_for_generation(generation.id))

@@ -1,4 +1,4 @@
-"""Waking up by PostgreSQL's notifications, by either driver; and everything all the same where there are none."""
+"""Waking up by PostgreSQL's notifications, by both drivers; and everything works without them."""
 
 import asyncio
 import sys

@@ -8,10 +8,10 @@ from uuid import UUID
 
 from dgx_music.artifacts import Artifacts, StoredFile
 from dgx_music.errors import ArtifactError
-from dgx_music.storage import clips, queue
+from dgx_music.storage import clips, retention
 from dgx_music.storage.database import Database
-from dgx_music.storage.files import Owner, find_owners
 from dgx_music.storage.queue import Lease
+from dgx_music.storage.retention import Owner, find_owners
 
 CHUNK = 200
 ORPHAN_SECONDS = 86_400.0
@@ -118,7 +118,7 @@ def _is_our_id(text: str) -> bool:
 
 async def _check_place(database: Database, artifacts: Artifacts, leases: list[Lease]) -> None:
     async with database.session(read_only=True) as session:
-        files = await queue.find_files(session, leases)
+        files = await retention.find_files(session, leases)
     elsewhere = [file for file in files if not artifacts.holds(file)]
     if elsewhere:
         raise ArtifactError(
@@ -139,10 +139,10 @@ async def _prune_status(database: Database, artifacts: Artifacts, status: str, s
         for lease in leases:
             await artifacts.delete(lease.generation_id, range(1, lease.attempt + 1))
         async with database.session() as session:
-            count += await queue.prune(session, leases)
+            count += await retention.prune(session, leases)
     return count
 
 
 async def _find(database: Database, status: str, seconds: float, limit: int) -> list[Lease]:
     async with database.session(read_only=True) as session:
-        return await queue.find_prunable(session, status=status, older_than_seconds=seconds, limit=limit)
+        return await retention.find_prunable(session, status=status, older_than_seconds=seconds, limit=limit)

@@ -33,8 +33,8 @@ from dgx_music.sampling import Sampling
 from dgx_music.storage import queue
 from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.database import Database
-from dgx_music.storage.files import find_owners
 from dgx_music.storage.queue import Claim, Completion, Lease
+from dgx_music.storage.retention import find_owners
 from dgx_music.validation import tidy_text
 from dgx_music.worker.completions import Completions
 from dgx_music.worker.leases import Leases, Running, Stop
