@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -302,7 +302,7 @@ class World:
         database, fate = Database(self.url), Fate()
         fate.rule(database)
         chosen = load_settings(heartbeat_seconds=0.1, poll_seconds=0.1, loudness="none", grace_seconds=0.2, **settings)
-        chosen = chosen.model_copy(update={"backoff_base_seconds": 0.01})
+        chosen = replace(chosen, backoff_base_seconds=0.01)
         artifacts = FatefulArtifacts(self.folder, fate)
         worker = Worker(database, Engine(self, slots), artifacts, chosen, rng=random.Random(self.seed))
         living = Living(worker, database, fate, asyncio.create_task(worker.run(drain=drain)))

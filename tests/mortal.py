@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def make_worker(database: Database, folder: Path) -> worker.Worker:
 
 def settings() -> Settings:
     chosen = load_settings(lease_seconds=30.0, heartbeat_seconds=0.05, poll_seconds=0.1, loudness="none")
-    return chosen.model_copy(update={"backoff_base_seconds": 0.01})
+    return replace(chosen, backoff_base_seconds=0.01)
 
 
 _TROUBLES: dict[str, Any] = {

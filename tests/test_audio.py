@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dgx_music.audio.files import MP3_SAMPLE_RATES, PEAK_LIMIT, check_format, finish, warm_up, waveform_text
+from dgx_music.audio.files import MP3_SAMPLE_RATES, PEAK_LIMIT, check_format, finish, warm_up
 from dgx_music.audio.samples import Audio
+from dgx_music.cli.output import waveform_text
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
 
@@ -41,7 +42,11 @@ def constant(value, frames):
 
 
 def finished(audio, **given):
-    options = {"sample_rate": audio.sample_rate, "channels": audio.samples.shape[0], "audio_format": "wav"}
+    options = {
+        "sample_rate": audio.sample_rate,
+        "channels": audio.samples.shape[0],
+        "audio_format": "wav",
+    }
     return finish(audio, **options | {"loudness": "lufs"} | given)
 
 

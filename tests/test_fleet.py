@@ -1,4 +1,4 @@
-"""Several workers, several models, several callers: who claims what, and when nobody does."""
+"""Several workers, models and callers: which worker claims what, and when none does."""
 
 import asyncio
 
@@ -8,9 +8,15 @@ from sqlalchemy import delete, select
 
 from dgx_music import close_db, init_db, pause, resume
 from dgx_music.artifacts import MemoryArtifacts
-from dgx_music.client.enqueue import enqueue, retry_generation
+from dgx_music.client.enqueue import enqueue
+from dgx_music.client.generations import retry_generation
 from dgx_music.config import load_settings
-from dgx_music.errors import ConfigurationError, DatabaseUnavailableError, EngineUnavailableError, InvalidRequestError
+from dgx_music.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    EngineUnavailableError,
+    InvalidRequestError,
+)
 from dgx_music.storage import queue, workers
 from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.pauses import get_pauses
@@ -137,7 +143,11 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_others_served(database, 
     await add(database, "own", SMALL)
     await make_worker(models=f"{SMALL},{MEDIUM}").run(drain=True)
     rows = await rows_of(database)
-    assert (rows["own"].status, rows["other"].status, rows["other"].failures) == ("completed", "pending", 0)
+    assert (rows["own"].status, rows["other"].status, rows["other"].failures) == (
+        "completed",
+        "pending",
+        0,
+    )
 
 
 async def test_the_only_model_that_cannot_be_loaded_stops_the_worker(make_worker, engine):
@@ -307,7 +317,7 @@ async def test_all_of_a_tenants_are_made_in_the_end(database, make_worker, engin
 
 
 async def test_a_new_worker_waits_for_the_living_after_everybody_was_silent(database, make_worker):
-    if database.is_embedded:  # the database of one machine is not away: who is silent there is dead
+    if database.is_embedded:  # on one machine a silent worker is dead
         return
     async with database.session() as session:
         await workers.register_worker(session, **make_worker()._presence.describe() | {"id": "somebody"})

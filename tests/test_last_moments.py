@@ -1,6 +1,7 @@
 """A worker's rare moments: what comes between audio and completion, and deaths of the engine with successes between."""
 
 import asyncio
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -42,7 +43,7 @@ def engine():
 def make_worker(database, engine):
     def make(artifacts, **changes):
         settings = load_settings(**{"heartbeat_seconds": 0.05, "poll_seconds": 0.1} | changes)
-        return Worker(database, engine, artifacts, settings.model_copy(update={"backoff_base_seconds": 0.01}))
+        return Worker(database, engine, artifacts, replace(settings, backoff_base_seconds=0.01))
 
     return make
 

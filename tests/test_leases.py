@@ -13,7 +13,7 @@ from dgx_music import enqueue
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DatabaseUnavailableError
-from dgx_music.storage import due, queue, repository, workers
+from dgx_music.storage import by_hand, claims, due, lease_end, leases, prompts, queue, rescue, workers
 from dgx_music.storage.models import Generation, Speed
 from dgx_music.storage.queue import Held, Lease
 from dgx_music.storage.schema import now_plus
@@ -169,14 +169,14 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.seconds = 0.0
-        for module in (queue, due, workers):
+        for module in (by_hand, claims, due, lease_end, rescue, workers):
             monkeypatch.setattr(module, "now", self.now_plus)
-        for module in (queue, workers):
+        for module in (claims, lease_end, leases, workers):
             monkeypatch.setattr(module, "now_plus", self.now_plus)
 
     def set(self, seconds):
         self.seconds += seconds
-        queue._claim_statement.cache_clear()
+        claims._claim_statement.cache_clear()
 
     def now_plus(self, seconds=0.0):
         return now_plus(seconds + self.seconds)
@@ -184,9 +184,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    queue._claim_statement.cache_clear()
+    claims._claim_statement.cache_clear()
     yield Clock(monkeypatch)
-    queue._claim_statement.cache_clear()
+    claims._claim_statement.cache_clear()
 
 
 def make_worker(database, engine, **changes):
@@ -371,7 +371,7 @@ async def test_a_tidying_that_failed_is_done_again_at_once(database, monkeypatch
         if len(calls) == 1:
             raise DatabaseUnavailableError("db", "gone")
 
-    monkeypatch.setattr(repository, "count_overlooked_prompts", count)
+    monkeypatch.setattr(prompts, "count_overlooked_prompts", count)
     with pytest.raises(DatabaseUnavailableError):
         await worker._sweeping.tidy()
     await worker._sweeping.tidy()

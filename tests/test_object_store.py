@@ -13,8 +13,8 @@ from obstore.store import from_url
 
 from dgx_music.artifacts import LocalArtifacts, objects, open_output, open_place_of
 from dgx_music.artifacts.interface import LONGEST_LINK_SECONDS
-from dgx_music.cli.doctor import examine
-from dgx_music.cli.enqueue import _copy_audio
+from dgx_music.cli.enqueueing import copy_audio
+from dgx_music.cli.examination import examine
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, ConfigurationError, InvalidRequestError
 from dgx_music.storage import Generation
@@ -72,7 +72,16 @@ async def test_a_put_is_conditional_and_carries_its_checksum(flaky, proxy):
     assert put["x-amz-checksum-sha256"] == base64.b64encode(hashlib.sha256(DATA).digest()).decode()
 
 
-FAULTS = [[500], [503, 502], [409], [HANG], [LOSE_REPLY], [LOSE_REQUEST], [LOSE_REPLY, HANG], [503, LOSE_REPLY, 500]]
+FAULTS = [
+    [500],
+    [503, 502],
+    [409],
+    [HANG],
+    [LOSE_REPLY],
+    [LOSE_REQUEST],
+    [LOSE_REPLY, HANG],
+    [503, LOSE_REPLY, 500],
+]
 
 
 @pytest.mark.parametrize("faults", FAULTS, ids=str)
@@ -317,7 +326,10 @@ def test_an_output_is_a_folder_or_a_bucket_and_a_prefix(text, place):
     [
         ("ftp://host/audio", "begins with ftp://, which is not known; name a folder, or use s3://"),
         ("file:///audio", "begins with file://"),
-        ("s3://", "is 's3://', which is not a bucket and a prefix; use something like s3://bucket/prefix"),
+        (
+            "s3://",
+            "is 's3://', which is not a bucket and a prefix; use something like s3://bucket/prefix",
+        ),
         ("s3:///audio", "is 's3:///audio'"),
         (Path("s3://bucket/audio"), "is 's3:/bucket/audio'"),
         ("gs://bucket//audio", "is 'gs://bucket//audio'"),
@@ -325,7 +337,10 @@ def test_an_output_is_a_folder_or_a_bucket_and_a_prefix(text, place):
         ("s3://bucket/%2e", "is 's3://bucket/%2e'"),
         ("s3://bucket:80/a", "is 's3://bucket:80/a'"),
         ("s3://bucket/a\nb", "is 's3://bucket/a\\nb'"),
-        ("s3://me:secret@bucket/a", "holds a user, a password or a query; use s3://bucket/prefix, and the environment"),
+        (
+            "s3://me:secret@bucket/a",
+            "holds a user, a password or a query; use s3://bucket/prefix, and the environment",
+        ),
         ("az://container/a?sig=secret", "holds a user, a password or a query"),
     ],
 )
@@ -348,7 +363,8 @@ def test_a_store_that_lacks_a_variable_says_so(monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
 
     with pytest.raises(
-        ConfigurationError, match=r"az://box/audio, which cannot be opened \(.*Account must be specified\)"
+        ConfigurationError,
+        match=r"az://box/audio, which cannot be opened \(.*Account must be specified\)",
     ):
         open_output("az://box/audio")
 
@@ -415,7 +431,7 @@ def test_the_clients_own_coroutines_are_not_used():
 def test_audio_in_a_store_is_copied_out(store, tmp_path):
     artifact = anyio.run(partial(store.publish, "song", 1, "wav", DATA))
 
-    _copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
+    copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
 
     assert (tmp_path / "rain.wav").read_bytes() == DATA
 
@@ -425,7 +441,7 @@ def test_a_copy_of_what_is_not_there_overwrites_nothing(s3, tmp_path):
     out.write_text("mine")
 
     with pytest.raises(ArtifactError, match="no such object"):
-        _copy_audio(Generation(file_path=f"{s3}/song-1.wav"), out, force=True)
+        copy_audio(Generation(file_path=f"{s3}/song-1.wav"), out, force=True)
     assert out.read_text() == "mine"
 
 
@@ -435,5 +451,5 @@ def test_a_copy_that_breaks_off_leaves_no_half_file(flaky, proxy, tmp_path, monk
     proxy.plan_after("GET", {"GET": [500] * ALWAYS})
 
     with pytest.raises(ArtifactError, match=r"song-1\.wav cannot be read"):
-        _copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
+        copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
     assert list(tmp_path.glob("rain*")) == []

@@ -14,7 +14,7 @@ from dgx_music import enqueue, enqueue_many
 from dgx_music.artifacts import LocalArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.schema import now_plus

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -53,7 +54,7 @@ def output(tmp_path):
 def make_worker(database, engine, output):
     def make(artifacts=None, **changes):
         settings = load_settings(**{"lease_seconds": 30.0, "heartbeat_seconds": 0.05, "poll_seconds": 0.1} | changes)
-        settings = settings.model_copy(update={"backoff_base_seconds": 0.01})
+        settings = replace(settings, backoff_base_seconds=0.01)
         return Worker(database, engine, artifacts or LocalArtifacts(output), settings)
 
     return make
@@ -264,9 +265,7 @@ async def test_a_deadline_ends_an_attempt_that_hangs(database, make_worker, engi
     generation = await add(database, max_attempts=1)
     engine.hold("lofi rain")
     worker = make_worker()
-    worker._performing._settings = worker._settings.model_copy(
-        update={"deadline_floor_seconds": 0.05, "deadline_factor": 0.0}
-    )
+    worker._performing._settings = replace(worker._settings, deadline_floor_seconds=0.05, deadline_factor=0.0)
     await worker.run(drain=True)
     assert (await read(database, generation)).error_message == "The attempt took longer than its deadline of 0.05 s."
 

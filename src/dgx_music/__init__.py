@@ -1,55 +1,143 @@
 """A durable, asynchronous job queue for AI music generation.
 
-``await enqueue("lofi rain", duration=16)`` adds a generation; ``dgx-music worker`` makes it; ``wait_for_generation`` waits.
-Importing this imports nothing heavy: no torch, no Alembic, no SciPy.
+``await enqueue("lofi rain", duration=16)`` adds a generation, ``dgx-music worker`` makes it, and
+``await wait_for_generation(id)`` waits for it. ``docs/api.md`` describes each name.
+
+Each name is imported when it is first used: importing this package alone costs next to nothing.
 """
 
-import dgx_music.early  # noqa: F401 - first: the others take a second
-from dgx_music.client.enqueue import (
-    RequestOptions,
-    cancel_generation,
-    enqueue,
-    enqueue_many,
-    enqueue_sync,
-    queue_position,
-    retry_generation,
-    wait_for_generation,
-    watch_generation,
-)
-from dgx_music.client.estimates import estimate_generation
-from dgx_music.client.fleet import pause, resume
-from dgx_music.errors import DgxMusicError
-from dgx_music.storage import (
-    Database,
-    Generation,
-    GenerationStatus,
-    close_db,
-    configure_sqlite,
-    get_session,
-    init_db,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import dgx_music.early  # noqa: F401 - handles signals while the slow imports run
+
+if TYPE_CHECKING:
+    from dgx_music.artifacts import Artifacts, open_output, open_place_of
+    from dgx_music.audio.facts import AudioFacts
+    from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
+    from dgx_music.client.fleet import pause, resume
+    from dgx_music.client.generations import (
+        audio_facts,
+        cancel_generation,
+        estimate_generation,
+        queue_position,
+        retry_generation,
+        wait_for_generation,
+        watch_generation,
+    )
+    from dgx_music.client.requests import RequestOptions
+    from dgx_music.errors import (
+        ArtifactError,
+        ConfigurationError,
+        DatabaseError,
+        DatabaseNotInitializedError,
+        DatabaseNotMigratedError,
+        DatabaseUnavailableError,
+        DgxMusicError,
+        GenerationNotFoundError,
+        IdempotencyConflictError,
+        IllegalTransitionError,
+        InvalidRequestError,
+        WaitTimeoutError,
+    )
+    from dgx_music.storage import (
+        Database,
+        Filters,
+        Generation,
+        GenerationStatus,
+        Page,
+        Pause,
+        SearchHit,
+        close_db,
+        configure_sqlite,
+        count_generations,
+        get_database_stats,
+        get_generation,
+        get_session,
+        init_db,
+        list_generations,
+        search_generations,
+    )
+    from dgx_music.storage.estimates import Estimate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtifactError",
+    "Artifacts",
+    "AudioFacts",
+    "ConfigurationError",
     "Database",
+    "DatabaseError",
+    "DatabaseNotInitializedError",
+    "DatabaseNotMigratedError",
+    "DatabaseUnavailableError",
     "DgxMusicError",
+    "Estimate",
+    "Filters",
     "Generation",
+    "GenerationNotFoundError",
     "GenerationStatus",
+    "IdempotencyConflictError",
+    "IllegalTransitionError",
+    "InvalidRequestError",
+    "Page",
+    "Pause",
     "RequestOptions",
+    "SearchHit",
+    "WaitTimeoutError",
+    "audio_facts",
     "cancel_generation",
     "close_db",
     "configure_sqlite",
+    "count_generations",
     "enqueue",
     "enqueue_many",
     "enqueue_sync",
     "estimate_generation",
+    "get_database_stats",
+    "get_generation",
     "get_session",
     "init_db",
+    "list_generations",
+    "open_output",
+    "open_place_of",
     "pause",
     "queue_position",
     "resume",
     "retry_generation",
+    "search_generations",
     "wait_for_generation",
     "watch_generation",
 ]
+
+_MODULES = {
+    "artifacts": "Artifacts open_output open_place_of",
+    "audio.facts": "AudioFacts",
+    "client.enqueue": "enqueue enqueue_many enqueue_sync",
+    "client.fleet": "pause resume",
+    "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
+    "retry_generation wait_for_generation watch_generation",
+    "client.requests": "RequestOptions",
+    "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError "
+    "DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError GenerationNotFoundError "
+    "IdempotencyConflictError IllegalTransitionError InvalidRequestError WaitTimeoutError",
+    "storage": "Database Filters Generation GenerationStatus Page Pause SearchHit close_db "
+    "configure_sqlite count_generations get_database_stats get_generation get_session init_db "
+    "list_generations search_generations",
+    "storage.estimates": "Estimate",
+}
+_MODULE_OF = {name: f"dgx_music.{module}" for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used, and keep it."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ from pathlib import PurePath
 MIN_DURATION_SECONDS = 0.08
 MAX_DURATION_SECONDS = 300.0
 WINDOW_SECONDS = 30.0
-"""What a model hears at a time: of longer music the end of what is there, and of a clip at most so much."""
+"""The longest audio that a model hears at a time: the end of longer music, or a clip."""
 SAMPLE_RATE = 32_000
 MUSICGEN_LICENCE = "CC-BY-NC 4.0"
 
@@ -17,8 +17,8 @@ MUSICGEN_LICENCE = "CC-BY-NC 4.0"
 class ModelInfo:
     """What is known of a model without loading it.
 
-    ``repository`` and ``revision`` say where its weights are on the Hugging Face hub, at which commit: ``None`` for a model
-    that has none there.
+    ``repository`` and ``revision`` are where its weights are on the Hugging Face hub, and at which
+    commit; both are ``None`` for a model that has no weights there.
     """
 
     name: str
@@ -30,7 +30,7 @@ class ModelInfo:
     sample_rate: int = SAMPLE_RATE
     max_duration_seconds: float = MAX_DURATION_SECONDS
     hears_melody: bool | None = False
-    """Whether it can follow a tune; ``None`` for a local folder, of which only the engine knows."""
+    """Whether it can follow a melody; ``None`` for a local folder, since only the engine knows."""
 
 
 def _hub(name: str, revision: str | None = None, channels: int = 1, *, hears_melody: bool = False) -> ModelInfo:
@@ -59,7 +59,12 @@ UNTRAINED_NOTICE = "untrained weights: the audio is noise"
 
 
 def find_model(name: str) -> ModelInfo | None:
-    """Return the model of this name, or of this absolute path of a local folder; ``None`` where it is neither."""
+    """Return the model of this name or of this local folder (an absolute path), or ``None``."""
     if PurePath(name).is_absolute():
         return ModelInfo(str(PurePath(name)), hears_melody=None)  # without the slash that a shell's completion adds
     return MODELS.get(name)
+
+
+def is_untrained(name: str) -> bool:
+    """Return True if the model has random weights, so that its audio is noise."""
+    return name in MODELS and MODELS[name].is_untrained

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from dgx_music.cli.doctor import Finding, _examine_database, _examine_device, _examine_model, exit_code_of
+from dgx_music.cli.examination import Finding, _examine_database, _examine_device, _examine_model, exit_code_of
 from dgx_music.config import load_settings
 from dgx_music.storage import Database
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
@@ -122,7 +122,7 @@ def test_doctor_ends_with_what_a_worker_would_meet_first(failed: list[str], code
 
 
 def test_doctor_tells_how_to_install_a_missing_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgx_music.cli.doctor.ENGINE_PACKAGES", ("torch-of-nowhere",))
+    monkeypatch.setattr("dgx_music.cli.examination.ENGINE_PACKAGES", ("torch-of-nowhere",))
 
     result = run("doctor", "--json")
 

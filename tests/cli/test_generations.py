@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dgx_music.client.enqueue import RequestOptions
+from dgx_music.client.requests import RequestOptions
 from tests.cli.conftest import Run, add
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -238,6 +238,6 @@ def test_noise_is_called_noise_wherever_it_is_looked_at(run, command):
 
 def test_a_whole_id_is_looked_up_and_not_searched_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (generation_id,) = add("lofi rain")
-    monkeypatch.delattr("dgx_music.cli.database.find_generation_ids")
+    monkeypatch.delattr("dgx_music.cli.opening.find_generation_ids")
 
     assert run("show", generation_id, "--json").json["id"] == generation_id

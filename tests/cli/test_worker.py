@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from dgx_music.cli.enqueue import _copy_audio, _removed_on_failure
-from dgx_music.config import Settings
+from dgx_music.cli.enqueueing import _removed_on_failure, copy_audio
+from dgx_music.config import SETTINGS
 from dgx_music.errors import ArtifactError
 from dgx_music.storage import Generation
 from tests.cli.conftest import Run, Spawn, add
@@ -31,7 +31,7 @@ def wait_until_says(process: subprocess.Popen[str], words: str) -> None:
 def test_every_setting_is_an_option(run: Run) -> None:
     text = run("worker", "--help").out
 
-    assert [name for name in Settings.model_fields if f"--{name.replace('_', '-')[:20]}" not in text] == []
+    assert [name for name in SETTINGS if f"--{name.replace('_', '-')[:20]}" not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_copy_is_for_whom_the_setting_says(tmp_path: Path, monkeypatch, access
     (tmp_path / "song-1.wav").write_bytes(b"audio")
     before = os.umask(0)
     try:
-        _copy_audio(Generation(file_path=str(tmp_path / "song-1.wav")), tmp_path / "rain.wav", force=False)
+        copy_audio(Generation(file_path=str(tmp_path / "song-1.wav")), tmp_path / "rain.wav", force=False)
     finally:
         os.umask(before)
 
@@ -151,14 +151,14 @@ def test_an_audio_file_that_appears_meanwhile_is_not_overwritten() -> None:
     Path("rain.wav").write_text("mine")
 
     with pytest.raises(ArtifactError, match="file exists"):
-        _copy_audio(Generation(file_path="made.wav"), Path("rain.wav"), force=False)
+        copy_audio(Generation(file_path="made.wav"), Path("rain.wav"), force=False)
 
     assert Path("rain.wav").read_text() == "mine"
 
 
 def test_audio_that_is_on_another_machine_is_said_to_be_missing() -> None:
     with pytest.raises(ArtifactError, match="no such file"):
-        _copy_audio(Generation(file_path="/elsewhere/made.wav"), Path("rain.wav"), force=False)
+        copy_audio(Generation(file_path="/elsewhere/made.wav"), Path("rain.wav"), force=False)
 
 
 def test_music_starts_with_the_clip_that_it_continues(run: Run, tone: Tone) -> None:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import insert, select, update
 
-from dgx_music.client.estimates import estimate_generation
+from dgx_music.client.generations import estimate_generation
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import Measured, Range
 from dgx_music.storage.due import queue_position

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, select
 
 from dgx_music import enqueue, init_db, wait_for_generation
-from dgx_music.client.enqueue import cancel_generation
+from dgx_music.client.generations import cancel_generation
 from dgx_music.storage import close_db
 from dgx_music.storage.connection import connections as connections_module
 from dgx_music.storage.connection.snapshots import snapshot
@@ -39,7 +39,7 @@ def run(call):
 
 
 def run_and_close_at_once(call):
-    """End an event loop as one does who knows of no asynchronous generators."""
+    """End an event loop without closing its asynchronous generators."""
     loop = asyncio.new_event_loop()
     result = loop.run_until_complete(call)
     loop.close()

@@ -1,4 +1,4 @@
-"""Waking up by PostgreSQL's notifications, by either driver; and everything all the same where there are none."""
+"""Waking up by PostgreSQL's notifications, by both drivers; and everything works without them."""
 
 import asyncio
 import sys
@@ -139,7 +139,7 @@ async def test_a_resumption_wakes_workers_of_every_model(default_database):
 
 
 async def test_a_waiter_hears_of_the_end_and_does_not_have_to_ask(default_database, monkeypatch):
-    monkeypatch.setattr(sys.modules["dgx_music.client.enqueue"], "_POLL_SECONDS", LONG)
+    monkeypatch.setattr(sys.modules["dgx_music.client.generations"], "_POLL_SECONDS", LONG)
     generation = await enqueue("lofi rain")
     async with listening(default_database):
         waiting = asyncio.create_task(wait_for_generation(generation.id))
@@ -284,7 +284,7 @@ async def test_behind_a_pooler_nothing_is_prepared_and_nobody_listens(pooled):
 
 
 async def test_behind_a_pooler_a_waiter_asks_now_and_then(pooled, monkeypatch):
-    monkeypatch.setattr(sys.modules["dgx_music.client.enqueue"], "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sys.modules["dgx_music.client.generations"], "_POLL_SECONDS", 0.01)
     generation = await enqueue("lofi rain")
     waiting = asyncio.create_task(wait_for_generation(generation.id))
     await asyncio.sleep(0)

@@ -18,7 +18,9 @@ Data goes to stdout, all talk to stderr. Exit codes:
   130  interrupted
 =====  ====================================================================================
 
-Nothing heavy is imported before a command needs it: completion and ``--help`` must answer at once.
+A command's module is imported when the command is asked for. At its top a module imports nothing
+heavy (no SQLAlchemy, no NumPy, no torch): its functions do, when the command runs. So completion and
+``--help`` answer at once.
 """
 
 from __future__ import annotations
@@ -31,28 +33,51 @@ import typer
 from typer.exceptions import TyperException
 
 from dgx_music import __version__
-from dgx_music.cli import database, demo, doctor, enqueue, generations, prune, search, show, worker
-from dgx_music.cli.output import fail
+from dgx_music.cli.lazy import LazyCommand, group_of
 from dgx_music.cli.streams import lasting_streams
 from dgx_music.early import stand_back
 from dgx_music.errors import DgxMusicError
 from dgx_music.groups import unwrap
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "app", "main"]
 
 PROGRAM = "dgx-music"
-_LONG_QUOTE = re.compile(r"'[^']{80,}'")
 OUTPUT_LOST = 74
-"""The exit code where something was not printed: never 1, or a script would take what it asked for as not done."""
-_NO_THREAD = "can't start new thread"
-"""Python's words for it, as a ``RuntimeError``."""
+"""The exit code if some output was lost. It is not 1: a script would think that the command failed."""
 EXIT_CODES = (
-    "Exit codes: 0 all is well · 1 a generation failed or was cancelled, a question was answered with no, packages are missing "
-    "(doctor), or an unexpected error · 2 bad input or setting · 3 no such generation · 4 its status does not allow it · "
-    "5 database · 6 engine · 7 output folder or disk · 74 done, but stdout is full · 124 timeout · 130 interrupted"
+    "Exit codes: 0 all is well · 1 a generation failed or was cancelled, a question was answered "
+    "with no, packages are missing (doctor), or an unexpected error · 2 bad input or setting · "
+    "3 no such generation · 4 its status does not allow it · 5 database · 6 engine · "
+    "7 output folder or disk · 74 done, but stdout is full · 124 timeout · 130 interrupted"
 )
+_LONG_QUOTE = re.compile(r"'[^']{80,}'")
+_NO_THREAD = "can't start new thread"
+"""The message of Python's ``RuntimeError``."""
+_QUEUE, _WORK, _CARE = "Generations", "Workers", "Care"
+
+COMMANDS = {
+    "enqueue": (_QUEUE, "enqueue:enqueue", "Add a prompt, or a file of prompts, to the queue."),
+    "list": (_QUEUE, "generations:list_generations", "List generations, newest first."),
+    "search": (_QUEUE, "search:search", "Find prompts by their words, best first, each by its newest generation."),
+    "show": (_QUEUE, "show:show", "Show all of one generation: fields, attempts, waveform."),
+    "watch": (_QUEUE, "watch:watch", "Watch a generation until it is finished."),
+    "cancel": (_QUEUE, "transitions:cancel", "Cancel a generation."),
+    "retry": (_QUEUE, "transitions:retry", "Put a failed or cancelled generation back into the queue."),
+    "stats": (_QUEUE, "generations:stats", "Count generations by status, and distinct prompts."),
+    "prompts": (_QUEUE, "generations:prompts", "List the prompts that are used most."),
+    "worker": (_WORK, "worker:app", "Run the daemon that makes the queue's music."),
+    "workers": (_WORK, "fleet:workers", "List the workers: who is alive, where, on what, with what in hand."),
+    "pause": (_WORK, "fleet:pause", "Let no worker claim anything, or anything of one model."),
+    "resume": (_WORK, "fleet:resume", "Let workers claim again: everything, or what one model has waiting."),
+    "demo": (_CARE, "demo:demo", "See it work: three prompts, the real worker, audio."),
+    "doctor": (_CARE, "doctor:doctor", "Check what a worker needs: packages, device, model, disk, database."),
+    "prune": (_CARE, "prune:prune", "Delete old generations and their audio, and clips that nobody uses."),
+    "db": (_CARE, "database:app", "Create, migrate, empty or look at the database."),
+}
+"""For each command its heading in the help, its module and name there, and the first line of its help."""
 
 app = typer.Typer(
+    cls=group_of([LazyCommand(name, *about) for name, about in COMMANDS.items()]),
     help="A durable queue for AI music generation: enqueue prompts, run workers, collect audio.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -60,38 +85,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_QUEUE, _WORK, _CARE = "Generations", "Workers", "Care"
-app.command("enqueue", rich_help_panel=_QUEUE)(enqueue.enqueue)
-app.command("list", rich_help_panel=_QUEUE)(generations.list_generations)
-app.command("search", rich_help_panel=_QUEUE)(search.search)
-app.command("show", rich_help_panel=_QUEUE)(show.show)
-app.command("watch", rich_help_panel=_QUEUE)(generations.watch)
-app.command("cancel", rich_help_panel=_QUEUE)(generations.cancel)
-app.command("retry", rich_help_panel=_QUEUE)(generations.retry)
-app.command("stats", rich_help_panel=_QUEUE)(generations.stats)
-app.command("prompts", rich_help_panel=_QUEUE)(generations.prompts)
-app.command("worker", rich_help_panel=_WORK, epilog=EXIT_CODES)(worker.worker)
-app.command("workers", rich_help_panel=_WORK)(worker.workers)
-app.command("pause", rich_help_panel=_WORK)(worker.pause)
-app.command("resume", rich_help_panel=_WORK)(worker.resume)
-app.command("demo", rich_help_panel=_CARE)(demo.demo)
-app.command("doctor", rich_help_panel=_CARE)(doctor.doctor)
-app.command("prune", rich_help_panel=_CARE)(prune.prune)
-app.add_typer(database.app, name="db", rich_help_panel=_CARE)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` are the arguments, by default this process's.
 
-    A reader of stdout that leaves early changes nothing: the command goes on to its end.
+    If the reader of stdout leaves early, the command still runs to its end.
     """
-    if (sys.argv[1:] if argv is None else argv)[:1] != ["worker"]:  # which has yet to import its own
+    if (sys.argv[1:] if argv is None else argv)[:1] != ["worker"]:  # its signals wait until it is there
         stand_back()
     with lasting_streams() as output:
         code = _run(argv)
         if (loss := output.find_loss()) is not None:
             rest = "; what was asked for is done all the same." if code == 0 else "."
-            code = fail(f"Not all could be printed, because of stdout ({loss}){rest}", code or OUTPUT_LOST)
+            code = _fail(f"Not all could be printed, because of stdout ({loss}){rest}", code or OUTPUT_LOST)
         return code
 
 
@@ -108,24 +114,30 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _explain(error: BaseException) -> int:
-    """Print what went wrong in one line and return the exit code; an unexpected error keeps its traceback."""
+    """Print what went wrong in one line and return the exit code; raises an unexpected error."""
     match error:
         case DgxMusicError():
-            return fail(str(error), error.exit_code)
+            return _fail(str(error), error.exit_code)
         case TyperException():
             return _explain_usage(error)
         case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or str(error) == _NO_THREAD:
-            return fail(f"There is no memory to go on ({error}); raise the limit (`ulimit -v`).", 1)
+            return _fail(f"There is no memory to go on ({error}); raise the limit (`ulimit -v`).", 1)
     raise error
 
 
 def _explain_usage(error: TyperException) -> int:
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     message = _LONG_QUOTE.sub("'…'", message)
-    if message:  # empty where the help was printed instead
+    if message:  # it is empty if the help was printed instead
         context = getattr(error, "ctx", None)
-        fail(f"{message}; see `{context.command_path if context else PROGRAM} --help`.", 2)
+        _fail(f"{message}; see `{context.command_path if context else PROGRAM} --help`.", 2)
     return 2
+
+
+def _fail(message: str, exit_code: int) -> int:
+    from dgx_music.cli.output import fail
+
+    return fail(message, exit_code)
 
 
 def _print_version(is_asked: bool) -> None:

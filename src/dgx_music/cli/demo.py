@@ -1,4 +1,4 @@
-"""``dgx-music demo``: the whole way from prompt to audio, with the real worker, in a folder of its own."""
+"""``dgx-music demo``: the whole way from prompt to audio, by the real worker, in its own folder."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import anyio
 import anyio.abc
 import typer
 
 from dgx_music.catalog import UNTRAINED_NOTICE
-from dgx_music.cli.database import opened
-from dgx_music.cli.doctor import HOW_TO_INSTALL
-from dgx_music.cli.options import at_home
-from dgx_music.cli.output import fail, near, print_line, print_table, tell
-from dgx_music.cli.progress import follow
-from dgx_music.cli.show import print_waveform
-from dgx_music.client.enqueue import enqueue_many
+from dgx_music.cli.options import HOW_TO_INSTALL, at_home
+from dgx_music.cli.output import fail, near, print_line, print_table, print_waveform, tell
 from dgx_music.config import EngineName, load_settings
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.modes import create_file
-from dgx_music.storage import Database, Generation, get_generation
+
+if TYPE_CHECKING:
+    from dgx_music.storage import Database, Generation
 
 MODEL = "musicgen-tiny-untrained"
 PROMPTS = {"trap beat 140 BPM": 4.0, "lofi rain": 3.0, "ambient pads": 2.0}
@@ -69,7 +66,7 @@ def demo(
 
 
 def find_problems(generation: Generation) -> list[str]:
-    """Return, one sentence each, what is not as the row promises; nothing where all is well."""
+    """Return a sentence for each difference between the row and its file; none if all is well."""
     import soundfile
 
     if not generation.is_complete:
@@ -90,6 +87,9 @@ def find_problems(generation: Generation) -> list[str]:
 
 async def _run(folder: Path, url: str, engine: EngineName) -> tuple[int, list[Generation]]:
     """Enqueue, let a worker drain the queue, and return its exit code and the rows as they are then."""
+    from dgx_music.cli.opening import opened
+    from dgx_music.client.enqueue import enqueue_many
+
     async with opened(url) as database:
         requests = [{"prompt": prompt, "duration": duration, "model": MODEL} for prompt, duration in PROMPTS.items()]
         ids = [row.id for row in await enqueue_many(requests)]
@@ -105,7 +105,9 @@ def _worker_command(folder: Path, url: str, engine: EngineName) -> list[str]:
 
 
 async def _work(command: list[str], log: Path, ids: list[str]) -> int:
-    """Show progress until the worker ends; a worker that we leave early is asked to stop."""
+    """Show progress until the worker ends; if we leave early, the worker is asked to stop."""
+    from dgx_music.cli.progress import follow
+
     with suppress(FileExistsError):
         create_file(log, is_private=load_settings().is_private)
     with log.open("ab") as stream:
@@ -130,6 +132,8 @@ async def _stop(process: anyio.abc.Process) -> None:
 
 
 async def _read(database: Database, ids: list[str]) -> list[Generation]:
+    from dgx_music.storage import get_generation
+
     async with database.session(read_only=True) as session:
         rows = [await get_generation(session, generation_id) for generation_id in ids]
     return [row for row in rows if row is not None]
@@ -170,7 +174,7 @@ def _print_next_steps(url: str) -> None:
 
 
 def _program() -> str:
-    """Return what to type for this program: its name where the shell finds it, else its path."""
+    """Return what to type for this program: its name if the shell finds it, else its path."""
     if shutil.which("dgx-music"):
         return "dgx-music"
     called = Path(sys.argv[0])

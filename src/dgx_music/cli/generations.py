@@ -1,4 +1,4 @@
-"""Lists, counts, and the few things a person can do to a generation."""
+"""``dgx-music list``, ``stats`` and ``prompts``: what is in the database."""
 
 from __future__ import annotations
 
@@ -7,41 +7,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgx_music.cli.database import find_generation, opened
 from dgx_music.cli.options import (
     AsJson,
     Before,
     DatabaseUrl,
-    GenerationId,
     Limit,
     ModelName,
     Since,
     Status,
+    StatusName,
     Tenant,
-    Timeout,
     filters_of,
 )
-from dgx_music.cli.output import distance, print_fields, print_json, print_table, prompt_in_words, tell
-from dgx_music.cli.progress import follow, tell_outcome, tell_untrained
-from dgx_music.cli.service import ServiceTeller
-from dgx_music.client.enqueue import cancel_generation, retry_generation
-from dgx_music.errors import InvalidRequestError
-from dgx_music.storage import (
-    Filters,
-    Generation,
-    GenerationStatus,
-    Page,
-    Prompt,
-    count_generations,
-    get_all_generations,
-    get_database_stats,
-    get_most_used_prompts,
+from dgx_music.cli.output import (
+    UNCONDITIONAL,
+    distance,
+    print_fields,
+    print_json,
+    print_table,
+    prompt_in_words,
+    status_in_words,
+    tell,
+    tell_untrained,
 )
-from dgx_music.storage import list_generations as read_page
-from dgx_music.validation import check_positive
+from dgx_music.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
+
+    from dgx_music.storage import Filters, Generation, Page, Prompt
 
 
 def list_generations(
@@ -76,50 +70,6 @@ def list_generations(
     tell_untrained(rows)
 
 
-def watch(
-    generation_id: GenerationId, timeout: Timeout = None, database_url: DatabaseUrl = None, as_json: AsJson = False
-) -> None:
-    """Watch a generation until it is finished.
-
-    Ends with 1 where it failed or was cancelled.
-    With --json every change of the row is printed as one line of JSON.
-    """
-    if timeout is not None:
-        check_positive("--timeout", timeout)
-    generation = asyncio.run(_watch(generation_id, timeout, database_url, as_json=as_json))
-    is_completed = generation.is_complete if as_json else tell_outcome([generation])
-    if not is_completed:
-        raise typer.Exit(1)
-
-
-def cancel(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
-    """Cancel a generation.
-
-    One that waits is cancelled at once, one that runs as soon as its worker has stopped it.
-    """
-    generation = asyncio.run(_cancel(generation_id, database_url))
-    if as_json:
-        print_json(generation.to_dict())
-    elif generation.is_processing:
-        tell(f"Generation {generation.id} is running; its worker has been asked to stop it.")
-    else:
-        tell(f"Generation {generation.id} is {generation.status}.")
-
-
-def retry(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
-    """Put a failed or cancelled generation back into the queue.
-
-    It gets a fresh budget of failures; its attempts keep counting. A completed generation never runs again.
-    """
-    generation = asyncio.run(_retry(generation_id, database_url))
-    if as_json:
-        print_json(generation.to_dict())
-    else:
-        tell(
-            f"Generation {generation.id} is {generation.status} again; follow it with: dgx-music watch {generation.id}"
-        )
-
-
 def stats(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
     """Count generations by status, and distinct prompts."""
     counts = asyncio.run(_stats(database_url))
@@ -135,20 +85,17 @@ def prompts(limit: Limit = 10, database_url: DatabaseUrl = None, as_json: AsJson
     if as_json:
         print_json([row.to_dict() for row in rows])
     elif rows:
-        print_table(
-            ("USED", "LAST", "PROMPT"),
-            [(row.used_count, distance(row.last_used_at), prompt_in_words(row)) for row in rows],
-        )
+        lines = [(row.used_count, distance(row.last_used_at), row.text or UNCONDITIONAL) for row in rows]
+        print_table(("USED", "LAST", "PROMPT"), lines)
     else:
         tell("There are no prompts yet.")
 
 
-def _print_as_line(row: Generation) -> None:
-    print_json(row.to_dict(), indent=None)
+def _rest_of(page: Page, count: int | None, after: str | None, status: StatusName | None) -> str | None:
+    """Return what to say of the generations that are not on the page.
 
-
-def _rest_of(page: Page, count: int | None, after: str | None, status: GenerationStatus | None) -> str | None:
-    """Return what to say of generations that are not on the page; ``count`` is of all, ``None`` where nobody counted."""
+    ``count`` is the number of all generations, or ``None`` if they were not counted.
+    """
     shown = len(page.generations)
     if page.next is not None:
         return f"{shown:,}{'' if count is None or after else f' of {count:,}'}; the next ones: --after {page.next}"
@@ -158,23 +105,22 @@ def _rest_of(page: Page, count: int | None, after: str | None, status: Generatio
         return f"{shown:,} of {count:,}; --limit and --offset show others." if shown < count else None
     if count is None:
         return "There are no such generations"
-    kind = f"{status.value} generations" if status else 'generations yet; add one with: dgx-music enqueue "lofi rain"'
+    kind = f"{status} generations" if status else 'generations yet; add one with: dgx-music enqueue "lofi rain"'
     return f"There are no {kind}"
 
 
-def status_of(row: Generation) -> str:
-    """Return the status in words, with how far it has come."""
-    return f"{row.status} {row.progress:.0%}" if row.is_processing else row.status
-
-
 def _as_line(row: Generation) -> tuple[object, ...]:
-    return row.id, status_of(row), f"{row.duration_seconds:g} s", distance(row.created_at), prompt_in_words(row)
+    seconds, age = f"{row.duration_seconds:g} s", distance(row.created_at)
+    return row.id, status_in_words(row), seconds, age, prompt_in_words(row)
 
 
 async def _list(
     filters: Filters, limit: int, offset: int, after: str | None, database_url: str | None
 ) -> tuple[Page, int | None]:
-    """Return a page, and how many there are in all where that is known without looking at each."""
+    """Return a page, and the number of all generations if it is known without reading each."""
+    from dgx_music.cli.opening import opened
+    from dgx_music.storage import Page, count_generations, get_all_generations, list_generations
+
     status = filters.get("status")
     is_counted = not any(value for name, value in filters.items() if name != "status")
 
@@ -182,40 +128,25 @@ async def _list(
         if offset:
             page = Page(await get_all_generations(session, limit, offset, status), None)
         else:
-            page = await read_page(session, limit=limit, after=after, **filters)
+            page = await list_generations(session, limit=limit, after=after, **filters)
         return page, await count_generations(session, status) if is_counted else None
 
     async with opened(database_url) as database:
         return await database.transact(read, read_only=True, may_lag=True)
 
 
-async def _watch(wanted: str, timeout: float | None, database_url: str | None, *, as_json: bool) -> Generation:
-    async with opened(database_url) as database:
-        generation = await find_generation(database, wanted)
-        teller, show = ServiceTeller(database, [generation]), _print_as_line if as_json else None
-        return (await follow([generation.id], timeout=timeout, show=show, teller=teller))[0]
-
-
-async def _cancel(wanted: str, database_url: str | None) -> Generation:
-    async with opened(database_url) as database:
-        generation = await find_generation(database, wanted)
-        await cancel_generation(generation.id)
-        return await find_generation(database, generation.id)
-
-
-async def _retry(wanted: str, database_url: str | None) -> Generation:
-    async with opened(database_url) as database:
-        generation = await find_generation(database, wanted)
-        await retry_generation(generation.id)
-        return await find_generation(database, generation.id)
-
-
 async def _stats(database_url: str | None) -> dict[str, int]:
+    from dgx_music.cli.opening import opened
+    from dgx_music.storage import get_database_stats
+
     async with opened(database_url) as database:
         return await database.transact(get_database_stats, read_only=True, may_lag=True)
 
 
 async def _prompts(limit: int, database_url: str | None) -> list[Prompt]:
+    from dgx_music.cli.opening import opened
+    from dgx_music.storage import get_most_used_prompts
+
     async with opened(database_url) as database:
         return await database.transact(
             lambda session: get_most_used_prompts(session, limit), read_only=True, may_lag=True

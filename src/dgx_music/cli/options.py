@@ -2,60 +2,115 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
 
 import typer
 
 from dgx_music import validation
 from dgx_music.catalog import MODELS
-from dgx_music.cli.output import has_password, warn
-from dgx_music.config import PREFIX, Settings
-from dgx_music.storage import Filters, GenerationStatus
+from dgx_music.config import SETTINGS
 from dgx_music.validation import check_run_at
 
+if TYPE_CHECKING:
+    from dgx_music.storage import Filters
+
+HOW_TO_INSTALL = "pip install 'dgx-music[musicgen]'"
 WAITING = "Waiting"
+
+StatusName = Literal["pending", "processing", "completed", "failed", "cancelled"]
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def setting(name: str, **more: Any) -> Any:
     """Return the option that overrides this setting; its help is the setting's own description."""
-    field, description = Settings.model_fields[name], str(Settings.model_fields[name].description)
-    shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
-    text = description if description.startswith("`") else description[:1].upper() + description[1:]
-    text = f"{text.replace('`', '')} ({PREFIX}{name.upper()}{'' if shown is None else f', default {shown}'})"
-    return typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False, **more)
+    known = SETTINGS[name]
+    default = f"{known.default:g}" if isinstance(known.default, float) else known.default
+    text = known.description.replace("`", "")
+    text = text if known.description.startswith("`") else text[:1].upper() + text[1:]
+    text = f"{text} ({known.variable}{'' if default is None else f', default {default}'})"
+    return typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=text,
+        show_default=False,
+        metavar=known.metavar,
+        callback=warn_of_password if known.is_secret else None,
+        autocompletion=complete_model if name == "model" else None,
+        **more,
+    )
+
+
+def setting_options(names: Iterable[str], *, has_panels: bool = False) -> dict[str, Any]:
+    """Return the annotation of each of these settings' options, by the setting's name."""
+    options = {}
+    for name in names:
+        kind, panel = SETTINGS[name].type, SETTINGS[name].panel
+        is_checked_here = kind in (int, float) or get_origin(kind) is Literal
+        option = setting(name, rich_help_panel=panel if has_panels else None)
+        options[name] = Annotated[(kind if is_checked_here else str) | None, option]
+    return options
+
+
+def taking(options: Mapping[str, Any], *, before: str | None = None) -> Callable[[Command], Command]:
+    """Give a command an option for each of these annotations; it gets them as ``**options``.
+
+    An option that is not given is ``None``. In the help they stand before the parameter named
+    ``before``, or else last.
+    """
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in options.items()
+    ]
+
+    def add(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        at = next((index for index, each in enumerate(own) if each.name == before), len(own))
+        command.__signature__ = signature.replace(parameters=own[:at] + added + own[at:])  # type: ignore[attr-defined]
+        return command
+
+    return add
 
 
 def warn_of_password(parameter: typer.CallbackParam, url: str | None) -> str | None:
-    """Return the URL as it is, and say who else can read a password in it."""
+    """Return the URL as it is, and warn if other users of this machine can read a password in it."""
+    from dgx_music.cli.output import has_password, warn
+
     if url is not None and has_password(url):
-        variable = f"{PREFIX}{str(parameter.name).upper()}"
-        warn(
-            f"every user of this machine can read the password in {parameter.opts[0]}, in `ps`; set {variable} instead."
-        )
+        option, variable = parameter.opts[0], SETTINGS[str(parameter.name)].variable
+        warn(f"every user of this machine can read the password in {option}, in `ps`; set {variable} instead.")
     return url
 
 
 def at_home(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Return the path with a home in the place of ``~``: a shell leaves it in ``--out=~/a.wav``."""
+    """Return the path with the home folder in the place of ``~``: a shell leaves it in ``--out=~/a.wav``."""
     return None if path is None else Path(validation.at_home(parameter.opts[0], str(path)))
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """Return the options that were given: the others keep their defaults."""
+    """Return the options that were given; those that were not are ``None``."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Return the catalogue's models that start so, for the shell."""
+    """Return the names of the models that start with this text, for the shell."""
     return [name for name in MODELS if name.startswith(incomplete)]
 
 
 def filters_of(
-    status: GenerationStatus | None, model: str | None, tenant: str | None, since: str | None, before: str | None
+    status: StatusName | None,
+    model: str | None,
+    tenant: str | None,
+    since: str | None,
+    before: str | None,
 ) -> Filters:
     """Return the filters that were given."""
-    filters = Filters(status=status, model=model, tenant=tenant)
+    from dgx_music.storage import Filters, GenerationStatus
+
+    filters = Filters(status=None if status is None else GenerationStatus(status), model=model, tenant=tenant)
     if since is not None:
         filters["created_from"] = check_run_at(since, "--since")
     if before is not None:
@@ -63,24 +118,26 @@ def filters_of(
     return filters
 
 
-DatabaseUrl = Annotated[str | None, setting("database_url", metavar="URL", callback=warn_of_password)]
-Output = Annotated[str | None, setting("output", metavar="FOLDER|URL")]
+DatabaseUrl = Annotated[str | None, setting("database_url")]
+Output = Annotated[str | None, setting("output")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, help="How many to print at most.")]
 Timeout = Annotated[
     float | None,
     typer.Option(
-        help="Give up waiting after this many seconds (exit code 124); the generation goes on.", rich_help_panel=WAITING
+        help="Give up waiting after this many seconds (exit code 124); the generation goes on.",
+        rich_help_panel=WAITING,
     ),
 ]
-Status = Annotated[GenerationStatus | None, typer.Option("--status", "-s", help="Only those of this status.")]
+Status = Annotated[StatusName | None, typer.Option("--status", "-s", help="Only those of this status.")]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Only those of this model.", autocompletion=complete_model)
 ]
 Tenant = Annotated[str | None, typer.Option(help="Only those made for this tenant.")]
 Since = Annotated[
-    str | None, typer.Option(metavar="TIME", help="Only those created then or later, as in 2026-01-31T12:00:00Z.")
+    str | None,
+    typer.Option(metavar="TIME", help="Only those created then or later, as in 2026-01-31T12:00:00Z."),
 ]
 Before = Annotated[str | None, typer.Option(metavar="TIME", help="Only those created earlier.")]
 GenerationId = Annotated[

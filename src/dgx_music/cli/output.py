@@ -1,6 +1,7 @@
-"""What is printed, and where: data on stdout, talk on stderr; colours only on a terminal.
+"""What is printed, and where: data on stdout, messages on stderr; colours only on a terminal.
 
-Whatever people and engines have written is shown as what it is: what cannot be seen is escaped, also in JSON.
+Text of people and engines is shown as what it is: characters that cannot be seen are escaped, also
+in JSON.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from dgx_music.storage import Generation, Prompt
+from dgx_music.catalog import UNTRAINED_NOTICE, is_untrained
+from dgx_music.errors import InvalidRequestError
 from dgx_music.text import plain, plain_json
+from dgx_music.validation import CLIP_FIELDS
+
+if TYPE_CHECKING:
+    from dgx_music.storage import Generation
 
 WAVEFORM_WIDTH = 72
 UNCONDITIONAL = "(unconditional)"
-"""In the place of an empty prompt."""
+"""Shown instead of an empty prompt."""
 ID_PREFIX_CHARACTERS = 18
-"""A UUIDv7's time, to a quarter of a microsecond: enough to tell two ids apart where the terminal is narrow."""
+"""A UUIDv7's time, to a quarter of a microsecond: enough to tell two ids apart on a narrow terminal."""
 
+_BARS = "▁▂▃▄▅▆▇█"
 _NARROW = 110
 _PIPE_WIDTH = 10_000
 _LEAST_ROOM = 12
@@ -51,35 +58,49 @@ _UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
 
 def tell(message: str) -> None:
-    """Say one line on stderr: what a person wants to know and a program does not."""
+    """Say one line on stderr, for people and not for programs."""
     typer.echo(plain(message), err=True)
 
 
 def fail(message: str, exit_code: int) -> int:
-    """Say on one line of stderr what went wrong, and return the exit code; no password that was typed is repeated."""
+    """Say on one line of stderr what went wrong, without passwords, and return the exit code."""
     label = typer.style("Error:", fg="red", bold=True)
     typer.echo(f"{label} {plain(one_line(without_passwords(message)))}", err=True)
     return exit_code
 
 
 def warn(message: str) -> None:
-    """Say on one line of stderr what somebody should mend, though all goes on."""
+    """Say on one line of stderr what somebody should mend, although the command goes on."""
     label = typer.style("Warning:", fg="yellow", bold=True)
     typer.echo(f"{label} {plain(message)}", err=True)
 
 
+def confirm(question: str, *, is_agreed: bool) -> None:
+    """Return once a person, or ``--yes``, has agreed; raises ``typer.Exit`` after a no.
+
+    Raises ``InvalidRequestError`` if there is no terminal: text from a pipe is no answer.
+    """
+    if is_agreed:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidRequestError("--yes", "is missing and there is no terminal to ask on", "add it to go ahead")
+    if not typer.confirm(plain(question), err=True):
+        tell("Nothing was changed.")
+        raise typer.Exit(1)
+
+
 def without_passwords(text: str) -> str:
-    """Return the text with stars in the place of every password in a URL."""
+    """Return the text with stars instead of each password in a URL."""
     return _PASSWORD.sub(r"\1:***@", text)
 
 
 def has_password(url: str) -> bool:
-    """Return True where the URL holds one."""
+    """Return True if the URL holds a password."""
     return _PASSWORD.search(url) is not None
 
 
 def print_json(value: object, indent: int | None = 2) -> None:
-    """Print the value as JSON on stdout, in ASCII where stdout cannot carry all of Unicode."""
+    """Print the value as JSON on stdout, in ASCII if stdout is not UTF-8."""
     is_unicode = str(sys.stdout.encoding).lower().replace("-", "") == "utf8"
     typer.echo(plain_json(json.dumps(value, indent=indent, ensure_ascii=not is_unicode)))
 
@@ -90,9 +111,9 @@ def print_line(text: str = "") -> None:
 
 
 def make_console(file: TextIO | None = None) -> Console:
-    """Return a view of stdout, or of another stream, that takes no text for markup.
+    """Return a console on stdout, or on another stream, that reads no markup in text.
 
-    As wide as the terminal, or as COLUMNS says; in a pipe as wide as it takes, so that nothing is cut.
+    It is as wide as the terminal, or as COLUMNS says; in a pipe it is so wide that nothing is cut.
     """
     stream = file or sys.stdout
     is_bounded = stream.isatty() or "COLUMNS" in os.environ
@@ -101,9 +122,13 @@ def make_console(file: TextIO | None = None) -> Console:
 
 
 def print_table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Iterable[str] = (), is_cut: bool = True
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    numbers: Iterable[str] = (),
+    is_cut: bool = True,
 ) -> None:
-    """Print a table without lines; where the terminal is narrow its last column is cut, or else wraps."""
+    """Print a table without lines; on a narrow terminal its last column is cut, or else wraps."""
     console = make_console()
     cells = [[Text(heading, style="bold") for heading in headings]]
     cells += [
@@ -116,8 +141,23 @@ def print_table(
         _print_row(console, _GAP.join(row_cells[:-1]), row_cells[-1], is_cut=is_cut)
 
 
+def print_waveform(generation: Generation) -> None:
+    """Draw the peaks of a completed generation's audio in one line."""
+    facts = generation.get_metadata().get("audio")
+    if isinstance(facts, dict) and facts.get("waveform"):
+        print_line(waveform_text(facts["waveform"], min(WAVEFORM_WIDTH, make_console().width)))
+
+
+def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
+    """Return the waveform's peaks (0 to 1) as one line of at most ``width`` blocks; silence is a flat line."""
+    width = min(width, len(waveform))
+    starts = [part * len(waveform) // width for part in range(width)]
+    peaks = [max(waveform[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=False)]
+    return "".join(_BARS[min(int(peak * len(_BARS)), len(_BARS) - 1)] for peak in peaks)
+
+
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:
-    """Print names and values in two columns; a long value is left to the terminal, so that it can be copied whole."""
+    """Print names and values in two columns; the terminal wraps a long value, so that it can be copied whole."""
     console, lines = make_console(), [(plain(name), value) for name, value in fields]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
@@ -146,7 +186,7 @@ def _cell(heading: str, value: object, width: int) -> Text:
 
 
 def shown(name: str, value: Any, now: datetime) -> str:
-    """Return a row's field in words, by what its name says it is."""
+    """Return the value of a row's field in words; the end of its name says what it is."""
     if name.endswith("_at"):
         moment = datetime.fromisoformat(value)
         return f"{moment:%Y-%m-%d %H:%M:%S} UTC ({distance(moment, now)})"
@@ -170,15 +210,25 @@ def shown(name: str, value: Any, now: datetime) -> str:
     return str(value)
 
 
-def prompt_in_words(row: Generation | Prompt) -> str:
+def prompt_in_words(row: Generation) -> str:
     """Return the prompt, or what an empty one means, and which clips were given with it."""
-    text = row.text if isinstance(row, Prompt) else row.prompt
-    clips = [name for name in ("continuation", "melody") if getattr(row, f"{name}_sha256", None) is not None]
-    return (text or UNCONDITIONAL) + (f" (with {' and '.join(clips)})" if clips else "")
+    clips = [name for name in CLIP_FIELDS if getattr(row, f"{name}_sha256") is not None]
+    return (row.prompt or UNCONDITIONAL) + (f" (with {' and '.join(clips)})" if clips else "")
+
+
+def status_in_words(row: Generation) -> str:
+    """Return the status, and how far a generation that runs has come."""
+    return f"{row.status} {row.progress:.0%}" if row.is_processing else row.status
+
+
+def tell_untrained(generations: Iterable[Generation]) -> None:
+    """Warn of models that make noise."""
+    for name in sorted({row.model_name for row in generations if is_untrained(row.model_name)}):
+        tell(f"Note: {name} has {UNTRAINED_NOTICE}.")
 
 
 def label(name: str) -> str:
-    """Return a field's name in words; its unit stands with the value."""
+    """Return a field's name in words, without its unit, which stands with the value."""
     return _LABELS.get(name) or name.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
 
 
@@ -205,17 +255,17 @@ def size(count: float) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text with every run of white space as one space."""
+    """Return the text with one space for each run of white space."""
     return " ".join(text.split())
 
 
 def shorten(text: str, length: int) -> str:
-    """Return at most this many characters, the last one a sign that some are missing."""
+    """Return at most this many characters; if some are missing, the last one is ``…``."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def near(path: str) -> str:
-    """Return a path from here where it is beneath this folder, else as it is."""
+    """Return the path relative to this folder if it is in it, else as it is."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:

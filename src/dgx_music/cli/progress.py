@@ -9,12 +9,18 @@ from contextlib import contextmanager, nullcontext
 import anyio
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from dgx_music.catalog import UNTRAINED_NOTICE
-from dgx_music.cli.output import make_console, near, one_line, prompt_in_words, shorten, tell
+from dgx_music.cli.output import (
+    make_console,
+    near,
+    one_line,
+    prompt_in_words,
+    shorten,
+    tell,
+    tell_untrained,
+)
 from dgx_music.cli.service import ServiceTeller
-from dgx_music.client.enqueue import watch_generation
+from dgx_music.client.generations import watch_generation
 from dgx_music.errors import WaitTimeoutError
-from dgx_music.inference.engine import is_untrained
 from dgx_music.storage import Generation
 from dgx_music.storage.schema import COMPLETED
 from dgx_music.text import plain
@@ -146,12 +152,6 @@ def tell_outcome(generations: Sequence[Generation]) -> bool:
         tell(f"{len(generations) - len(bad):,} of {len(generations):,} completed.")
     tell_untrained(generations)
     return not bad
-
-
-def tell_untrained(generations: Sequence[Generation]) -> None:
-    """Warn of models that make noise."""
-    for name in sorted({row.model_name for row in generations if is_untrained(row.model_name)}):
-        tell(f"Note: {name} has {UNTRAINED_NOTICE}.")
 
 
 def _short_state(generation: Generation) -> str:

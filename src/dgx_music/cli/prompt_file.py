@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dgx_music.client.enqueue import Batch, plan, read_clips
+from dgx_music.client.requests import Batch, naming, plan, read_clips
 from dgx_music.errors import InvalidRequestError
-from dgx_music.validation import shown
+from dgx_music.validation import CLIP_FIELDS, shown
 
 _JSON_LINES = {".jsonl", ".ndjson"}
 _STDIN = Path("-")
@@ -25,12 +24,10 @@ def read_requests(file: Path, defaults: Mapping[str, Any]) -> Batch:
     """
     plans = []
     for number, line in _read_lines(file):
-        try:
+        name = f"line {number}"
+        with naming(name):
             request = {**defaults, **_parse(line, is_json=file.suffix.lower() in _JSON_LINES)}
-            planned = plan(request.get("prompt"), {name: value for name, value in request.items() if name != "prompt"})
-        except InvalidRequestError as error:
-            raise InvalidRequestError(f"line {number}: {error.field}", error.problem, error.remedy) from None
-        plans.append(replace(planned, name=f"line {number}"))
+            plans.append(plan(request.pop("prompt", None), request, name))
     if not plans:
         raise InvalidRequestError("--file", f"{str(file)!r} holds no prompts", "write one in each line")
     return read_clips(plans)
@@ -84,5 +81,9 @@ def _read(file: Path) -> bytes:
 
 def _parse(line: str, *, is_json: bool) -> dict[str, Any]:
     if is_json or line.startswith("{"):
-        return parse_object("request", line, '{"prompt": "lofi rain", "duration": 16}')
+        request = parse_object("request", line, '{"prompt": "lofi rain", "duration": 16}')
+        return {
+            name: Path(value) if name in CLIP_FIELDS and isinstance(value, str) else value
+            for name, value in request.items()
+        }
     return {"prompt": line}

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgx_music.artifacts import Artifacts, open_output
-from dgx_music.cli.database import confirm, opened
 from dgx_music.cli.options import AsJson, DatabaseUrl, Output, Yes, given
-from dgx_music.cli.output import print_json, tell
-from dgx_music.client.prune import prune as prune_generations
-from dgx_music.client.prune import prune_clips, prune_orphans
+from dgx_music.cli.output import confirm, print_json, tell
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
-from dgx_music.storage import Database
 from dgx_music.validation import check_between
+
+if TYPE_CHECKING:
+    from dgx_music.artifacts import Artifacts
+    from dgx_music.storage import Database
 
 _DAY_SECONDS = 86_400
 _LONGEST_DAYS = 36_500
@@ -32,7 +31,7 @@ def prune(
         typer.Option(
             "--orphans",
             help="Delete files older than a day that belong to no generation, or to an attempt that never completed. "
-            "Not where two databases share one output.",
+            "Not for two databases that share one output.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
@@ -41,16 +40,18 @@ def prune(
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete old finished generations and their audio, and clips that nobody has used for a day.
+    """Delete old generations and their audio, and clips that nobody uses.
 
-    A status for which no days are given is kept for ever. On a terminal it asks first; elsewhere,
-    where there is something to delete, it needs --yes.
+    A finished generation is kept for the days given for its status, or for ever if none are given;
+    a clip for a day after its last use. On a terminal it asks first; elsewhere it needs --yes if
+    there is something to delete.
     """
+    from dgx_music.artifacts import open_output
+
     days = given(completed=completed_days, failed=failed_days, cancelled=cancelled_days)
     if not days and not orphans:
-        raise InvalidRequestError(
-            "a number of days", "is missing", "say how long to keep what, such as --completed-days 30 --failed-days 7"
-        )
+        remedy = "say how long to keep what, such as --completed-days 30 --failed-days 7"
+        raise InvalidRequestError("a number of days", "is missing", remedy)
     keep = {
         status: check_between(f"--{status}-days", count, 0, _LONGEST_DAYS) * _DAY_SECONDS
         for status, count in days.items()
@@ -66,7 +67,7 @@ def prune(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to delete, from where."""
+    """What to delete, and from which output."""
 
     artifacts: Artifacts
     keep: dict[str, float]
@@ -74,7 +75,9 @@ class _Plan:
 
     async def carry_out(self, database: Database, *, dry_run: bool) -> dict[str, int]:
         """Delete, or only count, and return the numbers."""
-        counts = await prune_generations(database, self.artifacts, self.keep, dry_run=dry_run)
+        from dgx_music.client.prune import prune, prune_clips, prune_orphans
+
+        counts = await prune(database, self.artifacts, self.keep, dry_run=dry_run)
         if self.has_orphans:
             counts["orphans"] = await prune_orphans(database, self.artifacts, dry_run=dry_run)
         counts["clips"] = await prune_clips(database, dry_run=dry_run)
@@ -82,6 +85,8 @@ class _Plan:
 
 
 async def _prune(database_url: str | None, plan: _Plan, *, dry_run: bool, is_agreed: bool) -> dict[str, int]:
+    from dgx_music.cli.opening import opened
+
     async with opened(database_url) as database:
         counts = await plan.carry_out(database, dry_run=True)
         if dry_run or not any(counts.values()):

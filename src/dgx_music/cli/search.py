@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgx_music.cli.database import opened
-from dgx_music.cli.generations import status_of
-from dgx_music.cli.options import AsJson, Before, DatabaseUrl, ModelName, Since, Status, Tenant, filters_of
-from dgx_music.cli.output import distance, print_json, print_table, prompt_in_words, tell
-from dgx_music.cli.progress import tell_untrained
-from dgx_music.storage import Filters, SearchHit, search_generations
+from dgx_music.cli.options import (
+    AsJson,
+    Before,
+    DatabaseUrl,
+    ModelName,
+    Since,
+    Status,
+    Tenant,
+    filters_of,
+)
+from dgx_music.cli.output import (
+    distance,
+    print_json,
+    print_table,
+    prompt_in_words,
+    status_in_words,
+    tell,
+    tell_untrained,
+)
+
+if TYPE_CHECKING:
+    from dgx_music.storage import Filters, SearchHit
 
 
 def search(
@@ -31,11 +47,13 @@ def search(
     In one argument, "quoted words" must follow one another and -words must not be there:
     dgx-music search '"lofi rain" -vocals'
     """
-    hits = asyncio.run(_search(" ".join(words), limit, filters_of(status, model, tenant, since, before), database_url))
+    filters = filters_of(status, model, tenant, since, before)
+    hits = asyncio.run(_search(" ".join(words), limit, filters, database_url))
     if as_json:
         print_json([hit.generation.to_dict() | {"rank": hit.rank, "used_count": hit.used_count} for hit in hits])
     elif hits:
-        print_table(("ID", "STATUS", "USED", "CREATED", "PROMPT"), [_as_line(hit) for hit in hits], numbers=["USED"])
+        headings = ("ID", "STATUS", "USED", "CREATED", "PROMPT")
+        print_table(headings, [_as_line(hit) for hit in hits], numbers=["USED"])
     else:
         tell("No prompt was found.")
     tell_untrained([hit.generation for hit in hits])
@@ -43,10 +61,13 @@ def search(
 
 def _as_line(hit: SearchHit) -> tuple[object, ...]:
     row = hit.generation
-    return row.id, status_of(row), hit.used_count, distance(row.created_at), prompt_in_words(row)
+    return row.id, status_in_words(row), hit.used_count, distance(row.created_at), prompt_in_words(row)
 
 
 async def _search(words: str, limit: int, filters: Filters, database_url: str | None) -> list[SearchHit]:
+    from dgx_music.cli.opening import opened
+    from dgx_music.storage import search_generations
+
     async with opened(database_url) as database:
         return await database.transact(
             lambda session: search_generations(session, words, limit=limit, **filters), read_only=True, may_lag=True

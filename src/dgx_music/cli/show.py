@@ -5,132 +5,153 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dgx_music.artifacts import FileState, look_at_file
-from dgx_music.cli.database import find_generation, opened
-from dgx_music.cli.estimates import in_words
 from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
 from dgx_music.cli.output import (
     UNCONDITIONAL,
-    WAVEFORM_WIDTH,
     distance,
     label,
-    make_console,
     print_fields,
     print_json,
     print_line,
     print_table,
+    print_waveform,
     shown,
+    tell_untrained,
 )
-from dgx_music.cli.progress import tell_untrained
-from dgx_music.storage import Generation
-from dgx_music.storage.clips import read_clip_seconds
-from dgx_music.storage.estimates import Estimate, estimate
-from dgx_music.storage.repository import get_attempts
+
+if TYPE_CHECKING:
+    from dgx_music.artifacts import FileState
+    from dgx_music.storage import Generation
+    from dgx_music.storage.estimates import Estimate
+
+
+class _Known(NamedTuple):
+    """All that is known of one generation."""
+
+    generation: Generation
+    attempts: list[dict[str, Any]]
+    estimate: Estimate
+    clips: dict[str, str]
+    """What was given as ``continuation`` or ``melody``, in words."""
+    file: FileState
 
 
 def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
     """Show all of one generation: fields, attempts, waveform.
 
-    While it waits or runs, also when it will start and be done, as far as anybody can say.
-    With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a `low` and a `high`, which
-    about 8 of 10 generations keep to, and `unknown_because` says why they are null. `file_is_missing` is null where there is
-    no file yet, or nobody can say from here; `file_is_damaged` says whether its size has changed, or is null on the same terms.
+    While it waits or runs, it also shows when it will start and be done, as far as that is known.
+    With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a
+    `low` and a `high`, which about 8 of 10 generations keep to, and `unknown_because` says why they
+    are null. `file_is_missing` is null if there is no file yet, or if it cannot be seen from here;
+    `file_is_damaged` says whether its size has changed, and is null in the same cases.
     """
-    generation, attempts, outlook, clips, file = asyncio.run(_read(generation_id, database_url))
+    known = asyncio.run(_read(generation_id, database_url))
     if as_json:
-        more = {"attempts": attempts, "queue_position": outlook.position, "estimate": outlook.to_dict()}
-        states = {"file_is_missing": file.is_missing, "file_is_damaged": file.is_damaged}
-        print_json({**generation.to_dict(), **states, **more})
+        print_json(_as_json(known))
         return
-    _print_generation(generation, outlook, clips, file)
-    print_waveform(generation)
-    _print_attempts(attempts)
-    tell_untrained([generation])
+    print_fields(_lines(known))
+    print_waveform(known.generation)
+    _print_attempts(known.attempts)
+    tell_untrained([known.generation])
 
 
-def _print_generation(generation: Generation, outlook: Estimate, clips: dict[str, float], file: FileState) -> None:
+def _as_json(known: _Known) -> dict[str, Any]:
+    file, outlook = known.file, known.estimate
+    states = {"file_is_missing": file.is_missing, "file_is_damaged": file.is_damaged}
+    more = {"attempts": known.attempts, "queue_position": outlook.position, "estimate": outlook.to_dict()}
+    return {**known.generation.to_dict(), **states, **more}
+
+
+def _lines(known: _Known) -> list[tuple[str, str]]:
+    """Return what to print, as names and values: the row, its file, its place, its audio, its metadata."""
     now = datetime.now(UTC)
-    told = generation.to_dict() | {"prompt": generation.prompt or UNCONDITIONAL, **_asked_for(generation, clips)}
-    fields = {name: value for name, value in told.items() if value is not None and name != "metadata"}
-    lines = [(label(name), shown(name, value, now)) for name, value in fields.items()]
+    metadata = known.generation.get_metadata()
+    facts = _audio_facts(metadata.pop("audio", {}))
+    return [
+        *((label(name), shown(name, value, now)) for name, value in _fields(known).items()),
+        *_file_lines(known.file),
+        *_queue_lines(known),
+        *((f"audio {label(name)}", shown(name, value, now)) for name, value in facts.items()),
+        *((name, json.dumps(value, ensure_ascii=False)) for name, value in metadata.items()),
+    ]
+
+
+def _fields(known: _Known) -> dict[str, Any]:
+    """Return the row's fields that are worth a line; a clip is shown in words instead of its hash."""
+    row = known.generation
+    told = row.to_dict() | {"prompt": row.prompt or UNCONDITIONAL}
+    told |= {"negative_prompt": (row.sampling or {}).get("negative_prompt")}
+    for name, text in known.clips.items():
+        told |= {f"{name}_sha256": None, name: text}
+    return {name: value for name, value in told.items() if value is not None and name != "metadata"}
+
+
+def _file_lines(file: FileState) -> list[tuple[str, str]]:
+    lines = []
     if file.is_missing:
         lines.append(("file", "missing: it was deleted or moved since, or its disk is not there"))
     if file.is_damaged:
         lines.append(("file", f"damaged: the file {file.damage}"))
-    if outlook.position is not None:
-        lines.append(("queue position", f"{outlook.position:,}"))
-    if words := in_words(outlook):
+    return lines
+
+
+def _queue_lines(known: _Known) -> list[tuple[str, str]]:
+    from dgx_music.cli.estimates import in_words
+
+    row, lines = known.generation, []
+    if known.estimate.position is not None:
+        lines.append(("queue position", f"{known.estimate.position:,}"))
+    if words := in_words(known.estimate):
         lines.append(("estimate", words))
-    if generation.generation_time_seconds:
-        rtf = generation.generation_time_seconds / generation.duration_seconds
+    if row.generation_time_seconds:
+        rtf = row.generation_time_seconds / row.duration_seconds
         lines.append(("RTF", f"{rtf:.3g} (run seconds for each second of audio)"))
-    metadata = generation.get_metadata()
-    facts = _audio_facts(metadata.pop("audio", {}))
-    lines += [(f"audio {label(name)}", shown(name, value, now)) for name, value in facts.items()]
-    print_fields(lines + [(name, json.dumps(value, ensure_ascii=False)) for name, value in metadata.items()])
-
-
-def _asked_for(generation: Generation, clips: dict[str, float]) -> dict[str, str | None]:
-    """Return what is said of the negative prompt and the clips, in the place of how they are stored."""
-    told: dict[str, str | None] = {"negative_prompt": (generation.sampling or {}).get("negative_prompt")}
-    for name, sha256 in _clips_of(generation).items():
-        told |= {f"{name}_sha256": None, name: f"{clips.get(sha256, 0):.4g} s, clip {sha256[:12]}"}
-    return told
-
-
-def _clips_of(generation: Generation) -> dict[str, str]:
-    named = {"continuation": generation.continuation_sha256, "melody": generation.melody_sha256}
-    return {name: sha256 for name, sha256 in named.items() if sha256 is not None}
+    return lines
 
 
 def _audio_facts(facts: object) -> dict[str, Any]:
-    """Return what is worth a line: the waveform is drawn instead."""
+    """Return the facts that are worth a line; the waveform is drawn instead."""
     named = facts if isinstance(facts, dict) else {"metadata": facts}
     return {name: value for name, value in named.items() if name != "waveform" and value is not None}
 
 
-def print_waveform(generation: Generation) -> None:
-    """Draw the peaks of a completed generation's audio in one line."""
-    facts = generation.get_metadata().get("audio")
-    if not isinstance(facts, dict) or not facts.get("waveform"):
-        return
-    from dgx_music.audio.files import waveform_text
-
-    print_line(waveform_text(facts["waveform"], min(WAVEFORM_WIDTH, make_console().width)))
-
-
 def _print_attempts(attempts: list[dict[str, Any]]) -> None:
-    if not attempts:
-        return
-    now = datetime.now(UTC)
-    print_line()
-    print_table(
-        ("ATTEMPT", "OUTCOME", "DEVICE", "STARTED", "WORKER", "ERROR"),
-        [
-            (
-                item["attempt"],
-                item["outcome"] or "running",
-                "" if item["device_seconds"] is None else shown("device_seconds", item["device_seconds"], now),
-                distance(datetime.fromisoformat(item["started_at"]), now),
-                item["worker_id"],
-                item["error_message"] or "",
-            )
-            for item in attempts
-        ],
+    if attempts:
+        now = datetime.now(UTC)
+        print_line()
+        headings = ("ATTEMPT", "OUTCOME", "DEVICE", "STARTED", "WORKER", "ERROR")
+        print_table(headings, [_attempt_line(item, now) for item in attempts])
+
+
+def _attempt_line(item: dict[str, Any], now: datetime) -> tuple[object, ...]:
+    seconds = item["device_seconds"]
+    return (
+        item["attempt"],
+        item["outcome"] or "running",
+        "" if seconds is None else shown("device_seconds", seconds, now),
+        distance(datetime.fromisoformat(item["started_at"]), now),
+        item["worker_id"],
+        item["error_message"] or "",
     )
 
 
-async def _read(
-    wanted: str, database_url: str | None
-) -> tuple[Generation, list[dict[str, Any]], Estimate, dict[str, float], FileState]:
+async def _read(wanted: str, database_url: str | None) -> _Known:
+    from dgx_music.artifacts import FileState, look_at_file
+    from dgx_music.cli.opening import find_generation, opened
+    from dgx_music.storage.clips import clips_of, read_clip_seconds
+    from dgx_music.storage.estimates import estimate
+    from dgx_music.storage.repository import get_attempts
+
     async with opened(database_url) as database:
         generation = await find_generation(database, wanted)
         async with database.session(read_only=True) as session:
             attempts = await get_attempts(session, generation.id)
             outlook = await estimate(session, generation.id)
-            clips = await read_clip_seconds(session, _clips_of(generation).values())
+            hashes = clips_of(generation)
+            seconds = await read_clip_seconds(session, hashes.values())
+    clips = {name: f"{seconds.get(sha, 0):.4g} s, clip {sha[:12]}" for name, sha in hashes.items()}
     path = generation.file_path if generation.is_complete else None
     file = await look_at_file(path, generation.file_size_bytes) if path else FileState(None)
-    return generation, [attempt.to_dict() for attempt in attempts], outlook, clips, file
+    return _Known(generation, [attempt.to_dict() for attempt in attempts], outlook, clips, file)

@@ -138,7 +138,7 @@ class Claiming:
         """
         known = self._leases.undecided | self._leases.running.keys()
         await self._database.transact(
-            lambda session: queue.release_all(session, self._presence.id, but=known),
+            lambda session: queue.release_all(session, self._presence.id, keep=known),
         )
         lease_end = time.monotonic() + self._settings.lease_seconds
         self._in_doubt_until = min(self._in_doubt_until, lease_end)

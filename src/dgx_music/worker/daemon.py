@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import anyio
 
@@ -65,7 +66,7 @@ def within_lease(settings: Settings) -> Settings:
     names = ("connect_timeout_seconds", "statement_timeout_seconds", "command_timeout_seconds")
     longest = settings.lease_seconds / 4
     limits = {name: min(getattr(settings, name), longest) for name in names}
-    return settings.model_copy(update=limits)
+    return replace(settings, **limits)
 
 
 def engine_settings(settings: Settings) -> EngineSettings:

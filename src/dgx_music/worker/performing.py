@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
@@ -29,11 +29,12 @@ from dgx_music.errors import (
 from dgx_music.forecast import Speedometer
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.retrying import for_ever, keep_trying
+from dgx_music.sampling import Sampling
 from dgx_music.storage import queue
-from dgx_music.storage.clips import read_clips
+from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.database import Database
-from dgx_music.storage.files import find_owners
 from dgx_music.storage.queue import Claim, Completion, Lease
+from dgx_music.storage.retention import find_owners
 from dgx_music.validation import tidy_text
 from dgx_music.worker.completions import Completions
 from dgx_music.worker.leases import Leases, Running, Stop
@@ -51,7 +52,6 @@ logger = logging.getLogger(__name__)
 _SHORT_SECONDS = 0.4
 """Finishing so short a clip takes a tenth of a millisecond: that is faster than a thread hop."""
 _CLIP_RETRY_SECONDS = 1.0
-_SAMPLING_FIELDS = ("guidance_scale", "temperature", "top_k", "top_p", "seed", "negative_prompt")
 
 
 class Performing:
@@ -145,8 +145,7 @@ class Performing:
 
         Raises ``GenerationRejectedError`` if one is missing or damaged.
         """
-        named = {"continuation": claim.continuation_sha256, "melody": claim.melody_sha256}
-        wanted = {name: sha256 for name, sha256 in named.items() if sha256 is not None}
+        wanted = clips_of(claim)
         if not wanted:
             return {}
         found = await self._find_clips(wanted.values())
@@ -308,13 +307,11 @@ async def drop_files(artifacts: Artifacts, lease: Lease, attempts: Iterable[int]
         logger.warning("%s: %s", lease, error)
 
 
-def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
+def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:
     """Return the request of a claimed row, with its clips.
 
     Raises ``InvalidRequestError`` for what no engine can do.
     """
-    sampling = {name: claim.sampling.get(name) for name in _SAMPLING_FIELDS}
-    given_sampling = {name: value for name, value in sampling.items() if value is not None}
     return GenerationRequest(
         generation_id=claim.lease.generation_id,
         attempt=claim.lease.attempt,
@@ -323,7 +320,6 @@ def _as_request(claim: Claim, given: Mapping[str, Audio]) -> GenerationRequest:
         model=claim.model_name,
         channels=claim.channels,
         sample_rate=claim.sample_rate,
-        **given_sampling,
-        continuation=given.get("continuation"),
-        melody=given.get("melody"),
+        **Sampling.pick(claim.sampling),
+        **given,
     )

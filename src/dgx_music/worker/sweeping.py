@@ -19,7 +19,7 @@ from dgx_music.artifacts import Artifacts
 from dgx_music.config import Settings
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.forecast import Speedometer
-from dgx_music.storage import due, queue, repository, workers
+from dgx_music.storage import due, prompts, queue, statistics, workers
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import record_speed
 from dgx_music.storage.queue import Held, Lease
@@ -211,7 +211,7 @@ class Sweeping:
         The workers hear of a server that is back one after another: one of them may have renewed
         its leases already while the others have not had the time to.
         """
-        since = await workers.longest_silent(session, but=self._worker_id)
+        since = await workers.longest_silent(session, other_than=self._worker_id)
         if since is not None:
             self._last_now = since
 
@@ -219,7 +219,7 @@ class Sweeping:
         """Once a minute, do what enqueues and triggers have left to be done."""
         if time.monotonic() - self._last_tidying < _TIDY_SECONDS:
             return
-        while await self._database.transact(repository.compact_tallies) == repository.TALLY_CHUNK:
+        while await self._database.transact(statistics.compact_tallies) == statistics.TALLY_CHUNK:
             pass
-        await self._database.transact(repository.count_overlooked_prompts)
+        await self._database.transact(prompts.count_overlooked_prompts)
         self._last_tidying = time.monotonic()

@@ -230,7 +230,7 @@ class Worker:
         """
 
         async def work(session: AsyncSession) -> None:
-            await queue.release_all(session, self.id, but=self._leases.undecided)
+            await queue.release_all(session, self.id, keep=self._leases.undecided)
             await self._presence.end(session, reason)
 
         with anyio.CancelScope(shield=True):

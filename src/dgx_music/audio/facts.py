@@ -1,0 +1,37 @@
+"""What an application shows of finished audio, as it is stored with its row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AudioFacts:
+    """The facts of a generation's audio, as it is in its file."""
+
+    duration_seconds: float
+    sample_rate: int
+    """In Hz."""
+    channels: int
+    format: str
+    """``wav``, ``flac``, ``mp3`` or ``ogg``."""
+    peak: float
+    """The highest amplitude; full scale is 1."""
+    loudness_lufs: float | None
+    """Integrated loudness by ITU-R BS.1770-4; ``None`` for silence and for less than 0.4 s."""
+    waveform: Sequence[float]
+    """The peak of each of at most 1,000 equal parts, first to last; full scale is 1."""
+
+    @classmethod
+    def read(cls, stored: object) -> AudioFacts | None:
+        """Return the facts from what ``to_dict`` gave, or ``None`` if one of them is missing."""
+        names = [each.name for each in fields(cls)]
+        if not isinstance(stored, Mapping) or not stored.keys() >= {*names}:
+            return None
+        return cls(**{name: stored[name] for name in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as plain JSON values."""
+        return dict(vars(self))

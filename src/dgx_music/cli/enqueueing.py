@@ -1,0 +1,175 @@
+"""How ``dgx-music enqueue`` reads requests, stores them, waits for them, and copies the audio."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from dgx_music.artifacts import open_place_of
+from dgx_music.cli.estimates import in_words
+from dgx_music.cli.opening import opened
+from dgx_music.cli.output import print_json, print_line, tell, tell_untrained
+from dgx_music.cli.progress import describe, follow
+from dgx_music.cli.prompt_file import parse_object, read_requests
+from dgx_music.cli.service import ServiceTeller
+from dgx_music.client.enqueue import store
+from dgx_music.client.generations import estimate_generation
+from dgx_music.client.requests import Batch, plan, read_clips
+from dgx_music.config import load_settings
+from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
+from dgx_music.modes import file_mode
+from dgx_music.storage import Database, Generation
+from dgx_music.validation import check_positive
+
+_MAX_IDS_ON_TERMINAL = 20
+
+
+def read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> Batch:
+    """Return the checked requests of the prompt or of the file; opens and creates nothing else."""
+    if "metadata" in options:
+        options = options | {"metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')}
+    if file is not None and prompt is None:
+        if "idempotency_key" in options:
+            raise InvalidRequestError("--idempotency-key", "is for one prompt", "give each line of the file its own")
+        return read_requests(file, options)
+    if prompt is not None and file is None:
+        return read_clips([plan(prompt, options)])
+    problem = "is missing" if prompt is None else "and --file are given together"
+    raise InvalidRequestError("PROMPT", problem, "describe the music in quotes, or name a file of prompts with --file")
+
+
+def check_waiting(out: Path | None, timeout: float | None, count: int, *, is_waiting: bool, force: bool) -> None:
+    """Refuse now what would otherwise be noticed only when the audio is there."""
+    if timeout is not None:
+        check_positive("--timeout", timeout)
+        if not is_waiting:
+            raise InvalidRequestError("--timeout", "is given without --wait", "add --wait, or leave it out")
+    if out is None:
+        return
+    if count > 1:
+        raise InvalidRequestError(
+            "--out", f"is one file and there are {count:,} prompts", "use --wait and `dgx-music show`"
+        )
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        problem = "is a folder" if out.is_dir() else "is in a folder that does not exist"
+        raise InvalidRequestError("--out", f"{str(out)!r} {problem}", "name a file in a folder that exists")
+    if out.exists() and not force:
+        raise InvalidRequestError("--out", f"{str(out)!r} exists already", "choose another name, or add --force")
+
+
+async def enqueue(
+    batch: Batch,
+    database_url: str | None,
+    show: Callable[[list[Generation]], None],
+    *,
+    is_waiting: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> list[Generation]:
+    """Enqueue, show the rows, wait if asked to, and return the rows as they are then.
+
+    JSON is shown after the wait, also if that fails: the caller must not lose what it has enqueued.
+    """
+    async with opened(database_url) as database:
+        rows = await store(batch)
+        if not (is_waiting and as_json):
+            show(rows)
+        try:
+            await _advise(database, rows, is_waiting=is_waiting)
+            if is_waiting:
+                rows = await _follow(database, rows, timeout)
+        finally:
+            if is_waiting and as_json:
+                show(rows)
+        return rows
+
+
+async def _advise(database: Database, rows: list[Generation], *, is_waiting: bool) -> None:
+    """Say where the rows stand and which workers are missing; a failure does not undo the enqueueing."""
+    try:
+        await _tell_of_queue(rows, is_waiting=is_waiting)
+        if not is_waiting:  # while waiting, it is said after each change
+            await ServiceTeller(database, rows).tell()
+    except DgxMusicError as error:
+        tell(f"Enqueued; no more can be said of the queue: {error}")
+
+
+async def _follow(database: Database, rows: list[Generation], timeout: float | None) -> list[Generation]:
+    try:
+        return await follow([row.id for row in rows], timeout=timeout, teller=ServiceTeller(database, rows))
+    except asyncio.CancelledError:
+        tell(f"Stopped waiting, not making; see: dgx-music watch {rows[0].id}")
+        raise
+
+
+def show_json(rows: list[Generation], *, is_list: bool) -> None:
+    """Print the rows as a list, or the only one."""
+    print_json([row.to_dict() for row in rows] if is_list else rows[0].to_dict())
+
+
+def show_ids(rows: list[Generation]) -> None:
+    """Print each id, unless there are too many for a terminal."""
+    if sys.stdout.isatty() and len(rows) > _MAX_IDS_ON_TERMINAL:
+        return
+    for row in rows:
+        print_line(row.id)
+    sys.stdout.flush()  # a script reads the id while we wait for the audio
+
+
+async def _tell_of_queue(rows: list[Generation], *, is_waiting: bool) -> None:
+    tell_untrained(rows)
+    if len(rows) > 1:
+        tell(f"{len(rows):,} generations enqueued; `dgx-music list` shows them.")
+    elif rows[0].is_finished:  # the row of an idempotency key
+        tell(f"It was made before: {describe(rows[0])}")
+    elif not is_waiting:
+        tell(f"{await _place_in_words(rows[0])}; follow it with: dgx-music watch {rows[0].id}")
+
+
+async def _place_in_words(row: Generation) -> str:
+    outlook = await estimate_generation(row.id)
+    at = f"Enqueued, place {outlook.position:,} in the queue" if outlook.position else "Enqueued before, and running"
+    return ", ".join(part for part in (at, in_words(outlook)) if part)
+
+
+def copy_audio(row: Generation, out: Path, *, force: bool) -> None:
+    """Copy the row's audio to a file; raises ``ArtifactError`` if it cannot be read or written."""
+    source = row.file_path or ""
+    try:
+        asyncio.run(_copy(source, out, "wb" if force else "xb"))
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ArtifactError(f"{source} cannot be copied to {out}: {why}.") from error
+    tell(f"Copied to {out}.")
+    suffix = Path(source).suffix
+    if out.suffix.lower() != suffix:
+        tell(f"Note: {out.name} holds {suffix[1:].upper()} audio, whatever its name says.")
+
+
+async def _copy(source: str, out: Path, mode: Literal["wb", "xb"]) -> None:
+    """Copy from the folder or object store; the file is created only when the first bytes are there."""
+    chunks = open_place_of(source).stream(source)
+    first = await anext(chunks, b"")
+    access = file_mode(is_private=load_settings().is_private)
+    opener = partial(os.open, mode=access)
+    with open(out, mode, opener=opener) as target, _removed_on_failure(out):  # noqa: ASYNC230 - nothing else runs here
+        target.write(first)
+        async for chunk in chunks:
+            target.write(chunk)
+
+
+@contextmanager
+def _removed_on_failure(file: Path) -> Iterator[None]:
+    """Remove a half-written file after an error, but never a device or a pipe."""
+    try:
+        yield
+    except BaseException:
+        if file.is_file():
+            file.unlink()
+        raise

@@ -1,0 +1,78 @@
+"""Commands whose modules are imported when they are asked for, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+class LazyCommand(TyperCommand):
+    """Stands for a command in lists of commands: it has a name and one line of help.
+
+    ``target`` says where the command itself is: a module of this package, and in it a function or a
+    ``Typer``, as in ``generations:stats``.
+    """
+
+    def __init__(self, name: str, panel: str, target: str, summary: str) -> None:
+        super().__init__(name=name, help=summary, rich_help_panel=panel)
+        self._target = target
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Return the context of the command itself, which is imported for it."""
+        return self.load().make_context(info_name, args, parent, **extra)
+
+    def load(self) -> Any:
+        """Import the command itself and return it."""
+        module, _, name = self._target.partition(":")
+        app = getattr(import_module(f"dgx_music.cli.{module}"), name)
+        if not isinstance(app, typer.Typer):
+            function, app = app, typer.Typer(add_completion=False)
+            app.command(self.name)(function)
+        command = typer.main.get_command(app)
+        _convert_only_if_needed(command)
+        return command
+
+
+def group_of(commands: Sequence[LazyCommand]) -> type[TyperGroup]:
+    """Return the class of a group that has these commands."""
+
+    class Group(TyperGroup):
+        def __init__(self, **attributes: Any) -> None:
+            super().__init__(**attributes | {"commands": list(commands)})
+
+        def make_context(self, *arguments: Any, **extra: Any) -> Any:
+            _convert_only_if_needed(self)
+            return super().make_context(*arguments, **extra)
+
+    return Group
+
+
+class _Conversion:
+    """Converts a parameter's values as typer does, with pydantic, but only values that need it.
+
+    Importing pydantic takes longer than importing typer, and most values are absent, or text that
+    is wanted as text.
+    """
+
+    def __init__(self, parameter: Any) -> None:
+        self._type = parameter.type_descriptor.annotation
+        self._build = parameter.get_runtime_param
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the value in the parameter's type; raises typer's ``BadParameter``."""
+        is_single = not param.multiple and param.nargs == 1
+        if is_single and (value is None or type(value) is self._type):
+            return value
+        return self._build().coerce(value, param=param, ctx=ctx)
+
+
+def _convert_only_if_needed(command: Any) -> None:
+    for parameter in command.params:
+        conversion = _Conversion(parameter)
+        parameter.get_runtime_param = lambda conversion=conversion: conversion
+    for each in getattr(command, "commands", {}).values():
+        _convert_only_if_needed(each)

@@ -1,0 +1,61 @@
+"""The options of a request, as ``dgx-music enqueue`` takes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dgx_music.cli.options import complete_model
+
+
+def _option(kind: Any, help: str, *names: str, panel: str, **more: Any) -> Any:  # noqa: A002
+    return Annotated[kind | None, typer.Option(*names, help=help, rich_help_panel=panel, **more)]
+
+
+def _music(kind: Any, help: str, *names: str, **more: Any) -> Any:  # noqa: A002
+    return _option(kind, help, *names, panel="Music", **more)
+
+
+def _queueing(kind: Any, help: str, *names: str, **more: Any) -> Any:  # noqa: A002
+    return _option(kind, help, *names, panel="Queueing", **more)
+
+
+REQUEST_OPTIONS: dict[str, Any] = {
+    "duration": _music(float, "Seconds of audio, at most 300; default 10.", "--duration", "-d"),
+    "model": _music(
+        str,
+        "A model's name, or a local folder's absolute path; default DGX_MUSIC_MODEL, else musicgen-small.",
+        autocompletion=complete_model,
+    ),
+    "negative_prompt": _music(str, "What the music must not be like."),
+    "continuation": _music(
+        Path,
+        "Start with this audio, at most 30 s, and go on; the duration counts from its start.",
+        metavar="FILE",
+    ),
+    "melody": _music(
+        Path, "Follow the tune of this audio's first 30 s; for musicgen-melody and its like.", metavar="FILE"
+    ),
+    "channels": _music(int, "1 or 2; default: the model's own, 1 for a local folder."),
+    "sample_rate": _music(int, "Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder."),
+    "guidance_scale": _music(float, "How closely to keep to the prompt, 1 to 20; default 3."),
+    "temperature": _music(float, "How adventurous, 0 to 5; default 1."),
+    "top_k": _music(int, "Choose among this many of the likeliest tokens, 0 for all; default 250."),
+    "top_p": _music(
+        float,
+        "Among those of --top-k, only the likeliest of this total probability; default off. "
+        "With --top-k 0: among all tokens, as audiocraft has it.",
+    ),
+    "seed": _music(int, "The same seed makes the same audio; default: from the id."),
+    "priority": _queueing(
+        int, "Higher goes first; a point is worth a minute of waiting; default 0.", "--priority", "-p"
+    ),
+    "tenant": _queueing(str, "For whom: workers may limit each tenant's share."),
+    "run_at": _queueing(str, "Not before this time, such as 2026-01-31T12:00:00Z."),
+    "max_attempts": _queueing(int, "Give up after this many failures, lost workers included; default 10."),
+    "idempotency_key": _queueing(str, "The same request under the same key is enqueued only once."),
+    "metadata": _queueing(str, "An object of your own to keep with it.", metavar="JSON"),
+}
+"""Each option's annotation, by the name that ``dgx_music.enqueue`` has for it."""

@@ -1,0 +1,283 @@
+"""From what a caller asks for to the rows to insert: options, checks, clips, hash.
+
+This needs no database and stores nothing: a refused request has changed nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
+
+from dgx_music import validation
+from dgx_music.catalog import ModelInfo
+from dgx_music.config import default_model
+from dgx_music.errors import InvalidRequestError
+from dgx_music.inference.engine import GenerationRequest
+from dgx_music.sampling import Sampling, SamplingOptions
+from dgx_music.storage.queue import AUDIO_KEY
+from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
+from dgx_music.validation import CLIP_FIELDS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MAX_BATCH = 10_000
+_AUDIO = ("channels", "sample_rate")
+
+
+class MusicOptions(TypedDict, total=False):
+    """What is made, and with which model."""
+
+    duration: Annotated[float, "Seconds of audio: at least 0.08, and at most the model's 300."]
+    model: Annotated[
+        str | None,
+        "A name from the catalogue, or a local folder's absolute path; DGX_MUSIC_MODEL if not given.",
+    ]
+    channels: Annotated[
+        int | None,
+        "1 or 2 in the file; the model's own if not given, and 1 for a local folder.",
+    ]
+    sample_rate: Annotated[
+        int | None,
+        "In Hz, of the file; the model's own if not given, and 32,000 for a local folder.",
+    ]
+    continuation: Annotated[
+        os.PathLike[str] | bytes | None,
+        "The music starts with this audio, 0.08 to 30 s long, and the duration counts from its "
+        "start: a pathlib.Path, read now with the rights of this process, or the bytes of a file.",
+    ]
+    melody: Annotated[
+        os.PathLike[str] | bytes | None,
+        "The music follows the tune of the first 30 s of this audio: a pathlib.Path or bytes. "
+        "Only for models that can hear a melody.",
+    ]
+
+
+class RequestOptions(MusicOptions, SamplingOptions, total=False):
+    """The options of one request besides its prompt; each has a default."""
+
+    priority: Annotated[
+        int,
+        "Higher goes first; a point is worth a minute of waiting; from -1,000 to 1,000.",
+    ]
+    tenant: Annotated[
+        str | None,
+        "For whom: workers may limit how many generations of one tenant run at a time.",
+    ]
+    run_at: Annotated[
+        datetime | str | None,
+        "Not claimed before this time: an aware datetime, or ISO 8601 text; None for at once.",
+    ]
+    max_attempts: Annotated[
+        int,
+        "After this many failures the generation has failed; lost workers count; at most 25.",
+    ]
+    idempotency_key: Annotated[
+        str | None,
+        "The same request under the same key gets the existing row; a different one is refused.",
+    ]
+    metadata: Annotated[
+        dict[str, Any] | None,
+        "JSON of the caller's own, kept with the row: at most 16 KiB.",
+    ]
+
+
+OPTIONS: dict[str, Any] = get_type_hints(RequestOptions, include_extras=True)
+"""Each option's type, annotated with its meaning, in the order of the help."""
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(OPTIONS),
+    **Sampling().sampling,
+    "duration": 10.0,
+    "priority": 0,
+    "max_attempts": DEFAULT_MAX_ATTEMPTS,
+}
+
+
+def takes_options(function: F) -> F:
+    """Show the options in the signature of a function with ``**options``, and their meanings."""
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=DEFAULTS[name],
+            annotation=hint.__origin__,
+        )
+        for name, hint in OPTIONS.items()
+    ]
+    meanings = [_in_lines(f"{name}: {hint.__metadata__[0]}") for name, hint in OPTIONS.items()]
+    described = cast("Any", function)
+    described.__signature__ = signature.replace(parameters=[*own, *keywords])
+    described.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n" + "\n".join(meanings)
+    return function
+
+
+def _in_lines(text: str) -> str:
+    return textwrap.fill(text, 92, initial_indent="    ", subsequent_indent="        ")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: all of its row, except for what depends on its clips."""
+
+    row: dict[str, Any]
+    """The columns that identify the request; its hash is made of them."""
+    rest: dict[str, Any]
+    """The other columns."""
+    model: ModelInfo
+    sources: Mapping[str, Any]
+    """The clips as they were given, by the names of their fields."""
+    name: str
+    """What an error calls the request if it is one of many, such as ``line 7``; else empty."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Checked requests: rows to insert, and their clips (content and seconds by ``sha256``)."""
+
+    rows: list[dict[str, Any]]
+    clips: Mapping[str, tuple[bytes, float]]
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the name of a request before the field that an ``InvalidRequestError`` names."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if not name:
+            raise
+        raise InvalidRequestError(f"{name}: {error.field}", error.problem, error.remedy) from None
+
+
+def plan(prompt: object, options: Mapping[str, Any], name: str = "") -> Plan:
+    """Return the plan of one request; raises ``InvalidRequestError`` on the first bad field.
+
+    Its clips are not read yet: that takes a while.
+    """
+    _check_names(options)
+    sources = _given(options, CLIP_FIELDS)
+    for field, source in sources.items():
+        validation.check_clip_source(field, source)
+    wanted = options.get("model")
+    model = validation.check_model(default_model() if wanted is None else wanted)
+    audio = {"channels": model.channels, "sample_rate": model.sample_rate} | _given(options, _AUDIO)
+    request = GenerationRequest(
+        generation_id=new_id(),
+        prompt=cast("str", prompt),
+        duration=options.get("duration", DEFAULTS["duration"]),
+        model=model.name,
+        **audio,
+        **Sampling.pick(options),
+    )
+    if "melody" in sources:
+        validation.check_hears_melody(model)
+    return Plan(_identity(request, options), _circumstances(request, options), model, sources, name)
+
+
+def plan_numbered(number: int, request: object, defaults: Mapping[str, Any]) -> Plan:
+    """Return the plan of one of many requests: a prompt, or a mapping with ``prompt``."""
+    name = f"request {number}"
+    options = {"prompt": request} if isinstance(request, str) else request
+    with naming(name):
+        if not isinstance(options, Mapping):
+            remedy = "use a prompt, or an object with one"
+            raise InvalidRequestError("request", "is not an object", remedy)
+        if "prompt" not in options:
+            raise InvalidRequestError("prompt", "is missing", "describe the music")
+        given = {key: value for key, value in options.items() if key != "prompt"}
+        return plan(options["prompt"], {**defaults, **given}, name)
+
+
+def read_clips(plans: Sequence[Plan]) -> Batch:
+    """Return the batch of these plans, with their clips read.
+
+    Raises ``InvalidRequestError`` if there are too many, or for the first one whose clips cannot be
+    read. Reading clips takes a while: if there are any, call this in a thread.
+    """
+    if len(plans) > MAX_BATCH:
+        remedy = f"send at most {MAX_BATCH:,} at a time"
+        raise InvalidRequestError("requests", f"are {len(plans):,}", remedy)
+    if not any(plan.sources for plan in plans):
+        return Batch([_row(plan) for plan in plans], {})
+    from dgx_music.audio.clips import Reader  # imports NumPy
+
+    reader = Reader()
+
+    def read(plan: Plan) -> dict[str, Any]:
+        with naming(plan.name):
+            clips = reader.read(plan.sources, plan.model, plan.row["duration_seconds"])
+        sources = {name: clip.source_sha256 for name, clip in clips.items()}
+        return _row(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
+
+    return Batch([read(plan) for plan in plans], reader.data)
+
+
+def _check_names(options: Mapping[Any, Any]) -> None:
+    for name in options:
+        if name not in OPTIONS:
+            called = name[:40] if isinstance(name, str) else validation.shown(name)
+            known = ", ".join(sorted(OPTIONS))
+            raise InvalidRequestError(called, "is not an option", f"use {known}")
+
+
+def _given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _identity(request: GenerationRequest, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that say what was asked for, and by whom."""
+    metadata, tenant = options.get("metadata"), options.get("tenant")
+    named = {} if tenant is None else {"tenant": validation.check_name("tenant", tenant)}
+    if isinstance(metadata, dict) and AUDIO_KEY in metadata:
+        problem = f"has the key {AUDIO_KEY!r}, which completion writes"
+        raise InvalidRequestError("metadata", problem, "use another key")
+    return {
+        "prompt": request.prompt,
+        "model_name": request.model,
+        "duration_seconds": request.duration,
+        "sample_rate": request.sample_rate,
+        "channels": request.channels,
+        "sampling": request.sampling,
+        "metadata_": None if metadata is None else validation.check_metadata(metadata),
+        **named,
+    }
+
+
+def _circumstances(request: GenerationRequest, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that say when and how urgently, and the ids; without the hash."""
+    key, run_at = options.get("idempotency_key"), options.get("run_at")
+    limit, most = validation.PRIORITY_LIMIT, validation.MAX_ATTEMPTS_LIMIT
+    priority = options.get("priority", DEFAULTS["priority"])
+    attempts = options.get("max_attempts", DEFAULTS["max_attempts"])
+    return {
+        "tenant": "",  # unless the identity has one: rows without a tenant keep their hashes
+        "id": request.generation_id,
+        "idempotency_key": None if key is None else validation.check_name("idempotency_key", key),
+        "priority": validation.check_integer("priority", priority, -limit, limit),
+        "max_attempts": validation.check_integer("max_attempts", attempts, 1, most),
+        "wanted_run_at": None if run_at is None else validation.check_run_at(run_at),
+    }
+
+
+def _row(
+    plan: Plan,
+    sources: Mapping[str, str] = {},
+    clips: Mapping[str, str] = {},
+) -> dict[str, Any]:
+    """Return the columns of a row; ``sources`` and ``clips`` are hashes, by field."""
+    columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
+    return plan.rest | plan.row | columns | {"request_hash": _hash({**plan.row, **sources})}
+
+
+def _hash(row: Mapping[str, Any]) -> str:
+    """Identify what was asked for, not when or how urgently: the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

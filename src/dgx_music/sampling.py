@@ -1,0 +1,88 @@
+"""How the tokens of a generation are drawn: the fields, their limits, and the form that is stored.
+
+A new field is one line in each of the two classes, and its use in the sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Annotated, Any, TypedDict
+
+from dgx_music.validation import (
+    MAX_TOP_K,
+    check_between,
+    check_guided,
+    check_integer,
+    check_negative_prompt,
+    check_seed,
+)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The sampling fields as options of a request, each with its meaning."""
+
+    guidance_scale: Annotated[float, "How closely to follow the prompt, 1 (no guidance) to 20."]
+    temperature: Annotated[float, "How adventurous to be, 0 (always the likeliest token) to 5."]
+    top_k: Annotated[int, "Choose among this many of the likeliest tokens; 0 for all of them."]
+    top_p: Annotated[
+        float | None,
+        "Among those of top_k, keep only the likeliest of this total probability; None for all.",
+    ]
+    seed: Annotated[
+        int | None,
+        "The same seed, model and settings make the same audio; None for one from the row's id.",
+    ]
+    negative_prompt: Annotated[
+        str | None,
+        "What the music must not be like; needs a guidance_scale above 1.",
+    ]
+
+
+def _checked(default: Any, check: Callable[..., object], **limits: float) -> Any:
+    return field(default=default, metadata={"check": partial(check, **limits)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The sampling fields; building it raises ``InvalidRequestError`` on the first bad one.
+
+    The defaults are those of audiocraft (``audiocraft/models/musicgen.py``,
+    ``set_generation_params``): top_k 250, top_p off, temperature 1.0, guidance 3.0. ``top_p``
+    narrows ``top_k``, as in transformers; in audiocraft it replaces ``top_k``, which is ``top_k`` 0
+    here. ``temperature`` 0 decodes greedily. ``negative_prompt`` is the text of the unconditional
+    pass: what the music must not be like.
+    """
+
+    guidance_scale: float = _checked(3.0, check_between, low=1, high=20)
+    temperature: float = _checked(1.0, check_between, low=0, high=5)
+    top_k: int = _checked(250, check_integer, low=0, high=MAX_TOP_K)
+    top_p: float | None = _checked(None, check_between, low=0.01, high=1)
+    seed: int | None = _checked(None, lambda _name, value: check_seed(value))
+    negative_prompt: str | None = _checked(None, lambda _name, value: check_negative_prompt(value))
+
+    def __post_init__(self) -> None:
+        for each in fields(Sampling):
+            value = getattr(self, each.name)
+            if value is not None or each.default is not None:
+                self._set(each.name, each.metadata["check"](each.name, value))
+        if self.negative_prompt is not None:
+            check_guided("negative_prompt", self.guidance_scale)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the documented way in a frozen dataclass
+
+    @property
+    def sampling(self) -> dict[str, float | int | str | None]:
+        """The sampling fields as they are stored; ``negative_prompt`` only if it was given."""
+        stored = {each.name: getattr(self, each.name) for each in fields(Sampling)}
+        if self.negative_prompt is None:
+            del stored["negative_prompt"]  # as in older rows, whose hashes stay valid
+        return stored
+
+    @staticmethod
+    def pick(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the sampling fields among the values; one that is ``None`` keeps its default."""
+        names = [each.name for each in fields(Sampling)]
+        return {name: values[name] for name in names if values.get(name) is not None}
