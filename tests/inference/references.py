@@ -82,7 +82,7 @@ def plain_greedy(
 ) -> Tensor:
     """Return the likeliest codes ``[K, frame]``, of which the first are the forced ones ``[K, P]``; any model.
 
-    Without a prompt the conditional half is the null one. ``chroma`` is for models that follow a melody.
+    Without a prompt both passes read the same. ``chroma`` is for models that follow a melody.
     """
     conditions = _conditions(model, tokenizer, [prompt, negative], chroma)
     config = model.decoder.config
@@ -168,7 +168,7 @@ def melody_prefix(
 def _conditions(
     model: Model, tokenizer: ByT5Tokenizer, prompts: list[str | None], chroma: Tensor | None
 ) -> list[Tensor]:
-    """Return what the decoder gets of both halves, ``[1, E, hidden]`` each: a prefix, or what cross-attention reads."""
+    """Return what the decoder gets of both passes, ``[1, E, hidden]`` each: a prefix, or what cross-attention reads."""
     if isinstance(model, MusicgenMelodyForConditionalGeneration):
         return list(melody_prefix(model, tokenizer, prompts, chroma).split(1))
     return [_text(model, tokenizer, prompt) for prompt in prompts]

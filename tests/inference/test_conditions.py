@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny_melody
 from tests.inference.references import plain_greedy
 from tests.inference.test_slots import (
@@ -43,7 +44,7 @@ def make_codes(frames: int, channels: int = 1, seed: int = 3) -> Tensor:
 @pytest.mark.parametrize(
     "negative", [NEGATIVE, "a text that is a good deal longer than the prompt which it stands beside"]
 )
-def test_a_negative_prompt_is_what_the_null_half_reads(channels: int, negative: str) -> None:
+def test_a_negative_prompt_is_what_the_unconditional_pass_reads(channels: int, negative: str) -> None:
     row = make_row(PROMPTS[0], 20, channels, negative=make_negative(negative, channels), **GREEDY)
     expected = plain_greedy(*reference(channels), PROMPTS[0], 20, 3.0, negative=negative)
     assert torch.equal(decode([row])[0], expected)

@@ -45,7 +45,7 @@ PROGRAMS = [
     1,
     40,
     1024,
-]  # one split of all blocks, splits of several blocks, splits of one block: for 9 lines of 2 heads
+]  # one split of all blocks, splits of several blocks, splits of one block: for 9 sequences of 2 heads
 
 
 @pytest.fixture(params=DEVICES)
@@ -59,7 +59,7 @@ def make_cache(positions: list[int], *, head_size: int = 64, dtype: torch.dtype 
     cache = torch.randn(len(positions), 2, 2, 2, T, head_size, generator=generator)
     for row, position in zip(cache, positions, strict=True):
         row[..., position + 1 :, :] = torch.nan
-    cache[:, 1] = torch.nan  # the half that nobody asks for
+    cache[:, 1] = torch.nan  # the pass that is not read
     return cache.to(dtype)[:, :1].flatten(0, 1)
 
 
@@ -70,11 +70,11 @@ def make_queries(count: int, head_size: int = 64, dtype: torch.dtype = torch.flo
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, positions: list[int], filled: int = T, device: str = "cpu"
+    q: Tensor, keys: Tensor, values: Tensor, positions: list[int], context_length: int = T, device: str = "cpu"
 ) -> Tensor:
     """Run the kernels on the device; for strided views to stay what they are there, it is their storage that moves."""
     moved = [_moved(tensor, device) for tensor in (q, keys, values)]
-    return attend_cached(moved[0], moved[1], moved[2], torch.tensor(positions, device=device), filled).cpu()
+    return attend_cached(moved[0], moved[1], moved[2], torch.tensor(positions, device=device), context_length).cpu()
 
 
 def _moved(tensor: Tensor, device: str) -> Tensor:
@@ -85,11 +85,11 @@ def _moved(tensor: Tensor, device: str) -> Tensor:
 def reference(q: Tensor, keys: Tensor, values: Tensor, positions: list[int]) -> Tensor:
     """Return what torch reads of each line alone, in float32: ``[N, H * D]``."""
     q, keys, values = q.float()[:, :, None], keys.float(), values.float()
-    lines = [
+    read = [
         functional.scaled_dot_product_attention(q[n], keys[n, :, : last + 1], values[n, :, : last + 1])
         for n, last in enumerate(positions)
     ]
-    return torch.stack(lines).flatten(1)
+    return torch.stack(read).flatten(1)
 
 
 def assert_agree(actual: Tensor, expected: Tensor) -> None:
@@ -102,13 +102,13 @@ def assert_agree(actual: Tensor, expected: Tensor) -> None:
 def test_every_line_reads_what_torch_reads(
     device: str, dtype: torch.dtype, head_size: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     q, (keys, values) = make_queries(9, head_size), make_cache(EDGES, head_size=head_size, dtype=dtype).unbind(1)
     assert_agree(attend(q, keys, values, EDGES, device=device), reference(q, keys, values, EDGES))
 
 
 @pytest.mark.parametrize("count", range(1, 9))
-def test_any_number_of_lines(device: str, count: int) -> None:
+def test_any_number_of_sequences(device: str, count: int) -> None:
     positions = [37 * line + 5 for line in range(count)]
     q, (keys, values) = make_queries(count), make_cache(positions).unbind(1)
     assert_agree(attend(q, keys, values, positions, device=device), reference(q, keys, values, positions))
@@ -123,20 +123,20 @@ def test_what_is_read_has_the_querys_format(device: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
-def test_how_much_is_filled_makes_no_difference(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+def test_the_context_length_makes_no_difference(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     positions = [0, 50, 70]
     q, (keys, values) = make_queries(3), make_cache(positions).unbind(1)
-    for filled in (71, 128, 129, T):
-        assert_agree(attend(q, keys, values, positions, filled, device), reference(q, keys, values, positions))
+    for context_length in (71, 128, 129, T):
+        assert_agree(attend(q, keys, values, positions, context_length, device), reference(q, keys, values, positions))
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
-def test_a_position_past_what_is_filled_reads_what_is_filled(
+def test_a_position_past_the_context_length_reads_the_context(
     device: str, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A free slot keeps its last row's position while others' launches are made for less."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     q, (keys, values) = make_queries(2), make_cache([149, 149]).unbind(1)
     assert_agree(attend(q, keys, values, [290, 5], 150, device), reference(q, keys, values, [149, 5]))
 
@@ -152,7 +152,7 @@ def test_each_tensor_has_strides_of_its_own(device: str) -> None:
 @pytest.mark.parametrize("rising", [1, -1])
 @pytest.mark.parametrize("programs", PROGRAMS)
 def test_scores_far_apart_are_merged(device: str, programs: int, rising: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     q, (keys, values) = torch.ones(9, 2, 64), make_cache(EDGES).unbind(1)
     keys = keys + rising * torch.arange(T)[:, None]  # scores from -2,400 to 2,400
     assert_agree(attend(q, keys, values, EDGES, device=device), reference(q, keys, values, EDGES))
@@ -171,8 +171,8 @@ def test_broken_numbers_stay_in_their_line(device: str, part: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"filled": T + 1}, "filled is 301; the cache has 300"),
-        ({"filled": 0}, "filled is 0"),
+        ({"context_length": T + 1}, "context_length is 301; the cache has 300"),
+        ({"context_length": 0}, "context_length is 0"),
         ({"q": torch.zeros(9, 2, 32)}, "do not fit"),
         ({"positions": torch.zeros(8, dtype=torch.long)}, "do not fit"),
         ({"values": torch.zeros(9, 2, 64, T).transpose(2, 3)}, "contiguous"),
@@ -180,13 +180,19 @@ def test_broken_numbers_stay_in_their_line(device: str, part: int) -> None:
 )
 def test_what_would_be_read_wrongly_is_refused(changes: dict[str, Any], message: str) -> None:
     keys, values = make_cache(EDGES).unbind(1)
-    arguments = {"q": make_queries(9), "keys": keys, "values": values, "positions": torch.tensor(EDGES), "filled": T}
+    arguments = {
+        "q": make_queries(9),
+        "keys": keys,
+        "values": values,
+        "positions": torch.tensor(EDGES),
+        "context_length": T,
+    }
     with pytest.raises(ValueError, match=message):
         attend_cached(**arguments | changes)
 
 
 @pytest.mark.parametrize(
-    ("pairs", "filled", "splits"),
+    ("pairs", "context_length", "splits"),
     [
         (32, 1504, (24, 64)),
         (64, 1504, (12, 128)),
@@ -196,15 +202,17 @@ def test_what_would_be_read_wrongly_is_refused(changes: dict[str, Any], message:
         (1, 1, (1, 64)),
     ],
 )
-def test_the_cache_is_cut_for_as_much_work_as_a_gpu_holds(pairs: int, filled: int, splits: tuple[int, int]) -> None:
-    assert cut(pairs, filled) == splits
+def test_the_cache_is_cut_for_as_much_work_as_a_gpu_holds(
+    pairs: int, context_length: int, splits: tuple[int, int]
+) -> None:
+    assert cut(pairs, context_length) == splits
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 18, 100, 1000, 5000])
 def test_no_position_is_left_out_and_no_split_is_empty(pairs: int) -> None:
-    for filled in range(1, 1505):
-        count, size = cut(pairs, filled)
-        assert (count - 1) * size < filled <= count * size
+    for context_length in range(1, 1505):
+        count, size = cut(pairs, context_length)
+        assert (count - 1) * size < context_length <= count * size
 
 
 # what stands beside attention
@@ -236,16 +244,16 @@ def test_adding_and_norming_are_torchs(
     assert_rounded_alike(normed, functional.layer_norm(there.cpu()[::read_every], [hidden], weight, bias))
 
 
-@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_each_row_writes_at_its_own_position(device: str, dtype: torch.dtype, halves: int) -> None:
+def test_each_row_writes_at_its_own_position(device: str, dtype: torch.dtype, passes: int) -> None:
     positions = torch.tensor([0, 7, 3])
     cache = torch.zeros(4, 2, 2, 3, 8, 32, dtype=dtype)
-    fresh = torch.randn(3 * halves, 3, 3, 32)[:, 1:]  # a view beside the queries, of 3 heads
+    fresh = torch.randn(3 * passes, 3, 3, 32)[:, 1:]  # a view beside the queries, of 3 heads
     expected = cache.clone()
-    expected[torch.arange(3), :halves, :, :, positions] = fresh.reshape(3, halves, 2, 3, 32).to(dtype)
+    expected[torch.arange(3), :passes, :, :, positions] = fresh.reshape(3, passes, 2, 3, 32).to(dtype)
     there = cache.to(device)
-    store_newest(_moved(fresh, device), there, positions.to(device), halves)
+    store_newest(_moved(fresh, device), there, positions.to(device), passes)
     assert_rounded_alike(there.cpu(), expected)
 
 
@@ -341,7 +349,7 @@ def test_a_decoders_tokens_are_the_same_through_the_kernels(
         decoder = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
         if is_in_fp8:
             decoder.shrink_cache()
-        monkeypatch.setattr(decoder, "_has_kernel", has_kernel)
+        monkeypatch.setattr(decoder.attention, "has_kernel", has_kernel)
         rows = [make_row(frames=frames, **GREEDY) for frames in (3, 6)]
         codes.append(decode(rows, slots=Slots(decoder, 2, MAX_STEPS)))
     for plain, by_kernel in zip(*codes, strict=True):
@@ -387,11 +395,11 @@ def test_the_kernels_compile_for_a_gpu(
     assert compile_kernel("attend_split", pointers, {"head_size": 64, "block": BLOCK}, capability)["cubin"]
     merged = {"out": "*bf16"} | workspace
     assert compile_kernel("merge_splits", merged, {"head_size": 64, "padded_count": 32}, capability)["cubin"]
-    lines = {"x": "*bf16", "more": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "epsilon": "fp32"}
+    pointers = {"x": "*bf16", "more": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "epsilon": "fp32"}
     steps = {"added_every": 2, "read_every": 1, "block": 2048}
-    assert compile_kernel("add_norm", lines, steps, capability, "fused")["cubin"]
-    written = {"fresh": "*bf16", "cache": f"*{cache_type}", "positions": "*i64", "most": "fp32"}
-    steps = {"halves": 2, "head_size": 64, "block": 2048}
+    assert compile_kernel("add_norm", pointers, steps, capability, "fused")["cubin"]
+    written = {"fresh": "*bf16", "cache": f"*{cache_type}", "positions": "*i64", "limit": "fp32"}
+    steps = {"passes": 2, "head_size": 64, "block": 2048}
     assert compile_kernel("store_newest", written, steps, capability, "fused")["cubin"]
 
 

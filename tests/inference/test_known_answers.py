@@ -11,7 +11,7 @@ import torch
 from dgx_music.catalog import MODELS
 from dgx_music.inference.musicgen import inventory, known_answers
 from dgx_music.inference.musicgen.engine import build
-from dgx_music.inference.musicgen.known_answers import QUESTIONS, TOLERANCES, Examinee, compare, examine
+from dgx_music.inference.musicgen.known_answers import QUESTIONS, TOLERANCES, AnsweringEngine, check, compare
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import make_settings
 
@@ -27,7 +27,7 @@ def toy(request, tmp_path_factory):
     for saved in (model, tokenizer):
         saved.save_pretrained(folder)
     settings = make_settings(engine="musicgen", model=str(folder), device="cpu", dtype="float32", slots=1)
-    return model, tokenizer, build(settings, Examinee)
+    return model, tokenizer, build(settings, AnsweringEngine)
 
 
 def as_published(question, model, tokenizer):
@@ -51,10 +51,10 @@ def as_published(question, model, tokenizer):
 )
 @torch.no_grad()
 def test_what_is_computed_is_what_transformers_tests_compute(toy, question):
-    model, tokenizer, examinee = toy
+    model, tokenizer, engine = toy
     model.generation_config.update(decoder_start_token_id=2048, pad_token_id=2048)
 
-    expected, found = as_published(question, model, tokenizer), examinee.answer(question)
+    expected, found = as_published(question, model, tokenizer), engine.answer(question)
 
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -67,7 +67,7 @@ def asked_of(toy, question=SMALL[0]):
 
 
 def test_an_equal_answer_is_told_as_such(toy):
-    comparison = examine(toy[2], asked_of(toy))
+    comparison = check(toy[2], asked_of(toy))
 
     assert comparison.verdict == "ok"
     assert comparison.detail.startswith(
@@ -81,7 +81,7 @@ def test_an_answer_that_is_off_in_one_number_is_told_as_such(toy, change):
     first, *rest = right.expected[0]
     wrong = right._replace(expected=((first + change, *rest), *right.expected[1:]))
 
-    comparison = examine(toy[2], wrong)
+    comparison = check(toy[2], wrong)
 
     assert comparison.verdict == "failed"
     assert "are not those known (transformers' tests/" in comparison.detail

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, Span, bucket
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.gpu import nobody_may_wait
 from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
@@ -67,25 +68,27 @@ def test_few_plans_serve_many_rows() -> None:
     assert len(launcher.plans) > 40
 
 
-def make_plan(rows: int, halves: int, filled: list[int], texts: list[int], widest: int) -> Plan:
+def make_plan(rows: int, passes: int, contexts: list[int], texts: list[int], max_top_k: int) -> Plan:
     """Return an exact plan; one text for each row, or none."""
-    reach, extents = (tuple(Span(n, n + 1, length, False) for n, length in enumerate(own)) for own in (filled, texts))
-    return Plan(rows, halves, min(halves, len(texts)), reach, extents, widest, 1)
+    context_spans, text_spans = (
+        tuple(Span(n, n + 1, length, False) for n, length in enumerate(lengths)) for lengths in (contexts, texts)
+    )
+    return Plan(rows, passes, min(passes, len(texts)), context_spans, text_spans, max_top_k, 1)
 
 
 @pytest.mark.parametrize(
-    ("given", "rows", "filled", "text", "widest"),
+    ("given", "rows", "context", "text", "max_top_k"),
     [
         (make_plan(3, 2, [100, 20, 3], [7, 7, 9], 250), 4, 128, 32, 256),
         (make_plan(5, 1, [122] * 5, [], 1), 6, 256, None, 256),
         (make_plan(6, 2, [1504] * 6, [33, 65, 2, 2, 2, 2], 2048), 6, 1504, 128, 1 << 30),
     ],
 )
-def test_a_plan_is_rounded_up(given: Plan, rows: int, filled: int, text: int | None, widest: int) -> None:
+def test_a_plan_is_rounded_up(given: Plan, rows: int, context: int, text: int | None, max_top_k: int) -> None:
     plan = bucket(given, slot_count=6, max_positions=1504)
-    assert plan.reach == (Span(0, rows, filled, is_masked=True),)
-    assert plan.texts == (() if text is None else (Span(0, rows, text, is_masked=True),))
-    assert (plan.rows, plan.widest, plan.steps) == (rows, widest, STEPS_PER_LAUNCH)
+    assert plan.context_spans == (Span(0, rows, context, is_masked=True),)
+    assert plan.text_spans == (() if text is None else (Span(0, rows, text, is_masked=True),))
+    assert (plan.rows, plan.max_top_k, plan.steps) == (rows, max_top_k, STEPS_PER_LAUNCH)
 
 
 @pytest.fixture
@@ -158,7 +161,7 @@ def test_a_launch_copies_nothing_to_the_host() -> None:
     with nobody_may_wait():
         for _ in range(4):
             slots.step()
-    assert slots._board.position[0] == slots.rows[0].position > 0
+    assert slots._state.position[0] == slots.rows[0].position > 0
 
 
 @pytest.mark.gpu

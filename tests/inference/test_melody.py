@@ -175,7 +175,7 @@ def melody(frame_count: int | None) -> Tensor | None:
 
 
 def generates_with(prompt: str | None, melody: Tensor | None, guidance_scale: float, channels: int) -> Tensor:
-    """Return the prefix ``[half, E, hidden]`` that ``generate`` gives to its decoder in the first step."""
+    """Return the prefix ``[pass, E, hidden]`` that ``generate`` gives to its decoder in the first step."""
     model, tokenizer = toy(channels)
     seen: list[Tensor | None] = []
     hook = model.decoder.register_forward_pre_hook(
@@ -202,7 +202,7 @@ def test_the_prefix_is_that_of_generate(frame_count: int | None, prompt: str | N
 
 
 @pytest.mark.parametrize("frame_count", [None, 47])
-def test_the_conditional_half_alone_is_that_of_generate_unguided(frame_count: int | None) -> None:
+def test_the_conditional_pass_alone_is_that_of_generate_unguided(frame_count: int | None) -> None:
     expected = generates_with(PROMPTS[0], melody(frame_count), 1.0, 1)
     made = reader().prefix(text_states(PROMPTS[0]), melody(frame_count), None)
     torch.testing.assert_close(made[:1], expected, atol=1e-6, rtol=1e-6)
@@ -211,7 +211,7 @@ def test_the_conditional_half_alone_is_that_of_generate_unguided(frame_count: in
 @pytest.mark.parametrize("frame_count", [None, 47, 300])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("negative", PROMPTS)
-def test_the_shorter_text_is_filled_up_as_transformers_masks_padding(
+def test_the_shorter_text_is_padded_as_transformers_masks_padding(
     negative: str | None, prompt: str | None, frame_count: int | None
 ) -> None:
     expected = melody_prefix(*toy(), [prompt, negative], melody(frame_count))
@@ -227,7 +227,7 @@ def test_no_text_is_one_zero() -> None:
     assert reader().melody_length == 235
 
 
-def test_the_null_half_has_no_melody() -> None:
+def test_the_unconditional_pass_has_no_melody() -> None:
     one, other = (reader().prefix(text_states(PROMPTS[0]), melody(frames), None) for frames in (47, None))
     assert torch.equal(one[1], other[1])
     assert not torch.equal(one[0], other[0])

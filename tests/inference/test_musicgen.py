@@ -29,8 +29,8 @@ from dgx_music.catalog import MODELS, UNTRAINED_NOTICE
 from dgx_music.errors import EngineError, EngineUnavailableError, GenerationCancelledError
 from dgx_music.inference import checkpoint
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
+from dgx_music.inference.musicgen import devices, weights
 from dgx_music.inference.musicgen import engine as musicgen
-from dgx_music.inference.musicgen import weights
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.tiny import build_tiny
 from dgx_music.inference.process import EngineProcess
@@ -416,7 +416,7 @@ def test_a_gpu_that_is_not_there_is_refused(name: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
 def test_auto_takes_the_gpu_where_there_is_one(has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert musicgen._choose_device("auto") == torch.device(device)
+    assert devices.choose_device("auto") == torch.device(device)
 
 
 @pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -424,7 +424,7 @@ def test_auto_is_16_bit_on_a_gpu(has_bfloat16: bool, dtype: torch.dtype, monkeyp
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: has_bfloat16)
-    assert musicgen._choose_dtype("auto", torch.device("cuda:1")) is dtype
+    assert devices.choose_dtype("auto", torch.device("cuda:1")) is dtype
     assert asked == [torch.device("cuda:1")]  # the GPU that is meant, and not the current one
 
 
@@ -436,7 +436,7 @@ def test_auto_is_16_bit_on_a_processor_that_multiplies_bfloat16(
     capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert musicgen._choose_dtype("auto", torch.device("cpu")) is dtype
+    assert devices.choose_dtype("auto", torch.device("cpu")) is dtype
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_auto_slots_are_as_many_as_fit_into_a_share_of_the_memory(
     free_slots: float | None, models: int, expected: int, mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = None if free_slots is None else int(free_slots * mono._decoder.slot_bytes)
-    monkeypatch.setattr(musicgen, "free_bytes", lambda _device: free)
+    monkeypatch.setattr(devices, "free_bytes", lambda _device: free)
     assert load(slots=None, model_count=models).slots == expected
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgx_music.inference.musicgen import native
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.native import Native
 from dgx_music.inference.musicgen.quantised import Int8
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.test_launches import BucketLauncher, make_rows
 from tests.inference.test_musicgen import generate, load
@@ -45,10 +46,10 @@ def build(size: int, dtype: torch.dtype) -> Native:
         pytest.skip(f"needs a C compiler that can build them: {error}")
 
 
-def make_heads(lines: int, size: int, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def make_heads(count: int, size: int, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values of 3 heads, as a step has them: parts of something larger."""
-    q = make_matrix(lines, 3 * 3 * size).to(dtype)[:, : 3 * size].view(lines, 3, 1, size)
-    cache = make_matrix(lines, 2, 3, positions + 7, size, seed=1).to(dtype)[..., :positions, :]
+    q = make_matrix(count, 3 * 3 * size).to(dtype)[:, : 3 * size].view(count, 3, 1, size)
+    cache = make_matrix(count, 2, 3, positions + 7, size, seed=1).to(dtype)[..., :positions, :]
     return q, *cache.unbind(1)
 
 
@@ -68,7 +69,7 @@ def test_what_is_masked_counts_for_nothing(dtype: torch.dtype) -> None:
     q, keys, values = make_heads(3, 16, 40, dtype)
     lengths = torch.tensor([1, 23, 40])
     mask = torch.zeros(3, 2, 40, dtype=dtype).masked_fill_(torch.arange(40) >= lengths[:, None, None], -math.inf)
-    read = build(16, dtype).attend(q, keys, values, mask[:, :1, None])  # of two halves the first
+    read = build(16, dtype).attend(q, keys, values, mask[:, :1, None])  # of two passes the first
     for line, length in enumerate(lengths):
         own = (part[line : line + 1, :, :length] for part in (keys, values))
         torch.testing.assert_close(read[line], build(16, dtype).attend(q[line : line + 1], *own, None)[0])
@@ -128,14 +129,14 @@ def test_a_line_reads_the_same_alone_and_with_others(threads: int, dtype: torch.
 
 
 @DTYPES
-def test_lines_are_rounded_to_levels(dtype: torch.dtype) -> None:
+def test_rows_are_rounded_to_multiples_of_their_scale(dtype: torch.dtype) -> None:
     x = (make_matrix(50, 70) * torch.logspace(-20, 20, 50)[:, None]).to(dtype)
-    rounded, levels = build(16, dtype).round_lines(x)
+    rounded, scales = build(16, dtype).quantise_rows(x)
     assert rounded.dtype == torch.int8
-    assert levels.dtype == dtype
+    assert scales.dtype == dtype
     assert (rounded.abs().amax(1) >= 125).all()
-    error = (rounded * levels.float() - x.float()).abs()
-    assert (error <= 0.51 * levels.float()).all()
+    error = (rounded * scales.float() - x.float()).abs()
+    assert (error <= 0.51 * scales.float()).all()
 
 
 @DTYPES
@@ -176,7 +177,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(Native, kernel, call)
 
     count("attend")
-    count("round_lines")
+    count("quantise_rows")
     return counted
 
 
@@ -191,13 +192,13 @@ def test_all_attention_and_all_rounding_of_a_step_is_theirs(bits: str, calls: Co
     slots.step()
     layers = len(decoder.layers)
     assert calls["attend"] == 2 * layers  # of itself, and of the text
-    assert calls["round_lines"] == (6 * layers + 1 if bits == "int8" else 0)
+    assert calls["quantise_rows"] == (6 * layers + 1 if bits == "int8" else 0)
 
 
 def make_decoder(dtype: torch.dtype = torch.float32, channels: int = 1) -> Decoder:
     model = build_tiny(channels)[0].to(dtype)
     decoder = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
-    build(decoder.head_size, dtype)
+    build(decoder.attention.head_size, dtype)
     decoder.build_kernels()
     return decoder
 
@@ -274,11 +275,11 @@ def test_the_engine_builds_them_unless_it_is_told_not_to(monkeypatch: pytest.Mon
     compiled: list[Decoder] = []
     monkeypatch.setattr(Decoder, "compile", lambda decoder: compiled.append(decoder))
     engine = load(compile="auto")
-    assert isinstance(engine._decoder._native, Native)
+    assert isinstance(engine._decoder.attention.native, Native)
     assert (generate(engine).samples != 0).any()
-    assert load(compile="off")._decoder._native is None
+    assert load(compile="off")._decoder.attention.native is None
     assert not compiled
-    assert load(compile="on")._decoder._native is None
+    assert load(compile="on")._decoder.attention.native is None
     assert len(compiled) == 1
 
 
@@ -359,7 +360,7 @@ def test_what_they_are_not_made_for_is_left_to_torch(
 
 
 @DTYPES
-@pytest.mark.parametrize("kernel", ["attend", "round_lines"])
+@pytest.mark.parametrize("kernel", ["attend", "quantise_rows"])
 def test_kernels_that_compute_something_else_are_not_used(
     kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

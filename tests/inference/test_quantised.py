@@ -14,10 +14,11 @@ from torch import Tensor
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference.musicgen import drift
 from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.inference.musicgen.batch import Row, delays
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.layers import linear
 from dgx_music.inference.musicgen.quantised import Int8
-from dgx_music.inference.musicgen.slots import Row, Slots, delays
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.test_conditions import make_codes
 from tests.inference.test_launches import BucketLauncher
@@ -43,9 +44,9 @@ def test_a_matrix_is_kept_to_half_a_level_of_each_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lines", [1, 2, 3, 16, 70])
-def test_products_are_near_the_exact_ones(lines: int, dtype: torch.dtype) -> None:
-    x, weight = make_matrix(lines, 64).to(dtype), make_matrix(96, 64, seed=1)
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 70])
+def test_products_are_near_the_exact_ones(rows: int, dtype: torch.dtype) -> None:
+    x, weight = make_matrix(rows, 64).to(dtype), make_matrix(96, 64, seed=1)
     exact = x.float() @ weight.T
     product = linear(x, Int8.of(weight), 16)
     assert product.dtype == dtype
@@ -54,9 +55,9 @@ def test_products_are_near_the_exact_ones(lines: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="needs oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lines", [1, 3, 16])
-def test_packed_weights_give_what_plain_ones_give(lines: int, dtype: torch.dtype) -> None:
-    x, weight = make_matrix(lines, 64).to(dtype), make_matrix(96, 64, seed=1)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_packed_weights_give_what_plain_ones_give(rows: int, dtype: torch.dtype) -> None:
+    x, weight = make_matrix(rows, 64).to(dtype), make_matrix(96, 64, seed=1)
     packed, plain = Int8.of(weight), Int8.of(weight, may_pack=False)
     assert packed.packed is not None
     assert packed.nbytes == plain.nbytes == 96 * 64 + 2 * 96 * 4
@@ -194,7 +195,7 @@ BITS = [{"weights": "int8"}, {"kv_cache": "fp8"}, {"weights": "int8", "kv_cache"
 
 @pytest.mark.parametrize("bits", BITS, ids=str)
 def test_the_engine_says_what_it_saves_bits_on(bits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(musicgen, "MOST_NATS", 10.0)
+    monkeypatch.setattr(musicgen, "MAX_NATS", 10.0)
     facts: dict[str, Any] = dict(generate(load(**bits)).facts)
     assert {name: facts.get(name) for name in bits} == bits
     assert 0 < facts["drift_nats"] < 10
@@ -205,7 +206,7 @@ def test_the_engine_says_what_it_saves_bits_on(bits: dict[str, str], monkeypatch
 def test_what_a_model_does_not_bear_is_refused(
     bits: dict[str, str], measured: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(musicgen, "MOST_NATS", 9e-4)
+    monkeypatch.setattr(musicgen, "MAX_NATS", 9e-4)
     monkeypatch.setattr(musicgen, "measure_change", lambda *_arguments: measured)
     with pytest.raises(EngineUnavailableError, match=f"{measured:.3g} nats") as caught:
         load(**bits)
@@ -242,7 +243,7 @@ def test_the_gate_has_a_melody_model_read_prefixes_and_a_tune(monkeypatch: pytes
 
 
 def test_a_melody_models_change_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(musicgen, "MOST_NATS", 10.0)
+    monkeypatch.setattr(musicgen, "MAX_NATS", 10.0)
     for part in build_tiny_melody():
         part.save_pretrained(tmp_path)
     engine = load(tmp_path, weights="int8", kv_cache="fp8")
@@ -271,5 +272,5 @@ def test_a_cache_of_8_bits_takes_half_the_room_of_16_and_serves_any_row(given: i
 def test_a_key_too_large_for_8_bits_is_not_lost() -> None:
     decoder = make_decoder()
     decoder.shrink_cache()
-    kept = decoder._to_cache(torch.tensor([1e9, -1e9, 0.5])).float()
+    kept = decoder.attention.to_cache(torch.tensor([1e9, -1e9, 0.5])).float()
     assert kept.tolist() == [448, -448, 0.5]

@@ -15,12 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditionalGeneration
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.musicgen.decoder import Decoder, Text, sinusoids
+from dgx_music.inference.musicgen.attention import Text
+from dgx_music.inference.musicgen.batch import Row, delays
+from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.drift import divergence
+from dgx_music.inference.musicgen.embedding import sinusoids
 from dgx_music.inference.musicgen.launches import Span, text_room
 from dgx_music.inference.musicgen.layers import linear
 from dgx_music.inference.musicgen.sampling import Sampling, sample
-from dgx_music.inference.musicgen.slots import Row, Slots, delays
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
 
 PROMPTS = ("lo-fi piano", "a very fast and loud drum solo in a small wet cave", "choir", "heavy metal")
@@ -262,12 +265,12 @@ def test_the_room_of_a_long_text_is_given_back_when_all_have_gone(prompt: str, k
     assert torch.equal(codes, reference_codes(PROMPTS[0], 9, 3.0))
 
 
-def test_both_halves_share_a_batch_only_where_a_row_is_guided() -> None:
+def test_the_unconditional_pass_is_made_only_if_a_row_is_guided() -> None:
     slots = make_slots()
     slots.admit(make_row(guidance_scale=1.0))
-    assert slots._plan().halves == 1
+    assert slots._plan().passes == 1
     slots.admit(make_row(guidance_scale=1.5))
-    assert slots._plan().halves == 2
+    assert slots._plan().passes == 2
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1, 2, 2, 3, 3])])
@@ -347,12 +350,12 @@ def test_the_extreme_uniforms_take_the_first_and_the_last_token_of_each_rows_own
     assert tokens[:, 0].tolist() == order[ranks].tolist()
 
 
-def test_guidance_goes_from_the_null_half_past_the_conditional_one() -> None:
-    halves = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))  # [row, half, K, V]
+def test_guidance_goes_from_the_unconditional_logits_past_the_conditional_ones() -> None:
+    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))  # [row, pass, K, V]
     uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
     guided = make_sampling(*({"guidance_scale": scale, "top_k": 0} for scale in (4.0, 1.0)))
-    tokens, _ = sample(halves, uniforms, guided, 2048)
-    combined = torch.stack([4 * halves[0, 0] - 3 * halves[0, 1], halves[1, 0]])[:, None]
+    tokens, _ = sample(logits, uniforms, guided, 2048)
+    combined = torch.stack([4 * logits[0, 0] - 3 * logits[0, 1], logits[1, 0]])[:, None]
     unguided = make_sampling({"top_k": 0}, {"top_k": 0})
     assert torch.equal(tokens, sample(combined, uniforms, unguided, 2048)[0])
 
@@ -367,15 +370,21 @@ def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -
 
 @torch.no_grad()
 def teacher_forced(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Return the logits ``[step, half, K, V]`` after each of the tokens ``[step, K]`` of the first prompt's row."""
+    """Return the logits ``[step, pass, K, V]`` after each of the tokens ``[step, K]`` of the first prompt's row."""
     own = decoder.read_text(text_states(PROMPTS[0]))
-    texts = decoder.empty_text(1, own.shape[-2])  # [L, slot, half, 2, H, X, D]
+    texts = decoder.empty_text(1, own.shape[-2])  # [L, slot, pass, 2, H, X, D]
     texts[:, 0, 0] = own
     text = Text(texts, torch.empty(0), 1, (Span(0, 1, own.shape[-2], False),))
     cache = decoder.empty_cache(1)
     steps = [
         decoder.forward(
-            row[None], torch.tensor([at]), cache, text, halves=2, spans=(Span(0, 1, at + 1, False),), lines=16
+            row[None],
+            torch.tensor([at]),
+            cache,
+            text,
+            passes=2,
+            spans=(Span(0, 1, at + 1, False),),
+            padded_rows=16,
         )
         for at, row in enumerate(tokens)
     ]
@@ -391,10 +400,10 @@ def test_bfloat16_errs_no_more_than_transformers_does() -> None:
     with torch.inference_mode():
         text = model.enc_to_dec_proj(text_states(PROMPTS[0]).bfloat16())
         theirs = model.decoder(
-            tokens.T.repeat(2, 1),  # [half * K, step]
+            tokens.T.repeat(2, 1),  # [pass * K, step]
             encoder_hidden_states=torch.stack([text, torch.zeros_like(text)]),
             encoder_attention_mask=torch.tensor([[1], [0]]).expand(-1, len(text)),
-        ).logits.view(2, 4, 40, -1)  # [half, K, step, V]
+        ).logits.view(2, 4, 40, -1)  # [pass, K, step, V]
     assert exact.dtype == torch.float32
     assert (ours <= 1.1 * divergence(exact, theirs.permute(2, 0, 1, 3))).all()
 
@@ -462,7 +471,7 @@ def test_a_plan_for_each_length_is_compiled() -> None:
 
 @pytest.mark.usefixtures("fixed_shapes")
 def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgx_music.inference.musicgen.decoder._MOST_SHAPES", 3)
+    monkeypatch.setattr("dgx_music.inference.musicgen.decoder._MAX_SHAPES", 3)
     scales = (3.0, 1.0, 2.0, 1.0)
     rows = [
         make_row(prompt, 6 + 9 * index, guidance_scale=scale, **GREEDY)
