@@ -29,7 +29,7 @@ def make_process(*, start_timeout_seconds: float = 30, cancel_grace_seconds: flo
 
 
 def ignore(progress: float) -> None:
-    """Be the ``on_progress`` of a generation that nobody watches."""
+    """The ``on_progress`` of a generation that nobody watches."""
 
 
 async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:
@@ -41,7 +41,7 @@ async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:
 
 
 class QuietRun:
-    """A ``Run`` of the test's own: keeps the progress, is cancelled from the start where it is told so."""
+    """A ``Run`` for tests: keeps the progress; may be cancelled from the start."""
 
     def __init__(self, *, is_cancelled: bool = False, idle_engines: int = 0) -> None:
         self.progress: list[float] = []

@@ -1,4 +1,7 @@
-"""What a row starts from and reads, against references made of transformers' modules: the same tokens, greedily, in float32."""
+"""What a row starts from and reads, against references made of transformers' modules.
+
+The tokens are the same, greedily, in float32.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def make_codes(frames: int, channels: int = 1, seed: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize(
-    "negative", [NEGATIVE, "a text that is a good deal longer than the prompt which it stands beside"]
+    "negative",
+    [NEGATIVE, "a text that is a good deal longer than the prompt which it stands beside"],
 )
 def test_a_negative_prompt_is_what_the_unconditional_pass_reads(channels: int, negative: str) -> None:
     row = make_row(PROMPTS[0], 20, channels, negative=make_negative(negative, channels), **GREEDY)
@@ -103,7 +107,9 @@ def test_continuations_join_a_running_batch_and_used_slots() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"guidance_scale": 1.0}, {"negative": make_negative()}], ids=["unguided", "negative"]
+    "options",
+    [{"guidance_scale": 1.0}, {"negative": make_negative()}],
+    ids=["unguided", "negative"],
 )
 def test_a_continuation_reads_what_any_row_reads(options: dict[str, Any]) -> None:
     row = make_row(PROMPTS[1], 20, given=make_codes(8), **options, **GREEDY)
@@ -112,7 +118,7 @@ def test_a_continuation_reads_what_any_row_reads(options: dict[str, Any]) -> Non
     assert torch.equal(decode([row])[0], expected)
 
 
-def test_what_is_given_is_read_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_frames_are_read_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = make_codes(40)
     (whole,) = decode([make_row(frames=60, given=codes, **GREEDY)])
     monkeypatch.setattr("dgx_music.inference.musicgen.decoder._PREFILL_POSITIONS", 7)

@@ -1,4 +1,4 @@
-"""A GPU's launches, as far as they can be tried without one: the same tokens in a GPU's shapes, and nothing that waits."""
+"""A GPU's launches, as far as a CPU can try them: the same tokens, and nothing that waits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,26 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
-from dgx_music.inference.musicgen.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, Span, bucket
+from dgx_music.inference.musicgen.launches import (
+    STEPS_PER_LAUNCH,
+    EagerLauncher,
+    Plan,
+    Span,
+    bucket,
+)
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.gpu import nobody_may_wait
 from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
-from tests.inference.test_slots import GREEDY, MAX_STEPS, PROMPTS, decode, decoder, make_row, make_slots
+from tests.inference.test_slots import (
+    GREEDY,
+    MAX_STEPS,
+    PROMPTS,
+    decode,
+    decoder,
+    make_row,
+    make_slots,
+)
 
 
 class BucketLauncher(EagerLauncher):
@@ -43,7 +57,7 @@ def decode_in_buckets(rows: list[Row], slot_count: int = 4) -> list[Any]:
 
 
 def make_rows(**options: Any) -> Iterator[Row]:
-    """Yield rows of all kinds; the fourth is as long as there is room for."""
+    """Yield rows of all kinds; the fourth has the maximum length."""
     yield make_row(PROMPTS[0], 20, seed=1, **options)
     yield make_row(PROMPTS[1], 9, seed=2, guidance_scale=1.0, **options)
     yield make_row(PROMPTS[2], 13, seed=3, top_k=0, top_p=0.9, negative=make_negative(NEGATIVE), **options)
@@ -100,7 +114,7 @@ def occupied() -> Slots:
 
 
 def pretend(slots: Slots) -> None:
-    """Replace all tensors by ones without contents: whoever asks for a number gets an error instead."""
+    """Replace all tensors by tensors without contents: reading a number raises an error."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for name, value in vars(slots).items():
         if isinstance(value, Tensor):
@@ -115,7 +129,7 @@ def test_a_launch_never_waits_for_a_number(occupied: Slots) -> None:
         occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
 
 
-def test_who_waits_for_a_number_is_found_out(occupied: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_waits_for_a_number_is_found(occupied: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = decoder().forward
 
     def wait(tokens: Tensor, *args: Any, **options: Any) -> Tensor:

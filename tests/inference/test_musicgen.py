@@ -61,12 +61,26 @@ class FakeRun:
 
 
 def load(model: str | Path = TINY, **settings: Any) -> MusicGenEngine:
-    fields = {"engine": "musicgen", "model": str(model), "device": "cpu", "dtype": "float32", "slots": 1, **settings}
+    fields = {
+        "engine": "musicgen",
+        "model": str(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "slots": 1,
+        **settings,
+    }
     return musicgen.load(EngineSettings(**fields))
 
 
 def generate(engine: MusicGenEngine, run: FakeRun | None = None, **fields: Any) -> Audio:
-    asked = {"generation_id": "g", "prompt": "lo-fi piano", "duration": 0.2, "model": TINY, "seed": 7, **fields}
+    asked = {
+        "generation_id": "g",
+        "prompt": "lo-fi piano",
+        "duration": 0.2,
+        "model": TINY,
+        "seed": 7,
+        **fields,
+    }
     return engine.generate(GenerationRequest(**asked), run or FakeRun())
 
 
@@ -176,7 +190,10 @@ def test_greedy_audio_is_that_of_a_plain_call(
 ) -> None:
     model, tokenizer = build_tiny(channels)
     config = GenerationConfig(
-        do_sample=False, guidance_scale=guidance_scale, max_new_tokens=13, decoder_start_token_id=2048
+        do_sample=False,
+        guidance_scale=guidance_scale,
+        max_new_tokens=13,
+        decoder_start_token_id=2048,
     )
     plain = model.generate(**tokenizer("lo-fi piano", return_tensors="pt"), generation_config=config)
     engine = request.getfixturevalue("mono" if channels == 1 else "stereo")
@@ -258,11 +275,22 @@ def test_facts_tell_how_the_audio_was_made(mono: MusicGenEngine) -> None:
     facts = dict(generate(mono, seed=7).facts)
     assert facts.pop("device_seconds") > 0
     assert facts.pop("kernels") in ("c", "torch")
-    assert facts == {"engine": "musicgen", "seed": 7, "device": "cpu", "dtype": "float32", "is_untrained": True}
+    assert facts == {
+        "engine": "musicgen",
+        "seed": 7,
+        "device": "cpu",
+        "dtype": "float32",
+        "is_untrained": True,
+    }
 
 
 def test_the_untrained_model_says_so(mono: MusicGenEngine) -> None:
-    assert (mono.notice, mono.model_version, mono.device, mono.slots) == (UNTRAINED_NOTICE, "untrained", "cpu", 1)
+    assert (mono.notice, mono.model_version, mono.device, mono.slots) == (
+        UNTRAINED_NOTICE,
+        "untrained",
+        "cpu",
+        1,
+    )
 
 
 def test_another_process_makes_the_same_audio_and_prints_nothing(
@@ -302,7 +330,11 @@ def test_a_local_folder_gives_the_audio_of_the_model_saved_there(
     engine = load(folders[1])
     audio = generate(engine)
     assert np.array_equal(audio.samples, generate(mono).samples)
-    assert (engine.model_version, engine.notice, audio.facts["is_untrained"]) == ("local", None, False)
+    assert (engine.model_version, engine.notice, audio.facts["is_untrained"]) == (
+        "local",
+        None,
+        False,
+    )
 
 
 def test_a_local_folder_sets_its_own_sample_rate(folder: Path) -> None:
@@ -329,13 +361,19 @@ def _drop_a_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds none of model.safetensors, "),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "holds none of model.safetensors, ",
+        ),
         (_drop_a_weight, "lack decoder.lm_heads.1.weight"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 99), "header"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "tokenizer has no vocabulary"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "not that of a MusicGen model"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
+            "not that of a MusicGen model",
+        ),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_sentence(
@@ -395,7 +433,8 @@ def test_a_revision_that_is_set_replaces_the_pinned_one(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda _name, *, revision, **_options: asked.append(revision) or folders[1]
+        "huggingface_hub.snapshot_download",
+        lambda _name, *, revision, **_options: asked.append(revision) or folders[1],
     )
     load("musicgen-small", revision="refs/pr/7")
     assert asked == ["refs/pr/7"]
@@ -430,7 +469,11 @@ def test_auto_is_16_bit_on_a_gpu(has_bfloat16: bool, dtype: torch.dtype, monkeyp
 
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
-    [({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx2": True}, torch.float32),
+    ],
 )
 def test_auto_is_16_bit_on_a_processor_that_multiplies_bfloat16(
     capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -440,10 +483,15 @@ def test_auto_is_16_bit_on_a_processor_that_multiplies_bfloat16(
 
 
 @pytest.mark.parametrize(
-    ("free_slots", "models", "expected"), [(None, 1, 1), (0, 1, 1), (2.6, 1, 1), (7.6, 1, 3), (7.6, 3, 1), (1000, 3, 8)]
+    ("free_slots", "models", "expected"),
+    [(None, 1, 1), (0, 1, 1), (2.6, 1, 1), (7.6, 1, 3), (7.6, 3, 1), (1000, 3, 8)],
 )
 def test_auto_slots_are_as_many_as_fit_into_a_share_of_the_memory(
-    free_slots: float | None, models: int, expected: int, mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch
+    free_slots: float | None,
+    models: int,
+    expected: int,
+    mono: MusicGenEngine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = None if free_slots is None else int(free_slots * mono._decoder.slot_bytes)
     monkeypatch.setattr(devices, "free_bytes", lambda _device: free)
@@ -460,7 +508,9 @@ def test_a_closed_engine_holds_nothing() -> None:
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_what_an_engine_will_take_is_known_where_its_weights_are_here(folders: dict[int, Path]) -> None:
+def test_what_an_engine_will_take_is_known_where_its_weights_are_here(
+    folders: dict[int, Path],
+) -> None:
     size = (folders[1] / "model.safetensors").stat().st_size
     assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model=str(folders[1]))) == size
     assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model="musicgen-small")) is None

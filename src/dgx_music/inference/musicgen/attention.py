@@ -1,4 +1,4 @@
-"""Self-attention over the cache and cross-attention over the text, for one decode step or a prefill.
+"""Self-attention over the cache and cross-attention over the text, in a decode step or a prefill.
 
 Shapes: R rows (one generation each), each with one pass (conditional) or two (conditional,
 unconditional), so N = R * passes sequences; H heads of size D, hidden = H * D; T cached positions;
@@ -71,7 +71,7 @@ class Text(NamedTuple):
 
 
 class Attention:
-    """Attention with the kernels that suit the device: Triton on a GPU, C on a CPU, or torch's own."""
+    """Attention with the device's kernels: Triton on a GPU, C on a CPU, or else torch's own."""
 
     def __init__(
         self,
@@ -96,7 +96,8 @@ class Attention:
         self.has_kernel = self._find_kernel()
 
     def _find_kernel(self) -> bool:
-        return is_available(self.device, self.cache_dtype) and can_launch(self.device, self.cache_dtype)
+        where = (self.device, self.cache_dtype)
+        return is_available(*where) and can_launch(*where)
 
     def build_kernels(self) -> None:
         """Compile the kernels in C, if there is a compiler for them."""
@@ -120,7 +121,8 @@ class Attention:
             if is_masked and not self.has_kernel:
                 is_visible = torch.arange(length, device=self.device) <= last[sequences, None]
                 mask = additive_mask(is_visible, self.dtype)
-            read = cache[:, start:stop, :passes].flatten(1, 2)[..., :length, :]  # [L, N, 2, H, length, D]
+            # [L, N, 2, H, length, D]
+            read = cache[:, start:stop, :passes].flatten(1, 2)[..., :length, :]
             newest = read[..., -1, :].unbind(0) if is_exact else ()
             segments.append(Segment(sequences, *_by_layer(read), mask, newest))
         slots = torch.arange(len(positions), device=self.device)
@@ -135,12 +137,12 @@ class Attention:
         context: Context,
         padded_rows: int,
     ) -> Tensor:
-        """Return what the sequences ``[N, hidden]`` read from the layer's cache, their own keys included."""
+        """Return what the sequences ``[N, hidden]`` read from the layer's cache and their own keys."""
         qkv = linear(normed, layer.self_qkv, padded_rows).contiguous()
         q, fresh = torch.split_with_sizes(qkv, (normed.shape[1], 2 * normed.shape[1]), 1)
         self._write(fresh.view(-1, 2, self.head_count, self.head_size), index, cache, context)
         q = q.view(-1, self.head_count, 1, self.head_size)
-        read = [self._read(_select(segment, q), index, segment, context) for segment in context.segments]
+        read = [self._read(_select(part, q), index, part, context) for part in context.segments]
         return linear(_join(read), layer.self_out, padded_rows)
 
     def attend_cross(
@@ -152,8 +154,9 @@ class Attention:
         padded_rows: int,
     ) -> Tensor:
         """Return what the sequences ``[N, hidden]`` read from their texts."""
-        q = linear(normed, cross.q, padded_rows).contiguous().view(-1, self.head_count, 1, self.head_size)
-        read = [self._attend(_select(text, q), text.keys[index], text.values[index], text.mask) for text in texts]
+        q = linear(normed, cross.q, padded_rows).contiguous()
+        q = q.view(-1, self.head_count, 1, self.head_size)
+        read = [self._attend(_select(t, q), t.keys[index], t.values[index], t.mask) for t in texts]
         return linear(_join(read), cross.out, padded_rows)
 
     def _write(self, fresh: Tensor, index: int, cache: Tensor, context: Context) -> None:
@@ -162,7 +165,7 @@ class Attention:
             store_newest(fresh, cache, context.positions, context.passes)
             return
         fresh = self.to_cache(fresh)
-        if context.is_exact:  # on a CPU a copy for each segment is several times as fast as one by indices
+        if context.is_exact:  # a copy for each segment: on a CPU several times as fast as by indices
             for segment in context.segments:
                 segment.newest[index].copy_(_select(segment, fresh))
         else:
@@ -170,10 +173,11 @@ class Attention:
             _copyable(cache)[context.slots, : context.passes, :, :, context.positions] = rows
 
     def _read(self, q: Tensor, index: int, segment: Segment, context: Context) -> Tensor:
-        """Return what the segment's queries ``[N, H, 1, D]`` read from a layer's cache: ``[N, H * D]``."""
+        """Return what a segment's queries ``[N, H, 1, D]`` read from a layer's cache: ``[N, H * D]``."""
         keys, values = segment.keys[index], segment.values[index]
         if self.has_kernel:
-            return attend_cached(q.squeeze(2), keys, values, context.last[segment.sequences], keys.shape[-2])
+            last = context.last[segment.sequences]
+            return attend_cached(q.squeeze(2), keys, values, last, keys.shape[-2])
         # Nothing is converted, unless the cache is in 8 bits.
         return self._attend(q, keys.to(self.dtype), values.to(self.dtype), segment.mask)
 
@@ -207,7 +211,7 @@ class Attention:
         cache: Tensor,
         is_visible: Tensor,
     ) -> Tensor:
-        """Write C positions ``[pass, C, hidden]`` to one slot's cache; return what they read from it."""
+        """Write C positions ``[pass, C, hidden]`` to a slot's cache; return what they read from it."""
         end = start + normed.shape[1]
         q, k, v = self._split_heads(_linear_each(normed, layer.self_qkv), 3)  # [pass, H, C, D]
         cache[:, :, :, start:end] = self.to_cache(torch.stack([k, v], dim=1))
@@ -215,7 +219,13 @@ class Attention:
         read = _attend_by_torch(q, keys, values, is_visible)
         return _linear_each(_merge_heads(read), layer.self_out)
 
-    def prefill_cross(self, cross: CrossAttention, index: int, normed: Tensor, text: Segment) -> Tensor:
+    def prefill_cross(
+        self,
+        cross: CrossAttention,
+        index: int,
+        normed: Tensor,
+        text: Segment,
+    ) -> Tensor:
         """Return what C positions ``[pass, C, hidden]`` read from one row's text."""
         (q,) = self._split_heads(_linear_each(normed, cross.q), 1)
         read = _attend_by_torch(q, text.keys[index], text.values[index], text.mask)

@@ -29,7 +29,7 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the samples ``[channel, sample]`` of codes ``[codebook, frame]``, both on the CPU."""
+        """Return the samples ``[channel, sample]`` of ``[codebook, frame]``, both on the CPU."""
         with self._on_own_stream():
             codes = codes.to(self._model.device)
             sides = [codes[None, None, side :: self.channels] for side in range(self.channels)]
@@ -38,7 +38,7 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, samples: Tensor) -> Tensor:
-        """Return the codes ``[codebook, frame]`` of samples ``[channel, sample]``, both on the CPU."""
+        """Return the codes ``[codebook, frame]`` of ``[channel, sample]``, both on the CPU."""
         with self._on_own_stream():
             samples = samples[:, None].to(self._model.device)
             sides: Tensor = self._model.encode(samples).audio_codes[0]  # [channel, codebook, frame]

@@ -34,7 +34,13 @@ class Conditions(NamedTuple):
 class Conditioner:
     """Reads requests, in one thread at a time: fast tokenizers are not safe in two."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, decoder: Decoder, sample_rate: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder: Decoder,
+        sample_rate: int,
+    ) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = model.text_encoder
         self._decoder = decoder

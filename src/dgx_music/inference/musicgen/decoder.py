@@ -13,6 +13,7 @@ that a prefill reads at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from inspect import signature
 from typing import Any
 
@@ -83,7 +84,8 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """How much memory the weights take."""
-        return self._embedding.nbytes + self._heads.nbytes + sum(layer.nbytes for layer in self.layers)
+        layers = sum(layer.nbytes for layer in self.layers)
+        return self._embedding.nbytes + self._heads.nbytes + layers
 
     @property
     def slot_bytes(self) -> int:
@@ -99,6 +101,10 @@ class Decoder:
     @property
     def _hidden_size(self) -> int:
         return self.attention.head_count * self.attention.head_size
+
+    def _layers_with(self, cache: Tensor) -> Iterator[tuple[Layer, Tensor]]:
+        """Return each layer with its part of the cache."""
+        return zip(self.layers, cache.unbind(0), strict=True)
 
     # ------------------------------------------------------------------------------------- setup
 
@@ -161,7 +167,8 @@ class Decoder:
         if self._text_projection is not None:
             states = self._text_projection(states)  # [X, hidden]
         weights = [layer.cross.kv for layer in self.layers if layer.cross is not None]
-        pairs = torch.stack([functional.linear(states, weight) for weight in weights])  # [L, X, 2 * hidden]
+        pairs = torch.stack([functional.linear(states, weight) for weight in weights])
+        # [L, X, 2 * hidden] -> [L, 2, H, X, D]
         heads = pairs.view(*pairs.shape[:2], 2, self.attention.head_count, self.attention.head_size)
         return heads.permute(0, 2, 3, 1, 4)
 
@@ -195,8 +202,15 @@ class Decoder:
         every = 1 if text is None else passes // text.passes
         next_norms = [*(layer.self_norm for layer in self.layers[1:]), self._final_norm]
         normed = self.layers[0].self_norm(x)
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
-            read = self.attention.attend_self(layer, index, normed, layer_cache, context, padded_rows)
+        for index, (layer, layer_cache) in enumerate(self._layers_with(cache)):
+            read = self.attention.attend_self(
+                layer,
+                index,
+                normed,
+                layer_cache,
+                context,
+                padded_rows,
+            )
             if layer.cross is not None and text is not None:
                 normed = self._add(x, read, layer.cross.norm, read_every=every)
                 read = self.attention.attend_cross(layer.cross, index, normed, texts, padded_rows)
@@ -207,17 +221,31 @@ class Decoder:
         logits = linear(normed, self._heads, padded_rows).float()  # [N, K * V]
         return logits.view(len(tokens), passes, self.codebook_count, -1)
 
-    def _add(self, x: Tensor, more: Tensor, norm: Norm, *, added_every: int = 1, read_every: int = 1) -> Tensor:
+    def _add(
+        self,
+        x: Tensor,
+        more: Tensor,
+        norm: Norm,
+        *,
+        added_every: int = 1,
+        read_every: int = 1,
+    ) -> Tensor:
         """Add ``more`` to every so many rows of x, in place; return every so many, normalised."""
         if self.attention.has_kernel:
-            return add_norm(x, more, norm.weight, norm.bias, added_every, read_every, epsilon=EPSILON)
+            return add_norm(x, more, *norm, added_every, read_every, epsilon=EPSILON)
         x[::added_every].add_(more)
         return norm(x[::read_every])
 
     # ----------------------------------------------------------------------------------- prefill
 
     @torch.no_grad()
-    def prefill(self, prefix: Tensor | None, tokens: Tensor, cache: Tensor, text: Text | None) -> None:
+    def prefill(
+        self,
+        prefix: Tensor | None,
+        tokens: Tensor,
+        cache: Tensor,
+        text: Text | None,
+    ) -> None:
         """Fill one slot's cache ``[L, pass, 2, H, T, D]`` up to the position to decode.
 
         What comes before is the prefix ``[pass, E, hidden]`` and the tokens ``[P, K]`` given in
@@ -235,8 +263,9 @@ class Decoder:
         position = torch.arange(start + x.shape[1], device=self.device)
         is_visible = position <= position[start:, None]  # [C, start + C]
         texts = () if text is None else text.segments()  # one or none
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
-            x = x + self.attention.prefill_self(layer, layer.self_norm(x), start, layer_cache, is_visible)
+        for index, (layer, layer_cache) in enumerate(self._layers_with(cache)):
+            normed = layer.self_norm(x)
+            x = x + self.attention.prefill_self(layer, normed, start, layer_cache, is_visible)
             if layer.cross is not None and text is not None:
                 normed = layer.cross.norm(x[: text.passes])
                 read = self.attention.prefill_cross(layer.cross, index, normed, texts[0])

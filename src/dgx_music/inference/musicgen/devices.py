@@ -58,7 +58,7 @@ def leave_a_core_free() -> None:
 
 
 def fitting_slots(decoder: Decoder, model_count: int) -> int:
-    """Return how many slots fit into this model's share of the free memory, up to ``_MAX_SLOTS``."""
+    """Return how many slots fit into a model's share of the free memory, up to ``_MAX_SLOTS``."""
     kind = decoder.device.type
     give_back_memory()  # else what loading left behind would not count as free
     free = free_bytes(str(decoder.device))

@@ -33,7 +33,7 @@ _NOTES = (261.63, 329.63, 392.0, 523.25, 440.0, 349.23, 293.66, 392.0)  # hertz,
 _SAMPLE_RATE = 32_000
 _SEED = 2023
 _NEVER = -1e9
-"""The logit of a token that must not be drawn; finite, as the slots treat anything else as a failure."""
+"""The logit of a token that must not be drawn; finite, as others are a failure to the slots."""
 
 
 class Trace(NamedTuple):
@@ -44,7 +44,7 @@ class Trace(NamedTuple):
 
 
 def trial_requests(model: str, *, hears_melody: bool) -> list[GenerationRequest]:
-    """Return requests to try a model with: prompts, no prompt, a continuation, and perhaps a melody."""
+    """Return requests that try a model: a prompt, a clip, no prompt, and perhaps a melody."""
     tune = make_tune()
     fields: list[dict[str, Any]] = [
         {"prompt": _PROMPTS[0]},
@@ -81,7 +81,7 @@ def measure_change(decoder: Decoder, rows: list[Row], change: Callable[[], None]
 
 @torch.no_grad()
 def decode(decoder: Decoder, row: Row, codes: Tensor | None = None) -> Trace:
-    """Return the decoder's trace of the row; teacher-forced if there are ``codes`` ``[K, frame]``."""
+    """Return the decoder's trace of the row; teacher-forced if there are codes ``[K, frame]``."""
     watched = _RecordingDecoder(decoder, row, codes)
     slots = Slots(watched, 1, row.step_count)  # type: ignore[arg-type]
     try:
@@ -90,11 +90,11 @@ def decode(decoder: Decoder, row: Row, codes: Tensor | None = None) -> Trace:
             slots.step()
         return Trace(slots.codes(row), watched.logits[: row.step_count].cpu())
     finally:
-        slots.close()  # the memory is needed soon: for the next cache, and by whoever measures what is free
+        slots.close()  # at once: the next cache needs the memory
 
 
 def scores(decoder: Decoder, row: Row, logits: Tensor) -> Tensor:
-    """Return the logits ``[frame, K, V]`` of the frames the row decodes: guided if it is, no top_k."""
+    """Return the logits ``[frame, K, V]`` of the frames that the row decodes, with its guidance."""
     conditional, unconditional = logits.unbind(1)  # [step, K, V]
     guided = conditional
     if row.is_guided:
@@ -106,7 +106,7 @@ def scores(decoder: Decoder, row: Row, logits: Tensor) -> Tensor:
 
 
 def divergence(exact: Tensor, other: Tensor) -> Tensor:
-    """Return the divergence ``[K]`` of logits ``[…, K, V]`` from the exact ones, averaged over the rest."""
+    """Return the mean divergence ``[K]`` of logits ``[…, K, V]`` from the exact ones."""
     exact, other = exact.double().log_softmax(-1), other.double().log_softmax(-1)
     return (exact.exp() * (exact - other)).sum(-1).flatten(0, -2).mean(0)
 
@@ -123,13 +123,15 @@ class _RecordingDecoder:
         steps = row.step_count + 1  # a launch of several may go past the end
         shape = (decoder.codebook_count, decoder.vocabulary)
         self.logits = torch.zeros(steps, 2, *shape, device=decoder.device)
-        self._forced = None if codes is None else _in_steps(decoder, codes, steps).to(decoder.device)
+        self._forced: Tensor | None = None  # [step, K]
+        if codes is not None:
+            self._forced = _in_steps(decoder, codes, steps).to(decoder.device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
     def forward(self, tokens: Tensor, positions: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        """Return the logits ``[R, pass, K, V]``; if tokens are forced, logits that allow only those."""
+        """Return the logits ``[R, pass, K, V]``; if tokens are forced, they allow only those."""
         logits = self._decoder.forward(tokens, positions, *arguments, **options)
         step = positions - self._offset  # [R], and R is 1
         self.logits[step, : logits.shape[1]] = logits
@@ -140,7 +142,7 @@ class _RecordingDecoder:
 
 
 def _in_steps(decoder: Decoder, codes: Tensor, steps: int) -> Tensor:
-    """Return the tokens ``[step, K]`` to draw at each step for codes ``[K, frame]``; 0 outside the clip."""
+    """Return the tokens ``[step, K]`` that make the codes ``[K, frame]``; 0 outside the clip."""
     drawn = torch.zeros(steps, len(codes), dtype=torch.long)
     for codebook, lag in enumerate(delays(decoder.codebook_count, decoder.channels)):
         drawn[lag : lag + codes.shape[1], codebook] = codes[codebook]

@@ -16,7 +16,8 @@ class Embedding:
     def __init__(self, tables: Any, max_positions: int) -> None:
         """Copy the codebooks' embedding modules, each of V tokens and a padding token."""
         self._tokens = torch.cat([table.weight for table in tables])  # [K * (V + 1), hidden]
-        self._offsets = torch.arange(len(tables), device=self._tokens.device) * len(tables[0].weight)  # [K]
+        offsets = torch.arange(len(tables), device=self._tokens.device)
+        self._offsets = offsets * len(tables[0].weight)  # [K]
         positions = sinusoids(max_positions, self._tokens.shape[1])
         self.positions = positions.to(self._tokens.device, self._tokens.dtype)  # [T, hidden]
 
@@ -36,7 +37,7 @@ class Embedding:
         return self._tokens.nbytes + self.positions.nbytes
 
     def of_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the sum ``[R, hidden]`` of the embeddings of ``[R, K]``, in transformers' order."""
+        """Return the embeddings' sum ``[R, hidden]`` of ``[R, K]``, in transformers' order."""
         total, *others = functional.embedding(tokens + self._offsets, self._tokens).unbind(1)
         for embedded in others:
             total = total + embedded

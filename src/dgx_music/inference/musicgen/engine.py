@@ -65,7 +65,7 @@ def load(settings: EngineSettings) -> Engine:
 
 def build(settings: EngineSettings, kind: type[E]) -> E:
     """Return an engine of this kind, loaded as ``load`` does."""
-    transformers.logging.set_verbosity_error()  # its warnings are about MusicGen's own configuration
+    transformers.logging.set_verbosity_error()  # its warnings are about MusicGen's own config
     transformers.logging.disable_progress_bar()
     device = choose_device(settings.device)
     info = find_model(settings.model)
@@ -123,7 +123,7 @@ class MusicGenEngine:
 
     @property
     def slots(self) -> int:
-        """How many generations are decoded at a time; shrinks if memory turns out to be too small."""
+        """How many generations are decoded at a time; shrinks if memory runs out."""
         return self._loop.slot_count
 
     @property
@@ -184,7 +184,7 @@ class MusicGenEngine:
         shape = (frame_count + self._longest_delay, self._decoder.codebook_count)
         uniforms = torch.rand(shape, generator=random)  # [step, codebook]
         return Row(
-            # Copied to a GPU here, in the caller's thread: the decoding thread would wait for its steps.
+            # Copied to a GPU in the caller's thread: the decoding thread would wait for its steps.
             uniforms=uniforms.to(self._decoder.device),
             frame_count=frame_count,
             text=conditions.text,
@@ -198,14 +198,14 @@ class MusicGenEngine:
         )
 
     def _read_clip(self, request: GenerationRequest, run: Run) -> Tensor:
-        """Return the codes ``[codebook, frame]`` of the clip to continue; no frames without a clip."""
+        """Return the codes ``[codebook, frame]`` of the clip to continue, if any."""
         if request.continuation is None:
             return self._no_codes()
         clip = fit(request.continuation, self._codec.sample_rate, self._codec.channels)
         return self._in_codec_thread(run, self._codec.encode, clip)
 
     def _in_codec_thread(self, run: Run, work: Any, tensor: Tensor) -> Tensor:
-        """Return what the codec makes of the tensor; a cancelled generation stops waiting for it."""
+        """Return what the codec makes of the tensor; a cancelled generation does not wait for it."""
         result: Future[Tensor] = self._codec_thread.submit(work, tensor)
         while not wait((result,), _CANCEL_CHECK_SECONDS).done:
             try:

@@ -42,7 +42,8 @@ def add_norm(
         scale = tl.load(weight + i, mask=is_inside, other=0.0).to(tl.float32)
         shift = tl.load(bias + i, mask=is_inside, other=0.0).to(tl.float32)
         normed = centred * (1.0 / tl.sqrt(variance + epsilon)) * scale + shift
-        tl.store(out + (row // read_every) * hidden + i, normed.to(out.dtype.element_ty), mask=is_inside)
+        there = out + (row // read_every) * hidden + i
+        tl.store(there, normed.to(out.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -66,9 +67,12 @@ def store_newest(
     slot, own_pass = sequence // passes, sequence % passes
     i = tl.arange(0, block)
     is_inside = i < hidden
-    numbers = tl.load(fresh + sequence * stride_fn + kind * hidden + i, mask=is_inside, other=0.0).to(tl.float32)
-    numbers = tl.where(numbers > limit, limit, tl.where(numbers < -limit, -limit, numbers))  # NaN stays NaN
-    place = slot.to(tl.int64) * stride_slot + own_pass * stride_pass + kind * stride_kind  # past 32 bits
+    own = fresh + sequence * stride_fn + kind * hidden + i
+    numbers = tl.load(own, mask=is_inside, other=0.0).to(tl.float32)
+    # NaN stays NaN.
+    numbers = tl.where(numbers > limit, limit, tl.where(numbers < -limit, -limit, numbers))
+    # In 64 bits: a cache may have more than 2**31 elements.
+    place = slot.to(tl.int64) * stride_slot + own_pass * stride_pass + kind * stride_kind
     place += tl.load(positions + slot) * head_size
     places = place + (i // head_size) * stride_head + i % head_size
     tl.store(cache + places, numbers.to(cache.dtype.element_ty), mask=is_inside)

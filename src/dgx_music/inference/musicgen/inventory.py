@@ -17,7 +17,7 @@ def find_cuda_devices() -> list[str]:
 
 
 def has_weights(model: ModelInfo, revision: str | None) -> bool:
-    """Return whether this machine holds the model's files, so that it can be loaded; asks no network.
+    """Return whether this machine holds the model's files; asks no network.
 
     ``revision`` is the one that is set. Needs huggingface_hub.
     """

@@ -1,4 +1,4 @@
-"""A decode step's kernels for NVIDIA GPUs: attention over a static cache, writing to it, and add + norm.
+"""A decode step's kernels for NVIDIA GPUs: cached attention, writing to the cache, add and norm.
 
 ``scaled_dot_product_attention`` with a mask reads every sequence's cache up to the longest context,
 and cannot read one in fp8. Here each sequence reads only its own context. Positions are read on the
@@ -102,7 +102,7 @@ def attend_cached(
     positions: Tensor,
     context_length: int,
 ) -> Tensor:
-    """Return what one query ``[N, H, D]`` reads from ``[N, H, T, D]``: ``[N, H * D]``, in q's dtype.
+    """Return what a query ``[N, H, D]`` reads from ``[N, H, T, D]``: ``[N, H * D]`` in q's dtype.
 
     Sequence n attends to positions 0 to ``positions[n]``, and to none from ``context_length`` on;
     what is stored beyond is not read, so it may be anything. Positions are on the device and stay
@@ -190,7 +190,7 @@ def add_norm(
     *,
     epsilon: float = 1e-5,
 ) -> Tensor:
-    """Add ``more`` to every so many rows of x ``[N, hidden]``, in place; return every so many, normed.
+    """Add ``more`` to some rows of x ``[N, hidden]``, in place; return some of them, normed.
 
     Added to are rows 0, ``added_every`` and so on; returned are rows 0, ``read_every`` and so on.
     The layer norm is computed in float32 from the sums as x holds them. Raises ``ValueError`` if
@@ -220,7 +220,7 @@ def add_norm(
 
 
 def store_newest(fresh: Tensor, cache: Tensor, positions: Tensor, passes: int) -> None:
-    """Put a step's keys and values ``[N, 2, H, D]`` into a layer's cache ``[slot, pass, 2, H, T, D]``.
+    """Put a step's keys and values ``[N, 2, H, D]`` into a cache ``[slot, pass, 2, H, T, D]``.
 
     Row r is slot r; its passes lie side by side among the N sequences, and its position ``[R]`` is
     read on the device. A number too large for a cache of fewer bits becomes the largest that it

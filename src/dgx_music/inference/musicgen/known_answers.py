@@ -114,7 +114,7 @@ and 0.0085 (float16) of their standard deviation.
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result for one question: ``ok`` if equal, ``failed`` if not, ``warning`` if nothing is known."""
+    """The result for a question: ``ok`` if equal, ``failed`` if not, ``warning`` if unknown."""
 
     verdict: Literal["ok", "warning", "failed"]
     detail: str
@@ -129,7 +129,7 @@ class AnsweringEngine(MusicGenEngine):
         return str(self._decoder.dtype).removeprefix("torch.")
 
     def answer(self, question: Question) -> Tensor:
-        """Return the logits ``[1, V]`` of the first codebook, or the samples ``[channel, sample]``."""
+        """Return the first codebook's logits ``[1, V]``, or the samples ``[channel, sample]``."""
         if question.what == "logits":
             return decode(self._decoder, self._row_of(question)).logits[0, 0, :1]
         codes = self._delayed_codes(question) if question.is_delayed else self._undelayed_codes(question)

@@ -167,7 +167,7 @@ class GraphLauncher:
         return bucket(plan, slot_count, max_positions)
 
     def launch(self, plan: Plan) -> None:
-        """Make the plan's steps as soon as few enough launches are in flight; wait for no result."""
+        """Make the plan's steps when few enough launches are in flight; wait for no result."""
         if len(self._in_flight) == _MAX_LAUNCHES_IN_FLIGHT:
             self._in_flight.popleft().synchronize()
         for _ in range(plan.steps):
@@ -225,7 +225,7 @@ class GraphLauncher:
         self._in_flight.clear()
 
     def on_stream(self, *borrowed: Tensor | None) -> AbstractContextManager[object]:
-        """Return a context for the steps' stream; it waits only for the work on borrowed tensors."""
+        """Return a context for the steps' stream, after the work that made the borrowed tensors."""
         if borrowed:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         for tensor in borrowed:

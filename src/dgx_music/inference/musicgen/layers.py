@@ -118,7 +118,7 @@ def quantise(weight: Weight, native: Native | None) -> Int8:
 
 
 def linear(x: Tensor, weight: Weight, padded_rows: int) -> Tensor:
-    """Return ``x @ weight.T``, ``[N, out]``; fast if N is so small that reading the weight takes the time.
+    """Return ``x @ weight.T``, ``[N, out]``; fast for few rows.
 
     On a CPU the weight stands on the left: a matrix product repacks its right operand, so that one
     should be small (measured 1.3 to 1.5 times as fast for 2 to 32 rows in bfloat16, and for 4 to 32

@@ -32,7 +32,7 @@ class _Ticket:
 
 
 class DecodingLoop:
-    """Continuous batching: rows are admitted between steps, in their order, as soon as a slot is free.
+    """Continuous batching: rows are admitted between steps, in order, as soon as a slot is free.
 
     A failure of one row (it is cancelled, its parent is gone, its numbers overflow) ends that row
     alone. A failure of a step ends all rows in it, and the loop continues with fresh slots.
@@ -58,7 +58,8 @@ class DecodingLoop:
         self._admitted: list[_Ticket] = []  # for the decoding thread only
         self._waiting: deque[_Ticket] = deque()
         self._is_running = False
-        self._lock = threading.Lock()  # for the two above; only the decoding thread removes from waiting
+        self._lock = threading.Lock()  # for the two above
+        # Only the decoding thread removes rows from those that wait.
         self._slots: Slots | None = self._make_fresh_slots()  # None after they are given up
 
     def decode(self, row: Row, run: Run) -> Tensor:
@@ -147,7 +148,7 @@ class DecodingLoop:
                 slots.close()
 
     def _make_fresh_slots(self) -> Slots:
-        """Return as many empty slots as fit into memory. Raises the error of making a single one."""
+        """Return as many empty slots as fit into memory. Raises the error if no single one fits."""
         while True:
             try:
                 return self._make_slots(self.slot_count)
@@ -158,7 +159,7 @@ class DecodingLoop:
                 self._shrink(self.slot_count // 2, error)
 
     def _refuse(self, ticket: _Ticket, error: BaseException) -> None:
-        """Answer the first waiting row, which was not admitted, or free memory and let it try again."""
+        """Answer the first waiting row, or free memory and let it try again."""
         if is_out_of_memory(error):
             give_back_memory(error)
             if ticket.run.make_room():
@@ -196,7 +197,7 @@ class DecodingLoop:
             self._fail(error)
 
     def _retire_if_ended(self, slots: Slots, ticket: _Ticket) -> None:
-        """Report a row's progress; if it is done or must end, free its slot and answer its caller."""
+        """Report a row's progress; if it is over, free its slot and answer its caller."""
         row = ticket.row
         codes: Tensor | None = None
         failure: BaseException | None = None

@@ -1,4 +1,4 @@
-"""Melodies: the prefix that a MusicGen melody model reads before its tokens, instead of cross-attention.
+"""Melodies: what a MusicGen melody model reads before its tokens, instead of cross-attention.
 
 The mathematics is that of ``transformers``' ``musicgen_melody``; the tests compare the two. The
 prefix has as many embeddings as the model has for 30 s of melody, and then one for each token of
@@ -26,7 +26,7 @@ _LONGEST_SECONDS = 30
 
 
 def chroma(samples: Tensor, sample_rate: int) -> Tensor:
-    """Return the loudest pitch class of each frame of mono samples ``[sample]``: one-hot ``[frame, 12]``.
+    """Return each frame's loudest pitch class, of mono samples ``[sample]``: one-hot ``[frame, 12]``.
 
     The result is in float32; a frame is 4096 samples. A clip longer than 30 s is cut; one shorter
     than a window of 16384 samples gets silence on both sides. Loudness does not matter. A silent
@@ -41,13 +41,14 @@ def chroma(samples: Tensor, sample_rate: int) -> Tensor:
     missing = max(0, _WINDOW - len(samples))
     samples = functional.pad(samples, (missing // 2, missing - missing // 2))
     window = torch.hann_window(_WINDOW, device=samples.device)
-    spectrum = torch.stft(samples, _WINDOW, _HOP, window=window, return_complex=True)  # [frequency, frame]
+    # [frequency, frame]
+    spectrum = torch.stft(samples, _WINDOW, _HOP, window=window, return_complex=True)
     energies = _filters(sample_rate).to(samples.device) @ spectrum.abs().square()  # [class, frame]
     return functional.one_hot(energies.argmax(dim=0), PITCH_CLASSES).float()
 
 
 class MelodyReader:
-    """Makes the prefixes of a loaded model: uses its projections, copies nothing, needs no layers."""
+    """Makes the prefixes of a loaded model from its projections; copies nothing, needs no layers."""
 
     def __init__(self, model: MusicgenMelodyForConditionalGeneration) -> None:
         self.melody_length: int = model.config.chroma_length

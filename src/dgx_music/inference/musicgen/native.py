@@ -36,7 +36,8 @@ _OPTIONS = [
     *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
 ]
 if platform.machine() in ("x86_64", "AMD64"):
-    _OPTIONS.append("-mprefer-vector-width=512")  # measured 1.07 times as fast with it: 8 rows, 8-bit weights
+    # Measured: 1.07 times as fast with 8 rows and 8-bit weights.
+    _OPTIONS.append("-mprefer-vector-width=512")
 _BUILD_SECONDS = 60.0
 _MIN_HEAD_SIZE = 4
 """Two bfloat16 are a lane, and a vector has at least two lanes."""

@@ -1,4 +1,4 @@
-"""Weights of 8 bits: each step reads half the bytes, and sums of integers are the same in any batch."""
+"""Weights of 8 bits: a step reads half the bytes, and integer sums are the same in any batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Int8(NamedTuple):
     values: Tensor
     scales: Tensor
     packed: Tensor | None
-    """If oneDNN is there: the values in the order that suits this processor, instead of ``values``."""
+    """If oneDNN is there: the values in this processor's order, instead of ``values``."""
     zeros: Tensor  # [out], the zero points that oneDNN wants: 0 is 0
     native: Native | None
 
@@ -51,12 +51,14 @@ class Int8(NamedTuple):
         rounded, scales = _quantise_rows(x) if self.native is None else self.native.quantise_rows(x)
         if self.packed is None:
             return (self._sums(rounded) * scales).to(x.dtype)
-        weight, bias, out, then = (self.packed, self.scales, self.zeros), None, (1.0, 0, x.dtype), ("none", (), "")
-        product: Tensor = torch.ops.onednn.qlinear_pointwise.default(rounded, 1.0, 0, *weight, bias, *out, *then)
+        multiply = torch.ops.onednn.qlinear_pointwise.default
+        weight, bias = (self.packed, self.scales, self.zeros), None
+        out, then = (1.0, 0, x.dtype), ("none", (), "")
+        product: Tensor = multiply(rounded, 1.0, 0, *weight, bias, *out, *then)
         return product.mul_(scales)
 
     def _sums(self, rounded: Tensor) -> Tensor:
-        """Return the scaled sums ``[N, out]`` in float32; the weight is on the left, see ``layers.linear``."""
+        """Return the scaled sums ``[N, out]`` in float32; the weight is on the left as in ``linear``."""
         return (torch._int_mm(self.values, rounded.t()) * self.scales[:, None]).t()
 
 

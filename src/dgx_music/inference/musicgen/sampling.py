@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 _GREEDY_BELOW = 1e-4
-"""Below this temperature the likeliest token is certain, and dividing by it may overflow: be greedy."""
+"""At a lower temperature the likeliest token is certain and division may overflow: be greedy."""
 _TIE_BREAK = 1e-12
-"""Subtracted per token id: of two equal logits, and in 16 bits there are many, the lower id wins."""
+"""Subtracted per token id: of equal logits, and in 16 bits there are many, the lowest id wins."""
 
 
 class Sampling(NamedTuple):
@@ -60,20 +60,21 @@ def effective_top_k(temperature: float, top_k: int, vocabulary: int) -> int:
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, max_top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the next tokens ``[R, K]`` of ``[R, pass, K, V]``, and whether each row is finite ``[R]``.
+    """Return the tokens ``[R, K]`` for logits ``[R, pass, K, V]``, and which rows are finite ``[R]``.
 
     Guidance is that of Ho and Salimans 2022: unconditional + scale * (conditional - unconditional).
     Then the sorted top_k are cut at top_p, and the inverse of their cumulative distribution is read
     at the uniforms ``[R, K]``, which are in [0, 1): one number decides one token, whoever else is in
     the batch. ``max_top_k`` is at least the largest top_k.
     """
-    scores = _guide(logits.double(), sampling)  # float32 sums would depend, in the last bits, on max_top_k
+    # In float64: float32 sums would depend, in the last bits, on max_top_k.
+    scores = _guide(logits.double(), sampling)  # [R, K, V]
     scores = scores - torch.arange(scores.shape[-1], device=scores.device) * _TIE_BREAK
     top, tokens = scores.topk(max_top_k)  # [R, K, max_top_k], the likeliest first
     is_out = torch.arange(max_top_k, device=top.device) >= sampling.top_k
     probabilities = (top / sampling.temperature).masked_fill(is_out, -math.inf).softmax(-1)
     cumulative = probabilities.cumsum(-1)
-    is_kept = cumulative - probabilities < sampling.top_p  # the likeliest, until they add up to top_p
+    is_kept = cumulative - probabilities < sampling.top_p  # the likeliest, up to a sum of top_p
     total = cumulative.masked_fill(~is_kept, 0).amax(-1, keepdim=True)
     rank = (cumulative <= uniforms[..., None] * total).sum(-1, keepdim=True)  # [R, K, 1]
     rank = rank.clamp(max=max_top_k - 1)  # if a row's scores are NaN, no number is <= another
@@ -81,7 +82,7 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, max_top_k: int)
 
 
 def _guide(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return the logits ``[R, K, V]`` to sample from; rows without guidance keep the conditional ones."""
+    """Return the logits ``[R, K, V]`` to sample from: guided, or else the conditional ones."""
     conditional = logits[:, 0]
     if logits.shape[1] == 1:
         return conditional

@@ -62,13 +62,15 @@ class Slots:
         self._state = BatchState.empty(slot_count, max_steps, codebooks, decoder.pad_token, device)
         room = TEXT_STEP if decoder.reads_text else 0
         self._texts = decoder.empty_text(slot_count, room)  # [L, S, pass, 2, H, X, D]
-        self._text_mask = torch.zeros(slot_count, 2, room, dtype=decoder.dtype, device=device)  # [S, pass, X]
+        mask_shape = (slot_count, 2, room)  # [S, pass, X]
+        self._text_mask = torch.zeros(mask_shape, dtype=decoder.dtype, device=device)
         self._launcher = make_launcher(self._advance, decoder.stream)
 
     def close(self) -> None:
         """Wait for the steps in flight and let go of everything; the slots cannot be used again."""
         self._launcher.forget()
-        del self._launcher, self._cache, self._texts  # the launcher refers to the slots: it would keep them alive
+        # The launcher refers to the slots, so both would stay alive.
+        del self._launcher, self._cache, self._texts
 
     @property
     def has_room(self) -> bool:
@@ -128,9 +130,10 @@ class Slots:
         )
 
     def _clear_if_damaged(self, slot: int) -> None:
-        """Clear the slot's cache if it may hold NaN: attention multiplies masked values by 0, and 0 * NaN is NaN.
+        """Clear the slot's cache if it may hold NaN.
 
-        On a GPU always clear: to ask, the host would have to wait for all work before.
+        Attention multiplies masked values by 0, and 0 * NaN is NaN. A GPU's slot is always cleared:
+        to ask, the host would have to wait for all earlier work.
         """
         if self._decoder.device.type != "cpu" or not self._state.is_finite[slot]:
             self._cache[:, slot] = 0
@@ -223,7 +226,7 @@ class Slots:
     # --------------------------------------------------------------------------------------- text
 
     def _write_text(self, slot: int, row: Row) -> None:
-        """Put what cross-attention reads of the row into its slot; a pass without text reads zeros."""
+        """Put the row's texts into its slot; a pass without text reads zeros."""
         if not self._decoder.reads_text:
             return
         longest = row.text_length

@@ -48,7 +48,8 @@ def attend_split(
         return
     end = tl.minimum(start + split_size, visible)
 
-    head, sequence = head.to(tl.int64), sequence.to(tl.int64)  # a cache may have more than 2**31 elements
+    # In 64 bits: a cache may have more than 2**31 elements.
+    head, sequence = head.to(tl.int64), sequence.to(tl.int64)
     d = tl.arange(0, head_size)
     keys += sequence * stride_kn + head * stride_kh
     values += sequence * stride_vn + head * stride_vh
@@ -73,7 +74,7 @@ def _attend_positions(
     head_size: tl.constexpr,
     block: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Return the largest score, the weights [block] and the weighted values [block, D], both to be summed."""
+    """Return the peak, the weights [block] and the weighted values [block, D], not summed yet."""
     # Summed over the block only at the end: inside the loop, threads that exchange sums would take
     # almost as long as reading fp8.
     d = tl.arange(0, head_size)
@@ -84,9 +85,11 @@ def _attend_positions(
         t = first + tl.arange(0, block)
         is_visible = t < end
         # What is not visible is not read: it may be NaN, and 0 * NaN is NaN.
-        k = tl.load(keys + t[:, None] * stride_kt + d[None, :], mask=is_visible[:, None], other=0.0)  # [block, D]
-        v = tl.load(values + t[:, None] * stride_vt + d[None, :], mask=is_visible[:, None], other=0.0)
-        scores = tl.where(is_visible, tl.sum(k.to(tl.float32) * query[None, :], axis=1), float("-inf"))  # [block]
+        mask = is_visible[:, None]
+        k = tl.load(keys + t[:, None] * stride_kt + d[None, :], mask=mask, other=0.0)  # [block, D]
+        v = tl.load(values + t[:, None] * stride_vt + d[None, :], mask=mask, other=0.0)
+        products = tl.sum(k.to(tl.float32) * query[None, :], axis=1)  # [block]
+        scores = tl.where(is_visible, products, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=0))
         weights = tl.exp2(scores - higher)
         rescale = tl.exp2(peak - higher)  # 0 in the first block

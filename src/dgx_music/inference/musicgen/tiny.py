@@ -1,4 +1,4 @@
-"""Toy MusicGen models with random weights: every part of the real ones, built in a moment, offline."""
+"""Toy MusicGen models with random weights: all parts of the real ones, built offline in a moment."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_tiny(channels: int = 1) -> tuple[MusicgenForConditionalGeneration, ByT
 
 
 def build_tiny_melody(channels: int = 1) -> tuple[MusicgenMelodyForConditionalGeneration, ByT5Tokenizer]:
-    """Return a toy of the models that hear a melody, and its tokenizer; otherwise as ``build_tiny``."""
+    """Return the toy of a model that hears melodies, and its tokenizer, as ``build_tiny`` does."""
     config = _config(MusicgenMelodyConfig, MusicgenMelodyDecoderConfig, channels)
     with _seeded():
         model = MusicgenMelodyForConditionalGeneration(config).eval()
@@ -93,7 +93,7 @@ def _config(family: type[Any], decoder: type[Any], channels: int) -> Any:
 
 
 def _make_heard(model: MusicgenMelodyForConditionalGeneration) -> None:
-    """Make tokens matter after a prefix of hundreds; give the projections biases, which start as zeros."""
+    """Make tokens matter after a long prefix; fill the projections' biases, which start as zeros."""
     for table in model.decoder.model.decoder.embed_tokens:
         table.weight *= 4
     for projection in (model.enc_to_dec_proj, model.audio_enc_to_dec_proj):
@@ -101,7 +101,7 @@ def _make_heard(model: MusicgenMelodyForConditionalGeneration) -> None:
 
 
 def _make_audible(codec: EncodecModel) -> None:
-    """Make random codes sound like noise: fill the codebooks, which start as zeros; scale the last layer.
+    """Make random codes sound like noise: fill the codebooks (zeros at first), scale the last layer.
 
     Biases would add a constant tone much louder than the codes.
     """
@@ -113,5 +113,6 @@ def _make_audible(codec: EncodecModel) -> None:
     weight = codec.decoder.layers[-1].conv.parametrizations.weight
     scale, taps = weight.original0, weight.original1  # [1, 1, 1] or [out, 1, 1], and [out, in, tap]
     taps -= taps.mean(dim=-1, keepdim=True)  # taps that add up to zero remove a constant offset
-    codes = torch.randint(codec.config.codebook_size, (1, 1, _CODEBOOKS, 50))  # [chunk, batch, codebook, frame]
+    shape = (1, 1, _CODEBOOKS, 50)  # [chunk, batch, codebook, frame]
+    codes = torch.randint(codec.config.codebook_size, shape)
     scale *= _RMS / codec.decode(codes, [None]).audio_values.std()

@@ -1,4 +1,4 @@
-"""Loads a MusicGen model's weights into transformers' modules, and refuses what is missing, damaged or doubtful."""
+"""Loads MusicGen weights into transformers' modules; refuses missing, damaged or doubtful ones."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedToken
             raise ValueError(NO_WEIGHTS)
         model = _build(kind, config, _read_tensors(files), dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if tokenizer.unk_token_id in tokenizer("music").input_ids:  # transformers does not check this
+        # transformers does not check this.
+        if tokenizer.unk_token_id in tokenizer("music").input_ids:
             raise ValueError("its tokenizer has no vocabulary")
     except EngineUnavailableError:
         raise
@@ -128,7 +129,7 @@ def _build(
 ) -> Any:
     """Return the model with these weights.
 
-    Raises ``ValueError`` if one of them has no place, another shape, or numbers that are not finite.
+    Raises ``ValueError`` if one has no place, another shape, or numbers that are not finite.
     """
     model, report = kind.from_pretrained(
         None,

@@ -1,4 +1,4 @@
-"""Clips longer than the model's window: overlapping windows, each of which continues the one before.
+"""Clips longer than the model's window: overlapping windows, each continues the one before.
 
 The windowing is audiocraft's (``audiocraft/models/genmodel.py``, ``_generate_tokens``, with
 ``extend_stride`` 18 s): windows of 30 s begin every 18 s, so that each starts from the last 12 s
@@ -17,7 +17,7 @@ _STRIDE = 0.6
 
 
 class Window(NamedTuple):
-    """A part of the clip, in frames; its first ``given_count`` frames exist before it is decoded."""
+    """A part of the clip, in frames; the first ``given_count`` exist before it is decoded."""
 
     start: int
     frame_count: int
