@@ -15,8 +15,9 @@ from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditional
 
 from benchmarks.device import now
 from benchmarks.musicgen_models import DELAY, frames, steps
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.slots import Slots
 
 PROMPTS = ("warm lo-fi piano", "a very fast and loud drum solo", "choir", "80s driving pop song with heavy drums")
 LONGEST_TOKENS = max(len(prompt) for prompt in PROMPTS) + 1  # a byte each, and the end

@@ -29,7 +29,7 @@ def make_process(*, start_timeout_seconds: float = 30, cancel_grace_seconds: flo
 
 
 def ignore(progress: float) -> None:
-    """Be the ``on_progress`` of a generation that nobody watches."""
+    """The ``on_progress`` of a generation that nobody watches."""
 
 
 async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def nobody_may_wait() -> Iterator[None]:
-    """Turn whatever makes the host wait for the device into an error."""
+    """Raise an error if anything makes the host wait for the device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that this mode does not find everything
         torch.cuda.set_sync_debug_mode("error")

@@ -1,6 +1,7 @@
-"""What our tokens are held to: transformers' ``generate``, and for what that cannot do a plain loop over its modules.
+"""References for our tokens: transformers' ``generate``, and a plain loop over its modules.
 
-Nothing here comes from our own inference code. The loop computes all anew at each step, so that nothing can go stale.
+The loop is for what ``generate`` cannot do. Nothing here comes from our own inference code. The
+loop computes everything anew at each step, so that nothing can go stale.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Model = MusicgenForConditionalGeneration | MusicgenMelodyForConditionalGeneratio
 
 
 def melody_inputs(tokenizer: ByT5Tokenizer, prompt: str | None, chroma: Tensor | None) -> dict[str, Tensor]:
-    """Return what a processor makes for ``generate``; no prompt is its ``get_unconditional_inputs``."""
+    """Return a processor's inputs of ``generate``; no prompt: its ``get_unconditional_inputs``."""
     inputs = dict(tokenizer(prompt or "", return_tensors="pt"))
     if prompt is None:
         inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
@@ -64,7 +65,10 @@ def melody_reference_codes(
     guidance_scale: float,
     chroma: Tensor | None,
 ) -> Tensor:
-    """Return the codes ``[K, frame]`` that ``generate`` makes of the prompt and the melody ``[frame, 12]``, greedily."""
+    """Return the codes ``[K, frame]`` that ``generate`` makes greedily.
+
+    It reads the prompt and the melody ``[frame, 12]``.
+    """
     return generated_codes(model, frames, guidance_scale, **melody_inputs(tokenizer, prompt, chroma))
 
 
@@ -80,9 +84,9 @@ def plain_greedy(
     forced: Tensor | None = None,
     chroma: Tensor | None = None,
 ) -> Tensor:
-    """Return the likeliest codes ``[K, frame]``, of which the first are the forced ones ``[K, P]``; any model.
+    """Return the likeliest codes ``[K, frame]`` of any model; the first are forced: ``[K, P]``.
 
-    Without a prompt the conditional half is the null one. ``chroma`` is for models that follow a melody.
+    Without a prompt both passes read the same. ``chroma`` is for models that follow a melody.
     """
     conditions = _conditions(model, tokenizer, [prompt, negative], chroma)
     config = model.decoder.config
@@ -119,10 +123,12 @@ def audiocraft_long_form(
     forced: Tensor | None = None,
     chroma_at: Callable[[int], Tensor | None] = lambda offset: None,
 ) -> Tensor:
-    """Return the codes ``[K, total]`` by the windows of audiocraft's ``_generate_tokens``, each of ``plain_greedy``.
+    """Return the codes ``[K, total]`` in audiocraft's windows (``_generate_tokens``).
 
-    ``chroma_at`` gives the melody of the window that starts at this frame: audiocraft reads 30 s of its samples from
-    there on, from the beginning again where they end.
+    Each window is that of ``plain_greedy``.
+
+    ``chroma_at`` gives the melody of the window that starts at this frame: audiocraft reads 30 s of
+    its samples from there on, and repeats the melody at its end.
     """
     pieces = [] if forced is None else [forced]
     offset, given = 0, 0 if forced is None else forced.shape[1]
@@ -151,9 +157,11 @@ def melody_prefix(
     prompts: list[str | None],
     chroma: Tensor | None,
 ) -> Tensor:
-    """Return the prefixes ``[2, E, hidden]`` of a prompt and a negative one, by transformers' own modules.
+    """Return the prefixes ``[2, E, hidden]`` of two prompts, by transformers' own modules.
 
-    The two are padded as one batch, and masked as ``generate`` masks padding: after the projection.
+    The prompts are the prompt and the negative prompt.
+
+    They are padded as one batch, and masked as ``generate`` masks padding: after the projection.
     """
     texts = tokenizer([prompt or "" for prompt in prompts], padding=True, return_tensors="pt")
     is_given = torch.tensor([[prompt is not None] for prompt in prompts])
@@ -168,7 +176,10 @@ def melody_prefix(
 def _conditions(
     model: Model, tokenizer: ByT5Tokenizer, prompts: list[str | None], chroma: Tensor | None
 ) -> list[Tensor]:
-    """Return what the decoder gets of both halves, ``[1, E, hidden]`` each: a prefix, or what cross-attention reads."""
+    """Return the decoder's input for both passes, ``[1, E, hidden]`` each.
+
+    It is a prefix, or what cross-attention reads.
+    """
     if isinstance(model, MusicgenMelodyForConditionalGeneration):
         return list(melody_prefix(model, tokenizer, prompts, chroma).split(1))
     return [_text(model, tokenizer, prompt) for prompt in prompts]

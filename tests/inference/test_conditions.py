@@ -1,4 +1,7 @@
-"""What a row starts from and reads, against references made of transformers' modules: the same tokens, greedily, in float32."""
+"""What a row starts from and reads, against references made of transformers' modules.
+
+The tokens are the same, greedily, in float32.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny_melody
 from tests.inference.references import plain_greedy
 from tests.inference.test_slots import (
@@ -41,9 +45,10 @@ def make_codes(frames: int, channels: int = 1, seed: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize(
-    "negative", [NEGATIVE, "a text that is a good deal longer than the prompt which it stands beside"]
+    "negative",
+    [NEGATIVE, "a text that is a good deal longer than the prompt which it stands beside"],
 )
-def test_a_negative_prompt_is_what_the_null_half_reads(channels: int, negative: str) -> None:
+def test_a_negative_prompt_is_what_the_unconditional_pass_reads(channels: int, negative: str) -> None:
     row = make_row(PROMPTS[0], 20, channels, negative=make_negative(negative, channels), **GREEDY)
     expected = plain_greedy(*reference(channels), PROMPTS[0], 20, 3.0, negative=negative)
     assert torch.equal(decode([row])[0], expected)
@@ -102,7 +107,9 @@ def test_continuations_join_a_running_batch_and_used_slots() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"guidance_scale": 1.0}, {"negative": make_negative()}], ids=["unguided", "negative"]
+    "options",
+    [{"guidance_scale": 1.0}, {"negative": make_negative()}],
+    ids=["unguided", "negative"],
 )
 def test_a_continuation_reads_what_any_row_reads(options: dict[str, Any]) -> None:
     row = make_row(PROMPTS[1], 20, given=make_codes(8), **options, **GREEDY)
@@ -111,7 +118,7 @@ def test_a_continuation_reads_what_any_row_reads(options: dict[str, Any]) -> Non
     assert torch.equal(decode([row])[0], expected)
 
 
-def test_what_is_given_is_read_in_several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_frames_are_read_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = make_codes(40)
     (whole,) = decode([make_row(frames=60, given=codes, **GREEDY)])
     monkeypatch.setattr("dgx_music.inference.musicgen.decoder._PREFILL_POSITIONS", 7)

@@ -1,6 +1,6 @@
-"""The Triton kernels against torch's attention: in Triton's interpreter (TRITON_INTERPRET=1) on a CPU, and on a GPU.
+"""The Triton kernels against torch's attention: in Triton's interpreter on a CPU, or on a GPU.
 
-Without the interpreter, they are at least compiled for GPUs that are not there.
+The interpreter needs TRITON_INTERPRET=1. Without it, the kernels are compiled for GPUs that are not here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from torch.nn import functional
 
 from dgx_music.inference.musicgen import kernels
 from dgx_music.inference.musicgen.decoder import Decoder
-from dgx_music.inference.musicgen.kernels import BLOCK, add_norm, attend_cached, cut, is_available, store_newest
+from dgx_music.inference.musicgen.kernels import (
+    BLOCK,
+    add_norm,
+    attend_cached,
+    cut,
+    is_available,
+    store_newest,
+)
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.gpu import nobody_may_wait
@@ -34,18 +41,18 @@ needs_compiler = pytest.mark.skipif(IS_INTERPRETED, reason="needs Triton's compi
 DEVICES = [
     pytest.param(
         "cpu",
-        marks=[needs_triton, pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1")],
+        marks=[
+            needs_triton,
+            pytest.mark.skipif(not IS_INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+        ],
     ),
     pytest.param("cuda", marks=[pytest.mark.gpu, needs_triton, needs_gpu, needs_compiler]),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 T = 300
 EDGES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 3 * BLOCK, T - 1]
-PROGRAMS = [
-    1,
-    40,
-    1024,
-]  # one split of all blocks, splits of several blocks, splits of one block: for 9 lines of 2 heads
+# For 9 sequences of 2 heads: one split of all blocks, splits of several blocks, splits of one block.
+PROGRAMS = [1, 40, 1024]
 
 
 @pytest.fixture(params=DEVICES)
@@ -54,27 +61,32 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def make_cache(positions: list[int], *, head_size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return keys and values ``[N, 2, H, T, D]``, NaN past each line's position: a view, as the decoder's are."""
+    """Return keys and values ``[N, 2, H, T, D]`` as a view; NaN past each sequence's position."""
     generator = torch.Generator().manual_seed(len(positions))
     cache = torch.randn(len(positions), 2, 2, 2, T, head_size, generator=generator)
     for row, position in zip(cache, positions, strict=True):
         row[..., position + 1 :, :] = torch.nan
-    cache[:, 1] = torch.nan  # the half that nobody asks for
+    cache[:, 1] = torch.nan  # the pass that is not read
     return cache.to(dtype)[:, :1].flatten(0, 1)
 
 
 def make_queries(count: int, head_size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return ``[N, 2, D]``, a view of queries, keys and values; large enough for some positions to matter far more."""
+    """Return queries ``[N, 2, D]`` as a view; so large that some positions matter far more."""
     generator = torch.Generator().manual_seed(100 + count)
     return (4 * torch.randn(count, 3, 2, head_size, generator=generator)).to(dtype)[:, 0]
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, positions: list[int], filled: int = T, device: str = "cpu"
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: list[int],
+    context_length: int = T,
+    device: str = "cpu",
 ) -> Tensor:
-    """Run the kernels on the device; for strided views to stay what they are there, it is their storage that moves."""
+    """Run the kernels on the device; views keep their strides, as their storage moves."""
     moved = [_moved(tensor, device) for tensor in (q, keys, values)]
-    return attend_cached(moved[0], moved[1], moved[2], torch.tensor(positions, device=device), filled).cpu()
+    return attend_cached(moved[0], moved[1], moved[2], torch.tensor(positions, device=device), context_length).cpu()
 
 
 def _moved(tensor: Tensor, device: str) -> Tensor:
@@ -83,13 +95,13 @@ def _moved(tensor: Tensor, device: str) -> Tensor:
 
 
 def reference(q: Tensor, keys: Tensor, values: Tensor, positions: list[int]) -> Tensor:
-    """Return what torch reads of each line alone, in float32: ``[N, H * D]``."""
+    """Return what torch reads of each sequence alone, in float32: ``[N, H * D]``."""
     q, keys, values = q.float()[:, :, None], keys.float(), values.float()
-    lines = [
+    read = [
         functional.scaled_dot_product_attention(q[n], keys[n, :, : last + 1], values[n, :, : last + 1])
         for n, last in enumerate(positions)
     ]
-    return torch.stack(lines).flatten(1)
+    return torch.stack(read).flatten(1)
 
 
 def assert_agree(actual: Tensor, expected: Tensor) -> None:
@@ -99,16 +111,19 @@ def assert_agree(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("programs", PROGRAMS)
 @pytest.mark.parametrize("head_size", [32, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_line_reads_what_torch_reads(
+def test_every_sequence_reads_what_torch_reads(
     device: str, dtype: torch.dtype, head_size: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-    q, (keys, values) = make_queries(9, head_size), make_cache(EDGES, head_size=head_size, dtype=dtype).unbind(1)
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
+    q, (keys, values) = (
+        make_queries(9, head_size),
+        make_cache(EDGES, head_size=head_size, dtype=dtype).unbind(1),
+    )
     assert_agree(attend(q, keys, values, EDGES, device=device), reference(q, keys, values, EDGES))
 
 
 @pytest.mark.parametrize("count", range(1, 9))
-def test_any_number_of_lines(device: str, count: int) -> None:
+def test_any_number_of_sequences(device: str, count: int) -> None:
     positions = [37 * line + 5 for line in range(count)]
     q, (keys, values) = make_queries(count), make_cache(positions).unbind(1)
     assert_agree(attend(q, keys, values, positions, device=device), reference(q, keys, values, positions))
@@ -116,27 +131,33 @@ def test_any_number_of_lines(device: str, count: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_is_read_has_the_querys_format(device: str, dtype: torch.dtype) -> None:
-    q, (keys, values) = make_queries(9, dtype=dtype), make_cache(EDGES, dtype=torch.float8_e4m3fn).unbind(1)
+    q, (keys, values) = (
+        make_queries(9, dtype=dtype),
+        make_cache(EDGES, dtype=torch.float8_e4m3fn).unbind(1),
+    )
     read = attend(q, keys, values, EDGES, device=device)
     assert read.dtype == dtype
     torch.testing.assert_close(read, reference(q, keys, values, EDGES).to(dtype))
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
-def test_how_much_is_filled_makes_no_difference(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+def test_the_context_length_makes_no_difference(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     positions = [0, 50, 70]
     q, (keys, values) = make_queries(3), make_cache(positions).unbind(1)
-    for filled in (71, 128, 129, T):
-        assert_agree(attend(q, keys, values, positions, filled, device), reference(q, keys, values, positions))
+    for context_length in (71, 128, 129, T):
+        assert_agree(
+            attend(q, keys, values, positions, context_length, device),
+            reference(q, keys, values, positions),
+        )
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
-def test_a_position_past_what_is_filled_reads_what_is_filled(
+def test_a_position_past_the_context_length_reads_the_context(
     device: str, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A free slot keeps its last row's position while others' launches are made for less."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    """A free slot keeps its last row's position, while launches for others have a shorter context."""
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     q, (keys, values) = make_queries(2), make_cache([149, 149]).unbind(1)
     assert_agree(attend(q, keys, values, [290, 5], 150, device), reference(q, keys, values, [149, 5]))
 
@@ -152,14 +173,14 @@ def test_each_tensor_has_strides_of_its_own(device: str) -> None:
 @pytest.mark.parametrize("rising", [1, -1])
 @pytest.mark.parametrize("programs", PROGRAMS)
 def test_scores_far_apart_are_merged(device: str, programs: int, rising: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     q, (keys, values) = torch.ones(9, 2, 64), make_cache(EDGES).unbind(1)
     keys = keys + rising * torch.arange(T)[:, None]  # scores from -2,400 to 2,400
     assert_agree(attend(q, keys, values, EDGES, device=device), reference(q, keys, values, EDGES))
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
-def test_broken_numbers_stay_in_their_line(device: str, part: int) -> None:
+def test_broken_numbers_stay_in_their_sequence(device: str, part: int) -> None:
     cache = make_cache(EDGES)
     cache[4, part, :, 40, 3] = torch.nan
     q, (keys, values) = make_queries(9), cache.unbind(1)
@@ -171,8 +192,8 @@ def test_broken_numbers_stay_in_their_line(device: str, part: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"filled": T + 1}, "filled is 301; the cache has 300"),
-        ({"filled": 0}, "filled is 0"),
+        ({"context_length": T + 1}, "context_length is 301; the cache has 300"),
+        ({"context_length": 0}, "context_length is 0"),
         ({"q": torch.zeros(9, 2, 32)}, "do not fit"),
         ({"positions": torch.zeros(8, dtype=torch.long)}, "do not fit"),
         ({"values": torch.zeros(9, 2, 64, T).transpose(2, 3)}, "contiguous"),
@@ -180,13 +201,19 @@ def test_broken_numbers_stay_in_their_line(device: str, part: int) -> None:
 )
 def test_what_would_be_read_wrongly_is_refused(changes: dict[str, Any], message: str) -> None:
     keys, values = make_cache(EDGES).unbind(1)
-    arguments = {"q": make_queries(9), "keys": keys, "values": values, "positions": torch.tensor(EDGES), "filled": T}
+    arguments = {
+        "q": make_queries(9),
+        "keys": keys,
+        "values": values,
+        "positions": torch.tensor(EDGES),
+        "context_length": T,
+    }
     with pytest.raises(ValueError, match=message):
         attend_cached(**arguments | changes)
 
 
 @pytest.mark.parametrize(
-    ("pairs", "filled", "splits"),
+    ("pairs", "context_length", "splits"),
     [
         (32, 1504, (24, 64)),
         (64, 1504, (12, 128)),
@@ -196,25 +223,27 @@ def test_what_would_be_read_wrongly_is_refused(changes: dict[str, Any], message:
         (1, 1, (1, 64)),
     ],
 )
-def test_the_cache_is_cut_for_as_much_work_as_a_gpu_holds(pairs: int, filled: int, splits: tuple[int, int]) -> None:
-    assert cut(pairs, filled) == splits
+def test_the_cache_is_cut_for_as_much_work_as_a_gpu_holds(
+    pairs: int, context_length: int, splits: tuple[int, int]
+) -> None:
+    assert cut(pairs, context_length) == splits
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 18, 100, 1000, 5000])
 def test_no_position_is_left_out_and_no_split_is_empty(pairs: int) -> None:
-    for filled in range(1, 1505):
-        count, size = cut(pairs, filled)
-        assert (count - 1) * size < filled <= count * size
+    for context_length in range(1, 1505):
+        count, size = cut(pairs, context_length)
+        assert (count - 1) * size < context_length <= count * size
 
 
-# what stands beside attention
+# add and norm, and writing to the cache
 
 
 WIDTHS = [64, 96, 1536]
 
 
 def assert_rounded_alike(actual: Tensor, expected: Tensor) -> None:
-    """Compare as usual; the interpreter cuts off what bfloat16 cannot hold, where torch and GPUs round."""
+    """Compare as usual; the interpreter truncates to bfloat16, while torch and GPUs round."""
     is_cut = IS_INTERPRETED and expected.dtype == torch.bfloat16
     torch.testing.assert_close(actual, expected, **({"rtol": 1 / 64, "atol": 1 / 64} if is_cut else {}))
 
@@ -236,16 +265,16 @@ def test_adding_and_norming_are_torchs(
     assert_rounded_alike(normed, functional.layer_norm(there.cpu()[::read_every], [hidden], weight, bias))
 
 
-@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_each_row_writes_at_its_own_position(device: str, dtype: torch.dtype, halves: int) -> None:
+def test_each_row_writes_at_its_own_position(device: str, dtype: torch.dtype, passes: int) -> None:
     positions = torch.tensor([0, 7, 3])
     cache = torch.zeros(4, 2, 2, 3, 8, 32, dtype=dtype)
-    fresh = torch.randn(3 * halves, 3, 3, 32)[:, 1:]  # a view beside the queries, of 3 heads
+    fresh = torch.randn(3 * passes, 3, 3, 32)[:, 1:]  # a view beside the queries, of 3 heads
     expected = cache.clone()
-    expected[torch.arange(3), :halves, :, :, positions] = fresh.reshape(3, halves, 2, 3, 32).to(dtype)
+    expected[torch.arange(3), :passes, :, :, positions] = fresh.reshape(3, passes, 2, 3, 32).to(dtype)
     there = cache.to(device)
-    store_newest(_moved(fresh, device), there, positions.to(device), halves)
+    store_newest(_moved(fresh, device), there, positions.to(device), passes)
     assert_rounded_alike(there.cpu(), expected)
 
 
@@ -261,7 +290,7 @@ def test_what_fp8_cannot_hold_is_its_largest(device: str) -> None:
 
 
 def test_infinity_stays_what_it_is_in_its_own_format(device: str) -> None:
-    """It ends its row, where a large number would be taken for a key."""
+    """Infinity fails its row; a large number instead would pass as a key."""
     cache = torch.zeros(1, 1, 2, 1, 2, 32, dtype=torch.float16, device=device)
     fresh = torch.full((1, 2, 1, 32), torch.inf, dtype=torch.float16, device=device)
     store_newest(fresh, cache, torch.tensor([1], device=device), 1)
@@ -269,7 +298,7 @@ def test_infinity_stays_what_it_is_in_its_own_format(device: str) -> None:
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory", "CUDA error: an illegal memory access was encountered"])
-def test_a_device_in_trouble_is_not_taken_for_one_without_kernels(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+def test_a_failing_device_does_not_count_as_one_without_kernels(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     monkeypatch.setattr(kernels, "store_newest", Mock(side_effect=RuntimeError(words)))
     with pytest.raises(RuntimeError, match=words):
         kernels.can_launch(torch.device("cpu"), torch.bfloat16)
@@ -278,9 +307,21 @@ def test_a_device_in_trouble_is_not_taken_for_one_without_kernels(monkeypatch: p
 @pytest.mark.parametrize(
     ("fresh", "cache", "positions"),
     [
-        (torch.zeros(2, 2, 2, 32), torch.zeros(2, 2, 2, 2, 8, 32), torch.zeros(2, dtype=torch.long)),
-        (torch.zeros(4, 2, 3, 32), torch.zeros(2, 2, 2, 2, 8, 32), torch.zeros(2, dtype=torch.long)),
-        (torch.zeros(4, 2, 2, 32), torch.zeros(2, 2, 2, 2, 32, 8).mT, torch.zeros(2, dtype=torch.long)),
+        (
+            torch.zeros(2, 2, 2, 32),
+            torch.zeros(2, 2, 2, 2, 8, 32),
+            torch.zeros(2, dtype=torch.long),
+        ),
+        (
+            torch.zeros(4, 2, 3, 32),
+            torch.zeros(2, 2, 2, 2, 8, 32),
+            torch.zeros(2, dtype=torch.long),
+        ),
+        (
+            torch.zeros(4, 2, 2, 32),
+            torch.zeros(2, 2, 2, 2, 32, 8).mT,
+            torch.zeros(2, dtype=torch.long),
+        ),
     ],
 )
 @needs_triton
@@ -289,7 +330,7 @@ def test_what_would_be_written_wrongly_is_refused(fresh: Tensor, cache: Tensor, 
         store_newest(fresh, cache, positions, 2)
 
 
-# where it can be used
+# which devices can use them
 
 
 @pytest.fixture
@@ -303,7 +344,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize(
-    ("capability", "in_16_bit", "in_fp8"), [((7, 5), False, False), ((8, 6), True, False), ((8, 9), True, True)]
+    ("capability", "in_16_bit", "in_fp8"),
+    [((7, 5), False, False), ((8, 6), True, False), ((8, 9), True, True)],
 )
 def test_an_older_gpu_has_no_fp8(
     pretended_gpu: pytest.MonkeyPatch, capability: tuple[int, int], in_16_bit: bool, in_fp8: bool
@@ -320,7 +362,7 @@ def test_it_takes_triton_and_a_cuda_device(pretended_gpu: pytest.MonkeyPatch) ->
     assert not is_available()
 
 
-def test_a_launch_that_fails_is_noticed_beforehand(
+def test_a_launch_that_fails_is_noticed_in_advance(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels, "store_newest", Mock(side_effect=RuntimeError("Failed to find C compiler.\nMore")))
@@ -341,30 +383,34 @@ def test_a_decoders_tokens_are_the_same_through_the_kernels(
         decoder = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
         if is_in_fp8:
             decoder.shrink_cache()
-        monkeypatch.setattr(decoder, "_has_kernel", has_kernel)
+        monkeypatch.setattr(decoder.attention, "has_kernel", has_kernel)
         rows = [make_row(frames=frames, **GREEDY) for frames in (3, 6)]
         codes.append(decode(rows, slots=Slots(decoder, 2, MAX_STEPS)))
     for plain, by_kernel in zip(*codes, strict=True):
         assert torch.equal(plain, by_kernel)
 
 
-def test_nothing_but_a_call_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_call_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.split_kv", raising=False)
-    monkeypatch.setattr("dgx_music.inference.musicgen.kernels", kernels)  # to be put back: importing again replaces it
+    monkeypatch.setattr("dgx_music.inference.musicgen.kernels", kernels)  # importing again replaces it
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.kernels")
     fresh = importlib.import_module("dgx_music.inference.musicgen.kernels")
     with pytest.raises(ImportError, match="triton"):
         fresh.attend_cached(make_queries(1), *make_cache([1]).unbind(1), torch.tensor([1]), T)
 
 
-# compiled for a GPU that need not be there
+# compiled for a GPU, without one
 
 
 def compile_kernel(
-    name: str, types: dict[str, str], sizes: dict[str, int], capability: int, module: str = "split_kv"
+    name: str,
+    types: dict[str, str],
+    sizes: dict[str, int],
+    capability: int,
+    module: str = "split_kv",
 ) -> dict[str, Any]:
-    """Return what Triton makes of a kernel: its PTX and machine code among it."""
+    """Return what Triton makes of a kernel, such as PTX and machine code."""
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     kernel = getattr(importlib.import_module(f"dgx_music.inference.musicgen.{module}"), name)
@@ -376,22 +422,35 @@ def compile_kernel(
 @needs_triton
 @needs_compiler
 @pytest.mark.parametrize(
-    ("cache_type", "capability"), [("bf16", 80), ("fp16", 80), ("fp32", 80), ("fp8e4nv", 89), ("fp8e4nv", 90)]
+    ("cache_type", "capability"),
+    [("bf16", 80), ("fp16", 80), ("fp32", 80), ("fp8e4nv", 89), ("fp8e4nv", 90)],
 )
 def test_the_kernels_compile_for_a_gpu(
     cache_type: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     workspace = {"positions": "*i64", "sums": "*fp32", "peaks": "*fp32", "totals": "*fp32"}
-    pointers = {"q": "*bf16", "keys": f"*{cache_type}", "values": f"*{cache_type}", "scale": "fp32"} | workspace
+    pointers = {
+        "q": "*bf16",
+        "keys": f"*{cache_type}",
+        "values": f"*{cache_type}",
+        "scale": "fp32",
+    } | workspace
     assert compile_kernel("attend_split", pointers, {"head_size": 64, "block": BLOCK}, capability)["cubin"]
     merged = {"out": "*bf16"} | workspace
     assert compile_kernel("merge_splits", merged, {"head_size": 64, "padded_count": 32}, capability)["cubin"]
-    lines = {"x": "*bf16", "more": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "epsilon": "fp32"}
+    pointers = {
+        "x": "*bf16",
+        "more": "*bf16",
+        "weight": "*bf16",
+        "bias": "*bf16",
+        "out": "*bf16",
+        "epsilon": "fp32",
+    }
     steps = {"added_every": 2, "read_every": 1, "block": 2048}
-    assert compile_kernel("add_norm", lines, steps, capability, "fused")["cubin"]
-    written = {"fresh": "*bf16", "cache": f"*{cache_type}", "positions": "*i64", "most": "fp32"}
-    steps = {"halves": 2, "head_size": 64, "block": 2048}
+    assert compile_kernel("add_norm", pointers, steps, capability, "fused")["cubin"]
+    written = {"fresh": "*bf16", "cache": f"*{cache_type}", "positions": "*i64", "limit": "fp32"}
+    steps = {"passes": 2, "head_size": 64, "block": 2048}
     assert compile_kernel("store_newest", written, steps, capability, "fused")["cubin"]
 
 

@@ -1,6 +1,7 @@
-"""The code that compares a real model's numbers with those publicly known: held to transformers' own on a toy of the family.
+"""The comparison with publicly known numbers, tried on a toy model.
 
-What transformers' tests call is called here word for word, with another model: so what is computed is what was published.
+Transformers' own tests are repeated here word for word, with the toy: so what our engine computes
+is what they computed.
 """
 
 import re
@@ -11,7 +12,13 @@ import torch
 from dgx_music.catalog import MODELS
 from dgx_music.inference.musicgen import inventory, known_answers
 from dgx_music.inference.musicgen.engine import build
-from dgx_music.inference.musicgen.known_answers import QUESTIONS, TOLERANCES, Examinee, compare, examine
+from dgx_music.inference.musicgen.known_answers import (
+    QUESTIONS,
+    TOLERANCES,
+    AnsweringEngine,
+    check,
+    compare,
+)
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import make_settings
 
@@ -21,17 +28,17 @@ STEREO = [question for question in QUESTIONS if question.model == "musicgen-ster
 
 @pytest.fixture(scope="module", params=[1])
 def toy(request, tmp_path_factory):
-    """A toy of so many channels in a folder: transformers' model, its tokenizer, and our engine of the same files."""
+    """A toy of so many channels: transformers' model, its tokenizer, and our engine of its files."""
     folder = tmp_path_factory.mktemp("toy")
     model, tokenizer = build_tiny(request.param)
     for saved in (model, tokenizer):
         saved.save_pretrained(folder)
     settings = make_settings(engine="musicgen", model=str(folder), device="cpu", dtype="float32", slots=1)
-    return model, tokenizer, build(settings, Examinee)
+    return model, tokenizer, build(settings, AnsweringEngine)
 
 
 def as_published(question, model, tokenizer):
-    """Return what transformers' test computes for the question: ``[1, V]`` or ``[channel, sample]``."""
+    """Return what transformers' test computes: ``[1, V]`` or ``[channel, sample]``."""
     if question.what == "samples" and not question.prompt:
         inputs = model.get_unconditional_inputs(num_samples=1)
         steps = question.frame_count + (3 if question.is_delayed else 0)
@@ -50,11 +57,11 @@ def as_published(question, model, tokenizer):
     indirect=["toy"],
 )
 @torch.no_grad()
-def test_what_is_computed_is_what_transformers_tests_compute(toy, question):
-    model, tokenizer, examinee = toy
+def test_the_engine_computes_what_transformers_tests_compute(toy, question):
+    model, tokenizer, engine = toy
     model.generation_config.update(decoder_start_token_id=2048, pad_token_id=2048)
 
-    expected, found = as_published(question, model, tokenizer), examinee.answer(question)
+    expected, found = as_published(question, model, tokenizer), engine.answer(question)
 
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -66,8 +73,8 @@ def asked_of(toy, question=SMALL[0]):
     return question._replace(expected=tuple(tuple(row) for row in answer.tolist()))
 
 
-def test_an_equal_answer_is_told_as_such(toy):
-    comparison = examine(toy[2], asked_of(toy))
+def test_an_equal_answer_is_ok(toy):
+    comparison = check(toy[2], asked_of(toy))
 
     assert comparison.verdict == "ok"
     assert comparison.detail.startswith(
@@ -76,18 +83,18 @@ def test_an_equal_answer_is_told_as_such(toy):
 
 
 @pytest.mark.parametrize("change", [3e-4, float("nan")])
-def test_an_answer_that_is_off_in_one_number_is_told_as_such(toy, change):
+def test_an_answer_with_one_wrong_number_has_failed(toy, change):
     right = asked_of(toy, SMALL[1])
     first, *rest = right.expected[0]
     wrong = right._replace(expected=((first + change, *rest), *right.expected[1:]))
 
-    comparison = examine(toy[2], wrong)
+    comparison = check(toy[2], wrong)
 
     assert comparison.verdict == "failed"
     assert "are not those known (transformers' tests/" in comparison.detail
 
 
-def test_a_model_of_which_nothing_is_known_is_not_loaded():
+def test_a_model_without_known_numbers_is_not_loaded():
     (comparison,) = compare(make_settings(engine="musicgen", model="musicgen-large"))
 
     assert comparison.verdict == "warning"
@@ -98,7 +105,9 @@ def test_all_is_compared_in_float32_and_the_logits_in_the_workers_own_format(toy
     loaded = []
     monkeypatch.setattr(known_answers, "QUESTIONS", [asked_of(toy, question) for question in QUESTIONS])
     monkeypatch.setattr(
-        known_answers, "build", lambda settings, kind: loaded.append(settings.dtype) or Answering(settings)
+        known_answers,
+        "build",
+        lambda settings, kind: loaded.append(settings.dtype) or Answering(settings),
     )
 
     told = [comparison.detail for comparison in compare(make_settings(model="musicgen-small", dtype="bfloat16"))]
@@ -112,7 +121,7 @@ def test_all_is_compared_in_float32_and_the_logits_in_the_workers_own_format(toy
 
 
 class Answering:
-    """An engine in a format, that has nothing to say."""
+    """An engine in a number format, without answers."""
 
     def __init__(self, settings):
         self.dtype_name = settings.dtype

@@ -1,4 +1,4 @@
-"""A GPU's launches, as far as they can be tried without one: the same tokens in a GPU's shapes, and nothing that waits."""
+"""A GPU's launches, as far as a CPU can try them: the same tokens, and nothing that waits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,28 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
-from dgx_music.inference.musicgen.launches import STEPS_PER_LAUNCH, EagerLauncher, Plan, Span, bucket
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.launches import (
+    STEPS_PER_LAUNCH,
+    EagerLauncher,
+    Plan,
+    Span,
+    bucket,
+)
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.gpu import nobody_may_wait
 from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
-from tests.inference.test_slots import GREEDY, MAX_STEPS, PROMPTS, decode, decoder, make_row, make_slots
+from tests.inference.test_slots import (
+    GREEDY,
+    MAX_STEPS,
+    PROMPTS,
+    decode,
+    decoder,
+    make_row,
+    make_slots,
+)
 
 
 class BucketLauncher(EagerLauncher):
@@ -42,7 +57,7 @@ def decode_in_buckets(rows: list[Row], slot_count: int = 4) -> list[Any]:
 
 
 def make_rows(**options: Any) -> Iterator[Row]:
-    """Yield rows of all kinds; the fourth is as long as there is room for."""
+    """Yield rows of all kinds; the fourth has the maximum length."""
     yield make_row(PROMPTS[0], 20, seed=1, **options)
     yield make_row(PROMPTS[1], 9, seed=2, guidance_scale=1.0, **options)
     yield make_row(PROMPTS[2], 13, seed=3, top_k=0, top_p=0.9, negative=make_negative(NEGATIVE), **options)
@@ -67,25 +82,27 @@ def test_few_plans_serve_many_rows() -> None:
     assert len(launcher.plans) > 40
 
 
-def make_plan(rows: int, halves: int, filled: list[int], texts: list[int], widest: int) -> Plan:
+def make_plan(rows: int, passes: int, contexts: list[int], texts: list[int], max_top_k: int) -> Plan:
     """Return an exact plan; one text for each row, or none."""
-    reach, extents = (tuple(Span(n, n + 1, length, False) for n, length in enumerate(own)) for own in (filled, texts))
-    return Plan(rows, halves, min(halves, len(texts)), reach, extents, widest, 1)
+    context_spans, text_spans = (
+        tuple(Span(n, n + 1, length, False) for n, length in enumerate(lengths)) for lengths in (contexts, texts)
+    )
+    return Plan(rows, passes, min(passes, len(texts)), context_spans, text_spans, max_top_k, 1)
 
 
 @pytest.mark.parametrize(
-    ("given", "rows", "filled", "text", "widest"),
+    ("given", "rows", "context", "text", "max_top_k"),
     [
         (make_plan(3, 2, [100, 20, 3], [7, 7, 9], 250), 4, 128, 32, 256),
         (make_plan(5, 1, [122] * 5, [], 1), 6, 256, None, 256),
         (make_plan(6, 2, [1504] * 6, [33, 65, 2, 2, 2, 2], 2048), 6, 1504, 128, 1 << 30),
     ],
 )
-def test_a_plan_is_rounded_up(given: Plan, rows: int, filled: int, text: int | None, widest: int) -> None:
+def test_a_plan_is_rounded_up(given: Plan, rows: int, context: int, text: int | None, max_top_k: int) -> None:
     plan = bucket(given, slot_count=6, max_positions=1504)
-    assert plan.reach == (Span(0, rows, filled, is_masked=True),)
-    assert plan.texts == (() if text is None else (Span(0, rows, text, is_masked=True),))
-    assert (plan.rows, plan.widest, plan.steps) == (rows, widest, STEPS_PER_LAUNCH)
+    assert plan.context_spans == (Span(0, rows, context, is_masked=True),)
+    assert plan.text_spans == (() if text is None else (Span(0, rows, text, is_masked=True),))
+    assert (plan.rows, plan.max_top_k, plan.steps) == (rows, max_top_k, STEPS_PER_LAUNCH)
 
 
 @pytest.fixture
@@ -97,7 +114,7 @@ def occupied() -> Slots:
 
 
 def pretend(slots: Slots) -> None:
-    """Replace all tensors by ones without contents: whoever asks for a number gets an error instead."""
+    """Replace all tensors by tensors without contents: reading a number raises an error."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for name, value in vars(slots).items():
         if isinstance(value, Tensor):
@@ -112,7 +129,7 @@ def test_a_launch_never_waits_for_a_number(occupied: Slots) -> None:
         occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
 
 
-def test_who_waits_for_a_number_is_found_out(occupied: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_waits_for_a_number_is_found(occupied: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = decoder().forward
 
     def wait(tokens: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -158,7 +175,7 @@ def test_a_launch_copies_nothing_to_the_host() -> None:
     with nobody_may_wait():
         for _ in range(4):
             slots.step()
-    assert slots._board.position[0] == slots.rows[0].position > 0
+    assert slots._state.position[0] == slots.rows[0].position > 0
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The decoding thread: what joins, what leaves, and what goes wrong."""
+"""The decoding thread: admitting rows, retiring them, and failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.patience import PATIENCE
 
 
 class SignallingRun(QuietRun):
-    """Says when its row has made its first step; the step after waits for the event it is given."""
+    """Says when its row has made its first step; the next step waits for the given event."""
 
     def __init__(self, go_on: threading.Event | None = None) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def make_loop(slot_count: int = 3) -> DecodingLoop:
 
 
 def break_steps(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[Slots], bool]) -> None:
-    """Make every step of slots that ``is_broken`` finds so raise."""
+    """Make every step raise if ``is_broken`` says so of the slots."""
     step = Slots.step
 
     def broken(slots: Slots) -> None:
@@ -109,7 +109,7 @@ def test_a_cancelled_row_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor
     assert torch.equal(healthy.result(20), decode([make_row(frames=30, seed=1)])[0])
 
 
-def test_a_row_whose_line_is_broken_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+def test_a_row_whose_caller_is_gone_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
     healthy = pool.submit(loop.decode, make_row(seed=1), QuietRun())
     with pytest.raises(ConnectionError):
         loop.decode(make_row(), BrokenRun())
@@ -144,7 +144,7 @@ def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
     assert loop._slots is not first
 
 
-def test_all_rows_of_a_failed_step_are_told(
+def test_all_rows_of_a_failed_step_get_an_error(
     pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop = make_loop(slot_count=2)

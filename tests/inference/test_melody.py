@@ -1,4 +1,4 @@
-"""Chroma and prefixes, held to transformers' own feature extractor, and to what ``generate`` gives its decoder."""
+"""Chroma and prefixes against transformers' feature extractor and ``generate``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def song(sample_count: int, seed: int) -> Tensor:
     """Return a random sum of notes that come and go, with some noise, and silence in the middle."""
     dice = torch.Generator().manual_seed(seed)
     time = torch.arange(sample_count) / RATE
-    hertz, loudness, beat = 55 * 2 ** (5 * torch.rand(9, 1, generator=dice)), *torch.rand(2, 9, 1, generator=dice)
+    hertz, loudness, beat = (
+        55 * 2 ** (5 * torch.rand(9, 1, generator=dice)),
+        *torch.rand(2, 9, 1, generator=dice),
+    )
     notes = loudness * torch.sin(2 * math.pi * hertz * time) * (torch.sin(9 * beat * time) > 0)
     is_silent = (time - time.mean()).abs() < 1
     return (notes.sum(0) + 0.03 * noise(sample_count, seed)).masked_fill(is_silent, 0)
@@ -64,7 +67,7 @@ def test_a_tone_out_of_tune_is_the_nearest_pitch_class(cents: int, expected: int
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
-def test_the_sample_rate_is_heeded(rate: int) -> None:
+def test_the_sample_rate_counts(rate: int) -> None:
     assert set(classes(tone(440, 1, rate), rate)) == {9}
 
 
@@ -82,11 +85,11 @@ def test_loudness_does_not_matter(loudness: float) -> None:
 
 
 @pytest.mark.parametrize("sample_count", LENGTHS)
-def test_silence_is_what_stands_for_no_melody(sample_count: int) -> None:
+def test_silence_is_the_same_as_no_melody(sample_count: int) -> None:
     assert set(classes(torch.zeros(sample_count))) == {0}
 
 
-def test_a_silent_stretch_between_notes_is_too() -> None:
+def test_so_is_silence_between_notes() -> None:
     heard = classes(torch.cat([tone(440, 2), torch.zeros(2 * RATE), tone(440, 2)]))
     assert set(heard[:13]) == set(heard[-13:]) == {9}
     assert set(heard[19:29]) == {0}
@@ -94,7 +97,16 @@ def test_a_silent_stretch_between_notes_is_too() -> None:
 
 @pytest.mark.parametrize(
     ("sample_count", "frame_count"),
-    [(0, 5), (1, 5), (16_384, 5), (20_479, 5), (20_480, 6), (959_999, 235), (960_000, 235), (2_000_000, 235)],
+    [
+        (0, 5),
+        (1, 5),
+        (16_384, 5),
+        (20_479, 5),
+        (20_480, 6),
+        (959_999, 235),
+        (960_000, 235),
+        (2_000_000, 235),
+    ],
 )
 def test_a_frame_is_4096_samples_and_30_s_are_the_most(sample_count: int, frame_count: int) -> None:
     assert len(classes(noise(sample_count))) == frame_count
@@ -112,8 +124,8 @@ def test_samples_of_any_float_format_are_the_same_melody() -> None:
 class Spectrogram:
     """What torchaudio documents of its transform for these arguments.
 
-    The short-time Fourier transform, centred, under a periodic Hann window, divided by the root of the window's summed
-    squares (``normalized``), and of its magnitudes the ``power``.
+    The short-time Fourier transform, centred, with a periodic Hann window; divided by the root of
+    the window's summed squares (``normalized``); then the ``power`` of its magnitudes.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -132,7 +144,7 @@ class Spectrogram:
 
 @pytest.fixture
 def extractor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Transformers' own, with a stand-in for the one thing that it needs of torchaudio."""
+    """Transformers' own extractor; its one need of torchaudio is replaced."""
     theirs = import_module("transformers.models.musicgen_melody.feature_extraction_musicgen_melody")
     torchaudio = SimpleNamespace(transforms=SimpleNamespace(Spectrogram=Spectrogram))
     monkeypatch.setattr(theirs, "torchaudio", torchaudio, raising=False)
@@ -175,11 +187,12 @@ def melody(frame_count: int | None) -> Tensor | None:
 
 
 def generates_with(prompt: str | None, melody: Tensor | None, guidance_scale: float, channels: int) -> Tensor:
-    """Return the prefix ``[half, E, hidden]`` that ``generate`` gives to its decoder in the first step."""
+    """Return the prefix ``[pass, E, hidden]`` that ``generate`` gives its decoder at first."""
     model, tokenizer = toy(channels)
     seen: list[Tensor | None] = []
     hook = model.decoder.register_forward_pre_hook(
-        lambda module, args, options: seen.append(options["encoder_hidden_states"]), with_kwargs=True
+        lambda module, args, options: seen.append(options["encoder_hidden_states"]),
+        with_kwargs=True,
     )
     config = GenerationConfig(
         do_sample=False, guidance_scale=guidance_scale, max_new_tokens=8, decoder_start_token_id=PAD
@@ -202,7 +215,7 @@ def test_the_prefix_is_that_of_generate(frame_count: int | None, prompt: str | N
 
 
 @pytest.mark.parametrize("frame_count", [None, 47])
-def test_the_conditional_half_alone_is_that_of_generate_unguided(frame_count: int | None) -> None:
+def test_the_conditional_pass_alone_is_that_of_generate_unguided(frame_count: int | None) -> None:
     expected = generates_with(PROMPTS[0], melody(frame_count), 1.0, 1)
     made = reader().prefix(text_states(PROMPTS[0]), melody(frame_count), None)
     torch.testing.assert_close(made[:1], expected, atol=1e-6, rtol=1e-6)
@@ -211,7 +224,7 @@ def test_the_conditional_half_alone_is_that_of_generate_unguided(frame_count: in
 @pytest.mark.parametrize("frame_count", [None, 47, 300])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("negative", PROMPTS)
-def test_the_shorter_text_is_filled_up_as_transformers_masks_padding(
+def test_the_shorter_text_is_padded_as_transformers_masks_padding(
     negative: str | None, prompt: str | None, frame_count: int | None
 ) -> None:
     expected = melody_prefix(*toy(), [prompt, negative], melody(frame_count))
@@ -227,7 +240,7 @@ def test_no_text_is_one_zero() -> None:
     assert reader().melody_length == 235
 
 
-def test_the_null_half_has_no_melody() -> None:
+def test_the_unconditional_pass_has_no_melody() -> None:
     one, other = (reader().prefix(text_states(PROMPTS[0]), melody(frames), None) for frames in (47, None))
     assert torch.equal(one[1], other[1])
     assert not torch.equal(one[0], other[0])
@@ -245,7 +258,7 @@ def test_the_prefix_is_in_the_decoders_number_format(dtype: torch.dtype) -> None
 
 
 def test_widths_that_agree_need_no_projection() -> None:
-    """As in transformers, which then has none."""
+    """As in transformers, which has none in this case."""
     decoder = SimpleNamespace(lm_heads=[torch.nn.Linear(12, 5)])
     bare = MelodyReader(SimpleNamespace(config=SimpleNamespace(chroma_length=7), decoder=decoder))
     made = bare.prefix(torch.ones(3, 12), melody(7), None)

@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from dgx_music.catalog import MODELS, UNTRAINED_NOTICE
 from dgx_music.errors import EngineError, EngineUnavailableError, GenerationCancelledError
 from dgx_music.inference import checkpoint
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
+from dgx_music.inference.musicgen import devices, weights
 from dgx_music.inference.musicgen import engine as musicgen
-from dgx_music.inference.musicgen import weights
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.tiny import build_tiny
 from dgx_music.inference.process import EngineProcess
@@ -61,12 +60,26 @@ class FakeRun:
 
 
 def load(model: str | Path = TINY, **settings: Any) -> MusicGenEngine:
-    fields = {"engine": "musicgen", "model": str(model), "device": "cpu", "dtype": "float32", "slots": 1, **settings}
+    fields = {
+        "engine": "musicgen",
+        "model": str(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "slots": 1,
+        **settings,
+    }
     return musicgen.load(EngineSettings(**fields))
 
 
 def generate(engine: MusicGenEngine, run: FakeRun | None = None, **fields: Any) -> Audio:
-    asked = {"generation_id": "g", "prompt": "lo-fi piano", "duration": 0.2, "model": TINY, "seed": 7, **fields}
+    asked = {
+        "generation_id": "g",
+        "prompt": "lo-fi piano",
+        "duration": 0.2,
+        "model": TINY,
+        "seed": 7,
+        **fields,
+    }
     return engine.generate(GenerationRequest(**asked), run or FakeRun())
 
 
@@ -176,7 +189,10 @@ def test_greedy_audio_is_that_of_a_plain_call(
 ) -> None:
     model, tokenizer = build_tiny(channels)
     config = GenerationConfig(
-        do_sample=False, guidance_scale=guidance_scale, max_new_tokens=13, decoder_start_token_id=2048
+        do_sample=False,
+        guidance_scale=guidance_scale,
+        max_new_tokens=13,
+        decoder_start_token_id=2048,
     )
     plain = model.generate(**tokenizer("lo-fi piano", return_tensors="pt"), generation_config=config)
     engine = request.getfixturevalue("mono" if channels == 1 else "stereo")
@@ -258,11 +274,22 @@ def test_facts_tell_how_the_audio_was_made(mono: MusicGenEngine) -> None:
     facts = dict(generate(mono, seed=7).facts)
     assert facts.pop("device_seconds") > 0
     assert facts.pop("kernels") in ("c", "torch")
-    assert facts == {"engine": "musicgen", "seed": 7, "device": "cpu", "dtype": "float32", "is_untrained": True}
+    assert facts == {
+        "engine": "musicgen",
+        "seed": 7,
+        "device": "cpu",
+        "dtype": "float32",
+        "is_untrained": True,
+    }
 
 
 def test_the_untrained_model_says_so(mono: MusicGenEngine) -> None:
-    assert (mono.notice, mono.model_version, mono.device, mono.slots) == (UNTRAINED_NOTICE, "untrained", "cpu", 1)
+    assert (mono.notice, mono.model_version, mono.device, mono.slots) == (
+        UNTRAINED_NOTICE,
+        "untrained",
+        "cpu",
+        1,
+    )
 
 
 def test_another_process_makes_the_same_audio_and_prints_nothing(
@@ -302,7 +329,11 @@ def test_a_local_folder_gives_the_audio_of_the_model_saved_there(
     engine = load(folders[1])
     audio = generate(engine)
     assert np.array_equal(audio.samples, generate(mono).samples)
-    assert (engine.model_version, engine.notice, audio.facts["is_untrained"]) == ("local", None, False)
+    assert (engine.model_version, engine.notice, audio.facts["is_untrained"]) == (
+        "local",
+        None,
+        False,
+    )
 
 
 def test_a_local_folder_sets_its_own_sample_rate(folder: Path) -> None:
@@ -329,13 +360,19 @@ def _drop_a_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds none of model.safetensors, "),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "holds none of model.safetensors, ",
+        ),
         (_drop_a_weight, "lack decoder.lm_heads.1.weight"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"junk" * 99), "header"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "tokenizer has no vocabulary"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "not that of a MusicGen model"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
+            "not that of a MusicGen model",
+        ),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_sentence(
@@ -395,7 +432,8 @@ def test_a_revision_that_is_set_replaces_the_pinned_one(
 ) -> None:
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda _name, *, revision, **_options: asked.append(revision) or folders[1]
+        "huggingface_hub.snapshot_download",
+        lambda _name, *, revision, **_options: asked.append(revision) or folders[1],
     )
     load("musicgen-small", revision="refs/pr/7")
     assert asked == ["refs/pr/7"]
@@ -406,47 +444,19 @@ def test_an_unknown_model_is_refused() -> None:
         load("musicgen-huge")
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:3"])
-def test_a_gpu_that_is_not_there_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(EngineUnavailableError, match=f"device {name} was asked for"):
-        musicgen.load(EngineSettings(engine="musicgen", model=TINY, device=name))
-
-
-@pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
-def test_auto_takes_the_gpu_where_there_is_one(has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert musicgen._choose_device("auto") == torch.device(device)
-
-
-@pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_is_16_bit_on_a_gpu(has_bfloat16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: has_bfloat16)
-    assert musicgen._choose_dtype("auto", torch.device("cuda:1")) is dtype
-    assert asked == [torch.device("cuda:1")]  # the GPU that is meant, and not the current one
-
-
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
-    [({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
-)
-def test_auto_is_16_bit_on_a_processor_that_multiplies_bfloat16(
-    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert musicgen._choose_dtype("auto", torch.device("cpu")) is dtype
-
-
-@pytest.mark.parametrize(
-    ("free_slots", "models", "expected"), [(None, 1, 1), (0, 1, 1), (2.6, 1, 1), (7.6, 1, 3), (7.6, 3, 1), (1000, 3, 8)]
+    ("free_slots", "models", "expected"),
+    [(None, 1, 1), (0, 1, 1), (2.6, 1, 1), (7.6, 1, 3), (7.6, 3, 1), (1000, 3, 8)],
 )
 def test_auto_slots_are_as_many_as_fit_into_a_share_of_the_memory(
-    free_slots: float | None, models: int, expected: int, mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch
+    free_slots: float | None,
+    models: int,
+    expected: int,
+    mono: MusicGenEngine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = None if free_slots is None else int(free_slots * mono._decoder.slot_bytes)
-    monkeypatch.setattr(musicgen, "free_bytes", lambda _device: free)
+    monkeypatch.setattr(devices, "free_bytes", lambda _device: free)
     assert load(slots=None, model_count=models).slots == expected
 
 
@@ -460,7 +470,9 @@ def test_a_closed_engine_holds_nothing() -> None:
 
 
 @pytest.mark.usefixtures("hub_cache")
-def test_what_an_engine_will_take_is_known_where_its_weights_are_here(folders: dict[int, Path]) -> None:
+def test_what_an_engine_will_take_is_known_where_its_weights_are_here(
+    folders: dict[int, Path],
+) -> None:
     size = (folders[1] / "model.safetensors").stat().st_size
     assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model=str(folders[1]))) == size
     assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model="musicgen-small")) is None
@@ -471,16 +483,6 @@ def test_an_engine_says_what_it_holds(mono: MusicGenEngine) -> None:
     model, _ = build_tiny()
     weights = sum(weight.nbytes for weight in model.parameters())
     assert weights < mono.memory_bytes - mono._decoder.slot_bytes < 1.3 * weights  # positions are in it as well
-
-
-@pytest.mark.parametrize("cores", [1, 2, 16])
-def test_a_core_is_left_to_the_parent(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    load()
-    assert threads == [max(1, cores - 1)]
 
 
 @pytest.mark.parametrize("weight", ["decoder.lm_heads.0.weight", "audio_encoder.decoder.layers.0.conv.bias"])

@@ -1,4 +1,4 @@
-"""The kernels in C, held to torch's operations and to ``generate``; skipped where there is no C compiler."""
+"""The kernels in C against torch's operations and ``generate``; skipped without a C compiler."""
 
 from __future__ import annotations
 
@@ -20,22 +20,34 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgx_music.inference.musicgen import native
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.native import Native
 from dgx_music.inference.musicgen.quantised import Int8
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.test_launches import BucketLauncher, make_rows
 from tests.inference.test_musicgen import generate, load
 from tests.inference.test_quantised import make_matrix
-from tests.inference.test_slots import GREEDY, MATES, MAX_STEPS, PROMPTS, decode, make_row, reference_codes
+from tests.inference.test_slots import (
+    GREEDY,
+    MATES,
+    MAX_STEPS,
+    PROMPTS,
+    decode,
+    make_row,
+    reference_codes,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-TOLERANCE = {torch.float32: {"atol": 1e-5, "rtol": 1e-5}, torch.bfloat16: {"atol": 0.01, "rtol": 0.02}}
+TOLERANCE = {
+    torch.float32: {"atol": 1e-5, "rtol": 1e-5},
+    torch.bfloat16: {"atol": 0.01, "rtol": 0.02},
+}
 
 
 def build(size: int, dtype: torch.dtype) -> Native:
-    """Return the kernels; what is built and computes something else than torch does is an error."""
+    """Return the kernels; it is an error if they compute anything else than torch does."""
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -45,10 +57,10 @@ def build(size: int, dtype: torch.dtype) -> Native:
         pytest.skip(f"needs a C compiler that can build them: {error}")
 
 
-def make_heads(lines: int, size: int, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values of 3 heads, as a step has them: parts of something larger."""
-    q = make_matrix(lines, 3 * 3 * size).to(dtype)[:, : 3 * size].view(lines, 3, 1, size)
-    cache = make_matrix(lines, 2, 3, positions + 7, size, seed=1).to(dtype)[..., :positions, :]
+def make_heads(count: int, size: int, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of 3 heads, as in a step: views of larger tensors."""
+    q = make_matrix(count, 3 * 3 * size).to(dtype)[:, : 3 * size].view(count, 3, 1, size)
+    cache = make_matrix(count, 2, 3, positions + 7, size, seed=1).to(dtype)[..., :positions, :]
     return q, *cache.unbind(1)
 
 
@@ -64,11 +76,11 @@ def test_attention_is_that_of_torch(size: int, positions: int, dtype: torch.dtyp
 
 
 @DTYPES
-def test_what_is_masked_counts_for_nothing(dtype: torch.dtype) -> None:
+def test_masked_positions_do_not_count(dtype: torch.dtype) -> None:
     q, keys, values = make_heads(3, 16, 40, dtype)
     lengths = torch.tensor([1, 23, 40])
     mask = torch.zeros(3, 2, 40, dtype=dtype).masked_fill_(torch.arange(40) >= lengths[:, None, None], -math.inf)
-    read = build(16, dtype).attend(q, keys, values, mask[:, :1, None])  # of two halves the first
+    read = build(16, dtype).attend(q, keys, values, mask[:, :1, None])  # of two passes the first
     for line, length in enumerate(lengths):
         own = (part[line : line + 1, :, :length] for part in (keys, values))
         torch.testing.assert_close(read[line], build(16, dtype).attend(q[line : line + 1], *own, None)[0])
@@ -86,7 +98,7 @@ def test_scores_far_apart_and_far_from_zero_do_not_overflow(dtype: torch.dtype) 
 @DTYPES
 @pytest.mark.parametrize("place", ["keys", "values"])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_number_that_is_none_stays_in_its_line(place: str, wrong: float, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_stay_in_their_sequence(place: str, wrong: float, dtype: torch.dtype) -> None:
     q, keys, values = make_heads(3, 16, 20, dtype)
     kernels = build(16, dtype)
     right = kernels.attend(q, keys, values, None)
@@ -96,10 +108,13 @@ def test_a_number_that_is_none_stays_in_its_line(place: str, wrong: float, dtype
     assert torch.equal(read[::2], right[::2])
 
 
-def test_what_does_not_lie_as_a_cache_does_is_refused() -> None:
+def test_keys_with_other_strides_than_a_cache_are_refused() -> None:
     q, keys, values = make_heads(2, 16, 20, torch.float32)
     kernels = build(16, torch.float32)
-    for wrong in ((keys.contiguous(), values), (keys.mT.contiguous().mT, values.mT.contiguous().mT)):
+    for wrong in (
+        (keys.contiguous(), values),
+        (keys.mT.contiguous().mT, values.mT.contiguous().mT),
+    ):
         with pytest.raises(ValueError, match="strides"):
             kernels.attend(q, *wrong, None)
 
@@ -113,7 +128,7 @@ def test_several_threads_may_call_at_once() -> None:
 
 @DTYPES
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_line_reads_the_same_alone_and_with_others(threads: int, dtype: torch.dtype) -> None:
+def test_a_sequence_reads_the_same_alone_and_with_others(threads: int, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -128,18 +143,20 @@ def test_a_line_reads_the_same_alone_and_with_others(threads: int, dtype: torch.
 
 
 @DTYPES
-def test_lines_are_rounded_to_levels(dtype: torch.dtype) -> None:
+def test_rows_are_rounded_to_multiples_of_their_scale(dtype: torch.dtype) -> None:
     x = (make_matrix(50, 70) * torch.logspace(-20, 20, 50)[:, None]).to(dtype)
-    rounded, levels = build(16, dtype).round_lines(x)
+    rounded, scales = build(16, dtype).quantise_rows(x)
     assert rounded.dtype == torch.int8
-    assert levels.dtype == dtype
+    assert scales.dtype == dtype
     assert (rounded.abs().amax(1) >= 125).all()
-    error = (rounded * levels.float() - x.float()).abs()
-    assert (error <= 0.51 * levels.float()).all()
+    error = (rounded * scales.float() - x.float()).abs()
+    assert (error <= 0.51 * scales.float()).all()
 
 
 @DTYPES
-def test_zeros_and_numbers_that_are_none_are_what_they_are_after_a_product(dtype: torch.dtype) -> None:
+def test_zeros_nan_and_infinity_stay_what_they_are_in_a_product(
+    dtype: torch.dtype,
+) -> None:
     x = make_matrix(6, 64).to(dtype)
     x[0], x[1, 3], x[2, 3] = 0, math.nan, math.inf
     x[3] *= 1e-38
@@ -154,7 +171,10 @@ def test_zeros_and_numbers_that_are_none_are_what_they_are_after_a_product(dtype
 @DTYPES
 def test_products_are_near_those_with_torchs_rounding(dtype: torch.dtype) -> None:
     x, weight = make_matrix(5, 64).to(dtype), make_matrix(96, 64, seed=1)
-    plain, kernels = Int8.of(weight).apply(x).float(), Int8.of(weight, build(16, dtype)).apply(x).float()
+    plain, kernels = (
+        Int8.of(weight).apply(x).float(),
+        Int8.of(weight, build(16, dtype)).apply(x).float(),
+    )
     assert (plain - kernels).abs().max() < 0.02 * plain.abs().max()
 
 
@@ -176,12 +196,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(Native, kernel, call)
 
     count("attend")
-    count("round_lines")
+    count("quantise_rows")
     return counted
 
 
 @pytest.mark.parametrize("bits", ["full", "int8"])
-def test_all_attention_and_all_rounding_of_a_step_is_theirs(bits: str, calls: Counter[str]) -> None:
+def test_they_do_all_attention_and_all_rounding_of_a_step(bits: str, calls: Counter[str]) -> None:
     decoder = make_decoder()
     if bits == "int8":
         decoder.quantise()
@@ -190,14 +210,14 @@ def test_all_attention_and_all_rounding_of_a_step_is_theirs(bits: str, calls: Co
     calls.clear()
     slots.step()
     layers = len(decoder.layers)
-    assert calls["attend"] == 2 * layers  # of itself, and of the text
-    assert calls["round_lines"] == (6 * layers + 1 if bits == "int8" else 0)
+    assert calls["attend"] == 2 * layers  # self-attention and cross-attention
+    assert calls["quantise_rows"] == (6 * layers + 1 if bits == "int8" else 0)
 
 
 def make_decoder(dtype: torch.dtype = torch.float32, channels: int = 1) -> Decoder:
     model = build_tiny(channels)[0].to(dtype)
     decoder = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
-    build(decoder.head_size, dtype)
+    build(decoder.attention.head_size, dtype)
     decoder.build_kernels()
     return decoder
 
@@ -235,7 +255,7 @@ def test_a_seeded_row_is_the_same_alone_and_in_any_batch(bits: str, dtype: torch
         assert torch.equal(decode(rows, slots=Slots(decoder, 4, MAX_STEPS))[place], alone)
 
 
-def test_rows_of_all_kinds_have_the_tokens_that_they_have_without() -> None:
+def test_rows_of_all_kinds_have_the_same_tokens_without_them() -> None:
     for row, plain in zip(make_rows(**GREEDY), make_rows(**GREEDY), strict=True):
         (codes,) = decode([row], slots=Slots(make_decoder(), 2, MAX_STEPS))
         assert torch.equal(codes, decode([plain])[0])
@@ -269,24 +289,24 @@ def test_a_cache_in_8_bits_is_read_as_well() -> None:
     assert torch.equal(*codes)
 
 
-def test_the_engine_builds_them_unless_it_is_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_builds_them_unless_settings_forbid_it(monkeypatch: pytest.MonkeyPatch) -> None:
     build(32, torch.float32)
     compiled: list[Decoder] = []
     monkeypatch.setattr(Decoder, "compile", lambda decoder: compiled.append(decoder))
     engine = load(compile="auto")
-    assert isinstance(engine._decoder._native, Native)
+    assert isinstance(engine._decoder.attention.native, Native)
     assert (generate(engine).samples != 0).any()
-    assert load(compile="off")._decoder._native is None
+    assert load(compile="off")._decoder.attention.native is None
     assert not compiled
-    assert load(compile="on")._decoder._native is None
+    assert load(compile="on")._decoder.attention.native is None
     assert len(compiled) == 1
 
 
-# where they cannot be built
+# if they cannot be built
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_torch_goes_on_alone(
+def test_without_a_compiler_torch_does_the_work(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", compiler)
@@ -311,7 +331,7 @@ def test_without_a_compiler_torch_goes_on_alone(
         ("import time; time.sleep(9)", "timed out"),
     ],
 )
-def test_what_goes_wrong_is_said_in_one_line(
+def test_the_reason_is_logged_in_one_line(
     program: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "_BUILD_SECONDS", 0.5)
@@ -329,7 +349,8 @@ def test_threads_that_are_not_torchs_are_refused(
     seen = iter([{"/torch/lib/libgomp.so.1"}, *[{"/torch/lib/libgomp.so.1", "/usr/lib/libomp.so.5"}] * 2])
     monkeypatch.setattr(native, "_first_openmp_runtimes", cache(native._first_openmp_runtimes.__wrapped__))
     monkeypatch.setattr(native, "_openmp_runtimes", lambda: next(seen))
-    assert native.build(16, torch.float32) is None  # and the second time, when the library is still loaded
+    # And again, while the library is still loaded.
+    assert native.build(16, torch.float32) is None
     assert native.build(16, torch.float32) is None
     assert "their threads are not torch's, but those of /usr/lib/libomp.so.5" in caplog.text
 
@@ -339,7 +360,7 @@ def test_torchs_own_threads_are_seen() -> None:
     assert len(native._openmp_runtimes()) == 1
 
 
-def test_a_machine_without_any_is_none_to_complain_of(
+def test_a_machine_without_a_compiler_logs_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
@@ -350,7 +371,7 @@ def test_a_machine_without_any_is_none_to_complain_of(
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(24, torch.float32), (2, torch.float32), (16, torch.float16)])
-def test_what_they_are_not_made_for_is_left_to_torch(
+def test_other_sizes_and_formats_are_left_to_torch(
     size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CC", "not-called")
@@ -359,9 +380,12 @@ def test_what_they_are_not_made_for_is_left_to_torch(
 
 
 @DTYPES
-@pytest.mark.parametrize("kernel", ["attend", "round_lines"])
+@pytest.mark.parametrize("kernel", ["attend", "quantise_rows"])
 def test_kernels_that_compute_something_else_are_not_used(
-    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kernel: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     build(16, dtype)
     native._build.cache_clear()
@@ -377,7 +401,7 @@ def test_kernels_that_compute_something_else_are_not_used(
 
 
 def test_a_bold_compiler_changes_no_other_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gcc before 13 has whatever loads a library made with -ffast-math flush small numbers to 0, all torch's among them."""
+    """With gcc before 13, a library made with -ffast-math flushes torch's small numbers to 0."""
     build(16, torch.float32)
     monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} -ffast-math")
     native.build(16, torch.float32)

@@ -14,10 +14,11 @@ from torch import Tensor
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference.musicgen import drift
 from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.inference.musicgen.batch import Row, delays
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.layers import linear
 from dgx_music.inference.musicgen.quantised import Int8
-from dgx_music.inference.musicgen.slots import Row, Slots, delays
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.test_conditions import make_codes
 from tests.inference.test_launches import BucketLauncher
@@ -34,7 +35,7 @@ def make_decoder() -> Decoder:
     return Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
 
 
-def test_a_matrix_is_kept_to_half_a_level_of_each_row() -> None:
+def test_a_matrix_is_exact_to_half_a_level_of_each_row() -> None:
     weight = make_matrix(96, 64) * torch.logspace(-3, 2, 96)[:, None]
     rounded = Int8.of(weight, may_pack=False)
     error = (rounded.values * rounded.scales[:, None] - weight).abs()
@@ -43,9 +44,9 @@ def test_a_matrix_is_kept_to_half_a_level_of_each_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lines", [1, 2, 3, 16, 70])
-def test_products_are_near_the_exact_ones(lines: int, dtype: torch.dtype) -> None:
-    x, weight = make_matrix(lines, 64).to(dtype), make_matrix(96, 64, seed=1)
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 70])
+def test_products_are_near_the_exact_ones(rows: int, dtype: torch.dtype) -> None:
+    x, weight = make_matrix(rows, 64).to(dtype), make_matrix(96, 64, seed=1)
     exact = x.float() @ weight.T
     product = linear(x, Int8.of(weight), 16)
     assert product.dtype == dtype
@@ -54,33 +55,40 @@ def test_products_are_near_the_exact_ones(lines: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="needs oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lines", [1, 3, 16])
-def test_packed_weights_give_what_plain_ones_give(lines: int, dtype: torch.dtype) -> None:
-    x, weight = make_matrix(lines, 64).to(dtype), make_matrix(96, 64, seed=1)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_packed_weights_give_what_plain_ones_give(rows: int, dtype: torch.dtype) -> None:
+    x, weight = make_matrix(rows, 64).to(dtype), make_matrix(96, 64, seed=1)
     packed, plain = Int8.of(weight), Int8.of(weight, may_pack=False)
     assert packed.packed is not None
     assert packed.nbytes == plain.nbytes == 96 * 64 + 2 * 96 * 4
     torch.testing.assert_close(packed.apply(x), plain.apply(x))
 
 
-def test_a_line_of_zeros_stays_zero() -> None:
+def test_a_row_of_zeros_stays_zero() -> None:
     assert torch.equal(linear(torch.zeros(2, 64), Int8.of(make_matrix(96, 64)), 16), torch.zeros(2, 96))
 
 
-def test_a_product_does_not_depend_on_who_shares_the_batch() -> None:
+def test_a_product_does_not_depend_on_the_rest_of_the_batch() -> None:
     x, weight = make_matrix(16, 64).bfloat16(), Int8.of(make_matrix(96, 64, seed=1))
     together = linear(x, weight, 16)
     for line in range(16):
         assert torch.equal(linear(x[line : line + 1], weight, 16)[0], together[line])
 
 
-def test_all_that_is_read_at_every_step_is_rounded() -> None:
+def test_all_weights_that_every_step_reads_are_rounded() -> None:
     decoder = make_decoder()
     before = decoder.weight_bytes
     decoder.quantise()
     for layer in decoder.layers:
         assert layer.cross is not None
-        for weight in (layer.self_qkv, layer.self_out, layer.cross.q, layer.cross.out, layer.mlp_in, layer.mlp_out):
+        for weight in (
+            layer.self_qkv,
+            layer.self_out,
+            layer.cross.q,
+            layer.cross.out,
+            layer.mlp_in,
+            layer.mlp_out,
+        ):
             assert isinstance(weight, Int8)
     assert decoder.weight_bytes < before
 
@@ -113,11 +121,16 @@ def trials() -> list[Row]:
     unconditional = make_trial(guidance_scale=1.0)
     unconditional.text = None
     negative = make_decoder().read_text(text_states(PROMPTS[1]))
-    return [make_trial(), unconditional, make_trial(given=make_codes(9)), make_trial(negative=negative)]
+    return [
+        make_trial(),
+        unconditional,
+        make_trial(given=make_codes(9)),
+        make_trial(negative=negative),
+    ]
 
 
 def assert_drawn_from(exact: Tensor, row: Row, codes: Tensor) -> None:
-    """Assert that the row's own codes ``[K, frame]`` are what its numbers choose from the scores ``[frame, K, V]``."""
+    """Assert that the row draws its codes ``[K, frame]`` from the scores ``[frame, K, V]``."""
     given = row.frame_count - len(exact)
     for codebook, lag in enumerate(delays(4, 1)):
         uniforms = row.uniforms[given + lag : row.frame_count + lag, codebook]
@@ -127,7 +140,7 @@ def assert_drawn_from(exact: Tensor, row: Row, codes: Tensor) -> None:
 
 
 @pytest.mark.parametrize("trial", range(4), ids=["guided", "unconditional", "continued", "negative"])
-def test_what_is_compared_is_what_tokens_are_drawn_from(trial: int) -> None:
+def test_the_compared_scores_are_those_that_tokens_are_drawn_from(trial: int) -> None:
     decoder, row = make_decoder(), trials()[trial]
     codes, logits = drift.decode(decoder, row)
     given = 9 if row.given is not None else 0
@@ -138,7 +151,7 @@ def test_what_is_compared_is_what_tokens_are_drawn_from(trial: int) -> None:
 
 
 @pytest.mark.parametrize("trial", range(4), ids=["guided", "unconditional", "continued", "negative"])
-def test_another_decoder_is_fed_the_same_tokens(trial: int) -> None:
+def test_another_decoder_gets_the_same_tokens(trial: int) -> None:
     decoder, row = make_decoder(), trials()[trial]
     codes, logits = drift.decode(decoder, row)
     fed, again = drift.decode(decoder, row, codes)
@@ -150,7 +163,7 @@ def test_another_decoder_is_fed_the_same_tokens(trial: int) -> None:
 
 
 def test_launches_of_several_steps_keep_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the last one goes past the row's end."""
+    """As on a GPU: the last launch goes past the row's end."""
     decoder, row = make_decoder(), make_trial(given=make_codes(9))
     codes, logits = drift.decode(decoder, row)
     launcher = lambda advance, _device: BucketLauncher(SimpleNamespace(_advance=advance))  # noqa: E731
@@ -162,7 +175,7 @@ def test_launches_of_several_steps_keep_all_logits(monkeypatch: pytest.MonkeyPat
 
 
 def test_guidance_makes_the_divergence_larger() -> None:
-    """So that to compare without it would let too much pass."""
+    """So a comparison without guidance would accept too much."""
     guided, plain = (
         drift.measure_change(decoder, [make_trial(guidance_scale=scale)], decoder.quantise)
         for scale, decoder in ((3.0, make_decoder()), (1.0, make_decoder()))
@@ -170,7 +183,7 @@ def test_guidance_makes_the_divergence_larger() -> None:
     assert guided > 2 * plain > 0
 
 
-def test_the_worst_passage_counts() -> None:
+def test_the_worst_row_counts() -> None:
     def measure(*rows: Row) -> float:
         decoder = make_decoder()
         return drift.measure_change(decoder, list(rows), decoder.shrink_cache)
@@ -180,7 +193,7 @@ def test_the_worst_passage_counts() -> None:
     assert drift.measure_change(make_decoder(), trials(), lambda: None) == 0
 
 
-def test_a_change_to_numbers_that_are_none_is_nan() -> None:
+def test_a_change_to_nan_is_nan() -> None:
     decoder = make_decoder()
 
     def damage() -> None:
@@ -193,8 +206,8 @@ BITS = [{"weights": "int8"}, {"kv_cache": "fp8"}, {"weights": "int8", "kv_cache"
 
 
 @pytest.mark.parametrize("bits", BITS, ids=str)
-def test_the_engine_says_what_it_saves_bits_on(bits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(musicgen, "MOST_NATS", 10.0)
+def test_the_facts_tell_which_numbers_have_8_bits(bits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(musicgen, "MAX_NATS", 10.0)
     facts: dict[str, Any] = dict(generate(load(**bits)).facts)
     assert {name: facts.get(name) for name in bits} == bits
     assert 0 < facts["drift_nats"] < 10
@@ -202,10 +215,10 @@ def test_the_engine_says_what_it_saves_bits_on(bits: dict[str, str], monkeypatch
 
 @pytest.mark.parametrize("measured", [1e-3, torch.nan])
 @pytest.mark.parametrize("bits", BITS, ids=str)
-def test_what_a_model_does_not_bear_is_refused(
+def test_a_change_that_is_too_large_is_refused(
     bits: dict[str, str], measured: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(musicgen, "MOST_NATS", 9e-4)
+    monkeypatch.setattr(musicgen, "MAX_NATS", 9e-4)
     monkeypatch.setattr(musicgen, "measure_change", lambda *_arguments: measured)
     with pytest.raises(EngineUnavailableError, match=f"{measured:.3g} nats") as caught:
         load(**bits)
@@ -220,15 +233,23 @@ def gate_rows(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[Row]:
     return seen
 
 
-def test_the_gate_reads_prompts_none_and_a_long_past_as_requests_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gate_tries_prompts_no_prompt_and_a_long_clip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = gate_rows(monkeypatch)
-    assert [(row.text is not None, row.guidance_scale) for row in rows] == [(True, 3.0), (True, 3.0), (False, 1.0)]
+    assert [(row.text is not None, row.guidance_scale) for row in rows] == [
+        (True, 3.0),
+        (True, 3.0),
+        (False, 1.0),
+    ]
     assert [0 if row.given is None else row.given.shape[1] for row in rows] == [0, 400, 0]
     assert {row.frame_count - (0 if row.given is None else 400) for row in rows} == {drift.TRIAL_FRAMES}
     assert {(row.temperature, row.top_k, row.top_p) for row in rows} == {(1.0, 250, None)}
 
 
-def test_the_gate_has_a_melody_model_read_prefixes_and_a_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_gate_tries_a_melody_model_with_prefixes_and_a_tune(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for part in build_tiny_melody(2):
         part.save_pretrained(tmp_path)
     rows = gate_rows(monkeypatch, model=tmp_path)
@@ -242,7 +263,7 @@ def test_the_gate_has_a_melody_model_read_prefixes_and_a_tune(monkeypatch: pytes
 
 
 def test_a_melody_models_change_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(musicgen, "MOST_NATS", 10.0)
+    monkeypatch.setattr(musicgen, "MAX_NATS", 10.0)
     for part in build_tiny_melody():
         part.save_pretrained(tmp_path)
     engine = load(tmp_path, weights="int8", kv_cache="fp8")
@@ -258,7 +279,7 @@ def test_without_such_settings_nothing_is_measured(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("given", [None, 9])
-def test_a_cache_of_8_bits_takes_half_the_room_of_16_and_serves_any_row(given: int | None) -> None:
+def test_a_cache_of_8_bits_takes_half_the_memory_and_serves_any_row(given: int | None) -> None:
     decoder, exact = make_decoder(), make_decoder()
     decoder.shrink_cache()
     assert decoder.slot_bytes == exact.slot_bytes / 4
@@ -271,5 +292,5 @@ def test_a_cache_of_8_bits_takes_half_the_room_of_16_and_serves_any_row(given: i
 def test_a_key_too_large_for_8_bits_is_not_lost() -> None:
     decoder = make_decoder()
     decoder.shrink_cache()
-    kept = decoder._to_cache(torch.tensor([1e9, -1e9, 0.5])).float()
+    kept = decoder.attention.to_cache(torch.tensor([1e9, -1e9, 0.5])).float()
     assert kept.tolist() == [448, -448, 0.5]

@@ -1,4 +1,4 @@
-"""The references, held to ``generate`` where it can do the same."""
+"""The references against ``generate``, as far as it can do the same."""
 
 from __future__ import annotations
 

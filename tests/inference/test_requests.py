@@ -1,4 +1,4 @@
-"""Requests of every kind through the whole engine: the audio is what transformers' modules and codec make of it, greedily."""
+"""Requests of every kind through the whole engine: the audio is that of transformers, greedily."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINDOW = {"window": 25, "stride": 15}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The toy models as folders, by what they are."""
+    """The toy models as folders, by kind."""
     root = tmp_path_factory.mktemp("models")
     for name, (model, tokenizer) in {name: make() for name, make in MODELS.items()}.items():
         for part in (model, tokenizer):
@@ -51,7 +51,7 @@ def engines(folders: dict[str, Path]) -> dict[str, MusicGenEngine]:
 
 @pytest.fixture(scope="module")
 def short_windows(folders: dict[str, Path]) -> Iterator[dict[str, MusicGenEngine]]:
-    """Engines that hear half a second at a time."""
+    """Engines with a window of half a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dgx_music.inference.musicgen.engine.WINDOW_SECONDS", 0.5)
         patch.setattr("dgx_music.inference.musicgen.conditioning.WINDOW_SECONDS", 0.5)
@@ -77,7 +77,7 @@ def make_clip(frames: int, channels: int = 1, hertz: float = 440.0) -> Audio:
 
 
 def encode(name: str, clip: Audio) -> Tensor:
-    """Return the codes ``[K, frame]`` that transformers' codec has for a clip of the model's channels."""
+    """Return the codes ``[K, frame]`` that transformers' codec makes of a clip."""
     codec = MODELS[name]()[0].audio_encoder
     with torch.inference_mode():
         sides = [codec.encode(torch.from_numpy(side)[None, None]).audio_codes[0, 0] for side in clip.samples]
@@ -111,7 +111,9 @@ def test_a_clip_of_other_channels_and_rate_is_fitted(engines: dict[str, MusicGen
     assert greedy(engines["mono"], "choir", 20, continuation=slow).shape == (1, 20 * FRAME)
 
 
-def test_a_clip_that_ends_in_the_last_frame_leaves_one_to_be_made(engines: dict[str, MusicGenEngine]) -> None:
+def test_a_clip_that_ends_in_the_last_frame_leaves_one_to_be_made(
+    engines: dict[str, MusicGenEngine],
+) -> None:
     clip = Audio(make_clip(10).samples[:, :-10], RATE)
     assert greedy(engines["mono"], "choir", 10, continuation=clip).shape == (1, 10 * FRAME)
 
@@ -129,15 +131,15 @@ def test_a_melody_needs_no_prompt(engines: dict[str, MusicGenEngine]) -> None:
     assert np.array_equal(greedy(engines["melody"], "", 12, melody=tune), sound("melody", expected))
 
 
-@pytest.mark.parametrize(("name", "able"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")])
-def test_a_model_without_ears_refuses_a_melody_for_good(
-    engines: dict[str, MusicGenEngine], name: str, able: str
-) -> None:
-    with pytest.raises(GenerationRejectedError, match=f"hears no melody; use {able}[.]"):
+@pytest.mark.parametrize(("name", "other"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")])
+def test_a_model_that_hears_no_melody_rejects_it(engines: dict[str, MusicGenEngine], name: str, other: str) -> None:
+    with pytest.raises(GenerationRejectedError, match=f"hears no melody; use {other}[.]"):
         greedy(engines[name], "choir", 12, melody=make_clip(50))
 
 
-def test_a_text_too_long_for_a_melody_model_is_refused_for_good(engines: dict[str, MusicGenEngine]) -> None:
+def test_a_text_too_long_for_a_melody_model_is_rejected(
+    engines: dict[str, MusicGenEngine],
+) -> None:
     with pytest.raises(GenerationRejectedError, match=f"at most {LONGEST_PREFIX_TEXT} tokens"):
         greedy(engines["melody"], "x" * (LONGEST_PREFIX_TEXT + 1), 12)
     assert greedy(engines["melody"], "x" * (LONGEST_PREFIX_TEXT - 1), 12).shape == (1, 12 * FRAME)
@@ -164,11 +166,13 @@ def test_a_long_continuation_is_made_in_windows_too(short_windows: dict[str, Mus
     assert np.array_equal(made, sound("mono", expected))
 
 
-def test_each_window_hears_its_own_part_of_the_melody(short_windows: dict[str, MusicGenEngine]) -> None:
+def test_each_window_hears_its_own_part_of_the_melody(
+    short_windows: dict[str, MusicGenEngine],
+) -> None:
     tune = np.concatenate([make_clip(20, hertz=hertz).samples[0] for hertz in (261.63, 440.0)])
 
     def chroma_at(offset: int) -> Tensor:
-        heard = np.resize(np.roll(tune, -offset * FRAME), 25 * FRAME)  # from there on, round and round
+        heard = np.resize(np.roll(tune, -offset * FRAME), 25 * FRAME)  # from there on, repeated
         return chroma(torch.from_numpy(heard), RATE)
 
     assert not torch.equal(chroma_at(0), chroma_at(15))

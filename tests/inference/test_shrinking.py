@@ -1,4 +1,4 @@
-"""The decoding loop where memory runs out: fewer slots, and who pays for it."""
+"""The decoding loop if memory runs out: fewer slots, and which rows lose their place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 
 
 class FakeRow:
-    """As much of a ``Row`` as the loop looks at."""
+    """The part of a ``Row`` that the loop uses."""
 
     def __init__(self, step_count: int = 8) -> None:
         self.step_count = step_count
@@ -35,7 +35,7 @@ class FakeRow:
 
 
 class Memory:
-    """Room for so many slots, admitted rows and rows in a step; makes the slots that live in it."""
+    """Memory for so many slots, admitted rows and rows in a step; makes slots that use it."""
 
     def __init__(self, slots: int = 99, admitted: int = 99, stepped: int = 99) -> None:
         self.slots, self.admitted, self.stepped = slots, admitted, stepped
@@ -50,7 +50,7 @@ class Memory:
 
 
 class FakeSlots:
-    """Advances every row by ``STRIDE`` positions at a time, past its end too, as a graph of several steps does."""
+    """Advances every row by ``STRIDE`` positions at a time, past its end too, as a GPU does."""
 
     def __init__(self, slot_count: int, memory: Memory) -> None:
         self.rows: list[FakeRow] = []
@@ -114,7 +114,7 @@ def decode() -> Iterator[Decode]:
 
 @pytest.fixture
 def endless(decode: Decode) -> Endless:
-    """Keeps a row in a slot for the block: it stands still until its ``go_on`` is set, and ends by being cancelled."""
+    """Keeps a row in a slot for the block: it waits for its ``go_on``, and is cancelled at the end."""
 
     @contextmanager
     def hold(loop: DecodingLoop) -> Iterator[HeldRun]:
@@ -147,7 +147,7 @@ def step_together(loop: DecodingLoop, decode: Decode, count: int) -> list[Future
 
 
 def decode_next(loop: DecodingLoop, decode: Decode, run: QuietRun | None = None) -> Future[Tensor]:
-    """Return the call of a row that waits behind those that wait already; the loop must stand still."""
+    """Return the call of a row that waits last in the queue; the loop must stand still."""
     count = len(loop._waiting)
     call = decode(loop, run)
     while len(loop._waiting) == count:
@@ -167,17 +167,20 @@ def test_slots_that_do_not_fit_are_halved_until_they_do() -> None:
     assert (memory.made, loop.slot_count) == ([2], 2)
 
 
-def test_not_one_slot_is_an_error() -> None:
+def test_no_room_for_a_single_slot_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         make_loop(Memory(slots=0))
 
 
-def test_a_step_without_memory_gives_its_rows_back_and_goes_on_with_half_the_slots(decode: Decode) -> None:
+def test_a_step_without_memory_gives_its_rows_back_and_goes_on_with_half_the_slots(
+    decode: Decode,
+) -> None:
     memory = Memory(stepped=2)
     loop = make_loop(memory)
     for call in step_together(loop, decode, 3):
         with pytest.raises(
-            EngineReplacedError, match=r"at a time \(OutOfMemoryError: CUDA out of memory\. [^\n]*\)\.$"
+            EngineReplacedError,
+            match=r"at a time \(OutOfMemoryError: CUDA out of memory\. [^\n]*\)\.$",
         ):
             call.result(20)
     decode(loop).result(20)
@@ -196,7 +199,7 @@ def test_a_row_that_does_not_fit_is_given_back_and_the_others_go_on(decode: Deco
     assert (memory.made, memory.closed, loop.slot_count) == ([8, 2], [8], 2)
 
 
-def test_rows_that_wait_for_slots_that_are_no_more_are_given_back(decode: Decode) -> None:
+def test_rows_that_wait_for_slots_that_are_gone_are_given_back(decode: Decode) -> None:
     memory = Memory(admitted=2)
     calls = step_together(make_loop(memory), decode, 5)
     errors = [call.exception(20) for call in calls]
@@ -204,14 +207,18 @@ def test_rows_that_wait_for_slots_that_are_no_more_are_given_back(decode: Decode
     assert len(set(map(id, errors[2:]))) == 3
 
 
-def test_rows_that_wait_for_a_step_without_memory_are_given_back_but_for_half_the_slots(decode: Decode) -> None:
+def test_rows_that_wait_for_a_step_without_memory_are_given_back_but_for_half_the_slots(
+    decode: Decode,
+) -> None:
     memory = Memory(stepped=3)
     calls = step_together(make_loop(memory, slot_count=4), decode, 8)
     errors = [call.exception(20) for call in calls]
     assert [type(error) for error in errors] == [EngineReplacedError] * 4 + [type(None)] * 2 + [EngineReplacedError] * 2
 
 
-def test_rows_that_wait_for_fresh_slots_are_given_back_but_for_as_many_as_fit(decode: Decode) -> None:
+def test_rows_that_wait_for_fresh_slots_are_given_back_but_for_as_many_as_fit(
+    decode: Decode,
+) -> None:
     memory = Memory(stepped=1)
     loop = make_loop(memory, slot_count=4)
     memory.slots = 1
@@ -260,7 +267,7 @@ def test_a_first_row_that_does_not_fit_gets_the_room_of_some_slots(decode: Decod
 
 
 @pytest.mark.parametrize("memory", [Memory(stepped=0), Memory(admitted=0)])
-def test_what_does_not_fit_in_the_last_slot_fails_by_itself(decode: Decode, memory: Memory) -> None:
+def test_a_row_that_does_not_fit_into_the_last_slot_fails(decode: Decode, memory: Memory) -> None:
     loop = make_loop(memory, slot_count=1)
     with pytest.raises(torch.OutOfMemoryError):
         decode(loop).result(20)

@@ -1,4 +1,7 @@
-"""The slots, held to transformers' own ``generate``: the same tokens from tiny random models, greedily, in float32."""
+"""The slots against transformers' own ``generate``: the same tokens.
+
+From tiny random models, greedily, in float32.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ByT5Tokenizer, GenerationConfig, MusicgenForConditionalGeneration
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.musicgen.decoder import Decoder, Text, sinusoids
+from dgx_music.inference.musicgen.attention import Text
+from dgx_music.inference.musicgen.batch import Row, delays
+from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.drift import divergence
+from dgx_music.inference.musicgen.embedding import sinusoids
 from dgx_music.inference.musicgen.launches import Span, text_room
 from dgx_music.inference.musicgen.layers import linear
-from dgx_music.inference.musicgen.sampling import Sampling, sample
-from dgx_music.inference.musicgen.slots import Row, Slots, delays
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
 
-PROMPTS = ("lo-fi piano", "a very fast and loud drum solo in a small wet cave", "choir", "heavy metal")
+PROMPTS = (
+    "lo-fi piano",
+    "a very fast and loud drum solo in a small wet cave",
+    "choir",
+    "heavy metal",
+)
 MAX_STEPS = 80
 GREEDY = {"temperature": 0.0}
 
@@ -57,11 +67,15 @@ def make_row(prompt: str = PROMPTS[0], frames: int = 8, channels: int = 1, seed:
 
 
 def decode(
-    rows: list[Row], *, slot_count: int = 4, slots: Slots | None = None, given_up: dict[Row, int] | None = None
+    rows: list[Row],
+    *,
+    slot_count: int = 4,
+    slots: Slots | None = None,
+    given_up: dict[Row, int] | None = None,
 ) -> list[Any]:
-    """Return each row's codes, admitting one as soon as there is room, as the loop does; ``None`` where given up.
+    """Return each row's codes, ``None`` if given up; admit each row as soon as there is room.
 
-    ``given_up`` says after how many steps.
+    ``given_up`` says after how many steps to give a row up.
     """
     slots = slots or make_slots(slot_count, channels=rows[0].uniforms.shape[1] // 4)
     waiting, codes = [row for row in rows if row not in slots.rows], {}
@@ -89,7 +103,10 @@ def reference_codes(prompt: str, frames: int, guidance_scale: float, channels: i
         return decode_audio(codes, audio_scales)
 
     config = GenerationConfig(
-        do_sample=False, guidance_scale=guidance_scale, max_new_tokens=frames + 3, decoder_start_token_id=2048
+        do_sample=False,
+        guidance_scale=guidance_scale,
+        max_new_tokens=frames + 3,
+        decoder_start_token_id=2048,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.audio_encoder, "decode", listen)
@@ -137,7 +154,7 @@ def test_rows_of_any_length_join_used_slots_in_mid_flight(channels: int) -> None
 
 
 def test_a_clip_shorter_than_the_longest_delay_has_its_first_frames() -> None:
-    """``generate`` does not delay so few; they are the first ones of a longer clip until its own end shows."""
+    """``generate`` does not delay so few; compared are the first frames of a longer clip."""
     short, long = decode([make_row(frames=1, **GREEDY), make_row(frames=8, **GREEDY)])
     assert short.shape == (4, 1)
     assert short[0, 0] == long[0, 0]
@@ -173,7 +190,7 @@ MATES = [
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"top_k": 0, "temperature": 5.0}], ids=str)
 @pytest.mark.parametrize("mates", [1, 3])
 def test_a_seeded_row_is_the_same_alone_and_in_any_batch(dtype: torch.dtype, options: Any, mates: int) -> None:
-    """To the last bit of what it is drawn from, so to the last frame as well: a near tie falls the same way."""
+    """The logits agree to the last bit, so that a near tie falls the same way."""
     (alone,), exact = decode_watched([make_row(frames=60, seed=7, **options)], dtype)
     for place in range(mates + 1):
         rows = [make_row(**fields) for fields in MATES[:mates]]
@@ -184,7 +201,7 @@ def test_a_seeded_row_is_the_same_alone_and_in_any_batch(dtype: torch.dtype, opt
 
 
 def decode_watched(rows: list[Row], dtype: torch.dtype) -> tuple[list[Tensor], dict[Row, Tensor]]:
-    """Return the codes, and all that each row's tokens were drawn from: ``[step, K, V]``."""
+    """Return the codes, and each row's logits: ``[step, pass, K, V]``."""
     slots, seen = make_slots(3, dtype=dtype), defaultdict(list)
     forward = slots._decoder.forward
 
@@ -232,9 +249,15 @@ def test_rows_that_are_given_up_leave_the_others_tokens_unchanged(seed: int) -> 
 
 
 @pytest.mark.parametrize("places", [("broken", "far"), ("far", "broken")], ids=str)
-def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(places: tuple[str, str]) -> None:
-    """Its slot's next row lags behind the far one, so that what is left of it is read, and masked: 0 * NaN is NaN."""
-    rows = {"broken": make_row(frames=17), "far": make_row(frames=40, seed=1), "next": make_row(frames=20, seed=2)}
+def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(
+    places: tuple[str, str],
+) -> None:
+    """The slot's next row lags behind the far one, so its masked remains are read: 0 * NaN is NaN."""
+    rows = {
+        "broken": make_row(frames=17),
+        "far": make_row(frames=40, seed=1),
+        "next": make_row(frames=20, seed=2),
+    }
     rows["broken"].text = torch.full_like(rows["broken"].text, torch.nan)
     slots = make_slots(3)
     for name in places:
@@ -252,8 +275,8 @@ def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(places: tu
 
 
 @pytest.mark.parametrize(("prompt", "kept"), [("x" * 40, 64), ("x" * 100, 128), ("x" * 200, 32)])
-def test_the_room_of_a_long_text_is_given_back_when_all_have_gone(prompt: str, kept: int) -> None:
-    """A usual text's is not: on a GPU what was recorded would go with it."""
+def test_the_room_of_a_long_text_is_given_back_after_the_last_row(prompt: str, kept: int) -> None:
+    """That of a usual text is not: on a GPU all recordings would be lost with it."""
     slots = make_slots()
     decode([make_row(prompt), make_row()], slots=slots)
     assert slots._texts.shape[-2] == max(kept, text_room(len(prompt) + 1))
@@ -262,12 +285,12 @@ def test_the_room_of_a_long_text_is_given_back_when_all_have_gone(prompt: str, k
     assert torch.equal(codes, reference_codes(PROMPTS[0], 9, 3.0))
 
 
-def test_both_halves_share_a_batch_only_where_a_row_is_guided() -> None:
+def test_the_unconditional_pass_is_made_only_if_a_row_is_guided() -> None:
     slots = make_slots()
     slots.admit(make_row(guidance_scale=1.0))
-    assert slots._plan().halves == 1
+    assert slots._plan().passes == 1
     slots.admit(make_row(guidance_scale=1.5))
-    assert slots._plan().halves == 2
+    assert slots._plan().passes == 2
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1, 2, 2, 3, 3])])
@@ -280,7 +303,7 @@ def test_positions_are_those_of_transformers() -> None:
     assert torch.equal(sinusoids(len(table), table.shape[1]), table)
 
 
-def test_the_originals_are_dropped_as_they_are_fused() -> None:
+def test_the_original_layers_are_dropped_as_they_are_fused() -> None:
     model, _ = build_tiny()
     weights = [layer.self_attn.q_proj.weight for layer in model.decoder.model.decoder.layers]
     fused = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
@@ -288,94 +311,26 @@ def test_the_originals_are_dropped_as_they_are_fused() -> None:
     assert torch.equal(fused.layers[1].self_qkv[:64], weights[1])
 
 
-# the sampler
-
-
-SCORES = torch.randn(2048, generator=torch.Generator().manual_seed(3)) * 2
-
-
-def exact(top_k: int, top_p: float, temperature: float) -> Tensor:
-    """Return the distribution ``[V]`` by the book: scale, keep the top_k, then the fewest that reach top_p."""
-    scores = SCORES.double() / temperature
-    order = scores.argsort(descending=True)
-    scores[order[top_k:]] = -torch.inf
-    probabilities = scores.softmax(0)
-    before = probabilities[order].cumsum(0) - probabilities[order]
-    probabilities[order[before >= top_p]] = 0
-    return probabilities / probabilities.sum()
-
-
-def make_sampling(*rows: dict[str, Any]) -> Sampling:
-    """Return the rows' sampling; what is not said is as in a request that says nothing, but unguided."""
-    sampling = Sampling.empty(len(rows), torch.device("cpu"))
-    for index, row in enumerate(rows):
-        defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 250, "top_p": None, "vocabulary": 2048}
-        sampling.write(index, **{**defaults, **row})
-    return sampling
-
-
-def draw(count: int, **sampling: Any) -> Tensor:
-    """Return that many tokens of one row, each as if it were a codebook's."""
-    uniforms = torch.rand(1, count, generator=torch.Generator().manual_seed(5))
-    return sample(SCORES.expand(1, 1, count, -1), uniforms, make_sampling(sampling), 2048)[0][0]
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "temperature"),
-    [(250, None, 1.0), (50, None, 0.7), (250, 0.9, 1.0), (0, 0.5, 1.3), (20, 0.8, 2.0), (5, None, 1.0)],
-)
-def test_tokens_follow_the_exact_distribution(top_k: int, top_p: float | None, temperature: float) -> None:
-    count = 8_000
-    expected = exact(top_k or 2048, 2.0 if top_p is None else top_p, temperature)
-    drawn = torch.bincount(draw(count, top_k=top_k, top_p=top_p, temperature=temperature), minlength=2048)
-    assert drawn[expected == 0].sum() == 0
-    common = expected * count >= 5
-    rare = torch.tensor([drawn[~common].sum(), count * expected[~common].sum()])
-    deviations = (drawn[common] - count * expected[common]) ** 2 / (count * expected[common])
-    chi_square = deviations.sum() + (rare[0] - rare[1]) ** 2 / rare[1].clamp(min=1)
-    degrees = int(common.sum())
-    assert chi_square < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations of a chi-square
-
-
-@pytest.mark.parametrize("edge", [0.0, 1 - 2**-24])
-def test_the_extreme_uniforms_take_the_first_and_the_last_token_of_each_rows_own(edge: float) -> None:
-    order = SCORES.argsort(descending=True)
-    reached = SCORES.double().softmax(0)[order].cumsum(0) <= edge  # the very last tokens are rarer than a float can say
-    sampling = make_sampling({"top_k": 10}, {"top_k": 0}, GREEDY)
-    tokens, _ = sample(SCORES.expand(3, 1, 1, -1), torch.full((3, 1), edge), sampling, 2048)
-    ranks = [9 if edge else 0, int(reached.sum()), 0]
-    assert tokens[:, 0].tolist() == order[ranks].tolist()
-
-
-def test_guidance_goes_from_the_null_half_past_the_conditional_one() -> None:
-    halves = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))  # [row, half, K, V]
-    uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
-    guided = make_sampling(*({"guidance_scale": scale, "top_k": 0} for scale in (4.0, 1.0)))
-    tokens, _ = sample(halves, uniforms, guided, 2048)
-    combined = torch.stack([4 * halves[0, 0] - 3 * halves[0, 1], halves[1, 0]])[:, None]
-    unguided = make_sampling({"top_k": 0}, {"top_k": 0})
-    assert torch.equal(tokens, sample(combined, uniforms, unguided, 2048)[0])
-
-
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.01, "temperature": 0.3}], ids=str)
-def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -> None:
-    assert set(draw(100, **options).tolist()) == {int(SCORES.argmax())}
-
-
 # in 16 bit
 
 
 @torch.no_grad()
 def teacher_forced(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Return the logits ``[step, half, K, V]`` after each of the tokens ``[step, K]`` of the first prompt's row."""
+    """Return the logits ``[step, pass, K, V]`` after each of ``[step, K]``, for the first prompt."""
     own = decoder.read_text(text_states(PROMPTS[0]))
-    texts = decoder.empty_text(1, own.shape[-2])  # [L, slot, half, 2, H, X, D]
+    texts = decoder.empty_text(1, own.shape[-2])  # [L, slot, pass, 2, H, X, D]
     texts[:, 0, 0] = own
     text = Text(texts, torch.empty(0), 1, (Span(0, 1, own.shape[-2], False),))
     cache = decoder.empty_cache(1)
     steps = [
         decoder.forward(
-            row[None], torch.tensor([at]), cache, text, halves=2, spans=(Span(0, 1, at + 1, False),), lines=16
+            row[None],
+            torch.tensor([at]),
+            cache,
+            text,
+            passes=2,
+            spans=(Span(0, 1, at + 1, False),),
+            padded_rows=16,
         )
         for at, row in enumerate(tokens)
     ]
@@ -383,7 +338,7 @@ def teacher_forced(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 
 def test_bfloat16_errs_no_more_than_transformers_does() -> None:
-    """Teacher-forced; our own sum of the embeddings and softmax may round elsewhere, so a tenth more is let pass."""
+    """Teacher-forced. Our sums and softmax may round at other places: a tenth more is accepted."""
     tokens = torch.randint(2048, (40, 4), generator=torch.Generator().manual_seed(1))  # [step, K]
     exact, rounded = (teacher_forced(decoder(dtype=dtype), tokens) for dtype in (torch.float32, torch.bfloat16))
     ours = divergence(exact, rounded)
@@ -391,10 +346,10 @@ def test_bfloat16_errs_no_more_than_transformers_does() -> None:
     with torch.inference_mode():
         text = model.enc_to_dec_proj(text_states(PROMPTS[0]).bfloat16())
         theirs = model.decoder(
-            tokens.T.repeat(2, 1),  # [half * K, step]
+            tokens.T.repeat(2, 1),  # [pass * K, step]
             encoder_hidden_states=torch.stack([text, torch.zeros_like(text)]),
             encoder_attention_mask=torch.tensor([[1], [0]]).expand(-1, len(text)),
-        ).logits.view(2, 4, 40, -1)  # [half, K, step, V]
+        ).logits.view(2, 4, 40, -1)  # [pass, K, step, V]
     assert exact.dtype == torch.float32
     assert (ours <= 1.1 * divergence(exact, theirs.permute(2, 0, 1, 3))).all()
 
@@ -409,7 +364,7 @@ def test_products_are_those_of_a_linear_layer(rows: int, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_takes_the_fast_path(dtype: torch.dtype) -> None:
-    """Which torch refuses without a word where a tensor's last dimension is not contiguous."""
+    """torch silently takes another path if a tensor's last dimension is not contiguous."""
     slots = make_slots(3, dtype=dtype)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         for prompt in PROMPTS[:3]:
@@ -424,7 +379,7 @@ def test_attention_takes_the_fast_path(dtype: torch.dtype) -> None:
 
 def compiled_decoder(backend: str, **options: bool) -> Decoder:
     """The backends need no compiler on this machine."""
-    torch.compiler.reset()  # what one test has compiled counts against the next one's limit
+    torch.compiler.reset()  # else the shapes of one test count against the next one's limit
     model, _ = build_tiny()
     compiled = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
     compiled.compile(backend, **options)
@@ -432,7 +387,7 @@ def compiled_decoder(backend: str, **options: bool) -> Decoder:
 
 
 def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
-    """``is_strict`` raises where torch would fall back to Python."""
+    """``is_strict`` raises if torch would fall back to Python."""
     compiled = compiled_decoder("eager", is_strict=True)
     rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:2])]
     for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
@@ -453,16 +408,17 @@ def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fixed_shapes")
 def test_a_plan_for_each_length_is_compiled() -> None:
-    """More of them than the 8 that torch takes where it is not told; ``is_strict`` raises past the limit."""
+    """They are more than torch's default limit of 8; ``is_strict`` raises past the limit."""
     (codes,) = decode(
-        [make_row(frames=8, **GREEDY)], slots=Slots(compiled_decoder("eager", is_strict=True), 1, MAX_STEPS)
+        [make_row(frames=8, **GREEDY)],
+        slots=Slots(compiled_decoder("eager", is_strict=True), 1, MAX_STEPS),
     )
     assert torch.equal(codes, reference_codes(PROMPTS[0], 8, 3.0))
 
 
 @pytest.mark.usefixtures("fixed_shapes")
 def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgx_music.inference.musicgen.decoder._MOST_SHAPES", 3)
+    monkeypatch.setattr("dgx_music.inference.musicgen.decoder._MAX_SHAPES", 3)
     scales = (3.0, 1.0, 2.0, 1.0)
     rows = [
         make_row(prompt, 6 + 9 * index, guidance_scale=scale, **GREEDY)
@@ -473,7 +429,7 @@ def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatc
         assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.guidance_scale))
 
 
-def test_a_model_whose_norms_are_others_is_refused() -> None:
+def test_a_model_with_another_epsilon_is_refused() -> None:
     model, _ = build_tiny()
     model.decoder.model.decoder.layer_norm.eps = 1e-6
     with pytest.raises(ValueError, match="epsilon is 1e-06 and not 1e-05"):

@@ -1,4 +1,4 @@
-"""EnCodec: from samples to codes and back. Stereo models have the codes of left and right in turn."""
+"""EnCodec: from samples to codes and back. The codes of a stereo model alternate left and right."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the samples ``[channel, sample]`` of codes ``[codebook, frame]``, both on the CPU."""
-        with self._beside_the_slots():
+        """Return the samples ``[channel, sample]`` of ``[codebook, frame]``, both on the CPU."""
+        with self._on_own_stream():
             codes = codes.to(self._model.device)
             sides = [codes[None, None, side :: self.channels] for side in range(self.channels)]
-            return torch.cat([self._model.decode(side, [None]).audio_values[0] for side in sides]).cpu()
+            decoded = [self._model.decode(side, [None]).audio_values[0] for side in sides]
+            return torch.cat(decoded).cpu()
 
     @torch.no_grad()
     def encode(self, samples: Tensor) -> Tensor:
-        """Return the codes ``[codebook, frame]`` of samples ``[channel, sample]``, both on the CPU."""
-        with self._beside_the_slots():
+        """Return the codes ``[codebook, frame]`` of ``[channel, sample]``, both on the CPU."""
+        with self._on_own_stream():
             samples = samples[:, None].to(self._model.device)
             sides: Tensor = self._model.encode(samples).audio_codes[0]  # [channel, codebook, frame]
             return sides.transpose(0, 1).flatten(0, 1).cpu()
 
-    def _beside_the_slots(self) -> AbstractContextManager[object]:
-        """Return a context whose work keeps nothing else on a GPU waiting."""
+    def _on_own_stream(self) -> AbstractContextManager[object]:
+        """Return a context whose work on a GPU blocks no other work there."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -1,4 +1,4 @@
-"""What the model is told of a request: its text, its negative prompt, its melody, and the clip it continues."""
+"""What the model reads of a request: its prompt, its negative prompt and its melody."""
 
 from __future__ import annotations
 
@@ -18,22 +18,29 @@ from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader, chroma
 
 LONGEST_PREFIX_TEXT = 512
-"""Tokens of text that a melody model can read: they take room in every slot."""
+"""How many tokens of text a melody model can read: they take room in every slot."""
 
 
 class Conditions(NamedTuple):
-    """What a row is to read, see ``slots.Row``; ``is_guided`` is False where both halves of guidance would read the same."""
+    """What a row reads, see ``batch.Row``."""
 
     text: Tensor | None
     negative: Tensor | None
     prefix: Tensor | None
     is_guided: bool
+    """False if the conditional and the unconditional pass would read the same."""
 
 
 class Conditioner:
-    """Reads what requests say, in one thread at a time: fast tokenizers are not safe in two."""
+    """Reads requests, in one thread at a time: fast tokenizers are not safe in two."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, decoder: Decoder, sample_rate: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder: Decoder,
+        sample_rate: int,
+    ) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = model.text_encoder
         self._decoder = decoder
@@ -43,40 +50,44 @@ class Conditioner:
 
     @torch.no_grad()
     def read(self, request: GenerationRequest, melody_from: float | None = None) -> Conditions:
-        """Return the request's conditions. Raises ``GenerationRejectedError`` for what this model cannot read.
+        """Return the request's conditions.
 
-        ``melody_from`` is the second at which the window of a longer clip begins: its melody begins there as well, and
-        goes round and round, as audiocraft has it.
+        ``melody_from`` is the second at which the window of a longer clip begins: its melody begins
+        there as well and is repeated, as in audiocraft. Raises ``GenerationRejectedError`` if this
+        model cannot read the request.
         """
         if request.melody is not None and self._melody is None:
-            able = "musicgen-melody" if self._decoder.channels == 1 else "musicgen-stereo-melody"
-            raise GenerationRejectedError(f"The model {request.model} hears no melody; use {able}.")
+            other = "musicgen-melody" if self._decoder.channels == 1 else "musicgen-stereo-melody"
+            raise GenerationRejectedError(f"The model {request.model} hears no melody; use {other}.")
         texts = request.prompt, request.negative_prompt or ""
         is_guided = any(texts) or request.melody is not None
         if self._melody is None:
             return Conditions(self._read_text(texts[0]), self._read_text(texts[1]), None, is_guided)
         text, negative = map(self._states, texts)
-        return Conditions(
-            None, None, self._melody.prefix(text, self._chroma(request, melody_from), negative), is_guided
-        )
+        prefix = self._melody.prefix(text, self._chroma(request, melody_from), negative)
+        return Conditions(None, None, prefix, is_guided)
 
     def _read_text(self, text: str) -> Tensor | None:
-        """Return what cross-attention sees of the text: ``[L, 2, H, X, D]``; ``None`` where there is nothing to see."""
+        """Return cross-attention's keys and values ``[L, 2, H, X, D]``; ``None`` for no text."""
         states = self._states(text)
         return None if states is None else self._decoder.read_text(states)
 
     def _chroma(self, request: GenerationRequest, begin: float | None) -> Tensor | None:
-        """Return the melody's pitch classes ``[frame, 12]``, ``None`` where none is given."""
+        """Return the melody's pitch classes ``[frame, 12]``; ``None`` if there is no melody."""
         if request.melody is None:
             return None
         samples = fit(request.melody, self._sample_rate, 1)[0]
         if begin is not None:
             first = int(begin * self._sample_rate)
-            samples = samples[torch.arange(first, first + round(WINDOW_SECONDS * self._sample_rate)) % len(samples)]
+            last = first + round(WINDOW_SECONDS * self._sample_rate)
+            samples = samples[torch.arange(first, last) % len(samples)]
         return chroma(samples, self._sample_rate)
 
     def _states(self, text: str) -> Tensor | None:
-        """Return the text encoder's states ``[token, width]``; ``None`` for no text, which is not the text ""."""
+        """Return the text encoder's states ``[token, width]``; ``None`` for no text.
+
+        Having no text differs from encoding the text "".
+        """
         if not text:
             return None
         with self._reading:
@@ -90,6 +101,7 @@ class Conditioner:
 
 
 def fit(clip: Audio, sample_rate: int, channels: int) -> Tensor:
-    """Return the clip's samples ``[channel, sample]`` at that rate, mixed down to one channel or doubled to two."""
-    samples = resample(match_channels(clip.samples, channels, clip.sample_rate), clip.sample_rate, sample_rate)
+    """Return the clip's samples ``[channel, sample]`` at that rate, in one channel or in two."""
+    samples = match_channels(clip.samples, channels, clip.sample_rate)
+    samples = resample(samples, clip.sample_rate, sample_rate)
     return torch.from_numpy(samples.copy())  # a request's own samples may be read-only

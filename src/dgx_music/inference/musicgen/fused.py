@@ -1,9 +1,10 @@
-"""What stands between a layer's products, as single kernels in Triton; imported only where ``kernels`` launches them.
+"""The work between a layer's products, as single kernels in Triton; imported only by ``kernels``.
 
-On a GPU a decode step is bound by how many kernels it has, not by what they compute: each takes more than a microsecond
-however little it does.
+On a GPU the number of kernels bounds a decode step, not what they compute: each takes more than a
+microsecond however little it does.
 
-Shapes: N lines of ``hidden`` = H * D numbers; H heads of size D. ``x_line`` is how far apart the lines of x are, in elements.
+Shapes: N sequences of ``hidden`` = H * D numbers; H heads of size D; T positions. ``stride_fn`` is
+the distance between the sequences of ``fresh``, in elements; likewise for the cache.
 """
 
 from __future__ import annotations
@@ -25,49 +26,53 @@ def add_norm(
     read_every: tl.constexpr,
     block: tl.constexpr,  # hidden rounded up to a power of two
 ) -> None:
-    """Add to a line of the residual, then normalise it (layer norm, in float32); the grid is [N]."""
-    line = tl.program_id(0)
+    """Add to a row of the residual, then normalise it (layer norm, in float32); the grid is [N]."""
+    row = tl.program_id(0)
     i = tl.arange(0, block)
     is_inside = i < hidden
-    numbers = tl.load(x + line * hidden + i, mask=is_inside, other=0.0)
-    if line % added_every == 0:
-        added = tl.load(more + (line // added_every) * hidden + i, mask=is_inside, other=0.0)
+    numbers = tl.load(x + row * hidden + i, mask=is_inside, other=0.0)
+    if row % added_every == 0:
+        added = tl.load(more + (row // added_every) * hidden + i, mask=is_inside, other=0.0)
         numbers = (numbers.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(x + line * hidden + i, numbers, mask=is_inside)
-    if line % read_every == 0:
+        tl.store(x + row * hidden + i, numbers, mask=is_inside)
+    if row % read_every == 0:
         exact = numbers.to(tl.float32)
         centred = tl.where(is_inside, exact - tl.sum(exact, axis=0) / hidden, 0.0)
-        spread = tl.sum(centred * centred, axis=0) / hidden
+        variance = tl.sum(centred * centred, axis=0) / hidden
         scale = tl.load(weight + i, mask=is_inside, other=0.0).to(tl.float32)
         shift = tl.load(bias + i, mask=is_inside, other=0.0).to(tl.float32)
-        normed = centred * (1.0 / tl.sqrt(spread + epsilon)) * scale + shift
-        tl.store(out + (line // read_every) * hidden + i, normed.to(out.dtype.element_ty), mask=is_inside)
+        normed = centred * (1.0 / tl.sqrt(variance + epsilon)) * scale + shift
+        there = out + (row // read_every) * hidden + i
+        tl.store(there, normed.to(out.dtype.element_ty), mask=is_inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def store_newest(
-    fresh: tl.tensor,  # [N, 2, H, D], keys and values of this step; all but the lines side by side
-    cache: tl.tensor,  # [row, half, 2, H, T, D], to be written
-    positions: tl.tensor,  # [row]
-    fresh_line: tl.tensor,
-    cache_row: tl.tensor,
-    cache_half: tl.tensor,
-    cache_kind: tl.tensor,
-    cache_head: tl.tensor,
+    fresh: tl.tensor,  # [N, 2, H, D], keys and values of this step; all but N contiguous
+    cache: tl.tensor,  # [slot, pass, 2, H, T, D], to be written
+    positions: tl.tensor,  # [slot]
+    stride_fn: tl.tensor,
+    stride_slot: tl.tensor,
+    stride_pass: tl.tensor,
+    stride_kind: tl.tensor,
+    stride_head: tl.tensor,
     hidden: tl.tensor,
-    most: tl.tensor,  # the largest number that the cache can hold
-    halves: tl.constexpr,
+    limit: tl.tensor,  # the largest number that the cache can hold
+    passes: tl.constexpr,
     head_size: tl.constexpr,
     block: tl.constexpr,  # hidden rounded up to a power of two
 ) -> None:
-    """Put one line's keys, or its values, where its row's position says; the grid is [N, 2]."""
-    line, kind = tl.program_id(0), tl.program_id(1)
-    row, half = line // halves, line % halves
+    """Put one sequence's keys, or its values, at its row's position; the grid is [N, 2]."""
+    sequence, kind = tl.program_id(0), tl.program_id(1)
+    slot, own_pass = sequence // passes, sequence % passes
     i = tl.arange(0, block)
     is_inside = i < hidden
-    numbers = tl.load(fresh + line * fresh_line + kind * hidden + i, mask=is_inside, other=0.0).to(tl.float32)
-    numbers = tl.where(numbers > most, most, tl.where(numbers < -most, -most, numbers))  # NaN stays NaN
-    place = row.to(tl.int64) * cache_row + half * cache_half + kind * cache_kind  # 32 bits would not do for all rows
-    place += tl.load(positions + row) * head_size
-    spots = place + (i // head_size) * cache_head + i % head_size
-    tl.store(cache + spots, numbers.to(cache.dtype.element_ty), mask=is_inside)
+    own = fresh + sequence * stride_fn + kind * hidden + i
+    numbers = tl.load(own, mask=is_inside, other=0.0).to(tl.float32)
+    # NaN stays NaN.
+    numbers = tl.where(numbers > limit, limit, tl.where(numbers < -limit, -limit, numbers))
+    # In 64 bits: a cache may have more than 2**31 elements.
+    place = slot.to(tl.int64) * stride_slot + own_pass * stride_pass + kind * stride_kind
+    place += tl.load(positions + slot) * head_size
+    places = place + (i // head_size) * stride_head + i % head_size
+    tl.store(cache + places, numbers.to(cache.dtype.element_ty), mask=is_inside)

@@ -1,4 +1,4 @@
-"""What this machine has to run a model with, without running one."""
+"""What this machine has to run a model with: devices and weights. Loads no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def find_cuda_devices() -> list[str]:
 
 
 def has_weights(model: ModelInfo, revision: str | None) -> bool:
-    """Return whether this machine holds the model's files, so that it can be loaded; asks no network.
+    """Return whether this machine holds the model's files; asks no network.
 
     ``revision`` is the one that is set. Needs huggingface_hub.
     """
@@ -30,15 +30,19 @@ def holds_weights(folder: Path) -> bool:
 
 
 def find_damage_of(model: ModelInfo, revision: str | None) -> str | None:
-    """Return in half a sentence why the model's files on this machine cannot be loaded, or ``None``; reads no weights."""
+    """Return in half a sentence why the model's files here cannot be loaded, or ``None``.
+
+    Reads no weights.
+    """
     folder = find_folder(model, revision)
     return None if folder is None else find_damage(folder)
 
 
 def find_obstacle(model: ModelInfo, revision: str | None) -> str | None:
-    """Return in a sentence why a worker could not have the model's files; ``None`` if they are here or can be downloaded.
+    """Return in a sentence why a worker could not get the model's files, or ``None``.
 
-    Asks the hub for 3 s at most, and downloads nothing. Needs huggingface_hub.
+    ``None`` means that they are here or can be downloaded. Asks the hub for at most 3 s, and
+    downloads nothing. Needs huggingface_hub.
     """
     try:
         check_obtainable(model, revision)

@@ -1,9 +1,10 @@
-"""What is publicly known of the real models' numbers, computed here, and compared.
+"""Compares this machine's numbers with those that are publicly known of the real models.
 
 The numbers are facts from the tests of ``transformers`` (huggingface/transformers, commit 01080c6,
-``tests/models/musicgen/test_modeling_musicgen.py``): logits, and the first samples of a few frames decoded greedily. Equal
-numbers show that the weights, the loader, the decoder, the slots, the text encoder and the codec on this machine are right;
-a wrong one, or a flipped bit, gives others. All is computed as for a generation, by the worker's own engine.
+``tests/models/musicgen/test_modeling_musicgen.py``): logits, and the first samples of a few frames
+decoded greedily. Equal numbers show that the weights, the loader, the decoder, the slots, the text
+encoder and the codec on this machine are right; an error in one of them, or a flipped bit, gives
+other numbers. The worker's own engine computes them, as for a generation.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import torch
 from torch import Tensor
 
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.drift import decode
 from dgx_music.inference.musicgen.engine import MusicGenEngine, build
 from dgx_music.inference.musicgen.launches import Span
-from dgx_music.inference.musicgen.slots import Row
 
 SOURCE = "transformers' tests/models/musicgen/test_modeling_musicgen.py"
 
 
 class Question(NamedTuple):
-    """What is asked of a model: the first logits after nothing but the text, or the first samples of so many frames."""
+    """A question to a model: its first logits, or the first samples of so many frames."""
 
     model: str
     what: Literal["logits", "samples"]
@@ -34,9 +35,12 @@ class Question(NamedTuple):
     guidance_scale: float
     frame_count: int
     is_delayed: bool
-    """False for so few frames that ``generate`` leaves the delay between the codebooks out; no generation is so short."""
+    """False if ``generate`` leaves out the delay between the codebooks.
+
+    It does so for very few frames; no generation is so short.
+    """
     expected: tuple[tuple[float, ...], ...]
-    """One row, or for samples one for each channel."""
+    """Logits: one row. Samples: one row for each channel."""
 
     def __str__(self) -> str:
         of = f"“{self.prompt}”" if self.prompt else "no prompt"
@@ -100,23 +104,24 @@ TOLERANCES = {
     "float16": {"logits": 0.02},
     "bfloat16": {"logits": 0.15},
 }
-"""How far an answer may be off, absolutely and of its own size; transformers' own for float32.
+"""How far an answer may be off, absolutely plus relatively; for float32 as in transformers.
 
-In 16 bits the likeliest token may be another one, and all samples after it: only the logits are compared. With random weights
-of musicgen-small's size these were off by at most 0.067 (bfloat16) and 0.0085 (float16) of their standard deviation.
+In 16 bits the likeliest token may be another one, and then all samples differ: only the logits are
+compared. With random weights of musicgen-small's size these were off by at most 0.067 (bfloat16)
+and 0.0085 (float16) of their standard deviation.
 """
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of comparing: ``ok`` where all is equal, ``failed`` where not, ``warning`` where nothing is known."""
+    """The result for a question: ``ok`` if equal, ``failed`` if not, ``warning`` if unknown."""
 
     verdict: Literal["ok", "warning", "failed"]
     detail: str
 
 
-class Examinee(MusicGenEngine):
-    """An engine that answers questions, with the very parts that make music."""
+class AnsweringEngine(MusicGenEngine):
+    """An engine that answers questions with the same parts that make music."""
 
     @property
     def dtype_name(self) -> str:
@@ -124,7 +129,7 @@ class Examinee(MusicGenEngine):
         return str(self._decoder.dtype).removeprefix("torch.")
 
     def answer(self, question: Question) -> Tensor:
-        """Return the logits ``[1, V]`` of the first codebook, or the samples ``[channel, sample]``."""
+        """Return the first codebook's logits ``[1, V]``, or the samples ``[channel, sample]``."""
         if question.what == "logits":
             return decode(self._decoder, self._row_of(question)).logits[0, 0, :1]
         codes = self._delayed_codes(question) if question.is_delayed else self._undelayed_codes(question)
@@ -143,29 +148,32 @@ class Examinee(MusicGenEngine):
             temperature=0.0,
             seed=0,
         )
-        nothing = torch.empty(self._decoder.codebook_count, 0, dtype=torch.long)
         conditions = self._conditioner.read(request)
-        return self._row(request, conditions, nothing, question.frame_count, torch.Generator().manual_seed(0))
+        random = torch.Generator().manual_seed(0)
+        return self._row(request, conditions, self._no_codes(), question.frame_count, random)
 
     @torch.no_grad()
     def _undelayed_codes(self, question: Question) -> Tensor:
-        """Return the likeliest codes ``[codebook, frame]``, all codebooks of a frame at once; without text or guidance."""
+        """Return the likeliest codes ``[codebook, frame]``, all codebooks of a frame at once.
+
+        Uses neither text nor guidance.
+        """
         decoder, cache = self._decoder, self._decoder.empty_cache(1)
         tokens = torch.full((1, decoder.codebook_count), decoder.pad_token, device=decoder.device)
         codes = []
         for position in range(question.frame_count):
             spans = (Span(0, 1, position + 1, is_masked=False),)
             positions = torch.tensor([position], device=decoder.device)
-            logits = decoder.forward(tokens, positions, cache, None, halves=1, spans=spans, lines=1)
+            logits = decoder.forward(tokens, positions, cache, None, passes=1, spans=spans, padded_rows=1)
             tokens = logits[:, 0].argmax(-1)  # [1, K]
             codes.append(tokens[0].cpu())
         return torch.stack(codes, dim=1)
 
 
 def compare(settings: EngineSettings) -> Iterator[Comparison]:
-    """Load the model, and yield what comes of each question: in float32, and in the worker's own format.
+    """Load the model and yield the result of each question: in float32 and in the worker's format.
 
-    Raises ``EngineUnavailableError`` where the model cannot be loaded.
+    Raises ``EngineUnavailableError`` if the model cannot be loaded.
     """
     questions = [question for question in QUESTIONS if question.model == settings.model]
     if not questions:
@@ -173,27 +181,27 @@ def compare(settings: EngineSettings) -> Iterator[Comparison]:
         yield Comparison("warning", f"no numbers of {settings.model} are publicly known, but of {known}")
         return
     settings = replace(settings, weights="full", kv_cache="full", slots=1)
-    yield from _examine_all(build(replace(settings, dtype="float32"), Examinee), questions)
-    own = build(settings, Examinee)
+    yield from _check_all(build(replace(settings, dtype="float32"), AnsweringEngine), questions)
+    own = build(settings, AnsweringEngine)
     if own.dtype_name != "float32":
-        yield from _examine_all(own, questions)
+        yield from _check_all(own, questions)
 
 
-def _examine_all(examinee: Examinee, questions: list[Question]) -> Iterator[Comparison]:
-    comparable = TOLERANCES[examinee.dtype_name]
-    yield from (examine(examinee, question) for question in questions if question.what in comparable)
-    examinee.close()
+def _check_all(engine: AnsweringEngine, questions: list[Question]) -> Iterator[Comparison]:
+    comparable = TOLERANCES[engine.dtype_name]
+    yield from (check(engine, question) for question in questions if question.what in comparable)
+    engine.close()
 
 
-def examine(examinee: Examinee, question: Question) -> Comparison:
+def check(engine: AnsweringEngine, question: Question) -> Comparison:
     """Return how far the answer is off, and whether that is too far."""
-    tolerance = TOLERANCES[examinee.dtype_name][question.what]
+    tolerance = TOLERANCES[engine.dtype_name][question.what]
     expected = torch.tensor(question.expected)
-    found = examinee.answer(question)[:, : expected.shape[1]].float().cpu()
+    found = engine.answer(question)[:, : expected.shape[1]].float().cpu()
     difference = (found - expected).abs()
     is_equal = bool((difference <= tolerance * (1 + expected.abs())).all())  # False for NaN
-    told = f"{question.model} in {examinee.dtype_name}: {question} are"
+    subject = f"{question.model} in {engine.dtype_name}: {question} are"
     if is_equal:
-        return Comparison("ok", f"{told} those known, to within {difference.max():.2g}")
-    off = f"off by {difference.max():.2g}, where {tolerance:g} is fine"
-    return Comparison("failed", f"{told} not those known ({SOURCE}): {off}")
+        return Comparison("ok", f"{subject} those known, to within {difference.max():.2g}")
+    error = f"off by {difference.max():.2g}, while {tolerance:g} is fine"
+    return Comparison("failed", f"{subject} not those known ({SOURCE}): {error}")

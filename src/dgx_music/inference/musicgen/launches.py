@@ -1,9 +1,9 @@
-"""How the slots' steps reach the device: one at a time on a CPU, as captured CUDA graphs of several on a GPU.
+"""How the slots' steps reach the device: one by one on a CPU, as recorded CUDA graphs on a GPU.
 
-A step of MusicGen is several hundred small kernels. Launched one by one they take a host longer than the GPU needs for
-them, so the GPU path records a step once and replays it. A recording has fixed shapes and addresses: `fit` rounds what
-the rows need up to one of a few plans. The first step of a plan runs as it is, which is also the warm-up that a recording
-asks for; the second one is recorded.
+A step of MusicGen is several hundred small kernels. To launch them one by one takes a host longer
+than the GPU needs for them, so on a GPU a step is recorded once and replayed. A recording has fixed
+shapes and addresses: `fit` rounds the rows' needs up to one of a few plans. The first step of a
+plan runs as it is, which is also the warm-up that a recording needs; the second one is recorded.
 """
 
 from __future__ import annotations
@@ -18,52 +18,67 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dgx_music.inference.trouble import RECORDING, first_line, has_lost_the_device, is_out_of_memory
+from dgx_music.inference.trouble import (
+    RECORDING,
+    first_line,
+    has_lost_the_device,
+    is_out_of_memory,
+)
 
 STEPS_PER_LAUNCH = 8
-"""Of a GPU: the host then has a millisecond or more for what it does between launches."""
-_LENGTH_STEP = 128
-"""What is attended to is rounded up to this many positions: twelve plans for a clip of 30 s. With a kernel that finds each
-row's position on the device it is always all of them: one plan."""
+"""Of a GPU: the host then has a millisecond or more for its own work between launches."""
+_CONTEXT_STEP = 128
+"""The context length is rounded up to a multiple of this: twelve plans for a clip of 30 s.
+
+With a kernel that finds each row's position on the device it is always the whole cache: one plan.
+"""
 TEXT_STEP = 32
-"""What is read of a text is rounded up to so many tokens, and the room for it is at least that. Each time the room grows, what
-was recorded before is of no use any more."""
+"""A text's length is rounded up to a multiple of this, and the room for texts is at least this.
+
+Each time the room grows, all recordings become useless.
+"""
 USUAL_TEXT = 128
-"""Room that is never given back; what a longer text has taken goes with the last row, or one would cost all slots for ever."""
-_WIDE, _ALL = 256, 1 << 30
-"""Among how many tokens a launch chooses."""
+"""Room for texts up to this length is never given back.
+
+Room for a longer text is given back after the last row: else one such text would cost all slots
+memory for ever.
+"""
+_USUAL_TOP_K, _ALL_TOKENS = 256, 1 << 30
+"""A launch samples from so many of the likeliest tokens."""
 _ROW_COUNTS = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 48, 64)
-"""Numbers of rows for which steps are recorded; beyond them, multiples of 64."""
-_MOST_GRAPHS = 128
-"""Each holds several hundred kernels; the plan that has not come up for longest is recorded anew when it does."""
-_LAUNCHES_AHEAD = 2
-"""So many wait on the device while the host goes on: enough to keep it busy, few enough for a cancel to be quick."""
+"""Steps are recorded for these numbers of rows; beyond them, for multiples of 64."""
+_MAX_GRAPHS = 128
+"""Each holds several hundred kernels. Past this number the least recently used one is dropped."""
+_MAX_LAUNCHES_IN_FLIGHT = 2
+"""Enough to keep the device busy, few enough for a quick cancel."""
 
 logger = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
-    """Neighbouring rows that attend to equally much."""
+    """Neighbouring rows with the same context length."""
 
     start: int
     stop: int
     length: int
     is_masked: bool
-    """True where not all of the length is there for each of them."""
+    """True if some of these rows have less than the whole length."""
 
 
 class Plan(NamedTuple):
     """The shape of a launch; everything else about it is on the device."""
 
     rows: int
-    halves: int
-    text_halves: int
-    reach: tuple[Span, ...]
-    """How much of the cache is read."""
-    texts: tuple[Span, ...]
-    """How much of the text is read."""
-    widest: int
-    """Among how many tokens is chosen."""
+    passes: int
+    """1 (conditional) or 2 (conditional, unconditional)."""
+    text_passes: int
+    """How many of the passes read a text."""
+    context_spans: tuple[Span, ...]
+    """How much of the cache the rows read."""
+    text_spans: tuple[Span, ...]
+    """How much of their texts the rows read."""
+    max_top_k: int
+    """At least the largest top_k of the rows."""
     steps: int
 
 
@@ -71,29 +86,32 @@ Advance = Callable[[Plan], None]
 
 
 class Launcher(Protocol):
-    """Makes steps on a device, in a stream of its own where the device has such."""
+    """Makes steps on a device, on a stream of its own if the device has streams."""
 
     def fit(self, plan: Plan, slot_count: int, max_positions: int) -> Plan:
-        """Return the plan to launch for what the rows need: at least as much of everything."""
+        """Return the plan to launch for the rows' needs: at least as much of everything."""
 
     def launch(self, plan: Plan) -> None:
         """Make the plan's steps."""
 
     def forget(self) -> None:
-        """Drop what was recorded: addresses have changed."""
+        """Drop all recordings: addresses have changed."""
 
     def on_stream(self, *borrowed: Tensor | None) -> AbstractContextManager[object]:
-        """Return a context whose work is in order with the steps; what is borrowed from another stream outlives it."""
+        """Return a context whose work is in order with the steps.
+
+        The borrowed tensors, which another stream made, stay valid until that work is done.
+        """
 
 
 _idle_streams: defaultdict[tuple[torch.device, int], list[torch.cuda.Stream]] = defaultdict(list)
 
 
 def borrow_stream(owner: object, device: torch.device, priority: int = 0) -> torch.cuda.Stream | None:
-    """Return a stream that nobody else has for as long as the owner lives; ``None`` on a device that has no streams.
+    """Return a stream for the owner alone, as long as it lives; ``None`` without streams.
 
-    torch makes 32 of a kind and then hands out the first again, though another engine may still be recording on it. Of two
-    priorities the lower number goes first.
+    torch makes 32 of a kind and then hands out the first again, even if another engine still
+    records on it. Of two priorities the lower number goes first.
     """
     if device.type != "cuda":
         return None
@@ -107,7 +125,7 @@ def borrow_stream(owner: object, device: torch.device, priority: int = 0) -> tor
 
 
 def make_launcher(advance: Advance, stream: torch.cuda.Stream | None) -> Launcher:
-    """Return what suits the device: a GPU has a stream."""
+    """Return the launcher that suits the device: only a GPU has a stream."""
     return EagerLauncher(advance) if stream is None else GraphLauncher(advance, stream)
 
 
@@ -126,7 +144,7 @@ class EagerLauncher:
         self._advance(plan)
 
     def forget(self) -> None:
-        """Nothing is recorded."""
+        """Do nothing: nothing is recorded."""
 
     def on_stream(self, *borrowed: Tensor | None) -> AbstractContextManager[object]:
         """Return a context that does nothing."""
@@ -134,7 +152,7 @@ class EagerLauncher:
 
 
 class GraphLauncher:
-    """CUDA graphs, one for each plan, in one stream and one pool of memory."""
+    """CUDA graphs, one for each plan, on one stream and in one pool of memory."""
 
     def __init__(self, advance: Advance, stream: torch.cuda.Stream) -> None:
         self._advance = advance
@@ -142,21 +160,21 @@ class GraphLauncher:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Plan, torch.cuda.CUDAGraph | None] = {}  # the least recently used first
         self._unrecordable: set[Plan] = set()
-        self._under_way: deque[torch.cuda.Event] = deque()
+        self._in_flight: deque[torch.cuda.Event] = deque()
 
     def fit(self, plan: Plan, slot_count: int, max_positions: int) -> Plan:
-        """Return the smallest of the plans that are recorded which is enough."""
+        """Return the smallest recordable plan that is enough."""
         return bucket(plan, slot_count, max_positions)
 
     def launch(self, plan: Plan) -> None:
-        """Make the plan's steps, once the device has few enough before it; never waits for a result."""
-        if len(self._under_way) == _LAUNCHES_AHEAD:
-            self._under_way.popleft().synchronize()
+        """Make the plan's steps when few enough launches are in flight; wait for no result."""
+        if len(self._in_flight) == _MAX_LAUNCHES_IN_FLIGHT:
+            self._in_flight.popleft().synchronize()
         for _ in range(plan.steps):
             self._step(plan._replace(steps=1))
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(self._stream)
-        self._under_way.append(done)
+        self._in_flight.append(done)
 
     def _step(self, plan: Plan) -> None:
         is_warm = plan in self._graphs
@@ -164,7 +182,7 @@ class GraphLauncher:
         if graph is None and is_warm and plan not in self._unrecordable:
             graph = self._record(plan)
         self._graphs[plan] = graph
-        if len(self._graphs) > _MOST_GRAPHS:
+        if len(self._graphs) > _MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         if graph is None:
             self._advance(plan)
@@ -172,7 +190,7 @@ class GraphLauncher:
             graph.replay()
 
     def _record(self, plan: Plan) -> torch.cuda.CUDAGraph | None:
-        """Return the recorded step, or ``None`` if it cannot be recorded: then it goes on as it is, slower."""
+        """Return the recorded step; ``None`` if that fails: then it runs as it is, slower."""
         graph = torch.cuda.CUDAGraph()
         try:
             with RECORDING:
@@ -182,14 +200,15 @@ class GraphLauncher:
                 raise
             logger.warning("no CUDA graph for %s: %s", plan, first_line(error))
             self._unrecordable.add(plan)
-            self._pool = torch.cuda.graph_pool_handle()  # the former may be left in the middle of a recording
+            self._pool = torch.cuda.graph_pool_handle()  # the old one may be stuck in its recording
             return None
         return graph
 
     def _capture(self, graph: torch.cuda.CUDAGraph, plan: Plan) -> None:
-        """Record the step, on this stream alone: ``torch.cuda.graph`` would wait for the device, which others record on.
+        """Record the step, on this stream alone.
 
-        Other threads allocate for the text and the codec meanwhile, which ``thread_local`` allows them.
+        ``torch.cuda.graph`` would wait for the device, on which others record. Other threads
+        allocate for the text and the codec meanwhile; ``thread_local`` permits that.
         """
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
@@ -198,15 +217,15 @@ class GraphLauncher:
             graph.capture_end()
 
     def forget(self) -> None:
-        """Drop all recordings, once what was launched has been done."""
+        """Wait for all launches, then drop all recordings."""
         self._stream.synchronize()
         self._graphs.clear()
         self._unrecordable.clear()
         self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last recording
-        self._under_way.clear()
+        self._in_flight.clear()
 
     def on_stream(self, *borrowed: Tensor | None) -> AbstractContextManager[object]:
-        """Return a context for the steps' stream; it waits for what made the borrowed tensors, and for nothing else."""
+        """Return a context for the steps' stream, after the work that made the borrowed tensors."""
         if borrowed:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         for tensor in borrowed:
@@ -216,19 +235,20 @@ class GraphLauncher:
 
 
 def bucket(plan: Plan, slot_count: int, max_positions: int) -> Plan:
-    """Return the plan of several steps, with every number rounded up so that few different plans come up.
+    """Return a plan of several steps with every number rounded up, so that few plans occur.
 
-    Rows go up to one of a dozen numbers, what attention reads to a multiple of 128, text to twice as much and twice as much
-    again, the choice of tokens to 256 or all; masks hide what is too much.
+    Rows go up to one of a dozen numbers, the context length to a multiple of 128, a text's length
+    to 32, 64, 128 and so on, top_k to 256 or all tokens; masks hide the surplus.
     """
     rows = min(_row_count(plan.rows), slot_count)
-    filled = max(span.length for span in plan.reach) + STEPS_PER_LAUNCH - 1
-    text = max((span.length for span in plan.texts), default=0)
+    context = max(span.length for span in plan.context_spans) + STEPS_PER_LAUNCH - 1
+    context = min(round_up(context, _CONTEXT_STEP), max_positions)
+    text = max((span.length for span in plan.text_spans), default=0)
     return plan._replace(
         rows=rows,
-        reach=(Span(0, rows, min(round_up(filled, _LENGTH_STEP), max_positions), is_masked=True),),
-        texts=(Span(0, rows, text_room(text), is_masked=True),) if text else (),
-        widest=_WIDE if plan.widest <= _WIDE else _ALL,
+        context_spans=(Span(0, rows, context, is_masked=True),),
+        text_spans=(Span(0, rows, text_room(text), is_masked=True),) if text else (),
+        max_top_k=_USUAL_TOP_K if plan.max_top_k <= _USUAL_TOP_K else _ALL_TOKENS,
         steps=STEPS_PER_LAUNCH,
     )
 

@@ -1,4 +1,7 @@
-"""The weights of MusicGen's layers, fused from transformers' own, in full or in 8 bits, and the products with them."""
+"""The weights of MusicGen's layers, and the products with them.
+
+They are fused from transformers' own, and kept in full or in 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ Weight: TypeAlias = Tensor | Int8
 
 EPSILON = 1e-5
 """What every layer norm of MusicGen adds to the variance."""
-_FEW_LINES = 64
-"""Up to so many lines of numbers a product's cost is reading the weight."""
+_FEW_ROWS = 64
+"""With up to so many rows, a product takes as long as reading the weight."""
 
 
 class Norm(NamedTuple):
-    """Weight and bias of a layer norm, [hidden] each."""
+    """Weight and bias of a layer norm, ``[hidden]`` each."""
 
     weight: Tensor
     bias: Tensor
@@ -33,7 +36,7 @@ class Norm(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cross:
+class CrossAttention:
     """The weights of a layer's cross-attention, which reads the text."""
 
     norm: Norm
@@ -44,13 +47,13 @@ class Cross:
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one layer, each [out, in]; there are no biases but the norms'."""
+    """The weights of one layer, each ``[out, in]``; only the norms have biases."""
 
     self_norm: Norm
     self_qkv: Weight  # [3 * hidden, hidden]
     self_out: Weight
-    cross: Cross | None
-    """``None`` in the melody models, whose text is a prefix of what self-attention reads."""
+    cross: CrossAttention | None
+    """``None`` in the melody models, whose text is part of the prefix for self-attention."""
     mlp_norm: Norm
     mlp_in: Weight
     mlp_out: Weight
@@ -58,7 +61,7 @@ class Layer:
 
     @classmethod
     def fuse(cls, layer: Any) -> Layer:
-        """Return the weights of one of transformers' decoder layers; only the fused ones are copied."""
+        """Return the weights of one of transformers' layers; only the fused ones are copied."""
         own, text = layer.self_attn, getattr(layer, "encoder_attn", None)
         return cls(
             self_norm=norm_of(layer.self_attn_layer_norm),
@@ -72,18 +75,20 @@ class Layer:
         )
 
     @staticmethod
-    def _fuse_cross(text: Any, norm: nn.LayerNorm) -> Cross:
+    def _fuse_cross(text: Any, norm: nn.LayerNorm) -> CrossAttention:
         keys_values = torch.cat([text.k_proj.weight, text.v_proj.weight])
-        return Cross(norm_of(norm), text.q_proj.weight, keys_values, text.out_proj.weight)
+        return CrossAttention(norm_of(norm), text.q_proj.weight, keys_values, text.out_proj.weight)
 
     def quantise(self, native: Native | None) -> Layer:
-        """Return the layer with all in 8 bits that is read at every step."""
+        """Return the layer with all weights in 8 bits that every step reads."""
         cross = self.cross
+        if cross is not None:
+            cross = replace(cross, q=quantise(cross.q, native), out=quantise(cross.out, native))
         return replace(
             self,
             self_qkv=quantise(self.self_qkv, native),
             self_out=quantise(self.self_out, native),
-            cross=cross and replace(cross, q=quantise(cross.q, native), out=quantise(cross.out, native)),
+            cross=cross,
             mlp_in=quantise(self.mlp_in, native),
             mlp_out=quantise(self.mlp_out, native),
         )
@@ -98,29 +103,33 @@ class Layer:
 
 
 def norm_of(module: nn.LayerNorm) -> Norm:
-    """Return the weights of one of torch's layer norms. Raises ``ValueError`` if it adds another epsilon than usual."""
+    """Return the weights of one of torch's layer norms.
+
+    Raises ``ValueError`` if its epsilon is not the usual one.
+    """
     if module.eps != EPSILON:
         raise ValueError(f"a layer norm's epsilon is {module.eps:g} and not {EPSILON:g}")
     return Norm(module.weight, module.bias)
 
 
 def quantise(weight: Weight, native: Native | None) -> Int8:
-    """Return the weight in 8 bits, which it may have been before."""
+    """Return the weight in 8 bits; it may be in 8 bits already."""
     return weight if isinstance(weight, Int8) else Int8.of(weight, native)
 
 
-def linear(x: Tensor, weight: Weight, lines: int) -> Tensor:
-    """Return ``x @ weight.T``, ``[N, out]``, made for N so small that reading the weight is what takes the time.
+def linear(x: Tensor, weight: Weight, padded_rows: int) -> Tensor:
+    """Return ``x @ weight.T``, ``[N, out]``; fast for few rows.
 
-    On a CPU the weight stands on the left: a matrix product repacks its right operand, so it had better be the small one
-    (measured 1.3 to 1.5 times as fast for 2 to 32 lines in bfloat16, and for 4 to 32 in float32, on a Xeon with AMX). What
-    is less than ``lines`` is filled up: how a product is rounded depends on how many lines it has, and a row's numbers must
-    not depend on how many others there are. That costs next to nothing.
+    On a CPU the weight stands on the left: a matrix product repacks its right operand, so that one
+    should be small (measured 1.3 to 1.5 times as fast for 2 to 32 rows in bfloat16, and for 4 to 32
+    in float32, on a Xeon with AMX). If x has fewer than ``padded_rows`` rows, rows of zeros are
+    added: how a product is rounded depends on its number of rows, and a row's numbers must not
+    depend on how many others there are. That costs next to nothing.
     """
     if isinstance(weight, Int8):
-        return weight.apply(x)  # integers are not rounded
+        return weight.apply(x)  # sums of integers are not rounded
     count = x.shape[0]
-    if x.device.type != "cpu" or count > max(lines, _FEW_LINES):
+    if x.device.type != "cpu" or count > max(padded_rows, _FEW_ROWS):
         return functional.linear(x, weight)
-    filled = functional.pad(x, (0, 0, 0, lines - count)) if count < lines else x
-    return torch.mm(weight, filled.t()).t()[:count]
+    padded = functional.pad(x, (0, 0, 0, padded_rows - count)) if count < padded_rows else x
+    return torch.mm(weight, padded.t()).t()[:count]

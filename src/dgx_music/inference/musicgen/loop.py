@@ -1,4 +1,4 @@
-"""The decoding thread: runs the slots while any is occupied, for calling threads that wait for their codes."""
+"""The decoding thread: makes steps while any slot is occupied; callers wait for their codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dgx_music.errors import EngineError, EngineReplacedError
 from dgx_music.inference.engine import Run
-from dgx_music.inference.musicgen.slots import Row, Slots
+from dgx_music.inference.musicgen.batch import Row
+from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.trouble import first_line, give_back_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class _Ticket:
-    """A row, the line to who asked for it, and what becomes of it."""
+    """A row, the ``Run`` of its caller, and the codes that the caller waits for."""
 
     row: Row
     run: Run
@@ -31,13 +32,16 @@ class _Ticket:
 
 
 class DecodingLoop:
-    """Continuous batching: rows are admitted between steps, in the order they came, as soon as a slot is free.
+    """Continuous batching: rows are admitted between steps, in order, as soon as a slot is free.
 
-    What goes wrong for one row (it is cancelled, its parent is gone, its numbers overflow) ends that row alone. What goes
-    wrong in a step ends all rows in it, and the loop goes on with fresh slots. Where memory runs out it goes on with fewer:
-    with as many as were occupied when one more did not fit, with half as many when a step did not. The rows that this
-    costs are given back (``EngineReplacedError``), those among them that have no slot yet; only in the last slot it is
-    their own failure. The thread starts with the first row and ends with the last, so that an engine nobody uses holds none.
+    A failure of one row (it is cancelled, its parent is gone, its numbers overflow) ends that row
+    alone. A failure of a step ends all rows in it, and the loop continues with fresh slots.
+
+    If memory runs out, the loop continues with fewer slots: with as many as were occupied if one
+    more did not fit, with half as many if a step did not fit. The rows that lose their place get
+    ``EngineReplacedError`` and can be tried again; in the last slot it is a failure of the row.
+
+    The thread starts with the first row and ends with the last one: an idle engine has no thread.
     """
 
     def __init__(
@@ -48,20 +52,22 @@ class DecodingLoop:
         guard: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
     ) -> None:
         self.slot_count = slot_count
-        """How many rows there is memory for; may shrink, never grows."""
+        """How many rows fit into memory; may shrink, never grows."""
         self._make_slots = make_slots
-        self._guard = guard  # against gradients: inference mode costs the least, and cannot be compiled
-        self._admitted: list[_Ticket] = []  # only the decoding thread looks
+        self._guard = guard  # no gradients: inference mode costs least, but cannot be compiled
+        self._admitted: list[_Ticket] = []  # for the decoding thread only
         self._waiting: deque[_Ticket] = deque()
         self._is_running = False
-        self._lock = threading.Lock()  # for the two above; only the decoding thread takes from those that wait
-        self._slots: Slots | None = self._make_fresh_slots()  # None once they are given up
+        self._lock = threading.Lock()  # for the two above
+        # Only the decoding thread removes rows from those that wait.
+        self._slots: Slots | None = self._make_fresh_slots()  # None after they are given up
 
     def decode(self, row: Row, run: Run) -> Tensor:
-        """Return the row's codes ``[K, frame]`` once it has been through a slot; safe to call from any thread.
+        """Wait until the row has been through a slot; return its codes ``[K, frame]``.
 
-        Raises what ``run`` raises, ``EngineReplacedError`` where there was no memory for so many rows, the error itself
-        where there is none for one, and ``EngineError`` where decoding fails otherwise, with the error as its cause.
+        Any thread may call this. Raises what ``run`` raises, ``EngineReplacedError`` if there was
+        no memory for so many rows, the out-of-memory error itself if there is none for one row,
+        and ``EngineError`` if decoding fails otherwise, with the error as its cause.
         """
         ticket = _Ticket(row, run)
         with self._lock:
@@ -81,10 +87,10 @@ class DecodingLoop:
                         self._advance(self._slots)
         except BaseException as error:
             logger.exception("the decoding thread ends")
-            self._answer_all(error)
+            self._fail_all(error)
 
-    def _answer_all(self, error: BaseException) -> None:
-        """Let nobody wait for a thread that is gone; the next row starts a new one, with fresh slots."""
+    def _fail_all(self, error: BaseException) -> None:
+        """Fail all rows, as their thread ends; the next row starts a new one, with fresh slots."""
         self._give_up_slots()
         with self._lock:
             tickets = [*self._admitted, *self._waiting]
@@ -101,7 +107,7 @@ class DecodingLoop:
             return self._is_running
 
     def _drop_cancelled(self) -> None:
-        """Answer the rows that must not go on before they have a slot: it may be long until one is free."""
+        """Answer cancelled rows that still wait: it may be long until a slot is free."""
         with self._lock:
             waiting = list(self._waiting)
         for ticket in waiting:
@@ -117,28 +123,32 @@ class DecodingLoop:
             ticket = self._waiting[0]
             try:
                 if self._slots is None:
-                    give_back_memory()  # that of those given up
+                    give_back_memory()  # of the slots that were given up
                     self._slots = self._make_fresh_slots()
                 self._slots.admit(ticket.row)
-            except BaseException as error:  # a caller without an answer would wait for ever
+            except BaseException as error:  # without an answer the caller would wait for ever
                 self._refuse(ticket, error)
             else:
                 self._admitted.append(self._waiting.popleft())
 
     def _has_room(self) -> bool:
-        """Return whether one more may be admitted; slots that have become too many are given up once they are empty."""
-        if self._slots is not None and self._slots.slot_count > self.slot_count and not self._admitted:
+        """Return whether one more row may be admitted.
+
+        Gives up the slots if they are empty and have become too many.
+        """
+        is_too_large = self._slots is not None and self._slots.slot_count > self.slot_count
+        if is_too_large and not self._admitted:
             self._give_up_slots()
         return self._slots is None or (len(self._admitted) < self.slot_count and self._slots.has_room)
 
     def _give_up_slots(self) -> None:
         slots, self._slots = self._slots, None
         if slots is not None:
-            with suppress(Exception):  # where the device is lost, this fails as well
+            with suppress(Exception):  # if the device is lost, this fails as well
                 slots.close()
 
     def _make_fresh_slots(self) -> Slots:
-        """Return empty slots, as many as there is memory for. Raises what making one raises."""
+        """Return as many empty slots as fit into memory. Raises the error if no single one fits."""
         while True:
             try:
                 return self._make_slots(self.slot_count)
@@ -149,7 +159,7 @@ class DecodingLoop:
                 self._shrink(self.slot_count // 2, error)
 
     def _refuse(self, ticket: _Ticket, error: BaseException) -> None:
-        """Answer the first row that waits, which was not admitted, or leave it to try again with what memory can be had."""
+        """Answer the first waiting row, or free memory and let it try again."""
         if is_out_of_memory(error):
             give_back_memory(error)
             if ticket.run.make_room():
@@ -162,8 +172,13 @@ class DecodingLoop:
         ticket.codes.set_exception(error)
 
     def _shrink(self, slot_count: int, error: BaseException) -> None:
-        """Go on with so many slots, and give back the rows that wait for others."""
-        logger.warning("no memory for %d slots, %d from now on: %s", self.slot_count, slot_count, first_line(error))
+        """Continue with so many slots; give back the waiting rows that are too many for them."""
+        logger.warning(
+            "no memory for %d slots, %d from now on: %s",
+            self.slot_count,
+            slot_count,
+            first_line(error),
+        )
         self.slot_count = slot_count
         with self._lock:
             kept = slot_count - len(self._admitted)
@@ -172,23 +187,23 @@ class DecodingLoop:
             ticket.codes.set_exception(_no_room(error))
 
     def _advance(self, slots: Slots) -> None:
-        """Let go of the rows that have ended, and make one step with the others."""
+        """Retire the rows that have ended, and make one step with the others."""
         try:
             for ticket in list(self._admitted):
-                self._settle(slots, ticket)
+                self._retire_if_ended(slots, ticket)
             if slots.rows:
                 slots.step()
         except BaseException as error:
             self._fail(error)
 
-    def _settle(self, slots: Slots, ticket: _Ticket) -> None:
-        """Report a row's progress; where it is done or must not go on, free its slot and answer its caller."""
+    def _retire_if_ended(self, slots: Slots, ticket: _Ticket) -> None:
+        """Report a row's progress; if it is over, free its slot and answer its caller."""
         row = ticket.row
         codes: Tensor | None = None
         failure: BaseException | None = None
         try:
             if row.position:
-                # Decoding the audio is the last step; a device may be ahead of what the row needs.
+                # The audio is the last step; a device may be ahead of the row's last step.
                 ticket.run.report_progress(min(1.0, row.position / (row.step_count + 1)))
             ticket.run.check_cancelled()
             codes = slots.codes(row) if row.is_done else None
@@ -208,12 +223,13 @@ class DecodingLoop:
         logger.error("decoding step failed with %d generations in it", len(failed), exc_info=error)
         self._give_up_slots()
         has_room = is_out_of_memory(error) and self._make_room(failed, error)
-        error.__traceback__ = None  # which holds the slots
-        for ticket in failed:  # one error each: every thread that raises one writes to it
-            ticket.codes.set_exception(_no_room(error) if has_room else _failed_step(error, len(failed)))
+        error.__traceback__ = None  # it holds the slots
+        for ticket in failed:  # one error each: a thread that raises an error writes to it
+            own = _no_room(error) if has_room else _failed_step(error, len(failed))
+            ticket.codes.set_exception(own)
 
     def _make_room(self, failed: list[_Ticket], error: BaseException) -> bool:
-        """Make memory of what can be given up after a step without; return whether there was anything."""
+        """Free memory after a step ran out of it; return whether there was anything to free."""
         give_back_memory(error)
         if failed[0].run.make_room():
             return True
@@ -224,7 +240,7 @@ class DecodingLoop:
 
 
 def _failed_step(error: BaseException, count: int) -> BaseException:
-    """Return what a row of a failed step is told: with its cause, which tells whether the device is lost."""
+    """Return the error of a row of a failed step; its cause tells whether the device is lost."""
     if count == 1 and is_out_of_memory(error):
         return error
     failure = EngineError(f"A decoding step of {count} generations failed ({first_line(error)}).")

@@ -1,7 +1,7 @@
-// What a step does on a CPU beside its matrix products, each in one pass over the memory.
+// The work of a decode step on a CPU beside its matrix products, each in one pass over the memory.
 //
-// SIZE is the size of a head. With BFLOAT16 numbers are stored as the upper half of a float32, else as float32;
-// all sums are in float32. A line's numbers depend on nothing but the line.
+// SIZE is the size of a head. With BFLOAT16 a number is stored as the upper half of a float32, else
+// as float32; all sums are in float32. A sequence's numbers depend on nothing but the sequence.
 
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +15,7 @@ static inline float widen(number one) {
     union { uint32_t bits; float value; } it = {(uint32_t)one << 16};
     return it.value;
 }
-static inline number narrow(float value) {  // to the nearest, of two the even one
+static inline number narrow(float value) {  // to the nearest; of two equally near, to the even one
     union { float value; uint32_t bits; } it = {value};
     return (number)((it.bits + 0x7fff + ((it.bits >> 16) & 1)) >> 16);
 }
@@ -27,9 +27,10 @@ static inline float widen(number one) { return one; }
 static inline number narrow(float value) { return value; }
 #endif
 
-// A head's numbers as PARTS vectors of LANES floats. Two bfloat16 in a lane are taken apart, the even ones from the odd:
-// that spares moving them between lanes, and neither a dot product nor a sum of vectors minds the order.
-enum { AHEAD = 2048 / sizeof(number) };  // processors fetch ahead by themselves, but not into the next page
+// A head's numbers as PARTS vectors of LANES floats. Of two bfloat16 in a lane, the even one goes
+// to one vector and the odd one to the next: so nothing moves between lanes, and the order matters
+// neither to a dot product nor to a sum of vectors.
+enum { AHEAD = 2048 / sizeof(number) };  // processors prefetch by themselves, but not past a page
 enum { LANES = SIZE / NUMBERS_IN_LANE < 16 ? SIZE / NUMBERS_IN_LANE : 16, PARTS = SIZE / LANES };
 typedef float wide __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -52,29 +53,37 @@ static inline float sum(wide lanes) {
     return total;
 }
 
-// e^x for x <= 0, with a relative error below 5e-6: 2^whole * 2^fraction, the latter by its Taylor series around 0. In plain
-// arithmetic, which compilers turn into vectors. Below -87, where a float32 ends, e^-87 is as good as 0. NaN stays NaN.
+// e^x for x <= 0, with a relative error below 5e-6: 2^whole * 2^fraction, the latter by its Taylor
+// series around 0. In plain arithmetic, which compilers turn into vectors. Below -87, the end of a
+// float32, it returns e^-87, which is as good as 0. NaN stays NaN.
 static inline float exponential(float x) {
     const float scaled = (x < -87.0f ? -87.0f : x) * 1.44269504f;
     const float whole = scaled >= -126.0f ? rintf(scaled) : 0.0f;
     const float y = (scaled - whole) * 0.69314718f;
     union { uint32_t bits; float value; } power = {(uint32_t)((int32_t)whole + 127) << 23};
-    return power.value * (1 + y * (1 + y * (0.5f + y * (1 / 6.0f + y * (1 / 24.0f + y * (1 / 120.0f + y / 720))))));
+    return power.value *
+           (1 + y * (1 + y * (0.5f + y * (1 / 6.0f +
+                                          y * (1 / 24.0f + y * (1 / 120.0f + y / 720))))));
 }
 
-// Attention of one query of each line: out[line][head] = softmax(q . keys / sqrt(SIZE) + mask[line]) . values.
-// Strides are in numbers, the same for keys and values; a head's positions lie side by side. There may be no mask.
-void attend(const number *q, const number *keys, const number *values, const number *mask, number *out, int64_t lines,
-            int64_t heads, int64_t positions, int64_t q_stride, int64_t line_stride, int64_t head_stride,
-            int64_t mask_stride, int threads) {
+// Attention of one query of each sequence:
+// out[sequence][head] = softmax(q . keys / sqrt(SIZE) + mask[sequence]) . values.
+// Strides are in numbers, the same for keys and values; a head's positions are contiguous. The mask
+// may be absent.
+void attend(const number *q, const number *keys, const number *values, const number *mask,
+            number *out, int64_t sequences, int64_t heads, int64_t positions, int64_t q_stride,
+            int64_t sequence_stride, int64_t head_stride, int64_t mask_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t pair = 0; pair < lines * heads; pair++) {
-        const int64_t line = pair / heads, head = pair % heads, start = line * line_stride + head * head_stride;
+    for (int64_t pair = 0; pair < sequences * heads; pair++) {
+        const int64_t sequence = pair / heads, head = pair % heads;
+        const int64_t start = sequence * sequence_stride + head * head_stride;
         const float scale = 1 / sqrtf(SIZE);
         wide query[PARTS], read[PARTS] = {};
-        float scores[positions] __attribute__((aligned(64)));  // or the order of sums could depend on where it happens to be
+        // Aligned, or the order of sums could depend on the address.
+        float scores[positions] __attribute__((aligned(64)));
         float most = -INFINITY, total = 0;
-        for (int part = 0; part < PARTS; part++) query[part] = part_of(q + line * q_stride + head * SIZE, part) * scale;
+        for (int part = 0; part < PARTS; part++)
+            query[part] = part_of(q + sequence * q_stride + head * SIZE, part) * scale;
         for (int64_t t = 0; t < positions; t++) {
             const number *key = keys + start + t * SIZE;
             wide products = query[0] * part_of(key, 0);
@@ -83,7 +92,8 @@ void attend(const number *q, const number *keys, const number *values, const num
             scores[t] = sum(products);
         }
         if (mask)
-            for (int64_t t = 0; t < positions; t++) scores[t] += widen(mask[line * mask_stride + t]);
+            for (int64_t t = 0; t < positions; t++)
+                scores[t] += widen(mask[sequence * mask_stride + t]);
 #pragma omp simd reduction(max : most)
         for (int64_t t = 0; t < positions; t++) most = scores[t] > most ? scores[t] : most;
 #pragma omp simd reduction(+ : total)
@@ -97,24 +107,28 @@ void attend(const number *q, const number *keys, const number *values, const num
     }
 }
 
-// Round each line to whole levels, of which its largest number is 126; a line of zeros has levels of size 0.
-// What is too small to be divided by, or not finite, is not rounded: its level alone says what a product with it is.
-void round_lines(const number *x, int8_t *rounded, number *levels, int64_t lines, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (lines > 32)
-    for (int64_t line = 0; line < lines; line++) {
-        const number *own = x + line * width;
+// Round each row of x to int8, so that its largest number is 126 times the row's scale; a row of
+// zeros has scale 0. If the scale is too small to divide by, or not finite, the row becomes zeros:
+// the scale alone then says what a product with it is.
+void quantise_rows(const number *x, int8_t *rounded, number *scales, int64_t rows, int64_t width,
+                   int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 32)
+    for (int64_t row = 0; row < rows; row++) {
+        const number *own = x + row * width;
         const pattern *patterns = (const pattern *)own;
-        union { pattern bits; number one; } most = {0};  // without their sign, numbers are in the order of their bits
+        // Without their signs, numbers are in the order of their bits.
+        union { pattern bits; number one; } most = {0};
         for (int64_t i = 0; i < width; i++) {
             const pattern size = patterns[i] & MAGNITUDE;
             most.bits = size > most.bits ? size : most.bits;
         }
-        levels[line] = narrow(widen(most.one) / 126);
-        const float level = widen(levels[line]);
-        if (!(level > 1e-30f && level < INFINITY)) {
-            memset(rounded + line * width, 0, width);
+        scales[row] = narrow(widen(most.one) / 126);
+        const float scale = widen(scales[row]);
+        if (!(scale > 1e-30f && scale < INFINITY)) {
+            memset(rounded + row * width, 0, width);
             continue;
         }
-        for (int64_t i = 0; i < width; i++) rounded[line * width + i] = (int8_t)rintf(widen(own[i]) * (1 / level));
+        for (int64_t i = 0; i < width; i++)
+            rounded[row * width + i] = (int8_t)rintf(widen(own[i]) * (1 / scale));
     }
 }

@@ -1,6 +1,8 @@
-"""How the next tokens are drawn: each row's own guidance, temperature, top_k and top_p, one random number for each token.
+"""Draws the next tokens: each row has its own guidance, temperature, top_k and top_p.
 
-Shapes: R rows; halves 1 (conditional) or 2 (conditional, null); K codebooks of V tokens.
+One random number decides one token.
+
+Shapes: R rows; 1 pass (conditional) or 2 (conditional, unconditional); K codebooks of V tokens.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_COLDEST = 1e-4
-"""Below this temperature the likeliest token is certain, and logits divided by it may overflow: decode greedily."""
-_TIE = 1e-12
-"""Of two tokens alike, and in 16 bit there are many, the lower one goes first: this much apart, whatever their number."""
+_GREEDY_BELOW = 1e-4
+"""At a lower temperature the likeliest token is certain and division may overflow: be greedy."""
+_TIE_BREAK = 1e-12
+"""Subtracted per token id: of equal logits, and in 16 bits there are many, the lowest id wins."""
 
 
 class Sampling(NamedTuple):
@@ -27,7 +29,7 @@ class Sampling(NamedTuple):
 
     @classmethod
     def empty(cls, count: int, device: torch.device) -> Sampling:
-        """Return the sampling of so many rows that nobody has asked for anything yet: greedy."""
+        """Return the sampling of empty rows (greedy)."""
         return cls(*(torch.ones(count, 1, 1, device=device) for _ in cls._fields))
 
     def first(self, count: int) -> Sampling:
@@ -35,10 +37,17 @@ class Sampling(NamedTuple):
         return Sampling(*(column[:count] for column in self))
 
     def write(
-        self, row: int, *, guidance_scale: float, temperature: float, top_k: int, top_p: float | None, vocabulary: int
+        self,
+        row: int,
+        *,
+        guidance_scale: float,
+        temperature: float,
+        top_k: int,
+        top_p: float | None,
+        vocabulary: int,
     ) -> None:
-        """Set one row; a temperature near 0 is greedy, a top_k of 0 takes all tokens."""
-        is_greedy = temperature < _COLDEST
+        """Set one row; a temperature near 0 is greedy, a top_k of 0 means all tokens."""
+        is_greedy = temperature < _GREEDY_BELOW
         self.guidance_scale[row] = guidance_scale
         self.temperature[row] = 1.0 if is_greedy else temperature
         self.top_k[row] = float(effective_top_k(temperature, top_k, vocabulary))
@@ -46,29 +55,36 @@ class Sampling(NamedTuple):
 
 
 def effective_top_k(temperature: float, top_k: int, vocabulary: int) -> int:
-    """Return among how many of the likeliest tokens is chosen: 1 where it is so cold that the likeliest is certain."""
-    return 1 if temperature < _COLDEST else min(top_k or vocabulary, vocabulary)
+    """Return how many of the likeliest tokens to choose from: 1 if the temperature means greedy."""
+    return 1 if temperature < _GREEDY_BELOW else min(top_k or vocabulary, vocabulary)
 
 
-def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, widest: int) -> tuple[Tensor, Tensor]:
-    """Return the next tokens ``[R, K]`` for ``[R, half, K, V]``, and whether each row's scores are finite ``[R]``.
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, max_top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens ``[R, K]`` for logits ``[R, pass, K, V]``, and which rows are finite ``[R]``.
 
-    Guidance is that of Ho and Salimans 2022, null + scale * (conditional - null). Then the inverse of the cumulative
-    distribution over the sorted top_k, cut at top_p, is read at the uniforms ``[R, K]``, which are in [0, 1): one number
-    decides one token, whoever else is in the batch. ``widest`` is at least the largest top_k.
+    Guidance is that of Ho and Salimans 2022: unconditional + scale * (conditional - unconditional).
+    Then the sorted top_k are cut at top_p, and the inverse of their cumulative distribution is read
+    at the uniforms ``[R, K]``, which are in [0, 1): one number decides one token, whoever else is in
+    the batch. ``max_top_k`` is at least the largest top_k.
     """
-    logits = logits.double()  # sums of float32 would depend, in the last bits, on how wide the others choose
-    scores = logits[:, 0]  # [R, K, V]
-    if logits.shape[1] == 2:
-        guided = logits[:, 1] + (scores - logits[:, 1]) * sampling.guidance_scale
-        scores = torch.where(sampling.guidance_scale > 1, guided, scores)
-    scores = scores - torch.arange(scores.shape[-1], device=scores.device) * _TIE
-    top, tokens = scores.topk(widest)  # [R, K, widest], from the likeliest on
-    is_out = torch.arange(widest, device=top.device) >= sampling.top_k
+    # In float64: float32 sums would depend, in the last bits, on max_top_k.
+    scores = _guide(logits.double(), sampling)  # [R, K, V]
+    scores = scores - torch.arange(scores.shape[-1], device=scores.device) * _TIE_BREAK
+    top, tokens = scores.topk(max_top_k)  # [R, K, max_top_k], the likeliest first
+    is_out = torch.arange(max_top_k, device=top.device) >= sampling.top_k
     probabilities = (top / sampling.temperature).masked_fill(is_out, -math.inf).softmax(-1)
     cumulative = probabilities.cumsum(-1)
-    is_kept = cumulative - probabilities < sampling.top_p  # the likeliest, until they add up to top_p
+    is_kept = cumulative - probabilities < sampling.top_p  # the likeliest, up to a sum of top_p
     total = cumulative.masked_fill(~is_kept, 0).amax(-1, keepdim=True)
     rank = (cumulative <= uniforms[..., None] * total).sum(-1, keepdim=True)  # [R, K, 1]
-    rank = rank.clamp(max=widest - 1)  # where a row's scores are NaN, no number is <= another
+    rank = rank.clamp(max=max_top_k - 1)  # if a row's scores are NaN, no number is <= another
     return tokens.gather(-1, rank).squeeze(-1), top[..., 0].isfinite().all(-1)
+
+
+def _guide(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the logits ``[R, K, V]`` to sample from: guided, or else the conditional ones."""
+    conditional = logits[:, 0]
+    if logits.shape[1] == 1:
+        return conditional
+    guided = logits[:, 1] + (conditional - logits[:, 1]) * sampling.guidance_scale
+    return torch.where(sampling.guidance_scale > 1, guided, conditional)

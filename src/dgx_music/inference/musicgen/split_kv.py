@@ -1,9 +1,11 @@
-"""The device's half of ``kernels.attend_cached``, in Triton; imported only where that is called.
+"""The device's part of ``kernels.attend_cached``, in Triton; imported only by its caller.
 
-Two kernels, after "Flash-Decoding for long-context inference" (Dao, Haziza, Massa and Sizov, 2023): the cache is cut along T
-into splits that are read side by side, and what they give is merged by the running softmax's own rule.
+Two kernels, after "Flash-Decoding for long-context inference" (Dao, Haziza, Massa and Sizov, 2023):
+the cache is cut along T into splits that are read in parallel, and their results are merged by the
+running softmax's own rule.
 
-Shapes: N lines, H heads of size D, T positions, S splits. ``x_line`` is how far apart the lines of x are, in elements.
+Shapes: N sequences, H heads of size D, T positions, S splits. ``stride_qn`` is the distance between
+the sequences of q, in elements; likewise for h (heads) and t (positions), k (keys) and v (values).
 """
 
 from __future__ import annotations
@@ -21,56 +23,80 @@ def attend_split(
     sums: tl.tensor,  # [N, H, S, D], of values times weights: to be written, as are the next two
     peaks: tl.tensor,  # [N, H, S], the largest score
     totals: tl.tensor,  # [N, H, S], of the weights
-    q_line: tl.tensor,
-    q_head: tl.tensor,
-    keys_line: tl.tensor,
-    keys_head: tl.tensor,
-    keys_position: tl.tensor,
-    values_line: tl.tensor,
-    values_head: tl.tensor,
-    values_position: tl.tensor,
+    stride_qn: tl.tensor,
+    stride_qh: tl.tensor,
+    stride_kn: tl.tensor,
+    stride_kh: tl.tensor,
+    stride_kt: tl.tensor,
+    stride_vn: tl.tensor,
+    stride_vh: tl.tensor,
+    stride_vt: tl.tensor,
     scale: tl.tensor,
-    filled: tl.tensor,
+    context_length: tl.tensor,
     split_size: tl.tensor,
     head_size: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Attend with one head to one split of one line, unless it lies beyond the line's position; the grid is [H, N, S]."""
-    head, line, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    seen = tl.minimum(tl.load(positions + line) + 1, filled).to(tl.int32)  # how many positions the line attends to
+    """Attend with one head to one split of one sequence; the grid is [H, N, S].
+
+    Returns at once if the split lies past the sequence's position.
+    """
+    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    visible = tl.minimum(tl.load(positions + sequence) + 1, context_length).to(tl.int32)
     start = split * split_size
-    if start >= seen:
+    if start >= visible:
         return
-    end = tl.minimum(start + split_size, seen)
+    end = tl.minimum(start + split_size, visible)
 
-    head, line = head.to(tl.int64), line.to(tl.int64)  # a cache may have more elements than 32 bits can count
+    # In 64 bits: a cache may have more than 2**31 elements.
+    head, sequence = head.to(tl.int64), sequence.to(tl.int64)
     d = tl.arange(0, head_size)
-    keys += line * keys_line + head * keys_head
-    values += line * values_line + head * values_head
-    query = tl.load(q + line * q_line + head * q_head + d).to(tl.float32) * scale  # [D]
+    keys += sequence * stride_kn + head * stride_kh
+    values += sequence * stride_vn + head * stride_vh
+    query = tl.load(q + sequence * stride_qn + head * stride_qh + d).to(tl.float32) * scale  # [D]
+    peak, total, acc = _attend_positions(query, keys, values, start, end, stride_kt, stride_vt, head_size, block)
 
-    # Summed over the block after the loop: within it, threads exchanging sums would take almost as long as reading fp8.
+    place = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + split
+    tl.store(sums + place * head_size + d, tl.sum(acc, axis=0))
+    tl.store(peaks + place, peak)
+    tl.store(totals + place, tl.sum(total, axis=0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_positions(
+    query: tl.tensor,  # [D]
+    keys: tl.tensor,  # [T, D]
+    values: tl.tensor,  # [T, D]
+    start: tl.tensor,
+    end: tl.tensor,
+    stride_kt: tl.tensor,
+    stride_vt: tl.tensor,
+    head_size: tl.constexpr,
+    block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Return the peak, the weights [block] and the weighted values [block, D], not summed yet."""
+    # Summed over the block only at the end: inside the loop, threads that exchange sums would take
+    # almost as long as reading fp8.
+    d = tl.arange(0, head_size)
     total = tl.zeros([block], dtype=tl.float32)
     acc = tl.zeros([block, head_size], dtype=tl.float32)
     peak = float("-inf")
     for first in range(start, end, block):
         t = first + tl.arange(0, block)
-        is_seen = t < end
-        # What is not seen is not read: it may be NaN, and 0 * NaN is NaN.
-        k = tl.load(keys + t[:, None] * keys_position + d[None, :], mask=is_seen[:, None], other=0.0)  # [block, D]
-        v = tl.load(values + t[:, None] * values_position + d[None, :], mask=is_seen[:, None], other=0.0)
-        scores = tl.where(is_seen, tl.sum(k.to(tl.float32) * query[None, :], axis=1), float("-inf"))  # [block]
+        is_visible = t < end
+        # What is not visible is not read: it may be NaN, and 0 * NaN is NaN.
+        mask = is_visible[:, None]
+        k = tl.load(keys + t[:, None] * stride_kt + d[None, :], mask=mask, other=0.0)  # [block, D]
+        v = tl.load(values + t[:, None] * stride_vt + d[None, :], mask=mask, other=0.0)
+        products = tl.sum(k.to(tl.float32) * query[None, :], axis=1)  # [block]
+        scores = tl.where(is_visible, products, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=0))
         weights = tl.exp2(scores - higher)
         rescale = tl.exp2(peak - higher)  # 0 in the first block
         total = total * rescale + weights
         acc = acc * rescale + weights[:, None] * v.to(tl.float32)
         peak = higher
-
-    place = (line * tl.num_programs(0) + head) * tl.num_programs(2) + split
-    tl.store(sums + place * head_size + d, tl.sum(acc, axis=0))
-    tl.store(peaks + place, peak)
-    tl.store(totals + place, tl.sum(total, axis=0))
+    return peak, total, acc
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -80,24 +106,26 @@ def merge_splits(
     totals: tl.tensor,  # [N, H, S]
     positions: tl.tensor,  # [N]
     out: tl.tensor,  # [N, H, D], to be written
-    filled: tl.tensor,
+    context_length: tl.tensor,
     split_size: tl.tensor,
     split_count: tl.tensor,
     head_size: tl.constexpr,
     padded_count: tl.constexpr,  # S rounded up to a power of two
 ) -> None:
-    """Merge the splits that a line has, each weighted by how its largest score compares; the grid is [H, N]."""
-    head, line = tl.program_id(0), tl.program_id(1)
-    seen = tl.minimum(tl.load(positions + line) + 1, filled).to(tl.int32)
-    place = line.to(tl.int64) * tl.num_programs(0) + head
+    """Merge a sequence's splits, each weighted by its largest score; the grid is [H, N]."""
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    visible = tl.minimum(tl.load(positions + sequence) + 1, context_length).to(tl.int32)
+    place = sequence.to(tl.int64) * tl.num_programs(0) + head
     split = tl.arange(0, padded_count)
-    is_written = split * split_size < seen
+    is_written = split * split_size < visible
     d = tl.arange(0, head_size)
 
     peak = tl.load(peaks + place * split_count + split, mask=is_written, other=float("-inf"))  # [S]
     total = tl.load(totals + place * split_count + split, mask=is_written, other=0.0)
     acc = tl.load(
-        sums + (place * split_count + split[:, None]) * head_size + d[None, :], mask=is_written[:, None], other=0.0
+        sums + (place * split_count + split[:, None]) * head_size + d[None, :],
+        mask=is_written[:, None],
+        other=0.0,
     )  # [S, D]
     share = tl.exp2(peak - tl.max(peak, axis=0))
     merged = tl.sum(share[:, None] * acc, axis=0) / tl.sum(share * total, axis=0)

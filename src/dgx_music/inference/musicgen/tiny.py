@@ -1,4 +1,4 @@
-"""Toy MusicGens with random weights: every part of the real ones, built in a moment, to try all else offline."""
+"""Toy MusicGen models with random weights: all parts of the real ones, built offline in a moment."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from transformers import (
 
 _SEED = 2023
 _RMS = 0.1
-_CODEBOOKS = 4  # a channel's
+_CODEBOOKS = 4  # of one channel
 _BYTE_VOCABULARY = 259  # ByT5's: 256 bytes after pad, end and unknown
 
 
 def build_tiny(channels: int = 1) -> tuple[MusicgenForConditionalGeneration, ByT5Tokenizer]:
-    """Return the toy model in float32, its weights the same in every process, and its byte tokenizer.
+    """Return the toy model in float32 and its byte tokenizer.
 
-    Torch's global random state is left as it was.
+    The weights are the same in every process. Torch's global random state stays as it was.
     """
     with _seeded():
-        model = MusicgenForConditionalGeneration(_config(MusicgenConfig, MusicgenDecoderConfig, channels)).eval()
+        config = _config(MusicgenConfig, MusicgenDecoderConfig, channels)
+        model = MusicgenForConditionalGeneration(config).eval()
         _make_audible(model.audio_encoder)
     return model, ByT5Tokenizer(extra_ids=0)
 
 
 def build_tiny_melody(channels: int = 1) -> tuple[MusicgenMelodyForConditionalGeneration, ByT5Tokenizer]:
-    """Return the toy of the models that follow a melody, and its tokenizer, on the terms of ``build_tiny``."""
+    """Return the toy of a model that hears melodies, and its tokenizer, as ``build_tiny`` does."""
     config = _config(MusicgenMelodyConfig, MusicgenMelodyDecoderConfig, channels)
     with _seeded():
         model = MusicgenMelodyForConditionalGeneration(config).eval()
@@ -55,12 +56,19 @@ def _seeded() -> Iterator[None]:
 
 
 def _config(family: type[Any], decoder: type[Any], channels: int) -> Any:
-    """Return the toy's shape; what fixes the audio's form (rates, codebooks, delays) is as in the real models.
+    """Return the toy's shape; rates, codebooks and delays are those of the real models.
 
-    Weights are spread widely enough that the logits depend on the prompt and on the tokens before.
+    The weights vary so much that the logits depend on the prompt and on the tokens before.
     """
     return family(
-        text_encoder=T5Config(vocab_size=_BYTE_VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2),
+        text_encoder=T5Config(
+            vocab_size=_BYTE_VOCABULARY,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=2,
+        ),
         audio_encoder=EncodecConfig(
             sampling_rate=32_000,
             upsampling_ratios=[8, 5, 4, 4],
@@ -85,7 +93,7 @@ def _config(family: type[Any], decoder: type[Any], channels: int) -> Any:
 
 
 def _make_heard(model: MusicgenMelodyForConditionalGeneration) -> None:
-    """Let a token be heard after a prefix of hundreds; give the projections biases, which start as zeros."""
+    """Make tokens matter after a long prefix; fill the projections' biases, which start as zeros."""
     for table in model.decoder.model.decoder.embed_tokens:
         table.weight *= 4
     for projection in (model.enc_to_dec_proj, model.audio_enc_to_dec_proj):
@@ -93,9 +101,9 @@ def _make_heard(model: MusicgenMelodyForConditionalGeneration) -> None:
 
 
 def _make_audible(codec: EncodecModel) -> None:
-    """Make random codes sound as noise: fill the codebooks, which start as zeros, and scale the last layer.
+    """Make random codes sound like noise: fill the codebooks (zeros at first), scale the last layer.
 
-    Biases would add a steady tone much louder than what the codes do.
+    Biases would add a constant tone much louder than the codes.
     """
     for quantizer in codec.quantizer.layers:
         quantizer.codebook.embed.normal_()
@@ -104,6 +112,7 @@ def _make_audible(codec: EncodecModel) -> None:
             parameter.zero_()
     weight = codec.decoder.layers[-1].conv.parametrizations.weight
     scale, taps = weight.original0, weight.original1  # [1, 1, 1] or [out, 1, 1], and [out, in, tap]
-    taps -= taps.mean(dim=-1, keepdim=True)  # taps that add up to zero let no constant offset through
-    codes = torch.randint(codec.config.codebook_size, (1, 1, _CODEBOOKS, 50))  # [chunk, batch, codebook, frame]
+    taps -= taps.mean(dim=-1, keepdim=True)  # taps that add up to zero remove a constant offset
+    shape = (1, 1, _CODEBOOKS, 50)  # [chunk, batch, codebook, frame]
+    codes = torch.randint(codec.config.codebook_size, shape)
     scale *= _RMS / codec.decode(codes, [None]).audio_values.std()

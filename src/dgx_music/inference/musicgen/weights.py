@@ -1,4 +1,4 @@
-"""Loads a MusicGen model's weights into transformers' modules, and refuses what is missing, damaged or doubtful."""
+"""Loads MusicGen weights into transformers' modules; refuses missing, damaged or doubtful ones."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from dgx_music.inference.musicgen.tiny import build_tiny
 
 _IN_FLOAT32 = {"text_encoder", "audio_encoder"}
 _HARMLESS = re.compile(r"\.embed_positions\.|(^|\.)position_ids$|^text_encoder\.(decoder|lm_head)\.")
-"""What older versions stored and nobody needs: tables that are computed, and T5's other half."""
+"""What older versions stored and nothing needs: tables that are computed, and T5's decoder."""
 _TIED = ("text_encoder.shared.weight", "text_encoder.encoder.embed_tokens.weight")
 
 
 class Weights(NamedTuple):
-    """A model in memory, its tokenizer, and what a user should know of them."""
+    """A model in memory, its tokenizer, its version and a notice for the user."""
 
     model: Any
-    """A ``Musicgen(Melody)ForConditionalGeneration``: language model in the format asked for, the rest in float32."""
+    """A ``Musicgen(Melody)ForConditionalGeneration``; all but its language model is in float32."""
     tokenizer: PreTrainedTokenizerBase
     version: str
     notice: str | None
@@ -54,7 +54,7 @@ class Weights(NamedTuple):
 def load_weights(info: ModelInfo, revision: str | None, dtype: torch.dtype) -> Weights:
     """Return the model's weights, downloaded if need be.
 
-    Raises ``EngineUnavailableError``, in one sentence, where they are missing, damaged or doubtful.
+    Raises ``EngineUnavailableError``, in one sentence, if they are missing, damaged or doubtful.
     """
     if info.is_untrained:
         model, tokenizer = build_tiny(info.channels)
@@ -63,17 +63,19 @@ def load_weights(info: ModelInfo, revision: str | None, dtype: torch.dtype) -> W
         return Weights(model, tokenizer, "untrained", UNTRAINED_NOTICE)
     folder = obtain(info, revision)
     model, tokenizer = _read_folder(folder, dtype)
-    return Weights(model, tokenizer, *(("local", None) if info.repository is None else (folder.name, licence_of(info))))
+    if info.repository is None:
+        return Weights(model, tokenizer, "local", None)
+    return Weights(model, tokenizer, folder.name, licence_of(info))
 
 
 def stored_bytes(info: ModelInfo, revision: str | None) -> int | None:
-    """Return how large the weights on this machine are, or ``None`` where they are not here or need none."""
+    """Return the size of the weights on this machine; ``None`` if they are not here."""
     folder = find_folder(info, revision)
     return None if folder is None else sum(file.stat().st_size for file in find_weights(folder))
 
 
 def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the folder's model and tokenizer; no code of the folder is run."""
+    """Return the folder's model and tokenizer; runs no code of the folder."""
     try:
         files = find_weights(folder)
         if folder.is_dir():
@@ -84,7 +86,8 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedToken
             raise ValueError(NO_WEIGHTS)
         model = _build(kind, config, _read_tensors(files), dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if tokenizer.unk_token_id in tokenizer("music").input_ids:  # transformers makes do without a vocabulary
+        # transformers does not check this.
+        if tokenizer.unk_token_id in tokenizer("music").input_ids:
             raise ValueError("its tokenizer has no vocabulary")
     except EngineUnavailableError:
         raise
@@ -105,20 +108,29 @@ def _read_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
-    """Return the tensors that ``torch.save`` wrote; whatever else was pickled, and might run code, is refused."""
+    """Return the tensors that ``torch.save`` wrote; refuses other pickles, which might run code."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except Exception as error:  # of any kind, where the file is junk
+    except Exception as error:  # of any kind, if the file is junk
         raise ValueError(
-            f"{file.name} is cut short, damaged, or holds more than plain tensors, which might run code and is never loaded"
+            f"{file.name} is cut short, damaged, or holds more than plain tensors, "
+            "which might run code and is never loaded"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
         raise ValueError(f"{file.name} is no plain table of tensors")
     return found
 
 
-def _build(kind: type[_Musicgen | _MusicgenMelody], config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """Return the model with these weights, each of which must have its place, its shape, and finite numbers."""
+def _build(
+    kind: type[_Musicgen | _MusicgenMelody],
+    config: Any,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> Any:
+    """Return the model with these weights.
+
+    Raises ``ValueError`` if one has no place, another shape, or numbers that are not finite.
+    """
     model, report = kind.from_pretrained(
         None,
         config=config,
@@ -128,17 +140,19 @@ def _build(kind: type[_Musicgen | _MusicgenMelody], config: Any, tensors: dict[s
         ignore_mismatched_sizes=True,  # found below, by name
         output_loading_info=True,
     )
-    for doubt in _doubts(model, {_present_name(name): tensor for name, tensor in tensors.items()}, report):
+    tensors = {_present_name(name): tensor for name, tensor in tensors.items()}
+    for doubt in _doubts(model, tensors, report):
         raise ValueError(doubt)
     return model
 
 
 def _doubts(model: Any, tensors: dict[str, Tensor], report: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the model's weights; transformers makes up at random what it cannot read."""
+    """Yield what is wrong with the model's weights; transformers fills gaps with random numbers."""
     weights = model.state_dict()
     if missing := sorted(report["missing_keys"]):
         yield f"its weights lack {_first_of(missing)}"
-    if unused := sorted(name for name in tensors.keys() - weights.keys() if not _HARMLESS.search(name)):
+    unused = sorted(name for name in tensors.keys() - weights.keys() if not _HARMLESS.search(name))
+    if unused:
         yield f"its weights hold what the model has no use for, {_first_of(unused)}"
     for name, found, wanted in sorted(report["mismatched_keys"]):
         yield f"its weight {name} has the shape {list(found)} instead of {list(wanted)}"
@@ -152,7 +166,7 @@ def _doubts(model: Any, tensors: dict[str, Tensor], report: dict[str, Any]) -> I
 
 
 def _present_name(name: str) -> str:
-    """Return what a weight is called now: torch has renamed the two parts of a normalised one."""
+    """Return a weight's present name: torch has renamed the two parts of a normalised weight."""
     return re.sub(r"\.weight_([gv])$", lambda old: f".parametrizations.weight.original{'gv'.index(old[1])}", name)
 
 
@@ -163,7 +177,7 @@ def _first_of(names: list[str]) -> str:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    least, most = torch.aminmax(tensor)  # both NaN where one number is; many times as fast as isfinite
+    least, most = torch.aminmax(tensor)  # both NaN if one number is; many times as fast as isfinite
     return math.isfinite(least) and math.isfinite(most)
 
 
@@ -176,17 +190,17 @@ def _kind_of(config: Any) -> type[_Musicgen | _MusicgenMelody]:
 
 
 class _Musicgen(MusicgenForConditionalGeneration):  # type: ignore[misc]
-    """Loads its language model in the number format asked for, and the rest in float32."""
+    """Loads its language model in the requested number format, and the rest in float32."""
 
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = _IN_FLOAT32
 
 
 class _MusicgenMelody(MusicgenMelodyForConditionalGeneration):  # type: ignore[misc]
-    """The same for the models that hear a melody."""
+    """The same for models that hear a melody."""
 
     _keep_in_fp32_modules_strict: ClassVar[set[str]] = _IN_FLOAT32
 
 
 def _first_line(error: Exception) -> str:
-    """Return what a sentence can quote of the error."""
+    """Return the part of the error that a sentence can quote."""
     return str(error).partition("\n")[0].rstrip(".")

@@ -1,7 +1,8 @@
-"""Clips longer than what the model hears at a time: overlapping windows, each of which goes on from the one before.
+"""Clips longer than the model's window: overlapping windows, each continues the one before.
 
-The windowing is audiocraft's (``audiocraft/models/genmodel.py``, ``_generate_tokens``, with ``extend_stride`` 18 s): windows
-of 30 s begin every 18 s, so that each starts from the last 12 s of what is there.
+The windowing is audiocraft's (``audiocraft/models/genmodel.py``, ``_generate_tokens``, with
+``extend_stride`` 18 s): windows of 30 s begin every 18 s, so that each starts from the last 12 s
+that are decoded.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import NamedTuple
 from dgx_music.inference.engine import Run
 
 _STRIDE = 0.6
-"""Of a window: 18 s of 30 s."""
+"""As a share of a window: 18 s of 30 s."""
 
 
 class Window(NamedTuple):
-    """A part of the clip, in frames; the first ``given_count`` of it are there before it is decoded."""
+    """A part of the clip, in frames; the first ``given_count`` exist before it is decoded."""
 
     start: int
     frame_count: int
@@ -24,9 +25,9 @@ class Window(NamedTuple):
 
 
 def cut(total: int, given: int, longest: int) -> Iterator[Window]:
-    """Yield the windows, of at most ``longest`` frames, of a clip of ``total``, of which ``given`` are there.
+    """Yield the windows, of at most ``longest`` frames, of a clip of ``total`` frames.
 
-    In each of them something is missing.
+    The first ``given`` frames exist already. Each window has frames to decode.
     """
     start, stride = 0, round(longest * _STRIDE)
     while given < total:
@@ -45,16 +46,16 @@ class WindowRun:
         self._total = total
 
     def report_progress(self, progress: float) -> None:
-        """Report the frames that are done before and in this window, as a share of all."""
+        """Report the frames done before and in this window, as a share of the whole clip."""
         done = max(self._window.given_count, progress * self._window.frame_count)
         self._run.report_progress((self._window.start + done) / self._total)
 
     def check_cancelled(self) -> None:
-        """Raise ``GenerationCancelledError`` once the generation was cancelled."""
+        """Raise ``GenerationCancelledError`` if the generation was cancelled."""
         self._run.check_cancelled()
 
     def free_slot(self) -> None:
-        """Say nothing: the next window needs a slot."""
+        """Do nothing: the next window needs a slot."""
 
     def make_room(self) -> bool:
         """Unload idle engines; return whether there were any."""
