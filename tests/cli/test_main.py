@@ -9,23 +9,49 @@ from pathlib import Path
 import pytest
 
 import dgx_music
+from dgx_music.cli import COMMANDS as LAZY
 from dgx_music.cli import _explain, main
+from dgx_music.cli.lazy import LazyCommand
 from dgx_music.errors import DatabaseUnavailableError, EngineUnavailableError
 from dgx_music.groups import unwrap
 from tests.cli.conftest import Run, Spawn, add
 
-HEAVY = ("torch", "transformers", "alembic", "scipy", "pyloudnorm", "numpy", "soundfile", "soxr", "fastapi")
 COMMANDS = ["enqueue", "list", "show", "watch", "cancel", "retry", "stats", "prompts", "worker", "workers"]
 COMMANDS += ["prune", "doctor", "demo", "db", "db init", "db migrate", "db reset", "db current"]
-LOADED = "import sys, json; from dgx_music.cli import main; code = main(['--help']); print(json.dumps([*sys.modules]))"
+HEAVY = ("torch", "transformers", "alembic", "scipy", "pyloudnorm", "numpy", "soundfile", "soxr", "fastapi")
+HEAVY += ("sqlalchemy", "pydantic", "pydantic_core", "httpx", "asyncpg", "psycopg", "aiosqlite", "obstore", "anyio")
+LOADED = "import sys, json; from dgx_music.cli import main; code = main({}); print(json.dumps([*sys.modules]))"
 
 
-def test_help_imports_nothing_heavy() -> None:
-    output = subprocess.run([sys.executable, "-c", LOADED], check=True, capture_output=True, text=True).stdout
-
+def loaded_by(*arguments: str) -> list[str]:
+    """Return which of the heavy packages a command imports."""
+    program = LOADED.format([*arguments])
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     loaded = json.loads(output.splitlines()[-1])
+    return [name for name in HEAVY if name in loaded]
 
-    assert [name for name in HEAVY if name in loaded] == []
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    assert loaded_by(option) == []
+
+
+@pytest.mark.parametrize("command", [*LAZY, "db reset", "db backup"])
+def test_a_commands_help_imports_nothing_heavy(command: str) -> None:
+    assert loaded_by(*command.split(), "--help") == []
+
+
+@pytest.mark.usefixtures("migrated")
+@pytest.mark.parametrize("command", ["list", "stats", "prompts"])
+def test_looking_at_the_database_imports_only_its_driver(command: str) -> None:
+    assert {*loaded_by(command)} <= {"sqlalchemy", "aiosqlite", "anyio"}
+
+
+@pytest.mark.parametrize(("name", "about"), LAZY.items())
+def test_the_list_of_commands_says_what_each_command_says(name: str, about: tuple[str, str, str]) -> None:
+    command = LazyCommand(name, *about).load()
+
+    assert command.help.partition("\n\n")[0].replace("\n", " ") == about[-1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

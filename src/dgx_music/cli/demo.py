@@ -12,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import anyio
-import anyio.abc
 import typer
 
 from dgx_music.catalog import UNTRAINED_NOTICE
@@ -24,6 +22,8 @@ from dgx_music.errors import EngineUnavailableError
 from dgx_music.modes import create_file
 
 if TYPE_CHECKING:
+    import anyio.abc
+
     from dgx_music.storage import Database, Generation
 
 MODEL = "musicgen-tiny-untrained"
@@ -106,6 +106,8 @@ def _worker_command(folder: Path, url: str, engine: EngineName) -> list[str]:
 
 async def _work(command: list[str], log: Path, ids: list[str]) -> int:
     """Show progress until the worker ends; if we leave early, the worker is asked to stop."""
+    import anyio
+
     from dgx_music.cli.progress import follow
 
     with suppress(FileExistsError):
@@ -123,6 +125,8 @@ async def _work(command: list[str], log: Path, ids: list[str]) -> int:
 
 
 async def _stop(process: anyio.abc.Process) -> None:
+    import anyio
+
     with anyio.CancelScope(shield=True), anyio.move_on_after(_GRACE_SECONDS):
         if process.returncode is None:
             process.terminate()

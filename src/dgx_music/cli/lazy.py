@@ -43,10 +43,7 @@ def group_of(commands: Sequence[LazyCommand]) -> type[TyperGroup]:
     class Group(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes | {"commands": list(commands)})
-
-        def make_context(self, *arguments: Any, **extra: Any) -> Any:
             _convert_only_if_needed(self)
-            return super().make_context(*arguments, **extra)
 
     return Group
 
@@ -62,6 +59,10 @@ class _Conversion:
         self._type = parameter.type_descriptor.annotation
         self._build = parameter.get_runtime_param
 
+    def itself(self) -> _Conversion:
+        """Return this object: typer asks each parameter for its conversion."""
+        return self
+
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return the value in the parameter's type; raises typer's ``BadParameter``."""
         is_single = not param.multiple and param.nargs == 1
@@ -71,8 +72,16 @@ class _Conversion:
 
 
 def _convert_only_if_needed(command: Any) -> None:
-    for parameter in command.params:
-        conversion = _Conversion(parameter)
-        parameter.get_runtime_param = lambda conversion=conversion: conversion
+    """Give the parameters of this command, and of the commands in it, a ``_Conversion``."""
+    find_all = command.get_params
+
+    def get_params(context: Any) -> list[Any]:
+        parameters: list[Any] = find_all(context)
+        for each in parameters:
+            if "get_runtime_param" not in vars(each):
+                each.get_runtime_param = _Conversion(each).itself
+        return parameters
+
+    command.get_params = get_params
     for each in getattr(command, "commands", {}).values():
         _convert_only_if_needed(each)
