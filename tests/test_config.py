@@ -74,7 +74,7 @@ async def test_a_program_hears_of_it_too(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigurationError, match="use DGX_MUSIC_MODEL if"):
         await dgx_music.init_db()
     with pytest.raises(ConfigurationError, match="use DGX_MUSIC_MODEL if"):
-        await dgx_music.client.enqueue("lofi rain")
+        await dgx_music.enqueue("lofi rain")
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
