@@ -121,6 +121,14 @@ async def test_what_is_said_is_stored(database):
     assert row | {"metadata": {"bpm": 140, "tags": ["a", None]}, "run_at": NOON.isoformat()} == row
 
 
+@on(SQLITE)
+@pytest.mark.parametrize(("priority", "max_attempts"), [(-1_000, 1), (1_000, 25)])
+async def test_the_limits_are_accepted(priority, max_attempts):
+    row = await enqueue("lofi rain", priority=priority, max_attempts=max_attempts)
+
+    assert (row.priority, row.max_attempts) == (priority, max_attempts)
+
+
 @pytest.mark.parametrize(
     "run_at", ["2026-01-31T13:00:00+01:00", datetime(2026, 1, 31, 7, tzinfo=timezone(timedelta(hours=-5))), NOON]
 )
