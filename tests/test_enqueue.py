@@ -215,6 +215,7 @@ BAD = [
     ("negative_prompt", ""),
     ("negative_prompt", 7),
     ("priority", 1_001),
+    ("priority", -1_001),
     ("priority", None),
     ("priority", True),
     ("max_attempts", 0),
@@ -368,6 +369,13 @@ async def test_a_batch_too_large_is_refused(database, monkeypatch):
 
 
 @on(SQLITE)
+async def test_the_largest_batch_is_accepted(database, monkeypatch):
+    monkeypatch.setattr(enqueueing, "MAX_BATCH", 2)
+
+    assert len(await enqueue_many(["a", "b"])) == 2
+
+
+@on(SQLITE)
 @pytest.mark.parametrize(("field", "value"), [("prompt", " "), ("duration", 301), ("metadata", {"x": float("nan")})])
 async def test_a_script_is_refused_in_the_same_words_before_any_database_is_made(tmp_path, monkeypatch, field, value):
     monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", f"sqlite:///{tmp_path / 'none' / 'new.db'}")
@@ -419,6 +427,25 @@ async def test_another_request_under_the_same_key_is_refused(database, other):
 
     assert (caught.value.key, caught.value.generation_id) == ("order-7", first.id)
     assert (await count(database), await uses(database)) == (1, {"lofi rain": 1})
+
+
+@on(SQLITE)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sample_rate", 44_100),
+        ("guidance_scale", 4),
+        ("temperature", 0.9),
+        ("top_k", 9),
+        ("top_p", 0.5),
+        ("negative_prompt", "drums"),
+    ],
+)
+async def test_how_it_is_to_sound_is_a_part_of_the_request(name, value):
+    await enqueue("lofi rain", idempotency_key="order-7")
+
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue("lofi rain", idempotency_key="order-7", **{name: value})
 
 
 async def test_a_key_repeated_inside_a_batch_is_one_row(database):
@@ -888,6 +915,18 @@ async def test_the_same_clip_under_the_same_key_gets_the_existing_row(database):
         with pytest.raises(IdempotencyConflictError):
             await enqueue("x", idempotency_key="order-7", **other)
     assert await clips_of(database) == [first.continuation_sha256]
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("other", [{"melody": audio_file(kind="FLAC")}, {"continuation": audio_file()}], ids=[*"ab"])
+async def test_the_same_sound_from_another_file_or_for_another_use_is_another_request(other):
+    options = {"model": "musicgen-melody", "idempotency_key": "order-7"}
+    first = await enqueue("x", melody=audio_file(), **options)
+
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue("x", **options, **other)
+    again = await enqueue("x", model="musicgen-melody", **other)
+    assert first.melody_sha256 in (again.melody_sha256, again.continuation_sha256)
 
 
 @pytest.mark.parametrize(
