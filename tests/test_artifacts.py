@@ -586,6 +586,17 @@ async def test_a_planted_pipe_socket_or_folder_is_not_read(local, root):
         assert await refused(local, f"{root}/{name}") == f"{root}/{name} cannot be read: it is not a regular file."
 
 
+async def test_what_is_refused_is_not_left_open(local, root):
+    root.mkdir(parents=True)
+    (root / "song-1.wav").mkdir()
+    await refused(local, f"{root}/song-1.wav")
+    before = len([*Path("/proc/self/fd").iterdir()])
+
+    await refused(local, f"{root}/song-1.wav")
+
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
 @pytest.mark.parametrize("name", ["evil/song-1.wav", "../song-1.wav", "..", ".", "", "../audio/song-1.wav"])
 async def test_a_planted_folder_leads_nowhere_and_no_name_leaves_the_folder(local, root, tmp_path, name):
     await local.publish("song", 1, "wav", DATA)

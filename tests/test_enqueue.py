@@ -689,6 +689,18 @@ async def test_waiting_for_a_finished_generation_returns_at_once(database, statu
         assert (await wait_for_generation(generation.id, timeout=timeout)).status == status
 
 
+@on(SQLITE)
+async def test_what_has_finished_when_the_time_is_up_is_returned_though_nobody_told(database, monkeypatch):
+    async def hear_nothing(_generation_id):
+        await anyio.sleep_forever()
+        yield
+
+    generation = await add(database, status="completed")
+    monkeypatch.setattr(enqueueing, "watch_generation", hear_nothing)
+
+    assert (await wait_for_generation(generation.id, timeout=0.01)).status == "completed"
+
+
 @pytest.mark.parametrize("timeout", [0, 0.02])
 async def test_waiting_too_long_raises_and_the_generation_goes_on(database, timeout):
     generation = await enqueue("lofi rain")
