@@ -60,6 +60,14 @@ def test_what_a_cluster_sets_for_a_service_of_that_name_is_no_mistake(name: str)
     check_variables([name])
 
 
+@pytest.mark.parametrize(
+    "name", ["DGX_MUSIC_PORTION", "DGX_MUSIC_PORT_80_TCPX", "DGX_MUSIC_TEST_", "DGX_MUSIC_SERVICE_HOSTS"]
+)
+def test_what_only_begins_like_a_clusters_variable_is_a_mistake(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no setting"):
+        check_variables([name])
+
+
 def test_every_variable_that_the_code_names_is_known() -> None:
     files = Path(dgx_music.__file__).parent.rglob("*.py")
     named = {name for file in files for name in re.findall(rf"\b{PREFIX}[A-Z_]+[A-Z]\b", file.read_text())}
