@@ -160,3 +160,32 @@ def test_a_third_of_the_lease_is_told_exactly() -> None:
 def test_an_output_that_is_empty_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="DGX_MUSIC_OUTPUT is empty; name a folder"):
         parse_output("")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "past"),
+    [
+        ("slots", 1, 0),
+        ("slots", 256, 257),
+        ("tenant_limit", 1, 0),
+        ("pool_size", 1, 0),
+        ("pool_size", 200, 201),
+        ("lease_seconds", 1, 0.99),
+        ("heartbeat_seconds", 0.1, 0.34),
+    ],
+)
+def test_a_limit_is_accepted_and_what_is_past_it_is_refused(name: str, limit: float, past: float) -> None:
+    given = {"lease_seconds": 1, "heartbeat_seconds": 0.1}
+
+    assert getattr(load_settings(**given | {name: limit}), name) == limit
+    assert refused(**given | {name: past}).startswith(f"{PREFIX}{name.upper()} is ")
+
+
+def test_a_heartbeat_of_a_third_of_the_lease_is_accepted() -> None:
+    assert load_settings(lease_seconds=30, heartbeat_seconds=10).heartbeat_seconds == 10
+
+
+def test_settings_that_are_printed_hide_their_passwords() -> None:
+    url = "postgresql://ann:hunter2@host/db"
+
+    assert "hunter2" not in repr(load_settings(database_url=url, replica_url=url))
