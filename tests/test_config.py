@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 import dgx_music
 from dgx_music.config import (
@@ -189,3 +190,29 @@ def test_settings_that_are_printed_hide_their_passwords() -> None:
     url = "postgresql://ann:hunter2@host/db"
 
     assert "hunter2" not in repr(load_settings(database_url=url, replica_url=url))
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:123"])
+def test_a_device_of_a_known_form_is_accepted(name: str) -> None:
+    assert load_settings(device=name).device == name
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:1234", "cuda:x", "xcpu"])
+def test_a_device_of_another_form_is_refused(name: str) -> None:
+    assert refused(device=name) == f"DGX_MUSIC_DEVICE is {name!r}; use auto, cpu, cuda or cuda:N."
+
+
+def test_a_setting_that_is_not_there_is_refused_and_none_is_changed_later() -> None:
+    assert refused(lenght=1) == "DGX_MUSIC_LENGHT is unacceptable; leave it out."
+    with pytest.raises(ValidationError, match="frozen"):
+        load_settings().slots = 3  # type: ignore[misc]
+
+
+def test_what_is_made_is_for_its_owner_alone_unless_the_umask_is_asked_for() -> None:
+    assert [load_settings(**given).is_private for given in ({}, {"file_access": "umask"})] == [True, False]
+
+
+def test_a_replica_that_is_given_with_its_database_is_kept() -> None:
+    assert (
+        load_settings(database_url="postgresql://h/d", replica_url="postgresql://r/d").replica_url == "postgresql://r/d"
+    )
