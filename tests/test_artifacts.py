@@ -249,6 +249,12 @@ async def test_a_path_of_another_place_is_neither_streamed_nor_linked(artifacts,
         await artifacts.link(path, 60)
 
 
+@pytest.mark.parametrize("path", ["/etc/passwd", "s3://other/song-1.wav"])
+async def test_a_path_of_another_place_is_not_looked_for(artifacts, path):
+    with pytest.raises(ArtifactError, match=f"{path} is not in {artifacts}"):
+        await artifacts.exists(path)
+
+
 async def test_the_list_has_what_is_published_and_not_what_is_deleted(artifacts):
     await artifacts.publish("song-1", 2, "wav", DATA)
     await artifacts.publish("song", 12, "ogg", OTHER)
@@ -622,6 +628,17 @@ async def test_a_planted_pipe_socket_or_folder_is_not_read(local, root):
         assert await refused(local, f"{root}/{name}") == f"{root}/{name} cannot be read: it is not a regular file."
 
 
+async def test_what_is_refused_is_not_left_open(local, root):
+    root.mkdir(parents=True)
+    (root / "song-1.wav").mkdir()
+    await refused(local, f"{root}/song-1.wav")
+    before = len([*Path("/proc/self/fd").iterdir()])
+
+    await refused(local, f"{root}/song-1.wav")
+
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
 @pytest.mark.parametrize("name", ["evil/song-1.wav", "../song-1.wav", "..", ".", "", "../audio/song-1.wav"])
 async def test_a_planted_folder_leads_nowhere_and_no_name_leaves_the_folder(local, root, tmp_path, name):
     await local.publish("song", 1, "wav", DATA)
@@ -715,6 +732,14 @@ async def test_a_disk_without_room_is_a_problem(local, root, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: full)
 
     assert await local.find_problem() == f"The disk of {root} has 1 MiB left; free at least 100 MiB."
+
+
+@pytest.mark.parametrize(("missing", "is_problem"), [(0, False), (1, True)])
+async def test_room_for_100_mib_is_enough(local, monkeypatch, missing, is_problem):
+    left = shutil._ntuple_diskusage(10**12, 10**12 - 100 * 2**20 + missing, 100 * 2**20 - missing)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: left)
+
+    assert (await local.find_problem() is not None) is is_problem
 
 
 async def test_a_check_leaves_no_trace(local, tmp_path):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 import dgx_music
 from dgx_music.config import (
@@ -58,6 +59,14 @@ def test_a_variable_that_nobody_reads_is_refused_with_the_nearest_one(
 )
 def test_what_a_cluster_sets_for_a_service_of_that_name_is_no_mistake(name: str) -> None:
     check_variables([name])
+
+
+@pytest.mark.parametrize(
+    "name", ["DGX_MUSIC_PORTION", "DGX_MUSIC_PORT_80_TCPX", "DGX_MUSIC_TEST_", "DGX_MUSIC_SERVICE_HOSTS"]
+)
+def test_what_only_begins_like_a_clusters_variable_is_a_mistake(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="is no setting"):
+        check_variables([name])
 
 
 def test_every_variable_that_the_code_names_is_known() -> None:
@@ -152,3 +161,58 @@ def test_a_third_of_the_lease_is_told_exactly() -> None:
 def test_an_output_that_is_empty_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="DGX_MUSIC_OUTPUT is empty; name a folder"):
         parse_output("")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "past"),
+    [
+        ("slots", 1, 0),
+        ("slots", 256, 257),
+        ("tenant_limit", 1, 0),
+        ("pool_size", 1, 0),
+        ("pool_size", 200, 201),
+        ("lease_seconds", 1, 0.99),
+        ("heartbeat_seconds", 0.1, 0.34),
+    ],
+)
+def test_a_limit_is_accepted_and_what_is_past_it_is_refused(name: str, limit: float, past: float) -> None:
+    given = {"lease_seconds": 1, "heartbeat_seconds": 0.1}
+
+    assert getattr(load_settings(**given | {name: limit}), name) == limit
+    assert refused(**given | {name: past}).startswith(f"{PREFIX}{name.upper()} is ")
+
+
+def test_a_heartbeat_of_a_third_of_the_lease_is_accepted() -> None:
+    assert load_settings(lease_seconds=30, heartbeat_seconds=10).heartbeat_seconds == 10
+
+
+def test_settings_that_are_printed_hide_their_passwords() -> None:
+    url = "postgresql://ann:hunter2@host/db"
+
+    assert "hunter2" not in repr(load_settings(database_url=url, replica_url=url))
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:0", "cuda:123"])
+def test_a_device_of_a_known_form_is_accepted(name: str) -> None:
+    assert load_settings(device=name).device == name
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:1234", "cuda:x", "xcpu"])
+def test_a_device_of_another_form_is_refused(name: str) -> None:
+    assert refused(device=name) == f"DGX_MUSIC_DEVICE is {name!r}; use auto, cpu, cuda or cuda:N."
+
+
+def test_a_setting_that_is_not_there_is_refused_and_none_is_changed_later() -> None:
+    assert refused(lenght=1) == "DGX_MUSIC_LENGHT is unacceptable; leave it out."
+    with pytest.raises(ValidationError, match="frozen"):
+        load_settings().slots = 3  # type: ignore[misc]
+
+
+def test_what_is_made_is_for_its_owner_alone_unless_the_umask_is_asked_for() -> None:
+    assert [load_settings(**given).is_private for given in ({}, {"file_access": "umask"})] == [True, False]
+
+
+def test_a_replica_that_is_given_with_its_database_is_kept() -> None:
+    assert (
+        load_settings(database_url="postgresql://h/d", replica_url="postgresql://r/d").replica_url == "postgresql://r/d"
+    )

@@ -156,6 +156,14 @@ async def test_what_is_said_is_stored(database):
     assert row | {"metadata": {"bpm": 140, "tags": ["a", None]}, "run_at": NOON.isoformat()} == row
 
 
+@on(SQLITE)
+@pytest.mark.parametrize(("priority", "max_attempts"), [(-1_000, 1), (1_000, 25)])
+async def test_the_limits_are_accepted(priority, max_attempts):
+    row = await enqueue("lofi rain", priority=priority, max_attempts=max_attempts)
+
+    assert (row.priority, row.max_attempts) == (priority, max_attempts)
+
+
 @pytest.mark.parametrize(
     "run_at",
     [
@@ -257,6 +265,7 @@ BAD = [
     ("negative_prompt", ""),
     ("negative_prompt", 7),
     ("priority", 1_001),
+    ("priority", -1_001),
     ("priority", None),
     ("priority", True),
     ("max_attempts", 0),
@@ -421,6 +430,13 @@ async def test_a_batch_too_large_is_refused(database, monkeypatch):
 
 
 @on(SQLITE)
+async def test_the_largest_batch_is_accepted(database, monkeypatch):
+    monkeypatch.setattr(enqueueing, "MAX_BATCH", 2)
+
+    assert len(await enqueue_many(["a", "b"])) == 2
+
+
+@on(SQLITE)
 @pytest.mark.parametrize(("field", "value"), [("prompt", " "), ("duration", 301), ("metadata", {"x": float("nan")})])
 async def test_a_script_is_refused_in_the_same_words_before_any_database_is_made(tmp_path, monkeypatch, field, value):
     monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", f"sqlite:///{tmp_path / 'none' / 'new.db'}")
@@ -472,6 +488,25 @@ async def test_another_request_under_the_same_key_is_refused(database, other):
 
     assert (caught.value.key, caught.value.generation_id) == ("order-7", first.id)
     assert (await count(database), await uses(database)) == (1, {"lofi rain": 1})
+
+
+@on(SQLITE)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sample_rate", 44_100),
+        ("guidance_scale", 4),
+        ("temperature", 0.9),
+        ("top_k", 9),
+        ("top_p", 0.5),
+        ("negative_prompt", "drums"),
+    ],
+)
+async def test_how_it_is_to_sound_is_a_part_of_the_request(name, value):
+    await enqueue("lofi rain", idempotency_key="order-7")
+
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue("lofi rain", idempotency_key="order-7", **{name: value})
 
 
 async def test_a_key_repeated_inside_a_batch_is_one_row(database):
@@ -722,6 +757,18 @@ async def test_waiting_for_a_finished_generation_returns_at_once(database, statu
         assert (await wait_for_generation(generation.id, timeout=timeout)).status == status
 
 
+@on(SQLITE)
+async def test_what_has_finished_when_the_time_is_up_is_returned_though_nobody_told(database, monkeypatch):
+    async def hear_nothing(_generation_id):
+        await anyio.sleep_forever()
+        yield
+
+    generation = await add(database, status="completed")
+    monkeypatch.setattr(enqueueing, "watch_generation", hear_nothing)
+
+    assert (await wait_for_generation(generation.id, timeout=0.01)).status == "completed"
+
+
 @pytest.mark.parametrize("timeout", [0, 0.02])
 async def test_waiting_too_long_raises_and_the_generation_goes_on(database, timeout):
     generation = await enqueue("lofi rain")
@@ -951,6 +998,18 @@ async def test_the_same_clip_under_the_same_key_gets_the_existing_row(database):
         with pytest.raises(IdempotencyConflictError):
             await enqueue("x", idempotency_key="order-7", **other)
     assert await clips_of(database) == [first.continuation_sha256]
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("other", [{"melody": audio_file(kind="FLAC")}, {"continuation": audio_file()}], ids=[*"ab"])
+async def test_the_same_sound_from_another_file_or_for_another_use_is_another_request(other):
+    options = {"model": "musicgen-melody", "idempotency_key": "order-7"}
+    first = await enqueue("x", melody=audio_file(), **options)
+
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue("x", **options, **other)
+    again = await enqueue("x", model="musicgen-melody", **other)
+    assert first.melody_sha256 in (again.melody_sha256, again.continuation_sha256)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,17 @@ def test_a_generation_that_took_no_time_says_nothing():
     assert measured_after(0.0, *[2.0] * 5) == pytest.approx((2.0, 2.0, 2.0, 5))
 
 
+def test_a_generation_without_audio_says_nothing():
+    speedometer = Speedometer()
+    speedometer.note("small", 8.0, 0.0)
+
+    assert speedometer.take() == {}
+
+
+def test_the_typical_speed_is_the_middle_one():
+    assert measured_after(16.0, 1.0, 4.0, 8.0, 2.0).typical == pytest.approx(4.0)
+
+
 def test_only_the_last_generations_count():
     assert measured_after(*[9.0] * 30, *[1.0] * 50) == pytest.approx((1.0, 1.0, 1.0, 50))
 

@@ -89,6 +89,11 @@ def test_a_joiner_or_a_selector_in_the_wrong_place_is_escaped(text: str, shown: 
     assert plain(text) == shown
 
 
+@pytest.mark.parametrize(("text", "shown"), [("\ufe0fa", "\\ufe0fa"), ("\u02ff\u200d\u02ff", "\u02ff\\u200d\u02ff")])
+def test_a_selector_belongs_to_what_is_before_it_and_a_joiner_to_no_latin(text: str, shown: str) -> None:
+    assert plain(text) == shown
+
+
 @pytest.mark.parametrize("text", ["", " \n", "\u0301\u0308", "\u200b\ufeff\u3000"])
 def test_accents_and_white_space_alone_say_nothing(text: str) -> None:
     assert not says_something(text)

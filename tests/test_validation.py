@@ -150,6 +150,16 @@ def test_of_a_subclass_only_the_text_and_the_number_are_kept() -> None:
     assert type(validation.check_integer("x", IntEnum("Number", {"TWO": 2})(2), 0, 9)) is int
 
 
+@pytest.mark.parametrize("check", [validation.check_name, validation.check_path])
+def test_a_name_of_a_subclass_is_plain_text(check: Callable[..., str]) -> None:
+    assert type(check("model", Word("rain"))) is str
+
+
+@pytest.mark.parametrize("byte", [0x80, 0xFF])
+def test_the_least_and_the_greatest_byte_that_is_no_text_are_named(byte: int) -> None:
+    assert f"has the byte 0x{byte:02X}, " in refused(validation.check_prompt, chr(0xDC00 + byte))
+
+
 @pytest.mark.parametrize("code", [*range(0x20), *range(0x7F, 0xA0)])
 def test_tab_and_newline_are_the_only_control_characters(code: int) -> None:
     assert (accepted(validation.check_prompt, f"a{chr(code)}b") is not None) == (chr(code) in "\t\n")
@@ -256,6 +266,10 @@ def test_a_tidy_text_is_one_that_every_database_keeps(message: str) -> None:
 def test_what_cannot_be_printed_is_shown_in_a_tidy_text() -> None:
     assert validation.tidy_text(" a\x00b\ud800\n") == "a\ufffdb\ufffd"
     assert validation.tidy_text(" \n") == "no message"
+
+
+def test_a_tidy_text_is_cut_after_2000_characters() -> None:
+    assert validation.tidy_text("x" * 2_000 + "y") == "x" * 2_000
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -446,6 +460,14 @@ def nested(levels: int) -> dict[str, Any]:
 )
 def test_plain_json_is_returned_as_it_is(value: dict[str, Any]) -> None:
     assert validation.check_metadata(value) == value
+
+
+def test_metadata_is_a_copy_of_plain_lists_and_text() -> None:
+    value = {"tags": (1, [2]), "mood": Word("calm")}
+    metadata = validation.check_metadata(value)
+
+    assert metadata == {"tags": [1, [2]], "mood": "calm"}
+    assert (metadata is value, type(metadata["mood"])) == (False, str)
 
 
 @pytest.mark.parametrize(

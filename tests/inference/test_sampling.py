@@ -93,6 +93,36 @@ def test_guidance_goes_from_the_unconditional_logits_past_the_conditional_ones()
     assert torch.equal(tokens, sample(combined, uniforms, unguided, 2048)[0])
 
 
+def test_a_row_without_guidance_reads_nothing_of_the_unconditional_pass() -> None:
+    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))  # [row, pass, K, V]
+    logits[1, 1] = torch.nan
+    uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
+    sampling = make_sampling({"guidance_scale": 3.0, "top_k": 0}, {"top_k": 0})
+    tokens, is_finite = sample(logits, uniforms, sampling, 2048)
+    alone, _ = sample(logits[1:, :1], uniforms[1:], make_sampling({"top_k": 0}), 2048)
+    assert torch.equal(tokens[1], alone[0])
+    assert is_finite.tolist() == [True, True]
+
+
+def test_from_the_coldest_temperature_on_the_likeliest_token_is_certain() -> None:
+    assert set(draw(100, temperature=1e-4).tolist()) == {int(SCORES.argmax())}
+
+
+@pytest.mark.parametrize("widest", [5, 2048])
+def test_among_equal_tokens_the_lower_one_goes_first(widest: int) -> None:
+    uniforms = torch.tensor([[0.1, 0.3, 0.5, 0.7, 0.9]])
+    tokens, _ = sample(torch.zeros(1, 1, 5, 2048), uniforms, make_sampling({"top_k": 5}), widest)
+    assert tokens.tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_one_codebook_whose_scores_are_not_finite_is_enough(number: float) -> None:
+    logits = torch.zeros(2, 1, 4, 2048)
+    logits[1, 0, 2, 7] = number
+    sampling = make_sampling({}, {})
+    assert sample(logits, torch.zeros(2, 4), sampling, 2048)[1].tolist() == [True, False]
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.01, "temperature": 0.3}], ids=str)
 def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -> None:
     assert set(draw(100, **options).tolist()) == {int(SCORES.argmax())}

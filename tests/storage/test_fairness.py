@@ -122,6 +122,22 @@ async def test_another_models_generations_of_the_tenant_count_too(database):
         assert len(await claim_up_to(session, 9, tenant_limit=2)) == 1
 
 
+async def test_under_a_limit_a_tenants_generations_of_another_model_are_left_alone(database):
+    async with database.session() as session:
+        await add(session, tenant="a", model_name="musicgen-large", run_at=NOON - timedelta(days=1))
+        ids = await add_for(session, "a")
+
+        assert ids_of(await claim_up_to(session, 9, tenant_limit=2)) == ids
+
+
+async def test_what_is_worked_on_by_hand_is_in_nobodys_hand(database):
+    async with database.session() as session:
+        await add(session, tenant="a", status="processing")
+        ids = await add_for(session, "a")
+
+        assert ids_of(await claim_up_to(session, 9, tenant_limit=1)) == ids
+
+
 async def test_under_a_limit_the_order_among_tenants_is_still_that_of_age_and_priority(database):
     async with database.session() as session:
         ids = [
@@ -248,6 +264,13 @@ async def test_a_models_wait_is_that_of_the_one_that_is_longest_due(database):
 
     assert list(waits) == [MODEL]
     assert 59 < waits[MODEL] < 90
+
+
+async def test_what_is_due_is_not_taken_for_overtaken(database):
+    async with database.session() as session:
+        await add(session)
+
+        assert await due.find_overtaken(session, [MODEL]) == []
 
 
 @on(*POSTGRES)

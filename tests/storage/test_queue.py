@@ -216,6 +216,15 @@ async def test_of_rows_due_at_the_same_time_the_more_urgent_and_then_the_older_g
     assert [claimed.lease.generation_id for claimed in claims] == [urgent, *plain, low]
 
 
+@pytest.mark.parametrize("tenant_limit", [None, 9])
+async def test_of_rows_alike_the_older_is_claimed_first(database, tenant_limit):
+    async with database.session() as session:
+        ids = [await add_due(session, 0) for _ in range(4)]
+        claims = [await claim_up_to(session, 1, tenant_limit=tenant_limit) for _ in ids]
+
+    assert [claimed.lease.generation_id for (claimed,) in claims] == ids
+
+
 @pytest.mark.parametrize(("minutes", "goes_first"), [(2.99, "urgent"), (3.01, "waiting")])
 async def test_a_point_of_priority_is_worth_a_minute_of_waiting(database, minutes, goes_first):
     async with database.session() as session:
