@@ -8,12 +8,13 @@ import pytest
 from dgx_music.config import PREFIX, Settings
 from tests.factories import ROOT
 
-DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in PATHS)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 PYTHON_FILE = re.compile(r"[\w./-]+/[\w.-]+\.py\b")
-NAMES_FILES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/architecture.md", "docs/inference.md"]
+NAMES_FILES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/inference.md"]
 FOLDERS = ["", "src/dgx_music", "src/dgx_music/inference", "src/dgx_music/inference/musicgen"]
 
 
@@ -39,7 +40,8 @@ def anchors_of(path):
 def test_the_configuration_lists_every_setting_with_its_default():
     document = text_of("docs/configuration.md")
     for name, field in Settings.model_fields.items():
-        assert f"| `{PREFIX}{name.upper()}` | {shown(field.default)} | {field.description}" in document
+        row = f"| `{PREFIX}{name.upper()}` | {shown(field.default)} | {field.description}"
+        assert row in document
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.factories import ROOT
 
-FILES = ["Makefile", "constraints.txt", "alembic.ini", "worker.py", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"]
+FILES = ["Makefile", "constraints.txt", "alembic.ini", "worker.py", "CHANGELOG.md", "SECURITY.md"]
 FOLDERS = ["src", "migrations", "tests", "benchmarks", "docs"]
 QUICK_TESTS = ["tests/test_docs.py", "tests/test_imports.py", "tests/test_validation.py"]
 
@@ -18,8 +18,8 @@ QUICK_TESTS = ["tests/test_docs.py", "tests/test_imports.py", "tests/test_valida
 def unpacked(tmp_path_factory):
     """The folder that unpacking the built sdist makes."""
     folder = tmp_path_factory.mktemp("sdist")
-    words = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(words, check=True, capture_output=True)
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation"]
+    subprocess.run([*build, "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
     (path,) = folder.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         archive.extractall(folder, filter="data")
@@ -41,9 +41,15 @@ def test_a_folder_of_the_sdist_has_the_files_of_the_repository(unpacked, name):
 
 
 def test_tests_of_the_unpacked_sdist_pass_there(unpacked):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *QUICK_TESTS]
+    pytest_there = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {**os.environ, "PYTHONPATH": str(unpacked / "src")}
 
-    done = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*pytest_there, *QUICK_TESTS],
+        cwd=unpacked,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
