@@ -1,5 +1,7 @@
 """What the documents promise, as far as it can be checked."""
 
+import ast
+import importlib
 import re
 from urllib.parse import unquote
 
@@ -12,6 +14,7 @@ PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in PATHS)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 PYTHON_FILE = re.compile(r"[\w./-]+/[\w.-]+\.py\b")
 NAMES_FILES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/inference.md"]
@@ -64,6 +67,21 @@ def test_a_documents_links_lead_somewhere(name):
 def test_a_document_names_only_python_files_that_exist(name):
     for file in PYTHON_FILE.findall(FENCE.sub("", text_of(name))):
         assert any((ROOT / folder / file).exists() for folder in FOLDERS), file
+
+
+def imports_of(code):
+    """Return the module and the name of each import from the package."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("dgx_music"):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/library.md"])
+def test_the_examples_import_what_exists(name):
+    imported = [each for code in EXAMPLE.findall(text_of(name)) for each in imports_of(code)]
+
+    assert imported
+    assert [(module, each) for module, each in imported if not hasattr(importlib.import_module(module), each)] == []
 
 
 def test_the_readme_fits_into_180_lines():
