@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 PYTEST := $(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
 CHECK_DATABASE := $(VENV)/check.db
 
-.PHONY: help demo test check format lint migrations build coverage soak \
+.PHONY: help demo test check install format lint migrations build coverage soak \
 	db-init db-migrate db-reset clean
 
 help: ## list the targets
@@ -24,6 +24,8 @@ test: $(DEVELOPING) ## run the tests, on SQLite and on a PostgreSQL that is inst
 	$(PYTEST)
 
 check: lint migrations test build ## run all that CI runs
+
+install: $(DEVELOPING) ## install what tests and checks need
 
 format: $(DEVELOPING) ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .
