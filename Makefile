@@ -1,4 +1,5 @@
-# `make demo` shows the product at work, `make test` proves it. Both install what they need into .venv, and only what changed.
+# `make demo` shows the product at work. `make test` runs the tests. `make help` lists the rest.
+# Each target installs what it needs into .venv, and installs again only if the packages changed.
 
 PYTHON ?= python3
 TESTERS ?= 4
@@ -6,47 +7,76 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.installed-dev
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
+CHECK_DATABASE := $(VENV)/check.db
 
-.PHONY: demo test check soak db-init db-migrate db-reset clean
+.PHONY: help demo test check install format lint migrations build coverage soak \
+	db-init db-migrate db-reset clean
 
-demo: $(INSTALLED) ## first audio: migrate, enqueue, run the real worker, verify, show
-	$(BIN)/dgx-music demo
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-test: $(DEVELOPING) ## run the tests, on SQLite and on a PostgreSQL that comes with them
-	$(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
+demo: $(INSTALLED) ## make the first audio: enqueue three prompts, run the real worker, check the files
+	@$(BIN)/dgx-music demo
 
-check: $(DEVELOPING) ## everything: format, lint, types, migrations, tests with coverage
+test: $(DEVELOPING) ## run the tests, on SQLite and on a PostgreSQL that is installed with them
+	$(PYTEST)
+
+check: lint migrations test build ## run all that CI runs
+
+install: $(DEVELOPING) ## install what tests and checks need
+
+format: $(DEVELOPING) ## format the code and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(DEVELOPING) ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	DGX_MUSIC_DATABASE_URL=sqlite:///$(VENV)/check.db $(BIN)/alembic upgrade head
-	DGX_MUSIC_DATABASE_URL=sqlite:///$(VENV)/check.db $(BIN)/alembic check
-	$(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
-soak: $(DEVELOPING) ## the long fault runs
+migrations: $(DEVELOPING) ## migrate an empty database and compare it with the models
+	rm -f $(CHECK_DATABASE)*
+	DGX_MUSIC_DATABASE_URL=sqlite:///$(CHECK_DATABASE) $(BIN)/alembic upgrade head
+	DGX_MUSIC_DATABASE_URL=sqlite:///$(CHECK_DATABASE) $(BIN)/alembic check
+
+build: $(DEVELOPING) ## build sdist and wheel into dist/ and check their metadata
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+coverage: $(DEVELOPING) ## run the tests with coverage, which takes twice as long; 90 % is the least
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+soak: $(DEVELOPING) ## run the long tests: worker processes that are killed again and again
 	$(BIN)/pytest -m "soak or any_driver" --both-drivers --timeout=900
 
 db-init: $(INSTALLED) ## create the database and its tables
 	$(BIN)/dgx-music db init
 
-db-migrate: $(INSTALLED) ## bring the tables to this version
+db-migrate: $(INSTALLED) ## migrate the database to this version
 	$(BIN)/dgx-music db migrate
 
-db-reset: $(INSTALLED) ## drop all data; asks first
+db-reset: $(INSTALLED) ## delete all data; asks first
 	$(BIN)/dgx-music db reset
 
-clean: ## remove the environment and what the demo left
-	rm -rf $(VENV) demo
+clean: ## remove .venv, the demo's files and the built packages
+	rm -rf $(VENV) demo dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "dgx-music needs Python 3.11 or newer; say which with: make PYTHON=python3.12 …"; exit 1; }
+		|| { echo "dgx-music needs Python 3.11 or newer. Name one: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[musicgen]'
+	@test -e $@ || printf '%s\n' \
+		"Installing dgx-music with torch and transformers into $(VENV), once. It takes some minutes" \
+		"and about 1.4 GB of disk; several GB more if pip chooses a build of torch with CUDA."
+	$(INSTALL) --editable '.[musicgen]'
 	@touch $@
 
 $(DEVELOPING): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[musicgen,dev]'
+	@test -e $@ || echo "Installing the tools for development into $(VENV): about 0.3 GB more."
+	$(INSTALL) --editable '.[musicgen,dev]'
 	@touch $@

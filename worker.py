@@ -1,9 +1,10 @@
-"""The worker daemon, the same as ``dgx-music worker``: ``python worker.py --help`` lists its options."""
+"""The worker daemon, like ``dgx-music worker``: ``python worker.py --help`` lists its options."""
 
 import sys
 
 if __name__ == "__main__":
-    sys.argv[:] = ["dgx-music", "worker", *sys.argv[1:]]  # what looks after signals before the slow imports goes by it
+    # The handlers of early signals read the command from here, before the slow imports.
+    sys.argv[:] = ["dgx-music", "worker", *sys.argv[1:]]
     from dgx_music.cli import main
 
     sys.exit(main())

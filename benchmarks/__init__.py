@@ -1,1 +1,1 @@
-"""What the README's numbers come from."""
+"""The programs that measured the numbers of docs/benchmarks.md."""

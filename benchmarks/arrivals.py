@@ -1,4 +1,7 @@
-"""Clips of mixed durations, all at once or one after another: continuous batching against batches that stay as they are."""
+"""Clips of mixed durations, all at once or one after another.
+
+Ours takes a clip as soon as a slot is free; ``generate`` makes one batch after another.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ STOCK_BATCHES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Together:
-    """Eight clips that arrive together: when they were done, through one loop."""
+    """Eight clips that arrive together: the seconds until they were done, for one loop."""
 
     loop: str
     mean_seconds: float
@@ -26,7 +29,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Poisson:
-    """Clips that arrive one after another: what became of them, through one loop. Latency counts from the arrival."""
+    """Clips that arrive one after another: their latencies from the arrival, for one loop."""
 
     loop: str
     mean_seconds: float
@@ -36,7 +39,7 @@ class Poisson:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the percentile, between two values in proportion."""
+    """Return the percentile, interpolated between the two nearest values."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     below = int(place)
@@ -45,7 +48,10 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def measure_together(stock: Stock, ours: Sequence[Ours], longest: float, rounds: int) -> list[Together]:
-    """Return medians of the rounds; ours goes before and after ``generate`` in each, and its round is their mean."""
+    """Return the medians of the rounds.
+
+    Ours runs before and after ``generate`` in each round, so that a slow moment meets both.
+    """
     durations = [share * longest for share in SHARES]
     ends: dict[str, list[list[float]]] = {}
 
@@ -69,13 +75,19 @@ def measure_together(stock: Stock, ours: Sequence[Ours], longest: float, rounds:
 
 
 def stock_seconds_together(longest: float) -> float:
-    """Return the seconds of audio, padding included but each batch counted once, that ``generate`` makes in a round."""
+    """Return the seconds of audio that ``generate`` makes in a round.
+
+    Each batch counts once, as long as its longest clip.
+    """
     durations = [share * longest for share in SHARES]
     return sum(max(group) for batch in STOCK_BATCHES for group in _groups(durations, batch))
 
 
 def _in_batches(stock: Stock, durations: Sequence[float], batch: int) -> list[float]:
-    """Return when each clip was done. Shortest first: it gives the least mean, and the least padding."""
+    """Return the second at which each clip was done.
+
+    The shortest clips go first, which gives the least mean and the least padding.
+    """
     ends: list[float] = []
     for group in _groups(durations, batch):
         spent = ends[-1] if ends else 0.0
@@ -89,7 +101,10 @@ def _groups(durations: Sequence[float], batch: int) -> Iterator[Sequence[float]]
 
 
 def poisson_requests(count: int, rate: float, longest: float, seed: int = 0) -> list[Request]:
-    """Return requests that arrive at random, ``rate`` a second on average, in mixed durations; the same for both loops."""
+    """Return requests of mixed durations that arrive at random, ``rate`` a second on average.
+
+    The same seed gives the same requests, so both loops get the same ones.
+    """
     rng = random.Random(seed)
     at, requests = 0.0, []
     for _ in range(count):
@@ -99,7 +114,7 @@ def poisson_requests(count: int, rate: float, longest: float, seed: int = 0) -> 
 
 
 def measure_poisson(stock: Stock, ours: Sequence[Ours], requests: Sequence[Request], batch: int) -> list[Poisson]:
-    """Serve the requests in real time, first in batches that stay as they are, then in as many slots."""
+    """Serve the requests in real time: first in static batches, then in as many slots."""
     results = [_summary(f"{stock.name}, static batches", requests, serve_static(stock, requests, batch))]
     for loop in ours:
         loop.open(batch)
@@ -110,7 +125,10 @@ def measure_poisson(stock: Stock, ours: Sequence[Ours], requests: Sequence[Reque
 
 
 def serve_static(stock: Stock, requests: Sequence[Request], batch: int) -> list[float]:
-    """Return the second when each was done: whoever waits when a batch ends, at most ``batch``, makes up the next."""
+    """Return the second at which each request was done.
+
+    When a batch ends, the requests that wait make up the next one, at most ``batch`` of them.
+    """
     ends: list[float] = []
     started = time.perf_counter()
     while rest := requests[len(ends) :]:

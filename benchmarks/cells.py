@@ -1,4 +1,7 @@
-"""What is measured of one size: all loops at one batch, clips of mixed durations, EnCodec; within the time there is."""
+"""The measurements of one model size: all loops at one batch, mixed durations, EnCodec.
+
+A budget of minutes shortens the clips if the time is limited.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,24 @@ import torch
 from benchmarks import arrivals, device, roofline
 from benchmarks.arrivals import Poisson, Together, percentile
 from benchmarks.loops import LONGEST_TOKENS, Loop, Ours, Stock
-from benchmarks.musicgen_models import SHAPES, build_codec, build_model, build_tokenizer, frames, steps
+from benchmarks.musicgen_models import (
+    SHAPES,
+    build_codec,
+    build_model,
+    build_tokenizer,
+    frames,
+    steps,
+)
 
 SHORTEST_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One loop at one batch of one size. ``clip_seconds`` is less than was asked for where time is short."""
+    """One loop at one batch of one size.
+
+    ``clip_seconds`` is less than was asked for if the time is short.
+    """
 
     size: str
     batch: int
@@ -37,14 +50,14 @@ class Cell:
 
 
 class Budget:
-    """Shares out what is left of the time; without a limit there is always enough."""
+    """Divides the rest of the time among the measurements; without a limit it is infinite."""
 
     def __init__(self, minutes: float, shares: int) -> None:
         self._ends_at = math.inf if not minutes else time.perf_counter() + 60 * minutes
         self._shares = shares
 
     def take(self, shares: int) -> float:
-        """Return the seconds that a measurement of so many shares may take."""
+        """Return the seconds that a measurement of this many shares may take."""
         left = self._ends_at - time.perf_counter()
         seconds = left * shares / max(shares, self._shares)
         self._shares -= shares
@@ -55,7 +68,12 @@ class Bench:
     """The loops of one size on one device."""
 
     def __init__(self, size: str, options: argparse.Namespace, bandwidth: float) -> None:
-        self.size, self._shape, self._options, self._bandwidth = size, SHAPES[size], options, bandwidth
+        self.size, self._shape, self._options, self._bandwidth = (
+            size,
+            SHAPES[size],
+            options,
+            bandwidth,
+        )
         self._device: torch.device = options.device
         dtype = getattr(torch, options.dtype)
         model, tokenizer = build_model(size, dtype, self._device), build_tokenizer()
@@ -93,18 +111,30 @@ class Bench:
         return [self._cell(loop, batch, clips, times, max(0, working[loop.name]) + peaks[loop.name]) for loop in loops]
 
     def _clip(self, loop: Loop, batch: int, allowed_seconds: float) -> float:
-        """Return the longest clip that fits, in half seconds, judged by a short one; ours warms up with a whole one."""
+        """Return the seconds of the longest clip that fits, as a multiple of half a second.
+
+        A short clip is timed to find out. One more round is reserved for our warm-up.
+        """
         if allowed_seconds == math.inf:
             return float(self._options.seconds)  # on a CPU
-        return fitting(self._options.seconds, self.speed(loop, batch), allowed_seconds / (self._options.rounds + 1))
+        return fitting(
+            self._options.seconds,
+            self.speed(loop, batch),
+            allowed_seconds / (self._options.rounds + 1),
+        )
 
     def speed(self, loop: Loop, batch: int) -> float:
-        """Return the clip's seconds per second of a short batch, when it comes again."""
+        """Return the seconds of a clip per second of work, for a short batch that is warm."""
         loop.generate([SHORTEST_SECONDS] * batch)
         return SHORTEST_SECONDS / max(loop.generate([SHORTEST_SECONDS] * batch))
 
     def _cell(
-        self, loop: Loop, batch: int, clips: dict[str, float], times: dict[str, list[float]], working: int
+        self,
+        loop: Loop,
+        batch: int,
+        clips: dict[str, float],
+        times: dict[str, list[float]],
+        working: int,
     ) -> Cell:
         clip, mine = clips[loop.name], times[loop.name]
         seconds = statistics.median(mine)
@@ -133,14 +163,17 @@ class Bench:
         )
 
     def mixed(self, allowed_seconds: float) -> tuple[float, list[Together]]:
-        """Return the longest clip's seconds, and when eight clips of mixed durations were done."""
+        """Return the seconds of the longest clip, and the results of eight mixed clips."""
         longest: float = self._options.seconds
         if allowed_seconds < math.inf:
             longest = fitting(longest, self._together_speed(), allowed_seconds / self._options.rounds)
         return longest, arrivals.measure_together(self.stock, self.ours, longest, self._options.rounds)
 
     def _together_speed(self) -> float:
-        """Return the seconds of the longest clip per second of a round; ours makes it four times, to warm up and to measure."""
+        """Return the seconds of the longest clip per second of a round.
+
+        Ours makes the clips four times in a round: to warm up and to measure, before and after.
+        """
         seconds = arrivals.stock_seconds_together(1.0) / self.speed(self.stock, 1)
         for loop in self.ours:
             loop.open(len(arrivals.SHARES))
@@ -149,7 +182,10 @@ class Bench:
         return float(1 / seconds)
 
     def poisson(self, allowed_seconds: float) -> tuple[str, list[Poisson]]:
-        """Return what arrived, in words, and how long it took. The rate is a share of what ``generate`` can do."""
+        """Return a description of the arrivals, and the latencies of all loops.
+
+        The rate of arrivals is a share (``--load``) of what ``generate`` can do.
+        """
         options = self._options
         batch, longest = options.slots, min(options.poisson_seconds, options.seconds)
         speed = self.speed(self.stock, batch)
@@ -166,14 +202,20 @@ class Bench:
 
 
 def fitting(wanted: float, speed: float, seconds: float) -> float:
-    """Return how long a clip can be that is made in so many seconds at this speed: half seconds, at most ``wanted``."""
+    """Return the seconds of a clip that can be made in this time, at most ``wanted``.
+
+    ``speed`` is seconds of the clip per second of work; the result is a multiple of 0.5.
+    """
     halves = math.floor(2 * speed * seconds) / 2
     return float(min(wanted, max(SHORTEST_SECONDS, halves)))
 
 
 @torch.inference_mode()
 def measure_codec(size: str, options: argparse.Namespace) -> float:
-    """Return EnCodec's seconds for one second of audio: one clip at a time in float32, as in the engine."""
+    """Return the seconds that EnCodec takes for one second of audio.
+
+    One clip at a time in float32, as in the engine.
+    """
     codec = build_codec(size, options.device)
     frame_count = frames(options.seconds)
     codes = torch.randint(2_048, (1, 1, 4, frame_count), device=options.device)

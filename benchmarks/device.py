@@ -19,7 +19,7 @@ _RESET_PEAK = "5"  # to /proc/self/clear_refs, proc(5)
 
 
 def describe(device: torch.device) -> str:
-    """Return the line of hardware and versions that stands above the tables."""
+    """Return the line of hardware and versions above the tables."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -33,21 +33,21 @@ def describe(device: torch.device) -> str:
 
 def memory_method(device: torch.device) -> str:
     if device.type == "cuda":
-        return "torch.cuda.max_memory_allocated, less what was allocated before"
+        return "torch.cuda.max_memory_allocated, minus what was allocated before"
     if _STATUS.exists():
-        return "the process's peak resident memory (VmHWM, reset before each run), less what was resident before"
-    return "the process's peak resident memory (getrusage), less its peak before: too low where it does not grow"
+        return "the process's peak resident memory (VmHWM, reset before each run), minus what was resident before"
+    return "the process's peak resident memory (getrusage), minus its peak before: too low if it does not grow"
 
 
 def now(device: torch.device) -> float:
-    """Return the clock's seconds once the device has done all that it was given."""
+    """Return the seconds of the clock after the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def held_bytes(device: torch.device) -> int:
-    """Return the memory in use, without what nobody refers to; the peak is counted anew from here."""
+    """Return the memory in use after a garbage collection, and reset the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -59,7 +59,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory in use at a time since ``held_bytes``."""
+    """Return the peak of the memory in use since ``held_bytes`` was called."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _kilobytes("VmHWM") * 1024
 
 
@@ -75,7 +75,7 @@ def _processor() -> str:
 
 
 def _cpuinfo(field: str) -> str:
-    """Return what Linux says of the first core; nothing where it does not."""
+    """Return a field of the first core from /proc/cpuinfo, or an empty string."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(field):

@@ -1,4 +1,7 @@
-"""The floor: what a good engineer would write with the raw driver, the same statements with the same durability."""
+"""The floor: what a good engineer would write with the raw driver.
+
+It runs the same statements with the same durability.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ SILENCE = Audio(np.zeros((1, 2_560), dtype=np.float32), 32_000)
 
 
 class Floor(Protocol):
-    """The raw driver at work on a migrated database; each coroutine is what one measurement times."""
+    """The raw driver on a migrated database; each measurement times one coroutine."""
 
     async def enqueue(self, prompts: Sequence[str]) -> None:
         """Enqueue them, one transaction each."""
@@ -26,19 +29,22 @@ class Floor(Protocol):
         """Enqueue them, all in one transaction."""
 
     async def claim(self) -> bool:
-        """Claim one row; return False where there is none."""
+        """Claim one row; return False if there is none."""
 
     async def drain(self) -> None:
         """Claim and complete one row at a time until there is none."""
 
     async def add_finished(self, count: int) -> None:
-        """Add completed generations, a year of them; not timed."""
+        """Add completed generations, spread over a year; not timed."""
 
     async def close(self) -> None:
         """Close every connection."""
 
 
 def audio_facts() -> str:
-    """Return what completion stores of the silence, as JSON: made once, so that it costs the floor nothing."""
+    """Return the facts that a completion stores of the silence, as JSON.
+
+    They are made once, so that they cost the floor nothing.
+    """
     finished = audio.finish(SILENCE, sample_rate=32_000, channels=1, audio_format="wav", loudness="lufs")
     return json.dumps(finished.facts)

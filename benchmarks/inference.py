@@ -1,12 +1,15 @@
-"""Measures the slots beside transformers' own ``generate``: random weights of the true shapes, the same dtype, one run.
+"""Measures the slots beside transformers' own ``generate``.
 
-    python benchmarks/inference.py                        all of it, as large as the device allows; prints Markdown
-    python benchmarks/inference.py --sizes toy --seconds 0.5 --room 1      to see that it runs
-    python benchmarks/inference.py --seconds 10 --batches 1 8 --weights auto int8 --only throughput mixed
+Both have the same random weights of the true shapes, in the same dtype, in one run.
 
-Without options a GPU does three sizes, batches of 1 to 32 and clips of 10 s within eight minutes, and a CPU
-musicgen-small with clips of 2 s. Speed does not depend on what the weights are. Ours and ``generate`` alternate in every
-round; the tables show medians. docs/benchmarks.md says how to read them.
+    python benchmarks/inference.py                                       all of it; prints Markdown
+    python benchmarks/inference.py --sizes toy --seconds 0.5 --room 1    to see that it runs
+    python benchmarks/inference.py --batches 1 8 --weights auto int8 --only throughput
+
+Without options a GPU runs three sizes, batches of 1 to 32 and clips of 10 s within eight minutes,
+and a CPU runs musicgen-small with clips of 2 s. Speed does not depend on the values of the weights.
+Ours and ``generate`` alternate in every round; the tables show medians. docs/benchmarks.md says how
+to read them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # in its own folder our neighbours would hide libraries
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # our folder has names of libraries
 
 import argparse
 import os
@@ -34,7 +37,7 @@ from benchmarks.tables import SECTIONS, Report
 FROM_CELLS = {"throughput", "memory", "codec"}
 """The sections that show the same runs."""
 SHARES = {"cells": 1, "mixed": 5, "poisson": 3}
-"""What each measurement gets of the time, beside the others."""
+"""The share of the time that each measurement gets."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -84,7 +87,11 @@ def add_cells(cells: Sequence[Cell], options: argparse.Namespace, report: Report
     if "throughput" in options.only:
         report.add("throughput", "Throughput and latency", tables.throughput_table(cells))
     if "memory" in options.only:
-        report.add("memory", f"Peak memory ({device.memory_method(options.device)})", tables.memory_table(cells))
+        report.add(
+            "memory",
+            f"Peak memory ({device.memory_method(options.device)})",
+            tables.memory_table(cells),
+        )
     if "codec" in options.only:
         codec_seconds = measure_codec(options.sizes[0], options)
         ours = [cell for cell in cells if cell.loop != Stock.name]
@@ -93,7 +100,7 @@ def add_cells(cells: Sequence[Cell], options: argparse.Namespace, report: Report
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options, with the defaults of the device where none is given."""
+    """Return the options; those that are not given have the defaults of the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", choices=SHAPES, nargs="+", help="arrivals are measured with the first alone")
@@ -101,17 +108,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--weights", choices=("auto", "int8"), nargs="+", default=["auto"], help="ours only")
     parser.add_argument("--compile", choices=("auto", "on", "off"), nargs="+", default=["auto"], help="ours only")
-    parser.add_argument("--seconds", type=float, help="a clip's, and the longest of the mixed ones")
+    parser.add_argument("--seconds", type=float, help="of a clip, and of the longest of the mixed clips")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--minutes", type=float, help="shorten clips so as to end in about this time; 0: never")
+    parser.add_argument("--minutes", type=float, help="shorten clips to end in about this time; 0: never")
     parser.add_argument(
-        "--room", type=float, default=30.0, help="seconds that a slot has positions for; the engine's: 30"
+        "--room",
+        type=float,
+        default=30.0,
+        help="seconds of audio that fit into a slot; 30 in the engine",
     )
     parser.add_argument("--requests", type=int, help="how many arrive at random")
-    parser.add_argument("--slots", type=int, help="how many of them at most are made at a time")
+    parser.add_argument("--slots", type=int, help="how many of them run at a time")
     parser.add_argument("--load", type=float, default=0.7, help="of what `generate` can do in full batches")
-    parser.add_argument("--poisson-seconds", type=float, help="the longest of those that arrive at random")
+    parser.add_argument("--poisson-seconds", type=float, help="the longest clip of those that arrive at random")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     options = parser.parse_args(arguments)

@@ -19,7 +19,12 @@ from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.slots import Slots
 
-PROMPTS = ("warm lo-fi piano", "a very fast and loud drum solo", "choir", "80s driving pop song with heavy drums")
+PROMPTS = (
+    "warm lo-fi piano",
+    "a very fast and loud drum solo",
+    "choir",
+    "80s driving pop song with heavy drums",
+)
 LONGEST_TOKENS = max(len(prompt) for prompt in PROMPTS) + 1  # a byte each, and the end
 PAD = 2048
 WARM_UP_SECONDS = 0.1
@@ -27,33 +32,36 @@ WARM_UP_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Request:
-    """A clip to make: the second at which it arrives, and how many seconds of audio it asks for."""
+    """A clip to make: the second at which it arrives, and its seconds of audio."""
 
     arrives_at: float
     seconds: float
 
 
 class Loop(Protocol):
-    """Makes tokens, from the prompts to codes on the host; the codec, whose cost both share, is measured elsewhere."""
+    """Makes tokens, from the prompts to codes on the host.
+
+    The codec is measured elsewhere, since both loops share its cost.
+    """
 
     name: str
     bytes_per_weight: float
 
     def open(self, batch: int) -> None:
-        """Make ready for at most so many clips at a time."""
+        """Prepare for at most this many clips at a time."""
 
     def warm_up(self, durations: Sequence[float]) -> None:
-        """Do once what only the first clips of these durations cost."""
+        """Do the work that only the first clips of these durations cost."""
 
     def generate(self, durations: Sequence[float]) -> list[float]:
-        """Generate clips that arrive together; return the seconds after which each was done."""
+        """Generate clips that arrive together; return the seconds until each was done."""
 
     def close(self) -> None:
-        """Give back what ``open`` took."""
+        """Release what ``open`` took."""
 
 
 class Stock:
-    """transformers' own loop, as it comes."""
+    """transformers' own loop, with its defaults."""
 
     name = "`generate`"
 
@@ -69,7 +77,7 @@ class Stock:
         self.generate([WARM_UP_SECONDS] * len(durations))
 
     def generate(self, durations: Sequence[float]) -> list[float]:
-        """One batch, as long as its longest clip: ``generate`` knows no other. All are done when it is."""
+        """Generate one batch, as long as its longest clip; all clips are done at its end."""
         device = self._model.device
         prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(durations))]
         config = GenerationConfig(
@@ -90,7 +98,7 @@ class Stock:
 
 
 class Ours:
-    """The slots. All that the benchmark knows of the engine is in this class."""
+    """The slots. Only this class of the benchmark knows the engine."""
 
     def __init__(
         self,
@@ -100,9 +108,13 @@ class Ours:
         weights: str,
         compiled: str,
     ) -> None:
-        """Copy the model's language model; ``longest`` is for how many seconds of audio a slot has positions."""
+        """Copy the language model; ``longest`` is the seconds of audio that fit into a slot."""
         self.bytes_per_weight = 1.0 if weights == "int8" else float(model.decoder.dtype.itemsize)
-        self._device, self._tokenizer, self._text_encoder = model.device, tokenizer, model.text_encoder
+        self._device, self._tokenizer, self._text_encoder = (
+            model.device,
+            tokenizer,
+            model.text_encoder,
+        )
         self._max_steps = steps(longest)
         decoder, projection = copy.deepcopy(model.decoder), copy.deepcopy(model.enc_to_dec_proj)
         self._decoder = Decoder(decoder, projection, self._max_steps + 1)  # one position to spare
@@ -127,14 +139,20 @@ class Ours:
         self._slots = None
 
     def warm_up(self, durations: Sequence[float]) -> None:
-        """Make all of it on a GPU, where a graph may be captured for each batch and length; a few steps on a CPU."""
+        """Make the whole clips on a GPU, and a few steps on a CPU.
+
+        A GPU may record a graph for each batch and length.
+        """
         self.generate(durations if self._device.type == "cuda" else [WARM_UP_SECONDS] * len(durations))
 
     def generate(self, durations: Sequence[float]) -> list[float]:
         return self.serve([Request(0.0, seconds) for seconds in durations])
 
     def serve(self, requests: Sequence[Request]) -> list[float]:
-        """Generate each clip from its arrival on, as soon as a slot is free; return the second when each was done."""
+        """Generate each clip after its arrival, as soon as a slot is free.
+
+        Returns the second at which each was done.
+        """
         slots = self._slots
         assert slots is not None, "open comes first"
         waiting = deque(enumerate(requests))

@@ -1,4 +1,4 @@
-"""The measurements: each on fresh databases, ours and the floor one after the other."""
+"""The measurements: each on fresh databases, first ours and then the floor."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def measure_bulk(place: Place, count: int) -> tuple[float, float]:
 
 
 async def measure_drain(place: Place, count: int, driver: str = "") -> tuple[float, float]:
-    """Return generations per second through the real worker with 16 slots, and raw one row at a time."""
+    """Return generations per second: the real worker with 16 slots, and raw row by row."""
 
     async def drain_ours(database: Database, _floor: Floor) -> None:
         await noop_worker(database).run(drain=True)
@@ -91,7 +91,7 @@ async def measure_drain(place: Place, count: int, driver: str = "") -> tuple[flo
 async def time_drain(
     place: Place, count: int, drain: Callable[[Database, Floor], Awaitable[None]], driver: str = ""
 ) -> float:
-    """Return generations per second, after a few that open connections and prepare statements."""
+    """Return generations per second, after a warm-up of connections and statements."""
     async with database_and_floor(place, driver) as (database, floor):
         await add_work(database, WARM_UP)
         await drain(database, floor)
@@ -107,11 +107,11 @@ async def check_drained(database: Database) -> None:
             raise RuntimeError("the drain left work behind")
 
 
-# -------------------------------------------------------------------------------------------------------- other processes
+# other processes
 
 
 async def start_process(name: str, *arguments: str) -> asyncio.subprocess.Process:
-    """Start a process of ours and return it once it is ready."""
+    """Start a process of ``benchmarks.processes`` and return it when it is ready."""
     process = await asyncio.create_subprocess_exec(
         *[sys.executable, "-m", "benchmarks.processes", name, *arguments],
         cwd=Path(__file__).parents[1],
@@ -136,14 +136,17 @@ def let_begin(process: asyncio.subprocess.Process) -> None:
 
 
 async def measure_processes(place: PostgresPlace, count: int, workers: int) -> tuple[float, float]:
-    """Return generations per second through so many worker processes, and through as many raw ones."""
+    """Return generations per second of this many worker processes, and of as many raw ones."""
     return await time_processes(place, count, workers, "drain"), await time_processes(
         place, count, workers, "drain_raw"
     )
 
 
 async def time_processes(place: PostgresPlace, count: int, workers: int, name: str) -> float:
-    """Return generations per second from the first claim to the last completion, by the server's clock."""
+    """Return generations per second between the first claim and the last completion.
+
+    Both times are of the server's clock.
+    """
     database = await place.fresh()
     url = place.server.url(str(database.url.database))
     processes = await asyncio.gather(*[start_process(name, url) for _ in range(workers)])
@@ -160,7 +163,10 @@ async def time_processes(place: PostgresPlace, count: int, workers: int, name: s
 
 
 async def measure_pickup(place: Place, count: int) -> list[float]:
-    """Return milliseconds from the acknowledged commit of a producer in another process to the engine, for an idle worker."""
+    """Return the milliseconds until an idle worker calls its engine.
+
+    They count from the acknowledged commit of a producer in another process.
+    """
     database, engine = await place.fresh(), NoopEngine()
     worker = noop_worker(database, engine)
     running = asyncio.create_task(worker.run())
@@ -172,7 +178,7 @@ async def measure_pickup(place: Place, count: int) -> list[float]:
 
 
 async def measure_raw_pickup(place: PostgresPlace, count: int) -> list[float]:
-    """Return the same of raw asyncpg: to the moment at which the claim is committed."""
+    """Return the same for raw asyncpg, until its claim is committed."""
     database = await place.fresh()
     floor, arrived_at = await place.floor(database), dict[str, float]()
     running = asyncio.create_task(floor.pick_up(lambda identity: arrived_at.update({identity: time.monotonic()})))
@@ -192,17 +198,19 @@ async def produce_for(database: Database, arrived_at: Mapping[str, float], count
     return [(arrived_at[identity] - committed) * 1000 for identity, committed in told[WARM_UP:]]
 
 
-# ------------------------------------------------------------------------------------------------ claims with many rows kept
+# claims beside many finished rows
 
 
 Claims = dict[int, tuple[float, float]]
-"""Milliseconds of one claim, ours and raw, by the number of finished rows kept."""
+"""The milliseconds of one claim, ours and raw, by the number of finished rows."""
 
 
 async def measure_claims(place: Place, kept: tuple[int, ...], turns: int) -> dict[str, Claims]:
-    """Return what one claim of one row costs: on PostgreSQL first as the rows were loaded, then after a VACUUM ANALYZE.
+    """Return the milliseconds of one claim of one row, by kind of table.
 
-    The databases are all made first and measured in short turns, so that a slow moment of the machine meets them alike.
+    On PostgreSQL it is measured after the rows were loaded, and again after a VACUUM ANALYZE. All
+    databases are made first and measured in short turns, so that a slow moment of the machine
+    meets all of them.
     """
     opened = [await open_kept(place, number, 4 * (turns + 1) * CLAIMS_IN_A_TURN) for number in kept]
     databases = dict(zip(kept, opened, strict=True))
@@ -223,7 +231,8 @@ async def open_kept(place: Place, kept: int, waiting: int) -> tuple[Database, Fl
     floor = await place.floor(database)
     if isinstance(place, PostgresPlace):  # or it might vacuum in between
         place.server.execute(
-            "ALTER TABLE generations SET (autovacuum_enabled = off)", database=str(database.url.database)
+            "ALTER TABLE generations SET (autovacuum_enabled = off)",
+            database=str(database.url.database),
         )
     if kept:
         await floor.add_finished(kept)
@@ -239,7 +248,10 @@ async def time_turns(databases: dict[int, tuple[Database, Floor]], turns: int) -
         for kept, (database, floor) in databases.items():
             times[kept] += await time_claims(database, floor, CLAIMS_IN_A_TURN)
     return {
-        kept: (statistics.median(ours for ours, _ in pairs), statistics.median(raw for _, raw in pairs))
+        kept: (
+            statistics.median(ours for ours, _ in pairs),
+            statistics.median(raw for _, raw in pairs),
+        )
         for kept, pairs in times.items()
     }
 
@@ -259,11 +271,11 @@ async def claim_raw(floor: Floor) -> None:
         raise RuntimeError("nothing was claimed")
 
 
-# ------------------------------------------------------------------------------------------------------- idle, and a long run
+# an idle worker, and a long run
 
 
 async def measure_idle(place: Place, duration: float) -> dict[str, str]:
-    """Return what an idle worker costs, in words: CPU, and what it says to the database."""
+    """Return the cost of an idle worker, as text: its CPU time and its statements."""
     database, said = await place.fresh(), 0
 
     def note(*_: object) -> None:
@@ -291,7 +303,10 @@ async def measure_idle(place: Place, duration: float) -> dict[str, str]:
 
 
 def read_server(place: PostgresPlace, database: Database) -> dict[str, int]:
-    """Return what the server has heard so far; its log tells of every statement, if it is a server of our own."""
+    """Return the transactions that the server has counted.
+
+    The log of a server of our own also counts the statements.
+    """
     name = str(database.url.database)
     query = f"SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = '{name}'"
     heard = {"transactions that the server counts": int(place.server.execute(query)[0][0])}
@@ -303,7 +318,10 @@ def read_server(place: PostgresPlace, database: Database) -> dict[str, int]:
 
 
 async def measure_soak(place: PostgresPlace, duration: float) -> dict[str, str]:
-    """Return what a worker with all slots in use leaves in the tables, in words: each row is renewed a few times."""
+    """Return what a busy worker leaves in the tables, as text.
+
+    All its slots are in use, and each row is renewed a few times.
+    """
     database = await place.fresh()
     count = int(SLOTS * duration / SOAKED_SECONDS)
     await add_work(database, count)

@@ -1,8 +1,9 @@
-"""MusicGen models of the true shapes with random weights, made where they are to run and in the dtype they run in.
+"""MusicGen models of the true shapes with random weights, made on the device and in the dtype.
 
-Speed does not depend on what the weights are, as long as they are ordinary numbers: zeros draw less power on a GPU, and
-subnormal numbers are slow on a CPU. The language model has the shape of facebook/musicgen-small, -medium or -large, the text
-encoder that of T5-base, the codec that of facebook/encodec_32khz. ``toy`` is for trying the benchmark itself.
+Speed does not depend on the values of the weights, as long as they are ordinary numbers: zeros draw
+less power on a GPU, and subnormal numbers are slow on a CPU. The language model has the shape of
+facebook/musicgen-small, -medium or -large, the text encoder that of T5-base, the codec that of
+facebook/encodec_32khz. ``toy`` is for trying the benchmark itself.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from transformers import (
 
 FRAME_RATE = 50
 DELAY = 3
-"""How many steps a mono model takes after its last frame: the delay of the fourth codebook."""
+"""The steps of a mono model after its last frame: the delay of the fourth codebook."""
 
 _SPREAD = 0.03
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The language model's shape."""
+    """The shape of the language model."""
 
     layers: int
     hidden: int
@@ -54,15 +55,16 @@ def frames(seconds: float) -> int:
 
 
 def steps(seconds: float) -> int:
-    """Return the forward passes that a clip takes."""
+    """Return the number of forward passes that a clip takes."""
     return frames(seconds) + DELAY
 
 
 @torch.no_grad()
 def build_model(size: str, dtype: torch.dtype, device: torch.device) -> MusicgenForConditionalGeneration:
-    """Return the model without a codec of use; as in the engine, T5 is in float32 whatever the language model's dtype.
+    """Return the model, with a toy codec.
 
-    Nothing is held twice: the weights are laid out without memory first and then made once, on the device.
+    As in the engine, T5 is in float32 whatever the dtype of the language model. No weight is held
+    twice: the model is built without memory, and each weight is then made once, on the device.
     """
     config = _config(size)
     with torch.device("meta"):
@@ -80,7 +82,7 @@ def build_model(size: str, dtype: torch.dtype, device: torch.device) -> Musicgen
 
 @torch.no_grad()
 def build_codec(size: str, device: torch.device) -> EncodecModel:
-    """Return a codec of the true shape, in float32, with codebooks that are not zero."""
+    """Return a codec of the true shape, in float32, whose codebooks are random."""
     codec = EncodecModel(_codec_config(size)).eval()
     for quantizer in codec.quantizer.layers:
         quantizer.codebook.embed.normal_()
@@ -88,15 +90,32 @@ def build_codec(size: str, device: torch.device) -> EncodecModel:
 
 
 def build_tokenizer() -> ByT5Tokenizer:
-    """Return a tokenizer that needs no file. It makes a token of each byte, three or four times as many as T5's own."""
+    """Return a tokenizer that needs no file.
+
+    It makes one token of each byte: three or four times as many tokens as T5's own.
+    """
     return ByT5Tokenizer(extra_ids=0)
 
 
 def _config(size: str) -> MusicgenConfig:
     shape = SHAPES[size]
-    t5 = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32_128}
+    t5 = {
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 3072,
+        "num_layers": 12,
+        "num_heads": 12,
+        "vocab_size": 32_128,
+    }
     if size == "toy":
-        t5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 259}
+        t5 = {
+            "d_model": 32,
+            "d_kv": 16,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+            "vocab_size": 259,
+        }
     return MusicgenConfig(
         text_encoder=T5Config(**t5),
         audio_encoder=_codec_config("toy"),
@@ -126,7 +145,7 @@ def _codec_config(size: str) -> EncodecConfig:
 
 
 def _fill(parameter: nn.Parameter) -> None:
-    """Make a matrix noise, and a vector, which is a norm's weight or bias, ones."""
+    """Fill a matrix with noise, and a vector (a norm's weight or bias) with ones."""
     if parameter.ndim > 1:
         parameter.uniform_(-_SPREAD, _SPREAD)
     else:

@@ -1,4 +1,7 @@
-"""Where the queue is measured: in SQLite files, or in databases of a PostgreSQL server; each measurement gets a fresh one."""
+"""The databases in which the queue is measured: SQLite files, or databases of a PostgreSQL server.
+
+Each measurement gets a fresh one.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ from tests.postgres import OwnServer, PostgresServer
 
 
 class Place(Protocol):
-    """A kind of database: what is measured, and what it is compared with."""
+    """A kind of database, and the floor that it is compared with."""
 
     name: str
     floor_name: str
 
     async def fresh(self, driver: str = "") -> Database:
-        """Return an empty, migrated database, through this driver or the usual one."""
+        """Return an empty, migrated database, with this driver or the usual one."""
 
     async def floor(self, database: Database) -> Floor:
         """Return the raw driver on that database."""
 
     def describe(self) -> str:
-        """Say which version it is, and how durable."""
+        """Return the version, and the settings of durability."""
 
     def close(self) -> None:
-        """Remove what is left."""
+        """Remove the databases."""
 
 
 class SqlitePlace:

@@ -1,4 +1,7 @@
-"""What other processes do in the measurements: ``python -m benchmarks.processes NAME URL …``, JSON lines on stdout."""
+"""The other processes of the measurements: ``python -m benchmarks.processes NAME URL …``.
+
+Each prints JSON lines on stdout.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ def tell(what: object) -> None:
 
 
 async def begin() -> None:
-    """Say that all is ready and wait until everybody is."""
+    """Report that this process is ready, and wait until all are."""
     tell("ready")
     await asyncio.to_thread(sys.stdin.readline)
 
 
 async def drain(url: str) -> None:
     database = Database(url)
-    await noop_worker(database).run(drain=True)  # nothing is there yet: connections and statements are made
+    await noop_worker(database).run(drain=True)  # an empty queue: opens connections only
     await begin()
     await noop_worker(database).run(drain=True)
     await database.dispose()
@@ -41,7 +44,10 @@ async def drain_raw(url: str) -> None:
 
 
 async def produce(url: str, count: str) -> None:
-    """Enqueue one after another; tell of each its id and when its commit was acknowledged, by the clock of all processes."""
+    """Enqueue one by one; print the id of each and when its commit was acknowledged.
+
+    The time is ``time.monotonic``, which is the same in all processes.
+    """
     database, rng = Database(url), random.Random(1)
     await begin()
     for number in range(int(count)):

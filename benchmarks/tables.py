@@ -1,4 +1,4 @@
-"""What was measured, as Markdown and as JSON."""
+"""The results, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ SECTIONS = ("throughput", "memory", "codec", "mixed", "poisson")
 
 
 class Report:
-    """What was measured: Markdown at the end, and JSON after each measurement, so that an end before the end costs little."""
+    """The results: Markdown at the end, and JSON after each measurement.
+
+    So a run that is interrupted keeps most of its numbers.
+    """
 
     def __init__(self, header: str, path: Path | None) -> None:
         self._header, self._path = header, path
@@ -36,7 +39,11 @@ class Report:
         self._sections[section] = f"### {title}\n\n{text}"
 
     def show(self) -> None:
-        print(self._header, *(self._sections[name] for name in SECTIONS if name in self._sections), sep="\n\n")
+        print(
+            self._header,
+            *(self._sections[name] for name in SECTIONS if name in self._sections),
+            sep="\n\n",
+        )
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -49,7 +56,17 @@ def gigabytes(count: float) -> str:
 
 
 def throughput_table(cells: Sequence[Cell]) -> str:
-    titles = ("size", "batch", "loop", "clip", "audio s/s", "p50", "p99", "of the roofline", "beside `generate`")
+    titles = (
+        "size",
+        "batch",
+        "loop",
+        "clip",
+        "audio s/s",
+        "p50",
+        "p99",
+        "of the roofline",
+        "beside `generate`",
+    )
     return table(
         titles,
         (
@@ -70,7 +87,15 @@ def throughput_table(cells: Sequence[Cell]) -> str:
 
 
 def memory_table(cells: Sequence[Cell]) -> str:
-    titles = ("size", "batch", "loop", "clip", "language model", "caches and work at their peak", "together")
+    titles = (
+        "size",
+        "batch",
+        "loop",
+        "clip",
+        "language model",
+        "caches and work at their peak",
+        "together",
+    )
     return table(
         titles,
         (
@@ -89,7 +114,7 @@ def memory_table(cells: Sequence[Cell]) -> str:
 
 
 def codec_table(cells: Sequence[Cell], codec_seconds: float) -> str:
-    """EnCodec's share of the time of a clip, were it not done beside the slots."""
+    """EnCodec's share of the time of a clip, if it did not run beside the slots."""
     rows = []
     for cell in cells:
         share = codec_seconds / (codec_seconds + 1 / cell.audio_seconds_per_second)
@@ -99,13 +124,25 @@ def codec_table(cells: Sequence[Cell], codec_seconds: float) -> str:
 
 def together_table(stock: Stock, results: Sequence[Together]) -> str:
     theirs = [each for each in results if each.loop.startswith(stock.name)]
-    best_mean, best_last = min(each.mean_seconds for each in theirs), min(each.last_seconds for each in theirs)
+    best_mean, best_last = (
+        min(each.mean_seconds for each in theirs),
+        min(each.last_seconds for each in theirs),
+    )
     rows = []
     for each in results:
-        ratios = (f"{best_mean / each.mean_seconds:.2f} ×", f"{best_last / each.last_seconds:.2f} ×")
+        ratios = (
+            f"{best_mean / each.mean_seconds:.2f} ×",
+            f"{best_last / each.last_seconds:.2f} ×",
+        )
         shown = ("", "") if each in theirs else ratios
         rows.append((each.loop, f"{each.mean_seconds:.3g} s", f"{each.last_seconds:.3g} s", *shown))
-    titles = ("loop", "mean", "last", "mean, beside the best `generate`", "last, beside the best `generate`")
+    titles = (
+        "loop",
+        "mean",
+        "last",
+        "mean, beside the best `generate`",
+        "last, beside the best `generate`",
+    )
     return table(titles, rows)
 
 

@@ -1,4 +1,4 @@
-"""The real worker, with an engine that makes nothing and artifacts in memory."""
+"""The real worker, with an engine that makes silence and artifacts in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from dgx_music.worker.worker import Worker
 
 
 class NoopEngine:
-    """Stands in for the engine's process: 80 ms of silence, at once or after some seconds, and when each was asked for."""
+    """Stands in for the engine's process: makes 80 ms of silence, at once or after some seconds.
+
+    ``arrived_at`` has the time at which each generation was asked for, by its id.
+    """
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.arrived_at: dict[str, float] = {}
@@ -29,7 +32,10 @@ class NoopEngine:
         return EngineInfo(slots=SLOTS, device="none", model_version="noop", notice=None, pid=os.getpid())
 
     async def generate(
-        self, request: GenerationRequest, on_progress: Callable[[float], None], on_slot_free: Callable[[], None]
+        self,
+        request: GenerationRequest,
+        on_progress: Callable[[float], None],
+        on_slot_free: Callable[[], None],
     ) -> Audio:
         self.arrived_at[request.generation_id] = time.monotonic()
         if self._seconds:

@@ -1,4 +1,4 @@
-"""Runs migrations: on the connection the library hands over, or, from Alembic's command line, on the configured database."""
+"""Runs migrations: on the library's connection or, for Alembic's commands, on the configured database."""
 
 import asyncio
 import warnings
@@ -15,16 +15,16 @@ from dgx_music.storage.schema_changes import take_turn
 
 
 def our_tables(name: str | None, kind: str, _parents: object) -> bool:
-    """Leave alone what else lives in the caller's database."""
+    """Return False for other tables of the caller's database."""
     return kind != "table" or name in Base.metadata.tables
 
 
 NOT_COMPARED = {"ix_generations_claim", "ix_generations_tenant_claim", "ix_prompts_text_search", "text_search"}
-"""Indexes on expressions, which are not reflected as they are written, and search, which only its migration knows."""
+"""Indexes on expressions, which are reflected in other words, and search, which no model has."""
 
 
 def comparable(_object: object, name: str | None, kind: str, _reflected: bool, _compared: object) -> bool:
-    """Leave out what cannot be compared; the schema's tests do that."""
+    """Return False for what cannot be compared here; the tests of the schema compare it."""
     return not (kind in ("index", "column") and name in NOT_COMPARED)
 
 

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
+from tests.patience import PATIENCE
+
 Message = tuple[bytes, bytes]  # of a client: its type, b"" before the session starts, and its payload
 
 _REQUESTS_BEFORE_STARTUP = {80877103, 80877104}  # for TLS and for GSSAPI; the server says one byte, and no
@@ -36,7 +38,7 @@ class Loss:
         self.happened: Future[None] = Future()
         self.line: _Line | None = None
 
-    async def wait(self, timeout: float = 20) -> None:
+    async def wait(self, timeout: float = PATIENCE) -> None:
         """Return once it is lost; a lost reply means that the server has done what the message said."""
         if not (await asyncio.wait({asyncio.wrap_future(self.happened)}, timeout=timeout))[0]:
             raise TimeoutError("the proxy saw no such message")
@@ -125,7 +127,7 @@ class Proxy:
         return loss
 
     def _do(self, action: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(action, self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(action, self._loop).result(PATIENCE)
 
     async def _set_flow(self, *, is_open: bool) -> None:
         (self._flows.set if is_open else self._flows.clear)()

@@ -431,7 +431,7 @@ async def test_a_batch_too_large_is_refused(database, monkeypatch):
 
 @on(SQLITE)
 async def test_the_largest_batch_is_accepted(database, monkeypatch):
-    monkeypatch.setattr(enqueueing, "MAX_BATCH", 2)
+    monkeypatch.setattr(requests, "MAX_BATCH", 2)
 
     assert len(await enqueue_many(["a", "b"])) == 2
 
@@ -740,7 +740,7 @@ async def test_a_script_makes_the_database_it_needs(tmp_path, monkeypatch):
 
 async def test_waiting_returns_the_row_once_it_is_finished(database):
     generation = await enqueue("lofi rain")
-    waiting = asyncio.create_task(wait_for_generation(generation.id, timeout=30))
+    waiting = asyncio.create_task(wait_for_generation(generation.id, timeout=PATIENCE))
     await asyncio.sleep(0)
     await complete(database, generation.id)
 
@@ -764,7 +764,7 @@ async def test_what_has_finished_when_the_time_is_up_is_returned_though_nobody_t
         yield
 
     generation = await add(database, status="completed")
-    monkeypatch.setattr(enqueueing, "watch_generation", hear_nothing)
+    monkeypatch.setattr(generations, "watch_generation", hear_nothing)
 
     assert (await wait_for_generation(generation.id, timeout=0.01)).status == "completed"
 

@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from tests.daemons import ROOT, add, is_running, rows_of, until
+from tests.patience import PATIENCE
 
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
 COMMANDS = {
@@ -83,7 +84,7 @@ async def test_process_1_hears_a_signal_in_its_first_moments(tmp_path, number):
     while not (pids := children.read_text().split()) or not _caught(pids[0]) & 1 << (signal.SIGQUIT - 1):
         await asyncio.sleep(0.001)
     os.kill(int(pids[0]), number)
-    with anyio.fail_after(20):
+    with anyio.fail_after(PATIENCE):
         assert await unshare.wait() == (130 if number == signal.SIGINT else 0)
 
 

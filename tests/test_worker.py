@@ -798,14 +798,14 @@ async def test_a_worker_that_loads_its_model_goes_on_saying_that_it_lives(databa
         await engine.loading.wait()
         async with database.session() as session:
             await session.execute(update(WorkerInfo).values(heartbeat_at=now_plus(-1000.0)))
-        with anyio.fail_after(10):
+        with anyio.fail_after(PATIENCE):
             while not (await service_of(database)).loading_count:
                 await anyio.sleep(0.02)
         loaded.set()
 
 
 async def until_serving(database):
-    with anyio.fail_after(10):
+    with anyio.fail_after(PATIENCE):
         while not (await service_of(database)).serving_count:
             await anyio.sleep(0.01)
 

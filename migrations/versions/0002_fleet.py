@@ -1,4 +1,4 @@
-"""Many workers: tenants, ageing priorities, pauses, speeds, tallies, search, and PostgreSQL's notifications.
+"""Many workers: tenants, priorities, pauses, speeds, tallies, search, notifications.
 
 Revises: 0001
 """
@@ -17,7 +17,7 @@ TENANT = sa.text("tenant <> ''")
 CLAIM_ORDER = claim_order(sa.column("run_at"), sa.column("priority"))
 PROMPTS_AT_ONCE = 1_000
 
-# What the tables do by themselves. A tally is one more row, never an update: a shared counter would make everybody wait.
+# The triggers. A tally is one more row, never an update: with a shared counter everybody would wait.
 SQLITE = """
 CREATE TRIGGER tally_added_generation AFTER INSERT ON generations WHEN NEW.completed_at IS NOT NULL BEGIN
   INSERT INTO tallies (name, delta) VALUES (NEW.status, 1);
@@ -54,8 +54,8 @@ CREATE TRIGGER search_deleted_prompt AFTER DELETE ON prompts BEGIN
 END
 """
 
-# Notifications are hints: of work that is due (with the model), of a cancel (with the worker), of an end (with the id).
-# Each function finds the tallies whatever the path of who writes: a restore's is empty.
+# Notifications are hints: work is due (with the model), a cancel (with the worker), an end (with the id).
+# Each function sets its own search path, because that of a restore is empty.
 POSTGRESQL = """
 CREATE FUNCTION dgx_music_generations_added() RETURNS trigger LANGUAGE plpgsql SET search_path = @schema AS $$
 BEGIN
@@ -249,7 +249,7 @@ def create_index(name: str, columns: list, where: sa.TextClause | None = None) -
 
 
 def fill_search_text() -> None:
-    """Write each prompt's words, some at a time; before there are indexes to keep."""
+    """Fill in the words of each prompt, in batches, before the indexes are created."""
     chunk = sa.text("SELECT id, text FROM prompts WHERE id > :last ORDER BY id LIMIT :count")
     fill = sa.text("UPDATE prompts SET search_text = :words WHERE id = :id")
     last = 0
@@ -259,12 +259,15 @@ def fill_search_text() -> None:
 
 
 def own_schema() -> str:
-    """Return the schema that the tables are made in, as SQL; ``FROM CURRENT`` would keep a ``$user`` who is not the same."""
+    """Return the schema of the tables, as SQL.
+
+    ``FROM CURRENT`` would keep ``$user``, which is another schema for another user.
+    """
     return op.get_bind().exec_driver_sql("SELECT quote_ident(current_schema())").scalar_one()
 
 
 def execute_each(script: str) -> None:
-    """Execute the statements that empty lines separate, or, where there are none, the lines."""
+    """Execute the statements between empty lines or, if there are none, the lines."""
     separator = ";\n\n" if ";\n\n" in script else ";\n"
     for statement in script.strip().split(separator):
         op.get_bind().exec_driver_sql(statement)

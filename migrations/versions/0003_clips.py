@@ -1,4 +1,4 @@
-"""Clips given with a request: what the music continues, and the tune that it follows.
+"""Clips of a request: the audio to continue, and the melody to follow.
 
 Revises: 0002
 """
@@ -24,10 +24,10 @@ def upgrade() -> None:
         sa.Column("last_used_at", UtcDateTime, server_default=now(), nullable=False),
         sa.PrimaryKeyConstraint("sha256", name=op.f("pk_clips")),
     )
-    if op.get_context().dialect.name == "postgresql":  # FLAC gets no smaller
+    if op.get_context().dialect.name == "postgresql":  # FLAC cannot be compressed further
         op.execute("ALTER TABLE clips ALTER COLUMN data SET STORAGE EXTERNAL")
     for name in COLUMNS:
-        # As text: Alembic would add the constraint in a step of its own, for which SQLite needs a new table.
+        # As text: Alembic would add the constraint in a second step, which on SQLite copies the table.
         op.execute(
             f"ALTER TABLE generations ADD COLUMN {name} VARCHAR(64)"
             f" CONSTRAINT fk_generations_{name} REFERENCES clips (sha256)"

@@ -16,6 +16,7 @@ import pytest
 
 from dgx_music.cli import main
 from tests.cli.conftest import Spawn, add, count_rows
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("migrated")
 
@@ -89,7 +90,7 @@ def test_a_pipe_that_does_not_wait_gets_everything(spawn: Spawn) -> None:
     os.close(writer)
     with open(reader, "rb") as pipe:  # noqa: PTH123 - a number
         assert len(json.load(pipe)) == 200
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=PATIENCE) == 0
 
 
 def test_a_terminal_that_was_closed_changes_nothing(spawn: Spawn) -> None:

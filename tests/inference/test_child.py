@@ -108,7 +108,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Performer], P
     with theirs, ours:
         yield start
         ours.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
@@ -271,7 +271,7 @@ def test_an_offer_waits_neither_for_a_busy_parent_nor_for_another_message(
     assert not channel.offer(b"progress")
     while received < len(audio):
         received += len(pair[0].recv(65_536))
-    sending.join(20)
+    sending.join(PATIENCE)
     assert channel.offer(b"progress")
     assert pair[0].recv(99) == b"progress"
 

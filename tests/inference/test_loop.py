@@ -86,9 +86,9 @@ def test_a_row_joins_in_mid_flight_and_does_not_wait_for_longer_ones(
     assert long_run.has_begun.wait(PATIENCE)
     short = pool.submit(loop.decode, make_row(frames=4), short_run)
     go_on.set()
-    short.result(20)
+    short.result(PATIENCE)
     assert len(long_run.progress) < 70
-    long.result(20)
+    long.result(PATIENCE)
 
 
 def test_progress_rises_with_every_step_and_leaves_one_for_the_audio(loop: DecodingLoop) -> None:
@@ -105,15 +105,15 @@ def test_a_cancelled_row_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor
     doomed = pool.submit(loop.decode, make_row(frames=30), cancelled)
     go_on.set()
     with pytest.raises(GenerationCancelledError):
-        doomed.result(20)
-    assert torch.equal(healthy.result(20), decode([make_row(frames=30, seed=1)])[0])
+        doomed.result(PATIENCE)
+    assert torch.equal(healthy.result(PATIENCE), decode([make_row(frames=30, seed=1)])[0])
 
 
 def test_a_row_whose_caller_is_gone_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
     healthy = pool.submit(loop.decode, make_row(seed=1), QuietRun())
     with pytest.raises(ConnectionError):
         loop.decode(make_row(), BrokenRun())
-    assert torch.equal(healthy.result(20), decode([make_row(seed=1)])[0])
+    assert torch.equal(healthy.result(PATIENCE), decode([make_row(seed=1)])[0])
 
 
 def test_a_row_that_cannot_be_admitted_fails_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
@@ -126,8 +126,8 @@ def test_a_row_that_cannot_be_admitted_fails_alone(loop: DecodingLoop, pool: Thr
     doomed = pool.submit(loop.decode, misfit, QuietRun())
     go_on.set()
     with pytest.raises(RuntimeError):
-        doomed.result(20)
-    assert torch.equal(healthy.result(20), decode([make_row(frames=20, seed=1)])[0])
+        doomed.result(PATIENCE)
+    assert torch.equal(healthy.result(PATIENCE), decode([make_row(frames=20, seed=1)])[0])
 
 
 def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
@@ -153,7 +153,7 @@ def test_all_rows_of_a_failed_step_get_an_error(
         doomed = [pool.submit(loop.decode, make_row(frames=70), QuietRun()) for _ in range(2)]
         for call in doomed:
             with pytest.raises(EngineError, match="step of 2 generations failed"):
-                call.result(20)
+                call.result(PATIENCE)
 
 
 def test_slots_that_cannot_be_made_again_fail_the_row_that_wanted_one() -> None:
@@ -175,5 +175,5 @@ def test_an_idle_loop_has_no_thread(loop: DecodingLoop) -> None:
     loop.decode(make_row(), QuietRun())
     for thread in threading.enumerate():
         if thread.name == "decoding":
-            thread.join(20)
+            thread.join(PATIENCE)
     assert not loop._is_running

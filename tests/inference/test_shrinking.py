@@ -157,7 +157,7 @@ def decode_next(loop: DecodingLoop, decode: Decode, run: QuietRun | None = None)
 
 def test_progress_of_a_device_that_is_ahead_stays_within_one(decode: Decode) -> None:
     run = QuietRun()
-    decode(make_loop(Memory()), run, step_count=2).result(20)
+    decode(make_loop(Memory()), run, step_count=2).result(PATIENCE)
     assert run.progress == [1.0]
 
 
@@ -182,8 +182,8 @@ def test_a_step_without_memory_gives_its_rows_back_and_goes_on_with_half_the_slo
             EngineReplacedError,
             match=r"at a time \(OutOfMemoryError: CUDA out of memory\. [^\n]*\)\.$",
         ):
-            call.result(20)
-    decode(loop).result(20)
+            call.result(PATIENCE)
+    decode(loop).result(PATIENCE)
     assert (memory.made, memory.closed, loop.slot_count) == ([8, 4], [8], 4)
 
 
@@ -192,10 +192,10 @@ def test_a_row_that_does_not_fit_is_given_back_and_the_others_go_on(decode: Deco
     loop = make_loop(memory)
     first, second, third = step_together(loop, decode, 3)
     with pytest.raises(EngineReplacedError):
-        third.result(20)
-    assert first.result(20) is not None
-    assert second.result(20) is not None
-    decode(loop).result(20)
+        third.result(PATIENCE)
+    assert first.result(PATIENCE) is not None
+    assert second.result(PATIENCE) is not None
+    decode(loop).result(PATIENCE)
     assert (memory.made, memory.closed, loop.slot_count) == ([8, 2], [8], 2)
 
 
@@ -236,10 +236,10 @@ def test_slots_that_have_become_too_many_go_on_being_used_until_they_are_empty(
         second, third = decode_next(loop, decode), decode_next(loop, decode)
         long.go_on.set()
         assert isinstance(third.exception(5), EngineReplacedError)
-        assert second.result(5) is not None
-        assert decode(loop).result(5) is not None
+        assert second.result(PATIENCE) is not None
+        assert decode(loop).result(PATIENCE) is not None
         assert (memory.made, memory.closed) == ([8], [])
-    decode(loop).result(20)
+    decode(loop).result(PATIENCE)
     assert (memory.made, memory.closed) == ([8, 2], [8])
 
 
@@ -251,7 +251,7 @@ def test_a_row_that_is_cancelled_while_it_waits_does_not_wait_for_a_slot(endless
         cancelled.is_cancelled = True
         assert isinstance(doomed.exception(5), GenerationCancelledError)
         assert not other.done()
-    assert other.result(20) is not None
+    assert other.result(PATIENCE) is not None
 
 
 def test_a_first_row_that_does_not_fit_gets_the_room_of_some_slots(decode: Decode) -> None:
@@ -262,7 +262,7 @@ def test_a_first_row_that_does_not_fit_gets_the_room_of_some_slots(decode: Decod
         return memory.make_slots(slot_count)
 
     loop = DecodingLoop(make_slots, 8)
-    decode(loop).result(20)
+    decode(loop).result(PATIENCE)
     assert (memory.made, loop.slot_count) == ([8, 4, 2], 2)
 
 
@@ -270,9 +270,9 @@ def test_a_first_row_that_does_not_fit_gets_the_room_of_some_slots(decode: Decod
 def test_a_row_that_does_not_fit_into_the_last_slot_fails(decode: Decode, memory: Memory) -> None:
     loop = make_loop(memory, slot_count=1)
     with pytest.raises(torch.OutOfMemoryError):
-        decode(loop).result(20)
+        decode(loop).result(PATIENCE)
     memory.stepped = memory.admitted = 1
-    decode(loop).result(20)
+    decode(loop).result(PATIENCE)
     assert (loop.slot_count, memory.closed) == (1, [1])
 
 
@@ -280,7 +280,7 @@ def test_idle_engines_give_way_before_slots_do(decode: Decode) -> None:
     memory = Memory(stepped=0)
     loop = make_loop(memory)
     with pytest.raises(EngineReplacedError):
-        decode(loop, QuietRun(idle_engines=1)).result(20)
+        decode(loop, QuietRun(idle_engines=1)).result(PATIENCE)
     memory.stepped, memory.admitted = 99, 0
 
     class RoomyRun(QuietRun):
@@ -288,7 +288,7 @@ def test_idle_engines_give_way_before_slots_do(decode: Decode) -> None:
             memory.admitted = 99
             return True
 
-    decode(loop, RoomyRun()).result(20)
+    decode(loop, RoomyRun()).result(PATIENCE)
     assert loop.slot_count == 8
 
 
@@ -304,7 +304,7 @@ def test_the_hosts_memory_counts_as_well(decode: Decode, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(FakeSlots, "step", steps)
     with pytest.raises(EngineReplacedError):
-        decode(loop).result(20)
+        decode(loop).result(PATIENCE)
     assert loop.slot_count == 4
 
 

@@ -31,7 +31,7 @@ def list_files(repository: str, revision: str) -> list[str]:
     from huggingface_hub import HfApi
 
     info = _with_timeout(
-        lambda: HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_SECONDS),
+        lambda: HfApi().model_info(repository, revision=revision, timeout=2 * TIMEOUT_SECONDS),
     )
     return [file.rfilename for file in info.siblings or ()]
 
@@ -39,7 +39,8 @@ def list_files(repository: str, revision: str) -> list[str]:
 def _with_timeout(ask: Callable[[], _Answer]) -> _Answer:
     """Return the answer, or leave behind a thread that waits for it.
 
-    A socket's timeout would not be enough: looking up the host's name may take much longer.
+    A socket's timeout would not be enough: looking up the host's name may take much longer. So it
+    is set longer, and only stops the thread that is left behind.
     """
     answer: Future[_Answer] = Future()
 
