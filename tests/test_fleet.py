@@ -321,7 +321,7 @@ async def test_a_new_worker_waits_for_the_living_after_everybody_was_silent(data
         return
     async with database.session() as session:
         await workers.register_worker(session, **make_worker()._presence.describe() | {"id": "somebody"})
-        await session.execute(WorkerInfo.__table__.update().values(heartbeat_at=queue.now_plus(-100.0)))
+        await session.execute(WorkerInfo.__table__.update().values(heartbeat_at=workers.now_plus(-100.0)))
         generation = await add_generation(session, worker_id="somebody")
         await back_date(session, generation.id, lease_expires_at=50)
     await make_worker()._sweeping.rescue()
