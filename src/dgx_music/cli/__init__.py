@@ -25,6 +25,7 @@ heavy (no SQLAlchemy, no NumPy, no torch): its functions do, when the command ru
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from typing import Annotated
@@ -53,6 +54,8 @@ EXIT_CODES = (
 _LONG_QUOTE = re.compile(r"'[^']{80,}'")
 _NO_THREAD = "can't start new thread"
 """The message of Python's ``RuntimeError``."""
+_OBJECTS_BETWEEN_COLLECTIONS = 100_000
+"""Imports make many objects and no garbage: by default Python looks for it after 700."""
 _QUEUE, _WORK, _CARE = "Generations", "Workers", "Care"
 
 COMMANDS = {
@@ -91,8 +94,20 @@ def main(argv: list[str] | None = None) -> int:
 
     If the reader of stdout leaves early, the command still runs to its end.
     """
-    if (sys.argv[1:] if argv is None else argv)[:1] != ["worker"]:  # its signals wait until it is there
-        stand_back()
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["worker"]:  # its signals wait until it is there, and it runs for long
+        return _main(argv)
+    stand_back()
+    if argv is not None:
+        return _main(argv)
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    try:
+        return _main(argv)
+    finally:
+        gc.freeze()  # or the end of the process would look for garbage among all that was imported
+
+
+def _main(argv: list[str] | None) -> int:
     with lasting_streams() as output:
         code = _run(argv)
         if (loss := output.find_loss()) is not None:
