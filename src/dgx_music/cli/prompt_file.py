@@ -17,10 +17,11 @@ _STDIN = Path("-")
 
 
 def read_requests(file: Path, defaults: Mapping[str, Any]) -> Batch:
-    """Return the file's requests, checked, each with the defaults it does not override; blank lines are skipped.
+    """Return the file's checked requests, each with the defaults that it does not override.
 
-    A line that starts with ``{`` is JSON; so is every line of a file whose name ends in ``.jsonl``. Raises
-    ``InvalidRequestError`` that names the first line that cannot be enqueued.
+    Blank lines are skipped. A line that starts with ``{`` is JSON, and so is each line of a file whose
+    name ends in ``.jsonl`` or ``.ndjson``. Raises ``InvalidRequestError`` that names the first line
+    that cannot be enqueued.
     """
     plans = []
     for number, line in _read_lines(file):
@@ -50,7 +51,7 @@ def parse_object(field: str, text: str, example: str) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object; of a name that stands in it twice JSON's readers would keep one value, each its own."""
+    """Return the object; refuses a name that is in it twice, since readers of JSON differ on which counts."""
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -59,7 +60,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their numbers from 1."""
+    """Yield the lines that are not blank, with their numbers, from 1."""
     for number, line in enumerate(_read(file).splitlines(), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
