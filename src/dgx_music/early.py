@@ -15,14 +15,14 @@ import sys
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""From a service manager, Ctrl-C, a terminal that closes, and Ctrl-\\ or an image's ``STOPSIGNAL``."""
+"""Of a service manager, Ctrl-C, a closing terminal, and Ctrl-\\ or an image's ``STOPSIGNAL``."""
 _INTERRUPTED = 130
 _ENGINE = "dgx_music.inference.child"
 _PROGRAMS = ("dgx-music", "dgx_music.cli")
 
 
 def stopping_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals that stop a worker; SIGHUP is not one of them under ``nohup``, which ignores it."""
+    """Return the signals that stop a worker: not SIGHUP if ``nohup`` has it ignored."""
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in STOPPING if number != signal.SIGHUP or not is_ignored)
 
@@ -51,7 +51,8 @@ def _stand_by() -> None:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    os._exit(_INTERRUPTED if number == signal.SIGINT else 0)  # a module that is being imported might catch an exception
+    # A module that is being imported might catch an exception.
+    os._exit(_INTERRUPTED if number == signal.SIGINT else 0)
 
 
 def _program() -> str:

@@ -1,4 +1,4 @@
-"""How fast audio is made, and when a fleet reaches a generation: arithmetic without clock or database."""
+"""How fast audio is made, and when a fleet reaches a generation: no clock and no database."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST_MEASURED = 5
 
 @dataclass(frozen=True)
 class Range:
-    """From ``low`` to ``high``: seconds, or seconds for one second of audio; ``high`` may be infinite."""
+    """From ``low`` to ``high`` seconds, or seconds for one of audio; ``high`` may be infinite."""
 
     low: float
     high: float
@@ -25,8 +25,8 @@ class Range:
 class Measured(NamedTuple):
     """Seconds for one second of audio: 10, 50 and 90 of 100 generations take at most this long.
 
-    With fewer than ``LEAST_MEASURED`` it is the smallest, the median and the largest measurement, and
-    no forecast is made of it.
+    With fewer than ``LEAST_MEASURED`` it is the smallest, the median and the largest measurement,
+    and no forecast is made of it.
     """
 
     low: float
@@ -65,9 +65,9 @@ class Speedometer:
 def _measured(logs: Sequence[float]) -> Measured:
     """Return the deciles of a population, estimated from a sample of logarithms.
 
-    The i-th of n sorted values has i/(n + 1) of the population below it (R's type 6; Hyndman and Fan,
-    "Sample Quantiles in Statistical Packages", 1996): the smaller the sample, the wider the range. With
-    logarithms no result is below 0.
+    The i-th of n sorted values has i/(n + 1) of the population below it (R's type 6; Hyndman and
+    Fan, "Sample Quantiles in Statistical Packages", 1996): the smaller the sample, the wider the
+    range. With logarithms no result is below 0.
     """
     if len(logs) < LEAST_MEASURED:
         return Measured(math.exp(min(logs)), math.exp(median(logs)), math.exp(max(logs)), len(logs))
@@ -99,11 +99,12 @@ class Ahead:
 def earliest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
     """Return the seconds before which no slot can begin the generation that comes after ``ahead``.
 
-    Each slot makes at most ``1 / low`` seconds of audio in a second. When the generation starts, all
-    audio ahead is made, except for what the other slots are still making: at most the longest each. So
-    it starts after ``(audio - (slots - 1) * longest) / sum(1 / low)``, and not before a slot is free.
-    This is Graham's bound for list scheduling, reversed (R. L. Graham, "Bounds on Multiprocessing Timing
-    Anomalies", 1969). Slots that several models share count as if they were for this model alone.
+    Each slot makes at most ``1 / low`` seconds of audio in a second. When the generation starts,
+    all audio ahead is made, except for what the other slots are still making: at most the longest
+    each. So it starts after ``(audio - (slots - 1) * longest) / sum(1 / low)``, and not before a
+    slot is free. This is Graham's bound for list scheduling, reversed (R. L. Graham, "Bounds on
+    Multiprocessing Timing Anomalies", 1969). Slots that several models share count as if they were
+    for this model alone.
     """
     slots = list(slots)
     in_hand = [slot.free_in.low / slot.speed.low for slot in slots]
@@ -115,11 +116,11 @@ def earliest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
 def latest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
     """Return the seconds within which a slot begins the generation after ``ahead``; infinite if unknown.
 
-    No slot is idle while it waits. So a set of slots that are free after ``high_i``, and then make at
-    least ``1 / (speed_i * sharers_i)`` seconds of audio in a second, has made all audio ahead by
-    ``(audio + sum(high_i * rate_i)) / sum(rate_i)``. The result is the smallest of these, for the slots
-    that are free first. If fewer generations are ahead than slots become free, it need not wait for
-    more slots. That models share a slot evenly is an assumption.
+    No slot is idle while it waits. So a set of slots that are free after ``high_i``, and then make
+    at least ``1 / (speed_i * sharers_i)`` seconds of audio in a second, has made all audio ahead by
+    ``(audio + sum(high_i * rate_i)) / sum(rate_i)``. The result is the smallest of these, for the
+    slots that are free first. If fewer generations are ahead than slots become free, it need not
+    wait for more slots. That models share a slot evenly is an assumption.
     """
     by_work, audio, rate = math.inf, ahead.audio_seconds, 0.0
     for slot in sorted(slots, key=lambda slot: slot.free_in.high):

@@ -37,8 +37,9 @@ def says_something(text: str) -> bool:
 def plain(text: str) -> str:
     r"""Return the text on one line, with an escape such as ``\x1b`` or ``\u202e`` for what cannot be seen.
 
-    Characters that move others are escaped too. Letters of each script stay as they are, and so do the
-    joiners within Persian or Hindi words and emoji, and one variation selector after a character.
+    Characters that move others are escaped too. Letters of each script stay as they are, and so do
+    the joiners within Persian or Hindi words and emoji, and one variation selector after a
+    character.
     """
     return _ESCAPED.sub(lambda found: found[0] if _is_plain(text, found.start()) else escape(found[0]), text)
 
@@ -73,5 +74,5 @@ def _is_plain(text: str, at: int) -> bool:
 
 
 def _joins(neighbour: str) -> bool:
-    """Return True for a letter or sign of a script that has joiners; in Latin text they are hidden."""
+    """Return True for a letter or sign of a script that has joiners, which Latin has not."""
     return neighbour > _LAST_LATIN and is_seen(neighbour)

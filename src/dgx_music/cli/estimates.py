@@ -29,7 +29,10 @@ def _moment(each: Range) -> str:
     if each.high < _AT_ONCE_SECONDS:
         return "at once"
     _, step, size, unit = next((row for row in _STEPS if each.high <= row[0]), _LONGEST_STEP)
-    low, high = (math.floor(each.low / step) * step // size, math.ceil(each.high / step) * step // size)
+    low, high = (
+        math.floor(each.low / step) * step // size,
+        math.ceil(each.high / step) * step // size,
+    )
     if low == 0:
         return f"within {high:,} {unit}"
     return f"in about {high:,} {unit}" if low == high else f"in about {low:,} to {high:,} {unit}"

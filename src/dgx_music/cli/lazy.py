@@ -1,4 +1,4 @@
-"""Commands whose modules are imported when they are asked for, so that ``--help`` answers at once."""
+"""Commands whose modules are imported when they are asked for: ``--help`` answers at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ class LazyCommand(TyperCommand):
         super().__init__(name=name, help=summary, rich_help_panel=panel)
         self._target = target
 
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: Any = None,
+        **extra: Any,
+    ) -> Any:
         """Return the context of the command itself, which is imported for it."""
         return self.load().make_context(info_name, args, parent, **extra)
 

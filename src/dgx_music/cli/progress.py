@@ -79,7 +79,7 @@ def board(ids: Sequence[str]) -> Iterator[Show]:
     texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[state]")]
     columns = (texts[0], BarColumn(), TaskProgressColumn(), texts[1])
     with Progress(*columns, TimeElapsedColumn(), console=make_console(sys.stderr)) as progress:
-        yield _Bars(progress, ids).show if len(ids) <= MAX_BARS else _TotalBar(progress, len(ids)).show
+        yield (_Bars(progress, ids).show if len(ids) <= MAX_BARS else _TotalBar(progress, len(ids)).show)
 
 
 class _Lines:

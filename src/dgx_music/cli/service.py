@@ -1,4 +1,4 @@
-"""Which workers serve the generations that somebody waits for: said at first, and after each change."""
+"""Says which workers serve the generations that somebody waits for, after each change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ServiceTeller:
             self._waiting.pop(generation.id, None)
 
     async def tell(self) -> None:
-        """Say what has changed since the last call; at first, what keeps a generation from being made."""
+        """Say what has changed since the last call; at first, what a generation waits for."""
         models = sorted(set(self._waiting.values()))
         async with self._database.session(read_only=True) as session:
             services = {model: await find_service(session, model) for model in models}

@@ -81,14 +81,17 @@ class Output:
 
 @contextmanager
 def lasting_streams() -> Iterator[Output]:
-    """Give this process standard streams that exist and never fail; put the former ones back at the end."""
+    """Give this process standard streams that exist and never fail; then restore the others."""
     _open_closed_descriptors()
     former = sys.stdin, sys.stdout, sys.stderr
     if _is_closed(sys.stdin):
         sys.stdin = io.TextIOWrapper(io.BytesIO())
     raw = _replacement(sys.stdout, is_data=True)
     talk = _replacement(sys.stderr, is_data=False)
-    sys.stdout, sys.stderr = _as_text(raw, sys.stdout, "replace"), _as_text(talk, sys.stderr, "backslashreplace")
+    sys.stdout, sys.stderr = (
+        _as_text(raw, sys.stdout, "replace"),
+        _as_text(talk, sys.stderr, "backslashreplace"),
+    )
     try:
         yield Output(raw)
     finally:
@@ -126,7 +129,7 @@ def _replacement(stream: TextIO | None, *, is_data: bool) -> _Lasting | None:
 
 
 def _as_text(raw: _Lasting | None, former: TextIO, errors: str) -> TextIO:
-    """Return a text stream in the encoding of the former one, or the former one if ``raw`` is ``None``."""
+    """Return a text stream in the former one's encoding; the former one if ``raw`` is ``None``."""
     if raw is None:
         return former
     like = former if isinstance(former, io.TextIOWrapper) and not former.closed else None
