@@ -114,7 +114,7 @@ app = typer.Typer(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; ``argv`` are the arguments, by default this process's.
+    """Run one command and return its exit code; by default with this process's arguments.
 
     If the reader of stdout leaves early, the command still runs to its end.
     """

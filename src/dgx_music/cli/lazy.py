@@ -49,7 +49,9 @@ def group_of(commands: Sequence[LazyCommand]) -> type[TyperGroup]:
     class Group(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes | {"commands": list(commands)})
-            _convert_only_if_needed(self)
+
+        def get_params(self, ctx: Any) -> list[Any]:
+            return _converting(super().get_params(ctx))
 
     return Group
 
@@ -80,14 +82,13 @@ class _Conversion:
 def _convert_only_if_needed(command: Any) -> None:
     """Give the parameters of this command, and of the commands in it, a ``_Conversion``."""
     find_all = command.get_params
-
-    def get_params(context: Any) -> list[Any]:
-        parameters: list[Any] = find_all(context)
-        for each in parameters:
-            if "get_runtime_param" not in vars(each):
-                each.get_runtime_param = _Conversion(each).itself
-        return parameters
-
-    command.get_params = get_params
+    command.get_params = lambda context: _converting(find_all(context))
     for each in getattr(command, "commands", {}).values():
         _convert_only_if_needed(each)
+
+
+def _converting(parameters: list[Any]) -> list[Any]:
+    for each in parameters:
+        if "get_runtime_param" not in vars(each):
+            each.get_runtime_param = _Conversion(each).itself
+    return parameters
