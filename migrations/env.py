@@ -9,8 +9,9 @@ from sqlalchemy import Connection
 from dgx_music.config import load_settings
 from dgx_music.errors import DgxMusicError
 from dgx_music.storage.connection.revision import VERSION_TABLE
-from dgx_music.storage.database import Database, take_turn
+from dgx_music.storage.database import Database
 from dgx_music.storage.models import Base
+from dgx_music.storage.schema_changes import take_turn
 
 
 def our_tables(name: str | None, kind: str, _parents: object) -> bool:

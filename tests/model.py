@@ -359,7 +359,7 @@ class World:
 
     async def sweep(self) -> None:
         if living := self.a_worker():
-            await self.attempt_to("have a worker rescue", lambda: self._until_killed(living.worker._leases._rescue()))
+            await self.attempt_to("have a worker rescue", lambda: self._until_killed(living.worker._sweeping.rescue()))
 
     async def _until_killed(self, work: Awaitable[Any]) -> Any:
         with suppress(Killed):

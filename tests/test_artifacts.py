@@ -16,7 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgx_music.artifacts import EXTENSIONS, FileInspection, LocalArtifacts, MemoryArtifacts, look_at_file, open_output
+from dgx_music.artifacts import (
+    EXTENSIONS,
+    FileInspection,
+    LocalArtifacts,
+    MemoryArtifacts,
+    look_at_file,
+    open_output,
+)
 from dgx_music.artifacts import local as local_module
 from dgx_music.artifacts.interface import CHUNK_BYTES
 from dgx_music.errors import ArtifactError, InvalidRequestError
@@ -158,7 +165,10 @@ async def test_a_name_never_leaves_the_folder(generation_id):
         artifact = await MemoryArtifacts().publish(generation_id, 1, "wav", b"")
     except InvalidRequestError:
         return
-    assert PurePath("root", artifact.path.removeprefix("memory:")).parts == ("root", f"{generation_id}-1.wav")
+    assert PurePath("root", artifact.path.removeprefix("memory:")).parts == (
+        "root",
+        f"{generation_id}-1.wav",
+    )
 
 
 async def test_a_good_place_has_no_problem_and_a_look_at_it_leaves_no_trace(artifacts):
@@ -170,7 +180,12 @@ async def test_a_place_holds_what_it_publishes_and_nothing_else(artifacts):
     path = (await artifacts.publish("song", 1, "wav", DATA)).path
 
     assert artifacts.holds(path)
-    assert not any(map(artifacts.holds, ["", "/etc/passwd", "s3://other/song-1.wav", path.replace("song", "x/song")]))
+    assert not any(
+        map(
+            artifacts.holds,
+            ["", "/etc/passwd", "s3://other/song-1.wav", path.replace("song", "x/song")],
+        )
+    )
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1])
@@ -322,7 +337,14 @@ async def test_a_part_file_that_a_dead_worker_left_is_replaced(local, root):
 
 async def test_the_list_has_part_files_and_passes_over_what_is_not_ours(local, root):
     await local.publish("song", 1, "wav", DATA)
-    for name in ("song-2.wav.part", "notes.txt", "song.wav", "song-01.wav", "song-1.exe", "song-1.wav.bak"):
+    for name in (
+        "song-2.wav.part",
+        "notes.txt",
+        "song.wav",
+        "song-01.wav",
+        "song-1.exe",
+        "song-1.wav.bak",
+    ):
         (root / name).write_bytes(b"half")
     (root / "folder-1.wav").mkdir()
     (root / "link-1.wav").symlink_to(root / "song-1.wav")
@@ -374,7 +396,12 @@ async def test_a_deletion_is_flushed_before_delete_returns(local, root, monkeypa
 # Failures
 
 
-FAILURES = [("mkdir", 0), ("mkdir", 1), *[("open", n) for n in range(4)], *[("fsync", n) for n in range(4)]]
+FAILURES = [
+    ("mkdir", 0),
+    ("mkdir", 1),
+    *[("open", n) for n in range(4)],
+    *[("fsync", n) for n in range(4)],
+]
 FAILURES += [("unlink", 0), ("write", 0), ("link", 0), ("close", 2), ("close", 3)]
 CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS, errno.ESTALE]
 SURVIVED = [("open", n, errno.EACCES) for n in (0, 1, 3)] + [("fsync", n, errno.EACCES) for n in (0, 1, 3)]
@@ -442,7 +469,16 @@ async def test_a_link_that_reported_an_error_and_was_made_is_a_publication(local
 
 # File systems that cannot do all
 
-NO_LINKS = [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.EACCES, errno.EMLINK, errno.ENOENT, errno.EXDEV]
+NO_LINKS = [
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EMLINK,
+    errno.ENOENT,
+    errno.EXDEV,
+]
 NO_LINKS += [errno.EINVAL, errno.EINTR, errno.ENOTTY]
 NO_FLUSH = [
     errno.EINVAL,
@@ -558,7 +594,7 @@ async def test_without_hard_links_a_rename_that_fails_leaves_nothing(local, root
     assert names_in(root) == []
 
 
-# What somebody else has put into the folder
+# Files that do not belong to us
 
 
 async def refused(local, path):
@@ -644,7 +680,12 @@ async def test_a_cancelled_publish_leaves_nothing_that_delete_does_not_remove(lo
 
 async def test_delete_ends_a_publish_whose_thread_was_left_alone(local, root, monkeypatch):
     """``asyncio.Task.cancel`` passes through anyio's shield: the thread may still be writing when the delete comes."""
-    linking, may_go_on, linked, real = threading.Event(), threading.Event(), threading.Event(), os.link
+    linking, may_go_on, linked, real = (
+        threading.Event(),
+        threading.Event(),
+        threading.Event(),
+        os.link,
+    )
 
     def link(part, target):
         linking.set()

@@ -42,7 +42,11 @@ def constant(value, frames):
 
 
 def finished(audio, **given):
-    options = {"sample_rate": audio.sample_rate, "channels": audio.samples.shape[0], "audio_format": "wav"}
+    options = {
+        "sample_rate": audio.sample_rate,
+        "channels": audio.samples.shape[0],
+        "audio_format": "wav",
+    }
     return finish(audio, **options | {"loudness": "lufs"} | given)
 
 

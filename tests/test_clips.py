@@ -49,7 +49,12 @@ def test_every_usual_format_becomes_flac_at_the_models_rate(kind: str) -> None:
     clip = read(audio_file(2.0, 44_100, kind=kind))
 
     with soundfile.SoundFile(io.BytesIO(clip.data)) as file:
-        assert (file.format, file.subtype, file.samplerate, file.channels) == ("FLAC", "PCM_16", 32_000, 1)
+        assert (file.format, file.subtype, file.samplerate, file.channels) == (
+            "FLAC",
+            "PCM_16",
+            32_000,
+            1,
+        )
     assert clip.duration_seconds == pytest.approx(2.0, abs=0.1)
     assert np.abs(samples_of(clip)).max() == pytest.approx(0.5, abs=0.05)
 
@@ -201,21 +206,36 @@ def test_silence_and_a_constant_level_are_told(level: float, caplog) -> None:
     ("source", "sentence"),
     [
         (b"", "continuation is not audio that can be read; use WAV, FLAC, MP3 or OGG."),
-        (b"not audio" * 99, "continuation is not audio that can be read; use WAV, FLAC, MP3 or OGG."),
+        (
+            b"not audio" * 99,
+            "continuation is not audio that can be read; use WAV, FLAC, MP3 or OGG.",
+        ),
         (audio_file(0), "continuation holds no audio; use another clip."),
         (audio_file(0.05), "continuation is 0.05 s long; use a clip of 0.08 to 30 seconds."),
-        (audio_file(kind="AIFF"), "continuation is audio of the format AIFF; use WAV, FLAC, MP3 or OGG."),
-        (audio_file(rate=7_999), "continuation has a sample rate of 7,999 Hz; use one of 8,000 to 192,000 Hz."),
+        (
+            audio_file(kind="AIFF"),
+            "continuation is audio of the format AIFF; use WAV, FLAC, MP3 or OGG.",
+        ),
+        (
+            audio_file(rate=7_999),
+            "continuation has a sample rate of 7,999 Hz; use one of 8,000 to 192,000 Hz.",
+        ),
         (audio_file(channels=9), "continuation has 9 channels; use at most 8."),
         (7, "continuation is of the type int; use the path of an audio file, or its bytes."),
-        ("a.wav", "continuation is text; use pathlib.Path(...) for a file of this machine, or the bytes of one."),
+        (
+            "a.wav",
+            "continuation is text; use pathlib.Path(...) for a file of this machine, or the bytes of one.",
+        ),
         (
             Path("nowhere.wav"),
             "continuation 'nowhere.wav' cannot be read (no such file or directory); name an audio file.",
         ),
         (Path("/dev/null"), "continuation '/dev/null' is not a file; name an audio file."),
         (Path("/"), "continuation '/' is not a file; name an audio file."),
-        (Path("a\0b"), "continuation 'a\\x00b' cannot be read (embedded null byte); name an audio file."),
+        (
+            Path("a\0b"),
+            "continuation 'a\\x00b' cannot be read (embedded null byte); name an audio file.",
+        ),
     ],
 )
 def test_what_is_no_clip_is_refused_in_one_sentence(source, sentence: str) -> None:
@@ -292,5 +312,8 @@ def test_a_damaged_clip_is_rejected_for_good(harm: str) -> None:
     clip = read(audio_file())
     data = {"gone": b"", "cut": clip.data[:-200], "another": read(audio_file(hertz=441)).data}[harm]
 
-    with pytest.raises(GenerationRejectedError, match=r"^The melody is damaged in the database; enqueue the request"):
+    with pytest.raises(
+        GenerationRejectedError,
+        match=r"^The melody is damaged in the database; enqueue the request",
+    ):
         clips.load("melody", data, clip.sha256)

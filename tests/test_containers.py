@@ -19,7 +19,7 @@ from dgx_music.errors import InvalidRequestError
 
 SECONDS, RATE = 4, 44_100
 TOLERANCE = 0.06
-"""Seconds: two frames of MP3, which an encoder adds and, without a tag, nobody takes away."""
+"""Seconds: two frames of MP3, which an encoder adds and which stay if there is no tag."""
 
 
 def sound(seconds: float = SECONDS, rate: int = RATE, channels: int = 1):
@@ -65,7 +65,8 @@ SAMPLES = len(WAV) - DATA - 4
 
 
 @pytest.mark.parametrize(
-    "subtype", ["PCM_U8", "PCM_16", "PCM_24", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610"]
+    "subtype",
+    ["PCM_U8", "PCM_16", "PCM_24", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610"],
 )
 @pytest.mark.parametrize("size", [0, 1_000, 0xFFFF_FFFF, 0x7FFF_F000, 0x8000_0000, 50_000_000])
 def test_a_wav_is_read_to_its_end_whatever_its_header_says(subtype: str, size: int) -> None:
@@ -158,8 +159,18 @@ def test_a_wav_with_two_blocks_of_samples_is_refused(first: bytes) -> None:
 @pytest.mark.parametrize(
     ("start", "form", "value", "problem"),
     [
-        (28, "<I", 44_100, "says 44,100 bytes a second, where its sample rate and frame size give 88,200"),
-        (24, "<I", 48_000, "says 88,200 bytes a second, where its sample rate and frame size give 96,000"),
+        (
+            28,
+            "<I",
+            44_100,
+            "says 44,100 bytes a second, where its sample rate and frame size give 88,200",
+        ),
+        (
+            24,
+            "<I",
+            48_000,
+            "says 88,200 bytes a second, where its sample rate and frame size give 96,000",
+        ),
         (32, "<H", 4, "says 4 bytes a frame, where its channels and bits give 2"),
         (22, "<H", 2, "says 2 bytes a frame, where its channels and bits give 4"),
         (34, "<H", 8, "says 2 bytes a frame, where its channels and bits give 1"),
@@ -399,7 +410,10 @@ def test_an_mp3_without_a_tag_is_read_to_its_end(mode: str) -> None:
 @pytest.mark.parametrize("count", [100_000, 2**32 - 1])
 def test_an_mp3_that_holds_less_than_it_says_is_refused(count: int) -> None:
     for data in (put(VBR, COUNT, ">I", count), put(VBRI, 36 + 14, ">I", count) + NO_TAG):
-        assert re.match(r"continuation holds only 4\.0\d s of the [\d,.]+ s that its header promises;", refusal(data))
+        assert re.match(
+            r"continuation holds only 4\.0\d s of the [\d,.]+ s that its header promises;",
+            refusal(data),
+        )
 
 
 @pytest.mark.parametrize("lost", [slice(20, 30), slice(-2, None)])

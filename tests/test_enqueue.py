@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from dgx_music import (
     DgxMusicError,
+    GenerationStatus,
     cancel_generation,
     configure_sqlite,
     enqueue,
@@ -36,10 +37,20 @@ from dgx_music.errors import (
     WaitTimeoutError,
 )
 from dgx_music.storage import delete_generation, insertion, queue
-from dgx_music.storage.connection.changes import Changes
+from dgx_music.storage.connection.sqlite_changes import FileChanges
 from dgx_music.storage.models import Clip, Generation, Prompt
-from dgx_music.storage.repository import count_overlooked_prompts
-from tests.factories import SQLITE, Program, add_generation, audio_file, claim_one, completion_of, on, read, read_all
+from dgx_music.storage.prompts import count_overlooked_prompts
+from tests.factories import (
+    SQLITE,
+    Program,
+    add_generation,
+    audio_file,
+    claim_one,
+    completion_of,
+    on,
+    read,
+    read_all,
+)
 from tests.patience import PATIENCE
 
 pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
@@ -88,17 +99,42 @@ async def test_enqueue_returns_the_row_that_is_stored(database):
     assert uuid.UUID(generation.id).version == 7
 
 
+async def test_a_status_is_typed_wherever_it_comes_from(database):
+    generation = await enqueue("lofi rain")
+
+    assert generation.status is (await read(database, generation.id)).status is GenerationStatus.PENDING
+    assert (await estimate_generation(generation.id)).status is Generation().status is GenerationStatus.PENDING
+    assert await cancel_generation(generation.id) is GenerationStatus.CANCELLED
+
+
 async def test_what_is_not_said_has_its_default(database):
     row = (await enqueue("lofi rain")).to_dict()
 
-    audio = {"model_name": "musicgen-small", "duration_seconds": 10.0, "sample_rate": 32_000, "channels": 1}
-    sampling = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 250, "top_p": None, "seed": None}
+    audio = {
+        "model_name": "musicgen-small",
+        "duration_seconds": 10.0,
+        "sample_rate": 32_000,
+        "channels": 1,
+    }
+    sampling = {
+        "guidance_scale": 3.0,
+        "temperature": 1.0,
+        "top_k": 250,
+        "top_p": None,
+        "seed": None,
+    }
     assert row | audio | {"sampling": sampling, "priority": 0, "max_attempts": 10, "metadata": None} == row
     assert abs(datetime.fromisoformat(row["run_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 async def test_what_is_said_is_stored(database):
-    sampling = {"guidance_scale": 4.5, "temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 2**63 - 1}
+    sampling = {
+        "guidance_scale": 4.5,
+        "temperature": 0.8,
+        "top_k": 50,
+        "top_p": 0.9,
+        "seed": 2**63 - 1,
+    }
     generation = await enqueue(
         "lofi rain",
         duration=16,
@@ -121,7 +157,12 @@ async def test_what_is_said_is_stored(database):
 
 
 @pytest.mark.parametrize(
-    "run_at", ["2026-01-31T13:00:00+01:00", datetime(2026, 1, 31, 7, tzinfo=timezone(timedelta(hours=-5))), NOON]
+    "run_at",
+    [
+        "2026-01-31T13:00:00+01:00",
+        datetime(2026, 1, 31, 7, tzinfo=timezone(timedelta(hours=-5))),
+        NOON,
+    ],
 )
 async def test_a_wish_for_later_is_kept_in_utc(database, run_at):
     generation = await enqueue("lofi rain", run_at=run_at)
@@ -145,7 +186,17 @@ async def test_the_default_model_is_the_one_of_the_settings(monkeypatch):
 
 
 async def test_an_option_of_none_is_as_good_as_none_given():
-    options = ("model", "channels", "sample_rate", "guidance_scale", "temperature", "top_k", "top_p", "seed", "run_at")
+    options = (
+        "model",
+        "channels",
+        "sample_rate",
+        "guidance_scale",
+        "temperature",
+        "top_k",
+        "top_p",
+        "seed",
+        "run_at",
+    )
     generation = await enqueue("lofi rain", **dict.fromkeys(options), idempotency_key=None, metadata=None)
 
     assert (generation.model_name, generation.sampling["top_k"]) == ("musicgen-small", 250)
@@ -256,7 +307,9 @@ async def test_numbers_that_are_not_pythons_are_refused_where_they_are_not_exact
 
 @on(SQLITE)
 @pytest.mark.parametrize(
-    "session", ["x", 7, True, object(), Session(), AsyncSession], ids=lambda session: type(session).__name__
+    "session",
+    ["x", 7, True, object(), Session(), AsyncSession],
+    ids=lambda session: type(session).__name__,
 )
 async def test_what_is_no_session_is_refused(database, session):
     calls = (cancel_generation, retry_generation, queue_position, estimate_generation, enqueue)
@@ -269,7 +322,13 @@ async def test_what_is_no_session_is_refused(database, session):
 @on(SQLITE)
 @pytest.mark.parametrize("value", [7, None, b"x", True, 1.5, ["x"], "", "\u200b", "x" * 5000, uuid.uuid4()], ids=type)
 async def test_what_is_no_id_is_refused(value):
-    for call in (cancel_generation, retry_generation, queue_position, estimate_generation, wait_for_generation):
+    for call in (
+        cancel_generation,
+        retry_generation,
+        queue_position,
+        estimate_generation,
+        wait_for_generation,
+    ):
         with pytest.raises(InvalidRequestError, match=r"^generation_id "):
             await call(value)
     with pytest.raises(InvalidRequestError, match=r"^generation_id "):
@@ -327,7 +386,10 @@ async def test_bad_input_in_a_batch_is_refused_by_its_place_and_nothing_stored(d
 
 
 async def test_an_unknown_option_is_refused_by_its_name(database):
-    with pytest.raises(InvalidRequestError, match=r"^lenght is not an option; use channels, continuation, duration, "):
+    with pytest.raises(
+        InvalidRequestError,
+        match=r"^lenght is not an option; use channels, continuation, duration, ",
+    ):
         await enqueue("lofi rain", lenght=16)
 
     await assert_unchanged(database)
@@ -435,7 +497,10 @@ async def test_producers_that_race_with_one_key_share_one_row(database_url, data
     ids = [await program.rest() for program in programs]
 
     assert ids[0] == ids[1]
-    assert (await count(database), await uses(database, with_overlooked=False)) == (1, {"lofi rain": 1})
+    assert (await count(database), await uses(database, with_overlooked=False)) == (
+        1,
+        {"lofi rain": 1},
+    )
 
 
 @pytest.fixture
@@ -485,7 +550,7 @@ async def test_a_producer_whose_rival_asked_for_something_else_is_refused(databa
 
 @pytest.fixture(params=["configured", "plain"])
 async def own(request, database):
-    """A session of the caller's own, on an engine of his own."""
+    """A session of the caller's own, on an engine of its own."""
     is_ours, is_sqlite = request.param == "configured", database.is_embedded
     options = {"isolation_level": "REPEATABLE READ"} if is_ours and not is_sqlite else {}
     engine = create_async_engine(database.url, **options)
@@ -524,7 +589,7 @@ async def test_nothing_is_committed_rolled_back_or_closed_for_the_caller(databas
     await own.rollback()
 
 
-async def test_a_row_in_the_callers_transaction_is_invisible_until_he_commits(database, own):
+async def test_a_row_in_the_callers_transaction_is_invisible_until_the_commit(database, own):
     generation = await enqueue("lofi rain", session=own)
     assert await count(database) == 0
     async with database.session(read_only=True) as session:
@@ -572,7 +637,7 @@ async def test_a_refusal_leaves_the_callers_transaction_usable(database, own, re
     assert await uses(database) == {"lofi rain": 1, "rain": 1}
 
 
-async def test_a_generation_of_the_callers_session_counts_from_his_view(database, own):
+async def test_a_generation_of_the_callers_session_counts_from_its_view(database, own):
     generation = await enqueue("lofi rain", session=own)
 
     assert await queue_position(generation.id, session=own) == 1
@@ -586,7 +651,11 @@ async def test_a_generation_of_the_callers_session_counts_from_his_view(database
 async def test_a_batch_gives_its_rows_in_order_with_its_defaults(database):
     rows = await enqueue_many(["a", {"prompt": "b", "duration": 5, "seed": 1}, "c"], duration=7, priority=3)
 
-    assert [(row.prompt, row.duration_seconds, row.priority) for row in rows] == [("a", 7, 3), ("b", 5, 3), ("c", 7, 3)]
+    assert [(row.prompt, row.duration_seconds, row.priority) for row in rows] == [
+        ("a", 7, 3),
+        ("b", 5, 3),
+        ("c", 7, 3),
+    ]
     assert [row.id for row in rows] == sorted(row.id for row in rows)
 
 
@@ -738,7 +807,7 @@ async def test_a_change_that_nobody_watches_for_is_not_yielded(database):
 
 
 async def test_watching_goes_on_without_a_hint_by_its_slow_poll(database, monkeypatch):
-    monkeypatch.setattr(database._connections.here(), "changes", Changes(None))
+    monkeypatch.setattr(database._connections.here(), "changes", FileChanges(None))
     monkeypatch.setattr(generations, "_POLL_SECONDS", 0.01)
     generation = await enqueue("lofi rain")
     waiting = asyncio.create_task(wait_for_generation(generation.id))
@@ -780,7 +849,10 @@ async def test_a_retried_generation_waits_again(database, status):
 
 @pytest.mark.parametrize(
     ("call", "statuses"),
-    [(cancel_generation, ["completed", "failed"]), (retry_generation, ["pending", "processing", "completed"])],
+    [
+        (cancel_generation, ["completed", "failed"]),
+        (retry_generation, ["pending", "processing", "completed"]),
+    ],
 )
 async def test_what_the_status_does_not_allow_is_refused(database, call, statuses):
     for status in statuses:
@@ -855,7 +927,7 @@ async def test_clips_are_stored_with_the_row_and_shown_by_their_hashes(database,
     assert await clips_of(database) == sorted([row.continuation_sha256, row.melody_sha256])
 
 
-async def test_who_shares_a_clip_shares_its_row(database):
+async def test_generations_that_share_a_clip_share_its_row(database):
     data = audio_file()
     rows = await enqueue_many(["a", {"prompt": "b", "seed": 7}, "c"], continuation=data)
     rows += [await enqueue("d", continuation=data)]
@@ -885,8 +957,14 @@ async def test_the_same_clip_under_the_same_key_gets_the_existing_row(database):
     ("request_", "sentence"),
     [
         ({"continuation": b"noise"}, "continuation is not audio that can be read"),
-        ({"continuation": audio_file(2.0), "duration": 2}, "continuation is 2 s long, and the duration of 2 s counts"),
-        ({"melody": audio_file()}, "melody is given for musicgen-small, which hears none; use musicgen-melody."),
+        (
+            {"continuation": audio_file(2.0), "duration": 2},
+            "continuation is 2 s long, and the duration of 2 s counts",
+        ),
+        (
+            {"melody": audio_file()},
+            "melody is given for musicgen-small, which hears none; use musicgen-melody.",
+        ),
         ({"melody": b"", "model": "musicgen-melody"}, "melody is not audio that can be read"),
     ],
 )
@@ -920,7 +998,8 @@ async def test_a_clip_given_as_text_is_refused_before_any_file_is_touched(databa
 async def test_clips_are_read_beside_the_event_loop(database, monkeypatch):
     threads = []
     monkeypatch.setattr(
-        "dgx_music.audio.clips._make", lambda *given, make=clips._make: threads.append(get_ident()) or make(*given)
+        "dgx_music.audio.clips._make",
+        lambda *given, make=clips._make: threads.append(get_ident()) or make(*given),
     )
 
     await enqueue("x", continuation=audio_file())

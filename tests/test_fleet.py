@@ -1,4 +1,4 @@
-"""Several workers, several models, several callers: who claims what, and when nobody does."""
+"""Several workers, models and callers: which worker claims what, and when none does."""
 
 import asyncio
 
@@ -11,7 +11,12 @@ from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.client.enqueue import enqueue
 from dgx_music.client.generations import retry_generation
 from dgx_music.config import load_settings
-from dgx_music.errors import ConfigurationError, DatabaseUnavailableError, EngineUnavailableError, InvalidRequestError
+from dgx_music.errors import (
+    ConfigurationError,
+    DatabaseUnavailableError,
+    EngineUnavailableError,
+    InvalidRequestError,
+)
 from dgx_music.storage import queue, workers
 from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.pauses import get_pauses
@@ -85,19 +90,19 @@ async def test_the_loaded_model_goes_first_however_long_another_waits_within_the
 
 async def test_a_model_that_waits_beyond_the_bound_goes_before_the_loaded_one(database, make_worker, engine):
     worker = make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=60)
-    worker._loaded_at -= 3600
-    assert worker._choose_model({SMALL: 10.0, MEDIUM: 59.0}) == SMALL
-    assert worker._choose_model({SMALL: 10.0, MEDIUM: 61.0}) == MEDIUM
-    assert worker._choose_model({SMALL: 9000.0, MEDIUM: 61.0}) == MEDIUM
-    assert worker._choose_model({MEDIUM: 1.0}) == MEDIUM
+    worker._engine.loaded_at -= 3600
+    assert worker._claiming._choose_model({SMALL: 10.0, MEDIUM: 59.0}) == SMALL
+    assert worker._claiming._choose_model({SMALL: 10.0, MEDIUM: 61.0}) == MEDIUM
+    assert worker._claiming._choose_model({SMALL: 9000.0, MEDIUM: 61.0}) == MEDIUM
+    assert worker._claiming._choose_model({MEDIUM: 1.0}) == MEDIUM
 
 
 async def test_two_backlogs_take_turns_and_each_turn_gets_work_done(database, make_worker):
     worker = make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=60)
     waits = {SMALL: 1000.0, MEDIUM: 2000.0}
-    assert worker._choose_model(waits) == SMALL  # it was loaded a moment ago
-    worker._loaded_at -= 61
-    assert worker._choose_model(waits) == MEDIUM
+    assert worker._claiming._choose_model(waits) == SMALL  # it was loaded a moment ago
+    worker._engine.loaded_at -= 61
+    assert worker._claiming._choose_model(waits) == MEDIUM
 
 
 async def test_a_model_is_switched_only_when_nothing_runs(database, make_worker, engine):
@@ -138,7 +143,11 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_others_served(database, 
     await add(database, "own", SMALL)
     await make_worker(models=f"{SMALL},{MEDIUM}").run(drain=True)
     rows = await rows_of(database)
-    assert (rows["own"].status, rows["other"].status, rows["other"].failures) == ("completed", "pending", 0)
+    assert (rows["own"].status, rows["other"].status, rows["other"].failures) == (
+        "completed",
+        "pending",
+        0,
+    )
 
 
 async def test_the_only_model_that_cannot_be_loaded_stops_the_worker(make_worker, engine):
@@ -204,8 +213,8 @@ async def test_the_last_few_are_spread_over_the_workers_that_are_free(database, 
 
 async def all_know(crew, count):
     for worker in crew:
-        await worker._leases._renew()
-    return all(worker._leases.free_workers == count for worker in crew)
+        await worker._leases.renew()
+    return all(worker._presence.free_workers == count for worker in crew)
 
 
 async def all_run(engines, count):
@@ -308,15 +317,14 @@ async def test_all_of_a_tenants_are_made_in_the_end(database, make_worker, engin
 
 
 async def test_a_new_worker_waits_for_the_living_after_everybody_was_silent(database, make_worker):
-    if database.is_embedded:  # the database of one machine is not away: who is silent there is dead
+    if database.is_embedded:  # on one machine a silent worker is dead
         return
     async with database.session() as session:
-        await workers.register_worker(session, **make_worker()._describe() | {"id": "somebody"})
+        await workers.register_worker(session, **make_worker()._presence.describe() | {"id": "somebody"})
         await session.execute(WorkerInfo.__table__.update().values(heartbeat_at=queue.now_plus(-100.0)))
         generation = await add_generation(session, worker_id="somebody")
         await back_date(session, generation.id, lease_expires_at=50)
-    leases = make_worker()._leases
-    await leases._rescue()
+    await make_worker()._sweeping.rescue()
     assert (await rows_of(database))["lofi rain"].worker_id == "somebody"
 
 

@@ -10,7 +10,8 @@ from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import EngineCrashedError
 from dgx_music.storage import queue
-from dgx_music.worker.worker import BROKEN_AFTER, Worker
+from dgx_music.worker.live_engine import BROKEN_AFTER
+from dgx_music.worker.worker import Worker
 from tests.daemons import add, attempts_of, is_finished, rows_of, until
 from tests.factories import SQLITE, add_generation, back_date, on
 from tests.fakes import FakeEngine
@@ -57,13 +58,13 @@ async def test_a_stop_while_audio_is_stored_begins_no_completion(database, make_
     await add(database)
     artifacts, begun = HeldArtifacts(tmp_path / "audio"), []
     worker = make_worker(artifacts)
-    worker._completions.write = begun.append
+    worker._performing._completions.write = begun.append
     running = asyncio.create_task(worker.run())
     await artifacts.storing.wait()
     worker.stop()
     worker.stop()
     async with asyncio.timeout(PATIENCE):
-        while not all(each.stopped_for for each in worker._running.values()):
+        while not all(each.stopped_for for each in worker._leases.running.values()):
             await asyncio.sleep(0.001)
         artifacts.let_go.set()
         await running
@@ -131,5 +132,5 @@ async def test_a_sweep_rescues_all_that_is_lost_however_much(database, make_work
         for _ in range(queue.RESCUE_CHUNK + 1):
             lost = await add_generation(session, worker_id="lost")
             await back_date(session, lost.id, lease_expires_at=1)
-    await make_worker(MemoryArtifacts())._leases._rescue()
+    await make_worker(MemoryArtifacts())._sweeping.rescue()
     assert {row.status for row in (await rows_of(database)).values()} == {"pending"}

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import random
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -14,11 +13,11 @@ from dgx_music import enqueue
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DatabaseUnavailableError
-from dgx_music.storage import due, queue, repository, workers
+from dgx_music.storage import by_hand, claims, due, lease_end, leases, prompts, queue, rescue, workers
 from dgx_music.storage.models import Generation, Speed
 from dgx_music.storage.queue import Held, Lease
 from dgx_music.storage.schema import now_plus
-from dgx_music.worker.leases import Leases, Watch
+from dgx_music.worker.sweeping import Watch
 from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, add_generation, back_date, claim_one, read, start_one
 from tests.fakes import FakeEngine
@@ -47,14 +46,18 @@ def held(until, length=None):
     return {ONE: Held(at(until), length)}
 
 
-def new_leases(database=None):
+def new_worker(database=None):
     settings = load_settings(lease_seconds=10.0, heartbeat_seconds=3.0)
-    return Leases(database, MemoryArtifacts(), settings, random.Random(1), lambda: DESCRIBED)
+    return Worker(database, FakeEngine(), MemoryArtifacts(), settings)
 
 
-def lapses(leases, held_until, clock, now=None):
+def lapses(worker, held_until, clock, now=None):
     """Return whether the one lease has lapsed at this moment; the database's clock shows the same, if nothing is said."""
-    return ONE in leases.look(held(held_until), clock, at(clock if now is None else now))
+    return ONE in worker._sweeping.look(held(held_until), clock, at(clock if now is None else now))
+
+
+def test_a_lease_says_itself_in_a_log_line():
+    assert str(Lease("one", 2)) == "generation one attempt 2"
 
 
 # the watch, without a database
@@ -101,48 +104,48 @@ def test_the_watch_says_when_the_next_one_lapses():
 
 
 def test_who_could_not_look_for_most_of_a_lease_gives_everybody_a_whole_one():
-    leases = new_leases()
-    assert not lapses(leases, 10, 0)
-    assert not lapses(leases, 10, 5.9)
-    assert not lapses(leases, 10, 12.1)
-    assert not any(lapses(leases, 10, clock) for clock in (17.0, 22.0))
-    assert lapses(leases, 10, 22.2)
+    worker = new_worker()
+    assert not lapses(worker, 10, 0)
+    assert not lapses(worker, 10, 5.9)
+    assert not lapses(worker, 10, 12.1)
+    assert not any(lapses(worker, 10, clock) for clock in (17.0, 22.0))
+    assert lapses(worker, 10, 22.2)
 
 
 def test_who_could_not_renew_for_most_of_a_lease_gives_everybody_a_whole_one():
     """A server that has turned read-only: it can be looked at all the time."""
-    leases = new_leases()
-    leases._renewed_at = 0.0
-    assert not any(lapses(leases, 8, clock) for clock in range(0, 20, 2))
+    worker = new_worker()
+    worker._leases.renewed_at = 0.0
+    assert not any(lapses(worker, 8, clock) for clock in range(0, 20, 2))
     for clock in range(20, 28, 2):
-        leases._renewed_at = clock - 1.0
-        assert not lapses(leases, 8, clock)
-    assert lapses(leases, 8, 28.1)
+        worker._leases.renewed_at = clock - 1.0
+        assert not lapses(worker, 8, clock)
+    assert lapses(worker, 8, 28.1)
 
 
 def test_a_clock_that_jumps_ahead_takes_nothing_from_the_living():
-    leases = new_leases()
-    assert not lapses(leases, 10, 0)
-    assert not lapses(leases, 12, 2, now=3602)  # it was renewed just before
-    assert not lapses(leases, 3613, 4, now=3604)
-    assert not lapses(leases, 3613, 6, now=7206)
-    assert not lapses(leases, 7217, 8, now=7208)
+    worker = new_worker()
+    assert not lapses(worker, 10, 0)
+    assert not lapses(worker, 12, 2, now=3602)  # it was renewed just before
+    assert not lapses(worker, 3613, 4, now=3604)
+    assert not lapses(worker, 3613, 6, now=7206)
+    assert not lapses(worker, 7217, 8, now=7208)
 
 
 def test_a_clock_that_jumps_ahead_costs_the_dead_nothing():
-    leases = new_leases()
-    assert not lapses(leases, 10, 0)
-    assert not lapses(leases, 10, 2, now=3602)
-    assert not lapses(leases, 10, 8, now=3608)
-    assert lapses(leases, 10, 10, now=3610)
+    worker = new_worker()
+    assert not lapses(worker, 10, 0)
+    assert not lapses(worker, 10, 2, now=3602)
+    assert not lapses(worker, 10, 8, now=3608)
+    assert lapses(worker, 10, 10, now=3610)
 
 
 @pytest.mark.parametrize("step", [-2, -5, -60, -3600])
 def test_a_clock_that_is_set_back_makes_no_lease_longer(step):
-    leases = new_leases()
-    assert not lapses(leases, 10, 0)
-    assert not any(lapses(leases, 10, clock, now=clock + step) for clock in range(2, 10, 2))
-    assert lapses(leases, 10, 10, now=10 + step)
+    worker = new_worker()
+    assert not lapses(worker, 10, 0)
+    assert not any(lapses(worker, 10, clock, now=clock + step) for clock in range(2, 10, 2))
+    assert lapses(worker, 10, 10, now=10 + step)
 
 
 # on every database
@@ -166,14 +169,14 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.seconds = 0.0
-        for module in (queue, due, workers):
+        for module in (by_hand, claims, due, lease_end, rescue, workers):
             monkeypatch.setattr(module, "now", self.now_plus)
-        for module in (queue, workers):
+        for module in (claims, lease_end, leases, workers):
             monkeypatch.setattr(module, "now_plus", self.now_plus)
 
     def set(self, seconds):
         self.seconds += seconds
-        queue._claim_statement.cache_clear()
+        claims._claim_statement.cache_clear()
 
     def now_plus(self, seconds=0.0):
         return now_plus(seconds + self.seconds)
@@ -181,9 +184,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    queue._claim_statement.cache_clear()
+    claims._claim_statement.cache_clear()
     yield Clock(monkeypatch)
-    queue._claim_statement.cache_clear()
+    claims._claim_statement.cache_clear()
 
 
 def make_worker(database, engine, **changes):
@@ -193,8 +196,8 @@ def make_worker(database, engine, **changes):
 
 def count_sweeps(worker):
     """Return a function that waits for so many more sweeps of this worker."""
-    leases, swept = worker._leases, asyncio.Event()
-    rescue = leases._rescue
+    sweeping, swept = worker._sweeping, asyncio.Event()
+    rescue = sweeping.rescue
 
     async def counted():
         await rescue()
@@ -205,7 +208,7 @@ def count_sweeps(worker):
             swept.clear()
             await swept.wait()
 
-    leases._rescue = counted
+    sweeping.rescue = counted
     return sweeps
 
 
@@ -335,12 +338,12 @@ async def test_a_lease_is_found_with_the_length_that_its_worker_gives_it(databas
 
 @pytest.mark.parametrize("error", [ArtifactError("read-only"), RuntimeError("can't start new thread")])
 async def test_files_that_cannot_be_removed_keep_nobody_from_being_rescued(database, error):
-    leases, lost = new_leases(database), [await start_one(database) for _ in range(2)]
-    leases._artifacts.delete = raising(error)
+    worker, lost = new_worker(database), [await start_one(database) for _ in range(2)]
+    worker._artifacts.delete = raising(error)
     async with database.session() as session:
         for lease in lost:
             await back_date(session, lease.generation_id, lease_expires_at=1)
-    await leases._rescue()
+    await worker._sweeping.rescue()
     assert [(await read(database, lease.generation_id)).status for lease in lost] == ["pending"] * 2
 
 
@@ -348,41 +351,41 @@ async def test_files_that_cannot_be_removed_keep_nobody_from_being_rescued(datab
 
 
 async def test_speeds_that_could_not_be_told_are_told_the_next_time(database, monkeypatch):
-    leases = new_leases(database)
+    worker = new_worker(database)
     for _ in range(5):
-        leases.speeds.note(MODEL, 1.0, 2.0)
+        worker._sweeping._speeds.note(MODEL, 1.0, 2.0)
     with monkeypatch.context() as patched:
-        patched.setattr("dgx_music.worker.leases.record_speed", raising(DatabaseUnavailableError("db", "gone")))
+        patched.setattr("dgx_music.worker.sweeping.record_speed", raising(DatabaseUnavailableError("db", "gone")))
         with pytest.raises(DatabaseUnavailableError):
-            await leases._record_speeds()
-    await leases._record_speeds()
+            await worker._sweeping.record_speeds()
+    await worker._sweeping.record_speeds()
     async with database.session() as session:
         assert len((await session.execute(select(Speed))).all()) == 1
 
 
 async def test_a_tidying_that_failed_is_done_again_at_once(database, monkeypatch):
-    leases, calls = new_leases(database), []
+    worker, calls = new_worker(database), []
 
     async def count(session):
         calls.append(session)
         if len(calls) == 1:
             raise DatabaseUnavailableError("db", "gone")
 
-    monkeypatch.setattr(repository, "count_overlooked_prompts", count)
+    monkeypatch.setattr(prompts, "count_overlooked_prompts", count)
     with pytest.raises(DatabaseUnavailableError):
-        await leases._tidy()
-    await leases._tidy()
-    await leases._tidy()
+        await worker._sweeping.tidy()
+    await worker._sweeping.tidy()
+    await worker._sweeping.tidy()
     assert len(calls) == 2
 
 
 def test_an_idle_worker_that_was_not_heard_tries_again_at_the_next_beat():
-    leases = new_leases()
-    assert leases._has_to_be_heard(3.0)
-    leases._renewed_at = time.monotonic()
-    assert not leases._has_to_be_heard(3.0)
-    leases._renewed_at -= 0.5
-    assert leases._has_to_be_heard(3.0)
+    worker = new_worker()
+    assert worker._leases._has_to_be_heard(3.0)
+    worker._leases.renewed_at = time.monotonic()
+    assert not worker._leases._has_to_be_heard(3.0)
+    worker._leases.renewed_at -= 0.5
+    assert worker._leases._has_to_be_heard(3.0)
 
 
 def raising(error):

@@ -72,7 +72,16 @@ async def test_a_put_is_conditional_and_carries_its_checksum(flaky, proxy):
     assert put["x-amz-checksum-sha256"] == base64.b64encode(hashlib.sha256(DATA).digest()).decode()
 
 
-FAULTS = [[500], [503, 502], [409], [HANG], [LOSE_REPLY], [LOSE_REQUEST], [LOSE_REPLY, HANG], [503, LOSE_REPLY, 500]]
+FAULTS = [
+    [500],
+    [503, 502],
+    [409],
+    [HANG],
+    [LOSE_REPLY],
+    [LOSE_REQUEST],
+    [LOSE_REPLY, HANG],
+    [503, LOSE_REPLY, 500],
+]
 
 
 @pytest.mark.parametrize("faults", FAULTS, ids=str)
@@ -317,7 +326,10 @@ def test_an_output_is_a_folder_or_a_bucket_and_a_prefix(text, place):
     [
         ("ftp://host/audio", "begins with ftp://, which is not known; name a folder, or use s3://"),
         ("file:///audio", "begins with file://"),
-        ("s3://", "is 's3://', which is not a bucket and a prefix; use something like s3://bucket/prefix"),
+        (
+            "s3://",
+            "is 's3://', which is not a bucket and a prefix; use something like s3://bucket/prefix",
+        ),
         ("s3:///audio", "is 's3:///audio'"),
         (Path("s3://bucket/audio"), "is 's3:/bucket/audio'"),
         ("gs://bucket//audio", "is 'gs://bucket//audio'"),
@@ -325,7 +337,10 @@ def test_an_output_is_a_folder_or_a_bucket_and_a_prefix(text, place):
         ("s3://bucket/%2e", "is 's3://bucket/%2e'"),
         ("s3://bucket:80/a", "is 's3://bucket:80/a'"),
         ("s3://bucket/a\nb", "is 's3://bucket/a\\nb'"),
-        ("s3://me:secret@bucket/a", "holds a user, a password or a query; use s3://bucket/prefix, and the environment"),
+        (
+            "s3://me:secret@bucket/a",
+            "holds a user, a password or a query; use s3://bucket/prefix, and the environment",
+        ),
         ("az://container/a?sig=secret", "holds a user, a password or a query"),
     ],
 )
@@ -348,7 +363,8 @@ def test_a_store_that_lacks_a_variable_says_so(monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
 
     with pytest.raises(
-        ConfigurationError, match=r"az://box/audio, which cannot be opened \(.*Account must be specified\)"
+        ConfigurationError,
+        match=r"az://box/audio, which cannot be opened \(.*Account must be specified\)",
     ):
         open_output("az://box/audio")
 

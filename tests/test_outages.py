@@ -1,7 +1,6 @@
 """What must hold while the database is away: real daemons, a durable server, a proxy in front of it."""
 
 import os
-import random
 import secrets
 import signal
 import time
@@ -15,12 +14,12 @@ from dgx_music import enqueue, enqueue_many
 from dgx_music.artifacts import LocalArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Generation, WorkerInfo
 from dgx_music.storage.schema import now_plus
 from dgx_music.storage.workers import register_worker
-from dgx_music.worker.leases import Leases
+from dgx_music.worker.worker import Worker
 from tests.daemons import (
     add,
     add_many,
@@ -35,6 +34,7 @@ from tests.daemons import (
     url_of,
 )
 from tests.factories import MODEL, back_date, start_one
+from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 from tests.postgres import OwnServer
 from tests.proxy import Proxy
@@ -105,8 +105,8 @@ def proxied(proxy, database):
     return proxy.url(url_of(database))
 
 
-def new_leases(database, folder):
-    return Leases(database, LocalArtifacts(folder), load_settings(), random.Random(1), lambda: DESCRIBED)
+def new_worker(database, folder):
+    return Worker(database, FakeEngine(), LocalArtifacts(folder), load_settings())
 
 
 async def until_in_hand(database, daemons, count):
@@ -225,7 +225,7 @@ async def test_a_new_worker_waits_for_the_slowest_of_those_that_an_outage_has_si
             await register_worker(session, **DESCRIBED | {"id": name})
         await session.execute(update(WorkerInfo).where(WorkerInfo.id == "slow").values(heartbeat_at=now_plus(-60)))
         await session.execute(Generation.__table__.update().values(worker_id="slow"))
-    await new_leases(database, tmp_path)._rescue()
+    await new_worker(database, tmp_path)._sweeping.rescue()
     assert is_running((await rows_of(database))[lease.generation_id])
 
 
@@ -235,7 +235,7 @@ async def test_a_new_worker_rescues_at_once_where_nobody_is_silent(database, tmp
     async with database.session() as session:
         await back_date(session, lease.generation_id, lease_expires_at=30)
         await register_worker(session, **DESCRIBED | {"id": "other"})
-    await new_leases(database, tmp_path)._rescue()
+    await new_worker(database, tmp_path)._sweeping.rescue()
     assert not is_running((await rows_of(database))[lease.generation_id])
 
 

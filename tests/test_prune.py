@@ -17,7 +17,15 @@ from dgx_music.errors import ArtifactError
 from dgx_music.storage import Database, count_generations, delete_generation, queue
 from dgx_music.storage.schema import FINISHED
 from dgx_music.worker.worker import Worker
-from tests.factories import MODEL, add_generation, back_date, claim_one, completion_of, read, start_one
+from tests.factories import (
+    MODEL,
+    add_generation,
+    back_date,
+    claim_one,
+    completion_of,
+    read,
+    start_one,
+)
 from tests.fakes import FakeEngine
 
 pytestmark = pytest.mark.any_driver
@@ -237,7 +245,9 @@ class Meanwhile(MemoryArtifacts):
         raise NotImplementedError
 
 
-async def test_an_attempt_that_completes_during_the_listing_keeps_its_file(database: Database) -> None:
+async def test_an_attempt_that_completes_during_the_listing_keeps_its_file(
+    database: Database,
+) -> None:
     artifacts, lease = Meanwhile(), await start_one(database)
 
     async def complete() -> None:
@@ -268,7 +278,9 @@ async def test_a_new_attempt_that_starts_during_the_listing_keeps_its_file_and_t
     assert set(artifacts.files) == {f"{lease.generation_id}-2.wav"}
 
 
-async def test_a_generation_that_is_deleted_during_the_listing_leaves_an_orphan(database: Database) -> None:
+async def test_a_generation_that_is_deleted_during_the_listing_leaves_an_orphan(
+    database: Database,
+) -> None:
     artifacts, known = Meanwhile(), await add_finished(database, "completed")
     gone = await add_finished(database, "completed")
     for generation_id in (known, gone):

@@ -5,7 +5,14 @@ import inspect
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.sampling import Sampling, SamplingOptions
 
-GIVEN = {"guidance_scale": 4.5, "temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 7, "negative_prompt": "drums"}
+GIVEN = {
+    "guidance_scale": 4.5,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.9,
+    "seed": 7,
+    "negative_prompt": "drums",
+}
 
 
 def test_each_field_is_an_option_and_each_option_a_field():

@@ -18,7 +18,13 @@ from dgx_music.errors import InvalidRequestError
 quick = settings(deadline=None)
 any_text = st.text(st.characters(exclude_categories=())) | st.text()
 anything = st.one_of(
-    any_text, st.none(), st.booleans(), st.integers(), st.floats(), st.binary(), st.lists(st.integers())
+    any_text,
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.binary(),
+    st.lists(st.integers()),
 )
 
 
@@ -79,8 +85,14 @@ def test_a_prompt_of_the_least_and_greatest_length_is_accepted(length: int) -> N
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
-        (" ", "prompt is only white space; describe the music, or give an empty prompt for unconditional music."),
-        ("\r\n\t", "prompt is only white space; describe the music, or give an empty prompt for unconditional music."),
+        (
+            " ",
+            "prompt is only white space; describe the music, or give an empty prompt for unconditional music.",
+        ),
+        (
+            "\r\n\t",
+            "prompt is only white space; describe the music, or give an empty prompt for unconditional music.",
+        ),
         ("x" * 2_001, "prompt has 2,001 characters; use at most 2,000."),
         (None, "prompt is missing; use text."),
         (b"rain", "prompt is b'rain'; use text."),
@@ -89,7 +101,10 @@ def test_a_prompt_of_the_least_and_greatest_length_is_accepted(length: int) -> N
             "a\x00b",
             "prompt has the control character U+0000; newlines and tabs are the only control characters allowed.",
         ),
-        ("a\ud800", "prompt has a lone surrogate, which is not a character; send well-formed Unicode."),
+        (
+            "a\ud800",
+            "prompt has a lone surrogate, which is not a character; send well-formed Unicode.",
+        ),
     ],
 )
 def test_a_prompt_is_refused_in_one_sentence(prompt: object, sentence: str) -> None:
@@ -184,7 +199,7 @@ def test_a_melody_for_a_model_that_hears_none_is_refused_with_one_that_does(mode
 
 
 @pytest.mark.parametrize("model", ["musicgen-melody", "musicgen-stereo-melody-large", "/models/mine"])
-def test_who_may_hear_a_melody_gets_it(model: str) -> None:
+def test_a_model_that_may_hear_a_melody_gets_it(model: str) -> None:
     validation.check_hears_melody(validation.check_model(model))
 
 
@@ -297,7 +312,12 @@ class Unspeakable:
 
 @pytest.mark.parametrize("value", [10**5000, Unspeakable()], ids=["number", "object"])
 def test_what_cannot_be_shown_is_refused_in_a_sentence_all_the_same(value: object) -> None:
-    for check in (validation.check_prompt, validation.check_metadata, validation.check_run_at, validation.check_seed):
+    for check in (
+        validation.check_prompt,
+        validation.check_metadata,
+        validation.check_run_at,
+        validation.check_seed,
+    ):
         assert f"is a {type(value).__name__} too long to show; " in refused(check, value)
     assert "too long to show; use a number above 0." in refused(validation.check_positive, "x", value)
 
@@ -368,7 +388,10 @@ def test_a_moment_may_be_iso_text() -> None:
     [
         (datetime(2026, 1, 1), "has no time zone; add one"),  # noqa: DTZ001 - that is the point
         ("2026-01-01", "has no time zone; add one"),
-        (datetime.max.replace(tzinfo=timezone(-timedelta(hours=1))), "is 9999-12-31T23:59:59.999999-01:00; use a date"),
+        (
+            datetime.max.replace(tzinfo=timezone(-timedelta(hours=1))),
+            "is 9999-12-31T23:59:59.999999-01:00; use a date",
+        ),
         ("0001-01-01T00:00:00+01:00", "is 0001-01-01T00:00:00+01:00; use a date"),
         (1_700_000_000, "is 1700000000; use a datetime"),
         ("tomorrow", "is 'tomorrow'; use a time such as"),
@@ -392,7 +415,9 @@ def test_an_accepted_moment_is_the_same_moment(value: datetime) -> None:
 
 json_leaves = st.none() | st.booleans() | st.integers() | st.floats() | any_text
 json_like = st.recursive(
-    json_leaves | st.binary(), lambda inner: st.lists(inner) | st.dictionaries(any_text, inner), max_leaves=12
+    json_leaves | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(any_text, inner),
+    max_leaves=12,
 )
 
 
@@ -411,7 +436,13 @@ def nested(levels: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "value",
-    [{}, {"a": [1, 2.5, None, True, "x\n"]}, {"n": 2**63 - 1, "m": 1 - 2**63}, nested(8), {"t": "x" * (16_384 - 9)}],
+    [
+        {},
+        {"a": [1, 2.5, None, True, "x\n"]},
+        {"n": 2**63 - 1, "m": 1 - 2**63},
+        nested(8),
+        {"t": "x" * (16_384 - 9)},
+    ],
 )
 def test_plain_json_is_returned_as_it_is(value: dict[str, Any]) -> None:
     assert validation.check_metadata(value) == value

@@ -29,9 +29,10 @@ from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.models import Attempt, Clip, Generation, WorkerInfo
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import now_plus
-from dgx_music.worker import worker as worker_module
+from dgx_music.worker import performing
 from dgx_music.worker.leases import Stop
-from dgx_music.worker.worker import BROKEN_AFTER, Worker
+from dgx_music.worker.live_engine import BROKEN_AFTER
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, SQLITE, audio_file, back_date, on
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
@@ -161,12 +162,12 @@ async def test_a_generation_whose_slot_is_free_can_be_cancelled(database, make_w
     async with at_work(worker):
         await engine.started["lofi rain"].wait()
         with anyio.fail_after(PATIENCE):
-            while any(running.has_slot for running in worker._running.values()):
+            while any(running.has_slot for running in worker._leases.running.values()):
                 await anyio.sleep(0.01)
         async with database.session() as session:
             await cancel_generation(generation.id, session=session)
         await until(database, generation, "cancelled")
-        assert worker._free_slots() == 1
+        assert worker._claiming.free_slots() == 1
 
 
 async def test_an_engine_that_has_come_to_have_fewer_slots_is_given_no_more_and_its_row_says_so(
@@ -264,7 +265,7 @@ async def test_a_deadline_ends_an_attempt_that_hangs(database, make_worker, engi
     generation = await add(database, max_attempts=1)
     engine.hold("lofi rain")
     worker = make_worker()
-    worker._settings = replace(worker._settings, deadline_floor_seconds=0.05, deadline_factor=0.0)
+    worker._performing._settings = replace(worker._settings, deadline_floor_seconds=0.05, deadline_factor=0.0)
     await worker.run(drain=True)
     assert (await read(database, generation)).error_message == "The attempt took longer than its deadline of 0.05 s."
 
@@ -327,7 +328,7 @@ async def test_audio_of_a_lost_lease_is_dropped(database, make_worker, output):
     worker = make_worker(LoseMeanwhile(output))
     async with at_work(worker):
         with anyio.fail_after(PATIENCE):
-            while not output.exists() or list(output.iterdir()) or worker._running:
+            while not output.exists() or list(output.iterdir()) or worker._leases.running:
                 await anyio.sleep(0.01)
     assert (await read(database, generation)).worker_id == "rival"
 
@@ -561,7 +562,7 @@ async def test_a_completed_row_keeps_its_file_when_nobody_can_tell_that_it_is_co
     generation = await add(database)
 
     def hide():
-        for name, module in [("find_completed", queue), ("find_owners", worker_module)][:unreadable]:
+        for name, module in [("find_completed", queue), ("find_owners", performing)][:unreadable]:
             monkeypatch.setattr(module, name, raising(error))
 
     fail_after_commit(monkeypatch, iter([error]), hide)
@@ -639,7 +640,7 @@ async def test_a_stop_while_audio_is_stored_never_takes_the_file_of_a_completed_
         worker.stop()
         worker.stop()
         with anyio.fail_after(PATIENCE):
-            while not all(running.stopped_for for running in worker._running.values()):
+            while not all(running.stopped_for for running in worker._leases.running.values()):
                 await asyncio.sleep(0)
         stored.set()
     row = await read(database, generation)
@@ -744,7 +745,7 @@ async def test_a_rescue_removes_the_lost_attempts_file_by_itself(database, make_
         await queue.claim(session, worker_id="dead", model_name=MODEL, limit=1, lease_seconds=30)
         await back_date(session, generation.id, lease_expires_at=1)
     await LocalArtifacts(output).publish(generation.id, 1, "wav", b"half a generation")
-    await make_worker()._leases._rescue()
+    await make_worker()._sweeping.rescue()
     assert ((await read(database, generation)).status, list(output.iterdir())) == ("pending", [])
 
 
@@ -977,7 +978,7 @@ async def test_a_completion_under_way_is_not_stopped(database, make_worker, engi
 
     async def completing(session, completions):
         done = await complete(session, completions)
-        worker._running[Lease(generation.id, 1)].stop(Stop.LOST)
+        worker._leases.running[Lease(generation.id, 1)].stop(Stop.LOST)
         return done
 
     monkeypatch.setattr(queue, "complete", completing)
@@ -1016,8 +1017,8 @@ async def test_a_database_that_is_away_while_a_clip_is_read_costs_no_attempt(dat
             raise away.pop()
         return await read(session, sha256s)
 
-    monkeypatch.setattr("dgx_music.worker.worker.read_clips", read_later)
-    monkeypatch.setattr("dgx_music.worker.worker._CLIP_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("dgx_music.worker.performing.read_clips", read_later)
+    monkeypatch.setattr("dgx_music.worker.performing._CLIP_RETRY_SECONDS", 0.01)
     generation = await add(database, duration=2, continuation=audio_file())
     await make_worker().run(drain=True)
     assert ((await read(database, generation)).status, await attempts_of(database, generation), away) == (

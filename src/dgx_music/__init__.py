@@ -9,7 +9,7 @@ Each name is imported when it is first used: importing this package alone costs 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import dgx_music.early  # noqa: F401 - before any slow import: it handles the signals of the first moments
+import dgx_music.early  # noqa: F401 - handles signals while the slow imports run
 
 if TYPE_CHECKING:
     from dgx_music.artifacts import Artifacts, open_output, open_place_of
@@ -116,14 +116,15 @@ _MODULES = {
     "audio.facts": "AudioFacts",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
     "client.fleet": "pause resume",
-    "client.generations": "audio_facts cancel_generation estimate_generation queue_position retry_generation "
-    "wait_for_generation watch_generation",
+    "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
+    "retry_generation wait_for_generation watch_generation",
     "client.requests": "RequestOptions",
-    "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError DatabaseNotMigratedError "
-    "DatabaseUnavailableError DgxMusicError GenerationNotFoundError IdempotencyConflictError IllegalTransitionError "
-    "InvalidRequestError WaitTimeoutError",
-    "storage": "Database Filters Generation GenerationStatus Page Pause SearchHit close_db configure_sqlite "
-    "count_generations get_database_stats get_generation get_session init_db list_generations search_generations",
+    "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError "
+    "DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError GenerationNotFoundError "
+    "IdempotencyConflictError IllegalTransitionError InvalidRequestError WaitTimeoutError",
+    "storage": "Database Filters Generation GenerationStatus Page Pause SearchHit close_db "
+    "configure_sqlite count_generations get_database_stats get_generation get_session init_db "
+    "list_generations search_generations",
     "storage.estimates": "Estimate",
 }
 _MODULE_OF = {name: f"dgx_music.{module}" for module, names in _MODULES.items() for name in names.split()}

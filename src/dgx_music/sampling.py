@@ -32,9 +32,12 @@ class SamplingOptions(TypedDict, total=False):
     ]
     seed: Annotated[
         int | None,
-        "The same seed, model and settings make the same audio; None for one that follows from the row's id.",
+        "The same seed, model and settings make the same audio; None for one from the row's id.",
     ]
-    negative_prompt: Annotated[str | None, "What the music must not be like; needs a guidance_scale above 1."]
+    negative_prompt: Annotated[
+        str | None,
+        "What the music must not be like; needs a guidance_scale above 1.",
+    ]
 
 
 def _checked(default: Any, check: Callable[..., object], **limits: float) -> Any:
@@ -43,20 +46,21 @@ def _checked(default: Any, check: Callable[..., object], **limits: float) -> Any
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The sampling fields, checked; building it raises ``InvalidRequestError`` on the first unacceptable one.
+    """The sampling fields; building it raises ``InvalidRequestError`` on the first bad one.
 
-    The defaults are those of audiocraft (``audiocraft/models/musicgen.py``, ``set_generation_params``): top_k 250,
-    top_p off, temperature 1.0, guidance 3.0. ``top_p`` narrows ``top_k``, as in transformers; in audiocraft it
-    replaces ``top_k``, which is ``top_k`` 0 here. ``temperature`` 0 decodes greedily. ``negative_prompt`` is the text
-    of the unconditional pass: what the music must not be like.
+    The defaults are those of audiocraft (``audiocraft/models/musicgen.py``,
+    ``set_generation_params``): top_k 250, top_p off, temperature 1.0, guidance 3.0. ``top_p``
+    narrows ``top_k``, as in transformers; in audiocraft it replaces ``top_k``, which is ``top_k`` 0
+    here. ``temperature`` 0 decodes greedily. ``negative_prompt`` is the text of the unconditional
+    pass: what the music must not be like.
     """
 
     guidance_scale: float = _checked(3.0, check_between, low=1, high=20)
     temperature: float = _checked(1.0, check_between, low=0, high=5)
     top_k: int = _checked(250, check_integer, low=0, high=MAX_TOP_K)
     top_p: float | None = _checked(None, check_between, low=0.01, high=1)
-    seed: int | None = _checked(None, lambda name, value: check_seed(value, name))
-    negative_prompt: str | None = _checked(None, lambda name, value: check_negative_prompt(value, name))
+    seed: int | None = _checked(None, lambda _name, value: check_seed(value))
+    negative_prompt: str | None = _checked(None, lambda _name, value: check_negative_prompt(value))
 
     def __post_init__(self) -> None:
         for each in fields(Sampling):
@@ -67,17 +71,18 @@ class Sampling:
             check_guided("negative_prompt", self.guidance_scale)
 
     def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the documented way to normalise a field of a frozen dataclass
+        object.__setattr__(self, name, value)  # the documented way in a frozen dataclass
 
     @property
     def sampling(self) -> dict[str, float | int | str | None]:
-        """The sampling fields as they are stored; ``negative_prompt`` is among them only if it was given."""
+        """The sampling fields as they are stored; ``negative_prompt`` only if it was given."""
         stored = {each.name: getattr(self, each.name) for each in fields(Sampling)}
         if self.negative_prompt is None:
-            del stored["negative_prompt"]  # as in rows from before there was one: their hashes stay valid
+            del stored["negative_prompt"]  # as in older rows, whose hashes stay valid
         return stored
 
     @staticmethod
     def pick(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the sampling fields among these values; one that is ``None`` is left out and keeps its default."""
-        return {each.name: values[each.name] for each in fields(Sampling) if values.get(each.name) is not None}
+        """Return the sampling fields among the values; one that is ``None`` keeps its default."""
+        names = [each.name for each in fields(Sampling)]
+        return {name: values[name] for name in names if values.get(name) is not None}

@@ -1,8 +1,9 @@
-"""The one validator: library, command line and web all refuse the same things in the same words.
+"""The one validator: library, command line and web refuse the same things in the same words.
 
-Each check returns the value in the form that is stored, or raises ``InvalidRequestError``. They run before any driver sees
-the value, because drivers differ: SQLite enforces no length, turns NaN into NULL and stores NUL bytes; PostgreSQL refuses
-NUL bytes and lone surrogates only when the statement runs.
+Each check returns the value in the form that is stored, or raises ``InvalidRequestError``. The
+checks run before any driver sees the value, because drivers differ: SQLite enforces no length,
+turns NaN into NULL and stores NUL bytes; PostgreSQL refuses NUL bytes and lone surrogates only when
+the statement runs.
 """
 
 from __future__ import annotations
@@ -35,18 +36,20 @@ CLIP_REMEDY = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} sec
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SURROGATE_OF_A_BYTE = range(0xDC80, 0xDD00)
-"""What Python makes of arguments that are not in the locale's encoding."""
+"""The surrogates that stand for arguments' bytes outside the locale's encoding."""
 _LONGEST_SHOWN = 40
 
 
 def check_prompt(value: object, field: str = "prompt") -> str:
-    """Return the prompt without surrounding white space: at most 2,000 characters of clean text, lines ended by newlines.
+    """Return the prompt stripped: at most 2,000 characters of clean text.
 
-    An empty one asks for unconditional music. White space alone is refused: it is more likely a mistake.
+    Its lines end with newlines. An empty prompt asks for unconditional music. White space alone is
+    refused: it is more likely a mistake.
     """
     text = _description(field, value)
     if value != "":
-        _check_says_something(field, text, "describe the music, or give an empty prompt for unconditional music")
+        remedy = "describe the music, or give an empty prompt for unconditional music"
+        _check_says_something(field, text, remedy)
     return text
 
 
@@ -63,32 +66,30 @@ def check_negative_prompt(value: object, field: str = "negative_prompt") -> str:
 def _description(field: str, value: object) -> str:
     if isinstance(value, str):
         value = value.replace("\r\n", "\n")  # what browsers and Windows send
-    text = _clean_text(field, value, "newlines and tabs are the only control characters allowed").strip()
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_PROMPT_CHARACTERS:,}")
+    remedy = "newlines and tabs are the only control characters allowed"
+    text = _clean_text(field, value, remedy).strip()
+    _check_length(field, text, MAX_PROMPT_CHARACTERS)
     return text
 
 
 def check_search(value: object, field: str = "words") -> str:
-    """Return what to search for without surrounding white space: 1 to 2,000 characters of clean text."""
+    """Return the words to search for, stripped: 1 to 2,000 characters of clean text."""
     text = _clean_text(field, value, "use printable characters").strip()
     if not text:
         raise InvalidRequestError(field, "is empty", "give at least one word to look for")
     _check_says_something(field, text, "give at least one word to look for")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_PROMPT_CHARACTERS:,}")
+    _check_length(field, text, MAX_PROMPT_CHARACTERS)
     return text
 
 
 def check_name(field: str, value: object) -> str:
-    """Return a short identifier (an idempotency key, a model name): 1 to 200 characters on one line."""
+    """Return a name (an idempotency key, a model, …): 1 to 200 characters on one line."""
     text = _one_line(field, value)
     remedy = f"use 1 to {MAX_NAME_CHARACTERS} characters"
     if not text.strip():
         raise InvalidRequestError(field, "is empty", remedy)
     _check_says_something(field, text, remedy)
-    if len(text) > MAX_NAME_CHARACTERS:
-        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use at most {MAX_NAME_CHARACTERS}")
+    _check_length(field, text, MAX_NAME_CHARACTERS)
     return text
 
 
@@ -96,32 +97,34 @@ def check_path(field: str, value: object) -> str:
     """Return a path as text: 1 to 4,096 characters on one line."""
     text = _one_line(field, value)
     if not 1 <= len(text) <= MAX_PATH_CHARACTERS:
-        raise InvalidRequestError(field, f"has {len(text):,} characters", f"use 1 to {MAX_PATH_CHARACTERS:,}")
+        problem = f"has {len(text):,} characters"
+        raise InvalidRequestError(field, problem, f"use 1 to {MAX_PATH_CHARACTERS:,}")
     return text
 
 
 def at_home(field: str, path: str) -> str:
-    """Return the path with a home in the place of ``~`` or ``~user`` at its start; any other path as it is."""
-    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises where it knows no home
+    """Return the path with ``~`` or ``~user`` at its start replaced by that home."""
+    found = os.path.expanduser(path)  # noqa: PTH111 - pathlib raises if it knows no home
     if found.startswith("~"):
         user = path.partition("/")[0]
-        raise InvalidRequestError(field, f"begins with {user}, whose home is not known", "write the path in full")
+        problem = f"begins with {user}, whose home is not known"
+        raise InvalidRequestError(field, problem, "write the path in full")
     return found
 
 
 def tidy_text(message: str) -> str:
-    """Return an error's message in a form that every database keeps: unprintable characters shown, length bounded."""
+    """Return an error's message as every database can keep it: printable, of bounded length."""
     shown = _SURROGATE.sub("\ufffd", _CONTROL.sub("\ufffd", message)).strip()
     return shown[:MAX_MESSAGE_CHARACTERS] or "no message"
 
 
 def check_model(value: object, field: str = "model") -> ModelInfo:
-    """Return what is known of the model of this name, or of this local folder."""
+    """Return the facts of the model of this name, or of this local folder."""
     name = check_name(field, value)
     model = find_model(at_home(field, name))
     if model is None:
-        known = ", ".join(MODELS)
-        raise InvalidRequestError(field, f"{name!r} is not known", f"use {known}, or a local folder's absolute path")
+        remedy = f"use {', '.join(MODELS)}, or a local folder's absolute path"
+        raise InvalidRequestError(field, f"{name!r} is not known", remedy)
     return model
 
 
@@ -135,15 +138,17 @@ def check_duration(value: object, longest: float, field: str = "duration") -> fl
 
 
 def check_guided(field: str, guidance_scale: float) -> None:
-    """Refuse what only guidance could heed where there is none."""
+    """Refuse what has no effect without guidance."""
     if guidance_scale == 1:
-        raise InvalidRequestError(field, "has no effect with a guidance_scale of 1", "use one above 1, or leave it out")
+        problem = "has no effect with a guidance_scale of 1"
+        raise InvalidRequestError(field, problem, "use one above 1, or leave it out")
 
 
 def check_clip_source(field: str, value: object) -> None:
     """Refuse anything but a ``pathlib.Path`` or bytes. No file is touched.
 
-    Text is refused: a request that comes from a web client as JSON must not choose a file of this machine.
+    Text is refused: a request that a web client sent as JSON must not choose a file of this
+    machine.
     """
     if isinstance(value, str):
         remedy = "use pathlib.Path(...) for a file of this machine, or the bytes of one"
@@ -154,18 +159,21 @@ def check_clip_source(field: str, value: object) -> None:
 
 
 def check_continuation(clip_seconds: float, duration: float, field: str = "continuation") -> None:
-    """Refuse a clip that the music cannot start with: one of another length than 0.08 to 30 s, or as long as the music."""
+    """Refuse a clip that is not 0.08 to 30 s long, or is as long as the music."""
     check_clip(field, clip_seconds)
     if clip_seconds >= duration:
-        problem = f"is {exactly(clip_seconds)} s long, and the duration of {exactly(duration)} s counts from its start"
+        counted = f"the duration of {exactly(duration)} s counts from its start"
+        problem = f"is {exactly(clip_seconds)} s long, and {counted}"
         raise InvalidRequestError(field, problem, "use a longer duration, or a shorter clip")
 
 
 def check_hears_melody(model: ModelInfo, field: str = "melody") -> None:
     """Refuse a tune for a model that hears none; of a local folder only the engine knows."""
     if model.hears_melody is False:
-        able = next(other for other in MODELS.values() if other.hears_melody and other.channels == model.channels)
-        raise InvalidRequestError(field, f"is given for {model.name}, which hears none", f"use {able.name}")
+        hearing = (other for other in MODELS.values() if other.hears_melody)
+        able = next(other for other in hearing if other.channels == model.channels)
+        problem = f"is given for {model.name}, which hears none"
+        raise InvalidRequestError(field, problem, f"use {able.name}")
 
 
 def check_clip(field: str, clip_seconds: float) -> None:
@@ -202,11 +210,12 @@ def check_integer(field: str, value: object, low: int, high: int) -> int:
 
 
 def check_seed(value: object, field: str = "seed") -> int:
-    """Return the seed, a whole number of at most 63 bits; the refusal says how to ask for a random one."""
+    """Return the seed, at most 63 bits; the error says how to ask for a random one."""
     try:
         return check_integer(field, value, 0, MAX_SEED)
     except InvalidRequestError as error:
-        raise InvalidRequestError(field, error.problem, f"{error.remedy}, or leave it out for a random one") from None
+        remedy = f"{error.remedy}, or leave it out for a random one"
+        raise InvalidRequestError(field, error.problem, remedy) from None
 
 
 def check_run_at(value: object, field: str = "run_at") -> datetime:
@@ -218,7 +227,8 @@ def check_run_at(value: object, field: str = "run_at") -> datetime:
         try:
             value = datetime.fromisoformat(value)
         except ValueError:
-            raise InvalidRequestError(field, f"is {shown(value)}", "use a time such as 2026-01-31T12:00:00Z") from None
+            remedy = "use a time such as 2026-01-31T12:00:00Z"
+            raise InvalidRequestError(field, f"is {shown(value)}", remedy) from None
     if not isinstance(value, datetime):
         raise InvalidRequestError(field, f"is {shown(value)}", "use a datetime with a time zone")
     if value.tzinfo is None:
@@ -226,25 +236,28 @@ def check_run_at(value: object, field: str = "run_at") -> datetime:
     try:
         return value.astimezone(UTC)
     except OverflowError:
-        raise InvalidRequestError(field, f"is {value.isoformat()}", "use a date between the years 2 and 9998") from None
+        remedy = "use a date between the years 2 and 9998"
+        raise InvalidRequestError(field, f"is {value.isoformat()}", remedy) from None
 
 
 def check_metadata(value: object, field: str = "metadata") -> dict[str, Any]:
-    """Return the metadata as plain JSON: an object of at most 16 KiB, 8 levels deep, every number finite."""
+    """Return the metadata as plain JSON: an object of at most 16 KiB, 8 levels, finite numbers."""
     if not isinstance(value, dict):
         raise InvalidRequestError(field, f"is {shown(value)}", "use a JSON object (a dict)")
     _check_json(field, value, depth=1)
     text = json.dumps(value, ensure_ascii=False)
     size = len(text.encode())
     if size > MAX_METADATA_BYTES:
-        raise InvalidRequestError(field, f"takes {size:,} bytes as JSON", f"use at most {MAX_METADATA_BYTES:,}")
+        problem = f"takes {size:,} bytes as JSON"
+        raise InvalidRequestError(field, problem, f"use at most {MAX_METADATA_BYTES:,}")
     plain: dict[str, Any] = json.loads(text)
     return plain
 
 
 def _check_json(field: str, value: object, depth: int) -> None:
     if depth > MAX_METADATA_DEPTH:
-        raise InvalidRequestError(field, "is nested too deeply", f"use at most {MAX_METADATA_DEPTH} levels")
+        remedy = f"use at most {MAX_METADATA_DEPTH} levels"
+        raise InvalidRequestError(field, "is nested too deeply", remedy)
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -262,8 +275,16 @@ def _check_json(field: str, value: object, depth: int) -> None:
         raise InvalidRequestError(field, "holds a whole number of more than 63 bits", "store it as text")
     elif not (value is None or isinstance(value, bool | int | float)):
         raise InvalidRequestError(
-            field, f"holds {shown(value)}", "use text, numbers, true, false, null, lists and objects"
+            field,
+            f"holds {shown(value)}",
+            "use text, numbers, true, false, null, lists and objects",
         )
+
+
+def _check_length(field: str, text: str, longest: int) -> None:
+    if len(text) > longest:
+        problem = f"has {len(text):,} characters"
+        raise InvalidRequestError(field, problem, f"use at most {longest:,}")
 
 
 def _check_says_something(field: str, text: str, remedy: str) -> None:
@@ -279,12 +300,15 @@ def _clean_text(field: str, value: object, remedy: str) -> str:
     if (found := _SURROGATE.search(value)) is not None:
         if (code := ord(found[0])) in _SURROGATE_OF_A_BYTE:
             problem = f"has the byte 0x{code - 0xDC00:02X}, which is no text here"
-            raise InvalidRequestError(field, problem, "send UTF-8, in a locale of UTF-8 such as C.UTF-8")
-        raise InvalidRequestError(field, "has a lone surrogate, which is not a character", "send well-formed Unicode")
+            remedy = "send UTF-8, in a locale of UTF-8 such as C.UTF-8"
+            raise InvalidRequestError(field, problem, remedy)
+        problem = "has a lone surrogate, which is not a character"
+        raise InvalidRequestError(field, problem, "send well-formed Unicode")
     found = _CONTROL.search(value)
     if found:
-        raise InvalidRequestError(field, f"has the control character U+{ord(found.group()):04X}", remedy)
-    return str.__str__(value)  # of a subclass, such as an enumeration's, only the text: drivers know str
+        problem = f"has the control character U+{ord(found.group()):04X}"
+        raise InvalidRequestError(field, problem, remedy)
+    return str.__str__(value)  # plain text, also from an enumeration: drivers only know str
 
 
 def _one_line(field: str, value: object) -> str:
@@ -313,11 +337,11 @@ def exactly(number: float) -> str:
 
 
 def shown(value: object) -> str:
-    """Describe a refused value briefly: its repr where that is short, else its type."""
+    """Describe a refused value briefly: by its repr if that is short, else by its type."""
     if value is None:
         return "missing"
     try:
         text = repr(value)
-    except Exception:  # of an object of the caller's, or a whole number of more digits than Python writes
+    except Exception:  # the caller's __repr__, or an integer with too many digits for Python
         text = ""
     return text if 0 < len(text) <= _LONGEST_SHOWN else f"a {type(value).__name__} too long to show"

@@ -18,8 +18,19 @@ SEED_OF_G1 = 4_074_095_729_657_203_136
 def test_the_defaults_are_audiocrafts() -> None:
     request = GenerationRequest(generation_id="g1", prompt="rain", duration=1)
 
-    assert (request.model, request.channels, request.sample_rate, request.attempt) == ("musicgen-small", 1, 32_000, 0)
-    assert request.sampling == {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 250, "top_p": None, "seed": None}
+    assert (request.model, request.channels, request.sample_rate, request.attempt) == (
+        "musicgen-small",
+        1,
+        32_000,
+        0,
+    )
+    assert request.sampling == {
+        "guidance_scale": 3.0,
+        "temperature": 1.0,
+        "top_k": 250,
+        "top_p": None,
+        "seed": None,
+    }
 
 
 def test_a_request_is_stored_in_its_normal_form() -> None:
@@ -104,7 +115,12 @@ def test_a_negative_prompt_is_part_of_what_is_stored_where_it_is_given_only() ->
         {"duration": 0.09, "continuation": clip(0.08)},
         {"duration": 300, "melody": clip(30), "model": "musicgen-melody"},
         {"melody": clip(), "model": "/models/mine"},
-        {"duration": 2, "melody": clip(), "continuation": clip(), "model": "musicgen-stereo-melody"},
+        {
+            "duration": 2,
+            "melody": clip(),
+            "continuation": clip(),
+            "model": "musicgen-stereo-melody",
+        },
     ],
 )
 def test_what_a_request_may_bring(fields: dict[str, Any]) -> None:
@@ -156,7 +172,8 @@ def test_the_duration_of_audio_is_that_of_its_frames() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"), [("musicgen-tiny-untrained", True), ("musicgen-small", False), ("/models/mine", False)]
+    ("model", "expected"),
+    [("musicgen-tiny-untrained", True), ("musicgen-small", False), ("/models/mine", False)],
 )
 def test_only_the_untrained_model_is_called_so(model: str, expected: bool) -> None:
     assert is_untrained(model) is expected

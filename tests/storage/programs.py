@@ -39,7 +39,7 @@ async def claim(url: str, worker_id: str) -> None:
 
 
 async def write(url: str) -> None:
-    """Add, claim and complete for ever; tell what is committed, once it is."""
+    """Add, claim and complete without end; print each commit after it."""
     database = Database(url)
     while True:
         async with database.session() as session:
@@ -91,7 +91,7 @@ async def fork_beside_a_waiter(url: str) -> None:
 
 
 def fork_between_runs(url: str) -> None:
-    """Fork where an event loop rests with connections open; the child ends with all of Python's tidying up."""
+    """Fork while an event loop rests with open connections; the child ends as Python ends."""
     loop = asyncio.new_event_loop()
     loop.run_until_complete(init_db(url))
     for _ in range(3):
@@ -107,7 +107,7 @@ def fork_between_runs(url: str) -> None:
 
 
 async def fork_in_a_session(url: str) -> None:
-    """Fork where a session of ours is in the middle of its transaction; tell what the child is told, and what we have."""
+    """Fork in the middle of a session's transaction; print the child's error and our rows."""
     await init_db(url)
     async with get_session() as session:
         await enqueue("rain", session=session)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import anyio
 import pytest
 
-from dgx_music.storage.connection import changes as changes_module
-from dgx_music.storage.connection.changes import Changes
+from dgx_music.storage.connection import sqlite_changes
+from dgx_music.storage.connection.sqlite_changes import FileChanges
 from tests.factories import Program
 from tests.patience import PATIENCE
 
@@ -59,7 +59,7 @@ async def quiet(subscription):
 
 
 async def test_a_commit_by_another_connection_wakes_a_subscriber(path):
-    with Changes(path).subscribe() as subscription:
+    with FileChanges(path).subscribe() as subscription:
         await quiet(subscription)
         await asyncio.to_thread(commit, path)
 
@@ -79,7 +79,7 @@ async def test_a_commit_by_another_process_wakes_a_subscriber(database_url, data
 
 
 async def test_a_change_before_the_wait_is_not_missed(path):
-    with Changes(path).subscribe() as subscription:
+    with FileChanges(path).subscribe() as subscription:
         await quiet(subscription)
         subscription.wake()
         await asyncio.sleep(0)
@@ -89,7 +89,7 @@ async def test_a_change_before_the_wait_is_not_missed(path):
 
 
 async def test_nobody_is_woken_without_a_change(path):
-    with Changes(path).subscribe() as subscription:
+    with FileChanges(path).subscribe() as subscription:
         await quiet(subscription)
         woken = asyncio.create_task(subscription._changed.wait())
         await subscription.wait(0.05)
@@ -99,7 +99,7 @@ async def test_nobody_is_woken_without_a_change(path):
 
 
 async def test_many_subscribers_share_one_thread_that_ends_with_the_last(path):
-    changes = Changes(path)
+    changes = FileChanges(path)
     with changes.subscribe() as first:
         with changes.subscribe() as second, changes.subscribe() as third:
             (thread,) = threads()
@@ -113,7 +113,7 @@ async def test_many_subscribers_share_one_thread_that_ends_with_the_last(path):
 
 
 async def test_a_subscriber_after_the_last_starts_anew(path):
-    changes = Changes(path)
+    changes = FileChanges(path)
     with changes.subscribe():
         (thread,) = threads()
     await assert_thread_ends(thread)
@@ -124,7 +124,7 @@ async def test_a_subscriber_after_the_last_starts_anew(path):
 
 
 async def test_an_error_in_the_block_ends_the_subscription(path):
-    changes = Changes(path)
+    changes = FileChanges(path)
     subscribed = changes.subscribe()
     subscribed.__enter__()
     (thread,) = threads()
@@ -134,15 +134,15 @@ async def test_an_error_in_the_block_ends_the_subscription(path):
 
 
 async def test_without_a_file_nobody_is_woken_and_no_thread_runs():
-    with Changes(None).subscribe() as subscription:
+    with FileChanges(None).subscribe() as subscription:
         assert threads() == []
         with anyio.fail_after(PATIENCE):
             await subscription.wait(0.01)
 
 
 async def test_a_file_that_is_not_there_yet_is_watched_once_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(changes_module, "_LOOK_AGAIN_SECONDS", 0.01)
-    changes = Changes(tmp_path / "later.db")
+    monkeypatch.setattr(sqlite_changes, "_LOOK_AGAIN_SECONDS", 0.01)
+    changes = FileChanges(tmp_path / "later.db")
     with changes.subscribe() as subscription:
         (thread,) = threads()
         await subscription.wait(0.05)
@@ -154,7 +154,7 @@ async def test_a_file_that_is_not_there_yet_is_watched_once_it_is(tmp_path, monk
 @pytest.mark.parametrize("name", ["50% off.db", "what?.db", "a#b.db", "naïve ♫.db"])
 async def test_a_file_of_any_name_is_watched(tmp_path, name):
     connection = sqlite3.connect(tmp_path / name)
-    with Changes(tmp_path / name).subscribe() as subscription:
+    with FileChanges(tmp_path / name).subscribe() as subscription:
         (thread,) = threads()
         await quiet(subscription)
     connection.close()
@@ -162,7 +162,7 @@ async def test_a_file_of_any_name_is_watched(tmp_path, name):
 
 
 async def test_a_subscriber_whose_event_loop_has_closed_is_forgotten(path):
-    changes = Changes(path)
+    changes = FileChanges(path)
     left = await asyncio.to_thread(leave_open, changes)
     (thread,) = threads()
     with anyio.fail_after(PATIENCE):
@@ -180,7 +180,7 @@ async def test_a_subscriber_whose_event_loop_has_closed_is_forgotten(path):
 def test_a_folder_that_cannot_be_watched_leaves_no_descriptor_open(tmp_path):
     before = descriptors()
     with pytest.raises(OSError, match="inotify"):
-        changes_module._LogWatch(tmp_path / "missing" / "x.db")
+        sqlite_changes._LogWatch(tmp_path / "missing" / "x.db")
 
     assert descriptors() == before
 
@@ -208,11 +208,11 @@ def generate(changes):
 
 def test_a_commit_that_a_slow_disk_holds_up_is_noticed(path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(changes_module.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(changes_module.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
+    monkeypatch.setattr(sqlite_changes.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(sqlite_changes.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
     written = iter([False, True])  # the first commit is visible, then the log has the next one, which is not yet
     log = SimpleNamespace(look_seconds=2.0, drain=lambda: next(written, False))
     cursor = SimpleNamespace(execute=lambda _: SimpleNamespace(fetchone=lambda: (1 if clock.now < 0.5 else 2,)))
     never = SimpleNamespace(is_set=lambda: False)
 
-    assert Changes(path)._look(cursor, 0, log, never) == 2
+    assert FileChanges(path)._look(cursor, 0, log, never) == 2

@@ -1,4 +1,4 @@
-"""The clips in the database: kept once, counted as used, pruned when nobody needs them."""
+"""The clips in the database: stored once, marked as used, pruned when they are not needed."""
 
 import asyncio
 from contextlib import AsyncExitStack

@@ -1,4 +1,4 @@
-"""Who goes first, on every database: ageing, tenants, pauses, and the share of one worker among several."""
+"""The order of claims on every database: ageing, tenants, pauses, and a worker's share."""
 
 import asyncio
 import random
@@ -11,7 +11,7 @@ from sqlalchemy import func, literal, select
 
 from dgx_music import pause, resume
 from dgx_music.storage import due, queue
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import ALL_MODELS, Generation
 from dgx_music.storage.pauses import get_pauses, pause_model, resume_model

@@ -39,7 +39,7 @@ def run(call):
 
 
 def run_and_close_at_once(call):
-    """End an event loop as one does who knows of no asynchronous generators."""
+    """End an event loop without closing its asynchronous generators."""
     loop = asyncio.new_event_loop()
     result = loop.run_until_complete(call)
     loop.close()

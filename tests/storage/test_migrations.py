@@ -69,7 +69,7 @@ def tables_of(connection):
 
 
 def check(connection):
-    """Do what ``alembic check`` does: raise where an automatic migration would change anything."""
+    """Do what ``alembic check`` does: raise if an automatic migration would change anything."""
     command.check(migrations.config(connection))
 
 
@@ -189,7 +189,7 @@ async def reader(empty_url):
 
 @pytest.mark.parametrize("empty_url", POSTGRES, indirect=True)
 async def test_a_migration_gives_way_to_who_reads_on_and_on(empty_database, reader, monkeypatch):
-    monkeypatch.setattr(sys.modules["dgx_music.storage.database"], "_LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(sys.modules["dgx_music.storage.schema_changes"], "_LOCK_SECONDS", 0.2)
     await empty_database.migrate()
     await run(empty_database, to("0001"))
     async with reader.session() as session:
@@ -208,7 +208,7 @@ async def test_a_migration_gives_way_to_who_reads_on_and_on(empty_database, read
 
 @pytest.fixture
 async def theirs(empty_database):
-    """A database with a table of the caller's, and with Alembic's own for his migrations."""
+    """A database with a table of the caller, and with Alembic's table for the caller's migrations."""
     await run(empty_database, execute("CREATE TABLE theirs (name VARCHAR(20))"))
     await run(empty_database, execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"))
     await run(empty_database, execute("INSERT INTO alembic_version VALUES ('ada')"))

@@ -1,4 +1,4 @@
-"""Waking up by PostgreSQL's notifications, by either driver; and everything all the same where there are none."""
+"""Waking up by PostgreSQL's notifications, by both drivers; and everything works without them."""
 
 import asyncio
 import sys
@@ -215,13 +215,13 @@ async def at_rest(database, engine):
     """Run a worker that has found nothing to do, and will not look again by itself within the test."""
     settings = load_settings(lease_seconds=300, heartbeat_seconds=100, poll_seconds=LONG)
     worker = Worker(database, engine, MemoryArtifacts(), settings)
-    resting, wait = anyio.Event(), worker._wait
+    resting, wait = anyio.Event(), worker._claiming._wait_for_work
 
     async def note_and_wait():
         resting.set()
         await wait()
 
-    worker._wait = note_and_wait
+    worker._claiming._wait_for_work = note_and_wait
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(worker.run)
         await resting.wait()

@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import select, text
 
 from dgx_music.errors import DatabaseNotMigratedError
-from dgx_music.storage import queue
+from dgx_music.storage import claims, queue
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.models import Attempt
 from tests.factories import add_generation, back_date, claim_up_to, completion_of, read, read_all, start_one
@@ -32,7 +32,7 @@ async def test_nothing_is_claimed_under_another_schema(database, revision, tenan
 
 
 async def test_the_claim_itself_compares_so_that_nothing_slips_in_between(database, monkeypatch):
-    monkeypatch.setattr(queue, "check_schema", lambda session: nothing())
+    monkeypatch.setattr(claims, "check_schema", lambda session: nothing())
     async with database.session() as session:
         await add_generation(session)
     await become(database, "9999")

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from dgx_music import enqueue
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import count_generations, create_generation, due, queue
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import estimate
 from dgx_music.storage.models import Base, Generation, Prompt
@@ -189,7 +189,7 @@ async def until_blocked(database, count=1):
             await anyio.sleep(0.01)
 
 
-# plans, with 100,000 finished generations and one tenant who has 20,000 waiting
+# plans, with 100,000 finished generations and one tenant that has 20,000 waiting
 
 
 MANY = """
@@ -452,7 +452,7 @@ async def add_one(session):
 
 
 async def works(database):
-    """Return True where a transaction goes through, at its first try."""
+    """Return True if a transaction succeeds at its first try."""
     with anyio.fail_after(PATIENCE):
         return (await database.transact(add_one)).is_pending
 
@@ -469,7 +469,7 @@ async def unavailable():
 
 @contextmanager
 def in_seconds(limit):
-    """Fail afterwards where it took longer: a scope's deadline could not end the database's shielded calls."""
+    """Fail if it took longer, but afterwards: a scope cannot end the shielded calls."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began < limit

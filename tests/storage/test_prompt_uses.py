@@ -1,4 +1,4 @@
-"""How often each prompt was asked for, on every database; on PostgreSQL nobody waits for anybody who counts the same."""
+"""The counts of prompts, on every database; on PostgreSQL no count waits for another."""
 
 import asyncio
 from contextlib import AsyncExitStack
@@ -12,12 +12,12 @@ from dgx_music.storage import (
     create_generation,
     get_most_used_prompts,
     get_prompt_by_text,
-    repository,
+    prompts,
     search_generations,
     track_prompt_usage,
 )
 from dgx_music.storage.models import Generation, Prompt
-from dgx_music.storage.repository import count_overlooked_prompts, count_prompt_uses
+from dgx_music.storage.prompts import count_overlooked_prompts, count_prompt_uses
 from tests.factories import MODEL, POSTGRES, on, read, read_all
 from tests.patience import PATIENCE
 
@@ -47,7 +47,7 @@ async def test_counting_nothing_counts_nothing(database):
 async def test_a_use_is_taken_back_but_never_the_last(database):
     async with database.session() as session:
         await count_prompt_uses(session, ["rain", "rain", "sun"])
-        await repository.uncount_prompt_uses(session, ["rain", "sun"])
+        await prompts.uncount_prompt_uses(session, ["rain", "sun"])
 
     assert await uses(database) == {"rain": 1, "sun": 1}
 
@@ -112,7 +112,7 @@ async def test_of_two_who_count_what_was_overlooked_one_counts_it(database, monk
         await may_count.wait()
         return await count_prompt_uses(session, texts)
 
-    monkeypatch.setattr(repository, "count_prompt_uses", count_late)
+    monkeypatch.setattr(prompts, "count_prompt_uses", count_late)
     late = asyncio.create_task(database.transact(count_overlooked_prompts))
     await has_looked.wait()
     quick = await database.transact(count_overlooked_prompts)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
-from dgx_music.storage import due, queue, update_generation_status
+from dgx_music.storage import claims, due, queue, retention, update_generation_status
 from dgx_music.storage.models import Attempt, Generation, Prompt, WorkerInfo
 from dgx_music.storage.queue import Lease, backoff_seconds
 from dgx_music.storage.repository import get_attempts
@@ -44,12 +44,13 @@ def stopped_clock(monkeypatch):
     def at(seconds=0.0):
         return literal(NOON + timedelta(seconds=float(seconds)), UtcDateTime())
 
-    for module in (queue, due):
-        monkeypatch.setattr(module, "now", at)
-    monkeypatch.setattr(queue, "now_plus", at)
-    queue._claim_statement.cache_clear()
+    for module in ("by_hand", "claims", "due", "lease_end", "rescue"):
+        monkeypatch.setattr(f"dgx_music.storage.{module}.now", at)
+    for module in ("claims", "lease_end", "leases", "retention"):
+        monkeypatch.setattr(f"dgx_music.storage.{module}.now_plus", at)
+    claims._claim_statement.cache_clear()
     yield
-    queue._claim_statement.cache_clear()
+    claims._claim_statement.cache_clear()
 
 
 async def attempts_of(database, generation_id):
@@ -101,7 +102,7 @@ async def retry(session, lease):
 
 
 async def prune(session, lease):
-    await queue.prune(session, [lease])
+    await retention.prune(session, [lease])
 
 
 MOVES = {
@@ -739,7 +740,7 @@ async def test_a_row_may_be_pruned_once_it_is_old_enough(database, stopped_clock
     async with database.session() as session:
         completed_at = NOON - timedelta(seconds=seconds)
         row = await add_generation(session, status="completed", attempt=2, completed_at=completed_at)
-        leases = await queue.find_prunable(session, status="completed", older_than_seconds=100, limit=10)
+        leases = await retention.find_prunable(session, status="completed", older_than_seconds=100, limit=10)
 
     assert leases == ([Lease(row.id, 2)] if found else [])
 
@@ -748,7 +749,7 @@ async def test_a_row_may_be_pruned_once_it_is_old_enough(database, stopped_clock
 async def test_only_finished_rows_of_the_status_are_prunable(database, status):
     async with database.session() as session:
         ids = {each: (await add_in(session, each)).id for each in STATUSES}
-        leases = await queue.find_prunable(session, status=status, older_than_seconds=-60, limit=10)
+        leases = await retention.find_prunable(session, status=status, older_than_seconds=-60, limit=10)
 
     is_finished = status in ("completed", "failed", "cancelled")
     assert [lease.generation_id for lease in leases] == ([ids[status]] if is_finished else [])
@@ -760,7 +761,7 @@ async def test_the_oldest_are_pruned_first_and_no_more_than_the_limit(database):
             (await add_generation(session, status="failed", completed_at=NOON - timedelta(days=days))).id
             for days in (1, 3, 2)
         ]
-        leases = await queue.find_prunable(session, status="failed", older_than_seconds=0, limit=2)
+        leases = await retention.find_prunable(session, status="failed", older_than_seconds=0, limit=2)
 
     assert [lease.generation_id for lease in leases] == [ids[1], ids[2]]
 
@@ -768,9 +769,9 @@ async def test_the_oldest_are_pruned_first_and_no_more_than_the_limit(database):
 async def test_a_row_that_was_retried_meanwhile_is_not_pruned(database):
     async with database.session() as session:
         kept, gone = [(await add_generation(session, status="failed", attempt=1)).id for _ in range(2)]
-        leases = await queue.find_prunable(session, status="failed", older_than_seconds=0, limit=10)
+        leases = await retention.find_prunable(session, status="failed", older_than_seconds=0, limit=10)
         await queue.retry(session, kept)
-        assert await queue.prune(session, leases) == 1
+        assert await retention.prune(session, leases) == 1
 
     assert await read_all(database, select(Generation.id)) == [kept]
     assert gone != kept
@@ -780,9 +781,9 @@ async def test_a_row_that_finished_again_under_another_attempt_is_not_pruned(dat
     async with database.session() as session:
         row = await add_generation(session, status="completed", attempt=2)
 
-        assert await queue.prune(session, [Lease(row.id, 1)]) == 0
-        assert await queue.prune(session, []) == 0
-        assert await queue.prune(session, [Lease(row.id, 2)]) == 1
+        assert await retention.prune(session, [Lease(row.id, 1)]) == 0
+        assert await retention.prune(session, []) == 0
+        assert await retention.prune(session, [Lease(row.id, 2)]) == 1
 
 
 async def test_pruning_takes_the_attempts_along_and_leaves_the_prompt(database):
@@ -790,7 +791,7 @@ async def test_pruning_takes_the_attempts_along_and_leaves_the_prompt(database):
     async with database.session() as session:
         session.add(Prompt(text="lofi rain"))
         await queue.complete(session, [completion_of(lease)])
-        await queue.prune(session, [lease])
+        await retention.prune(session, [lease])
 
     assert await attempts_of(database, lease.generation_id) == []
     assert await read_all(database, select(Prompt.text)) == ["lofi rain"]

@@ -14,7 +14,7 @@ from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
 from dgx_music.storage import Database, Generation, close_db, create_generation, get_session, init_db
 from dgx_music.storage.connection import replica
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from tests.factories import MODEL
 from tests.postgres import OwnServer, _user_and_group
@@ -26,7 +26,7 @@ POSTGRES = "postgresql://postgres@127.0.0.1/music"
 
 
 class Primary(OwnServer):
-    """A server whose commits wait for its standby where they ask for it (``remote_apply``)."""
+    """A server whose commits wait for its standby if they ask for it (``remote_apply``)."""
 
     def _make_data_folder(self):
         super()._make_data_folder()
@@ -118,7 +118,7 @@ async def asks_the_replica(database):
     return await ask(database, IS_REPLICA)
 
 
-# who answers
+# which server answers
 
 
 async def test_a_session_that_may_lag_reads_the_replica_and_no_other_does(database):
@@ -246,7 +246,7 @@ async def test_a_replica_whose_connections_are_all_in_use_is_busy_but_not_left(u
 
 
 async def read_in_the_way(database, calls):
-    """Read at the replica, let the primary remove for good what is being read, and read on; note who answers."""
+    """Read at the replica, let the primary remove those rows, and read on; note which answers."""
 
     async def work(session):
         calls.append(await session.scalar(IS_REPLICA))

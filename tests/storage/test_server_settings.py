@@ -14,7 +14,7 @@ from sqlalchemy import text
 from dgx_music import enqueue
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import close_db, create_generation, init_db, search_generations
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from tests.factories import POSTGRES, on, read, start_one
 from tests.proxy import Proxy
@@ -40,7 +40,7 @@ SETTINGS = {
 
 @pytest.fixture
 def set_up(postgres, database_url):
-    """Set something for everybody who connects to this test's database."""
+    """Set something for all connections to this test's database."""
     name = sql.Identifier(database_url.rpartition("/")[2])
     change = sql.SQL("ALTER DATABASE {} SET {} = {}")
 

@@ -132,7 +132,7 @@ async def test_a_switch_to_wal_waits_until_nobody_else_is_in_the_file(tmp_path, 
 
 
 class BusyAtFirst:
-    """A connection and its cursor that answer as SQLite does where two switch a new file at the same moment."""
+    """A connection and its cursor that answer as SQLite does if two switch a new file at once."""
 
     def __init__(self, code):
         self.answers = [sqlite3.OperationalError("database is locked"), sqlite3.OperationalError("database is locked")]
@@ -442,7 +442,7 @@ def clauses_of(sql):
 
 
 def whole(clause):
-    """Return a constraint up to where its brackets are closed: the columns of later migrations stand behind it."""
+    """Return a constraint up to its closing bracket: columns of later migrations come after it."""
     depth = 0
     for at, character in enumerate(clause):
         depth += {"(": 1, ")": -1}.get(character, 0)

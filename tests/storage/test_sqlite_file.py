@@ -56,7 +56,7 @@ def back_up(path, to):
 
 
 def ids_in(path):
-    """Return the rows that somebody finds who opens the file only now, once it is found to be whole."""
+    """Check that the file is whole; return the rows that a new connection finds in it."""
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         return {row_id for (row_id,) in connection.execute("SELECT id FROM generations")}

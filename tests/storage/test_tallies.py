@@ -3,7 +3,6 @@
 import asyncio
 import random
 from contextlib import suppress
-from functools import partial
 
 import anyio
 import pytest
@@ -20,13 +19,15 @@ from dgx_music.storage import (
     delete_generation,
     get_database_stats,
     queue,
-    repository,
+    retention,
+    statistics,
     update_generation_status,
 )
 from dgx_music.storage.models import Generation, Prompt, Tally
 from dgx_music.storage.schema import FINISHED, GenerationStatus, now_plus
-from dgx_music.worker.leases import Leases
+from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, POSTGRES, add_generation, claim_up_to, completion_of, on, read_all
+from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.any_driver
@@ -110,17 +111,17 @@ class Walker:
             await delete_generation(session, generation_id)
 
     async def prune(self, session):
-        leases = await queue.find_prunable(
+        leases = await retention.find_prunable(
             session, status=self.rng.choice(FINISHED), older_than_seconds=0, limit=self.rng.randrange(5)
         )
-        await queue.prune(session, leases)
+        await retention.prune(session, leases)
 
     async def delete_prompt(self, session):
         if (prompt := await session.scalar(select(Prompt).limit(1))) is not None:
             await session.delete(prompt)
 
     async def compact(self, session):
-        await repository.compact_tallies(session)
+        await statistics.compact_tallies(session)
 
 
 STEPS = [name for name in vars(Walker) if not name.startswith("_") and name != "some"]
@@ -143,8 +144,8 @@ async def walk(database, rng, steps):
 @pytest.fixture
 def few(monkeypatch):
     """Sum up as soon as there are a few rows."""
-    monkeypatch.setattr(repository, "_TALLY_ROWS", 5)
-    monkeypatch.setattr(repository, "TALLY_CHUNK", 7)
+    monkeypatch.setattr(statistics, "_TALLY_ROWS", 5)
+    monkeypatch.setattr(statistics, "TALLY_CHUNK", 7)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -160,7 +161,7 @@ async def test_the_counts_are_true_after_walkers_at_once_beside_one_who_sums_up(
     running = [asyncio.create_task(each) for each in walks]
     summed = 0
     while not all(task.done() for task in running):
-        summed += await database.transact(repository.compact_tallies)
+        summed += await database.transact(statistics.compact_tallies)
     await asyncio.gather(*running)
 
     assert summed > 0
@@ -168,7 +169,7 @@ async def test_the_counts_are_true_after_walkers_at_once_beside_one_who_sums_up(
 
 
 async def walk_alone(database, seed):
-    """Walk where no other walker does what makes him wait: adding, claiming and ending."""
+    """Walk alone: to add, claim and end would make other walkers wait."""
     walker = Walker(random.Random(seed))
     for _ in range(12):
         for step in (walker.enqueue, walker.claim, walker.end, walker.add_finished, walker.prune):
@@ -180,7 +181,7 @@ async def tally_rows(database):
 
 
 async def add_tallies(database, count):
-    """Write as many tallies as so many completed generations would, of which there are none."""
+    """Write the tallies of this many completed generations, without the generations."""
     async with database.session() as session:
         session.add_all([Tally(name="completed", delta=1) for _ in range(count)])
 
@@ -189,7 +190,7 @@ async def test_tallies_are_summed_up_where_they_are_many(database):
     before = await tally_rows(database)
     await add_tallies(database, 500 - before)
 
-    assert await database.transact(repository.compact_tallies) == 500
+    assert await database.transact(statistics.compact_tallies) == 500
     assert await tally_rows(database) == 1 + (before > 0)
     async with database.session() as session:
         assert await count_generations(session, "completed") == 500 - before
@@ -200,7 +201,7 @@ async def test_two_who_sum_up_never_wait_for_each_other(database, few):
     await add_tallies(database, 20)
     with anyio.fail_after(PATIENCE):
         async with database.session() as first, database.session() as second:
-            summed = [await repository.compact_tallies(session) for session in (first, second)]
+            summed = [await statistics.compact_tallies(session) for session in (first, second)]
 
     assert summed == [7, 7]
     async with database.session() as session:
@@ -209,8 +210,7 @@ async def test_two_who_sum_up_never_wait_for_each_other(database, few):
 
 async def test_a_worker_sums_up_all_that_has_gathered(database, few):
     await add_tallies(database, 40)
-    describe = partial(dict, id="worker-1")
-    await Leases(database, MemoryArtifacts(), load_settings(), random.Random(1), describe)._tidy()
+    await Worker(database, FakeEngine(), MemoryArtifacts(), load_settings())._sweeping.tidy()
 
     assert await tally_rows(database) < 5
 
@@ -219,7 +219,7 @@ async def test_tallies_are_left_alone_where_they_are_few(database):
     before = await tally_rows(database)
     await add_tallies(database, 499 - before)
 
-    assert await database.transact(repository.compact_tallies) == 0
+    assert await database.transact(statistics.compact_tallies) == 0
     assert await tally_rows(database) == 499
 
 
@@ -293,7 +293,7 @@ async def test_a_compaction_that_finds_all_tallies_in_anothers_hands_changes_not
     async with database.session() as session:
         await session.execute(insert(Tally), [{"name": "failed", "delta": 1}] * 600)
     async with database.session() as other, database.session() as session:
-        assert await repository.compact_tallies(other) >= 600
-        assert await repository.compact_tallies(session) == 0
+        assert await statistics.compact_tallies(other) >= 600
+        assert await statistics.compact_tallies(session) == 0
     async with database.session(read_only=True) as session:
         assert (await get_database_stats(session))["failed_generations"] == 600

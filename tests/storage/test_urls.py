@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
 from dgx_music.storage.connection import urls
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.urls import is_pooled_by_transaction, normalise_url, server_address
 from dgx_music.storage.database import Database
 from tests.factories import POSTGRES
@@ -155,7 +155,7 @@ def test_a_pooler_is_said_to_us_and_not_to_the_server(said, is_pooled):
 
 @pytest.fixture(scope="module")
 def server():
-    """A server of this module alone, where the user ada needs a password, and everybody else none."""
+    """A server of this module alone: the user ada needs a password, all others none."""
     server = OwnServer.start()
     server.create_database("music")
     server.execute("CREATE USER ada")
@@ -242,7 +242,7 @@ async def test_of_several_hosts_one_that_is_dead_is_passed_over(server, driver):
 
 @pytest.fixture
 def silent():
-    """The address of somebody who takes connections and never says a word."""
+    """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as door:
         yield f"127.0.0.1:{door.getsockname()[1]}"
 
@@ -300,7 +300,7 @@ async def test_a_role_without_privileges_is_one_sentence(server, driver):
 
 @pytest.fixture
 async def ipv6_door():
-    """The port of somebody at ``::1`` who hangs up at once, and the event that tells that somebody came."""
+    """A port at ``::1`` that hangs up at once, and the event that it sets for a connection."""
     came = asyncio.Event()
 
     def hang_up(_reader, writer):

@@ -166,13 +166,13 @@ async def test_what_a_worker_has_in_hand_is_listed_with_it(database):
 async def test_the_longest_silent_of_the_others_is_the_one_heard_of_first(database):
     async with database.session() as session:
         await register(session)
-        assert await longest_silent(session, but="worker-1") is None
+        assert await longest_silent(session, other_than="worker-1") is None
         for worker_id, seconds in (("worker-2", 60), ("worker-3", 20)):
             await add_generation(session)
             await claim_one(session, worker_id=worker_id)
             await register(session, id=worker_id)
             await silence(session, worker_id, seconds)
-        since = await longest_silent(session, but="worker-1")
+        since = await longest_silent(session, other_than="worker-1")
 
     assert timedelta(seconds=50) < datetime.now(UTC) - since < timedelta(seconds=80)
 
@@ -182,7 +182,7 @@ async def test_a_silent_worker_that_holds_nothing_keeps_nobody_waiting(database)
         await register(session, id="killed")
         await silence(session, "killed", 600)
 
-        assert await longest_silent(session, but="worker-1") is None
+        assert await longest_silent(session, other_than="worker-1") is None
 
 
 async def test_workers_are_listed_oldest_first(database):
@@ -242,7 +242,7 @@ async def test_a_worker_that_has_ended_is_not_silent_however_long_ago(database):
         await end_worker(session, **WORKER | {"id": "ended"}, reason="it was stopped")
         await silence(session, "ended", 600)
 
-        assert await longest_silent(session, but="worker-1") is None
+        assert await longest_silent(session, other_than="worker-1") is None
         assert await count_free_workers(session, "musicgen-small") == 0
 
 

@@ -43,7 +43,7 @@ _told: set[tuple[Path, str]] = set()
 
 
 class LocalArtifacts:
-    """Audio in one folder of a file system, made on the first publication; a private one is for its owner alone."""
+    """Audio in one folder, made on the first publication; a private one is for its owner alone."""
 
     def __init__(self, root: Path, *, is_private: bool = True) -> None:
         self.root = root.absolute()
@@ -53,7 +53,10 @@ class LocalArtifacts:
         return str(self.root)
 
     async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
-        """See ``Artifacts.publish``; the path is absolute. A cancelled scope waits for the thread to end its write."""
+        """See ``Artifacts.publish``; the path is absolute.
+
+        A cancelled scope waits until the thread has written.
+        """
         target = self.root / file_name(generation_id, attempt, extension)
         return await to_thread.run_sync(self._publish, target, data)
 
@@ -73,7 +76,7 @@ class LocalArtifacts:
         return await to_thread.run_sync(Path(path).is_file)
 
     async def stream(self, path: str) -> AsyncIterator[bytes]:
-        """See ``Artifacts.stream``; a file that is deleted meanwhile is read to its end. A symlink is not followed."""
+        """See ``Artifacts.stream``; a file deleted meanwhile is read to its end."""
         check_held(self, path)
         try:
             async with wrap_file(await to_thread.run_sync(_open_regular, Path(path))) as file:
@@ -83,7 +86,7 @@ class LocalArtifacts:
             raise ArtifactError(f"{path} cannot be read: {_explain(error)}.") from error
 
     async def link(self, path: str, seconds: float) -> None:
-        """Return ``None``: a folder has no links that end, and who can read it needs only the path."""
+        """Return ``None``: a folder has no links that expire; its readers need the path only."""
         check_held(self, path)
 
     async def list_files(self) -> AsyncIterator[StoredFile]:
@@ -92,13 +95,14 @@ class LocalArtifacts:
             yield file
 
     async def find_problem(self) -> str | None:
-        """See ``Artifacts.find_problem``; writes a nameless file as a test, in the nearest folder that exists."""
+        """See ``Artifacts.find_problem``; writes a nameless file in the nearest folder."""
         return await to_thread.run_sync(self._find_problem)
 
     async def find_weakness(self) -> str | None:
-        """Return one sentence on what the folder's file system cannot do, or ``None``; audio can be stored all the same.
+        """Return one sentence on what the folder's file system cannot do, or ``None``.
 
-        It is tried out, in the nearest folder that exists, and leaves no trace. What ``find_problem`` tells is not looked at.
+        Audio can be stored all the same. This tries it in the nearest folder that exists, and
+        leaves no trace. It does not look for what ``find_problem`` reports.
         """
         return await to_thread.run_sync(self._find_weakness)
 
@@ -177,9 +181,10 @@ class LocalArtifacts:
             os.close(descriptor)
 
     def _move_into_place(self, part: Path, target: Path, data: bytes) -> None:
-        """Give the part file its name; one that is taken is left as it is, and fine where it holds the same data."""
+        """Give the part file its name; a name that is taken must hold the same data, and stays."""
         try:
-            if not give_name(part, target, is_private=self._is_private):  # what a crash leaves, ``delete`` removes
+            # ``delete`` removes what a crash leaves.
+            if not give_name(part, target, is_private=self._is_private):
                 self._tell(_NO_LINKS)
         except FileExistsError:
             with _open_regular(target) as file:
@@ -211,7 +216,7 @@ def _can_link(file: Path) -> bool:
 
 
 def _open_regular(file: Path) -> BufferedReader:
-    """Open a file to be read, and nothing else: no symlink, which leads elsewhere, and no pipe, which would wait."""
+    """Open a regular file for reading: a symlink may lead elsewhere, and a pipe blocks."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -233,7 +238,7 @@ def _remove(file: Path) -> bool:
 
 
 def _look_at(entry: os.DirEntry[str]) -> StoredFile | None:
-    """Return the file where it is one of ours; one that has gone meanwhile is not."""
+    """Return the file if it is one of ours; a file that has gone meanwhile is not."""
     named = parse_name(entry.name)
     if named is None or not entry.is_file(follow_symlinks=False):
         return None

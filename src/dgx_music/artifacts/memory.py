@@ -21,7 +21,7 @@ _SCHEME = "memory:"
 
 
 class MemoryArtifacts:
-    """Audio in a dictionary from file name to content; ``modified_at`` says when each was published."""
+    """Audio in a dictionary from file name to content, with the times of publication."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -63,7 +63,7 @@ class MemoryArtifacts:
         yield data
 
     async def link(self, path: str, seconds: float) -> None:
-        """Return ``None``: nobody else can read this memory."""
+        """Return ``None``: no other process can read this memory."""
         check_held(self, path)
 
     async def list_files(self) -> AsyncIterator[StoredFile]:

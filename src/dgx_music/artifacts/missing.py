@@ -1,4 +1,4 @@
-"""Files that rows speak of, and what became of them: deleted, moved, on a disk that is not mounted, or cut short."""
+"""What became of the files of rows: deleted, moved, cut short, or on a disk not mounted."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from dgx_music.errors import ArtifactError, ConfigurationError
 
 
 class FileState(NamedTuple):
-    """What is known of a row's file; ``None`` where that cannot be found out from here."""
+    """What is known of a row's file; ``None`` if that cannot be found out from here."""
 
     is_missing: bool | None
     is_damaged: bool | None = None
     damage: str = ""
-    """Half a sentence, such as "is 1,000 bytes and not 64,044"; empty where it is not damaged."""
+    """Half a sentence, such as "is 1,000 bytes and not 64,044"; empty if it is not damaged."""
 
 
 _UNKNOWN = FileState(None)
 
 
 def can_be_looked_for(path: str) -> bool:
-    """Return False for a path that only its creator can follow: it is relative to a folder that nobody has noted."""
+    """Return ``False`` for a path relative to a folder that is not known here."""
     return "://" in path or Path(path).is_absolute()
 
 
 async def look_at_file(path: str, size_bytes: int | None) -> FileState:
-    """Return what became of the file that a row names, which had so many bytes; an object's size is not asked for."""
+    """Return what became of a row's file of this size; does not ask for the size of an object."""
     if not can_be_looked_for(path):
         return _UNKNOWN
     if "://" not in path:
@@ -52,7 +52,7 @@ class FileInspection:
     async def look_at(self, files: Iterable[tuple[str, int | None]]) -> dict[str, FileState]:
         """Return what became of each file, given by path and size.
 
-        Raises what ``open_output`` raises, and ``ArtifactError``.
+        Raises ``ArtifactError``, and what ``open_output`` raises.
         """
         sizes = dict(files)
         remote: dict[str, list[str]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Audio in an object store (S3, Google Cloud Storage, Azure), through ``obstore``; imported only for such outputs."""
+"""Audio in an object store (S3, Google Cloud Storage, Azure); imported only for such outputs."""
 
 from __future__ import annotations
 
@@ -52,28 +52,31 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RETRY: RetryConfig = {"max_retries": 10, "retry_timeout": timedelta(minutes=1)}
-"""What the client does about 5xx replies, and about lost connections and timeouts of requests that only read."""
+"""How the client retries 5xx replies, and lost connections and timeouts of requests that only
+read."""
 PATIENCE_SECONDS = 60.0
-"""How long after the first failure one more round is begun of what publishes or deletes, whatever the rounds take."""
+"""How long after the first failure a publication or a deletion starts one more round."""
 
 _PROBE = "dgx-music-can-write-here"
 _WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Between those rounds; the last one again and again."""
+"""The waits between those rounds; the last one repeats."""
 _LOOK_SECONDS = 2.0
-"""The same patience for a look at the place before anything is done: somebody waits for the answer."""
+"""The same for a check of the place before the work begins: a user waits for the answer."""
 _LONGEST_REASON = 200
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 _SPACE = re.compile(r"\s")
 _BAD_SCHEME = "BadScheme"
-"""What the client's own words hold where it was not allowed plain HTTP."""
+"""Part of the client's message if plain HTTP was not allowed."""
 _CREDENTIAL_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
-"""Whom the client asks for credentials where the environment has none."""
+"""The hosts that the client asks for credentials if the environment has none."""
 
 
 class ObjectArtifacts:
-    """Audio under one prefix of one bucket; endpoint, region, credentials and timeouts come from the environment.
+    """Audio under one prefix of one bucket.
 
-    Trouble that may pass (5xx, timeouts, lost replies) is waited out for about a minute, then raised as ``ArtifactError``.
+    Endpoint, region, credentials and timeouts come from the environment. Failures that may pass
+    (5xx, timeouts, lost replies) are retried for about a minute, and then raised as
+    ``ArtifactError``.
     """
 
     def __init__(self, url: str) -> None:
@@ -85,14 +88,19 @@ class ObjectArtifacts:
             self._store = from_url(url, config=config, retry_config=RETRY)
         except BaseError as error:
             raise ConfigurationError(
-                f"{PREFIX}OUTPUT", f"is {url}, which cannot be opened ({_explain(error)})", "check its variables"
+                f"{PREFIX}OUTPUT",
+                f"is {url}, which cannot be opened ({_explain(error)})",
+                "check its variables",
             ) from error
 
     def __str__(self) -> str:
         return self.url
 
     async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
-        """See ``Artifacts.publish``; the path is the object's URL. What was cancelled may still arrive, as an orphan."""
+        """See ``Artifacts.publish``; the path is a URL.
+
+        A cancelled write may still arrive, as an orphan.
+        """
         name = file_name(generation_id, attempt, extension)
         with self._explained("Audio cannot be stored in"):
             await _settle(lambda: self._create(name, data))
@@ -119,7 +127,7 @@ class ObjectArtifacts:
             return True
 
     async def stream(self, path: str) -> AsyncIterator[bytes]:
-        """See ``Artifacts.stream``; every chunk is a request of its own, so that a slow reader meets no timeout."""
+        """See ``Artifacts.stream``; each chunk is one request: a slow reader meets no timeout."""
         check_held(self, path)
         name = self._name_of(path)
         with self._explained(f"{name} cannot be read from"):
@@ -139,7 +147,7 @@ class ObjectArtifacts:
             return await _call(obstore.sign, store, "GET", self._name_of(path), timedelta(seconds=seconds))
 
     async def list_files(self) -> AsyncIterator[StoredFile]:
-        """See ``Artifacts.list_files``; what is deeper than the prefix itself is passed over."""
+        """See ``Artifacts.list_files``; objects below a further prefix are left out."""
         with self._explained("There is no listing of"):
             pages = obstore.list(self._store, chunk_size=1_000)
             while page := await _call(next, pages, None):
@@ -149,7 +157,7 @@ class ObjectArtifacts:
                         yield StoredFile(*named, path, entry["size"], entry["last_modified"])
 
     async def find_problem(self) -> str | None:
-        """See ``Artifacts.find_problem``; writes and deletes an object, always the same."""
+        """See ``Artifacts.find_problem``; writes and deletes an object, always the same one."""
         try:
             with self._explained("Audio cannot be stored in"):
                 # To ask for what is not there takes a right of its own: to list.
@@ -161,12 +169,12 @@ class ObjectArtifacts:
         return None
 
     async def _create(self, name: str, data: bytes) -> None:
-        """Put the object where there is none; one that is there is fine where it holds the same data."""
+        """Create the object; one that exists is fine if it holds the same data."""
         try:
             await _call(obstore.put, self._store, name, data, mode="create", use_multipart=False)
         except AlreadyExistsError as error:
             held = await self._read(name)
-            if held is None:  # somebody else's write, or a delete, was under way
+            if held is None:  # another write, or a delete, is under way
                 raise GenericError(str(error)) from error
             if held != data:
                 raise name_is_taken(name) from None
@@ -178,7 +186,7 @@ class ObjectArtifacts:
             return None
 
     async def _remove(self, name: str, patience: float | None = None) -> bool:
-        """Delete the object and return whether it was there: a store does not say so itself."""
+        """Delete the object and return whether it was there: the store itself does not say so."""
         try:
             await _settle(lambda: _call(obstore.head, self._store, name), patience)
             await _settle(lambda: _call(obstore.delete, self._store, name), patience)
@@ -198,18 +206,19 @@ class ObjectArtifacts:
 
 
 async def _call(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-    """Return what the client says, asked in a thread of ours; a cancelled scope does not wait for it.
+    """Return the client's answer, asked in a thread; a cancelled scope does not wait for it.
 
-    Its coroutines are not for us: at the interpreter's end, a thread that is late to deliver their result aborts the process.
+    The client's own coroutines are not used: at the end of the interpreter, a thread that delivers
+    their result late aborts the process.
     """
     return await to_thread.run_sync(partial(function, *args, **options), abandon_on_cancel=True)
 
 
 async def _settle(work: Callable[[], Awaitable[T]], patience: float | None = None) -> T:
-    """Return what the work does once its outcome is known, tried again while patience (``PATIENCE_SECONDS``) lasts.
+    """Return the result of the work, retried for ``patience`` seconds (``PATIENCE_SECONDS``).
 
-    The client itself gives up a refused connection within seconds, and never repeats a write that may have been carried
-    out; each of our writes comes to the same when it is repeated.
+    The client itself gives up a refused connection within seconds, and never repeats a write that
+    may have been done; each of our writes may be repeated.
     """
     give_up_at: float | None = None
     for wait in chain(_WAITS_SECONDS, repeat(_WAITS_SECONDS[-1])):
@@ -228,10 +237,11 @@ async def _settle(work: Callable[[], Awaitable[T]], patience: float | None = Non
 
 
 def _check_endpoints() -> None:
-    """Raise unless each is a URL: the client would panic at its first request, in a way that is no ``Exception``."""
+    """Raise unless each is a URL: if not, the client panics, and that is no ``Exception``."""
     for name in _ENDPOINTS:
         if name in os.environ and not _is_endpoint(os.environ[name]):
-            raise ConfigurationError(name, "is not the URL of a store", "use something like https://host:9000")
+            remedy = "use something like https://host:9000"
+            raise ConfigurationError(name, "is not the URL of a store", remedy)
 
 
 def _is_endpoint(text: str) -> bool:
@@ -245,7 +255,7 @@ def _is_endpoint(text: str) -> bool:
 
 
 def _explain(error: Exception) -> str:
-    """Return the reason in a few words: the client's own text goes on for pages."""
+    """Return the reason in a few words: the client's own text is pages long."""
     text = str(error)
     if any(host in text for host in _CREDENTIAL_HOSTS):
         return "the environment has no credentials for it"

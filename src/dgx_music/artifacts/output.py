@@ -1,4 +1,4 @@
-"""Which place for audio a setting, or a row's path, means."""
+"""The place for audio that a setting, or a row's path, names."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from dgx_music.errors import ConfigurationError
 
 
 def open_output(output: str | Path, *, is_private: bool = True) -> Artifacts:
-    """Return the place that ``DGX_MUSIC_OUTPUT`` names: a folder, or a bucket and a prefix in an object store.
+    """Return the place for audio that ``output`` names, as ``DGX_MUSIC_OUTPUT`` does.
 
-    What is made in a folder is for its owner alone where it ``is_private``. Nothing is looked at yet: see
-    ``Artifacts.find_problem``. Raises ``ConfigurationError`` for a URL that names no such place, and where the package for
-    object stores is not installed.
+    That is a folder, or a bucket and a prefix in an object store. A new folder is for its owner
+    alone if ``is_private``. This does not look at the place yet: see ``Artifacts.find_problem``.
+    Raises ``ConfigurationError`` for any other URL, and if the package for object stores is not
+    installed.
     """
     place = parse_output(output)
     if isinstance(place, Path):
         return LocalArtifacts(place, is_private=is_private)
     if find_spec("obstore") is None:
         raise ConfigurationError(
-            f"{PREFIX}OUTPUT", f"is {place}, for which obstore is not installed", "run pip install 'dgx-music[s3]'"
+            f"{PREFIX}OUTPUT",
+            f"is {place}, for which obstore is not installed",
+            "run pip install 'dgx-music[s3]'",
         )
     from dgx_music.artifacts.objects import ObjectArtifacts
 
@@ -31,7 +34,7 @@ def open_output(output: str | Path, *, is_private: bool = True) -> Artifacts:
 
 
 def open_place_of(path: str) -> Artifacts:
-    """Return the place that a file is in, by the path in its row; raises what ``open_output`` raises."""
+    """Return the place of a file, by the path in its row; raises what ``open_output`` raises."""
     if "://" in path:
         return open_output(path.rpartition("/")[0])
     return LocalArtifacts(Path(path).absolute().parent)

@@ -1,1 +1,1 @@
-"""Audio as arrays and as files: what it is read from and written to. Knows nothing of queues or models."""
+"""Audio as arrays and as files: samples, encoding, clips. Knows nothing of queues or models."""

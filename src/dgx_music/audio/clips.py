@@ -1,6 +1,7 @@
-"""Audio given with a request: from a file of any usual kind to a clip as it is stored, and back to samples.
+"""Audio given with a request: from a file of a usual format to a stored clip, and back to samples.
 
-A clip is FLAC of 16 bits, at the model's sample rate and of its channels. Synchronous: call it in a thread.
+A clip is FLAC of 16 bits, at the sample rate and with the channels of the model. The functions are
+synchronous: call them in a thread.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from dgx_music import validation
 from dgx_music.audio.containers import READABLE, DamagedError, open_source
 from dgx_music.audio.containers import Source as Container
 from dgx_music.audio.containers.decoder import Stream, decode_quietly, open_stream
-from dgx_music.audio.files import cancels_out, encode, match_channels, resample
+from dgx_music.audio.conversion import cancels_out, match_channels, resample
+from dgx_music.audio.files import encode
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError
+from dgx_music.validation import CLIP_FIELDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,34 +48,38 @@ _FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG"}  # libsndfile's names
 _MAX_CHANNELS = 8
 _SCALE = 32_768  # what libsndfile divides 16 bits by, so that a file of 16 bits stays what it is
 _COUNTED_SECONDS = 600
-"""How far a clip that is too long is decoded, to say how long it is."""
+"""How far a clip that is too long is decoded, to tell its length."""
 _PATIENCE_SECONDS = 60.0
 _TOLD_SECONDS = 0.1
-"""A header that is wrong by less is not worth a word."""
+"""A header that is wrong by less is not worth a warning."""
 _LOUDEST = 2.0
-"""+6 dBFS: what is above that is not just a little too loud."""
+"""+6 dBFS: audio above this is not just a little too loud."""
 _MEANT_PEAK = 100.0
-"""No music is mixed 40 dB too loud: those are integers, or were."""
+"""No music is mixed 40 dB too loud: such samples are integers, or were."""
 _INTEGER_SCALES = (2**7, 2**15, 2**23, 2**31)
 _STRAY_SHARE = 0.999
 _QUIETEST = 1e-4
-"""-80 dBFS: no recording is as quiet; its samples were divided once too often."""
+"""-80 dBFS: no recording is so quiet; its samples were divided once too often."""
 _MIN_RATE, _MAX_RATE = 8_000, 192_000
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip as it is stored: ``sha256`` is of its samples, since the bytes of a FLAC file tell who encoded it."""
+    """A clip as it is stored.
+
+    ``sha256`` is of its samples: the bytes of a FLAC file depend on the encoder.
+    """
 
     sha256: str
     data: bytes
     duration_seconds: float
     source_sha256: str
-    """Of the file that was given: what a repeated request repeats, however it is decoded."""
+    """Of the file that was given: a repeated request has the same one, whatever the decoder
+    does."""
 
 
 class Reader:
-    """Reads the clips of requests, each distinct source once for a model's shape, and keeps what it made."""
+    """Reads the clips of requests, each source once for each form that a model needs."""
 
     def __init__(self) -> None:
         self.data: dict[str, tuple[bytes, float]] = {}
@@ -82,8 +89,8 @@ class Reader:
         self._bytes = 0
 
     def read(self, sources: Mapping[str, Source], model: ModelInfo, duration: float) -> dict[str, Clip]:
-        """Return the clips of one request, by the names of its fields; raises ``InvalidRequestError``."""
-        clips = {name: self._read(name, sources[name], model) for name in validation.CLIP_FIELDS if name in sources}
+        """Return the clips of one request by field name; raises ``InvalidRequestError``."""
+        clips = {name: self._read(name, sources[name], model) for name in CLIP_FIELDS if name in sources}
         if "continuation" in clips:
             validation.check_continuation(clips["continuation"].duration_seconds, duration)
         if self._bytes > MAX_BATCH_BYTES:
@@ -99,14 +106,17 @@ class Reader:
         return self._by_source[key]
 
     def _keep(self, clip: Clip) -> Clip:
-        """Return the clip with the content that is there already, where it is the same music."""
+        """Return the clip; if the same music is here already, with the content that is here."""
         if clip.sha256 not in self.data:
             self.data[clip.sha256] = clip.data, clip.duration_seconds
             self._bytes += len(clip.data)
         return replace(clip, data=self.data[clip.sha256][0])
 
     def _identify(self, name: str, source: Source) -> object:
-        """Return what tells this source from others: its path, else a hash, made once for one that comes again and again."""
+        """Return what identifies this source: its path, or a hash of its bytes.
+
+        A source that comes again and again is hashed once.
+        """
         validation.check_clip_source(name, source)
         if not isinstance(source, bytes | bytearray | memoryview):
             return _path(name, source)
@@ -116,7 +126,10 @@ class Reader:
 
 
 def load(name: str, data: bytes, sha256: str) -> Audio:
-    """Return the samples of a stored clip; raises ``GenerationRejectedError`` where they are not those that were stored."""
+    """Return the samples of a stored clip.
+
+    Raises ``GenerationRejectedError`` if they are not the samples that were stored.
+    """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             pcm, sample_rate = file.read(dtype="int16", always_2d=True).T, file.samplerate
@@ -130,15 +143,18 @@ def load(name: str, data: bytes, sha256: str) -> Audio:
 
 
 def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> Clip:
-    """Return the clip of a file's content; ``channels`` of ``None`` keeps them, two at most.
+    """Return the clip of a file's content; ``channels`` of ``None`` keeps the channels, 2 at most.
 
-    What was mended on the way, or is not as its header says, is logged as a warning.
+    Logs a warning about each repair, and if the header was wrong.
     """
     audio = _decode(name, content)
     samples = _mend_scale(name, audio.samples)
     channels = channels or min(2, len(samples))
     if len(samples) > channels and cancels_out(samples, audio.sample_rate):
-        _tell(name, "channels of opposite phase would cancel each other; the loudest of them is used alone")
+        _tell(
+            name,
+            "channels of opposite phase would cancel each other; the loudest of them is used alone",
+        )
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
     validation.check_clip(name, samples.shape[1] / sample_rate)
@@ -146,7 +162,10 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
     _tell_silence(name, audio.samples)
     source_sha256 = hashlib.sha256(content).hexdigest()
     return Clip(
-        _fingerprint(pcm, sample_rate), encode(pcm, sample_rate, "flac"), pcm.shape[1] / sample_rate, source_sha256
+        _fingerprint(pcm, sample_rate),
+        encode(pcm, sample_rate, "flac"),
+        pcm.shape[1] / sample_rate,
+        source_sha256,
     )
 
 
@@ -166,12 +185,13 @@ def _decode(name: str, content: bytes) -> Audio:
 
 
 def _read(name: str, container: Container, longest: float) -> Audio:
-    """Return the audio to its true end, whatever its header says, or a melody to where it is cut."""
+    """Return the audio to its true end, whatever the header says; a melody only up to its limit."""
     kept: list[Audio] = []
     count, give_up_at = 0, time.monotonic() + _PATIENCE_SECONDS
     for block in _blocks_of(name, container):
         if kept and _form_of(block) != _form_of(kept[0]):
-            raise InvalidRequestError(name, "changes its sample rate or channels on the way", "use another clip")
+            problem = "changes its sample rate or channels on the way"
+            raise InvalidRequestError(name, problem, "use another clip")
         if count < WINDOW_SECONDS * block.sample_rate:
             kept.append(block)
         count += block.samples.shape[1]
@@ -203,14 +223,17 @@ def _blocks_of(name: str, container: Container) -> Iterator[Audio]:
 
 
 def _check_whole(audio: Audio, seconds: float | None) -> None:
-    """Raise where a decoder has left out frames that it did not like."""
+    """Raise if the decoder has left out damaged frames."""
     if seconds is not None and audio.samples.shape[1] / audio.sample_rate < seconds - _TOLD_SECONDS:
         raise DamagedError("is damaged")
 
 
 def _compare(name: str, promised: float | None, seconds: float) -> None:
     if promised is not None and abs(promised - seconds) > _TOLD_SECONDS:
-        _tell(name, f"its header says {promised:,.4g} s, but it holds {seconds:,.4g} s of audio, all of which is used")
+        _tell(
+            name,
+            f"its header says {promised:,.4g} s, but it holds {seconds:,.4g} s of audio, all of which is used",
+        )
 
 
 def _too_long(name: str, seconds: float) -> InvalidRequestError:
@@ -224,29 +247,39 @@ def _form_of(audio: Audio) -> tuple[int, int]:
 
 
 def _mend_scale(name: str, samples: Samples) -> Samples:
-    """Return the samples at the scale they were meant to have; a little too loud stays as it is."""
+    """Return the samples at the scale they were meant to have; a little too loud is left alone."""
     peak = float(np.abs(samples).max())
     if peak <= _LOUDEST:
         return samples
     usual = float(np.quantile(np.abs(samples), _STRAY_SHARE))
     if peak > _LOUDEST * _INTEGER_SCALES[-1] or peak > _MEANT_PEAK * max(usual, 1.0):
-        raise InvalidRequestError(name, f"holds samples of {peak:.3g}, where 1 is full scale", "use another clip")
+        problem = f"holds samples of {peak:.3g}, where 1 is full scale"
+        raise InvalidRequestError(name, problem, "use another clip")
     if peak > _MEANT_PEAK or _are_integers(samples):
         scale = next(scale for scale in _INTEGER_SCALES if peak <= _LOUDEST * scale)
-        _tell(name, f"its samples reach {peak:,.0f}, where 1 is full scale; they are divided by {scale:,}")
+        _tell(
+            name,
+            f"its samples reach {peak:,.0f}, where 1 is full scale; they are divided by {scale:,}",
+        )
         return samples / np.float32(scale)
-    _tell(name, f"it is {20 * math.log10(peak):.0f} dB louder than full scale; it is turned down by that")
+    _tell(
+        name,
+        f"it is {20 * math.log10(peak):.0f} dB louder than full scale; it is turned down by that",
+    )
     return samples / np.float32(peak)
 
 
 def _tell_silence(name: str, samples: Samples) -> None:
-    """Say so where there is nothing to hear, and whether nothing is there or it is only too quiet."""
+    """Warn if the clip is silent, and say whether it is empty or only too quiet."""
     loudest = float(np.ptp(samples, axis=1).max()) / 2
     if loudest == 0:
         _tell(name, "it holds no sound, only silence or a constant level")
     elif loudest < _QUIETEST:
         below = -20 * math.log10(loudest)
-        _tell(name, f"its sound is {below:.0f} dB below full scale, as good as silence; is its scale right?")
+        _tell(
+            name,
+            f"its sound is {below:.0f} dB below full scale, as good as silence; is its scale right?",
+        )
 
 
 def _are_integers(samples: Samples) -> bool:
@@ -254,12 +287,12 @@ def _are_integers(samples: Samples) -> bool:
 
 
 def _tell(name: str, what: str) -> None:
-    """Say what was done about a clip that is not what it seems; on the command line, a line on stderr."""
+    """Log a warning about a clip that is not what it seems; the command line shows it on stderr."""
     logger.warning("%s: %s", name, what)
 
 
 def _check_form(name: str, file: Stream) -> None:
-    """Refuse before it is read what would take more memory than any music needs."""
+    """Refuse a file, before it is read, that would take more memory than any music needs."""
     if file.format not in _FORMATS:
         raise InvalidRequestError(name, f"is audio of the format {file.format}", READABLE)
     if not _MIN_RATE <= file.samplerate <= _MAX_RATE:
@@ -284,7 +317,8 @@ def _content(name: str, source: Source) -> bytes:
         if isinstance(error, InvalidRequestError):
             raise
         why = (getattr(error, "strerror", None) or str(error)).lower()
-        raise InvalidRequestError(name, f"{path!r} cannot be read ({why})", "name an audio file") from None
+        problem = f"{path!r} cannot be read ({why})"
+        raise InvalidRequestError(name, problem, "name an audio file") from None
 
 
 def _path(name: str, source: os.PathLike[str]) -> str:
@@ -298,11 +332,12 @@ def _check_size(what: str, size: int) -> None:
 
 
 def _channels_of(model: ModelInfo) -> int | None:
-    return None if model.hears_melody is None else model.channels  # a local folder's are not known here
+    """Return the model's channels; ``None`` for a local folder, whose channels are not known here."""
+    return None if model.hears_melody is None else model.channels
 
 
 def _fingerprint(pcm: NDArray[np.int16], sample_rate: int) -> str:
-    """Return the SHA-256 of samples of 16 bits ``[channel, frame]``, with their rate and number of channels."""
+    """Return the SHA-256 of 16-bit samples ``[channel, frame]``, their rate and channel count."""
     digest = hashlib.sha256(f"{sample_rate} Hz, {len(pcm)} channels\n".encode())
     digest.update(pcm.T.astype("<i2").tobytes())
     return digest.hexdigest()

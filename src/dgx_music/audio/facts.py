@@ -1,4 +1,4 @@
-"""What a page or a table wants to know of finished audio, as it is stored with its row."""
+"""What an application shows of finished audio, as it is stored with its row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AudioFacts:
 
     @classmethod
     def read(cls, stored: object) -> AudioFacts | None:
-        """Return the facts that ``to_dict`` gave, or ``None`` if these are others; more than these may be stored."""
+        """Return the facts from what ``to_dict`` gave, or ``None`` if one of them is missing."""
         names = [each.name for each in fields(cls)]
         if not isinstance(stored, Mapping) or not stored.keys() >= {*names}:
             return None

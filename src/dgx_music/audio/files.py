@@ -1,7 +1,7 @@
-"""From an engine's samples to the bytes of a file, and what a page or a table wants to know of them.
+"""From an engine's samples to the bytes of a file, and the facts of the audio.
 
-Synchronous, without state: call ``finish`` in a thread. Samples are float32 ``[channel, frame]``, and 0 dBFS is an
-amplitude of 1, everywhere.
+Synchronous, without state: call ``finish`` in a thread. Samples are float32 ``[channel, frame]``; 0
+dBFS is an amplitude of 1.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
-import soxr
 
+from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.config import AudioFormat, Loudness
@@ -35,25 +35,33 @@ MP3_SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_10
 _ENCODINGS: dict[AudioFormat, dict[str, Any]] = {
     "wav": {"format": "WAV", "subtype": "PCM_16"},
     "flac": {"format": "FLAC", "subtype": "PCM_16"},
-    "mp3": {"format": "MP3", "subtype": "MPEG_LAYER_III", "bitrate_mode": "VARIABLE", "compression_level": 0.0},
+    "mp3": {
+        "format": "MP3",
+        "subtype": "MPEG_LAYER_III",
+        "bitrate_mode": "VARIABLE",
+        "compression_level": 0.0,
+    },
     "ogg": {"format": "OGG", "subtype": "VORBIS"},
-}  # MP3: LAME's best variable rate; at libsndfile's default a chord comes back 16 dB further from what went in
-_BLOCK_FRAMES = 65_536  # libsndfile overflows the stack on a long OGG file that is written in one call
+}
+"""For MP3 LAME's best variable rate: libsndfile's default distorts a chord by 16 dB more."""
+_BLOCK_FRAMES = 65_536
+"""libsndfile overflows the stack on a long OGG file that is written in one call."""
 _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overflows on much more
-_SILENCE_PEAK = 10 ** (-70 / 20)  # BS.1770 hears nothing below -70 LUFS; noise down there is not made music by gain
+_SILENCE_PEAK = 10 ** (-70 / 20)
+"""BS.1770 counts nothing below -70 LUFS, and gain does not turn such noise into music."""
 _SHORTEST_MEASURED_SECONDS = 0.4  # one gating block of BS.1770
-_LOST_SHARE = 0.25
-_LOST_MUSIC = 0.1
 _METER_BYTES = 192 * 2**20
 _BLAS_THREAD_BYTES = 64 * 2**20
-"""Address space that pyloudnorm's import takes, with some to spare: measured as 107 MiB and 40 MiB for each thread."""
+"""Address space that the import of pyloudnorm takes, with a margin: 107 MiB were measured, and 40
+MiB for each thread."""
 _MOST_BLAS_THREADS = 64
-_METER_LOCK = threading.Lock()  # pyloudnorm uses warnings.catch_warnings, which threads corrupt for each other
+_METER_LOCK = threading.Lock()
+"""pyloudnorm uses ``warnings.catch_warnings``, which is not safe in threads."""
 
 
 @dataclass(frozen=True)
 class FinishedAudio:
-    """A file's content, its extension without the dot, and ``facts`` about what it holds (plain JSON)."""
+    """A file's content, its extension without the dot, and its ``facts`` (plain JSON)."""
 
     data: bytes
     extension: str
@@ -63,11 +71,12 @@ class FinishedAudio:
 def finish(
     audio: Audio, *, sample_rate: int, channels: int, audio_format: AudioFormat, loudness: Loudness
 ) -> FinishedAudio:
-    """Return the audio as a file of 1 or 2 ``channels`` at ``sample_rate`` Hz, 16 bits where the format is lossless.
+    """Return the audio as a file of 1 or 2 ``channels`` at ``sample_rate`` Hz.
 
-    A lossless file has exactly the audio's frames, or ``round(frames * sample_rate / audio.sample_rate)`` of them. The
-    facts describe the samples that were encoded. Raises ``EngineError`` where the audio is empty or not finite, and
-    ``GenerationRejectedError`` where the format cannot hold the sample rate.
+    A lossless file has 16 bits, and exactly the frames of the audio, or ``round(frames *
+    sample_rate / audio.sample_rate)`` of them. The facts describe the samples that were encoded.
+    Raises ``EngineError`` if the audio is empty or not finite, and ``GenerationRejectedError`` if
+    the format cannot hold the sample rate.
     """
     check_format(audio_format, sample_rate)
     samples = _check_samples(audio.samples)
@@ -80,7 +89,10 @@ def finish(
 
 
 def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
-    """Raise ``GenerationRejectedError`` where the format cannot hold the sample rate; ask before inference."""
+    """Raise ``GenerationRejectedError`` if the format cannot hold the sample rate.
+
+    Ask before inference.
+    """
     if audio_format == "mp3" and sample_rate not in MP3_SAMPLE_RATES:
         known = ", ".join(f"{rate:,}" for rate in MP3_SAMPLE_RATES)
         raise GenerationRejectedError(
@@ -104,54 +116,11 @@ def _check_samples(samples: Samples) -> Samples:
     return np.clip(samples, -_CEILING, _CEILING)
 
 
-def match_channels(samples: Samples, channels: int, sample_rate: int) -> Samples:
-    """Return the samples as so many channels: their average, repeated, where there are more or fewer.
-
-    Channels that cancel each other are not averaged: the loudest stands for them.
-    """
-    if samples.shape[0] == channels:
-        return samples
-    return np.repeat(_mix(samples, sample_rate), channels, axis=0)
-
-
-def _mix(samples: Samples, sample_rate: int) -> Samples:
-    if cancels_out(samples, sample_rate):
-        loudest = int(np.square(samples).mean(axis=1).argmax())
-        return samples[loudest : loudest + 1]
-    average: Samples = samples.mean(axis=0, keepdims=True)
-    return average
-
-
-def cancels_out(samples: Samples, sample_rate: int) -> bool:
-    """Return whether the average of the channels would lose a tenth or more of the music, since they are of opposite phase.
-
-    Channels that have nothing in common leave a share of 1 / channels of their mean power, which is no loss; a second is
-    lost where less than a quarter of that is left.
-    """
-    if len(samples) == 1:
-        return False
-    starts = np.arange(0, samples.shape[1], sample_rate)
-    seconds = [samples[:, start : start + sample_rate].astype(np.float64) for start in starts]
-    powers = np.array([np.square(second).sum() for second in seconds])
-    mixed = np.array([np.square(second.sum(axis=0)).sum() for second in seconds])
-    lost = powers[mixed < _LOST_SHARE * powers].sum()
-    return bool(lost > _LOST_MUSIC * powers.sum())
-
-
-def resample(samples: Samples, from_rate: int, to_rate: int) -> Samples:
-    """Return the samples at another rate in Hz, ``round(frames * to_rate / from_rate)`` frames of them, at least one."""
-    if from_rate == to_rate:
-        return samples
-    frames = max(1, round(samples.shape[1] * to_rate / from_rate))
-    resampled = soxr.resample(samples.T, from_rate, to_rate).T[:, :frames]  # soxr's length is off by one now and then
-    return np.pad(resampled, ((0, 0), (0, frames - resampled.shape[1])))
-
-
 def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[Samples, float | None]:
     """Return the samples at the level asked for, within ±1, and their loudness in LUFS.
 
-    ``lufs`` starts from the peak limit and only ever turns down, so it can neither clip nor pass the limit; a clip too
-    short to be measured stays at the limit.
+    ``lufs`` starts from the peak limit and only ever turns down, so it can neither clip nor pass
+    the limit. A clip that is too short to be measured stays at the limit.
     """
     if loudness == "none":
         clipped = np.clip(samples, -1, 1)
@@ -167,7 +136,7 @@ def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[
 
 
 def _measure_lufs(samples: Samples, sample_rate: int) -> float | None:
-    """Return the integrated loudness by ITU-R BS.1770-4; ``None`` on silence and on clips shorter than its block."""
+    """Return the loudness by ITU-R BS.1770-4; ``None`` for silence, and if it is too short."""
     if samples.shape[1] < _SHORTEST_MEASURED_SECONDS * sample_rate:
         return None
     meter = _import_meter()
@@ -179,14 +148,16 @@ def _measure_lufs(samples: Samples, sample_rate: int) -> float | None:
 def _import_meter() -> Any:
     """Return pyloudnorm; raises ``ArtifactError`` if there is no memory to import it.
 
-    Scipy's OpenBLAS asks again and again, for ever, for memory that it does not get, and nothing can interrupt that. So the
-    room that it takes is looked for first.
+    Without enough memory, scipy's OpenBLAS asks for it in an endless loop that nothing can
+    interrupt. So this checks first that there is enough.
     """
     if "pyloudnorm" not in sys.modules:
         threads = min(os.cpu_count() or 1, _MOST_BLAS_THREADS)
         try:
             mmap.mmap(
-                -1, _METER_BYTES + threads * _BLAS_THREAD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                -1,
+                _METER_BYTES + threads * _BLAS_THREAD_BYTES,
+                flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
             ).close()
         except OSError:
             raise ArtifactError("There is no memory for the loudness meter; raise the limit (`ulimit -v`).") from None
@@ -223,6 +194,7 @@ def _peaks(envelope: Samples, points: int) -> list[float]:
     """Return the peak of each of at most ``points`` equal parts, rounded to 4 decimals."""
     points = min(points, len(envelope))
     starts = np.arange(points) * len(envelope) // points
-    peaks = np.maximum.reduceat(envelope, starts).astype(np.float64)  # float32 would print 0.1 as 0.10000000149
+    # As float64: 0.1 of float32 would print as 0.10000000149.
+    peaks = np.maximum.reduceat(envelope, starts).astype(np.float64)
     rounded: list[float] = np.round(peaks, 4).tolist()
     return rounded

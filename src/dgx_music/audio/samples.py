@@ -16,12 +16,13 @@ Samples: TypeAlias = "NDArray[np.float32]"
 
 @dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class Audio:
-    """What an engine made, or is given: ``samples`` float32 ``[channel, frame]``, nominally within ±1, at ``sample_rate`` Hz."""
+    """Audio in memory: float32 ``[channel, frame]``, nominally within ±1, at a rate in Hz."""
 
     samples: Samples
     sample_rate: int
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What a user should know of how it was made (``seed``, ``device_seconds``, ``is_untrained``); plain JSON."""
+    """How it was made (``seed``, ``device_seconds``, ``is_untrained``), for the user; plain
+    JSON."""
 
     @property
     def duration(self) -> float:

@@ -30,7 +30,7 @@ from dgx_music.inference.musicgen import inventory
 from dgx_music.storage import Database
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.connection.sqlite import warn_of_old_sqlite
-from dgx_music.storage.files import find_completed_files
+from dgx_music.storage.retention import find_completed_files
 from dgx_music.storage.trial import check_writable, find_folder_problem
 
 PACKAGES = (

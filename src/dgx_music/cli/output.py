@@ -156,7 +156,7 @@ def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
     """Return the waveform's peaks (0 to 1) as one line of at most ``width`` blocks."""
     width = min(width, len(waveform))
     starts = [part * len(waveform) // width for part in range(width)]
-    peaks = [max(waveform[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    peaks = [max(waveform[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=False)]
     return "".join(_BARS[min(int(peak * len(_BARS)), len(_BARS) - 1)] for peak in peaks)
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio.to_thread
 from typing_extensions import Unpack
 
-from dgx_music.client.requests import Batch, Plan, RequestOptions, plan, plan_numbered, read_clips, takes_options
+from dgx_music.client.requests import (
+    Batch,
+    Plan,
+    RequestOptions,
+    plan,
+    plan_numbered,
+    read_clips,
+    takes_options,
+)
 from dgx_music.client.transactions import transact
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
@@ -23,12 +31,20 @@ if TYPE_CHECKING:
 
 
 @takes_options
-async def enqueue(prompt: str, *, session: AsyncSession | None = None, **options: Unpack[RequestOptions]) -> Generation:
-    """Add one generation to the queue and return its row. An empty prompt asks for unconditional music.
+async def enqueue(
+    prompt: str,
+    *,
+    session: AsyncSession | None = None,
+    **options: Unpack[RequestOptions],
+) -> Generation:
+    """Add one generation to the queue and return its row.
 
-    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` if the key
-    belongs to a different request. With the caller's ``session`` the row is part of the caller's
-    transaction: workers see it after the commit, and it is gone after a rollback.
+    An empty prompt asks for unconditional music. With the caller's ``session`` the row is part of
+    the caller's transaction: workers see it after the commit, and it is gone after a rollback.
+    Without one it is committed at once.
+
+    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` if
+    the key belongs to a different request.
     """
     batch = await _read_clips([plan(prompt, cast("Mapping[str, Any]", options))])
     return (await store(batch, session=session))[0]
@@ -41,14 +57,15 @@ async def enqueue_many(
     session: AsyncSession | None = None,
     **defaults: Unpack[RequestOptions],
 ) -> list[Generation]:
-    """Add many generations in one transaction, all or none, and return their rows in the same order.
+    """Add many generations in one transaction, all or none; return their rows in the same order.
 
     Each request is a prompt, or a mapping with ``prompt`` and any of the options below. The options
-    given as keywords apply to each request that does not have its own. An ``InvalidRequestError`` names
-    the request by its place, from 1.
+    given as keywords apply to each request that does not have its own. An ``InvalidRequestError``
+    names the request by its place, from 1.
     """
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
-        raise InvalidRequestError("requests", "are not a list", "send a list of prompts, or call enqueue for one")
+        remedy = "send a list of prompts, or call enqueue for one"
+        raise InvalidRequestError("requests", "are not a list", remedy)
     shared = cast("Mapping[str, Any]", defaults)
     plans = [plan_numbered(number, request, shared) for number, request in enumerate(requests, 1)]
     return await store(await _read_clips(plans), session=session)
@@ -56,9 +73,10 @@ async def enqueue_many(
 
 @takes_options
 def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
-    """Add one generation from code without an event loop, on a connection of its own, and return its row.
+    """Add one generation from code without an event loop, and return its row.
 
-    Raises ``RuntimeError`` inside an event loop (await ``enqueue`` there), and what ``enqueue`` raises.
+    It uses a connection of its own. Raises ``RuntimeError`` inside an event loop (await ``enqueue``
+    there), and what ``enqueue`` raises.
     """
     if _is_in_event_loop():
         raise RuntimeError("enqueue_sync would block the event loop that runs here; await enqueue(...) instead.")
@@ -66,15 +84,19 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
 
 
 async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
-    """Add the generations of a batch in one transaction, all or none, and return their rows in order."""
-    return await transact(session, lambda current: insert_generations(current, batch.rows, batch.clips))
+    """Add the generations of a batch in one transaction, all or none, and return their rows."""
+    return await transact(session, partial(_insert, batch))
+
+
+async def _insert(batch: Batch, session: AsyncSession) -> list[Generation]:
+    return await insert_generations(session, batch.rows, batch.clips)
 
 
 async def _store_alone(batch: Batch) -> Generation:
     database = Database.from_settings(load_settings())
     try:
         await database.prepare()
-        return (await database.transact(lambda session: insert_generations(session, batch.rows, batch.clips)))[0]
+        return (await database.transact(partial(_insert, batch)))[0]
     finally:
         await database.dispose()
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 async def pause(model: str | None = None) -> list[Pause]:
-    """Let no worker claim anything of this model, or anything at all, and return all that is paused now.
+    """Stop all claims of this model, or of all models, and return all pauses that hold now.
 
-    It holds at once, for the whole fleet, until ``resume``; what runs goes on. Raises ``InvalidRequestError``.
+    That holds at once, for each worker, until ``resume``; what runs goes on. Raises
+    ``InvalidRequestError``.
     """
     name = _model_name(model)
 
@@ -28,9 +29,9 @@ async def pause(model: str | None = None) -> list[Pause]:
 
 
 async def resume(model: str | None = None) -> list[Pause]:
-    """Let this model be claimed again, or with none named everything, and return what is still paused.
+    """Allow claims of this model again, or of all if none is named; return the pauses that remain.
 
-    A pause of everything outlasts the resumption of one model. Raises ``InvalidRequestError``.
+    A pause of all models outlasts the resumption of one. Raises ``InvalidRequestError``.
     """
     name = _model_name(model)
 

@@ -1,6 +1,6 @@
-"""What can be asked of a generation after it was enqueued: wait, watch, cancel, retry, when it will be ready.
+"""What a program does with a generation after enqueue: wait, watch, cancel, retry, estimate.
 
-If a function takes a ``session``, nothing is committed, rolled back or closed in it.
+If a function takes a ``session``, it commits, rolls back and closes nothing in it.
 """
 
 from __future__ import annotations
@@ -28,34 +28,48 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 1.0
 
 
-async def cancel_generation(generation_id: str, *, session: AsyncSession | None = None) -> GenerationStatus:
+async def cancel_generation(
+    generation_id: str,
+    *,
+    session: AsyncSession | None = None,
+) -> GenerationStatus:
     """Cancel a generation and return the status it has now.
 
-    That is ``cancelled``, or ``processing`` while its worker stops it: such a row ends cancelled, never
-    completed. Raises ``GenerationNotFoundError``, and ``IllegalTransitionError`` if it has already
-    completed or failed.
+    That is ``cancelled``, or ``processing`` while its worker stops it: such a row ends cancelled,
+    never completed. Raises ``GenerationNotFoundError``, and ``IllegalTransitionError`` if it has
+    already completed or failed.
     """
     validation.check_name("generation_id", generation_id)
-    return GenerationStatus(await transact(session, lambda current: queue.cancel(current, generation_id)))
+    status = await transact(session, lambda current: queue.cancel(current, generation_id))
+    return GenerationStatus(status)
 
 
 async def retry_generation(generation_id: str, *, session: AsyncSession | None = None) -> None:
     """Make a failed or cancelled generation pending again, with all its attempts before it.
 
-    Raises ``GenerationNotFoundError``, and ``IllegalTransitionError`` if it is pending, running or completed.
+    Raises ``GenerationNotFoundError``, and ``IllegalTransitionError`` if it is pending, running or
+    completed.
     """
     validation.check_name("generation_id", generation_id)
     await transact(session, lambda current: queue.retry(current, generation_id))
 
 
 async def queue_position(generation_id: str, *, session: AsyncSession | None = None) -> int | None:
-    """Return the place of a pending generation among those of its model, from 1; ``None`` if it does not wait."""
+    """Return the place of a pending generation among those of its model, from 1, else ``None``."""
     validation.check_name("generation_id", generation_id)
-    return await transact(session, lambda current: due.queue_position(current, generation_id), read_only=True)
+    return await transact(
+        session,
+        lambda current: due.queue_position(current, generation_id),
+        read_only=True,
+    )
 
 
-async def estimate_generation(generation_id: str, *, session: AsyncSession | None = None) -> Estimate:
-    """Return the place in the queue, and two ranges in seconds from now: when it starts, and when it is done.
+async def estimate_generation(
+    generation_id: str,
+    *,
+    session: AsyncSession | None = None,
+) -> Estimate:
+    """Return the place in the queue, and when it is likely to start and to be done.
 
     If nothing is known yet, the ranges are ``None`` and ``unknown_because`` says why. Raises
     ``GenerationNotFoundError``.
@@ -84,7 +98,7 @@ async def wait_for_generation(generation_id: str, *, timeout: float | None = Non
 
 
 async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, None]:
-    """Yield the generation's row now and whenever its status, attempt or progress changes, up to its end.
+    """Yield the row now and whenever its status, attempt or progress changes, up to its end.
 
     Raises ``GenerationNotFoundError``, also if the row is deleted meanwhile.
     """
@@ -95,7 +109,12 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
     with database.changes.subscribe(Topic.DONE, [generation_id]) as changes:
         while True:
             generation = await _read(database, generation_id)
-            state = (generation.status, generation.attempt, generation.progress, generation.cancel_requested)
+            state = (
+                generation.status,
+                generation.attempt,
+                generation.progress,
+                generation.cancel_requested,
+            )
             if state != seen:
                 seen = state
                 yield generation
@@ -105,7 +124,7 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
 
 
 def audio_facts(generation: Generation) -> AudioFacts | None:
-    """Return the duration, peak, loudness, waveform and so on of a completed generation's audio.
+    """Return duration, peak, loudness, waveform and so on of a completed generation's audio.
 
     ``None`` if there is no audio yet, or if the row was completed by hand without these facts.
     """

@@ -1,4 +1,4 @@
-"""Retention: finished generations that are older than somebody wants to keep, gone with their audio; lost files and clips."""
+"""Retention: delete old generations with their audio, orphaned files, and unused clips."""
 
 from __future__ import annotations
 
@@ -8,38 +8,44 @@ from uuid import UUID
 
 from dgx_music.artifacts import Artifacts, StoredFile
 from dgx_music.errors import ArtifactError
-from dgx_music.storage import clips, queue
+from dgx_music.storage import clips, retention
 from dgx_music.storage.database import Database
-from dgx_music.storage.files import Owner, find_owners
 from dgx_music.storage.queue import Lease
+from dgx_music.storage.retention import Owner, find_owners
 
 CHUNK = 200
 ORPHAN_SECONDS = 86_400.0
-"""How old a file has to be to count as an orphan: no publication takes so long to reach its row."""
+"""An orphan must be older than this: no publication takes so long to reach its row."""
 _ALL = 2**31 - 1
 
 
 async def prune(
     database: Database, artifacts: Artifacts, keep: Mapping[str, float], *, dry_run: bool = False
 ) -> dict[str, int]:
-    """Delete generations that finished longer ago than ``keep`` says, and return how many of each status.
+    """Delete generations that finished longer ago than ``keep`` says; count them by status.
 
-    ``keep`` gives seconds for each status; one that it leaves out is kept for ever. With ``dry_run`` nothing is deleted.
-    Raises ``ArtifactError`` on meeting audio in another place than ``artifacts``: without its row nobody would find it.
-    The file goes first, then the row: a crash between the two leaves a row to prune again, never a file that nobody knows.
+    ``keep`` gives seconds for each status; a status that is missing is kept. With ``dry_run``
+    nothing is deleted. Raises ``ArtifactError`` at audio in another place than ``artifacts``:
+    without its row nothing would lead to it. The file goes first, then the row: a crash between the
+    two leaves a row to prune again, never a file without a row.
     """
     work = _count if dry_run else _prune_status
     return {status: await work(database, artifacts, status, seconds) for status, seconds in keep.items()}
 
 
 async def prune_orphans(
-    database: Database, artifacts: Artifacts, *, older_than_seconds: float = ORPHAN_SECONDS, dry_run: bool = False
+    database: Database,
+    artifacts: Artifacts,
+    *,
+    older_than_seconds: float = ORPHAN_SECONDS,
+    dry_run: bool = False,
 ) -> int:
-    """Delete the files that no generation has or can get, where they are older than this; return how many files.
+    """Delete the files that no generation has or can get, if they are older; return how many.
 
-    They are of generations that are gone, and of attempts that can never complete: a crash at the wrong moment leaves
-    them. With ``dry_run`` nothing is deleted. Raises ``ArtifactError`` where the database knows none of the files that
-    are here: then it is likely not theirs. Two databases must never share one output.
+    They belong to generations that are gone, and to attempts that can never complete: a crash at
+    the wrong moment leaves them. With ``dry_run`` nothing is deleted. Raises ``ArtifactError`` if
+    the database knows none of the files that are here: they are then probably another database's.
+    Two databases must never share one output.
     """
     orphans = await _find_orphans(database, artifacts, timedelta(seconds=older_than_seconds))
     if not dry_run:
@@ -49,9 +55,10 @@ async def prune_orphans(
 
 
 async def prune_clips(database: Database, *, dry_run: bool = False) -> int:
-    """Delete the clips that no generation refers to and that were last used more than a day ago; return how many.
+    """Delete clips without a generation that were last used over a day ago; return how many.
 
-    With ``dry_run`` nothing is deleted, and those of generations that are yet to be pruned are not counted.
+    With ``dry_run`` nothing is deleted, and the clips of generations that would be pruned do not
+    count.
     """
     if dry_run:
         return await database.transact(clips.count_unused_clips, read_only=True)
@@ -64,7 +71,8 @@ async def prune_clips(database: Database, *, dry_run: bool = False) -> int:
 async def _find_orphans(database: Database, artifacts: Artifacts, safe_age: timedelta) -> list[StoredFile]:
     """List first, then read the rows: so no file is of a later attempt than its row.
 
-    What is dead then stays dead, however long its deletion takes: an attempt that is over never completes.
+    A dead file stays dead, however long the deletion takes: an attempt that is over never
+    completes.
     """
     now, orphans, is_known = datetime.now(UTC), list[StoredFile](), False
     async for files in _chunks(artifacts):
@@ -78,8 +86,8 @@ async def _find_orphans(database: Database, artifacts: Artifacts, safe_age: time
         ]
     if orphans and not is_known:
         raise ArtifactError(
-            f"{database} knows none of the files in {artifacts}, so they may be another database's; nothing is deleted. "
-            "Set DGX_MUSIC_DATABASE_URL to theirs, or delete them yourself."
+            f"{database} knows none of the files in {artifacts}, so they may be another database's; "
+            "nothing is deleted. Set DGX_MUSIC_DATABASE_URL to theirs, or delete them yourself."
         )
     return orphans
 
@@ -89,7 +97,7 @@ def _is_dead(file: StoredFile, owner: Owner | None) -> bool:
 
 
 async def _chunks(artifacts: Artifacts) -> AsyncIterator[list[StoredFile]]:
-    """Yield the files that are named by an id of ours: a ``my-song-1.wav`` is somebody's own."""
+    """Yield the files that are named by one of our ids; ``my-song-1.wav`` belongs to the user."""
     chunk: list[StoredFile] = []
     async for file in artifacts.list_files():
         if _is_our_id(file.generation_id):
@@ -110,11 +118,12 @@ def _is_our_id(text: str) -> bool:
 
 async def _check_place(database: Database, artifacts: Artifacts, leases: list[Lease]) -> None:
     async with database.session(read_only=True) as session:
-        files = await queue.find_files(session, leases)
+        files = await retention.find_files(session, leases)
     elsewhere = [file for file in files if not artifacts.holds(file)]
     if elsewhere:
         raise ArtifactError(
-            f"The audio {elsewhere[0]} is not in {artifacts}; nothing more is pruned. Set DGX_MUSIC_OUTPUT to where it is."
+            f"The audio {elsewhere[0]} is not in {artifacts}; nothing more is pruned. "
+            "Set DGX_MUSIC_OUTPUT to where it is."
         )
 
 
@@ -123,17 +132,17 @@ async def _count(database: Database, _artifacts: Artifacts, status: str, seconds
 
 
 async def _prune_status(database: Database, artifacts: Artifacts, status: str, seconds: float) -> int:
-    """Prune in short transactions, so that producers and workers are never kept waiting."""
+    """Prune in short transactions, so that producers and workers never wait long."""
     count = 0
     while leases := await _find(database, status, seconds, CHUNK):
         await _check_place(database, artifacts, leases)
         for lease in leases:
             await artifacts.delete(lease.generation_id, range(1, lease.attempt + 1))
         async with database.session() as session:
-            count += await queue.prune(session, leases)
+            count += await retention.prune(session, leases)
     return count
 
 
 async def _find(database: Database, status: str, seconds: float, limit: int) -> list[Lease]:
     async with database.session(read_only=True) as session:
-        return await queue.find_prunable(session, status=status, older_than_seconds=seconds, limit=limit)
+        return await retention.find_prunable(session, status=status, older_than_seconds=seconds, limit=limit)

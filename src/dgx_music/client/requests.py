@@ -1,6 +1,6 @@
-"""From what a caller asks for to the rows to insert: options, checks, clips, and the hash of a request.
+"""From what a caller asks for to the rows to insert: options, checks, clips, hash.
 
-No database is needed here, and nothing is stored: a request that is refused has changed nothing.
+This needs no database and stores nothing: a refused request has changed nothing.
 """
 
 from __future__ import annotations
@@ -35,19 +35,23 @@ _AUDIO = ("channels", "sample_rate")
 class MusicOptions(TypedDict, total=False):
     """What is made, and with which model."""
 
-    duration: Annotated[float, "Seconds of audio, at least 0.08 and at most what the model can do (300)."]
+    duration: Annotated[float, "Seconds of audio: at least 0.08, and at most the model's 300."]
     model: Annotated[
         str | None,
-        "A name from the catalogue, or the absolute path of a local folder; DGX_MUSIC_MODEL if not given.",
+        "A name from the catalogue, or a local folder's absolute path; DGX_MUSIC_MODEL if not given.",
     ]
-    channels: Annotated[int | None, "1 or 2 in the file; the model's own if not given, and 1 for a local folder."]
+    channels: Annotated[
+        int | None,
+        "1 or 2 in the file; the model's own if not given, and 1 for a local folder.",
+    ]
     sample_rate: Annotated[
-        int | None, "In Hz, of the file; the model's own if not given, and 32,000 for a local folder."
+        int | None,
+        "In Hz, of the file; the model's own if not given, and 32,000 for a local folder.",
     ]
     continuation: Annotated[
         os.PathLike[str] | bytes | None,
-        "The music starts with this audio, 0.08 to 30 s long, and the duration counts from its start: "
-        "a pathlib.Path, read now with the rights of this process, or the bytes of a file.",
+        "The music starts with this audio, 0.08 to 30 s long, and the duration counts from its "
+        "start: a pathlib.Path, read now with the rights of this process, or the bytes of a file.",
     ]
     melody: Annotated[
         os.PathLike[str] | bytes | None,
@@ -59,18 +63,30 @@ class MusicOptions(TypedDict, total=False):
 class RequestOptions(MusicOptions, SamplingOptions, total=False):
     """The options of one request besides its prompt; each has a default."""
 
-    priority: Annotated[int, "Higher goes first; a point is worth a minute of waiting; from -1,000 to 1,000."]
-    tenant: Annotated[str | None, "For whom: workers may limit how many generations of one tenant run at a time."]
+    priority: Annotated[
+        int,
+        "Higher goes first; a point is worth a minute of waiting; from -1,000 to 1,000.",
+    ]
+    tenant: Annotated[
+        str | None,
+        "For whom: workers may limit how many generations of one tenant run at a time.",
+    ]
     run_at: Annotated[
         datetime | str | None,
-        "Not claimed before this time: a datetime with a time zone, or ISO 8601 text; None for at once.",
+        "Not claimed before this time: an aware datetime, or ISO 8601 text; None for at once.",
     ]
-    max_attempts: Annotated[int, "After this many failures the generation has failed; lost workers count; at most 25."]
+    max_attempts: Annotated[
+        int,
+        "After this many failures the generation has failed; lost workers count; at most 25.",
+    ]
     idempotency_key: Annotated[
         str | None,
-        "The same request under the same key gets the existing row; another request under it is refused.",
+        "The same request under the same key gets the existing row; a different one is refused.",
     ]
-    metadata: Annotated[dict[str, Any] | None, "JSON of the caller's own, kept with the row: at most 16 KiB."]
+    metadata: Annotated[
+        dict[str, Any] | None,
+        "JSON of the caller's own, kept with the row: at most 16 KiB.",
+    ]
 
 
 OPTIONS: dict[str, Any] = get_type_hints(RequestOptions, include_extras=True)
@@ -85,17 +101,22 @@ DEFAULTS: dict[str, Any] = {
 
 
 def takes_options(function: F) -> F:
-    """Show each option in the signature of a function with ``**options``, and its meaning in the docstring."""
+    """Show the options in the signature of a function with ``**options``, and their meanings."""
     signature = inspect.signature(function)
     own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=DEFAULTS[name], annotation=hint.__origin__)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=DEFAULTS[name],
+            annotation=hint.__origin__,
+        )
         for name, hint in OPTIONS.items()
     ]
-    meanings = "\n".join(_in_lines(f"{name}: {hint.__metadata__[0]}") for name, hint in OPTIONS.items())
+    meanings = [_in_lines(f"{name}: {hint.__metadata__[0]}") for name, hint in OPTIONS.items()]
     described = cast("Any", function)
     described.__signature__ = signature.replace(parameters=[*own, *keywords])
-    described.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n{meanings}\n"
+    described.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n" + "\n".join(meanings)
     return function
 
 
@@ -120,7 +141,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Checked requests: rows to insert, and the clips they refer to (content and seconds, by ``sha256``)."""
+    """Checked requests: rows to insert, and their clips (content and seconds by ``sha256``)."""
 
     rows: list[dict[str, Any]]
     clips: Mapping[str, tuple[bytes, float]]
@@ -138,7 +159,7 @@ def naming(name: str) -> Iterator[None]:
 
 
 def plan(prompt: object, options: Mapping[str, Any], name: str = "") -> Plan:
-    """Return the plan of one request; raises ``InvalidRequestError`` on the first unacceptable field.
+    """Return the plan of one request; raises ``InvalidRequestError`` on the first bad field.
 
     Its clips are not read yet: that takes a while.
     """
@@ -163,12 +184,13 @@ def plan(prompt: object, options: Mapping[str, Any], name: str = "") -> Plan:
 
 
 def plan_numbered(number: int, request: object, defaults: Mapping[str, Any]) -> Plan:
-    """Return the plan of one of many requests: a prompt, or a mapping with ``prompt`` and options."""
+    """Return the plan of one of many requests: a prompt, or a mapping with ``prompt``."""
     name = f"request {number}"
     options = {"prompt": request} if isinstance(request, str) else request
     with naming(name):
         if not isinstance(options, Mapping):
-            raise InvalidRequestError("request", "is not an object", "use a prompt, or an object with one")
+            remedy = "use a prompt, or an object with one"
+            raise InvalidRequestError("request", "is not an object", remedy)
         if "prompt" not in options:
             raise InvalidRequestError("prompt", "is missing", "describe the music")
         given = {key: value for key, value in options.items() if key != "prompt"}
@@ -178,11 +200,12 @@ def plan_numbered(number: int, request: object, defaults: Mapping[str, Any]) -> 
 def read_clips(plans: Sequence[Plan]) -> Batch:
     """Return the batch of these plans, with their clips read.
 
-    Raises ``InvalidRequestError`` if there are too many, or for the first one whose clips cannot be read.
-    Reading clips takes a while: if there are any, call this in a thread.
+    Raises ``InvalidRequestError`` if there are too many, or for the first one whose clips cannot be
+    read. Reading clips takes a while: if there are any, call this in a thread.
     """
     if len(plans) > MAX_BATCH:
-        raise InvalidRequestError("requests", f"are {len(plans):,}", f"send at most {MAX_BATCH:,} at a time")
+        remedy = f"send at most {MAX_BATCH:,} at a time"
+        raise InvalidRequestError("requests", f"are {len(plans):,}", remedy)
     if not any(plan.sources for plan in plans):
         return Batch([_row(plan) for plan in plans], {})
     from dgx_music.audio.clips import Reader  # imports NumPy
@@ -191,7 +214,7 @@ def read_clips(plans: Sequence[Plan]) -> Batch:
 
     def read(plan: Plan) -> dict[str, Any]:
         with naming(plan.name):
-            clips = reader.read(plan.sources, plan.model, plan.row["duration_seconds"]) if plan.sources else {}
+            clips = reader.read(plan.sources, plan.model, plan.row["duration_seconds"])
         sources = {name: clip.source_sha256 for name, clip in clips.items()}
         return _row(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
 
@@ -202,7 +225,8 @@ def _check_names(options: Mapping[Any, Any]) -> None:
     for name in options:
         if name not in OPTIONS:
             called = name[:40] if isinstance(name, str) else validation.shown(name)
-            raise InvalidRequestError(called, "is not an option", f"use {', '.join(sorted(OPTIONS))}")
+            known = ", ".join(sorted(OPTIONS))
+            raise InvalidRequestError(called, "is not an option", f"use {known}")
 
 
 def _given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -214,7 +238,8 @@ def _identity(request: GenerationRequest, options: Mapping[str, Any]) -> dict[st
     metadata, tenant = options.get("metadata"), options.get("tenant")
     named = {} if tenant is None else {"tenant": validation.check_name("tenant", tenant)}
     if isinstance(metadata, dict) and AUDIO_KEY in metadata:
-        raise InvalidRequestError("metadata", f"has the key {AUDIO_KEY!r}, which completion writes", "use another key")
+        problem = f"has the key {AUDIO_KEY!r}, which completion writes"
+        raise InvalidRequestError("metadata", problem, "use another key")
     return {
         "prompt": request.prompt,
         "model_name": request.model,
@@ -229,7 +254,8 @@ def _identity(request: GenerationRequest, options: Mapping[str, Any]) -> dict[st
 
 def _circumstances(request: GenerationRequest, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that say when and how urgently, and the ids; without the hash."""
-    key, run_at, limit = options.get("idempotency_key"), options.get("run_at"), validation.PRIORITY_LIMIT
+    key, run_at = options.get("idempotency_key"), options.get("run_at")
+    limit, most = validation.PRIORITY_LIMIT, validation.MAX_ATTEMPTS_LIMIT
     priority = options.get("priority", DEFAULTS["priority"])
     attempts = options.get("max_attempts", DEFAULTS["max_attempts"])
     return {
@@ -237,13 +263,17 @@ def _circumstances(request: GenerationRequest, options: Mapping[str, Any]) -> di
         "id": request.generation_id,
         "idempotency_key": None if key is None else validation.check_name("idempotency_key", key),
         "priority": validation.check_integer("priority", priority, -limit, limit),
-        "max_attempts": validation.check_integer("max_attempts", attempts, 1, validation.MAX_ATTEMPTS_LIMIT),
+        "max_attempts": validation.check_integer("max_attempts", attempts, 1, most),
         "wanted_run_at": None if run_at is None else validation.check_run_at(run_at),
     }
 
 
-def _row(plan: Plan, sources: Mapping[str, str] = {}, clips: Mapping[str, str] = {}) -> dict[str, Any]:
-    """Return the columns of a row, given the hashes of the clips' sources and of the clips, by field."""
+def _row(
+    plan: Plan,
+    sources: Mapping[str, str] = {},
+    clips: Mapping[str, str] = {},
+) -> dict[str, Any]:
+    """Return the columns of a row; ``sources`` and ``clips`` are hashes, by field."""
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
     return plan.rest | plan.row | columns | {"request_hash": _hash({**plan.row, **sources})}
 

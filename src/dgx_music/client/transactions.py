@@ -1,4 +1,4 @@
-"""Where the work of a call is done: in the caller's session, or in a transaction of our own."""
+"""Do the work of a call in the caller's session, or in a transaction of our own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ async def transact(
     """Return what the work returns.
 
     In the caller's session nothing is committed, rolled back or closed. Without one the work is a
-    transaction on the default database, which is made from the settings if ``init_db`` was not called.
+    transaction on the default database, which is made from the settings if ``init_db`` was not
+    called.
     """
     if session is not None:
         check_session(session)

@@ -1,4 +1,4 @@
-"""What goes into an engine (a request), what comes out (audio), and what an engine is."""
+"""The request that goes into an engine, the audio that comes out, and the engine's interface."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dgx_music.sampling import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest(Sampling):
-    """One validated request; building it raises ``InvalidRequestError`` on the first unacceptable field.
+    """One validated request; building it raises ``InvalidRequestError`` on the first bad field.
 
-    An empty ``prompt`` asks for unconditional music. ``channels`` and ``sample_rate`` are those of the file, whatever
-    the model produces. The music starts with ``continuation``, at most 30 s of 1 or 2 channels, and ``duration``
-    counts from its start. The music follows the tune of ``melody``, at most 30 s of 1 channel. Each clip has its own
-    sample rate.
+    An empty ``prompt`` asks for unconditional music. ``channels`` and ``sample_rate`` are those of
+    the file, whatever the model produces. The music starts with ``continuation``, at most 30 s of 1
+    or 2 channels, and ``duration`` counts from its start. The music follows the tune of ``melody``,
+    at most 30 s of 1 channel. Each clip has its own sample rate.
     """
 
     generation_id: str
@@ -52,48 +52,50 @@ class GenerationRequest(Sampling):
 
     @property
     def effective_seed(self) -> int:
-        """The seed that was asked for, or one that follows from the id: each attempt makes the same audio."""
+        """The seed asked for, or one made from the id: each attempt makes the same audio."""
         if self.seed is not None:
             return self.seed
         return int.from_bytes(hashlib.sha256(self.generation_id.encode()).digest()[:8], "big") >> 1
 
 
 def _check_samples(name: str, clip: Audio, channels: int) -> None:
-    """Refuse what is no audio of 1 to so many channels, or holds numbers that are not finite."""
+    """Refuse samples with more channels than this, without frames, or with NaN or infinity."""
     samples = clip.samples
     if samples.ndim != 2 or not 1 <= samples.shape[0] <= channels or not samples.shape[1]:
-        raise InvalidRequestError(name, f"has the shape {samples.shape}", f"use [1 to {channels} channels, frames]")
+        remedy = f"use [1 to {channels} channels, frames]"
+        raise InvalidRequestError(name, f"has the shape {samples.shape}", remedy)
     if not (-math.inf < samples.min() and samples.max() < math.inf):  # false for NaN too
         raise InvalidRequestError(name, "holds NaN or infinite samples", "use another clip")
 
 
 class Run(Protocol):
-    """One generation's line back to who asked for it; safe to call from any thread."""
+    """How an engine talks to the worker about one generation; safe to call from any thread."""
 
     def report_progress(self, progress: float) -> None:
-        """Publish how much is done, 0 to 1; cheap, call it at every step."""
+        """Publish how much is done, 0 to 1; cheap: call it at each step."""
 
     def check_cancelled(self) -> None:
-        """Raise ``GenerationCancelledError`` once the generation was cancelled; call it at every step."""
+        """Raise ``GenerationCancelledError`` after a cancel; call it at each step."""
 
     def free_slot(self) -> None:
-        """Say that the slot is free for another generation: the tokens are there, and only the audio is to be made.
+        """Free the slot for another generation: all tokens are there, only the audio is to be made.
 
-        The end of the generation says so as well; calling it again changes nothing.
+        The end of the generation does this too; a second call changes nothing.
         """
 
     def make_room(self) -> bool:
-        """Unload idle engines after running out of memory; return whether there were any, and another try is worth it."""
+        """Unload idle engines after running out of memory; ``True`` if it is worth a retry."""
 
 
 class Engine(Protocol):
-    """Loads once, generates many. Runs in a process of its own, beside the engines of other models.
+    """Loads once, generates many; runs in a process of its own, beside engines of other models.
 
-    Each generation has a thread. ``slots`` of them run at a time, and as many again after ``Run.free_slot``.
+    Each generation has a thread. ``slots`` of them run at a time, and as many more that have called
+    ``Run.free_slot``.
 
-    What an engine may have besides: ``memory_bytes``, how much it holds of the device's memory, and ``close()``, which drops
-    it all. What its module may have beside ``load``: ``estimate_bytes(settings)``, how much an engine would hold, or
-    ``None`` where that is not known.
+    Optional: ``memory_bytes``, the device memory that it holds, and ``close()``, which frees it.
+    Its module has ``load``, and may have ``estimate_bytes(settings)``: how much an engine would
+    hold, or ``None`` if that is not known.
     """
 
     device: str
@@ -103,13 +105,13 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many generations run at a time; may come to be fewer, where memory does not suffice, and never more."""
+        """How many generations run at a time; may fall if memory runs out, never rise."""
 
     def generate(self, request: GenerationRequest, run: Run) -> Audio:
-        """Return the audio of one request, ``request.duration`` seconds of it to within one sample.
+        """Return the audio of one request, ``request.duration`` seconds long to within one sample.
 
-        Raises ``GenerationCancelledError`` soon after a cancel, ``GenerationRejectedError`` where no retry can help, and
-        anything else for a failure that another attempt may not meet.
+        Raises ``GenerationCancelledError`` soon after a cancel, ``GenerationRejectedError`` if no
+        retry can help, and any other exception for a failure that another attempt may avoid.
         """
 
 
@@ -129,9 +131,9 @@ class EngineSettings:
     kv_cache: str = "full"
     """``fp8`` keeps attention's keys and values in 8 bits."""
     compile: str = "auto"
-    """``auto`` builds kernels in C for a CPU, ``on`` has torch compile the step instead, ``off`` does neither."""
+    """``auto`` compiles C kernels for a CPU, ``on`` uses torch.compile instead, ``off`` neither."""
     model_count: int = 1
-    """How many models one process may be asked for; they share the device's memory."""
+    """How many models one process may load; they share the device's memory."""
 
 
 LoadEngine = Callable[[EngineSettings], Engine]

@@ -1,5 +1,6 @@
-"""The storage service: sessions, generations, prompts, statistics. The only package that knows SQL."""
+"""The storage service: sessions, generations, prompts, statistics. Only this package knows SQL."""
 
+from dgx_music.storage.by_hand import complete_generation, update_generation_status
 from dgx_music.storage.connection.sqlite import configure_sqlite
 from dgx_music.storage.database import (
     Database,
@@ -10,23 +11,31 @@ from dgx_music.storage.database import (
     reset_database,
 )
 from dgx_music.storage.listing import Filters, Page, list_generations
-from dgx_music.storage.models import Attempt, Base, Clip, Generation, Pause, Prompt, Speed, WorkerInfo
+from dgx_music.storage.models import (
+    Attempt,
+    Base,
+    Clip,
+    Generation,
+    Pause,
+    Prompt,
+    Speed,
+    WorkerInfo,
+)
+from dgx_music.storage.prompts import (
+    get_most_used_prompts,
+    get_prompt_by_text,
+    track_prompt_usage,
+)
 from dgx_music.storage.repository import (
-    complete_generation,
-    count_generations,
     create_generation,
     delete_generation,
     get_all_generations,
-    get_database_stats,
     get_generation,
-    get_most_used_prompts,
     get_pending_generations,
-    get_prompt_by_text,
-    track_prompt_usage,
-    update_generation_status,
 )
 from dgx_music.storage.schema import AttemptOutcome, GenerationStatus
 from dgx_music.storage.search import SearchHit, search_generations
+from dgx_music.storage.statistics import count_generations, get_database_stats
 
 __all__ = [
     "Attempt",

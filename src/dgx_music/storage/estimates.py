@@ -1,4 +1,4 @@
-"""When a generation will be made: its place, the workers alive, what they have measured, and a range that follows."""
+"""When a generation will be made: a range, from its place, the living workers and their speeds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import LEAST_MEASURED, Ahead, Range, Slot, earliest_start, latest_start
-from dgx_music.storage.due import CLAIM_ORDER, find_waits, g, is_paused
+from dgx_music.storage.due import CLAIM_ORDER, find_waits, is_paused
+from dgx_music.storage.generation import g
 from dgx_music.storage.models import Speed, WorkerInfo
-from dgx_music.storage.repository import dialect_of, insert
-from dgx_music.storage.schema import PENDING, PROCESSING, WorkerState, now, unindexed, written
+from dgx_music.storage.schema import (
+    PENDING,
+    PROCESSING,
+    GenerationStatus,
+    WorkerState,
+    dialect_of,
+    insert,
+    now,
+    unindexed,
+    written,
+)
 from dgx_music.storage.workers import IS_LIVING, served_models
 
 _ROUNDS = 4
@@ -27,41 +37,41 @@ _UNKNOWN = Range(0.0, math.inf)
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """When a generation starts and is done, in seconds from now, as far as anybody can say."""
+    """When a generation starts and is done, in seconds from now, as far as it is known."""
 
-    status: str
+    status: GenerationStatus
     position: int | None = None
-    """The place among those of its model that wait, from 1 for the next."""
+    """Its place in the queue of its model; 1 is the next."""
     starts_in: Range | None = None
-    """``None`` where it does not wait, or nobody knows."""
+    """``None`` if it does not wait, or if it is unknown."""
     done_in: Range | None = None
     unknown_because: str | None = None
-    """Why nobody knows, in a few words; ``None`` where the ranges are there, and for what is finished."""
+    """The reason, in a few words; ``None`` if the ranges are known, or if it is finished."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the estimate as plain JSON values; a range is an object with ``low`` and ``high``."""
+        """Return plain JSON values; a range is an object with ``low`` and ``high``."""
         names = {"starts_in": "starts_in_seconds", "done_in": "done_in_seconds"}
         return {names.get(name, name): value for name, value in asdict(self).items()}
 
 
 class _UnknownError(Exception):
-    """There is nothing to go by; says why."""
+    """Nothing is known that an estimate could use; the message says why."""
 
 
 class _Server(NamedTuple):
-    """A worker that is alive, and when it was last heard of."""
+    """A living worker, and the time since its last heartbeat."""
 
     id: str
     device: str
     slots: int
     loaded: str
-    """The model that is ready; empty while the worker loads one."""
+    """The model that is loaded; empty while the worker loads one."""
     models: frozenset[str]
     silent_seconds: float
 
 
 _Speeds = dict[tuple[str, str], Range | int]
-"""By model and device; a number where so few were measured that no range follows."""
+"""By model and device; a number if too few were measured for a range."""
 
 
 async def record_speed(
@@ -73,28 +83,39 @@ async def record_speed(
     high: float,
     measured_count: int,
 ) -> None:
-    """Keep what a worker has measured, in place of what this kind of device had measured before; of a few, only their number.
+    """Store what a worker has measured, instead of what this kind of device measured before.
 
-    Few take the place of few only: a worker that has just started must not make unknown what is known.
-    In seconds for one second of the model's audio; ``low`` and ``high`` are the 10th and the 90th percentile.
+    In seconds for one second of the model's audio; ``low`` and ``high`` are the 10th and the 90th
+    percentile. Fewer measurements than an estimate needs never replace enough of them: a worker
+    that has just started must not make a known speed unknown.
     """
-    measured = {"low": low, "typical": typical, "high": high, "measured_count": measured_count, "measured_at": now()}
-    statement = insert(dialect_of(session), Speed).values(model_name=model_name, device=device, **measured)
+    measured = {
+        "low": low,
+        "typical": typical,
+        "high": high,
+        "measured_count": measured_count,
+        "measured_at": now(),
+    }
+    keys = {"model_name": model_name, "device": device}
+    statement = insert(dialect_of(session), Speed).values(**keys, **measured)
     is_better = Speed.measured_count < LEAST_MEASURED if measured_count < LEAST_MEASURED else None
-    keys = ["model_name", "device"]
-    await session.execute(statement.on_conflict_do_update(index_elements=keys, set_=measured, where=is_better))
+    upsert = statement.on_conflict_do_update(index_elements=[*keys], set_=measured, where=is_better)
+    await session.execute(upsert)
 
 
 async def estimate(session: AsyncSession, generation_id: str) -> Estimate:
-    """Return when the generation starts and is done, or why nobody knows. Raises ``GenerationNotFoundError``.
+    """Return when the generation starts and is done, or why that is unknown.
 
-    In a reading session all of it is one moment's truth. The ranges span the 10th to the 90th percentile of the speeds that
-    the workers' own devices have shown with this model lately; measured on another device is nothing to go by. The formulas
-    are those of ``forecast.earliest_start`` and ``latest_start``.
+    In a reading session all of it is read at one moment. The ranges span the 10th to the 90th
+    percentile of the speeds that the workers' own devices had with this model lately; measurements
+    of another kind of device are not used. The formulas are ``forecast.earliest_start`` and
+    ``latest_start``.
 
-    It is the queue as it is now. What comes in later with a higher priority, failures, workers that come and go, the storing
-    of the audio, and limits on a tenant's share are not in it, and may put the truth outside. Nor is the loading of a model:
-    a worker is counted on where the model is loaded already, and then to share its time evenly with others that are due.
+    The estimate looks at the queue as it is now. It leaves out later generations of higher
+    priority, failures, workers that come and go, the storing of the audio, and limits of tenants;
+    each may make the true time fall outside the range. It also leaves out the loading of models: it
+    counts on the workers that have the model loaded, and assumes that they share their time evenly
+    among the models that are due. Raises ``GenerationNotFoundError``.
     """
     own = (await session.execute(_OWN.where(g.id == generation_id))).one_or_none()
     if own is None:
@@ -114,9 +135,15 @@ async def _estimate_waiting(session: AsyncSession, own: Row[Any]) -> Estimate:
         starts_in = await _start(session, own, slots, ahead)
     except _UnknownError as unknown:
         return replace(told, unknown_because=str(unknown))
-    fastest, slowest = min(slot.speed.low for slot in slots), max(slot.speed.high for slot in slots)
-    least, most = fastest * own.duration_seconds, slowest * own.duration_seconds
-    return replace(told, starts_in=starts_in, done_in=Range(starts_in.low + least, starts_in.high + most))
+    speed = _span(slots)
+    least, most = speed.low * own.duration_seconds, speed.high * own.duration_seconds
+    done_in = Range(starts_in.low + least, starts_in.high + most)
+    return replace(told, starts_in=starts_in, done_in=done_in)
+
+
+def _span(slots: list[Slot]) -> Range:
+    """Return the speeds from the fastest slot's low to the slowest one's high."""
+    return Range(min(slot.speed.low for slot in slots), max(slot.speed.high for slot in slots))
 
 
 async def _estimate_running(session: AsyncSession, own: Row[Any]) -> Estimate:
@@ -139,9 +166,10 @@ async def _rest_of_running(session: AsyncSession, own: Row[Any]) -> Range:
 
 
 async def _living(session: AsyncSession) -> list[_Server]:
-    """Return the workers that are alive."""
+    """Return the living workers."""
     w = WorkerInfo
-    query = select(w.id, w.device, w.slots, w.model_name, w.models, w.state, w.heartbeat_at, now().label("now"))
+    columns = (w.id, w.device, w.slots, w.model_name, w.models, w.state, w.heartbeat_at)
+    query = select(*columns, now().label("now"))
     rows = await session.execute(query.where(IS_LIVING))
     return [
         _Server(
@@ -171,14 +199,16 @@ def _speed(speeds: _Speeds, model_name: str, device: str) -> Range:
     found = speeds.get((model_name, device), 0)
     if isinstance(found, Range):
         return found
-    count = f"{found} of the {LEAST_MEASURED} measurements needed were made" if found else "nothing was measured yet"
+    few = f"{found} of the {LEAST_MEASURED} measurements needed were made"
+    count = few if found else "nothing was measured yet"
     raise _UnknownError(f"{count} for {model_name} on {device}")
 
 
 async def _slots(session: AsyncSession, model_name: str) -> list[Slot]:
     """Return the slots that serve the model, when each is free, and how many models share it.
 
-    A worker that loads its model is one slot more, free nobody knows when, and taken for as quick as the others.
+    A worker that loads its model is one more slot, free at an unknown time, and as fast as the
+    others.
     """
     if await session.scalar(select(is_paused(model_name))):
         raise _UnknownError(f"{model_name} is paused")
@@ -195,16 +225,17 @@ async def _slots(session: AsyncSession, model_name: str) -> list[Slot]:
     slots: list[Slot] = []
     for server in servers:
         speed, sharers = _speed(speeds, model_name, server.device), 1 + len(rivals & server.models)
-        slots += [Slot(speed, free_in, sharers) for free_in in _free(server, model_name, speed, running[server.id])]
-    known = [slot.speed for slot in slots]
-    likely = Range(min(speed.low for speed in known), max(speed.high for speed in known))
+        free = _free(server, model_name, speed, running[server.id])
+        slots += [Slot(speed, free_in, sharers) for free_in in free]
+    likely = _span(slots)
     return slots + [Slot(likely, _UNKNOWN, 1 + len(rivals & server.models)) for server in coming]
 
 
 async def _running(session: AsyncSession, servers: Iterable[_Server]) -> dict[str, list[Any]]:
     """Return what each of these workers has in hand."""
     query = select(g.worker_id, g.model_name, g.duration_seconds, g.progress, g.cancel_requested)
-    is_theirs = and_(g.status == written(PROCESSING), g.worker_id.in_([server.id for server in servers]))
+    ids = [server.id for server in servers]
+    is_theirs = and_(g.status == written(PROCESSING), g.worker_id.in_(ids))
     running: dict[str, list[Any]] = defaultdict(list)
     for row in await session.execute(query.where(is_theirs)):
         running[row.worker_id].append(row)
@@ -212,9 +243,10 @@ async def _running(session: AsyncSession, servers: Iterable[_Server]) -> dict[st
 
 
 def _free(server: _Server, model_name: str, speed: Range, running: list[Any]) -> list[Range]:
-    """Return when each slot is free for this model: nobody knows where another one is loaded, and this one has to be first.
+    """Return when each slot is free for this model; unknown if the worker has another one loaded.
 
-    More may be in hand than there are slots: those nearest their end only wait to be stored.
+    The worker may hold more generations than it has slots: those nearest their end only wait to be
+    stored.
     """
     if server.loaded != model_name:
         return [_UNKNOWN] * server.slots
@@ -224,16 +256,17 @@ def _free(server: _Server, model_name: str, speed: Range, running: list[Any]) ->
 
 
 def _rest(row: Row[Any], speed: Range, server: _Server) -> Range:
-    """Return how long a running one still takes: its progress is as old as its worker's last heartbeat."""
+    """Return how long a running generation still takes; its progress is of the last heartbeat."""
     audio = row.duration_seconds * (1 - row.progress)
     least = 0.0 if row.cancel_requested else max(0.0, speed.low * audio - server.silent_seconds)
     return Range(least, speed.high * audio)
 
 
 async def _start(session: AsyncSession, own: Row[Any], slots: list[Slot], ahead: Ahead) -> Range:
-    """Return from when to when it starts: after what comes before it in the order of claims and is due by then.
+    """Return the range of its start: after what is due then and comes before it.
 
-    ``ahead`` is what is due now. A generation that is scheduled may find the slots taken by all that is due by its own time.
+    ``ahead`` is what is due now. A scheduled generation may find the slots taken by all that is due
+    by its own time.
     """
     wait = max(0.0, (own.run_at - own.now).total_seconds())
     soonest = await _ahead(session, own, wait) if wait else ahead
@@ -246,7 +279,8 @@ async def _start(session: AsyncSession, own: Row[Any], slots: list[Slot], ahead:
 async def _latest(session: AsyncSession, own: Row[Any], slots: list[Slot], ahead: Ahead, wait: float) -> float:
     """Return the seconds within which it starts, ``wait`` included.
 
-    More may become due meanwhile and go first: looked for again until no more are found, or else all are counted.
+    More may become due in this time and go first: so it looks again until it finds no more, and
+    after some rounds counts all that wait.
     """
     for _ in range(_ROUNDS):
         high = wait + latest_start(slots, ahead)
@@ -258,22 +292,25 @@ async def _latest(session: AsyncSession, own: Row[Any], slots: list[Slot], ahead
 
 
 async def _ahead(session: AsyncSession, own: Row[Any], within: float, *, is_overtaken: bool = False) -> Ahead:
-    """Return what waits of the same model, is due within so many seconds, and comes before it in the order of claims.
+    """Return what waits of its model, is due within so many seconds, and comes before it.
 
-    Where it ``is_overtaken``, also what is due by its own time, whatever its place.
+    If it ``is_overtaken``, also what is due by its own time, whatever its place in the order of
+    claims.
     """
     is_first = and_(own.claim_order >= CLAIM_ORDER, or_(own.claim_order > CLAIM_ORDER, g.id < own.id))
     if is_overtaken:
         is_first = or_(is_first, g.run_at <= own.run_at)
     due_by = own.now + timedelta(seconds=min(within, _FAR_SECONDS))
-    is_counted = and_(g.status == written(PENDING), g.model_name == own.model_name, unindexed(g.run_at) <= due_by)
+    is_same = and_(g.status == written(PENDING), g.model_name == own.model_name)
+    is_counted = and_(is_same, unindexed(g.run_at) <= due_by)
     total, longest = (func.coalesce(each(g.duration_seconds), 0.0) for each in (func.sum, func.max))
     query = select(func.count(), total, longest).where(is_counted, is_first, g.id != own.id)
     return Ahead(*(await session.execute(query)).one())
 
 
 _OWN = select(
-    *(g.id, g.status, g.model_name, g.duration_seconds, g.run_at, g.worker_id, g.progress, g.cancel_requested),
+    *(g.id, g.status, g.model_name, g.duration_seconds),
+    *(g.run_at, g.worker_id, g.progress, g.cancel_requested),
     CLAIM_ORDER.label("claim_order"),
     now().label("now"),
 )

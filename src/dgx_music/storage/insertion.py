@@ -1,7 +1,7 @@
 """The first transition of a row's life: into the queue, in the caller's own transaction.
 
-One call keeps the clips, counts the prompts, and inserts the generations. A repeated idempotency key
-inserts nothing and gives the row that is there already.
+One call keeps the clips, counts the prompts, and inserts the generations. A repeated idempotency
+key inserts nothing and gives the row that is there already.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from sqlalchemy import bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
-from dgx_music.storage import repository
 from dgx_music.storage.clips import keep_clips
-from dgx_music.storage.models import CLIP_COLUMNS, Generation
-from dgx_music.storage.schema import UtcDateTime, now
+from dgx_music.storage.generation import CLIP_COLUMNS, Generation
+from dgx_music.storage.prompts import count_prompt_uses, uncount_prompt_uses
+from dgx_music.storage.schema import UtcDateTime, dialect_of, insert, now
 
 Row = Mapping[str, Any]
 """The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once."""
@@ -30,9 +30,9 @@ async def insert_generations(
 ) -> list[Generation]:
     """Insert these rows and return the generations in the same order.
 
-    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``. A row
-    whose idempotency key exists is not inserted: the existing generation is returned in its place.
-    Raises ``IdempotencyConflictError`` if that one belongs to a different request.
+    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``. A
+    row whose idempotency key exists is not inserted: the existing generation is returned in its
+    place. Raises ``IdempotencyConflictError`` if that one belongs to a different request.
     """
     by_key = await _find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
@@ -53,7 +53,7 @@ async def insert_generations(
 
 
 def _without_repeats(rows: Sequence[Row], by_key: Mapping[str, Generation]) -> list[Row]:
-    """Return the rows to insert: those without a key, and the first of each key that is not stored."""
+    """Return the rows to insert: those without a key, and the first of each new key."""
     owners = {key: (found.id, found.request_hash) for key, found in by_key.items()}
     for row in rows:
         if (key := row["idempotency_key"]) is not None:
@@ -83,9 +83,9 @@ async def _insert_fresh(
     used = {row[name] for row in rows for name in CLIP_COLUMNS} - {None}
     if used:
         await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
-    prompts = await repository.count_prompt_uses(session, [row["prompt"] for row in rows])
+    prompts = await count_prompt_uses(session, [row["prompt"] for row in rows])
     prompt_ids = {prompt.text: prompt.id for prompt in prompts}
-    statement = _insert_statement(repository.dialect_of(session))
+    statement = _insert_statement(dialect_of(session))
     inserted: list[Generation] = []
     # In one order: two batches must not wait for each other in a circle.
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
@@ -94,14 +94,14 @@ async def _insert_fresh(
         inserted += await session.scalars(statement, chunk)
     stored = {row.id for row in inserted}
     raced = [row["prompt"] for row in rows if row["id"] not in stored and row["prompt"] in prompt_ids]
-    await repository.uncount_prompt_uses(session, raced)
+    await uncount_prompt_uses(session, raced)
     return inserted
 
 
 @cache
 def _insert_statement(dialect: str) -> Any:
     return (
-        repository.insert(dialect, Generation)
+        insert(dialect, Generation)
         .values(run_at=func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now()))
         .on_conflict_do_nothing(index_elements=["idempotency_key"])
         .returning(Generation)

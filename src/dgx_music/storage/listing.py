@@ -1,6 +1,7 @@
-"""Lists of generations, page by page: however far back a page is, it costs what the first one does.
+"""Lists of generations, page by page: a page costs the same however far back it is.
 
-A page starts where the one before it ended (keyset pagination), so nothing is skipped or repeated while rows come and go.
+A page starts after the last row of the page before it (keyset pagination), so that nothing is
+skipped or repeated while rows come and go.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dgx_music import validation
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.models import Generation
-from dgx_music.storage.repository import check_status
-from dgx_music.storage.schema import COMPLETED, GenerationStatus, UtcDateTime, unindexed
+from dgx_music.storage.schema import (
+    COMPLETED,
+    GenerationStatus,
+    UtcDateTime,
+    check_status,
+    unindexed,
+)
 
 MAX_ROWS = 2**31 - 1
 
@@ -26,12 +32,12 @@ _MAX_CURSOR_CHARACTERS = 400
 
 
 class Filters(TypedDict, total=False):
-    """Which generations; each may be left out, or ``None``, and all that are given must fit."""
+    """Which generations: those that fit all filters given; ``None`` is not a filter."""
 
     status: GenerationStatus | str | None
     model: str | None
     tenant: str | None
-    """Empty: those of nobody in particular."""
+    """If empty: generations without a tenant."""
     created_from: datetime | str | None
     """Created at this moment or later; a datetime with a time zone, or ISO 8601 text."""
     created_before: datetime | str | None
@@ -40,38 +46,56 @@ class Filters(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Page:
-    """Some generations, newest first, and where the next ones start."""
+    """Some generations, newest first, and the place at which the next ones start."""
 
     generations: list[Generation]
     next: str | None
-    """The cursor to give as ``after``; ``None`` where there are no more."""
+    """The cursor to give as ``after``; ``None`` if there are no more."""
 
 
 async def list_generations(
-    session: AsyncSession, *, limit: int = 100, after: str | None = None, **filters: Unpack[Filters]
+    session: AsyncSession,
+    *,
+    limit: int = 100,
+    after: str | None = None,
+    **filters: Unpack[Filters],
 ) -> Page:
     """Return a page of at most ``limit`` generations, newest first, that fit the filters.
 
-    ``after`` is an earlier page's ``next``, to be used with the same filters. Read from an index, in order: nothing is
-    sorted. Raises ``InvalidRequestError``.
+    ``after`` is the ``next`` of an earlier page, to be used with the same filters. The rows are
+    read from an index in order; nothing is sorted. Raises ``InvalidRequestError``.
     """
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
     start = None if after is None else _Cursor.parse(after)
-    is_wanted = [*_equalities(filters, Generation, is_found=False), *_bounds(filters, start, Generation)]
+    equalities, bounds = (
+        _equalities(filters, Generation, is_found=False),
+        _bounds(filters, start, Generation),
+    )
     newest_first = (Generation.created_at.desc(), Generation.id.desc())
-    rows = list(await session.scalars(select(Generation).where(*is_wanted).order_by(*newest_first).limit(limit + 1)))
+    query = select(Generation).where(*equalities, *bounds).order_by(*newest_first).limit(limit + 1)
+    rows = list(await session.scalars(query))
     page = rows[:limit]
     has_more = len(rows) > limit > 0
     return Page(page, str(_Cursor(page[-1].created_at, page[-1].id)) if has_more else None)
 
 
 def conditions(filters: Filters, row: Any) -> list[ColumnElement[bool]]:
-    """Return what the filters ask of a row that is found by something else; raises ``InvalidRequestError``."""
+    """Return the filters' conditions on a row that another condition finds.
+
+    Raises ``InvalidRequestError``.
+    """
     return [*_equalities(filters, row, is_found=True), *_bounds(filters, None, row)]
 
 
+def limited(query: Any, limit: int, offset: int = 0) -> Any:
+    """Return the query with this limit and offset; raises ``InvalidRequestError``."""
+    return query.limit(validation.check_integer("limit", limit, 0, MAX_ROWS)).offset(
+        validation.check_integer("offset", offset, 0, MAX_ROWS)
+    )
+
+
 class _Cursor(NamedTuple):
-    """The last row of a page, as text that nobody need understand."""
+    """The last row of a page; callers see it as opaque text."""
 
     created_at: datetime
     id: str
@@ -85,19 +109,22 @@ class _Cursor(NamedTuple):
         try:
             if len(text) > _MAX_CURSOR_CHARACTERS:
                 raise ValueError
-            plain = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
+            padded = text + "=" * (-len(text) % 4)
+            plain = base64.b64decode(padded, altchars=b"-_", validate=True).decode()
             moment, _, generation_id = plain.partition(" ")
             return cls(validation.check_run_at(moment), validation.check_name("id", generation_id))
         except (TypeError, ValueError, binascii.Error):
-            remedy = "give the next page's as an earlier page told it, or none to begin with the newest"
+            remedy = "give the next page's as an earlier page returned it, or none to begin with the newest"
             raise InvalidRequestError("after", "is not a page's cursor", remedy) from None
 
 
 def _equalities(filters: Filters, row: Any, *, is_found: bool) -> list[ColumnElement[bool]]:
-    """Ask for the values given: unless rows are found already, for one by its index, for the others among those rows.
+    """Return the conditions that a column equals a value.
 
-    PostgreSQL has counted how frequent each value is and chooses for itself. SQLite has not, so what is likely to be the
-    rarest comes first here: a tenant, what is not completed yet, a model.
+    Unless the rows are found by another condition, the first one may choose an index. PostgreSQL
+    has statistics of the values and chooses by them. SQLite has none, so the condition that is
+    likely to fit the fewest rows comes first here: a tenant, a status other than completed, a
+    model.
     """
     for name in filters.keys() - Filters.__annotations__.keys():
         raise TypeError(f"there is no filter {name!r}; use {', '.join(Filters.__annotations__)}")
@@ -113,14 +140,17 @@ def _equalities(filters: Filters, row: Any, *, is_found: bool) -> list[ColumnEle
     equal = [column == value for column, value in asked[: not is_found]]
     equal += [unindexed(column) == value for column, value in asked[not is_found :]]
     if tenant and not is_found:
-        equal.append(row.tenant != literal_column("''"))  # so that the index, which leaves out the empty one, will do
+        equal.append(row.tenant != literal_column("''"))  # the index has no empty ones
     if tenant == "":
         equal.append(unindexed(row.tenant) == "")
     return equal
 
 
 def _bounds(filters: Filters, after: _Cursor | None, row: Any) -> list[ColumnElement[bool]]:
-    """Ask for a stretch of time; of two ends only the nearer one, since an index may be entered at the other."""
+    """Return the conditions on the time of creation.
+
+    Of two upper ends only the lower one is used, since an index may be entered at the other.
+    """
     start, end = filters.get("created_from"), filters.get("created_before")
     asked: list[ColumnElement[bool]] = []
     if start is not None:
@@ -129,5 +159,6 @@ def _bounds(filters: Filters, after: _Cursor | None, row: Any) -> list[ColumnEle
     if last is not None and (after is None or last <= after.created_at):
         asked.append(row.created_at < last)
     elif after is not None:
-        asked.append(tuple_(row.created_at, row.id) < tuple_(literal(after.created_at, UtcDateTime), literal(after.id)))
+        place = tuple_(literal(after.created_at, UtcDateTime), literal(after.id))
+        asked.append(tuple_(row.created_at, row.id) < place)
     return asked

@@ -1,4 +1,4 @@
-"""Alembic from inside the library; imported only when a migration runs, because Alembic takes half a second."""
+"""Alembic inside the library; imported only for a migration: it takes half a second."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import dgx_music
 
 
 def folder() -> Path:
-    """Return the folder of the migrations: the wheel's, else the source tree's (an editable install has no copy)."""
+    """Return the folder of the migrations: the wheel's copy, else the source tree's."""
     package = Path(dgx_music.__file__).parent
     shipped = package / "_migrations"
     return shipped if shipped.is_dir() else package.parents[1] / "migrations"
 
 
 def config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration, running on this connection and in its transaction where one is given."""
+    """Return Alembic's configuration; if a connection is given, it runs in its transaction."""
     result = Config()
     result.set_main_option("script_location", str(folder()).replace("%", "%%"))
     result.set_main_option("path_separator", "os")

@@ -25,23 +25,27 @@ from sqlalchemy import (
     select,
     table,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 
 AGEING_SECONDS = 60
 """One point of priority is worth a minute of waiting."""
 
 DEFAULT_MAX_ATTEMPTS = 10
-"""Lost workers count as failures too: with fewer, a machine that is killed every second fails what is not to blame."""
+"""Lost workers also count as failures: with fewer attempts, a machine that dies every second would
+make generations fail that are not the cause."""
 
 
 class GenerationStatus(StrEnum):
-    """Where a generation is in its life."""
+    """The place of a generation in its life."""
 
     PENDING = "pending"
     PROCESSING = "processing"
@@ -62,13 +66,22 @@ LEGAL_TRANSITIONS: dict[str, frozenset[str]] = {
 }
 
 
+def check_status(status: GenerationStatus | str) -> str:
+    """Return the status as text, or raise ``InvalidRequestError``."""
+    try:
+        return GenerationStatus(status).value
+    except ValueError:
+        known = ", ".join(GenerationStatus)
+        raise InvalidRequestError("status", f"{status!r} is not one", f"use {known}") from None
+
+
 def sources_of(status: str) -> list[str]:
-    """Return the statuses from which ``status`` may be reached."""
+    """Return the statuses that may change into this one."""
     return [source for source, targets in LEGAL_TRANSITIONS.items() if status in targets]
 
 
 class WorkerState(StrEnum):
-    """What a worker's row says of it; one that says nothing for longer than its lease is silent, whatever it said last."""
+    """What a worker says of itself in its row; a silent worker keeps its last state."""
 
     LOADING = "loading"
     SERVING = "serving"
@@ -76,7 +89,7 @@ class WorkerState(StrEnum):
 
 
 class AttemptOutcome(StrEnum):
-    """How an attempt ended; a running one has none yet."""
+    """How an attempt ended; a running attempt has no outcome."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -86,11 +99,11 @@ class AttemptOutcome(StrEnum):
 
 
 JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-"""``jsonb`` on PostgreSQL: plain ``json`` stores text that it later fails to read."""
+"""``jsonb`` on PostgreSQL: plain ``json`` stores text that it cannot read later."""
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware moment in UTC; SQLite keeps it as ``YYYY-MM-DD HH:MM:SS.ffffff`` text, which sorts by time."""
+    """An aware time in UTC; SQLite stores ``YYYY-MM-DD HH:MM:SS.ffffff``, which sorts by time."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -104,28 +117,29 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.astimezone(UTC)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Give back in UTC."""
+        """Return it in UTC."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 class Real(TypeDecorator[float]):
-    """A double that comes back as a float: SQLite's RETURNING gives 16.0 back as the integer 16."""
+    """A double that is always read as a float: SQLite's RETURNING gives the integer 16 for 16.0."""
 
     impl = Double
     cache_ok = True
 
     def process_result_value(self, value: float | None, dialect: Dialect) -> float | None:
-        """Give back a float."""
+        """Return a float."""
         return None if value is None else float(value)
 
 
 class now_plus(FunctionElement[datetime]):  # noqa: N801 - reads as the SQL function it is
     """The database's clock plus a number of seconds, at the moment the statement runs.
 
-    One clock for all workers; they send durations, never times. PostgreSQL's ``now()`` would be the transaction's start,
-    so it is ``clock_timestamp()`` there. SQLite's ``unixepoch('subsec')`` is NULL before 3.42, so it is ``strftime`` here.
+    All workers share this one clock: they send durations, never times. On PostgreSQL it is
+    ``clock_timestamp()``, since ``now()`` is the transaction's start. On SQLite it is ``strftime``,
+    since ``unixepoch('subsec')`` is NULL before 3.42.
     """
 
     type = UtcDateTime()
@@ -164,7 +178,10 @@ def _now_postgresql(element: now, compiler: SQLCompiler, **kwargs: Any) -> str:
 
 
 class unindexed(FunctionElement[Any]):  # noqa: N801 - reads as the SQL term it is
-    """A column in a condition that SQLite must not choose its index by: ``+column`` (sqlite.org/optoverview.html)."""
+    """A column in a condition by which SQLite must not choose an index.
+
+    SQLite writes it ``+column`` (sqlite.org/optoverview.html).
+    """
 
     inherit_cache = True
 
@@ -184,10 +201,11 @@ def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kwargs: A
 
 
 class claim_order(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
-    """What claims are ordered by: seconds at which a row became due, less ``AGEING_SECONDS`` for each point of priority.
+    """The order of claims: the time at which a row became due, minus a minute per priority point.
 
-    Waiting raises a row's rank as steadily as priority does, so that nothing starves; since all rows age alike, their order
-    never changes and an index can hold it. Written the same in every statement and in the index, or the index is not used.
+    Waiting raises a row's rank as priority does, so that nothing starves. All rows age equally, so
+    their order never changes and an index can hold it. The index is used only if every statement
+    writes the order in the same way.
     """
 
     type = Double()
@@ -206,12 +224,13 @@ def _claim_order_sqlite(element: claim_order, compiler: SQLCompiler, **kwargs: A
 @compiles(claim_order, "postgresql")
 def _claim_order_postgresql(element: claim_order, compiler: SQLCompiler, **kwargs: Any) -> str:
     run_at, priority = (compiler.process(clause, **kwargs) for clause in element.clauses)
-    since = f"({run_at} - timestamptz '2000-01-01 00:00:00+00')"  # an interval: unlike a date's, its epoch is immutable
+    # The epoch of an interval is immutable, unlike that of a time with a zone.
+    since = f"({run_at} - timestamptz '2000-01-01 00:00:00+00')"
     return f"(extract(epoch FROM {since})::double precision - {priority} * {AGEING_SECONDS})"
 
 
 class with_json_key(FunctionElement[dict[str, Any]]):  # noqa: N801 - reads as the SQL function it is
-    """A JSON object column with one more key: ``with_json_key(column, key, json_text)``; other keys stay as they are."""
+    """A JSON column with one key added or replaced: ``with_json_key(column, key, json_text)``."""
 
     type: TypeEngine[Any] = JsonObject
     inherit_cache = True
@@ -236,34 +255,66 @@ Id = String(36)
 HashText = String(64)
 ShortText = String(200)
 StatusText = String(20)
+
+
+class Status(TypeDecorator[GenerationStatus]):
+    """A generation's status: text in the database, a ``GenerationStatus`` in Python."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Store the text: drivers do not know enumerations."""
+        return None if value is None else str.__str__(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> GenerationStatus | None:
+        """Give back a status."""
+        return None if value is None else GenerationStatus(value)
+
+
 LongText = Text()
 
 
 def written(status: str) -> ColumnElement[str]:
-    """Return a status as SQL text: with a parameter in its place PostgreSQL's prepared plans could use no partial index."""
+    """Return a status as SQL text.
+
+    With a parameter instead PostgreSQL's prepared plans could not use a partial index.
+    """
     return literal_column(f"'{GenerationStatus(status)}'", StatusText)
+
+
+def dialect_of(session: AsyncSession) -> str:
+    """Return the kind of the session's database: ``sqlite`` or ``postgresql``."""
+    return session.get_bind().dialect.name
+
+
+def insert(dialect: str, model: type[Any]) -> Any:
+    """Return an INSERT for this kind of database, one that can say ON CONFLICT."""
+    return (postgresql.insert if dialect == "postgresql" else sqlite.insert)(model)
 
 
 _versions = table(VERSION_TABLE, column("version_num", String(32)))
 
 
 def is_our_schema() -> ColumnElement[bool]:
-    """Return the condition that the schema is still this version's: it may be migrated while a process runs.
+    """Return the condition that the schema is still this version's; it may be migrated at any time.
 
-    Looked at once in a statement. What an older version claimed it would make without what it does not know of.
+    It is evaluated once for each statement. An older version does not know all columns of a row, so
+    it must not claim one.
     """
     return select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
 
 
 def schema_revision() -> Select[Any]:
-    """Return the query of the schema's revision now; without an answer while the tables are being made."""
+    """Return the query for the schema's revision; no row while the tables are being made."""
     return select(_versions.c.version_num)
 
 
 def new_id() -> str:
-    """Return a UUID version 7 as text (RFC 9562, 5.7): ids made later sort later, to a quarter of a microsecond.
+    """Return a UUID version 7 as text (RFC 9562, 5.7).
 
-    The 12 bits behind the milliseconds are the fraction of the millisecond (RFC 9562, 6.2, method 3).
+    A later id sorts later, to a quarter of a microsecond. The 12 bits behind the milliseconds are
+    the fraction of the millisecond (RFC 9562, 6.2, method 3).
     """
     nanoseconds = time.time_ns()
     milliseconds, rest = divmod(nanoseconds, 1_000_000)

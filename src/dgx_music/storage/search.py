@@ -1,7 +1,8 @@
-"""Full-text search in the prompts: the same words find the same on SQLite (FTS5) and on PostgreSQL (tsvector).
+"""Full-text search in the prompts: the same results by SQLite's FTS5 and PostgreSQL's tsvector.
 
-Whatever a user types is words and nothing else. It is taken apart here, in one way for both databases, and put together
-again in the language of each; so no operator of either, and no quote left open, ever gets there.
+What a user types is only words. They are parsed here, in one way for both databases, and written
+again in each one's query language. So no operator and no open quote of the user's text reaches a
+database.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dgx_music import validation
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.listing import MAX_ROWS, Filters, conditions
 from dgx_music.storage.models import Generation, Prompt
-from dgx_music.storage.repository import dialect_of
+from dgx_music.storage.schema import dialect_of
 from dgx_music.storage.words import words_of
 
 _PIECE = re.compile(r'(-?)(?:"([^"]*)"?|([^\s"]+))')
@@ -33,26 +34,26 @@ further then once here there when where why how all any both each few more most 
 own same so than too very s t can will just don should now
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-"""What PostgreSQL's 'english' leaves out of its index; SQLite's index has them, and would look for them."""
+"""Words that PostgreSQL's 'english' does not index; SQLite does, so they are left out here."""
 
 _BY_LENGTH = 2
-"""ts_rank_cd's normalisation: divided by the number of words, so that a prompt that is about nothing else comes first."""
+"""Normalisation of ts_rank_cd: by the number of words, so that short prompts come first."""
 
 
 @dataclass(frozen=True)
 class SearchHit:
-    """A prompt that was found, by its newest generation."""
+    """A prompt that was found, with its newest generation."""
 
     generation: Generation
-    """The newest one of this prompt that fits the filters."""
+    """The newest generation of this prompt that fits the filters."""
     rank: float
-    """How well the prompt fits: higher is better, of no unit, and comparable within one search only."""
+    """How well the prompt fits: higher is better; comparable only within one search."""
     used_count: int
-    """How often the prompt was asked for in all."""
+    """How often the prompt was asked for in total."""
 
 
 class _Terms(NamedTuple):
-    """What to look for: each term is a word, or several that must follow one another."""
+    """What to search: each term is one word, or several that must follow one another."""
 
     wanted: tuple[str, ...]
     excluded: tuple[str, ...]
@@ -61,13 +62,14 @@ class _Terms(NamedTuple):
 async def search_generations(
     session: AsyncSession, words: str, *, limit: int = 20, **filters: Unpack[Filters]
 ) -> list[SearchHit]:
-    """Return at most ``limit`` prompts that hold all the words, best first, each by its newest generation.
+    """Return at most ``limit`` prompts that hold all the words, best first.
 
-    A prompt is one hit however often it was used; of equally good ones that used last comes first. Words match in any
-    form (``drum`` finds ``drums``), without regard to case and accents; ``"in quotes"`` they must follow one another, and
-    ``-words`` must not be there. In a script without spaces between words (Chinese, Japanese, Thai) any part is found. The
-    filters are those of ``list_generations``. A generation without ``prompt_id`` (added by hand, or whose prompt is yet to
-    be counted) is not found. Raises ``InvalidRequestError``.
+    A prompt is one hit however often it was used; of equally good hits the one used last comes
+    first. Words match in any form (``drum`` finds ``drums``); case and accents do not count. Words
+    ``"in quotes"`` must follow one another, and ``-words`` must be absent. In a script without
+    spaces between words (Chinese, Japanese, Thai) any part is found. The filters are those of
+    ``list_generations``. A generation without ``prompt_id`` (added by hand, or with a prompt that
+    is not counted yet) is not found. Raises ``InvalidRequestError``.
     """
     terms = _parse(validation.check_search(words))
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
@@ -79,7 +81,8 @@ async def search_generations(
 def _find_postgresql(terms: _Terms, filters: Filters) -> Select[Any]:
     asked = " ".join([*_quoted(terms.wanted), *(f"-{term}" for term in _quoted(terms.excluded))])
     query = func.websearch_to_tsquery(literal_column("'english'::regconfig"), asked)
-    text: ColumnElement[Any] = literal_column("prompts.text_search")  # the model has no such column: nobody reads it
+    # The model does not have this column, since nobody reads it.
+    text: ColumnElement[Any] = literal_column("prompts.text_search")
     rank = func.ts_rank_cd(text, query, _BY_LENGTH)
     return _newest_of(Prompt, rank, filters).where(text.op("@@")(query))
 
@@ -90,11 +93,15 @@ def _find_sqlite(terms: _Terms, filters: Filters) -> Select[Any]:
         asked = f"({asked}) NOT ({' OR '.join(_quoted(terms.excluded))})"
     index = table("prompts_search", column("rowid"), column("rank"))
     found = join(index, Prompt, Prompt.id == index.c.rowid)
-    return _newest_of(found, -index.c.rank, filters).where(literal_column("prompts_search").op("MATCH")(asked))
+    is_match = literal_column("prompts_search").op("MATCH")(asked)
+    return _newest_of(found, -index.c.rank, filters).where(is_match)
 
 
 def _newest_of(found: Any, rank: ColumnElement[Any], filters: Filters) -> Select[Any]:
-    """Return the prompts found that have a generation that fits, best first: its newest one, rank, uses of the prompt."""
+    """Return the prompts found with a generation that fits, best first.
+
+    Columns: the newest such generation, the rank, the uses of the prompt.
+    """
     other = aliased(Generation)
     newest = select(other.id).where(other.prompt_id == Prompt.id, *conditions(filters, other))
     newest = newest.order_by(other.created_at.desc(), other.id.desc()).limit(1)
@@ -108,7 +115,7 @@ def _quoted(terms: Sequence[str]) -> list[str]:
 
 
 def _parse(text: str) -> _Terms:
-    """Take the text apart, or raise ``InvalidRequestError`` where there is nothing to look for."""
+    """Return the terms of the text; raise ``InvalidRequestError`` if there is no word to search."""
     plain = unicodedata.normalize("NFKC", text)  # for the quotes and minuses
     wanted: dict[str, None] = {}
     excluded: dict[str, None] = {}
@@ -123,6 +130,6 @@ def _parse(text: str) -> _Terms:
 
 
 def _without_stop_words(words: list[str]) -> list[str]:
-    """Leave out the words at both ends that PostgreSQL's index has not; those in between it only counts."""
+    """Leave out the stop words at both ends; PostgreSQL counts those in between as places."""
     kept = [place for place, word in enumerate(words) if word not in STOP_WORDS]
     return words[kept[0] : kept[-1] + 1] if kept else []

@@ -1,4 +1,4 @@
-"""Whether a database takes what a worker will ask of it: tried, and undone."""
+"""Try whether a worker can use a database, and undo it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ from sqlalchemy import Table, false, text, update
 
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
-from dgx_music.storage.repository import dialect_of
-from dgx_music.storage.schema import new_id
+from dgx_music.storage.schema import dialect_of, new_id
 from dgx_music.storage.workers import heartbeat_worker
 
-_NOBODY = {"host": "", "pid": 0, "model_name": "", "models": [], "device": "", "slots": 1, "lease_seconds": 1.0}
+_NOBODY = {
+    "host": "",
+    "pid": 0,
+    "model_name": "",
+    "models": [],
+    "device": "",
+    "slots": 1,
+    "lease_seconds": 1.0,
+}
 _NO_GENERATION = update(cast("Table", Generation.__table__)).where(false()).values(progress=0.0)
 _NO_ATTEMPT = update(cast("Table", Attempt.__table__)).where(false()).values(device_seconds=0.0)
 
 
 class _UndoneError(Exception):
-    """Rolls back what was tried."""
+    """Rolls the trial back."""
 
 
 async def check_writable(database: Database) -> None:
-    """Raise ``DatabaseUnavailableError`` where nothing could be written now: a read-only file or server, missing rights.
+    """Raise ``DatabaseUnavailableError`` if nothing can be written, for example without rights.
 
-    A PostgreSQL database has to be migrated; of SQLite any file will do.
+    A PostgreSQL database has to be migrated; a SQLite file may be any.
     """
     with suppress(_UndoneError):
         async with database.session() as session:
@@ -41,8 +48,9 @@ async def check_writable(database: Database) -> None:
 
 
 def find_folder_problem(folder: Path) -> str | None:
-    """Return in half a sentence why nothing could be created in this folder, which may itself be missing yet, or ``None``."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    """Return why nothing can be created in this folder, or ``None``; it may not exist yet."""
+    candidates = (folder.absolute(), *folder.absolute().parents)
+    existing = next(path for path in candidates if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             return None

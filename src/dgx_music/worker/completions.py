@@ -1,4 +1,4 @@
-"""Completions that are ready together share one transaction: the disk is waited for once, not once for each."""
+"""The group commit: completions that are ready together share one transaction and one flush."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.retrying import for_ever, keep_trying
 from dgx_music.storage import queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Completion, Lease
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GATHER_SECONDS = 0.002
-"""For those that are about to arrive, as PostgreSQL's ``commit_delay`` does."""
+"""For those that are about to arrive; see PostgreSQL's ``commit_delay``."""
 _LOCKED_SECONDS = 0.2
 _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 
@@ -45,16 +46,16 @@ class Completions:
         self._turn = asyncio.Lock()
 
     async def write(self, completion: Completion) -> bool:
-        """Write it; return True once the row is completed, False where its lease was lost or a cancel was requested.
+        """Return True once the row is completed, False if its lease was lost or a cancel requested.
 
-        Waits as long as the database cannot be reached: finished audio is expensive. Cancelling the call leaves it open
-        whether the row was completed.
+        Waits as long as the database cannot be reached: finished audio is expensive. If the call is
+        cancelled, the row may be completed or not. Raises what the database raises for this one.
         """
         entry = _Entry(completion)
         self._waiting.append(entry)
         while entry.is_open:
             async with self._turn:
-                if entry.is_open:  # nobody before us took it along
+                if entry.is_open:  # no earlier turn has written it
                     await anyio.sleep(_GATHER_SECONDS)
                     await self._write_waiting()
             if entry.is_open:  # its row is locked: the others go on without it
@@ -67,11 +68,11 @@ class Completions:
         batch, self._waiting = self._waiting, []
         try:
             await self._write(batch)
-        finally:  # where this task was cancelled, the next in turn writes them; saying it twice is harmless
+        finally:  # if this task was cancelled, the next in turn writes them; twice is harmless
             self._waiting = [entry for entry in batch if entry.is_open] + self._waiting
 
     async def _write(self, batch: list[_Entry]) -> None:
-        """Write them together, or, where one of them cannot be stored, one by one: the others must not suffer."""
+        """Write them together; if one of them cannot be stored, one by one."""
         try:
             done, locked = await self._complete([entry.completion for entry in batch])
         except Exception as error:
@@ -86,32 +87,43 @@ class Completions:
                     entry.is_done = entry.completion.lease in done
 
     async def _settle(self, entry: _Entry, error: Exception) -> None:
-        """Hand the error to whoever waits, unless the row is completed all the same: it may have come after the commit."""
+        """Give the error to the caller that waits, unless the row is completed all the same.
+
+        The error may have come after the commit.
+        """
         lease = entry.completion.lease
         try:
-            done = await self._database.transact(lambda session: queue.find_completed(session, [lease]), read_only=True)
-        except Exception:  # then nobody knows, and the first error is the one to tell
+            done = await self._database.transact(
+                lambda session: queue.find_completed(session, [lease]),
+                read_only=True,
+            )
+        except Exception:  # then nobody knows, and the first error is raised
             done = set()
         if done:
-            logger.warning("completions: 1 was written, though it raised %s: %s", type(error).__name__, error)
+            name = type(error).__name__
+            logger.warning("completions: 1 was written, though it raised %s: %s", name, error)
             entry.is_done = True
         else:
             entry.error = error
 
     async def _complete(self, completions: list[Completion]) -> tuple[set[Lease], set[Lease]]:
-        """Return the leases that are completed, and those whose rows somebody else has locked."""
+        """Return the leases that are completed, and those whose rows somebody else has locked.
+
+        Never gives up.
+        """
 
         async def work(session: AsyncSession) -> tuple[set[Lease], set[Lease]]:
             done = await queue.complete(session, completions)
             rest = {completion.lease for completion in completions} - done
             return done, await queue.find_completable(session, rest)
 
-        failures = 0
-        while True:
-            try:
-                return await self._database.transact(work)
-            except DatabaseUnavailableError as error:
-                wait = _RETRY_SECONDS[min(failures, len(_RETRY_SECONDS) - 1)]
-                logger.warning("completions: %d wait %.1f s for the database: %s", len(completions), wait, error)
-                failures += 1
-                await anyio.sleep(wait)
+        def note(error: DatabaseUnavailableError, wait: float | None) -> None:
+            count = len(completions)
+            logger.warning("completions: %d wait %.1f s for the database: %s", count, wait, error)
+
+        return await keep_trying(
+            lambda: self._database.transact(work),
+            on=DatabaseUnavailableError,
+            waits=for_ever(*_RETRY_SECONDS),
+            note=note,
+        )

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     """Run one worker until a signal stops it, or with ``drain`` until its queue is empty.
 
-    The first SIGTERM, SIGINT, SIGHUP or SIGQUIT lets running generations finish within the grace, a second releases them
-    at once. Embedded SQLite is migrated first. Raises what ``Worker.run`` raises, and
-    ``ConfigurationError`` before anything is started.
+    The first SIGTERM, SIGINT, SIGHUP or SIGQUIT lets running generations finish within the grace; a
+    second releases them at once. Embedded SQLite is migrated first. Raises what ``Worker.run``
+    raises, and ``ConfigurationError`` before anything is started.
     """
     if settings.engine == "tone":
         tone.check_environment()
@@ -38,7 +38,7 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     output = open_output(settings.output, is_private=settings.is_private)
     worker = Worker(database, engine, output, settings)
     trouble: DgxMusicError | None = None
-    # Heard to the very end: a signal must not cut that short.
+    # Signals are received to the very end, so that none cuts it short.
     with anyio.open_signal_receiver(*stopping_signals()) as signals:
         try:
             async with anyio.create_task_group() as tasks:
@@ -60,11 +60,13 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
 def within_lease(settings: Settings) -> Settings:
     """Return the settings with no wait for the database longer than a quarter of the lease.
 
-    A connection that a network has forgotten, and the making of another one, must not cost a healthy worker its leases.
+    Else a connection that a network has forgotten, and making a new one, could cost a healthy
+    worker its leases.
     """
     names = ("connect_timeout_seconds", "statement_timeout_seconds", "command_timeout_seconds")
     longest = settings.lease_seconds / 4
-    return replace(settings, **{name: min(getattr(settings, name), longest) for name in names})
+    limits = {name: min(getattr(settings, name), longest) for name in names}
+    return replace(settings, **limits)
 
 
 def engine_settings(settings: Settings) -> EngineSettings:
@@ -90,12 +92,13 @@ def configure_logging(level: str) -> None:
 
 
 async def _warm_up(worker: Worker) -> None:
-    """Get ready to finish audio; a worker that could not finish any ends before it has claimed some."""
+    """Load the libraries that finish audio; a worker without them stops before it claims."""
     try:
         await anyio.to_thread.run_sync(audio.warm_up)
     except ArtifactError as error:
         worker.give_up(error)
-    except (ImportError, MemoryError, RuntimeError) as error:  # the last is Python's, for a thread that it cannot start
+    # Python raises RuntimeError for a thread that it cannot start.
+    except (ImportError, MemoryError, RuntimeError) as error:
         logger.warning("worker %s: the audio's libraries are not loaded yet: %s", worker.id, error)
 
 

@@ -1,23 +1,24 @@
-"""Audio files as others write them: what is in them, whatever their headers say.
+"""Audio files as other programs write them: their true content, whatever their headers say.
 
-A length in a header is a guess: recorders, pipes and cutting tools write none or a wrong one, and a decoder that believes
-it ends early without a word. So each container is walked here to its true end, and handed on with nothing left to believe.
-Where what is there stops in the middle, or is damaged on the way, it is refused.
+A length in a header is a guess: recorders, pipes and cutting tools write none or a wrong one, and a
+decoder that believes it ends too early, without an error. So each container is followed to its true
+end, and then handed on without any length to believe. A file that stops in the middle, or is
+damaged, is refused.
 """
 
 from dgx_music.audio.containers import flac, mpeg, ogg, riff
 from dgx_music.audio.containers.interface import READABLE, DamagedError, Source, find_tags
 
 _TAKEN_FOR_MPEG = (b"\xff", b"ID3")
-"""libsndfile would give what starts so to libmpg123, which would write to stderr that it is none."""
+"""libsndfile would hand such a file to libmpg123, which writes to stderr that it is no MP3."""
 
 __all__ = ["READABLE", "DamagedError", "Source", "open_source"]
 
 
 def open_source(content: bytes, longest_seconds: float) -> Source:
-    """Return what a decoder is to be given, of the first so many seconds at least; raises ``DamagedError``.
+    """Return what a decoder should get, of at least the first ``seconds``; raises ``DamagedError``.
 
-    A container that is not known here is handed on as it is, to be refused by name.
+    An unknown container is returned as it is; the decoder then refuses it by name.
     """
     start, end = find_tags(content)
     mpeg.check_tag(content, 0, start)

@@ -1,6 +1,7 @@
-"""FLAC (RFC 9639): the number of samples is taken out of its header; libFLAC then reads to the end, and reports a cut frame.
+"""FLAC (RFC 9639): without the number of samples in the header, libFLAC reads to the true end.
 
-Frames that are missing as a whole it does not report, so their numbers are followed here.
+libFLAC reports a frame that is cut, but not frames that are missing as a whole. So their numbers
+are followed here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _Frame(NamedTuple):
 
 
 def open_source(content: bytes) -> Source:
-    """Return the file with its length left open; raises ``DamagedError`` where frames of it are missing."""
+    """Return the file without its length; raises ``DamagedError`` if frames of it are missing."""
     facts = int.from_bytes(content[_STREAMINFO], "big")
     rate, promised = facts >> 44, facts & _SAMPLES
     if len(content) < _STREAMINFO.stop or not rate:
@@ -44,7 +45,7 @@ def open_source(content: bytes) -> Source:
 
 
 def _count_samples(content: bytes) -> int:
-    """Return how many samples the frames say they hold; raises ``DamagedError`` where their numbers leave some out."""
+    """Return how many samples the frames hold; raises ``DamagedError`` if frames are missing."""
     count, last, summed_to, checksum = 0, None, 0, 0
     for frame in _frames(content):
         if last is None or frame.number == last.next_number:
@@ -58,7 +59,7 @@ def _count_samples(content: bytes) -> int:
 
 
 def _frames(content: bytes) -> Iterator[_Frame]:
-    """Yield what looks like a frame's header: chance makes one of the audio now and then, with any number."""
+    """Yield what looks like a frame's header; by chance some audio does too, with any number."""
     for found in _SYNC.finditer(content, _skip_metadata(content)):
         frame = _read_header(content, found.start())
         if frame is not None:
@@ -74,11 +75,12 @@ def _skip_metadata(content: bytes) -> int:
 
 
 def _read_header(content: bytes, start: int) -> _Frame | None:
-    """Return the frame whose header begins here; ``None`` where its checksum says that it is none."""
+    """Return the frame whose header begins here; ``None`` if its checksum is wrong."""
     data = content[start : start + _LARGEST_HEADER]
     if len(data) < 6 or data[2] >> 4 == 0 or data[2] & 15 == 15:
         return None
-    length = max(1, 8 - (data[4] ^ 0xFF).bit_length())  # as UTF-8 has it: leading ones say how many bytes there are
+    # As in UTF-8, the leading ones give the number of bytes.
+    length = max(1, 8 - (data[4] ^ 0xFF).bit_length())
     place = 4 + length
     if length == 1:
         number = data[4]

@@ -11,7 +11,7 @@ OTHER_AUDIO = re.compile(
     rb"fLaC\0|OggS\0|(?:RIFF|RIFX|RF64|FORM)....(?:WAVE|AIF[FC])|riff\x2e\x91\xcf\x11|caff\0\x01|\.snd\0\0|....ftyp",
     re.DOTALL,
 )
-"""How files of audio begin, but for those of MPEG."""
+"""How audio files begin, except for MPEG."""
 
 _ID3V1_BYTES = 128
 _ID3V2_BYTES = 10
@@ -25,15 +25,15 @@ class Source:
 
     parts: list[bytes]
     promised_seconds: float | None = None
-    """What the file itself said of its length; ``None`` where it said nothing, or is known to have told the truth."""
+    """The length by the file itself; ``None`` if it gave none, or if it is known to be right."""
     is_mpeg: bool = False
-    """Whether its decoder writes to stderr whatever it does not like."""
+    """Whether its decoder writes complaints to stderr."""
     seconds: float | None = None
-    """How long it is, where that can be counted without decoding."""
+    """How long it is, if that can be counted without decoding."""
 
 
 class DamagedError(Exception):
-    """What is there cannot be read whole: the problem, to be said after the field's name, and the remedy."""
+    """The file cannot be read whole: the problem, to follow the field's name, and the remedy."""
 
     def __init__(self, problem: str, remedy: str = "use a file that is whole") -> None:
         super().__init__(problem)
@@ -42,7 +42,7 @@ class DamagedError(Exception):
 
 
 def find_tags(content: bytes) -> tuple[int, int]:
-    """Return where the tags before the content end, and those after it begin: ID3 of both versions, and APE."""
+    """Return the end of the tags before the content, and the start of those after it (ID3, APE)."""
     start, end = skip_id3(content, 0), len(content)
     while (shorter := _end_before_tag(content, end)) != end:
         end = shorter
@@ -50,7 +50,7 @@ def find_tags(content: bytes) -> tuple[int, int]:
 
 
 def skip_id3(content: bytes, start: int) -> int:
-    """Return where the tags that begin here end."""
+    """Return the end of the tags that begin here."""
     while content[start : start + 3] == b"ID3" and len(content) >= start + _ID3V2_BYTES:
         size = content[start + 6 : start + _ID3V2_BYTES]
         if max(size) > 127:

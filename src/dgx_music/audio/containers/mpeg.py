@@ -1,6 +1,7 @@
-"""MP3, layers I and II too: the frames are walked, and stored again behind a tag that says how many there are.
+"""MP3, and layers I and II: the frames are followed, and stored again behind a correct tag.
 
-Without such a tag libmpg123 guesses the length from the first frames, and with one it believes what the tag says.
+Without a tag libmpg123 guesses the number of frames from the first ones; with a tag it believes the
+number that the tag gives.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ _KBITS = {
 _RATES = (44_100, 48_000, 32_000)
 _RATE_DIVISORS = {_VERSION_1: 1, 2: 2, 0: 4}
 _LONGEST_PADDING = 65_536
-"""Bytes before the first frame that are looked through: what begins later is no MP3."""
+"""Bytes that are searched for the first frame; a file whose frames begin later is no MP3."""
 _LONGEST_REST = 2**14
-"""Bytes after the last frame that are looked through for more of them; words of a song are shorter."""
+"""Bytes after the last frame that are searched for more frames; tags with lyrics are shorter."""
 _MOST_SILENT_FRAMES = 4
 """No encoder adds more than that before and after the music together."""
 _TAG_KBITS_INDEX = {True: 9, False: 8}
 _HAS_COUNT = 1
 _SPARE_SECONDS = 1
-"""Read beyond what is asked for: the silence that an encoder added is taken away from the end."""
+"""Read beyond the end: the silence that an encoder added is removed from there."""
 _TAG_FRAMES = 1
 """Some encoders count the frame that holds the count."""
 _THREE_FRAMES = 3 * 2_881
@@ -46,7 +47,7 @@ class _Header:
 
     data: bytes
     kind: tuple[int, int, int]
-    """What all frames of a file have in common: version and layer, rate, and whether there is one channel."""
+    """What all frames of a file have in common: version and layer, rate, and whether mono."""
     rate: int
     size: int
     samples: int
@@ -60,7 +61,7 @@ class _Header:
 
 @dataclass
 class _Frames:
-    """What was found: the frames one after the other, but for those that are tags."""
+    """The frames one after the other, without those that are tags."""
 
     first: _Header
     parts: list[bytes] = field(default_factory=list)
@@ -73,9 +74,9 @@ class _Frames:
 
 
 def find_source(content: bytes, longest_seconds: float) -> Source | None:
-    """Return the frames of an MP3, all or a little more than so many seconds; ``None`` where it is none.
+    """Return the frames of an MP3, of at least the first ``seconds``; ``None`` if it is no MP3.
 
-    Raises ``DamagedError`` where they end in the middle of one, or something else stands between them.
+    Raises ``DamagedError`` if the last frame is cut, or if there is something else between them.
     """
     start = _find_first(content)
     if start is None:
@@ -92,7 +93,7 @@ def find_source(content: bytes, longest_seconds: float) -> Source | None:
 
 
 def _find_first(content: bytes) -> int | None:
-    """Return where three frames of one kind follow each other, or all that there are, up to the end."""
+    """Return the position of three frames of one kind in a row, or of all up to the end."""
     start = content.find(b"\xff", 0, _LONGEST_PADDING)
     while start != -1:
         if is_run(content, start):
@@ -102,7 +103,7 @@ def _find_first(content: bytes) -> int | None:
 
 
 def is_run(content: bytes, start: int) -> bool:
-    """Return whether three frames of one kind follow each other from here, or all that there are, up to the end."""
+    """Return whether three frames of one kind, or all up to the end, follow in a row from here."""
     first = header = _read_header(content, start)
     for _ in range(2):
         if header is None or first is None or header.kind != first.kind:
@@ -137,7 +138,7 @@ def _walk(content: bytes, start: int, longest_seconds: float) -> _Frames:
 
 
 def _check_end(content: bytes, start: int, frames: _Frames) -> None:
-    """Raise where what stands here is not all that is left: what comes before more frames was one."""
+    """Raise if more frames follow after what stands here: then a frame is damaged."""
     end = min(start + _LONGEST_REST, len(content))
     position = content.find(b"\xff", start, end)
     while position != -1:
@@ -153,7 +154,7 @@ def _check_end(content: bytes, start: int, frames: _Frames) -> None:
 
 
 def _broken_by(content: bytes, start: int, frames: _Frames) -> DamagedError:
-    """Return what is wrong where these frames follow, not at once or of another kind."""
+    """Return what is wrong if frames follow here later, or of another kind."""
     header = _read_header(content, start)
     if header is not None and header.kind != frames.first.kind:
         return DamagedError("changes its sample rate or channels on the way", "use another clip")
@@ -161,7 +162,7 @@ def _broken_by(content: bytes, start: int, frames: _Frames) -> DamagedError:
 
 
 def check_tag(content: bytes, start: int, end: int) -> None:
-    """Raise where the tag that stands here by its own word holds frames that go on to its end, or behind it."""
+    """Raise if the tag that begins here holds frames that go on to its end or beyond."""
     position = content.find(b"\xff", max(start, end - _THREE_FRAMES), end)
     while position != -1:
         if is_run(content, position) and _reaches(content, position, end):
@@ -179,7 +180,7 @@ def _reaches(content: bytes, start: int, end: int) -> bool:
 
 
 def _skip_tags(content: bytes, start: int) -> int:
-    """Return where the next frame can begin: files that were put together have their tags in the middle."""
+    """Return where the next frame can begin: joined files have tags in the middle."""
     if content.startswith(b"TAG", start):
         return min(start + 128, len(content))
     end = min(skip_id3(content, start), len(content))
@@ -210,7 +211,7 @@ def _is_tag(frame: bytes, header: _Header) -> bool:
 
 
 def _check_count(frames: _Frames) -> None:
-    """Raise where there are fewer frames than the tags of all the files say that were put together here."""
+    """Raise if there are fewer frames than the tags of all joined files say."""
     promised = sum(_promised_frames(frames, tag) for tag in frames.tags)
     if frames.are_all and promised > len(frames.parts) + _TAG_FRAMES:
         said = promised * frames.first.samples / frames.first.rate
@@ -218,7 +219,7 @@ def _check_count(frames: _Frames) -> None:
 
 
 def _promised_seconds(frames: _Frames, silence: bytes) -> float | None:
-    """Return how long the file's only tag says that it is, where that is too short; else ``None``."""
+    """Return the length by the file's only tag if that is too short; else ``None``."""
     if len(frames.tags) != 1 or not frames.are_all:
         return None
     promised = _promised_frames(frames, frames.tags[0])
@@ -228,7 +229,7 @@ def _promised_seconds(frames: _Frames, silence: bytes) -> float | None:
 
 
 def _promised_frames(frames: _Frames, tag: bytes) -> int:
-    """Return how many frames a tag says there are, 0 where it says nothing of that."""
+    """Return the number of frames in a tag, 0 if it has none."""
     if tag[36:40] == b"VBRI":
         return int.from_bytes(tag[36 + 14 : 36 + 18], "big")
     start = frames.first.tag_start
@@ -236,7 +237,7 @@ def _promised_frames(frames: _Frames, tag: bytes) -> int:
 
 
 def _lame_extension(frames: _Frames) -> bytes:
-    """Return the part of the tag that says how much silence the encoder added before and after; empty where none does."""
+    """Return the tag's part about silence that an encoder added; empty if missing."""
     start = frames.first.tag_start
     if len(frames.tags) != 1 or frames.tags[0][start : start + 4] not in (b"Xing", b"Info"):
         return b""
@@ -260,7 +261,12 @@ def _make_tag(frames: _Frames, extension: bytes) -> bytes:
     if first.data[1] >> 1 & 3 != _LAYER_III:
         return b""
     data = bytes(
-        [0xFF, first.data[1] | 1, _TAG_KBITS_INDEX[is_first_version] << 4 | first.data[2] & 0x0C, first.data[3]]
+        [
+            0xFF,
+            first.data[1] | 1,
+            _TAG_KBITS_INDEX[is_first_version] << 4 | first.data[2] & 0x0C,
+            first.data[3],
+        ]
     )
     header = _read_header(data, 0)
     assert header is not None  # noqa: S101

@@ -1,7 +1,8 @@
-"""Ogg (RFC 3533): its pages are walked and their checksums verified, and what was chained is taken apart.
+"""Ogg (RFC 3533): pages are followed, checksums verified, and chained streams taken apart.
 
-libogg leaves out in silence each page that is damaged, and libsndfile whatever comes after the first stream of a chain.
-Positions are believed by both, and shorten what they do not like: those of Vorbis and Opus are counted here anew.
+libogg leaves out each damaged page without an error, and libsndfile all streams of a chain but the
+first. Both believe the positions in the pages, and cut the audio to them: for Vorbis and Opus the
+positions are counted here again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _Page:
         return bool(self.data[5] & _LAST)
 
     def pieces(self) -> Iterator[tuple[bytes, bool]]:
-        """Yield the parts of packets that the page holds, each with whether its packet ends there."""
+        """Yield the page's parts of packets, each with whether its packet ends there."""
         sizes = self.data[_HEADER_BYTES : _HEADER_BYTES + self.data[26]]
         start = _HEADER_BYTES + len(sizes)
         for size in sizes:
@@ -88,7 +89,7 @@ class _Link:
         self.pages.append(page)
 
     def content(self) -> bytes:
-        """Return the pages as a file whose positions shorten nothing; raises ``DamagedError`` where its end is missing."""
+        """Return the pages, positions counted; raises ``DamagedError`` if the end is missing."""
         if not all(page.is_last for page in {page.serial: page for page in self.pages}.values()):
             raise DamagedError("is cut: its end is missing")
         found = list(self._packets()) if len(self.numbers) == 1 else []
@@ -123,7 +124,7 @@ class _Link:
         )
 
     def _silence_after(self, counted: list[int], longest: int) -> int:
-        """Return how much its encoder added to fill the last packet: what the last position leaves out, if not too much."""
+        """Return how much the encoder added to fill the last packet, by the last position."""
         shifts = Counter(
             page.position - count
             for page, count in zip(self.pages[:-1], counted, strict=False)
@@ -134,7 +135,7 @@ class _Link:
         return left_out if 0 <= left_out <= min(longest, counted[-1]) else 0
 
     def _move_end(self) -> bytes:
-        """Return the pages with the end moved away where it lies before what they hold: for codecs not known here."""
+        """Return the pages of an unknown codec; an end that is too early is moved."""
         *others, last = self.pages
         before = max((page.position for page in others if page.position != _NO_POSITION), default=0)
         is_early = last.position <= before or last.position == _NO_POSITION
@@ -172,7 +173,7 @@ def _walk(content: bytes) -> Iterator[_Page]:
 
 
 def _checksum(page: bytes) -> int:
-    """Return Ogg's CRC of a page, whose own field counts as zero: zlib's, of the bits in the other order."""
+    """Return Ogg's CRC of a page, its own field as zero: zlib's CRC with the bits reversed."""
     bare = page[:22] + bytes(4) + page[26:]
     mirrored = zlib.crc32(bare.translate(_REVERSED), 0xFFFF_FFFF) ^ 0xFFFF_FFFF
     return int(f"{mirrored:032b}"[::-1], 2)

@@ -1,4 +1,4 @@
-"""How much audio the packets of an Ogg stream hold, by their own words: Vorbis (its specification) and Opus (RFC 6716, 7845)."""
+"""How much audio the packets of an Ogg stream hold: Vorbis, and Opus (RFC 6716, 7845)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _VORBIS, _OPUS = b"\1vorbis", b"OpusHead"
 _VORBIS_HEADERS, _OPUS_HEADERS = 3, 2
 _OPUS_RATE = 48_000
 _LONGEST_SKIP = 12_000
-"""A quarter of a second: an encoder needs a hundredth of it, and who cuts a stream a third."""
+"""A quarter of a second: an encoder needs a hundredth of a second, a cut a third."""
 _MODE_BITS = 41
 _MOST_MODES = 64
 
 
 def lengths(packets: Sequence[bytes]) -> list[int] | None:
-    """Return the samples that each packet adds, headers none; ``None`` where the codec is not known here.
+    """Return the samples that each packet adds; ``None`` if the codec is unknown.
 
-    Raises ``DamagedError`` where the headers are not as they must be.
+    Headers add none. Raises ``DamagedError`` if the headers are not valid.
     """
     if packets and packets[0].startswith(_VORBIS):
         return _vorbis_lengths(packets)
@@ -46,7 +46,7 @@ def _opus_length(packet: bytes) -> int:
 
 
 def _vorbis_lengths(packets: Sequence[bytes]) -> list[int]:
-    """Each packet adds the overlap of its block with the one before, so that the first adds nothing."""
+    """Each packet adds the overlap of its block and the one before; so the first adds nothing."""
     if len(packets) < _VORBIS_HEADERS or len(packets[0]) < 30:
         raise DamagedError("is damaged: its headers are not whole")
     blocks = 1 << (packets[0][28] & 15), 1 << (packets[0][28] >> 4)
@@ -55,16 +55,18 @@ def _vorbis_lengths(packets: Sequence[bytes]) -> list[int]:
     found, before = [0] * _VORBIS_HEADERS, 0
     for packet in packets[_VORBIS_HEADERS:]:
         mode = packet[0] >> 1 & mode_mask if packet and not packet[0] & 1 else len(modes)
-        block = blocks[modes[mode]] if mode < len(modes) else 0  # a decoder leaves out what is no audio
+        # A decoder leaves out a packet that is no audio.
+        block = blocks[modes[mode]] if mode < len(modes) else 0
         found.append((before + block) // 4 if before and block else 0)
         before = block or before
     return found
 
 
 def _vorbis_modes(setup: bytes) -> list[bool]:
-    """Return of each mode whether its block is a long one; they stand at the end of the header, before one bit that is set.
+    """Return for each mode whether its block is long.
 
-    What comes before them can only be found by reading all of it, so their number is looked for that stands in front.
+    The modes are at the end of the header, before one bit that is set. What comes before them could
+    only be skipped by parsing all of it, so this searches for the number of modes from the end.
     """
     bits = int.from_bytes(setup, "little")
     end = bits.bit_length() - 1
@@ -72,7 +74,8 @@ def _vorbis_modes(setup: bytes) -> list[bool]:
     found: list[bool] = []
     while len(modes) < _MOST_MODES and (end := end - _MODE_BITS) >= 6:
         mode = bits >> end & (1 << _MODE_BITS) - 1
-        if mode >> 1 & 0xFFFF_FFFF or mode >> 33 > 63:  # the kinds of window and transform, of which there is one each
+        # Only one type of window and of transform exists: both are 0.
+        if mode >> 1 & 0xFFFF_FFFF or mode >> 33 > 63:
             break
         modes.insert(0, bool(mode & 1))
         if bits >> end - 6 & 63 == len(modes) - 1:

@@ -1,6 +1,6 @@
-"""A program: decodes the MP3 on stdin to float32 on stdout, after its rate and its number of channels as uint32.
+"""A program: decodes the MP3 on stdin to float32 on stdout, after its rate and channels (uint32).
 
-It stands alone, and without NumPy, so that it starts quickly.
+It imports nothing else of this package, and no NumPy, so that it starts quickly.
 """
 
 import array
@@ -21,7 +21,7 @@ class Stream(soundfile.SoundFile):  # type: ignore[misc]  # it has no types
 
 
 def main() -> None:
-    """Decode to the end; ends with 1 where that cannot be."""
+    """Decode to the end; the exit code is 1 if that fails."""
     with Stream(io.BytesIO(sys.stdin.buffer.read())) as file:
         sys.stdout.buffer.write(array.array("I", [file.samplerate, file.channels]).tobytes())
         frame_bytes = 4 * file.channels

@@ -1,4 +1,4 @@
-"""WAV, RF64 too: where the samples end, found by what follows them."""
+"""WAV and RF64: the end of the samples is found from what follows them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import struct
 from collections.abc import Iterator
 
 from dgx_music.audio.containers import mpeg
-from dgx_music.audio.containers.interface import OTHER_AUDIO, READABLE, DamagedError, Source, skip_id3
+from dgx_music.audio.containers.interface import (
+    OTHER_AUDIO,
+    READABLE,
+    DamagedError,
+    Source,
+    skip_id3,
+)
 
 _UNKNOWN_BYTES = 0x7F00_0000
 """Who cannot go back to write a size writes one like this, or none."""
@@ -15,7 +21,7 @@ _NO_SIZE = 0xFFFF_FFFF
 """It is said elsewhere, or not known."""
 _MPEG_TAGS = (0x50, 0x55)
 _PLAIN, _EXTENSIBLE = (1, 3), 0xFFFE
-"""Formats whose frames all have the same size: integers, fractions; and the one that names its format later."""
+"""Formats whose frames all have the same size: integer, float, and extensible."""
 _SECOND = re.compile(rb"(?:RIFF|RIFX|RF64)....WAVE", re.DOTALL)
 _AUDIO_CHUNKS = (b"data", b"RIFF", b"RIFX", b"RF64")
 _MOST_PADDING = 1_024
@@ -24,7 +30,7 @@ _HEADER_BYTES = 8
 
 
 def open_source(content: bytes, longest_seconds: float) -> Source:
-    """Return the file with the size of its data as it is; raises ``DamagedError`` where it was cut short."""
+    """Return the file with the true size of its data; raises ``DamagedError`` if it was cut."""
     order = ">" if content.startswith(b"RIFX") else "<"
     chunks = {name: (start, size) for name, start, size in _chunks_before_data(content, order)}
     if b"data" not in chunks or b"fmt " not in chunks:
@@ -50,7 +56,7 @@ def open_source(content: bytes, longest_seconds: float) -> Source:
 
 
 def _check_format(fmt: bytes, order: str) -> None:
-    """Raise where numbers that follow from each other do not: one of them is wrong, and nothing says which."""
+    """Raise if the numbers of the format contradict each other: one of them is wrong."""
     form, channels, rate, per_second, per_frame, bits = struct.unpack(f"{order}HHIIHH", fmt[:16].ljust(16, b"\0"))
     form = _read(fmt, f"{order}H", 24) if form == _EXTENSIBLE else form
     if form not in _PLAIN:
@@ -60,12 +66,13 @@ def _check_format(fmt: bytes, order: str) -> None:
         problem = f"says {per_frame:,} bytes a frame, where its channels and bits give {given:,}"
         raise DamagedError(problem, "use a file whose header is right")
     if per_second != rate * per_frame:
-        problem = f"says {per_second:,} bytes a second, where its sample rate and frame size give {rate * per_frame:,}"
+        wanted = f"where its sample rate and frame size give {rate * per_frame:,}"
+        problem = f"says {per_second:,} bytes a second, {wanted}"
         raise DamagedError(problem, "use a file whose header is right")
 
 
 def _chunks_before_data(content: bytes, order: str) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the name of each chunk, where its content starts, and the size it says; the data are the last."""
+    """Yield each chunk's name, the start of its content, and its size; the last is ``data``."""
     start = 12
     while start + _HEADER_BYTES <= len(content):
         name, size = content[start : start + 4], _read(content, f"{order}I", start + 4)
@@ -77,10 +84,11 @@ def _chunks_before_data(content: bytes, order: str) -> Iterator[tuple[bytes, int
 
 
 def _find_end(content: bytes, start: int, size: int, riff_size: int, order: str) -> int:
-    """Return where the samples end: where it is said, if nothing but chunks follows, else at the end of the file."""
+    """Return the end of the samples: the header's, if only chunks follow, else the file's."""
     end = start + size
     if end > len(content):
-        is_whole = abs(riff_size + _HEADER_BYTES - len(content)) <= 1  # the other size is right: this one lies
+        # If the size of the whole is right, the size of the data is wrong.
+        is_whole = abs(riff_size + _HEADER_BYTES - len(content)) <= 1
         if size < _UNKNOWN_BYTES and not is_whole:
             raise DamagedError("ends in the middle")
     else:
@@ -94,7 +102,7 @@ def _find_end(content: bytes, start: int, size: int, riff_size: int, order: str)
 
 
 def _check_no_file(content: bytes, start: int) -> None:
-    """Raise where another file begins here, or after some padding."""
+    """Raise if another file begins here, or after some padding."""
     start = skip_id3(content, start)
     padding = content[start : start + _MOST_PADDING]
     start += len(padding) - len(padding.lstrip(b"\0"))
@@ -103,9 +111,9 @@ def _check_no_file(content: bytes, start: int) -> None:
 
 
 def _are_chunks(content: bytes, start: int, order: str) -> bool:
-    """Return whether nothing else begins here; a few bytes are too short for a chunk and for a sound.
+    """Return whether nothing else begins here; a few bytes are too short for a chunk and a sound.
 
-    Raises ``DamagedError`` where one of the chunks holds audio too.
+    Raises ``DamagedError`` if one of the chunks holds audio too.
     """
     names = set()
     while start + _HEADER_BYTES <= len(content):
@@ -129,7 +137,7 @@ def _make_file(order: str, fmt: bytes, samples: bytes) -> bytes:
 
 
 def _read(content: bytes, form: str, start: int) -> int:
-    """Return the number that is stored there, 0 where the file is too short."""
+    """Return the number that is stored there, 0 if the file is too short."""
     size = struct.calcsize(form)
     number: int = struct.unpack(form, content[start : start + size].ljust(size, b"\0"))[0]
     return number

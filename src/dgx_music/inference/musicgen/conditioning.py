@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dgx_music.audio.files import match_channels, resample
+from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.samples import Audio
 from dgx_music.catalog import WINDOW_SECONDS
 from dgx_music.errors import GenerationRejectedError

@@ -1,47 +1,25 @@
-"""Waking up when a SQLite database changes, instead of asking it over and over; notifications.py is PostgreSQL's.
+"""Waking up when the database changes, instead of asking it again and again.
 
-SQLite has no notifications between processes, but a commit writes to the write-ahead log, of which the kernel tells
-(inotify), and ``PRAGMA data_version`` then says when another connection's commit has become visible: it reads shared memory
-and takes no lock. One thread waits for the kernel and wakes whoever waits for it; where there is no inotify it looks eighty
-times a second. It is a hint: every waiter has a slow poll of its own behind it.
+A change is a hint: it may be lost, so every waiter also polls slowly. sqlite_changes.py watches a
+file, notifications.py listens to a PostgreSQL server.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
-import select
-import socket
-import sqlite3
-import sys
-import threading
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
-from typing import Any
-from weakref import WeakSet
 
 import anyio
 
-from dgx_music.storage.connection.snapshots import snapshot
-
 EVERYTHING = "*"
-"""The key of a hint that is for every subscriber of its topic."""
-
-_LOOK_EVERY_SECONDS = 0.0125
-_LOOK_AGAIN_SECONDS = 1.0
-_PAUSE_SECONDS = 5.0
-_VISIBLE_SECONDS = 0.001
-_NEXT_COMMIT_SECONDS = 0.05
-_SLOW_DISK_SECONDS = 0.02
-_IN_MODIFY, _IN_NONBLOCK, _IN_CLOEXEC = 0x2, 0o4000, 0o2000000  # <sys/inotify.h>
+"""The key of a hint for every subscriber of its topic."""
 
 
 class Topic(StrEnum):
-    """What a waiter wants to hear of; PostgreSQL's channels are named so."""
+    """What a waiter wants to hear of; PostgreSQL's channels have these names."""
 
     WORK = "dgx_music_work"
     """Something of a model (the key) may be due."""
@@ -61,8 +39,9 @@ class Subscription:
         self._changed = asyncio.Event()
 
     def wants(self, topic: str, key: str) -> bool:
-        """Return True where this waiter wants to hear of it."""
-        return self._topic in (None, topic) and (not self._keys or key in self._keys or key == EVERYTHING)
+        """Return True if this waiter wants to hear of this change."""
+        is_own = not self._keys or key in self._keys or key == EVERYTHING
+        return is_own and self._topic in (None, topic)
 
     def wake(self) -> None:
         """Wake the waiter; from any thread."""
@@ -75,50 +54,19 @@ class Subscription:
         self._changed.clear()
 
 
-class _Stop:
-    """Ends the thread: an event that ``select`` can wait for."""
+class Changes(ABC):
+    """Wakes its subscribers when the database changes; watches it while there are any."""
 
     def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-
-    def fileno(self) -> int:
-        return self._reader.fileno()
-
-    def set(self) -> None:
-        self._writer.close()
-
-    def is_set(self) -> bool:
-        return self._writer.fileno() < 0
-
-    def wait(self, seconds: float) -> None:
-        select.select([self], [], [], seconds)
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-class Changes:
-    """Wakes its subscribers after each commit to a SQLite file; its thread runs while there are any.
-
-    Where there is no file to watch (``path`` is ``None``), nobody is woken and the subscribers' polls are all there is.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = Path() if path is None else path.absolute()
-        self._is_file = path is not None
         self._subscriptions: set[Subscription] = set()
-        self._stop: _Stop | None = None
-        self._thread: threading.Thread | None = None
-        _all.add(self)
 
     @contextmanager
     def subscribe(self, topic: Topic | None = None, keys: Collection[str] = ()) -> Iterator[Subscription]:
-        """Give a subscription for as long as the block runs; any commit wakes it, whatever its topic and keys."""
+        """Give a subscription to a topic's changes while the block runs; no keys mean all."""
         subscription = Subscription(topic, keys)
         is_first = not self._subscriptions
         self._subscriptions.add(subscription)
-        if is_first and self._is_file:
-            self._start()
+        self._begin(is_first=is_first)
         try:
             yield subscription
         finally:
@@ -126,182 +74,18 @@ class Changes:
             if not self._subscriptions:
                 self._end()
 
+    @abstractmethod
     async def close(self) -> None:
-        """Stop watching; its subscribers are gone."""
-        self.abandon()
+        """Stop watching, and return when that is done; there are no subscribers any more."""
 
+    @abstractmethod
     def abandon(self) -> None:
-        """Stop watching for subscribers whose event loop has ended."""
-        self._subscriptions.clear()
-        self._end()
+        """Forget the subscribers, whose event loop has ended, and stop watching."""
 
-    def watches(self, path: Path | None) -> bool:
-        """Return True where its thread runs, and watches this file; ``None`` stands for any."""
-        return self._stop is not None and path in (None, self._path)
+    @abstractmethod
+    def _begin(self, *, is_first: bool) -> None:
+        """Watch for one more subscriber, unless the watch runs already."""
 
-    def pause(self) -> None:
-        """Close the connection to the file, and return when that is done."""
-        thread, self._thread = self._thread, None
-        self._end()
-        if thread is not None:
-            thread.join(_PAUSE_SECONDS)
-
-    def resume(self) -> None:
-        """Watch again, after ``pause``, where there still are subscribers."""
-        if self._subscriptions and self._stop is None:
-            self._start()
-
-    def _start(self) -> None:
-        self._end()
-        self._stop = _Stop()
-        self._thread = threading.Thread(target=self._watch, args=(self._stop,), name="dgx-music-changes", daemon=True)
-        self._thread.start()
-
+    @abstractmethod
     def _end(self) -> None:
-        if self._stop is not None:
-            self._stop.set()
-            self._stop = None
-
-    def _watch(self, stop: _Stop) -> None:
-        with closing(stop):
-            self._watch_until(stop)
-
-    def _watch_until(self, stop: _Stop) -> None:
-        while not stop.is_set():
-            try:
-                self._watch_connection(stop)
-            except sqlite3.Error:  # the file is gone or cannot be read for a moment
-                stop.wait(_LOOK_AGAIN_SECONDS)
-
-    def _watch_connection(self, stop: _Stop) -> None:
-        path = self._path
-        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
-        with closing(connection), closing(_open_log_watch(path)) as log:
-            seen, cursor, place = -1, connection.cursor(), find_place(path)
-            while not stop.is_set() and find_place(path) == place:
-                seen = self._look(cursor, seen, log, stop)
-                log.wait(stop)
-
-    def _look(self, cursor: sqlite3.Cursor, seen: int, log: _LogWatch | _NoLogWatch, stop: _Stop) -> int:
-        """Wake everybody once the version is another than the one seen, and return the version.
-
-        Looks on for a while after each write: the log is written first, then flushed to disk, which may take its time, and
-        only then is the commit visible.
-        """
-        until, pause = time.monotonic() + log.look_seconds, _VISIBLE_SECONDS
-        while not stop.is_set():
-            if is_written := log.drain():
-                until, pause = time.monotonic() + log.look_seconds, _VISIBLE_SECONDS
-            version: int = cursor.execute("PRAGMA data_version").fetchone()[0]
-            if version != seen:
-                seen = version
-                self._wake_all()
-                if not is_written:  # else the next commit may be on its way already
-                    until = min(until, time.monotonic() + _NEXT_COMMIT_SECONDS)
-            if time.monotonic() >= until:
-                break
-            time.sleep(pause)
-            pause = min(pause * 1.1, _SLOW_DISK_SECONDS)
-        return seen
-
-    def _wake_all(self) -> None:
-        for subscription in tuple(self._subscriptions):
-            try:
-                subscription.wake()
-            except RuntimeError:  # its event loop has closed
-                self._subscriptions.discard(subscription)
-
-
-class _LogWatch:
-    """Waits for the kernel to tell of a write to the database's log; watches the folder, since the log comes and goes."""
-
-    look_seconds = 2.0
-
-    def __init__(self, path: Path) -> None:
-        path = path.resolve()  # the log stands beside the file, not beside a link to it
-        self._log = f"{path.name}-wal".encode()
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._events = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
-        if self._events < 0:
-            raise OSError(ctypes.get_errno(), "inotify")
-        if libc.inotify_add_watch(self._events, bytes(path.parent), _IN_MODIFY) < 0:
-            error = ctypes.get_errno()
-            os.close(self._events)
-            raise OSError(error, "inotify")
-
-    def wait(self, stop: _Stop) -> None:
-        """Wait for a write to the log, or the stop; not for long, since another folder may have come in this one's place."""
-        readable: list[Any] = [self]
-        while readable and not stop.is_set():
-            readable, _, _ = select.select([self._events, stop], [], [], _LOOK_AGAIN_SECONDS)
-            if self._events in readable and self.drain():
-                return
-
-    def drain(self) -> bool:
-        """Take what the kernel has told so far; return whether the log was written."""
-        try:
-            return self._log in os.read(self._events, 65_536)
-        except BlockingIOError:
-            return False
-
-    def close(self) -> None:
-        os.close(self._events)
-
-
-class _NoLogWatch:
-    """Stands in where the kernel does not tell: it may always have been written."""
-
-    look_seconds = 0.0
-
-    def wait(self, stop: _Stop) -> None:
-        stop.wait(_LOOK_EVERY_SECONDS)
-
-    def drain(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        return
-
-
-Place = tuple[int, int] | None
-"""Device and inode of what is under a name; ``None`` where nothing is."""
-
-
-def find_place(name: str | Path) -> Place:
-    """Return what is under this name now: another file of the same name has another place."""
-    try:
-        found = os.stat(name)  # noqa: PTH116 - asked before every transaction
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def pause(path: Path | None = None) -> list[Changes]:
-    """Close the connections that watch this file, or any; return what to ``resume``."""
-    paused = [each for each in snapshot(_all) if each.watches(path)]
-    for each in paused:
-        each.pause()
-    return paused
-
-
-def resume(paused: list[Changes]) -> None:
-    """Watch again."""
-    for each in paused:
-        each.resume()
-
-
-def after_fork() -> list[Changes]:
-    """In the child, which has none of the threads: know of nobody, and return who there was."""
-    inherited = snapshot(_all)
-    _all.clear()
-    return inherited
-
-
-_all: WeakSet[Changes] = WeakSet()
-
-
-def _open_log_watch(path: Path) -> _LogWatch | _NoLogWatch:
-    try:
-        return _LogWatch(path) if sys.platform == "linux" else _NoLogWatch()
-    except OSError:  # the user's limit of watches is reached
-        return _NoLogWatch()
+        """Stop watching; a later subscriber begins again."""

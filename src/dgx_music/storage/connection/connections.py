@@ -1,7 +1,8 @@
-"""What is open of a database belongs to one event loop of one process.
+"""The open connections of a database, each of one event loop of one process.
 
-A connection waits on the event loop that made it, and two processes must not talk on one socket. So each event loop gets
-engines of its own; those of a loop that ends are closed with it; and a forked child leaves alone what it has inherited.
+A connection waits on the event loop that made it, and two processes must not use one socket. So
+each event loop has its own engines, which are closed when it ends; and a forked child never touches
+what it has inherited.
 """
 
 from __future__ import annotations
@@ -19,26 +20,33 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session as SyncSession
 
-from dgx_music.storage.connection import changes, postgres, sqlite, sqlite_file
+from dgx_music.storage.connection import (
+    postgres,
+    postgres_drivers,
+    sqlite,
+    sqlite_changes,
+    sqlite_file,
+)
 from dgx_music.storage.connection.changes import Changes
 from dgx_music.storage.connection.notifications import Notifications
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.replica import Replica
 from dgx_music.storage.connection.sessions import Session, finish
 from dgx_music.storage.connection.snapshots import snapshot
+from dgx_music.storage.connection.sqlite_changes import FileChanges
 from dgx_music.storage.connection.sqlite_file import DatabaseFile
 
 _CLOSE_SECONDS = 10.0
 
 
 class Connections:
-    """The engines of one event loop, its sessions, and who tells it of changes."""
+    """The engines of one event loop, its sessions, and its source of changes."""
 
     def __init__(self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None) -> None:
-        self.changes: Changes | Notifications
+        self.changes: Changes
         if url.get_backend_name() == "sqlite":
             self.engine, self.reading_engine = sqlite.create_engines(url, file)
-            self.changes = Changes(None if file is None else file.path)
+            self.changes = FileChanges(None if file is None else file.path)
         else:
             self.engine, self.reading_engine = postgres.create_engines(url, limits)
             self.changes = Notifications(url, limits)
@@ -49,7 +57,7 @@ class Connections:
 
     @property
     def engines(self) -> tuple[AsyncEngine, ...]:
-        """The engines with connections of their own: of writing sessions, of reading ones, of the replica."""
+        """The engines with their own connections: for writing, for reading, for the replica."""
         is_shared = self.engine.pool is self.reading_engine.pool
         own = (self.engine,) if is_shared else (self.engine, self.reading_engine)
         return own if self.replica is None else (*own, self.replica.engine)
@@ -62,7 +70,7 @@ class Connections:
 
 
 class ConnectionsByLoop:
-    """The ``Connections`` of each event loop: made when it first needs them, closed when it ends."""
+    """The ``Connections`` of each event loop: made at its first need, closed when it ends."""
 
     def __init__(self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None) -> None:
         self._given = (url, replica_url, limits, file)
@@ -76,7 +84,7 @@ class ConnectionsByLoop:
         return self._make(loop) if found is None else found[0]
 
     async def close(self) -> None:
-        """Close those of every event loop; those of one that rests, once it runs again."""
+        """Close those of every event loop; those of one that does not run, when it runs again."""
         self._forget_ended()
         own = asyncio.get_running_loop()
         taken, self._by_loop = self._by_loop, {}
@@ -88,12 +96,15 @@ class ConnectionsByLoop:
         made = Connections(*self._given)
         closing = self._close_at_the_end(loop, made)
         with suppress(StopIteration):
-            closing.__anext__().send(None)  # to its yield: from then on the event loop knows of it
+            closing.__anext__().send(None)  # up to its yield: now the event loop knows of it
         self._by_loop[loop] = made, closing
         return made
 
     async def _close_at_the_end(self, loop: asyncio.AbstractEventLoop, made: Connections) -> AsyncGenerator[None]:
-        """Close them when told to, or when the event loop closes its asynchronous generators: the last thing it does."""
+        """Close them on ``aclose``, or when the event loop closes its asynchronous generators.
+
+        That is the last thing that an event loop does.
+        """
         try:
             yield
         finally:
@@ -102,22 +113,23 @@ class ConnectionsByLoop:
             await made.close()
 
     def _forget_ended(self) -> None:
-        """Forget event loops that were closed without closing their generators: nothing can wait on them any more."""
+        """Forget event loops that were closed without closing their generators."""
         for loop in [loop for loop in tuple(self._by_loop) if loop.is_closed()]:
-            if (ended := self._by_loop.pop(loop, None)) is not None:  # unless another thread was quicker
+            ended = self._by_loop.pop(loop, None)
+            if ended is not None:  # else another thread was faster
                 ended[0].changes.abandon()
-        postgres.hang_up_ended()
+        postgres_drivers.hang_up_ended()
         sqlite_file.close_ended()
 
     def after_fork(self) -> list[Any]:
-        """In the child: know of nothing, and return what there was."""
+        """In the child: forget all, and return what there was."""
         inherited, self._by_loop = list(self._by_loop.items()), {}
         return inherited
 
 
 async def _close_elsewhere(loop: asyncio.AbstractEventLoop, closing: AsyncGenerator[None]) -> None:
     done: Future[None] = Future()
-    tasks: list[asyncio.Task[None]] = []  # an event loop alone keeps no task alive
+    tasks: list[asyncio.Task[None]] = []  # an event loop has only weak references to its tasks
 
     async def close() -> None:
         try:
@@ -126,7 +138,7 @@ async def _close_elsewhere(loop: asyncio.AbstractEventLoop, closing: AsyncGenera
             tasks.clear()
             done.set_result(None)
 
-    with suppress(RuntimeError):  # it was closed meanwhile, and its generators with it
+    with suppress(RuntimeError):  # the loop was closed meanwhile, and its generators too
         loop.call_soon_threadsafe(lambda: tasks.append(loop.create_task(close())))
     if loop.is_running():
         await asyncio.wait([asyncio.wrap_future(done)], timeout=_CLOSE_SECONDS)
@@ -135,25 +147,29 @@ async def _close_elsewhere(loop: asyncio.AbstractEventLoop, closing: AsyncGenera
 def _before_fork() -> None:
     global _paused
     sqlite_file.turn.acquire()
-    _paused = changes.pause()
+    _paused = sqlite_changes.pause()
     sqlite_file.rest_all()
 
 
 def _after_fork_in_parent() -> None:
-    changes.resume(_paused)
+    sqlite_changes.resume(_paused)
     sqlite_file.turn.release()
 
 
 def _after_fork_in_child() -> None:
-    """Leave alone what was inherited, for ever: what a driver does last would be said to the parent's server.
+    """Never touch what was inherited: a driver's goodbye would end the parent's session.
 
-    Its sockets are the parent's too, so they are not shut down here but let go.
+    The sockets are also the parent's, so they are not shut down here but let go.
     """
-    inherited = [sqlite_file.after_fork(), postgres.after_fork(), changes.after_fork()]
+    inherited = [
+        sqlite_file.after_fork(),
+        postgres_drivers.after_fork(),
+        sqlite_changes.after_fork(),
+    ]
     inherited += [each.after_fork() for each in snapshot(_all)]
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))  # not even at the interpreter's end
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))  # kept until after the interpreter's end
 
 
 _all: WeakSet[ConnectionsByLoop] = WeakSet()
-_paused: list[Changes] = []
+_paused: list[FileChanges] = []
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,7 +1,7 @@
-"""A read replica of a PostgreSQL database, for what may be a little behind; without it, the primary answers.
+"""A read replica of a PostgreSQL database, for reads that may lag; without it, the primary answers.
 
-It is an offer, never a need: one that is away, or that has not got this version's tables yet, is left alone for a while, and
-nobody waits for it but the one who tries it again.
+Nothing depends on it. If it is away, or does not have this version's tables yet, it is skipped for
+ten seconds; then one caller tries again.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from dgx_music.errors import ConfigurationError, DatabaseError, DatabaseNotMigratedError
 from dgx_music.storage.connection import postgres
-from dgx_music.storage.connection.postgres import Limits
+from dgx_music.storage.connection.postgres_drivers import Limits
+from dgx_music.storage.connection.postgres_errors import message_line
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.connection.sessions import NoAnswerError, Session
-from dgx_music.storage.connection.urls import normalise_url
+from dgx_music.storage.connection.urls import normalise_url, shown
 
 logger = logging.getLogger(__name__)
 
 _SETTING = "DGX_MUSIC_REPLICA_URL"
 _LEAVE_SECONDS = 10.0
-"""How long a replica is left alone that was of no use."""
+"""How long a replica is skipped after it could not be used."""
 
 
 class Replica:
-    """The replica's engine, and whether it is of any use just now."""
+    """The replica's engine, and whether it can be used now."""
 
     def __init__(self, url: URL, limits: Limits) -> None:
         self.url = url
@@ -39,14 +40,14 @@ class Replica:
         self._try_at = 0.0
 
     def __str__(self) -> str:
-        return postgres.shown(self.url)
+        return shown(self.url)
 
     async def begin(self) -> AsyncSession | None:
-        """Return a session that has begun; ``None`` where the replica is of no use for now."""
+        """Return a session that has begun; ``None`` if the replica cannot be used now."""
         if time.monotonic() < self._try_at:
             return None
         if self._is_left:
-            self._try_at = time.monotonic() + _LEAVE_SECONDS  # the others need not wait with us
+            self._try_at = time.monotonic() + _LEAVE_SECONDS  # the others skip it meanwhile
         session = self._sessions()
         try:
             await _check_migrated(session)
@@ -64,7 +65,8 @@ class Replica:
             return
         if not self._is_left:
             logger.warning(
-                "read replica: left for the primary (%s)", postgres.first_line(getattr(error, "orig", error))
+                "read replica: left for the primary (%s)",
+                message_line(getattr(error, "orig", error)),
             )
         self._is_left, self._try_at = True, time.monotonic() + _LEAVE_SECONDS
 
@@ -75,9 +77,9 @@ class Replica:
 
 
 async def _check_migrated(session: AsyncSession) -> None:
-    """Raise unless the tables are there in this version's form: they come as late as the rows do.
+    """Raise unless the tables have this version's form: they arrive as late as the rows do.
 
-    Asked each time, since it is also what finds out that a connection is dead while the primary can still be asked.
+    Checked each time, since it also finds a dead connection while the primary can still answer.
     """
     found = await session.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608 - a constant
     if found != SCHEMA_REVISION:

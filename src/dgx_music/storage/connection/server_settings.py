@@ -1,8 +1,8 @@
-"""What we depend on of a PostgreSQL session's settings: a role or a database may bring others, so each connection says them.
+"""The settings that we need in a PostgreSQL session; a role or a database may have others.
 
-They go with the connection's first message where the server keeps them. A pooler in transaction mode does not: there they
-are said at the beginning of each transaction, for that transaction. What depends on what the server has is asked of it by
-one statement more.
+Each connection sets them in its first message. A pooler in transaction mode does not keep them:
+then each transaction begins by setting them, for itself. One more statement changes settings that
+depend on what the server has.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ READABLE = {
     "extra_float_digits": "1",  # less would round durations
     "bytea_output": "hex",
     "standard_conforming_strings": "on",
-    "lock_timeout": "0",  # what a statement may take is said by its own timeout
+    "lock_timeout": "0",  # the timeout of the statement is enough
 }
-"""Settings that every role may set."""
+"""Settings that every role may change."""
 
 _OUR_SCHEMA = f"""
 SELECT min(quote_ident(nspname)) AS name
@@ -44,15 +44,16 @@ UNION ALL SELECT set_config('search_path', concat_ws(', ', coalesce(visible.name
         AS found) AS alone
   WHERE coalesce(visible.name, alone.name) IS NOT NULL OR current_schema() IS NULL
 """  # noqa: S608 - a constant
-"""Acknowledged rows are on the server's disk; triggers fire (a role that may not have that gets the server's refusal, for its
-statistics would be wrong in silence); a transaction ends when we say so; and our tables, which were
-created where the search path of that time led to, are found by any other one, before others of the same names."""
+"""Makes sure that acknowledged rows are on the server's disk; that triggers fire (a role that must
+not change that gets the server's error, since its statistics would be silently wrong); that only we
+end a transaction; and that any search path finds our tables, before others of the same names, in
+the schema in which they were created."""
 
 SET_UP = _ASKED.format(is_local="false")
 
 
 def say_in_each_transaction(engine: Engine) -> None:
-    """Have each of the engine's transactions begin with the settings, which a pooler would take to another session."""
+    """Have each transaction set the settings first, since a pooler does not keep them."""
     said = ", ".join(f"set_config('{name}', '{value}', true)" for name, value in READABLE.items())
 
     def begin(connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""Sessions whose database calls each run to their end, whoever is cancelled meanwhile."""
+"""Sessions whose database calls run to their end even if the caller is cancelled."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _is_finishing: ContextVar[bool] = ContextVar("dgx_music_is_finishing", default=F
 
 
 class NoAnswerError(Exception):
-    """The driver had no answer from the server; a class of our own, since a caller has timeouts and sockets too."""
+    """The server did not answer; not a ``TimeoutError``, which may be the caller's own."""
 
     def __init__(self, why: str = "it did not answer in time") -> None:
         super().__init__(why)
 
 
 def check_session(session: object) -> None:
-    """Refuse what is no ``AsyncSession`` of SQLAlchemy, a synchronous one among it."""
+    """Raise ``InvalidRequestError`` unless this is SQLAlchemy's ``AsyncSession``."""
     if not isinstance(session, AsyncSession | async_scoped_session):
         kind = type(session).__name__
         remedy = "use an AsyncSession of SQLAlchemy, or leave it out for one of our own"
@@ -37,14 +37,17 @@ def check_session(session: object) -> None:
 async def finish(work: Coroutine[Any, Any, T]) -> T:
     """Run the work to its end even if the caller is cancelled, then let the cancellation through.
 
-    Cancelling a statement of SQLAlchemy + aiosqlite in mid-flight leaves the database write-locked until garbage
-    collection, and a commit's fate unknown. A shielded scope keeps anyio's cancellations out, a task of its own asyncio's.
-    Inside such work another ``finish`` is a plain await: a transaction that is finished as a whole pays once.
+    A statement of SQLAlchemy with aiosqlite that is cancelled half-way leaves the database
+    write-locked until garbage collection, and the result of a commit unknown. A shielded scope
+    stops anyio's cancellations, a separate task stops asyncio's. Inside such work another
+    ``finish`` is a plain await, so that a transaction that is finished as a whole has the cost
+    once.
     """
     if _is_finishing.get():
         return await work
     task = asyncio.get_running_loop().create_task(_finishing(work))
-    asyncio._unregister_task(task)  # not among ``all_tasks``, which who shuts down cancels one and all; the caller is
+    # Not in ``all_tasks``, which a shutdown cancels all; the caller's task is in it.
+    asyncio._unregister_task(task)
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -52,18 +55,19 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
                 await asyncio.wait([task])
             except asyncio.CancelledError as error:
                 cancelled = error
-    if cancelled is not None:  # it comes only once: a caller who survives an error of the work must not miss it
+    # A cancellation comes only once: the caller must not miss it because of an error of the work.
+    if cancelled is not None:
         raise cancelled from (None if task.cancelled() else task.exception())
     return task.result()
 
 
 async def _finishing(work: Coroutine[Any, Any, T]) -> T:
-    _is_finishing.set(True)  # in this task's own context
+    _is_finishing.set(True)  # only in this task's context
     return await work
 
 
 def _finished(method: Any) -> Any:
-    """Return the coroutine method with each call run to its end, whoever is cancelled meanwhile."""
+    """Return the coroutine method so that each call runs to its end, also if it is cancelled."""
 
     @functools.wraps(method)
     async def call(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +77,8 @@ def _finished(method: Any) -> Any:
             caller = asyncio.current_task()
             if caller is None or caller.cancelling():
                 raise
-            raise NoAnswerError from error  # nobody cancelled it: as an error of its own it would end its whole task group
+            # The driver's own cancellation: as such it would end the caller's whole task group.
+            raise NoAnswerError from error
         except (OSError, EOFError) as error:  # while SQLAlchemy makes its first connection
             raise as_no_answer(error) from error
 
@@ -81,14 +86,14 @@ def _finished(method: Any) -> Any:
 
 
 def as_no_answer(error: OSError | EOFError) -> NoAnswerError:
-    """Return what it means that a driver has raised this."""
-    if isinstance(error, TimeoutError):  # asyncpg's; what SQLAlchemy raises itself has other classes
+    """Return what this error of a driver means."""
+    if isinstance(error, TimeoutError):  # of asyncpg; SQLAlchemy has its own classes
         return NoAnswerError()
     return NoAnswerError(f"the connection was lost ({error})")
 
 
 class _CallersOwnError(Exception):
-    """Carries what a caller's function has raised past those who would take it for the driver's."""
+    """Carries an error of the caller's function past code that would take it for the driver's."""
 
     def __init__(self, error: OSError | EOFError) -> None:
         super().__init__(error)
@@ -96,7 +101,7 @@ class _CallersOwnError(Exception):
 
 
 async def _run_sync(session: AsyncSession, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Like ``AsyncSession.run_sync``; the driver's trouble inside is a ``NoAnswerError`` by then."""
+    """Like ``AsyncSession.run_sync``, but lets errors of the caller's function through."""
 
     def run(sync_session: SyncSession) -> T:
         try:
@@ -118,7 +123,7 @@ class _Transaction(AsyncSessionTransaction):
 
 
 class Session(AsyncSession):
-    """An ``AsyncSession`` whose database calls each run to their end; not those made on a ``stream`` or ``connection``."""
+    """An ``AsyncSession`` whose calls run to their end; not those on a stream or connection."""
 
     execute = _finished(AsyncSession.execute)
     scalar = _finished(AsyncSession.scalar)
@@ -138,7 +143,7 @@ class Session(AsyncSession):
     invalidate = _finished(AsyncSession.invalidate)
 
     async def run_sync(self, fn: Callable[..., T], *arg: Any, **kw: Any) -> T:
-        """Like ``AsyncSession.run_sync``; what ``fn`` raises comes as it is."""
+        """Like ``AsyncSession.run_sync``; raises what ``fn`` raises."""
         try:
             result: T = await _finished_run_sync(self, fn, *arg, **kw)
         except _CallersOwnError as carrier:

@@ -1,4 +1,4 @@
-"""Reading a collection that other threads change meanwhile."""
+"""Read a collection while other threads change it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ T = TypeVar("T")
 
 
 def snapshot(items: Iterable[T]) -> list[T]:
-    """Return what is in a set, or what it gives of a dictionary, at one moment; Python's weak ones cannot be read at once.
+    """Return the items of a set or of a dictionary's view, all at one moment.
 
-    Nothing is locked: a lock that another thread holds during a fork would be held for ever in the child.
+    Python's weak collections have no such read. Nothing is locked: a lock that another thread holds
+    during a fork would stay locked in the child.
     """
     while True:
         try:

@@ -1,10 +1,12 @@
-"""Which file a SQLite connection is open on, and whether that is still the one under its name.
+"""The file that a SQLite connection has open, and whether that file still has its name.
 
-Who replaces, deletes or moves a database under a running program leaves its connections in a file that nobody will ever
-open again. So each connection remembers the file it was opened on (device and inode, those of its log as well), and they are
-compared before a transaction begins and after a commit, before anybody is told of it.
+If somebody replaces, deletes or moves a database under a running program, its connections stay in a
+file that nobody will open again. So each connection remembers its file and its log (device and
+inode). They are compared before a transaction begins, and after a commit, before the caller hears
+of it.
 
-SQLite also forbids a connection to be carried through a fork: what rests is closed before, and opened again after.
+SQLite also forbids to carry a connection through a fork: idle connections are closed before it, and
+opened again after it.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from dgx_music.modes import create_file
-from dgx_music.storage.connection import changes
-from dgx_music.storage.connection.changes import Place, find_place
+from dgx_music.storage.connection import sqlite_changes
 from dgx_music.storage.connection.snapshots import snapshot
+from dgx_music.storage.connection.sqlite_changes import Place, find_place
 
 _OPENED = "dgx_music_opened"
 _IS_SECOND = "dgx_music_is_second"
@@ -43,7 +45,7 @@ _FORKED = (
 
 @dataclass(eq=False)
 class _Opened:
-    """One connection: what it is open on, and whether somebody is using it."""
+    """One connection: the file that it has open, and whether somebody uses it."""
 
     driver: Any
     file: Place
@@ -53,7 +55,7 @@ class _Opened:
     is_used: bool = True
     is_waiting: bool = False
     is_left: bool = False
-    """Nobody may use it any more."""
+    """Nobody must use it any more."""
     is_closed: bool = False
 
     def close(self) -> None:
@@ -65,8 +67,8 @@ class _Opened:
 class DatabaseFile:
     """The file of one database, and this process's connections to it.
 
-    ``is_known`` once it was opened: from then on nobody makes an empty one in its place. One that ``is_private`` is made for
-    its owner alone.
+    ``is_known`` is true when it was opened: from then on nobody creates an empty file in its place.
+    A file that ``is_private`` is created for its owner alone.
     """
 
     def __init__(self, path: Path, *, is_private: bool) -> None:
@@ -78,7 +80,7 @@ class DatabaseFile:
         _files.add(self)
 
     def attach(self, engine: Engine) -> None:
-        """Have the engine's connections opened here, and looked at before each use."""
+        """Have this object open the engine's connections, and check them before each use."""
         event.listen(engine, "do_connect", self._open)
         event.listen(engine, "connect", self._note)
         event.listen(engine, "checkout", self._look)
@@ -87,23 +89,23 @@ class DatabaseFile:
 
     @property
     def is_gone(self) -> bool:
-        """True where the file was there and has no successor: deleted, or moved away with its folder."""
+        """True if the file existed and nothing has its name now."""
         return self.is_known and find_place(self.path) is None
 
     @property
     def waits_for_lock(self) -> bool:
-        """True while a transaction of this process waits to begin: somebody else is writing."""
+        """True while a transaction of this process waits to begin, since another process writes."""
         return any(opened.is_waiting for opened in tuple(self._opened))
 
     def check(self, connection_info: dict[str, Any]) -> None:
-        """Raise where what this connection has just committed is not under the database's name any more."""
+        """Raise if the file to which this connection has committed has lost its name."""
         opened: _Opened = connection_info[_OPENED]
         if not self._is_in_place(opened):
             self._leave(opened)
             raise sqlite3.OperationalError(_MOVED)
 
     def rest(self) -> None:
-        """Close every connection that nobody is using, from any thread."""
+        """Close every connection that nobody uses, from any thread."""
         with turn:
             resting = [opened for opened in tuple(self._opened) if not (opened.is_used or opened.is_left)]
             for opened in resting:
@@ -112,25 +114,25 @@ class DatabaseFile:
             done.wait(_LEAVE_SECONDS)
 
     def close_ended(self) -> None:
-        """Close the connections of event loops that were closed before them."""
+        """Close the connections of event loops that are closed."""
         for opened in [opened for opened in tuple(self._opened) if opened.loop.is_closed()]:
             self._opened.discard(opened)
-            stopping = threading.Thread(target=opened.driver.stop)  # in a thread of its own it tells no event loop
+            stopping = threading.Thread(target=opened.driver.stop)  # in a separate thread it calls no event loop
             stopping.start()
             stopping.join()
 
     def after_fork(self) -> list[Any]:
-        """In the child: know of no connection; return those there were, which nobody may ever touch."""
+        """In the child: forget all connections and return them; nobody must ever touch them."""
         inherited, self._opened = list(self._opened), set()
         self._was_forked_in_use |= not all(opened.is_closed for opened in inherited)
         return inherited
 
     def _open(self, _dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
-        """Let a file that cannot be opened fail here: the driver's thread would tell an event loop closed by then."""
+        """Fail here if the file cannot be opened, not in the driver's thread."""
         if self._was_forked_in_use:
             raise sqlite3.OperationalError(_FORKED)
         if not self.is_known:
-            with suppress(OSError):  # it is there, or SQLite will say why it cannot be
+            with suppress(OSError):  # it exists, or SQLite will say why it cannot
                 create_file(Path(os.path.realpath(self.path)), is_private=self.is_private)
         arguments[0] = f"{self.path.as_uri()}?mode=rw"
         options["uri"] = True
@@ -143,21 +145,22 @@ class DatabaseFile:
         record.info[_OPENED] = find_place(self.path)
 
     def _note(self, connection: Any, record: Any) -> None:
-        """Remember what was opened: what was under the name both before and after."""
+        """Remember the file that was opened: the one with the name both before and after."""
         cursor = connection.cursor()
-        cursor.execute("SELECT 1 FROM sqlite_master LIMIT 1")  # the log is opened by the first to read
+        cursor.execute("SELECT 1 FROM sqlite_master LIMIT 1")  # the first read opens the log
         cursor.fetchall()
         cursor.close()
         file, log_name = find_place(self.path), f"{os.path.realpath(self.path)}-wal"
         if file is None or file != record.info[_OPENED]:
             connection.close()
             raise sqlite3.OperationalError(_MOVED)
-        opened = record.info[_OPENED] = _Opened(connection.driver_connection, file, log_name, find_place(log_name))
+        driver = connection.driver_connection
+        opened = record.info[_OPENED] = _Opened(driver, file, log_name, find_place(log_name))
         self._opened.add(opened)
         self.is_known = True
 
     def _look(self, _connection: Any, record: Any, _proxy: Any) -> None:
-        """Begin to use a connection that is open on the database as it is; have another one made in any other's place, once."""
+        """Mark a connection as used; if its file has lost its name, have one other made instead."""
         opened: _Opened = record.info[_OPENED]
         with turn:
             is_good = not opened.is_left and self._is_in_place(opened)
@@ -173,17 +176,17 @@ class DatabaseFile:
         raise InvalidatePoolError
 
     def _leave(self, opened: _Opened) -> None:
-        """Leave a file that was replaced, or lost its log, with nothing in a log that is not beside its own file any more."""
-        paused = changes.pause(self.path)
+        """Give up a file that was replaced or lost its log, after its log is written into it."""
+        paused = sqlite_changes.pause(self.path)
         try:
             if self._has_stray_log(opened) and not _Checkpoint(opened).run():
                 raise sqlite3.OperationalError(_IN_THE_WAY)
             self.rest()
         finally:
-            changes.resume(paused)
+            sqlite_changes.resume(paused)
 
     def _has_stray_log(self, opened: _Opened) -> bool:
-        """Return True where the log is to be emptied: it lies beside another file, or is deleted and would be lost."""
+        """Return True if the log must be emptied: it is beside another file, or deleted."""
         is_same_file = opened.file == find_place(self.path)
         log = find_place(opened.log_name)
         return log is None if is_same_file else log == opened.log
@@ -203,14 +206,14 @@ class DatabaseFile:
 
 
 class _Checkpoint:
-    """Writes all that the log holds into the file that the connection is open on, whatever its name is now."""
+    """Writes the log into the file that the connection has open, whatever its name is now."""
 
     def __init__(self, opened: _Opened) -> None:
         self._opened = opened
         self._is_empty = False
 
     def run(self) -> bool:
-        """Return whether the log is empty now: nobody else was in the way."""
+        """Return True if the log is empty now: no other process prevented it."""
         _call_soon(self._opened, self._write).wait(_LEAVE_SECONDS)
         return self._is_empty
 
@@ -223,7 +226,7 @@ class _Checkpoint:
 
 @contextmanager
 def waiting(connection: Connection) -> Iterator[None]:
-    """Note that the connection waits for the lock, for as long as the block runs."""
+    """Note that the connection waits for the lock while the block runs."""
     opened = connection.info.get(_OPENED)
     if not isinstance(opened, _Opened):  # an engine of the caller's own
         yield
@@ -236,7 +239,7 @@ def waiting(connection: Connection) -> Iterator[None]:
 
 
 def session_class(file: DatabaseFile) -> type[Session]:
-    """Return a class of sessions that raise after a commit into a file that was replaced or deleted."""
+    """Return a class of sessions that raise after a commit to a file that is gone."""
 
     class FileSession(Session):
         pass
@@ -254,26 +257,26 @@ def session_class(file: DatabaseFile) -> type[Session]:
 
 
 def rest_all() -> None:
-    """Close every connection of this process that nobody is using, for a fork."""
+    """Close every connection of this process that nobody uses, before a fork."""
     for file in snapshot(_files):
         file.rest()
 
 
 def close_ended() -> None:
-    """Close the connections of event loops that were closed before them."""
+    """Close the connections of event loops that are closed."""
     for file in snapshot(_files):
         file.close_ended()
 
 
 def after_fork() -> list[Any]:
-    """In the child: as ``DatabaseFile.after_fork``, for every file; the lock's holder is the parent's."""
+    """In the child: ``DatabaseFile.after_fork`` for every file, and a new lock."""
     global turn
     turn = threading.RLock()
     return [opened for file in snapshot(_files) for opened in file.after_fork()]
 
 
 def _call_soon(opened: _Opened, work: Any) -> threading.Event:
-    """Do the work in the connection's own thread; the event is set once it is done, or has failed."""
+    """Do the work in the connection's own thread; the event is set when it has ended."""
     done = threading.Event()
 
     def run() -> None:
@@ -288,6 +291,6 @@ def _call_soon(opened: _Opened, work: Any) -> threading.Event:
 
 
 turn = threading.RLock()
-"""Held while a connection is taken into use, and from before a fork until after it."""
+"""Held while a connection is marked as used, and from before a fork until after it."""
 
 _files: WeakSet[DatabaseFile] = WeakSet()

@@ -1,0 +1,43 @@
+"""The base of all tables: its naming convention, and a row as JSON."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import MetaData, inspect
+from sqlalchemy.orm import DeclarativeBase
+
+from dgx_music.storage.schema import GenerationStatus, Real
+
+
+class Base(DeclarativeBase):
+    """Has a naming convention, so that migrations can name every constraint on every database."""
+
+    type_annotation_map = {float: Real}  # noqa: RUF012 - SQLAlchemy's interface
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain JSON values, times in ISO 8601."""
+        mapper = inspect(type(self))
+        read = (attribute for attribute in mapper.column_attrs if not attribute.deferred)
+        return {each.columns[0].name: _as_json(getattr(self, each.key)) for each in read}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, GenerationStatus):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

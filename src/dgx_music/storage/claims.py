@@ -1,0 +1,153 @@
+"""A claim takes due generations for a worker; due.py decides which ones are due."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import insert, literal, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dgx_music.errors import DatabaseNotMigratedError
+from dgx_music.storage.connection.revision import SCHEMA_REVISION
+from dgx_music.storage.due import CLAIM_ORDER, due_rows, take_turns
+from dgx_music.storage.generation import g, generations
+from dgx_music.storage.leases import Lease, is_one_of
+from dgx_music.storage.models import attempts
+from dgx_music.storage.schema import (
+    PENDING,
+    PROCESSING,
+    dialect_of,
+    is_our_schema,
+    now,
+    now_plus,
+    schema_revision,
+    written,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claimed row: the lease on it, and what it asks for."""
+
+    lease: Lease
+    prompt: str
+    model_name: str
+    duration_seconds: float
+    sample_rate: int
+    channels: int
+    sampling: Mapping[str, Any]
+    failures: int
+    continuation_sha256: str | None = None
+    melody_sha256: str | None = None
+
+
+async def claim(
+    session: AsyncSession,
+    *,
+    worker_id: str,
+    model_name: str,
+    limit: int,
+    lease_seconds: float,
+    tenant_limit: int | None = None,
+) -> list[Claim]:
+    """Take up to ``limit`` due generations of this model for this worker, most urgent first.
+
+    With a ``tenant_limit`` no tenant has more than this many running, whichever workers hold them:
+    they are counted in the rows themselves, by one claim at a time. Nothing of a paused model is
+    taken. Raises ``DatabaseNotMigratedError``, and takes nothing, if the schema is not this
+    version's any more.
+    """
+    if tenant_limit is not None:
+        await take_turns(session)
+    dialect = dialect_of(session)
+    statement = _claim_statement(dialect, worker_id, model_name, limit, lease_seconds, tenant_limit)
+    claimed = (await session.execute(statement)).all()
+    rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
+    if rows and dialect != "postgresql":
+        made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
+        await session.execute(insert(attempts), made)
+    if not rows:
+        await check_schema(session)
+    return [_as_claim(row) for row in rows]
+
+
+async def check_schema(session: AsyncSession) -> None:
+    """Raise ``DatabaseNotMigratedError`` if the schema has become an older or a newer version's.
+
+    A schema without a revision is being made anew: there is nothing to claim, and no reason to give
+    up.
+    """
+    found = await session.scalar(schema_revision())
+    if found not in (None, SCHEMA_REVISION):
+        raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
+
+
+@lru_cache
+def _claim_statement(
+    dialect: str,
+    worker_id: str,
+    model_name: str,
+    limit: int,
+    lease_seconds: float,
+    tenant_limit: int | None,
+) -> Any:
+    """Return the statement that claims; cached, since a worker uses the same few again and again.
+
+    On PostgreSQL it also adds the attempts, in the same round trip; on SQLite it cannot.
+    """
+    due = due_rows(dialect, model_name, limit, tenant_limit)
+    claimed = (
+        update(generations)
+        .where(is_one_of(due), g.status == written(PENDING), is_our_schema())
+        .values(
+            status=PROCESSING,
+            attempt=g.attempt + 1,
+            worker_id=worker_id,
+            started_at=now(),
+            lease_expires_at=now_plus(lease_seconds),
+            progress=0.0,
+        )
+        .returning(*_CLAIMED)
+    )
+    return _with_attempts(claimed, worker_id) if dialect == "postgresql" else claimed
+
+
+def _with_attempts(claimed: Any, worker_id: str) -> Any:
+    taken = claimed.cte("claimed")
+    columns = ["generation_id", "attempt", "worker_id"]
+    made = select(taken.c.id, taken.c.attempt, literal(worker_id))
+    return select(taken).add_cte(insert(attempts).from_select(columns, made).cte("made"))
+
+
+_CLAIMED = (
+    g.id,
+    g.attempt,
+    g.prompt,
+    g.model_name,
+    g.duration_seconds,
+    g.sample_rate,
+    g.channels,
+    g.sampling,
+    g.failures,
+    g.continuation_sha256,
+    g.melody_sha256,
+    CLAIM_ORDER.label("claim_order"),
+)
+
+
+def _as_claim(row: Any) -> Claim:
+    return Claim(
+        lease=Lease(row.id, row.attempt),
+        prompt=row.prompt,
+        model_name=row.model_name,
+        duration_seconds=row.duration_seconds,
+        sample_rate=row.sample_rate,
+        channels=row.channels,
+        sampling=row.sampling or {},
+        failures=row.failures,
+        continuation_sha256=row.continuation_sha256,
+        melody_sha256=row.melody_sha256,
+    )

@@ -1,0 +1,287 @@
+"""The table of generations: one row from enqueue to file."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Connection,
+    ForeignKey,
+    Index,
+    Table,
+    column,
+    event,
+    false,
+    inspect,
+    select,
+)
+from sqlalchemy import text as sql
+from sqlalchemy.orm import Mapped, mapped_column
+
+from dgx_music.errors import IllegalTransitionError
+from dgx_music.storage.base import Base
+from dgx_music.storage.schema import (
+    CANCELLED,
+    COMPLETED,
+    DEFAULT_MAX_ATTEMPTS,
+    FAILED,
+    FINISHED,
+    LEGAL_TRANSITIONS,
+    PENDING,
+    PROCESSING,
+    GenerationStatus,
+    HashText,
+    Id,
+    JsonObject,
+    LongText,
+    ShortText,
+    Status,
+    UtcDateTime,
+    claim_order,
+    new_id,
+    now,
+)
+from dgx_music.validation import CLIP_FIELDS
+
+CLIP_COLUMNS = tuple(f"{name}_sha256" for name in CLIP_FIELDS)
+CANCEL_REQUESTED = "its cancellation was requested"
+
+_CLAIM_ORDER = claim_order(column("run_at"), column("priority"))
+_FINISHED_SQL = "status IN ('completed', 'failed', 'cancelled')"
+
+
+def _only(condition: str) -> dict[str, Any]:
+    """Return the options of an index that holds only the rows with this condition."""
+    return {"sqlite_where": sql(condition), "postgresql_where": sql(condition)}
+
+
+class Generation(Base):
+    """One request for music, from enqueue to file.
+
+    ``attempt`` counts claims, only ever goes up, and fences every write after a claim; it is also
+    SQLAlchemy's version counter, so an ORM write that raced with a claim raises ``StaleDataError``
+    instead of overwriting it.
+    """
+
+    __tablename__ = "generations"
+
+    # What was asked for: set by the producer, never changed.
+    id: Mapped[str] = mapped_column(Id, primary_key=True, default=new_id)
+    prompt: Mapped[str] = mapped_column(LongText)
+    prompt_id: Mapped[int | None] = mapped_column(ForeignKey("prompts.id", ondelete="SET NULL"))
+    model_name: Mapped[str] = mapped_column(ShortText)
+    duration_seconds: Mapped[float]
+    sample_rate: Mapped[int]
+    channels: Mapped[int]
+    sampling: Mapped[dict[str, Any] | None] = mapped_column(JsonObject)
+    """The fields of ``Sampling``; null means the defaults."""
+    continuation_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
+    """The clip that the music starts with; the duration counts from its start."""
+    melody_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
+    """The clip whose tune the music follows."""
+    priority: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    """Higher goes first; a point is worth ``AGEING_SECONDS`` of waiting."""
+    tenant: Mapped[str] = mapped_column(ShortText, default="", server_default="")
+    """For whom it is made; empty: for nobody in particular, and no limit holds it back."""
+    max_attempts: Mapped[int] = mapped_column(
+        default=DEFAULT_MAX_ATTEMPTS, server_default=sql(str(DEFAULT_MAX_ATTEMPTS))
+    )
+    """How many failures it takes to give up."""
+    idempotency_key: Mapped[str | None] = mapped_column(ShortText, unique=True)
+    request_hash: Mapped[str | None] = mapped_column(HashText)
+    """SHA-256 of what was asked for: tells a repeated request from another with its key."""
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+
+    # Its place in life: moved by the guarded statements that queue.py lists.
+    status: Mapped[GenerationStatus] = mapped_column(Status, default=PENDING, server_default=PENDING)
+    run_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    """Not claimed before: at first the producer's wish, after a failure the end of the backoff."""
+    attempt: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    failures: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
+    """Errors, crashes and lost workers so far; a release adds none, a retry by hand starts at 0."""
+    worker_id: Mapped[str | None] = mapped_column(ShortText)
+    """Who holds it; null if its caller works on it by hand: then nobody rescues it."""
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """When its current or last attempt began."""
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Not indexed, so that renewals stay heap-only updates on PostgreSQL."""
+    progress: Mapped[float] = mapped_column(default=0.0, server_default=sql("0"))
+    """0 to 1, of the current or last attempt."""
+    cancel_requested: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Set while it runs; such a row ends cancelled, whatever its attempt returns."""
+
+    # Its result: written when it finishes.
+    completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """When it finished: completed, failed for good, or cancelled."""
+    model_version: Mapped[str | None] = mapped_column(ShortText)
+    file_path: Mapped[str | None] = mapped_column(LongText)
+    """Its creator's wish, until completion writes the real place of the audio."""
+    file_size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    sha256: Mapped[str | None] = mapped_column(HashText)
+    generation_time_seconds: Mapped[float | None]
+    error_message: Mapped[str | None] = mapped_column(LongText)
+    """Why the last attempt failed; kept while the next one runs, null when it has completed."""
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JsonObject)
+
+    __mapper_args__ = {  # noqa: RUF012 - SQLAlchemy's interface
+        "version_id_col": attempt,
+        "version_id_generator": False,
+    }
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'processing', 'completed', 'failed', 'cancelled')", "status"),
+        CheckConstraint(f"({_FINISHED_SQL}) = (completed_at IS NOT NULL)", "finished_has_time"),
+        CheckConstraint("(worker_id IS NULL) = (lease_expires_at IS NULL)", "claim_has_lease"),
+        CheckConstraint("worker_id IS NULL OR status = 'processing'", "only_processing_is_held"),
+        CheckConstraint("duration_seconds > 0 AND sample_rate > 0 AND channels > 0", "audio_shape"),
+        CheckConstraint("attempt >= 0 AND failures >= 0 AND max_attempts >= 1", "counts"),
+        CheckConstraint("progress >= 0 AND progress <= 1", "progress"),
+        # The claim chooses by this one, in order, however many finished rows there are.
+        Index(
+            "ix_generations_claim",
+            *("model_name", _CLAIM_ORDER, "id"),
+            **_only("status = 'pending'"),
+        ),
+        # The same for each tenant, if each may run only so many.
+        Index(
+            "ix_generations_tenant_claim",
+            *("model_name", "tenant", _CLAIM_ORDER, "id"),
+            **_only("status = 'pending'"),
+        ),
+        Index(
+            "ix_generations_tenant_created_at",
+            *("tenant", "created_at", "id"),
+            **_only("tenant <> ''"),
+        ),
+        Index("ix_generations_processing", "worker_id", **_only("status = 'processing'")),
+        Index("ix_generations_status_created_at", "status", "created_at", "id"),
+        Index("ix_generations_created_at", "created_at", "id"),
+        Index("ix_generations_model_name_created_at", "model_name", "created_at", "id"),
+        Index("ix_generations_completed_at", "completed_at"),
+        # Whether anything is due at all, however much is scheduled for later.
+        Index("ix_generations_due", "model_name", "run_at", **_only("status = 'pending'")),
+        # What retention may delete, oldest first.
+        Index(
+            "ix_generations_finished",
+            *("status", "completed_at"),
+            **_only("completed_at IS NOT NULL"),
+        ),
+        # The newest generation of a prompt: the search shows it.
+        Index("ix_generations_prompt_id_created_at", "prompt_id", "created_at", "id"),
+        # Whether any generation refers to a clip: pruning and the foreign keys ask.
+        *(Index(f"ix_generations_{name}", name, **_only(f"{name} IS NOT NULL")) for name in CLIP_COLUMNS),
+        {"postgresql_with": {"fillfactor": 80}},
+    )
+
+    def __init__(self, **values: Any) -> None:
+        metadata = values.pop("metadata", None)
+        fresh = {"attempt": 0, "failures": 0, "cancel_requested": False}
+        own = {"id": new_id(), "status": GenerationStatus.PENDING, **fresh}
+        super().__init__(**own | values)
+        if metadata is not None:
+            self.set_metadata(metadata)
+
+    @property
+    def is_pending(self) -> bool:
+        """True while it waits to be claimed."""
+        return self.status == PENDING
+
+    @property
+    def is_processing(self) -> bool:
+        """True while an attempt runs."""
+        return self.status == PROCESSING
+
+    @property
+    def is_complete(self) -> bool:
+        """True when its audio is stored."""
+        return self.status == COMPLETED
+
+    @property
+    def is_failed(self) -> bool:
+        """True when it has failed for good."""
+        return self.status == FAILED
+
+    @property
+    def is_cancelled(self) -> bool:
+        """True when it has been cancelled."""
+        return self.status == CANCELLED
+
+    @property
+    def is_finished(self) -> bool:
+        """True when it is completed, failed or cancelled."""
+        return self.status in FINISHED
+
+    def get_metadata(self) -> dict[str, Any]:
+        """Return a copy of the metadata; empty if there is none."""
+        return dict(self.metadata_ or {})
+
+    def set_metadata(self, metadata: dict[str, Any]) -> None:
+        """Replace the metadata."""
+        self.metadata_ = dict(metadata)
+
+    def mark_processing(self) -> None:
+        """Take this row to work on by hand; of two sessions at once one gets ``StaleDataError``."""
+        self._move(PROCESSING)
+        self.attempt += 1
+        self.started_at = datetime.now(UTC)
+        self.progress = 0.0
+
+    def mark_completed(self, generation_time_seconds: float) -> None:
+        """Finish it as completed, after this many seconds of work."""
+        self._move(COMPLETED)
+        self.generation_time_seconds = generation_time_seconds
+        self.completed_at = datetime.now(UTC)
+        self.error_message = None
+        self.progress = 1.0
+
+    def mark_failed(self, error_message: str) -> None:
+        """Finish it as failed, for this reason; as cancelled if that was requested."""
+        self._move(FAILED)
+        self.error_message = error_message
+        self.completed_at = datetime.now(UTC)
+
+    def _move(self, wanted: str) -> None:
+        """Change the status by hand; an object that was never stored may take any."""
+        if inspect(self).has_identity:
+            if self.worker_id is not None:
+                raise IllegalTransitionError(self.id, self.status, wanted, f"worker {self.worker_id} holds it")
+            if wanted not in LEGAL_TRANSITIONS[self.status]:
+                raise IllegalTransitionError(self.id, self.status, wanted)
+            if self.cancel_requested and wanted == COMPLETED:
+                raise IllegalTransitionError(self.id, self.status, wanted, CANCEL_REQUESTED)
+            if self.cancel_requested and wanted == FAILED:
+                wanted = CANCELLED
+        self.status = GenerationStatus(wanted)
+
+    def __repr__(self) -> str:
+        return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
+
+
+generations = cast("Table", Generation.__table__)
+g = generations.c
+"""The table and its columns, for statements that change rows without their objects."""
+
+
+@event.listens_for(Generation, "before_update")
+def _heed_cancel(_mapper: object, connection: Connection, generation: Generation) -> None:
+    """Restrict an ORM write to a row whose cancel was requested, maybe after the object was read.
+
+    Such a row ends cancelled: a failure becomes that, all else raises ``IllegalTransitionError``.
+    """
+    attributes = inspect(generation).attrs
+    is_moved, flag = (
+        attributes.status.history.has_changes(),
+        attributes.cancel_requested.history.added,
+    )
+    if not (is_moved or flag):
+        return
+    query = select(g.status, g.cancel_requested).where(g.id == generation.id)
+    stored = connection.execute(query.with_for_update(key_share=True)).one_or_none()
+    if stored is None or stored.status != PROCESSING or not stored.cancel_requested:
+        return
+    if is_moved and generation.status == FAILED:
+        generation.status = GenerationStatus.CANCELLED
+    elif (is_moved and generation.status != CANCELLED) or False in (flag or ()):
+        raise IllegalTransitionError(generation.id, stored.status, generation.status, CANCEL_REQUESTED)

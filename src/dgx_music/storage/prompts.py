@@ -1,0 +1,119 @@
+"""The prompts: each text once, with the number of its uses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Integer, and_, bindparam, func, select, update
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dgx_music import validation
+from dgx_music.storage.listing import limited
+from dgx_music.storage.models import Generation, Prompt, text_hash
+from dgx_music.storage.schema import dialect_of, insert, now
+
+_COUNT_LOCK = 0x6467_7870  # "dgxp": the first half of advisory locks' numbers
+
+
+async def track_prompt_usage(session: AsyncSession, prompt_text: str) -> Prompt:
+    """Count one use of this prompt in one atomic statement, and return its row."""
+    text = validation.check_prompt(prompt_text)
+    if dialect_of(session) == "postgresql":
+        await session.execute(select(func.pg_advisory_xact_lock(_COUNT_LOCK, _bucket(text))))
+    return (await _count(session, [text]))[0]
+
+
+async def get_prompt_by_text(session: AsyncSession, text: str) -> Prompt | None:
+    """Return the prompt's row, or ``None`` if it was never used."""
+    text = text.strip() or text  # the empty prompt is valid, white space alone is not
+    return await session.scalar(select(Prompt).where(Prompt.text_hash == text_hash(text)))
+
+
+async def get_most_used_prompts(session: AsyncSession, limit: int = 10) -> list[Prompt]:
+    """Return prompts, most used first."""
+    query = select(Prompt).order_by(Prompt.used_count.desc(), Prompt.id)
+    return list(await session.scalars(limited(query, limit)))
+
+
+async def count_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
+    """Count one use for each text given, repeated ones too, and return the rows that were counted.
+
+    On PostgreSQL a text that another open transaction is counting is left out: a long transaction
+    of one producer must neither delay others with the same prompt nor deadlock with them. In a
+    transaction of a stricter isolation all texts are left out, since a count that was made
+    meanwhile would make it fail. ``count_overlooked_prompts`` counts them later.
+    """
+    texts = list(texts)
+    if dialect_of(session) == "postgresql":
+        free = await _lock_buckets(session, {_bucket(text) for text in texts})
+        texts = [text for text in texts if _bucket(text) in free]
+    return await _count(session, texts) if texts else []
+
+
+async def uncount_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> None:
+    """Take back one use for each text given."""
+    for text, count in sorted(Counter(texts).items()):
+        is_counted = and_(Prompt.text_hash == text_hash(text), Prompt.used_count > count)
+        values = {"used_count": Prompt.used_count - count}
+        await session.execute(update(Prompt).where(is_counted).values(values))
+
+
+async def count_overlooked_prompts(session: AsyncSession, limit: int = 500) -> int:
+    """Count the prompts of generations whose enqueue left that out; return how many generations.
+
+    SQLite has none.
+    """
+    if dialect_of(session) != "postgresql":
+        return 0
+    overlooked = select(Generation.id, Generation.prompt).where(Generation.prompt_id.is_(None))
+    unlocked = overlooked.limit(limit).with_for_update(skip_locked=True, key_share=True)
+    rows = (await session.execute(unlocked)).all()
+    prompts = await count_prompt_uses(session, [row.prompt for row in rows])
+    counted = {prompt.text: prompt.id for prompt in prompts}
+    for row in rows:
+        if row.prompt in counted:
+            linked = update(Generation).where(Generation.id == row.id).values(prompt_id=counted[row.prompt])
+            await session.execute(linked, execution_options={"synchronize_session": False})
+    return sum(row.prompt in counted for row in rows)
+
+
+async def _lock_buckets(session: AsyncSession, buckets: Collection[int]) -> set[int]:
+    """Lock these for the rest of the transaction, without waiting; return those that were free."""
+    return set(await session.scalars(_lock_statement(), {"buckets": sorted(buckets)}))
+
+
+@cache
+def _lock_statement() -> Any:
+    bucket = func.unnest(bindparam("buckets", type_=ARRAY(Integer))).column_valued("bucket")
+    is_usual = func.current_setting("transaction_isolation") == "read committed"
+    return select(bucket).where(is_usual, func.pg_try_advisory_xact_lock(_COUNT_LOCK, bucket))
+
+
+def _bucket(text: str) -> int:
+    """Return which of 256 locks counts this text: too many locks would fill the server's table."""
+    return int(text_hash(text)[:2], 16)
+
+
+async def _count(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
+    """Count in the order of the texts: two transactions with different orders would deadlock."""
+    rows = [
+        {"text": text, "text_hash": text_hash(text), "used_count": count}
+        for text, count in sorted(Counter(texts).items())
+    ]
+    statement = _count_statement(dialect_of(session))
+    options = {"populate_existing": True}
+    return list(await session.scalars(statement, rows, execution_options=options))
+
+
+@cache
+def _count_statement(dialect: str) -> Any:
+    upsert = insert(dialect, Prompt)
+    used_count = Prompt.used_count + upsert.excluded.used_count
+    return upsert.on_conflict_do_update(
+        index_elements=["text_hash"],
+        set_={"used_count": used_count, "last_used_at": now()},
+    ).returning(Prompt)

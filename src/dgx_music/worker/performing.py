@@ -1,0 +1,325 @@
+"""One claimed generation, in a straight line: infer, store, complete; else fail, or release."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.lowlevel
+
+from dgx_music.artifacts import Artifact, Artifacts
+from dgx_music.audio import clips
+from dgx_music.audio import files as audio
+from dgx_music.audio.samples import Audio
+from dgx_music.config import Settings
+from dgx_music.errors import (
+    ArtifactError,
+    DatabaseUnavailableError,
+    EngineCrashedError,
+    EngineError,
+    EngineReplacedError,
+    GenerationRejectedError,
+    InvalidRequestError,
+)
+from dgx_music.forecast import Speedometer
+from dgx_music.inference.engine import GenerationRequest
+from dgx_music.retrying import for_ever, keep_trying
+from dgx_music.sampling import Sampling
+from dgx_music.storage import queue
+from dgx_music.storage.clips import clips_of, read_clips
+from dgx_music.storage.database import Database
+from dgx_music.storage.queue import Claim, Completion, Lease
+from dgx_music.storage.retention import find_owners
+from dgx_music.validation import tidy_text
+from dgx_music.worker.completions import Completions
+from dgx_music.worker.leases import Leases, Running, Stop
+from dgx_music.worker.live_engine import LiveEngine
+from dgx_music.worker.stopping import Stopping
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    Write = Callable[[AsyncSession], Awaitable[str | None]]
+    """Ends a claim, and returns the row's new status; ``None`` if the lease was lost."""
+
+logger = logging.getLogger(__name__)
+
+_SHORT_SECONDS = 0.4
+"""Finishing so short a clip takes a tenth of a millisecond: that is faster than a thread hop."""
+_CLIP_RETRY_SECONDS = 1.0
+
+
+class Performing:
+    """Carries claimed generations through, each from its claim to the one write that ends it."""
+
+    def __init__(
+        self,
+        database: Database,
+        artifacts: Artifacts,
+        settings: Settings,
+        engine: LiveEngine,
+        leases: Leases,
+        speeds: Speedometer,
+        stopping: Stopping,
+        rng: random.Random,
+        worker_id: str,
+    ) -> None:
+        self._database = database
+        self._artifacts = artifacts
+        self._settings = settings
+        self._engine = engine
+        self._leases = leases
+        self._speeds = speeds
+        self._stopping = stopping
+        self._rng = rng
+        self._worker_id = worker_id
+        self._completions = Completions(database)
+
+    async def run(self, running: Running) -> None:
+        """Perform one generation, and turn whatever else happens into one storage call."""
+        logger.info("%s: started", running.lease)
+        try:
+            with running.scope:
+                await self._perform(running)
+        except EngineReplacedError as error:
+            await self._release(running, str(error))
+        except ArtifactError as error:  # the next one's audio would be lost as well
+            await self._release(running, str(error))
+            self._stopping.give_up(error)
+        except (GenerationRejectedError, InvalidRequestError) as error:
+            await self._fail(running, error, is_final=True)
+        except Exception as error:
+            await self._fail(running, error)
+            self._note_trouble(running, error)
+        except BaseException:  # the worker itself is cancelled
+            if running.is_completing:  # nobody knows what becomes of it
+                self._leases.leave_undecided(running.lease)
+            else:
+                await self._release(running, Stop.RELEASED.value)
+            raise
+        else:
+            if running.stopped_for is not None:
+                await self._release(running, running.stopped_for.value)
+        finally:
+            self._leases.remove(running.lease)
+            self._free_slot(running)
+
+    async def _perform(self, running: Running) -> None:
+        """Infer, store, complete."""
+        started = time.monotonic()
+        made = await self._infer(running)
+        device_seconds = time.monotonic() - started
+        claim = running.claim
+        self._speeds.note(claim.model_name, device_seconds, claim.duration_seconds)
+        artifact, facts = await self._store(running, made)
+        await self._complete(running, artifact, facts, device_seconds)
+
+    # ----------------------------------------------------------------------- infer
+
+    async def _infer(self, running: Running) -> Audio:
+        request = _as_request(running.claim, await self._read_clips(running.claim))
+        audio.check_format(self._settings.audio_format, request.sample_rate)
+        settings = self._settings
+        deadline = settings.deadline_floor_seconds + settings.deadline_factor * request.duration
+        try:
+            with anyio.fail_after(deadline):
+                free_slot = partial(self._free_slot, running)
+                return await self._engine.generate(request, running.note_progress, free_slot)
+        except TimeoutError:
+            message = f"The attempt took longer than its deadline of {deadline:g} s."
+            raise TimeoutError(message) from None
+        finally:
+            self._free_slot(running)
+
+    def _free_slot(self, running: Running) -> None:
+        running.free_slot()
+        self._stopping.wake()
+
+    async def _read_clips(self, claim: Claim) -> dict[str, Audio]:
+        """Return the clips of a claimed row by the names of their fields.
+
+        Raises ``GenerationRejectedError`` if one is missing or damaged.
+        """
+        wanted = clips_of(claim)
+        if not wanted:
+            return {}
+        found = await self._find_clips(wanted.values())
+        return {
+            name: await anyio.to_thread.run_sync(clips.load, name, found.get(sha256, b""), sha256)
+            for name, sha256 in wanted.items()
+        }
+
+    async def _find_clips(self, sha256s: Collection[str]) -> dict[str, bytes]:
+        """Return the stored clips; a lost lease or a stop ends the wait for a database."""
+
+        async def work(session: AsyncSession) -> dict[str, bytes]:
+            return await read_clips(session, sha256s)
+
+        def note(error: DatabaseUnavailableError, _wait: float | None) -> None:
+            logger.warning("worker %s: cannot read clips: %s", self._worker_id, error)
+
+        return await keep_trying(
+            lambda: self._database.transact(work, read_only=True),
+            on=DatabaseUnavailableError,
+            waits=for_ever(_CLIP_RETRY_SECONDS),
+            note=note,
+        )
+
+    # ----------------------------------------------------------------------- store
+
+    async def _store(self, running: Running, made: Audio) -> tuple[Artifact, dict[str, object]]:
+        """Return the published file, and what is known of its audio."""
+        claim, lease = running.claim, running.lease
+        finish = partial(
+            audio.finish,
+            made,
+            sample_rate=claim.sample_rate,
+            channels=claim.channels,
+            audio_format=self._settings.audio_format,
+            loudness=self._settings.loudness,
+        )
+        is_short = made.duration < _SHORT_SECONDS
+        finished = finish() if is_short else await anyio.to_thread.run_sync(finish)
+        # Files of these names were never completed and never can be: this attempt holds the claim.
+        await drop_files(self._artifacts, lease, range(1, lease.attempt + 1))
+        artifact = await self._artifacts.publish(
+            lease.generation_id,
+            lease.attempt,
+            finished.extension,
+            finished.data,
+        )
+        return artifact, {**finished.facts, **made.facts}
+
+    # ----------------------------------------------------------------------- complete
+
+    async def _complete(
+        self, running: Running, artifact: Artifact, facts: dict[str, object], device_seconds: float
+    ) -> None:
+        completion = Completion(
+            lease=running.lease,
+            file_path=artifact.path,
+            file_size_bytes=artifact.size_bytes,
+            sha256=artifact.sha256,
+            model_version=self._engine.info.model_version,
+            generation_time_seconds=device_seconds,
+            audio=facts,
+        )
+        await anyio.lowlevel.checkpoint_if_cancelled()  # the last moment at which a stop can win
+        running.begin_completion()
+        is_done = await self._completions.write(completion)
+        running.end_completion(is_done=is_done)
+        if is_done:
+            self._engine.note_success()
+            logger.info(
+                "%s: completed in %.2f s, %d bytes",
+                running.lease,
+                device_seconds,
+                artifact.size_bytes,
+            )
+
+    # ----------------------------------------------------------------------- fail, or release
+
+    async def _fail(self, running: Running, error: Exception, *, is_final: bool = False) -> None:
+        """Count a failure: the generation waits for its next attempt, or has failed for good."""
+        message = tidy_text(str(error) or type(error).__name__)
+        failures, base = running.claim.failures + 1, self._settings.backoff_base_seconds
+        wait = queue.backoff_seconds(failures, base, self._rng)
+
+        async def fail(session: AsyncSession) -> str | None:
+            return await queue.fail(
+                session,
+                running.lease,
+                message,
+                retry_in_seconds=None if is_final else wait,
+                device_seconds=time.monotonic() - running.started,
+            )
+
+        await self._let_go(running.lease, fail, message, logging.WARNING)
+
+    async def _release(self, running: Running, why: str) -> None:
+        """Give the row back if it is still ours, cancelled if that was requested."""
+        lease = running.lease
+
+        async def release(session: AsyncSession) -> str | None:
+            return (await queue.release(session, [lease])).get(lease)
+
+        await self._let_go(lease, release, why, logging.INFO)
+
+    async def _let_go(self, lease: Lease, write: Write, why: str, level: int) -> None:
+        """End the claim by this write, and drop the file of an attempt that can never complete.
+
+        Raises nothing: if the write fails, the lease runs out and a rescue does the rest. A write
+        that raised may have been committed all the same: so the row itself is read to find out
+        whether to delete the file.
+        """
+        with anyio.CancelScope(shield=True):
+            try:
+                async with self._database.session() as session:
+                    status = await write(session) or "lease lost"
+            except DatabaseUnavailableError as error:
+                status = str(error)
+            except Exception as error:
+                logger.exception("%s: unexpected", lease)
+                status = str(error) or type(error).__name__
+            logger.log(level, "%s: %s: %s", lease, status, why)
+            if await self._is_over(lease):
+                await drop_files(self._artifacts, lease, [lease.attempt])
+
+    async def _is_over(self, lease: Lease) -> bool:
+        """Return True if this attempt has no file and can get none.
+
+        False if nobody can say: then pruning finds the file.
+        """
+        try:
+            owners = await self._database.transact(
+                lambda session: find_owners(session, [lease.generation_id]), read_only=True
+            )
+        except Exception as error:
+            logger.warning("%s: its file stays: %s", lease, error)
+            return False
+        owner = owners.get(lease.generation_id)
+        return owner is None or not owner.may_have(lease.attempt)
+
+    def _note_trouble(self, running: Running, error: Exception) -> None:
+        """Stop if the engine, not the generations, is at fault."""
+        if isinstance(error, EngineCrashedError):
+            self._engine.note_victim(running.lease.generation_id)
+            if self._engine.is_broken:
+                self._stopping.give_up(error)
+        elif not isinstance(error, EngineError | TimeoutError):
+            logger.error("%s: unexpected", running.lease, exc_info=error)
+
+
+async def drop_files(artifacts: Artifacts, lease: Lease, attempts: Iterable[int]) -> None:
+    """Delete the files of attempts that can never complete.
+
+    Raises nothing: a file that stays is deleted by the next attempt or by pruning.
+    """
+    try:
+        await artifacts.delete(lease.generation_id, attempts)
+    # Python raises RuntimeError for a thread that it cannot start.
+    except (ArtifactError, MemoryError, RuntimeError) as error:
+        logger.warning("%s: %s", lease, error)
+
+
+def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:
+    """Return the request of a claimed row, with its clips.
+
+    Raises ``InvalidRequestError`` for what no engine can do.
+    """
+    return GenerationRequest(
+        generation_id=claim.lease.generation_id,
+        attempt=claim.lease.attempt,
+        prompt=claim.prompt,
+        duration=claim.duration_seconds,
+        model=claim.model_name,
+        channels=claim.channels,
+        sample_rate=claim.sample_rate,
+        **Sampling.pick(claim.sampling),
+        **given,
+    )
