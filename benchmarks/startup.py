@@ -22,7 +22,15 @@ from statistics import median
 
 FLOOR = ["-c", "import typer, rich"]
 COMMANDS = (
-    *("--version", "--help", "enqueue --help", "worker --help", "list --help", "doctor --help", "db --help"),
+    *(
+        "--version",
+        "--help",
+        "enqueue --help",
+        "worker --help",
+        "list --help",
+        "doctor --help",
+        "db --help",
+    ),
     *("list", "stats", "show ID"),
 )
 ROWS = 20
@@ -54,7 +62,13 @@ class Bench:
         prompts = "\n".join(f"lofi rain {number}" for number in range(ROWS))
         command = [sys.executable, "-m", "dgx_music.cli", "enqueue", "--file", "-"]
         done = subprocess.run(
-            command, input=prompts, cwd=self._folder, env=self._environment, capture_output=True, text=True, check=True
+            command,
+            input=prompts,
+            cwd=self._folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return done.stdout.split()[0]
 
@@ -62,7 +76,11 @@ class Bench:
         """Run Python with these arguments and return the CPU time that it took."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
-            [sys.executable, *arguments], cwd=self._folder, env=self._environment, capture_output=True, check=True
+            [sys.executable, *arguments],
+            cwd=self._folder,
+            env=self._environment,
+            capture_output=True,
+            check=True,
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -33,7 +33,13 @@ class ModelInfo:
     """Whether it can follow a melody; ``None`` for a local folder, since only the engine knows."""
 
 
-def _hub(name: str, revision: str | None = None, channels: int = 1, *, hears_melody: bool = False) -> ModelInfo:
+def _hub(
+    name: str,
+    revision: str | None = None,
+    channels: int = 1,
+    *,
+    hears_melody: bool = False,
+) -> ModelInfo:
     return ModelInfo(name, channels, f"facebook/{name}", revision, MUSICGEN_LICENCE, hears_melody=hears_melody)
 
 
@@ -48,8 +54,18 @@ MODELS: dict[str, ModelInfo] = {
         _hub("musicgen-stereo-large", "bda8ec330c9c17e09728589eaf678f58f7d2d932", channels=2),
         _hub("musicgen-melody", "68d653a95788ec0d2b0abccab22c0b3a200c2d90", hears_melody=True),
         _hub("musicgen-melody-large", "6fdf8d3d815995108c9bdb5183414ff464b171ac", hears_melody=True),
-        _hub("musicgen-stereo-melody", "022c3bd20a7d77e7c014082f0391bcbcd3940a7a", channels=2, hears_melody=True),
-        _hub("musicgen-stereo-melody-large", "eea14861e6c29c47aea1055982a217468cd1634d", channels=2, hears_melody=True),
+        _hub(
+            "musicgen-stereo-melody",
+            "022c3bd20a7d77e7c014082f0391bcbcd3940a7a",
+            channels=2,
+            hears_melody=True,
+        ),
+        _hub(
+            "musicgen-stereo-melody-large",
+            "eea14861e6c29c47aea1055982a217468cd1634d",
+            channels=2,
+            hears_melody=True,
+        ),
         ModelInfo("musicgen-tiny-untrained", is_untrained=True),
     )
 }

@@ -92,17 +92,25 @@ class Settings:
     ] = None
     model_switch_seconds: Annotated[
         float,
-        Setting("longest time that the loaded model goes first while another one waits", 0, 86_400, panel=_MODEL),
+        Setting(
+            "longest time that the loaded model goes first while another one waits",
+            0,
+            86_400,
+            panel=_MODEL,
+        ),
     ] = 60.0
     revision: Annotated[
-        str | None, Setting("commit of the model's weights on the hub; default: the pinned one", panel=_MODEL)
+        str | None,
+        Setting("commit of the model's weights on the hub; default: the pinned one", panel=_MODEL),
     ] = None
     engine: Annotated[
-        EngineName, Setting("`musicgen`, or `tone`: sine waves for tests, no torch needed", panel=_MODEL)
+        EngineName,
+        Setting("`musicgen`, or `tone`: sine waves for tests, no torch needed", panel=_MODEL),
     ] = "musicgen"
     device: Annotated[str, Setting("`auto`, `cpu`, `cuda` or `cuda:N`", check=_check_device, panel=_MODEL)] = "auto"
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], Setting("the model's number format", panel=_MODEL)
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Setting("the model's number format", panel=_MODEL),
     ] = "auto"
     slots: Annotated[
         int | Literal["auto"],
@@ -115,11 +123,17 @@ class Settings:
     ] = "auto"
     weights: Annotated[
         Literal["full", "int8"],
-        Setting("`int8` rounds the language model's weights to 8 bits, unless that changes too much", panel=_MODEL),
+        Setting(
+            "`int8` rounds the language model's weights to 8 bits, unless that changes too much",
+            panel=_MODEL,
+        ),
     ] = "full"
     kv_cache: Annotated[
         Literal["full", "fp8"],
-        Setting("`fp8` keeps attention's keys and values in 8 bits, unless that changes too much", panel=_MODEL),
+        Setting(
+            "`fp8` keeps attention's keys and values in 8 bits, unless that changes too much",
+            panel=_MODEL,
+        ),
     ] = "full"
     compile: Annotated[
         Literal["auto", "on", "off"],
@@ -134,7 +148,11 @@ class Settings:
     loudness: Annotated[Loudness, Setting("`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`", panel=_AUDIO)] = "lufs"
     tenant_limit: Annotated[
         int | None,
-        Setting("generations of one tenant that run at a time in the whole fleet; default: any", 1, 10_000),
+        Setting(
+            "generations of one tenant that run at a time in the whole fleet; default: any",
+            1,
+            10_000,
+        ),
     ] = None
     lease_seconds: Annotated[
         float, Setting("a worker silent for this long has lost its rows", 1, 3600, panel=_TIMING)
@@ -144,13 +162,15 @@ class Settings:
     )
     poll_seconds: Annotated[float, Setting("longest time between two looks for work", 0.05, 600, panel=_TIMING)] = 5.0
     grace_seconds: Annotated[
-        float, Setting("time that running generations get to finish at a stop", 0, 3600, panel=_TIMING)
+        float,
+        Setting("time that running generations get to finish at a stop", 0, 3600, panel=_TIMING),
     ] = 30.0
     deadline_floor_seconds: Annotated[float, Setting("least time an attempt may take", 1, 86_400, panel=_TIMING)] = (
         300.0
     )
     deadline_factor: Annotated[
-        float, Setting("further seconds an attempt gets for each second of audio", 0, 10_000, panel=_TIMING)
+        float,
+        Setting("further seconds an attempt gets for each second of audio", 0, 10_000, panel=_TIMING),
     ] = 60.0
     backoff_base_seconds: Annotated[
         float, Setting("wait before the first retry; doubles with each", 0, 3600, panel=_TIMING)
@@ -158,22 +178,36 @@ class Settings:
     replica_url: Annotated[
         str | None,
         Setting(
-            "read replica of a PostgreSQL database, for lists, searches and statistics", panel=_SERVER, metavar="URL"
+            "read replica of a PostgreSQL database, for lists, searches and statistics",
+            panel=_SERVER,
+            metavar="URL",
         ),
     ] = field(default=None, repr=False)
     pool_size: Annotated[
-        int, Setting("connections to PostgreSQL that a process keeps at most", 1, 200, panel=_SERVER)
+        int,
+        Setting("connections to PostgreSQL that a process keeps at most", 1, 200, panel=_SERVER),
     ] = 5
     connect_timeout_seconds: Annotated[
         float,
-        Setting("longest wait for a connection to PostgreSQL, to each of several hosts", 0.1, 600, panel=_SERVER),
+        Setting(
+            "longest wait for a connection to PostgreSQL, to each of several hosts",
+            0.1,
+            600,
+            panel=_SERVER,
+        ),
     ] = 5.0
     statement_timeout_seconds: Annotated[
-        float, Setting("time that PostgreSQL gives one statement, migrations aside", 0.1, 3600, panel=_SERVER)
+        float,
+        Setting("time that PostgreSQL gives one statement, migrations aside", 0.1, 3600, panel=_SERVER),
     ] = 10.0
     command_timeout_seconds: Annotated[
         float,
-        Setting("longest wait for PostgreSQL's answer; then the connection is given up", 0.1, 3600, panel=_SERVER),
+        Setting(
+            "longest wait for PostgreSQL's answer; then the connection is given up",
+            0.1,
+            3600,
+            panel=_SERVER,
+        ),
     ] = 15.0
     idle_transaction_timeout_seconds: Annotated[
         float,
@@ -201,11 +235,16 @@ def load_settings(**given: Any) -> Settings:
     """Return the settings: the given values, else the environment's, else the defaults.
 
     The environment's read replica belongs to the environment's database: it is ignored if another
-    database is given. Raises ``ConfigurationError`` that names the setting, its problem and the remedy.
+    database is given. Raises ``ConfigurationError`` that names the setting, its problem and the
+    remedy.
     """
     check_variables()
     if unknown := given.keys() - SETTINGS.keys():
-        raise ConfigurationError(f"{PREFIX}{min(unknown).upper()}", "is unacceptable", "leave it out")
+        raise ConfigurationError(
+            f"{PREFIX}{min(unknown).upper()}",
+            "is unacceptable",
+            "leave it out",
+        )
     environment = _read_environment()
     in_environment = SETTINGS["database_url"].value_of({}, environment)
     if given.get("database_url") not in (None, in_environment):
@@ -216,7 +255,7 @@ def load_settings(**given: Any) -> Settings:
 
 
 def default_model() -> str:
-    """Return the model of a generation that names none: ``DGX_MUSIC_MODEL``, else the default one."""
+    """Return the model of a generation that names none: ``DGX_MUSIC_MODEL``, or the default."""
     name = f"{PREFIX}MODEL"
     return at_home(name, str(tidy(name, os.environ.get(name, "")))) or DEFAULT_MODEL
 
@@ -231,11 +270,15 @@ def check_variables(names: Iterable[str] | None = None) -> None:
         prefix, own = name.upper()[: len(PREFIX)], name.upper()[len(PREFIX) :]
         if prefix == PREFIX and own not in known and not _NOT_OURS.fullmatch(own):
             nearest = get_close_matches(own, known, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(name, "is no setting", f"use {PREFIX}{nearest} if you mean that, or take it out")
+            raise ConfigurationError(
+                name,
+                "is no setting",
+                f"use {PREFIX}{nearest} if you mean that, or take it out",
+            )
 
 
 def at_home(setting: str, path: str) -> str:
-    """Return the setting's path with ``~`` or ``~user`` at its start replaced by that home folder."""
+    """Return the setting's path with that home folder for ``~`` or ``~user`` at its start."""
     try:
         return validation.at_home(setting, path)
     except InvalidRequestError as error:
@@ -245,7 +288,8 @@ def at_home(setting: str, path: str) -> str:
 def parse_output(place: str | Path) -> Path | str:
     """Return the folder as a path, or the object store's URL without a slash at its end.
 
-    Raises ``ConfigurationError`` if a URL is not a bucket and a prefix; its message shows no password.
+    Raises ``ConfigurationError`` if a URL is not a bucket and a prefix; its message shows no
+    password.
     """
     if not str(place):
         raise _bad_output("is empty", "name a folder, or use s3://, gs:// or az://")
@@ -254,13 +298,19 @@ def parse_output(place: str | Path) -> Path | str:
         return Path(at_home(f"{PREFIX}OUTPUT", str(place)))
     scheme, rest = url["scheme"].lower(), url["rest"]
     if scheme not in _STORE_SCHEMES:
-        raise _bad_output(f"begins with {scheme}://, which is not known", "name a folder, or use s3://, gs:// or az://")
+        raise _bad_output(
+            f"begins with {scheme}://, which is not known",
+            "name a folder, or use s3://, gs:// or az://",
+        )
     if re.search("[@?#]", rest):
         remedy = f"use {scheme}://bucket/prefix, and the environment for credentials"
         raise _bad_output("holds a user, a password or a query", remedy)
     if _STORE_PLACE.fullmatch(rest) is None:
         problem = f"is {str(place)!r}, which is not a bucket and a prefix"
-        raise _bad_output(problem, f"use something like {scheme}://bucket/prefix, of letters, digits, . _ - and =")
+        raise _bad_output(
+            problem,
+            f"use something like {scheme}://bucket/prefix, of letters, digits, . _ - and =",
+        )
     return f"{scheme}:/{rest.rstrip('/')}"
 
 
@@ -269,14 +319,18 @@ def _bad_output(problem: str, remedy: str) -> ConfigurationError:
 
 
 def _read_environment() -> dict[str, str]:
-    """Return the environment's variables that are not empty; lower-case names count as upper-case ones."""
+    """Return the environment's variables that are not empty, with their names in upper case."""
     return {name.upper(): value for name, value in os.environ.items() if value.strip()}
 
 
 def _check_database(url: str) -> str:
     if url in ("sqlite://", "sqlite:///") or ":memory:" in url:
         problem = "names a database in memory, which ends with the process that made it"
-        raise ConfigurationError(f"{PREFIX}DATABASE_URL", problem, f"use something like {DEFAULT_DATABASE_URL}")
+        raise ConfigurationError(
+            f"{PREFIX}DATABASE_URL",
+            problem,
+            f"use something like {DEFAULT_DATABASE_URL}",
+        )
     return url
 
 
@@ -307,7 +361,11 @@ def _check_slots(value: object) -> int | Literal["auto"]:
     if _SLOTS.fullmatch(text) and 1 <= int(text) <= MOST_SLOTS:
         return int(text)
     remedy = f"use auto or a whole number from 1 to {MOST_SLOTS}"
-    raise ConfigurationError(f"{PREFIX}SLOTS", f"is {None if value is None else shown(value)}", remedy)
+    raise ConfigurationError(
+        f"{PREFIX}SLOTS",
+        f"is {None if value is None else shown(value)}",
+        remedy,
+    )
 
 
 def _check_device(name: str) -> str:

@@ -1,9 +1,10 @@
-"""Signals in the first second of a program of ours, while it imports what it needs. Imported before all that.
+"""Signals in the first second of ``dgx-music`` and of the engine's process, while they import.
 
-A process 1, as in a container, has no default handlers: a SIGTERM would be lost. A Ctrl-C would end in a traceback. Nothing
-has begun yet, so the answer is to end at once; the engine's process answers to its parent alone.
+Process 1 of a container has no default handlers, so a SIGTERM would be lost; a Ctrl-C would end in
+a traceback. No work has begun yet, so the program ends at once. The engine's process ignores these
+signals: only its parent ends it.
 
-Importing this module sets the handlers, in our own programs only: in anybody else's, signals stay as they are.
+Importing this module sets the handlers, but in no other program. Import it before anything slow.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ import sys
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""A service manager's, Ctrl-C, a terminal that closes, and Ctrl-\\ or an image's own ``STOPSIGNAL``."""
+"""Of a service manager, Ctrl-C, a closing terminal, and Ctrl-\\ or an image's ``STOPSIGNAL``."""
 _INTERRUPTED = 130
 _ENGINE = "dgx_music.inference.child"
 _PROGRAMS = ("dgx-music", "dgx_music.cli")
 
 
 def stopping_signals() -> tuple[signal.Signals, ...]:
-    """Return the signals that stop a worker; a SIGHUP that was ignored from the start (``nohup``) is none of them."""
-    return tuple(number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)
+    """Return the signals that stop a worker: not SIGHUP if ``nohup`` has it ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOPPING if number != signal.SIGHUP or not is_ignored)
 
 
 def stand_back() -> None:
-    """Have Ctrl-C raise ``KeyboardInterrupt`` again: from here on there is somebody to catch it."""
+    """Let Ctrl-C raise ``KeyboardInterrupt`` again: from now on it is caught."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def see_it_through() -> None:
-    """Let no signal cut short the end of a worker of ours that has stopped: its exit code says how it went."""
+    """Ignore signals while a worker that has stopped ends, so that it returns its exit code."""
     if _program() in _PROGRAMS:
         for number in stopping_signals():
             signal.signal(number, signal.SIG_IGN)
@@ -49,13 +51,14 @@ def _stand_by() -> None:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    os._exit(_INTERRUPTED if number == signal.SIGINT else 0)  # an exception might be caught by what is being imported
+    # A module that is being imported might catch an exception.
+    os._exit(_INTERRUPTED if number == signal.SIGINT else 0)
 
 
 def _program() -> str:
-    """Return the name of the program that is starting: a module's after ``-m``, else that of the file."""
+    """Return the name of this program: the module's after ``-m``, else the file's."""
     if sys.argv[:1] != ["-m"]:
-        return os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119 - pathlib is one of the slow imports
+        return os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119 - pathlib is slow to import
     return sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
 
 

@@ -14,8 +14,8 @@ DgxMusicError
 ├── ArtifactError                         audio could not be written, or is not there
 └── EngineError
     ├── EngineUnavailableError            the engine cannot start here (weights, device, package)
-    ├── EngineCrashedError                the engine's process died or hung while this generation ran
-    ├── EngineReplacedError               given up for a reason that is not its own (its process was ended, no memory)
+    ├── EngineCrashedError                the engine's process died or hung during this generation
+    ├── EngineReplacedError               given up because of something else (process ended, no memory)
     ├── GenerationRejectedError           this request can never succeed; do not retry
     └── GenerationCancelledError          stopped on request
 """
@@ -86,15 +86,15 @@ class IdempotencyConflictError(DgxMusicError):
 
     def __init__(self, key: str, generation_id: str) -> None:
         super().__init__(
-            f"idempotency_key {key!r} already belongs to generation {generation_id}, which asks for something else; "
-            "send the same request again or choose another key."
+            f"idempotency_key {key!r} already belongs to generation {generation_id}, which asks for "
+            "something else; send the same request again or choose another key."
         )
         self.key = key
         self.generation_id = generation_id
 
 
 class WaitTimeoutError(DgxMusicError, TimeoutError):
-    """The generation did not finish within the time given; it goes on all the same."""
+    """The generation did not finish within the given time; it still goes on."""
 
     exit_code = 124
 
@@ -118,7 +118,7 @@ class DatabaseNotInitializedError(DatabaseError, RuntimeError):
 
 
 def is_newer(found: str | None, needed: str) -> bool:
-    """Return True where a newer version of this library made the tables, or none of its versions did: do not migrate."""
+    """Return True if the tables are of a newer version, or of no version, of this library: do not migrate."""
     return found is not None and (found > needed or not _is_ours(found))
 
 
@@ -172,9 +172,10 @@ class EngineCrashedError(EngineError):
 
 
 class EngineReplacedError(EngineError):
-    """The engine gave the generation up for a reason that is not its own: run it again at no cost to its budget.
+    """The engine gave the generation up because of something else; this does not count as a failure.
 
-    Its process was ended because of another generation, its model was unloaded, or memory did not suffice for so many.
+    Its process was ended because of another generation, its model was unloaded, or there was too
+    little memory for so many at a time.
     """
 
 

@@ -1,4 +1,4 @@
-"""How fast audio is made, and when a fleet gets to the next generation: arithmetic on numbers, without clock or database."""
+"""How fast audio is made, and when a fleet reaches a generation: no clock and no database."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from typing import NamedTuple
 
 REMEMBERED = 50
 LEAST_MEASURED = 5
-"""Fewer say too little of how much the speed varies."""
+"""With fewer measurements nobody can say how much the speed varies."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """From ``low`` to ``high``: seconds, or seconds for one second of audio; ``high`` may be infinite."""
+    """From ``low`` to ``high`` seconds, or seconds for one of audio; ``high`` may be infinite."""
 
     low: float
     high: float
 
 
 class Measured(NamedTuple):
-    """Seconds for one second of audio: 10, 50 and 90 of 100 generations take at most so long.
+    """Seconds for one second of audio: 10, 50 and 90 of 100 generations take at most this long.
 
-    Of fewer than ``LEAST_MEASURED`` it is the least, the middle and the greatest that were seen, and no forecast follows.
+    With fewer than ``LEAST_MEASURED`` it is the smallest, the median and the largest measurement,
+    and no forecast is made of it.
     """
 
     low: float
@@ -35,37 +36,38 @@ class Measured(NamedTuple):
 
 
 class Speedometer:
-    """What one worker's device takes for one second of audio, by model, as its last generations were."""
+    """The seconds that one worker took for a second of audio in its last generations, by model."""
 
     def __init__(self) -> None:
         self._logs: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
         self._news: set[str] = set()
 
     def note(self, model_name: str, run_seconds: float, audio_seconds: float) -> None:
-        """Remember one generation, made with however many others beside it; one that took no time says nothing."""
+        """Remember one generation, whatever ran beside it; ignores one that took no time."""
         if run_seconds > 0 and audio_seconds > 0:
             self._logs[model_name].append(math.log(run_seconds / audio_seconds))
             self._news.add(model_name)
 
     def take(self) -> dict[str, Measured]:
-        """Return the speeds of the models of which one more was noted since the last call, however few in all.
+        """Return the speeds of the models with a new measurement since the last call.
 
-        In the order of their names: whoever writes them locks their rows so.
+        They are in the order of their names, in which their rows are then locked.
         """
         news = sorted(self._news)
         self._news.clear()
         return {name: _measured(self._logs[name]) for name in news}
 
     def put_back(self, names: Iterable[str]) -> None:
-        """Have the speeds of these models taken again the next time: they could not be told."""
+        """Return the speeds of these models at the next call again: they could not be stored."""
         self._news.update(names)
 
 
 def _measured(logs: Sequence[float]) -> Measured:
-    """Return the deciles of a sample of logarithms, for a population with more extreme values than the sample's.
+    """Return the deciles of a population, estimated from a sample of logarithms.
 
-    The i-th of n sorted values has i/(n + 1) of the population below it (R's type 6; Hyndman and Fan, "Sample Quantiles in
-    Statistical Packages", 1996): the fewer were seen, the wider. On logarithms none comes out below 0.
+    The i-th of n sorted values has i/(n + 1) of the population below it (R's type 6; Hyndman and
+    Fan, "Sample Quantiles in Statistical Packages", 1996): the smaller the sample, the wider the
+    range. With logarithms no result is below 0.
     """
     if len(logs) < LEAST_MEASURED:
         return Measured(math.exp(min(logs)), math.exp(median(logs)), math.exp(max(logs)), len(logs))
@@ -80,14 +82,14 @@ class Slot:
     speed: Range
     """Seconds that it takes for one second of the model's audio."""
     free_in: Range = Range(0.0, 0.0)
-    """Seconds until what it runs now ends; ``high`` is infinite where nobody knows."""
+    """Seconds until its current generation ends; ``high`` is infinite if that is unknown."""
     sharers: int = 1
-    """Models that take turns on it, ours included."""
+    """Models that take turns on it, this one included."""
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """What waits before a generation: how many, their audio in all, and that of the longest."""
+    """The generations before one in the queue: their number, all their audio, the longest one's."""
 
     count: int
     audio_seconds: float
@@ -97,10 +99,12 @@ class Ahead:
 def earliest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
     """Return the seconds before which no slot can begin the generation that comes after ``ahead``.
 
-    Each slot makes at most ``1 / low`` seconds of audio in a second. At the start all that was ahead is made, but for what
-    the other slots then have in hand, at most the longest each: ``(audio - (slots - 1) * longest) / sum(1 / low)``, and not
-    before some slot is free. That is Graham's bound for list scheduling turned round (R. L. Graham, "Bounds on
-    Multiprocessing Timing Anomalies", 1969). Slots that several models share count as if all were for ours.
+    Each slot makes at most ``1 / low`` seconds of audio in a second. When the generation starts,
+    all audio ahead is made, except for what the other slots are still making: at most the longest
+    each. So it starts after ``(audio - (slots - 1) * longest) / sum(1 / low)``, and not before a
+    slot is free. This is Graham's bound for list scheduling, reversed (R. L. Graham, "Bounds on
+    Multiprocessing Timing Anomalies", 1969). Slots that several models share count as if they were
+    for this model alone.
     """
     slots = list(slots)
     in_hand = [slot.free_in.low / slot.speed.low for slot in slots]
@@ -110,12 +114,13 @@ def earliest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
 
 
 def latest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
-    """Return the seconds within which a slot begins the generation that comes after ``ahead``; infinite where unknown.
+    """Return the seconds within which a slot begins the generation after ``ahead``; infinite if unknown.
 
-    While it waits no slot is idle, so any set of slots that are free after ``high_i`` and then make at least
-    ``1 / (speed_i * sharers_i)`` seconds of audio in a second has made all that was ahead by
-    ``(audio + sum(high_i * rate_i)) / sum(rate_i)``: the smallest of these, over the slots that are free first. And where
-    fewer are ahead than slots become free, it need not wait for more of them. Sharing evenly is an assumption.
+    No slot is idle while it waits. So a set of slots that are free after ``high_i``, and then make
+    at least ``1 / (speed_i * sharers_i)`` seconds of audio in a second, has made all audio ahead by
+    ``(audio + sum(high_i * rate_i)) / sum(rate_i)``. The result is the smallest of these, for the
+    slots that are free first. If fewer generations are ahead than slots become free, it need not
+    wait for more slots. That models share a slot evenly is an assumption.
     """
     by_work, audio, rate = math.inf, ahead.audio_seconds, 0.0
     for slot in sorted(slots, key=lambda slot: slot.free_in.high):

@@ -1,4 +1,4 @@
-"""Errors that task groups have wrapped."""
+"""Errors inside the groups that task groups raise."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dgx_music.errors import DgxMusicError
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Return the only error in a group, or the first where all are errors of ours; the group itself in any other case.
+    """Return the only error in a group, or the first if all are ``DgxMusicError``; else the group.
 
-    What is lost, such as the database, may be missed by several tasks at once, and is told once.
+    Several tasks may notice at once that the database is lost: one message is enough.
     """
     leaves = list(_leaves(error))
     is_told_by_first = len(leaves) == 1 or all(isinstance(leaf, DgxMusicError) for leaf in leaves)

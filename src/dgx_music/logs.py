@@ -1,4 +1,4 @@
-"""What the worker and its engine log: one line for each event, whatever an engine, a prompt or an error has put into it."""
+"""The log of the worker and of its engine: one line for each event, whatever text is in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dgx_music.text import plain
 
 
 class OneLine(logging.Formatter):
-    """Formats each event in one line; the lines of a traceback are indented, so that none of them looks like an event."""
+    """Formats each event in one line; only the lines of a traceback are indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
         """Return the event's own line."""
@@ -25,7 +25,7 @@ class OneLine(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Log to stderr, one line for each event; only the daemon and its engine do this, the library never."""
+    """Log to stderr, one line for each event: for the daemon and its engine, not the library."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
     logging.basicConfig(level=level.upper(), handlers=[handler])

@@ -59,8 +59,12 @@ class Setting:
             return f"use a {number} from {self.low:g} to {self.high:g}"
         return f"use text: {self.description}"
 
-    def _find(self, given: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[str | None, object]:
-        """Return the variable's name and the value of the first place that has one, or ``None`` twice."""
+    def _find(
+        self,
+        given: Mapping[str, Any],
+        environment: Mapping[str, str],
+    ) -> tuple[str | None, object]:
+        """Return the variable's name and the value of the first place that has one, or two ``None``."""
         if self.name in given:
             return self.variable, given[self.name]
         variables = (self.variable, *self.more_variables)
@@ -68,7 +72,7 @@ class Setting:
         return found, None if found is None else environment[found]
 
     def _parse(self, value: object) -> object:
-        """Return the value in the setting's type; if that is a union, the ``check`` does this instead."""
+        """Return the value in the setting's type; a ``check`` does this if that is a union."""
         if value is None and self.default is None:
             return None
         if get_origin(self.type) is Literal:
@@ -83,7 +87,7 @@ class Setting:
         raise ConfigurationError(self.variable, problem, self.remedy)
 
     def _number(self, value: object) -> int | float | None:
-        """Return the number in the setting's type, or ``None`` if it is not one within the limits."""
+        """Return the number in the setting's type, or ``None`` if it is not within the limits."""
         is_text = isinstance(value, str) and _NUMBER.fullmatch(value) is not None
         if isinstance(value, bool) or not (is_text or isinstance(value, int | float)):
             return None
@@ -113,10 +117,14 @@ def declared(settings: type, prefix: str) -> dict[str, Setting]:
 
 
 def tidy(variable: str, value: object) -> object:
-    """Return text without white space around it; refuses quotes, which some readers of files keep."""
+    """Return text without white space around it; refuses quotes, which some tools keep."""
     if not isinstance(value, str):
         return value
     text = value.strip()
     if _QUOTED.fullmatch(text):
-        raise ConfigurationError(variable, "is in quotes, which would be a part of it", "leave the quotes out")
+        raise ConfigurationError(
+            variable,
+            "is in quotes, which would be a part of it",
+            "leave the quotes out",
+        )
     return text

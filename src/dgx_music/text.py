@@ -1,4 +1,4 @@
-"""Text that is what it seems: which characters can be seen, and how the others are written where people read."""
+"""Which characters of a text can be seen, and how the others are shown to people."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from unicodedata import category
 _BLANK = re.compile(
     r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U0001d159\U000e0000-\U000e0fff]"
 )
-"""Letters, marks and signs by their category that nothing is drawn for: fillers, blanks, variation selectors, tags."""
+"""Letters, marks and signs by category that are not drawn: fillers, variation selectors, tags."""
 _LOST = "\ufffc\ufffd"
-"""Drawn in the place of an object and of a letter that were lost on the way here."""
+"""Drawn instead of an object, or of a letter, that was lost in a conversion."""
 _YET_TO_COME = re.compile(r"[\U0001f000-\U0001faff\U00020000-\U0003fffd]")
-"""Where emoji and Chinese characters are that this Python may be too old to know."""
+"""The blocks of emoji and Chinese characters, some of which this Python may be too old to know."""
 _JOINERS = "\u200c\u200d"
 _VARIATION = re.compile(r"[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _LAST_LATIN = "\u02ff"
@@ -21,30 +21,31 @@ _ESCAPED_IN_JSON = re.compile(r"[^ -~\n]")
 
 
 def is_seen(character: str) -> bool:
-    """Return True where something is drawn for the character, alone or upon another one; white space is not seen."""
+    """Return True if the character is drawn, alone or on another one; white space is not."""
     is_drawn = category(character)[0] in "LMNPS" or _YET_TO_COME.match(character)
     return bool(is_drawn) and _BLANK.match(character) is None
 
 
 def says_something(text: str) -> bool:
-    """Return True where the text has a letter, a digit or a sign: more than white space, accents, and what nobody sees.
+    """Return True if the text has a letter, a digit or a sign that can be seen.
 
-    Signs in the place of what was lost say nothing.
+    White space, accents alone, and signs that stand for something lost do not count.
     """
     return any(is_seen(each) and category(each)[0] != "M" and each not in _LOST for each in text)
 
 
 def plain(text: str) -> str:
-    r"""Return the text on one line, with all that cannot be seen, or moves what can, as an escape: ``\x1b``, ``\u202e``.
+    r"""Return the text on one line, with an escape such as ``\x1b`` or ``\u202e`` for what cannot be seen.
 
-    Letters of every script stay as they are, and so does what belongs to them: the joiners within words of Persian or
-    Hindi and within emoji, and one variation selector behind a character.
+    Characters that move others are escaped too. Letters of each script stay as they are, and so do
+    the joiners within Persian or Hindi words and emoji, and one variation selector after a
+    character.
     """
     return _ESCAPED.sub(lambda found: found[0] if _is_plain(text, found.start()) else escape(found[0]), text)
 
 
 def plain_json(text: str) -> str:
-    """Return the JSON text, which means what it meant, with what cannot be seen as JSON's own escapes."""
+    """Return the same JSON, with JSON's own escapes for characters that cannot be seen."""
     return _ESCAPED_IN_JSON.sub(lambda found: found[0] if _is_simple(found[0]) else _in_json(found[0]), text)
 
 
@@ -73,5 +74,5 @@ def _is_plain(text: str, at: int) -> bool:
 
 
 def _joins(neighbour: str) -> bool:
-    """Return True for a letter or sign of a script that has joiners; Latin has none, and may hide one."""
+    """Return True for a letter or sign of a script that has joiners, which Latin has not."""
     return neighbour > _LAST_LATIN and is_seen(neighbour)

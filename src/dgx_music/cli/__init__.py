@@ -19,12 +19,13 @@ Data goes to stdout, all talk to stderr. Exit codes:
 =====  ====================================================================================
 
 A command's module is imported when the command is asked for. At its top a module imports nothing
-heavy (no SQLAlchemy, no NumPy, no torch): its functions do, when the command runs. So completion and
-``--help`` answer at once.
+heavy (no SQLAlchemy, no NumPy, no torch): its functions do, when the command runs. So completion
+and ``--help`` answer at once.
 """
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from typing import Annotated
@@ -43,7 +44,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 PROGRAM = "dgx-music"
 OUTPUT_LOST = 74
-"""The exit code if some output was lost. It is not 1: a script would think that the command failed."""
+"""The exit code if some output was lost; with 1 a script would think that the command failed."""
 EXIT_CODES = (
     "Exit codes: 0 all is well · 1 a generation failed or was cancelled, a question was answered "
     "with no, packages are missing (doctor), or an unexpected error · 2 bad input or setting · "
@@ -53,28 +54,54 @@ EXIT_CODES = (
 _LONG_QUOTE = re.compile(r"'[^']{80,}'")
 _NO_THREAD = "can't start new thread"
 """The message of Python's ``RuntimeError``."""
+_OBJECTS_BETWEEN_COLLECTIONS = 100_000
+"""Imports make many objects and no garbage: by default Python looks for it after 700."""
 _QUEUE, _WORK, _CARE = "Generations", "Workers", "Care"
 
 COMMANDS = {
     "enqueue": (_QUEUE, "enqueue:enqueue", "Add a prompt, or a file of prompts, to the queue."),
     "list": (_QUEUE, "generations:list_generations", "List generations, newest first."),
-    "search": (_QUEUE, "search:search", "Find prompts by their words, best first, each by its newest generation."),
+    "search": (
+        _QUEUE,
+        "search:search",
+        "Find prompts by their words, best first, each by its newest generation.",
+    ),
     "show": (_QUEUE, "show:show", "Show all of one generation: fields, attempts, waveform."),
     "watch": (_QUEUE, "watch:watch", "Watch a generation until it is finished."),
     "cancel": (_QUEUE, "transitions:cancel", "Cancel a generation."),
-    "retry": (_QUEUE, "transitions:retry", "Put a failed or cancelled generation back into the queue."),
+    "retry": (
+        _QUEUE,
+        "transitions:retry",
+        "Put a failed or cancelled generation back into the queue.",
+    ),
     "stats": (_QUEUE, "generations:stats", "Count generations by status, and distinct prompts."),
     "prompts": (_QUEUE, "generations:prompts", "List the prompts that are used most."),
     "worker": (_WORK, "worker:app", "Run the daemon that makes the queue's music."),
-    "workers": (_WORK, "fleet:workers", "List the workers: who is alive, where, on what, with what in hand."),
+    "workers": (
+        _WORK,
+        "fleet:workers",
+        "List the workers: who is alive, where, on what, with what in hand.",
+    ),
     "pause": (_WORK, "fleet:pause", "Let no worker claim anything, or anything of one model."),
-    "resume": (_WORK, "fleet:resume", "Let workers claim again: everything, or what one model has waiting."),
+    "resume": (
+        _WORK,
+        "fleet:resume",
+        "Let workers claim again: everything, or what one model has waiting.",
+    ),
     "demo": (_CARE, "demo:demo", "See it work: three prompts, the real worker, audio."),
-    "doctor": (_CARE, "doctor:doctor", "Check what a worker needs: packages, device, model, disk, database."),
-    "prune": (_CARE, "prune:prune", "Delete old generations and their audio, and clips that nobody uses."),
+    "doctor": (
+        _CARE,
+        "doctor:doctor",
+        "Check what a worker needs: packages, device, model, disk, database.",
+    ),
+    "prune": (
+        _CARE,
+        "prune:prune",
+        "Delete old generations and their audio, and clips that nobody uses.",
+    ),
     "db": (_CARE, "database:app", "Create, migrate, empty or look at the database."),
 }
-"""For each command its heading in the help, its module and name there, and the first line of its help."""
+"""For each command its heading in the help, its place, and the first line of its help."""
 
 app = typer.Typer(
     cls=group_of([LazyCommand(name, *about) for name, about in COMMANDS.items()]),
@@ -87,12 +114,24 @@ app = typer.Typer(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code; ``argv`` are the arguments, by default this process's.
+    """Run one command and return its exit code; by default with this process's arguments.
 
     If the reader of stdout leaves early, the command still runs to its end.
     """
-    if (sys.argv[1:] if argv is None else argv)[:1] != ["worker"]:  # its signals wait until it is there
-        stand_back()
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["worker"]:  # its signals wait until it is there, and it runs for long
+        return _main(argv)
+    stand_back()
+    if argv is not None:
+        return _main(argv)
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    try:
+        return _main(argv)
+    finally:
+        gc.freeze()  # or the end of the process would look for garbage among all that was imported
+
+
+def _main(argv: list[str] | None) -> int:
     with lasting_streams() as output:
         code = _run(argv)
         if (loss := output.find_loss()) is not None:
@@ -149,7 +188,8 @@ def _print_version(is_asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """A durable queue for AI music generation: enqueue prompts, run workers, collect audio."""

@@ -9,7 +9,11 @@ import typer
 from dgx_music.cli.options import AsJson, DatabaseUrl, Yes
 from dgx_music.errors import InvalidRequestError, remedy_for
 
-app = typer.Typer(help="Create, migrate, empty or look at the database.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Create, migrate, empty or look at the database.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
 @app.command()

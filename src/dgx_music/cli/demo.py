@@ -38,7 +38,8 @@ _LOG_LINES = 15
 def demo(
     folder: Annotated[Path, typer.Option(help="Where its database and audio go.", callback=at_home)] = Path("demo"),
     engine: Annotated[
-        EngineName, typer.Option(help="musicgen at toy size, or tone: sine waves, for which torch is not needed.")
+        EngineName,
+        typer.Option(help="musicgen at toy size, or tone: sine waves, for which torch is not needed."),
     ] = "musicgen",
 ) -> None:
     """See it work: three prompts, the real worker, audio.
@@ -53,7 +54,10 @@ def demo(
     if worker_code != 0:
         _print_end_of(folder / "worker.log")
         raise typer.Exit(
-            fail(f"The worker ended with code {worker_code}; its log is {folder / 'worker.log'}", worker_code)
+            fail(
+                f"The worker ended with code {worker_code}; its log is {folder / 'worker.log'}",
+                worker_code,
+            )
         )
     problems = [problem for generation in generations for problem in find_problems(generation)]
     _print_generations(generations)
@@ -86,7 +90,7 @@ def find_problems(generation: Generation) -> list[str]:
 
 
 async def _run(folder: Path, url: str, engine: EngineName) -> tuple[int, list[Generation]]:
-    """Enqueue, let a worker drain the queue, and return its exit code and the rows as they are then."""
+    """Enqueue, let a worker drain the queue, and return its exit code and the rows."""
     from dgx_music.cli.opening import opened
     from dgx_music.client.enqueue import enqueue_many
 
@@ -99,7 +103,12 @@ async def _run(folder: Path, url: str, engine: EngineName) -> tuple[int, list[Ge
 
 
 def _worker_command(folder: Path, url: str, engine: EngineName) -> list[str]:
-    options = {"--database-url": url, "--output": str(folder / "audio"), "--model": MODEL, "--engine": engine}
+    options = {
+        "--database-url": url,
+        "--output": str(folder / "audio"),
+        "--model": MODEL,
+        "--engine": engine,
+    }
     words = [word for option in options.items() for word in option]
     return [sys.executable, "-P", "-m", "dgx_music.cli", "worker", "--drain", *words]
 
@@ -165,7 +174,14 @@ def _print_generations(generations: list[Generation]) -> None:
 def _as_line(row: Generation) -> tuple[object, ...]:
     seconds = row.generation_time_seconds or 0.0
     rtf = seconds / row.duration_seconds
-    return row.id, f"{row.duration_seconds:g} s", row.attempt, f"{seconds:.2f} s", f"{rtf:.2f}", row.prompt
+    return (
+        row.id,
+        f"{row.duration_seconds:g} s",
+        row.attempt,
+        f"{seconds:.2f} s",
+        f"{rtf:.2f}",
+        row.prompt,
+    )
 
 
 def _print_next_steps(url: str) -> None:

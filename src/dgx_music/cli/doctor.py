@@ -27,7 +27,12 @@ Files = Annotated[
 
 
 @taking(setting_options(["engine", "model", "device", "output", "database_url"]), before="verify")
-def doctor(verify: Verify = False, files: Files = False, as_json: AsJson = False, **settings: Any) -> None:
+def doctor(
+    verify: Verify = False,
+    files: Files = False,
+    as_json: AsJson = False,
+    **settings: Any,
+) -> None:
     """Check what a worker needs: packages, device, model, disk, database.
 
     Ends with 0 if a worker can run here, else with the exit code that a worker would end with.

@@ -12,7 +12,10 @@ import typer
 from dgx_music.cli.options import WAITING, AsJson, DatabaseUrl, Timeout, at_home, given, taking
 from dgx_music.cli.request_options import REQUEST_OPTIONS
 
-Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help='Describe the music; "" for unconditional music.')]
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT", help='Describe the music; "" for unconditional music.'),
+]
 PromptFile = Annotated[
     Path | None,
     typer.Option(
@@ -25,12 +28,21 @@ PromptFile = Annotated[
 ]
 Wait = Annotated[
     bool,
-    typer.Option("--wait", "-w", help="Wait until it is made; ends with 1 if it was not.", rich_help_panel=WAITING),
+    typer.Option(
+        "--wait",
+        "-w",
+        help="Wait until it is made; ends with 1 if it was not.",
+        rich_help_panel=WAITING,
+    ),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", "-o", help="Wait, and copy the audio to this file.", callback=at_home, rich_help_panel=WAITING
+        "--out",
+        "-o",
+        help="Wait, and copy the audio to this file.",
+        callback=at_home,
+        rich_help_panel=WAITING,
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Let --out overwrite a file.", rich_help_panel=WAITING)]

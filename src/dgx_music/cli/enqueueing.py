@@ -36,31 +36,60 @@ def read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> Batc
         options = options | {"metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')}
     if file is not None and prompt is None:
         if "idempotency_key" in options:
-            raise InvalidRequestError("--idempotency-key", "is for one prompt", "give each line of the file its own")
+            raise InvalidRequestError(
+                "--idempotency-key",
+                "is for one prompt",
+                "give each line of the file its own",
+            )
         return read_requests(file, options)
     if prompt is not None and file is None:
         return read_clips([plan(prompt, options)])
     problem = "is missing" if prompt is None else "and --file are given together"
-    raise InvalidRequestError("PROMPT", problem, "describe the music in quotes, or name a file of prompts with --file")
+    raise InvalidRequestError(
+        "PROMPT",
+        problem,
+        "describe the music in quotes, or name a file of prompts with --file",
+    )
 
 
-def check_waiting(out: Path | None, timeout: float | None, count: int, *, is_waiting: bool, force: bool) -> None:
+def check_waiting(
+    out: Path | None,
+    timeout: float | None,
+    count: int,
+    *,
+    is_waiting: bool,
+    force: bool,
+) -> None:
     """Refuse now what would otherwise be noticed only when the audio is there."""
     if timeout is not None:
         check_positive("--timeout", timeout)
         if not is_waiting:
-            raise InvalidRequestError("--timeout", "is given without --wait", "add --wait, or leave it out")
+            raise InvalidRequestError(
+                "--timeout",
+                "is given without --wait",
+                "add --wait, or leave it out",
+            )
     if out is None:
         return
     if count > 1:
         raise InvalidRequestError(
-            "--out", f"is one file and there are {count:,} prompts", "use --wait and `dgx-music show`"
+            "--out",
+            f"is one file and there are {count:,} prompts",
+            "use --wait and `dgx-music show`",
         )
     if out.is_dir() or not out.absolute().parent.is_dir():
         problem = "is a folder" if out.is_dir() else "is in a folder that does not exist"
-        raise InvalidRequestError("--out", f"{str(out)!r} {problem}", "name a file in a folder that exists")
+        raise InvalidRequestError(
+            "--out",
+            f"{str(out)!r} {problem}",
+            "name a file in a folder that exists",
+        )
     if out.exists() and not force:
-        raise InvalidRequestError("--out", f"{str(out)!r} exists already", "choose another name, or add --force")
+        raise InvalidRequestError(
+            "--out",
+            f"{str(out)!r} exists already",
+            "choose another name, or add --force",
+        )
 
 
 async def enqueue(
@@ -91,7 +120,7 @@ async def enqueue(
 
 
 async def _advise(database: Database, rows: list[Generation], *, is_waiting: bool) -> None:
-    """Say where the rows stand and which workers are missing; a failure does not undo the enqueueing."""
+    """Say where the rows stand and which workers are missing; a failure here undoes nothing."""
     try:
         await _tell_of_queue(rows, is_waiting=is_waiting)
         if not is_waiting:  # while waiting, it is said after each change
@@ -100,7 +129,11 @@ async def _advise(database: Database, rows: list[Generation], *, is_waiting: boo
         tell(f"Enqueued; no more can be said of the queue: {error}")
 
 
-async def _follow(database: Database, rows: list[Generation], timeout: float | None) -> list[Generation]:
+async def _follow(
+    database: Database,
+    rows: list[Generation],
+    timeout: float | None,
+) -> list[Generation]:
     try:
         return await follow([row.id for row in rows], timeout=timeout, teller=ServiceTeller(database, rows))
     except asyncio.CancelledError:
@@ -153,7 +186,7 @@ def copy_audio(row: Generation, out: Path, *, force: bool) -> None:
 
 
 async def _copy(source: str, out: Path, mode: Literal["wb", "xb"]) -> None:
-    """Copy from the folder or object store; the file is created only when the first bytes are there."""
+    """Copy from the folder or object store; the file is created when the first bytes are there."""
     chunks = open_place_of(source).stream(source)
     first = await anext(chunks, b"")
     access = file_mode(is_private=load_settings().is_private)

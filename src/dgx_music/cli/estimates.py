@@ -1,4 +1,4 @@
-"""Estimates in words: rounded outwards, and never more exact than they are."""
+"""Estimates in words, rounded outwards: a range in words always holds the range in seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _AT_ONCE_SECONDS = 1.0
 
 
 def in_words(estimate: Estimate) -> str | None:
-    """Return ``starts in about 2 to 5 min, done in about 3 to 7 min``, or why nobody knows; ``None`` for what is finished."""
+    """Return ``starts in about 2 to 5 min, done in about 3 to 7 min``, or why that is unknown.
+
+    A finished generation has no estimate: ``None``.
+    """
     if estimate.unknown_because is not None:
         return f"{'start' if estimate.status == PENDING else 'end'} unknown: {estimate.unknown_because}"
     ranges = (("starts", estimate.starts_in), ("done", estimate.done_in))
@@ -22,11 +25,14 @@ def in_words(estimate: Estimate) -> str | None:
 
 
 def _moment(each: Range) -> str:
-    """Return from when to when in the unit that fits the later one."""
+    """Return the range in words, in the unit that fits its end."""
     if each.high < _AT_ONCE_SECONDS:
         return "at once"
     _, step, size, unit = next((row for row in _STEPS if each.high <= row[0]), _LONGEST_STEP)
-    low, high = (math.floor(each.low / step) * step // size, math.ceil(each.high / step) * step // size)
+    low, high = (
+        math.floor(each.low / step) * step // size,
+        math.ceil(each.high / step) * step // size,
+    )
     if low == 0:
         return f"within {high:,} {unit}"
     return f"in about {high:,} {unit}" if low == high else f"in about {low:,} to {high:,} {unit}"

@@ -33,7 +33,16 @@ from dgx_music.storage.connection.sqlite import warn_of_old_sqlite
 from dgx_music.storage.retention import find_completed_files
 from dgx_music.storage.trial import check_writable, find_folder_problem
 
-PACKAGES = ("sqlalchemy", "aiosqlite", "alembic", "anyio", "numpy", "soundfile", "pyloudnorm", "soxr")
+PACKAGES = (
+    "sqlalchemy",
+    "aiosqlite",
+    "alembic",
+    "anyio",
+    "numpy",
+    "soundfile",
+    "pyloudnorm",
+    "soxr",
+)
 ENGINE_PACKAGES = ("torch", "transformers", "safetensors")
 
 Verdict = Literal["ok", "warning", "failed"]
@@ -55,7 +64,7 @@ _ROWS_AT_ONCE = 1_000
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; ``failed`` means that no worker can run until it is repaired."""
+    """One thing that was looked at; while it is ``failed`` no worker can run."""
 
     verdict: Verdict
     subject: str
@@ -96,7 +105,11 @@ def _examine_packages(subject: str, names: tuple[str, ...], remedy: str) -> Find
     missing = [name for name, found_version in found.items() if found_version is None]
     if missing:
         return Finding("failed", subject, f"{', '.join(missing)} not installed; {remedy}")
-    return Finding("ok", subject, ", ".join(f"{name} {found_version}" for name, found_version in found.items()))
+    return Finding(
+        "ok",
+        subject,
+        ", ".join(f"{name} {found_version}" for name, found_version in found.items()),
+    )
 
 
 def _version_of(package: str) -> str | None:
@@ -114,7 +127,11 @@ def _examine_engine(settings: Settings) -> Iterator[Finding]:
             tone.check_environment()
         except ConfigurationError as error:
             yield Finding("failed", "settings", str(error))
-        yield Finding("warning", "engine", "tone: sine waves for tests, not music; torch is not needed")
+        yield Finding(
+            "warning",
+            "engine",
+            "tone: sine waves for tests, not music; torch is not needed",
+        )
         return
     packages = _examine_packages("engine", ENGINE_PACKAGES, HOW_TO_INSTALL)
     yield packages
@@ -131,7 +148,11 @@ def _examine_device(wanted: str) -> Finding:
     if index < len(found):
         return Finding("ok", "device", f"cuda:{index}, {found[index]}")
     if wanted == "auto":
-        return Finding("warning", "device", "cpu: torch finds no CUDA device, so expect minutes, not seconds")
+        return Finding(
+            "warning",
+            "device",
+            "cpu: torch finds no CUDA device, so expect minutes, not seconds",
+        )
     problem = f"{wanted} was asked for and torch finds {len(found)} CUDA devices; use auto or cpu"
     return Finding("failed", "device", problem)
 
@@ -169,16 +190,24 @@ def _examine_folder(settings: Settings, model: ModelInfo) -> Finding:
 
 
 def _without(settings: Settings, model: ModelInfo, problem: str) -> Finding:
-    """Say that a model cannot be loaded: a worker needs its first one, and can do without the others."""
+    """Say that a model cannot be loaded: a worker needs only its first one."""
     if model.name != settings.served_models[0]:
-        return Finding("warning", "model", f"{problem.rstrip('.')}. A worker serves the others only.")
+        return Finding(
+            "warning",
+            "model",
+            f"{problem.rstrip('.')}. A worker serves the others only.",
+        )
     return Finding("failed", "model", problem)
 
 
 def _examine_answers(settings: Settings) -> Iterator[Finding]:
     """Compare the served models' numbers with those that are publicly known; downloads nothing."""
     if settings.engine == "tone" or any(_version_of(name) is None for name in ENGINE_PACKAGES):
-        yield Finding("warning", "answers", "not compared: there is no engine here whose numbers are publicly known")
+        yield Finding(
+            "warning",
+            "answers",
+            "not compared: there is no engine here whose numbers are publicly known",
+        )
         return
     from dgx_music.inference.musicgen import known_answers
     from dgx_music.worker.daemon import engine_settings
@@ -186,7 +215,11 @@ def _examine_answers(settings: Settings) -> Iterator[Finding]:
     for name in settings.served_models:
         model = find_model(name)
         if model is not None and model.repository is not None and not inventory.has_weights(model, settings.revision):
-            yield Finding("warning", "answers", f"not compared: the weights of {name} are not on this machine")
+            yield Finding(
+                "warning",
+                "answers",
+                f"not compared: the weights of {name} are not on this machine",
+            )
             continue
         try:
             for comparison in known_answers.compare(replace(engine_settings(settings), model=name)):
@@ -212,7 +245,11 @@ async def _try_database(database: Database) -> Finding:
     ):
         raise DatabaseNotMigratedError(found, SCHEMA_REVISION)
     if found is None and not database.is_embedded:
-        return Finding("failed", "database", f"{database} is at revision none; run `dgx-music db migrate`")
+        return Finding(
+            "failed",
+            "database",
+            f"{database} is at revision none; run `dgx-music db migrate`",
+        )
     # Only a fresh connection follows the server's default, which may be to refuse writes.
     await database.dispose()
     await check_writable(database)
@@ -225,15 +262,23 @@ async def _try_database(database: Database) -> Finding:
 async def _try_place_of(database: Database) -> Finding:
     """Look whether a database that is not there yet can be created."""
     if database.path is not None and (problem := find_folder_problem(database.path.parent)) is not None:
-        return Finding("failed", "database", f"{database} does not exist and cannot be created: {problem}")
+        return Finding(
+            "failed",
+            "database",
+            f"{database} does not exist and cannot be created: {problem}",
+        )
     return Finding("ok", "database", f"{database} does not exist yet; it is created on first use")
 
 
 async def _examine_files(database: Database) -> Finding:
-    """Count the completed generations whose file is gone or damaged; a worker can run all the same."""
+    """Count the completed generations whose file is gone or damaged; a worker can still run."""
     try:
         if not exists(database) or await database.revision() != SCHEMA_REVISION:
-            return Finding("warning", "files", "not counted: there is no database of this version to ask")
+            return Finding(
+                "warning",
+                "files",
+                "not counted: there is no database of this version to ask",
+            )
         count, missing, damaged = await _count_files(database)
     except DgxMusicError as error:
         return Finding("warning", "files", f"not counted: {error}")
@@ -249,7 +294,7 @@ async def _examine_files(database: Database) -> Finding:
 
 
 async def _count_files(database: Database) -> tuple[int, list[str], list[str]]:
-    """Return how many completed generations have a file, the paths that are gone, and the damaged ones."""
+    """Return how many completed generations have a file, the missing paths, and the damaged."""
     inspection, count, missing, damaged = FileInspection(), 0, list[str](), list[str]()
     page: list[tuple[str, str, int | None]] = [("", "", None)]
     while page:
@@ -277,5 +322,9 @@ async def _examine_output(output: Path | str) -> Finding:
     existing = next(path for path in (artifacts.root, *artifacts.root.parents) if path.exists())
     free = size(shutil.disk_usage(existing).free)
     if existing != artifacts.root:
-        return Finding("ok", "output", f"{output} does not exist yet; it is created on first use; {free} free")
+        return Finding(
+            "ok",
+            "output",
+            f"{output} does not exist yet; it is created on first use; {free} free",
+        )
     return Finding("ok", "output", f"{output} can be written; {free} free")

@@ -41,7 +41,11 @@ def workers(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
     tell_pauses(pauses)
 
 
-def pause(model: ModelToPause = None, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+def pause(
+    model: ModelToPause = None,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Let no worker claim anything, or anything of one model.
 
     It takes effect at once and for every worker; what runs goes on.
@@ -49,7 +53,11 @@ def pause(model: ModelToPause = None, database_url: DatabaseUrl = None, as_json:
     _print_pauses(asyncio.run(_set_pause(model, database_url, is_paused=True)), as_json=as_json)
 
 
-def resume(model: ModelToPause = None, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+def resume(
+    model: ModelToPause = None,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Let workers claim again: everything, or what one model has waiting."""
     _print_pauses(asyncio.run(_set_pause(model, database_url, is_paused=False)), as_json=as_json)
 
@@ -109,7 +117,12 @@ async def _workers(database_url: str | None) -> tuple[list[dict[str, Any]], list
         return await get_workers(session), await get_pauses(session)
 
 
-async def _set_pause(model: str | None, database_url: str | None, *, is_paused: bool) -> list[Pause]:
+async def _set_pause(
+    model: str | None,
+    database_url: str | None,
+    *,
+    is_paused: bool,
+) -> list[Pause]:
     from dgx_music.cli.opening import opened
     from dgx_music.client.fleet import pause, resume
 

@@ -47,7 +47,8 @@ def list_generations(
     limit: Limit = 20,
     offset: Annotated[int, typer.Option(min=0, help="Leave out this many of the newest; slow far back.")] = 0,
     after: Annotated[
-        str | None, typer.Option(metavar="CURSOR", help="Go on where a page ended: it told the cursor.")
+        str | None,
+        typer.Option(metavar="CURSOR", help="Go on where a page ended: it told the cursor."),
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
@@ -91,7 +92,12 @@ def prompts(limit: Limit = 10, database_url: DatabaseUrl = None, as_json: AsJson
         tell("There are no prompts yet.")
 
 
-def _rest_of(page: Page, count: int | None, after: str | None, status: StatusName | None) -> str | None:
+def _rest_of(
+    page: Page,
+    count: int | None,
+    after: str | None,
+    status: StatusName | None,
+) -> str | None:
     """Return what to say of the generations that are not on the page.
 
     ``count`` is the number of all generations, or ``None`` if they were not counted.

@@ -1,4 +1,4 @@
-"""Commands whose modules are imported when they are asked for, so that ``--help`` answers at once."""
+"""Commands whose modules are imported when they are asked for: ``--help`` answers at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ class LazyCommand(TyperCommand):
         super().__init__(name=name, help=summary, rich_help_panel=panel)
         self._target = target
 
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: Any = None,
+        **extra: Any,
+    ) -> Any:
         """Return the context of the command itself, which is imported for it."""
         return self.load().make_context(info_name, args, parent, **extra)
 
@@ -43,7 +49,9 @@ def group_of(commands: Sequence[LazyCommand]) -> type[TyperGroup]:
     class Group(TyperGroup):
         def __init__(self, **attributes: Any) -> None:
             super().__init__(**attributes | {"commands": list(commands)})
-            _convert_only_if_needed(self)
+
+        def get_params(self, ctx: Any) -> list[Any]:
+            return _converting(super().get_params(ctx))
 
     return Group
 
@@ -74,14 +82,13 @@ class _Conversion:
 def _convert_only_if_needed(command: Any) -> None:
     """Give the parameters of this command, and of the commands in it, a ``_Conversion``."""
     find_all = command.get_params
-
-    def get_params(context: Any) -> list[Any]:
-        parameters: list[Any] = find_all(context)
-        for each in parameters:
-            if "get_runtime_param" not in vars(each):
-                each.get_runtime_param = _Conversion(each).itself
-        return parameters
-
-    command.get_params = get_params
+    command.get_params = lambda context: _converting(find_all(context))
     for each in getattr(command, "commands", {}).values():
         _convert_only_if_needed(each)
+
+
+def _converting(parameters: list[Any]) -> list[Any]:
+    for each in parameters:
+        if "get_runtime_param" not in vars(each):
+            each.get_runtime_param = _Conversion(each).itself
+    return parameters

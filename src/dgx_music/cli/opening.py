@@ -19,7 +19,7 @@ _SHORTEST_PREFIX = 8
 
 @asynccontextmanager
 async def opened(database_url: str | None) -> AsyncIterator[Database]:
-    """Give the default database of one command; a SQLite file is created, which is told, and migrated."""
+    """Give the default database of one command; a SQLite file is created and migrated."""
     url = load_settings(**given(database_url=database_url)).database_url
     path = file_of(normalise_url(url))
     is_new = path is not None and not path.exists()
@@ -48,7 +48,11 @@ async def find_generation(database: Database, wanted: str) -> Generation:
         if generation is None and len(start) >= _SHORTEST_PREFIX:
             ids = await find_generation_ids(session, start)
             if len(ids) > 1:
-                raise InvalidRequestError("ID", f"{wanted!r} fits more than one generation", "give more of it")
+                raise InvalidRequestError(
+                    "ID",
+                    f"{wanted!r} fits more than one generation",
+                    "give more of it",
+                )
             generation = await get_generation(session, ids[0]) if ids else None
     if generation is None:
         raise GenerationNotFoundError(wanted)

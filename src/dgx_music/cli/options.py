@@ -53,7 +53,11 @@ def setting_options(names: Iterable[str], *, has_panels: bool = False) -> dict[s
     return options
 
 
-def taking(options: Mapping[str, Any], *, before: str | None = None) -> Callable[[Command], Command]:
+def taking(
+    options: Mapping[str, Any],
+    *,
+    before: str | None = None,
+) -> Callable[[Command], Command]:
     """Give a command an option for each of these annotations; it gets them as ``**options``.
 
     An option that is not given is ``None``. In the help they stand before the parameter named
@@ -76,7 +80,7 @@ def taking(options: Mapping[str, Any], *, before: str | None = None) -> Callable
 
 
 def warn_of_password(parameter: typer.CallbackParam, url: str | None) -> str | None:
-    """Return the URL as it is, and warn if other users of this machine can read a password in it."""
+    """Return the URL as it is; warn if other users of this machine can read a password in it."""
     from dgx_music.cli.output import has_password, warn
 
     if url is not None and has_password(url):
@@ -86,7 +90,7 @@ def warn_of_password(parameter: typer.CallbackParam, url: str | None) -> str | N
 
 
 def at_home(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Return the path with the home folder in the place of ``~``: a shell leaves it in ``--out=~/a.wav``."""
+    """Return the path with the home folder for ``~``: a shell leaves it in ``--out=~/a.wav``."""
     return None if path is None else Path(validation.at_home(parameter.opts[0], str(path)))
 
 
@@ -132,7 +136,8 @@ Timeout = Annotated[
 ]
 Status = Annotated[StatusName | None, typer.Option("--status", "-s", help="Only those of this status.")]
 ModelName = Annotated[
-    str | None, typer.Option("--model", help="Only those of this model.", autocompletion=complete_model)
+    str | None,
+    typer.Option("--model", help="Only those of this model.", autocompletion=complete_model),
 ]
 Tenant = Annotated[str | None, typer.Option(help="Only those made for this tenant.")]
 Since = Annotated[
@@ -141,5 +146,6 @@ Since = Annotated[
 ]
 Before = Annotated[str | None, typer.Option(metavar="TIME", help="Only those created earlier.")]
 GenerationId = Annotated[
-    str, typer.Argument(metavar="ID", help="The generation's id, or its first characters (8 or more).")
+    str,
+    typer.Argument(metavar="ID", help="The generation's id, or its first characters (8 or more)."),
 ]

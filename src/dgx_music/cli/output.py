@@ -31,7 +31,7 @@ WAVEFORM_WIDTH = 72
 UNCONDITIONAL = "(unconditional)"
 """Shown instead of an empty prompt."""
 ID_PREFIX_CHARACTERS = 18
-"""A UUIDv7's time, to a quarter of a microsecond: enough to tell two ids apart on a narrow terminal."""
+"""A UUIDv7's time, to a quarter of a microsecond: enough to tell two ids apart."""
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NARROW = 110
@@ -83,7 +83,11 @@ def confirm(question: str, *, is_agreed: bool) -> None:
     if is_agreed:
         return
     if not sys.stdin.isatty():
-        raise InvalidRequestError("--yes", "is missing and there is no terminal to ask on", "add it to go ahead")
+        raise InvalidRequestError(
+            "--yes",
+            "is missing and there is no terminal to ask on",
+            "add it to go ahead",
+        )
     if not typer.confirm(plain(question), err=True):
         tell("Nothing was changed.")
         raise typer.Exit(1)
@@ -149,7 +153,7 @@ def print_waveform(generation: Generation) -> None:
 
 
 def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
-    """Return the waveform's peaks (0 to 1) as one line of at most ``width`` blocks; silence is a flat line."""
+    """Return the waveform's peaks (0 to 1) as one line of at most ``width`` blocks."""
     width = min(width, len(waveform))
     starts = [part * len(waveform) // width for part in range(width)]
     peaks = [max(waveform[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=False)]
@@ -157,7 +161,7 @@ def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
 
 
 def print_fields(fields: Iterable[tuple[str, object]]) -> None:
-    """Print names and values in two columns; the terminal wraps a long value, so that it can be copied whole."""
+    """Print names and values in two columns; a long value is not wrapped, so that it can be copied."""
     console, lines = make_console(), [(plain(name), value) for name, value in fields]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

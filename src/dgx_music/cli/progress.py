@@ -1,4 +1,4 @@
-"""Generations as they come along: bars on a terminal, a line for each change elsewhere; always on stderr."""
+"""The progress of generations, on stderr: bars on a terminal, a line for each change elsewhere."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ async def follow(
     show: Show | None = None,
     teller: ServiceTeller | None = None,
 ) -> list[Generation]:
-    """Show how these generations come along, on a board or as ``show`` does, and return their rows once all are finished.
+    """Show the progress of these generations until all are finished, and return their rows.
 
-    The ``teller`` says meanwhile, on stderr, who serves them and who no longer does. Raises ``WaitTimeoutError`` for the
-    first that is not finished, after ``timeout`` seconds.
+    ``show`` is called with each new state, by default that of ``board``. The ``teller`` says on
+    stderr which workers serve them. Raises ``WaitTimeoutError`` after ``timeout`` seconds, for the
+    first generation that is not finished.
     """
     latest: dict[str, Generation] = {}
     watchers = anyio.CapacityLimiter(len(ids) if len(ids) <= MAX_BARS else 1)
@@ -78,7 +79,7 @@ def board(ids: Sequence[str]) -> Iterator[Show]:
     texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[state]")]
     columns = (texts[0], BarColumn(), TaskProgressColumn(), texts[1])
     with Progress(*columns, TimeElapsedColumn(), console=make_console(sys.stderr)) as progress:
-        yield _Bars(progress, ids).show if len(ids) <= MAX_BARS else _TotalBar(progress, len(ids)).show
+        yield (_Bars(progress, ids).show if len(ids) <= MAX_BARS else _TotalBar(progress, len(ids)).show)
 
 
 class _Lines:
@@ -129,7 +130,7 @@ class _TotalBar:
 
 
 def describe(generation: Generation) -> str:
-    """Return where the generation is, in a few words."""
+    """Return the state of the generation in a few words."""
     match generation.status:
         case "processing":
             return "is being cancelled" if generation.cancel_requested else f"processing, attempt {generation.attempt}"
@@ -143,7 +144,7 @@ def describe(generation: Generation) -> str:
 
 
 def tell_outcome(generations: Sequence[Generation]) -> bool:
-    """Say what became of these finished generations; return True where all are completed."""
+    """Say how these generations ended; return True if all are completed."""
     bad = [generation for generation in generations if generation.status != COMPLETED]
     if sys.stderr.isatty() and len(generations) <= MAX_BARS:
         for generation in generations:

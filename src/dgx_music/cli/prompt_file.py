@@ -17,10 +17,11 @@ _STDIN = Path("-")
 
 
 def read_requests(file: Path, defaults: Mapping[str, Any]) -> Batch:
-    """Return the file's requests, checked, each with the defaults it does not override; blank lines are skipped.
+    """Return the file's checked requests, each with the defaults that it does not override.
 
-    A line that starts with ``{`` is JSON; so is every line of a file whose name ends in ``.jsonl``. Raises
-    ``InvalidRequestError`` that names the first line that cannot be enqueued.
+    Blank lines are skipped. A line that starts with ``{`` is JSON, and so is each line of a file
+    whose name ends in ``.jsonl`` or ``.ndjson``. Raises ``InvalidRequestError`` that names the
+    first line that cannot be enqueued.
     """
     plans = []
     for number, line in _read_lines(file):
@@ -29,28 +30,40 @@ def read_requests(file: Path, defaults: Mapping[str, Any]) -> Batch:
             request = {**defaults, **_parse(line, is_json=file.suffix.lower() in _JSON_LINES)}
             plans.append(plan(request.pop("prompt", None), request, name))
     if not plans:
-        raise InvalidRequestError("--file", f"{str(file)!r} holds no prompts", "write one in each line")
+        raise InvalidRequestError(
+            "--file",
+            f"{str(file)!r} holds no prompts",
+            "write one in each line",
+        )
     return read_clips(plans)
 
 
 def parse_object(field: str, text: str, example: str) -> dict[str, Any]:
-    """Return a JSON object; raises ``InvalidRequestError`` that names the field and shows the example."""
+    """Return a JSON object; raises ``InvalidRequestError`` with the field and the example."""
     remedy = f"use an object such as {example}"
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except InvalidRequestError as error:
         raise InvalidRequestError(field, error.problem, error.remedy) from None
     except json.JSONDecodeError as error:
-        raise InvalidRequestError(field, f"is not JSON ({error.msg} at column {error.colno})", remedy) from None
+        raise InvalidRequestError(
+            field,
+            f"is not JSON ({error.msg} at column {error.colno})",
+            remedy,
+        ) from None
     except (ValueError, RecursionError):
-        raise InvalidRequestError(field, "is JSON with a number or a nesting beyond all bounds", remedy) from None
+        raise InvalidRequestError(
+            field,
+            "is JSON with a number or a nesting beyond all bounds",
+            remedy,
+        ) from None
     if not isinstance(value, dict):
         raise InvalidRequestError(field, "is JSON, but not an object", remedy)
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object; of a name that stands in it twice JSON's readers would keep one value, each its own."""
+    """Return the object; refuses a repeated name, since readers of JSON differ on which counts."""
     names = [name for name, _ in pairs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -59,12 +72,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their numbers from 1."""
+    """Yield the lines that are not blank, with their numbers, from 1."""
     for number, line in enumerate(_read(file).splitlines(), 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError:
-            raise InvalidRequestError(f"line {number}", "is not UTF-8 text", "save the file as UTF-8") from None
+            raise InvalidRequestError(
+                f"line {number}",
+                "is not UTF-8 text",
+                "save the file as UTF-8",
+            ) from None
         if text:
             yield number, text
 

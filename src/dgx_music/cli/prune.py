@@ -1,4 +1,4 @@
-"""``dgx-music prune``: forget finished generations, and their audio, after some days; delete orphaned files."""
+"""``dgx-music prune``: deletes old generations with their audio, and files that belong to none."""
 
 from __future__ import annotations
 
@@ -84,7 +84,13 @@ class _Plan:
         return counts
 
 
-async def _prune(database_url: str | None, plan: _Plan, *, dry_run: bool, is_agreed: bool) -> dict[str, int]:
+async def _prune(
+    database_url: str | None,
+    plan: _Plan,
+    *,
+    dry_run: bool,
+    is_agreed: bool,
+) -> dict[str, int]:
     from dgx_music.cli.opening import opened
 
     async with opened(database_url) as database:

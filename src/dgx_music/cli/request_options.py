@@ -36,7 +36,9 @@ REQUEST_OPTIONS: dict[str, Any] = {
         metavar="FILE",
     ),
     "melody": _music(
-        Path, "Follow the tune of this audio's first 30 s; for musicgen-melody and its like.", metavar="FILE"
+        Path,
+        "Follow the tune of this audio's first 30 s; for musicgen-melody and its like.",
+        metavar="FILE",
     ),
     "channels": _music(int, "1 or 2; default: the model's own, 1 for a local folder."),
     "sample_rate": _music(int, "Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder."),
@@ -50,7 +52,10 @@ REQUEST_OPTIONS: dict[str, Any] = {
     ),
     "seed": _music(int, "The same seed makes the same audio; default: from the id."),
     "priority": _queueing(
-        int, "Higher goes first; a point is worth a minute of waiting; default 0.", "--priority", "-p"
+        int,
+        "Higher goes first; a point is worth a minute of waiting; default 0.",
+        "--priority",
+        "-p",
     ),
     "tenant": _queueing(str, "For whom: workers may limit each tenant's share."),
     "run_at": _queueing(str, "Not before this time, such as 2026-01-31T12:00:00Z."),

@@ -72,10 +72,19 @@ def _back_up(database: Database, source: Path, target: Path) -> None:
         raise InvalidRequestError("FILE", f"{target} exists", "name a new file") from None
     except OSError as error:
         if error.errno in _OF_THE_DISK:
-            raise ArtifactError(f"FILE {target} cannot be written ({error.strerror}); name another place.") from None
-        raise InvalidRequestError("FILE", f"cannot be written ({error.strerror})", "name another place") from None
+            raise ArtifactError(
+                f"FILE {target} cannot be written ({error.strerror}); name another place.",
+            ) from None
+        raise InvalidRequestError(
+            "FILE",
+            f"cannot be written ({error.strerror})",
+            "name another place",
+        ) from None
     except sqlite3.Error as error:
-        raise DatabaseUnavailableError(str(database), f"it could not be copied ({error})") from error
+        raise DatabaseUnavailableError(
+            str(database),
+            f"it could not be copied ({error})",
+        ) from error
 
 
 async def _migrate(database_url: str | None) -> None:

@@ -61,14 +61,27 @@ def search(
 
 def _as_line(hit: SearchHit) -> tuple[object, ...]:
     row = hit.generation
-    return row.id, status_in_words(row), hit.used_count, distance(row.created_at), prompt_in_words(row)
+    return (
+        row.id,
+        status_in_words(row),
+        hit.used_count,
+        distance(row.created_at),
+        prompt_in_words(row),
+    )
 
 
-async def _search(words: str, limit: int, filters: Filters, database_url: str | None) -> list[SearchHit]:
+async def _search(
+    words: str,
+    limit: int,
+    filters: Filters,
+    database_url: str | None,
+) -> list[SearchHit]:
     from dgx_music.cli.opening import opened
     from dgx_music.storage import search_generations
 
     async with opened(database_url) as database:
         return await database.transact(
-            lambda session: search_generations(session, words, limit=limit, **filters), read_only=True, may_lag=True
+            lambda session: search_generations(session, words, limit=limit, **filters),
+            read_only=True,
+            may_lag=True,
         )

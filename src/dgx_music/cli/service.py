@@ -1,4 +1,4 @@
-"""Who makes what somebody waits for: said at first, and again whenever it changes, so that nobody sits in silence."""
+"""Says which workers serve the generations that somebody waits for, after each change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOOK_SECONDS = 1.0
 
 
 class _State(NamedTuple):
-    """What is worth a line when it changes: moments and counts are not."""
+    """What is worth a line when it changes: not times, and not counts."""
 
     is_served: bool
     is_loading: bool
@@ -31,7 +31,7 @@ _AS_HOPED = _State(is_served=True, is_loading=False, last_id=None, is_paused=Fal
 
 
 class ServiceTeller:
-    """Says which of these generations' models nobody serves, and why, once for each change of that."""
+    """Says which of these generations' models no worker serves, and why, once for each change."""
 
     def __init__(self, database: Database, generations: Sequence[Generation]) -> None:
         self._database = database
@@ -39,12 +39,12 @@ class ServiceTeller:
         self._told: dict[str, _State] = {}
 
     def note(self, generation: Generation) -> None:
-        """Care no longer for who serves the model of one that is finished."""
+        """Forget a finished generation: it needs no worker any more."""
         if generation.is_finished:
             self._waiting.pop(generation.id, None)
 
     async def tell(self) -> None:
-        """Say what has changed since the last time; at first, whatever keeps a generation from being made."""
+        """Say what has changed since the last call; at first, what a generation waits for."""
         models = sorted(set(self._waiting.values()))
         async with self._database.session(read_only=True) as session:
             services = {model: await find_service(session, model) for model in models}
@@ -56,7 +56,7 @@ class ServiceTeller:
             self._told[model] = state
 
     async def keep_telling(self) -> None:
-        """Look again and again, until cancelled; who waits for the database learns of its trouble elsewhere."""
+        """Look every second until cancelled; skips a look while the database cannot be reached."""
         while True:
             with suppress(DatabaseUnavailableError):
                 await self.tell()
@@ -83,7 +83,8 @@ def _service_in_words(model: str, service: Service) -> str:
         return f"A worker serves {model} now."
     if service.loading_count:
         return f"A worker is loading {model}, and serves it when that is done."
-    return f"No worker serves {model} now{_last_in_words(service)}; start one with: dgx-music worker --model {model}"
+    how = f"start one with: dgx-music worker --model {model}"
+    return f"No worker serves {model} now{_last_in_words(service)}; {how}"
 
 
 def _last_in_words(service: Service) -> str:

@@ -38,7 +38,11 @@ class _Known(NamedTuple):
     file: FileState
 
 
-def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+def show(
+    generation_id: GenerationId,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Show all of one generation: fields, attempts, waveform.
 
     While it waits or runs, it also shows when it will start and be done, as far as that is known.
@@ -60,12 +64,16 @@ def show(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json:
 def _as_json(known: _Known) -> dict[str, Any]:
     file, outlook = known.file, known.estimate
     states = {"file_is_missing": file.is_missing, "file_is_damaged": file.is_damaged}
-    more = {"attempts": known.attempts, "queue_position": outlook.position, "estimate": outlook.to_dict()}
+    more = {
+        "attempts": known.attempts,
+        "queue_position": outlook.position,
+        "estimate": outlook.to_dict(),
+    }
     return {**known.generation.to_dict(), **states, **more}
 
 
 def _lines(known: _Known) -> list[tuple[str, str]]:
-    """Return what to print, as names and values: the row, its file, its place, its audio, its metadata."""
+    """Return names and values to print: the row, its file, its place, its audio, its metadata."""
     now = datetime.now(UTC)
     metadata = known.generation.get_metadata()
     facts = _audio_facts(metadata.pop("audio", {}))
@@ -79,7 +87,7 @@ def _lines(known: _Known) -> list[tuple[str, str]]:
 
 
 def _fields(known: _Known) -> dict[str, Any]:
-    """Return the row's fields that are worth a line; a clip is shown in words instead of its hash."""
+    """Return the row's fields that are worth a line, with clips in words instead of hashes."""
     row = known.generation
     told = row.to_dict() | {"prompt": row.prompt or UNCONDITIONAL}
     told |= {"negative_prompt": (row.sampling or {}).get("negative_prompt")}

@@ -1,4 +1,7 @@
-"""The standard streams as they may be: closed, full, a pipe that nobody reads. None of it changes what a command does."""
+"""Standard streams that may be closed, full, or a pipe that nobody reads.
+
+None of these changes what a command does.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ _STANDARD = (0, 1, 2)
 
 
 class _Lasting(io.RawIOBase):
-    """A file descriptor that takes whatever is written: what cannot go there is dropped, and the reason remembered.
+    """A file descriptor to which every write succeeds: what cannot be written is dropped.
 
-    Data of which a part was lost is not gone on with, since nobody would see the hole. A log goes on once there is room again.
+    It remembers the error. Once a part of the data is lost the rest is dropped too, since a reader
+    would not see the gap. A log goes on when there is room again.
     """
 
     def __init__(self, descriptor: int | None, *, is_data: bool) -> None:
@@ -29,7 +33,7 @@ class _Lasting(io.RawIOBase):
         self._is_data = is_data
 
     def has_lost_its_reader(self) -> bool:
-        """Return True for a pipe that nobody reads any more, and for a terminal that was closed."""
+        """Return True for a pipe whose reader has closed it, and for a terminal that was closed."""
         if self._descriptor is None or self.trouble is None:
             return False
         is_terminal = stat.S_ISCHR(os.fstat(self._descriptor).st_mode)
@@ -52,7 +56,7 @@ class _Lasting(io.RawIOBase):
             return size
         try:
             return os.write(self._descriptor, data)
-        except BlockingIOError:  # somebody else who has this terminal or pipe does not want to wait for it
+        except BlockingIOError:  # another process has made this terminal or pipe non-blocking
             select.select((), (self._descriptor,), ())
             return 0
         except OSError as error:
@@ -61,13 +65,13 @@ class _Lasting(io.RawIOBase):
 
 
 class Output:
-    """What became of all that was printed on stdout."""
+    """Whether all that was printed on stdout has arrived."""
 
     def __init__(self, raw: _Lasting | None) -> None:
         self._raw = raw
 
     def find_loss(self) -> str | None:
-        """Return why some of it is lost; ``None`` if nothing is, and if the reader has left: it had what it wanted."""
+        """Return why some output is lost; ``None`` if nothing is, or if the reader has left early."""
         sys.stdout.flush()
         trouble = None if self._raw is None else self._raw.trouble
         if self._raw is None or trouble is None or self._raw.has_lost_its_reader():
@@ -77,14 +81,17 @@ class Output:
 
 @contextmanager
 def lasting_streams() -> Iterator[Output]:
-    """Give this process standard streams that are there, and that no write to them can end; the former ones come back."""
+    """Give this process standard streams that exist and never fail; then restore the others."""
     _open_closed_descriptors()
     former = sys.stdin, sys.stdout, sys.stderr
     if _is_closed(sys.stdin):
         sys.stdin = io.TextIOWrapper(io.BytesIO())
     raw = _replacement(sys.stdout, is_data=True)
     talk = _replacement(sys.stderr, is_data=False)
-    sys.stdout, sys.stderr = _as_text(raw, sys.stdout, "replace"), _as_text(talk, sys.stderr, "backslashreplace")
+    sys.stdout, sys.stderr = (
+        _as_text(raw, sys.stdout, "replace"),
+        _as_text(talk, sys.stderr, "backslashreplace"),
+    )
     try:
         yield Output(raw)
     finally:
@@ -94,12 +101,15 @@ def lasting_streams() -> Iterator[Output]:
 
 
 def _open_closed_descriptors() -> None:
-    """Have 0, 1 and 2 lead nowhere where they are closed, or the next file or socket would get that number, and our prints."""
+    """Open ``/dev/null`` as 0, 1 or 2 if they are closed.
+
+    Else the next file or socket would get that number, and our output.
+    """
     for descriptor in _STANDARD:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
 
 
 def _is_closed(stream: TextIO | None) -> bool:
@@ -107,10 +117,10 @@ def _is_closed(stream: TextIO | None) -> bool:
 
 
 def _replacement(stream: TextIO | None, *, is_data: bool) -> _Lasting | None:
-    """Return what takes the place of a stream's file; ``None`` for a stream in memory, which somebody has put there."""
+    """Return the replacement of a stream's file; ``None`` for a stream in memory, which stays."""
     if stream is None or _is_closed(stream):
         return _Lasting(None, is_data=is_data)
-    with suppress(OSError):  # what was printed before us is not ours to tell of
+    with suppress(OSError):  # what was lost before this command is not its loss
         stream.flush()
     try:
         return _Lasting(stream.fileno(), is_data=is_data)
@@ -119,7 +129,7 @@ def _replacement(stream: TextIO | None, *, is_data: bool) -> _Lasting | None:
 
 
 def _as_text(raw: _Lasting | None, former: TextIO, errors: str) -> TextIO:
-    """Return a text stream in the former one's encoding, in which what it lacks is shown otherwise; else the former one."""
+    """Return a text stream in the former one's encoding; the former one if ``raw`` is ``None``."""
     if raw is None:
         return former
     like = former if isinstance(former, io.TextIOWrapper) and not former.closed else None

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from dgx_music.storage import Generation
 
 
-def cancel(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+def cancel(
+    generation_id: GenerationId,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Cancel a generation.
 
     A generation that waits is cancelled at once. One that runs is cancelled as soon as its worker
@@ -27,7 +31,11 @@ def cancel(generation_id: GenerationId, database_url: DatabaseUrl = None, as_jso
         tell(f"Generation {generation.id} is {generation.status}.")
 
 
-def retry(generation_id: GenerationId, database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
+def retry(
+    generation_id: GenerationId,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Put a failed or cancelled generation back into the queue.
 
     Its failures count from 0 again; its attempts keep counting. A completed generation never runs

@@ -36,7 +36,13 @@ def watch(
         raise typer.Exit(1)
 
 
-async def _watch(wanted: str, timeout: float | None, database_url: str | None, *, as_json: bool) -> Generation:
+async def _watch(
+    wanted: str,
+    timeout: float | None,
+    database_url: str | None,
+    *,
+    as_json: bool,
+) -> Generation:
     from dgx_music.cli.opening import find_generation, opened
     from dgx_music.cli.progress import follow
     from dgx_music.cli.service import ServiceTeller

@@ -19,7 +19,8 @@ app = typer.Typer(add_completion=False)
 @app.command(epilog=EXIT_CODES)
 @taking(setting_options(SETTINGS, has_panels=True))
 def worker(
-    drain: Annotated[bool, typer.Option("--drain", help="Stop when the queue is empty.")] = False, **settings: Any
+    drain: Annotated[bool, typer.Option("--drain", help="Stop when the queue is empty.")] = False,
+    **settings: Any,
 ) -> None:
     """Run the daemon that makes the queue's music.
 
