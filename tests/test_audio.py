@@ -141,6 +141,13 @@ def test_a_hiss_below_the_gate_is_not_made_music(loudness):
     assert peak_of(file) < 0.001
 
 
+@pytest.mark.parametrize(("decibels", "peak"), [(-71, 10 ** (-71 / 20)), (-69, PEAK_LIMIT)])
+def test_what_is_above_the_gate_is_music(decibels, peak):
+    file = finished(sine(amplitude=10 ** (decibels / 20)), loudness="peak")
+
+    assert peak_of(file) == pytest.approx(peak, abs=ONE_STEP)
+
+
 @pytest.mark.parametrize("frames", [1, 2_560, 12_799])
 @pytest.mark.parametrize("audio_format", FORMATS)
 def test_a_clip_too_short_for_a_loudness_gets_the_peak_limit(audio_format, frames):
@@ -231,6 +238,23 @@ def test_channels_of_opposite_phase_do_not_become_silence() -> None:
     samples, _ = decode(finished(audio, channels=1, loudness="none"))
 
     assert np.abs(samples).max() == pytest.approx(0.25, abs=1e-3)
+
+
+@pytest.mark.parametrize(("right", "peak"), [(-0.5, 0.25), (-0.4, 0.075)])
+def test_the_loudest_channel_stands_for_all_where_less_than_a_quarter_would_be_left(right, peak):
+    left = sine(amplitude=0.25).samples
+    audio = Audio(np.concatenate([left, right * left]), RATE)
+
+    assert peak_of(finished(audio, channels=1, loudness="none")) == pytest.approx(peak, abs=1e-3)
+
+
+@pytest.mark.parametrize(("opposite_seconds", "peak"), [(1, 0.1875), (2, 0.25)])
+def test_a_tenth_of_the_music_may_be_lost_in_the_average(opposite_seconds, peak):
+    audio = sine(20, amplitude=0.25, channels=2)
+    audio.samples[1] *= 0.5
+    audio.samples[1, 5 * RATE : (5 + opposite_seconds) * RATE] *= -1.8
+
+    assert peak_of(finished(audio, channels=1, loudness="none")) == pytest.approx(peak, abs=1e-3)
 
 
 @settings(deadline=None, max_examples=60)
