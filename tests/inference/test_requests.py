@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dgx_music.audio.samples import Audio
-from dgx_music.errors import GenerationRejectedError
+from dgx_music.errors import GenerationCancelledError, GenerationRejectedError
 from dgx_music.inference.musicgen.conditioning import LONGEST_PREFIX_TEXT
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.melody import chroma
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
-from dgx_music.inference.musicgen.windows import Window, cut
+from dgx_music.inference.musicgen.windows import Window, WindowRun, cut
 from tests.inference.references import audiocraft_long_form, plain_greedy
 from tests.inference.test_musicgen import FakeRun, generate, load
 
@@ -207,3 +207,17 @@ def test_a_seed_gives_a_long_clip_the_same_audio(short_windows: dict[str, MusicG
 )
 def test_windows_overlap_by_600_frames(total: int, given: int, expected: list[tuple[int, int, int]]) -> None:
     assert list(cut(total, given, 1500)) == [Window(*window) for window in expected]
+
+
+def test_a_windows_run_tells_its_share_of_the_whole_and_asks_for_it() -> None:
+    run = FakeRun(cancel_at=3)
+    run.make_room = lambda: True  # type: ignore[method-assign]
+    of_window = WindowRun(run, Window(900, 600, 300), 1500)
+    for progress in (0.0, 0.75, 1.0):
+        of_window.check_cancelled()
+        of_window.report_progress(progress)
+
+    assert run.progress == [0.8, 0.9, 1.0]
+    assert of_window.make_room()
+    with pytest.raises(GenerationCancelledError):
+        of_window.check_cancelled()
