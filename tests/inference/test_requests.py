@@ -97,6 +97,12 @@ def test_a_negative_prompt_is_steered_away_from(engines: dict[str, MusicGenEngin
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_negative_prompt_guides_without_a_prompt(engines: dict[str, MusicGenEngine], name: str) -> None:
+    expected = plain_greedy(*MODELS[name](), None, 12, 3.0, negative="drums")
+    assert np.array_equal(greedy(engines[name], "", 12, negative_prompt="drums"), sound(name, expected))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_clip_is_continued(engines: dict[str, MusicGenEngine], name: str) -> None:
     clip = make_clip(7, 2 if "stereo" in name else 1)
     expected = plain_greedy(*MODELS[name](), "choir", 20, 3.0, forced=encode(name, clip))
@@ -127,6 +133,20 @@ def test_a_melody_needs_no_prompt(engines: dict[str, MusicGenEngine]) -> None:
     tune = make_clip(100, hertz=523.25)
     expected = plain_greedy(*MODELS["melody"](), None, 12, 3.0, chroma=chroma(torch.from_numpy(tune.samples[0]), RATE))
     assert np.array_equal(greedy(engines["melody"], "", 12, melody=tune), sound("melody", expected))
+
+
+@pytest.mark.parametrize("prompt", ["choir", ""])
+@pytest.mark.parametrize("name", ["melody", "stereo melody"])
+@pytest.mark.parametrize("rate", [RATE, 24_000])
+def test_a_melody_that_is_not_silence_is_heard(
+    engines: dict[str, MusicGenEngine], name: str, prompt: str, rate: int
+) -> None:
+    """An A: a C has the class of silence, and would be the same audio without a melody."""
+    tune = np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)[None].astype(np.float32)
+    heard = torch.eye(12)[[9]]
+    expected = plain_greedy(*MODELS[name](), prompt or None, 12, 3.0, chroma=heard)
+    assert not torch.equal(expected, plain_greedy(*MODELS[name](), prompt or None, 12, 3.0))
+    assert np.array_equal(greedy(engines[name], prompt, 12, melody=Audio(tune, rate)), sound(name, expected))
 
 
 @pytest.mark.parametrize(("name", "able"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")])
