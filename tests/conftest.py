@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Tests run side by side, and toy models are too small to share: threads of torch that wait for each other would take
 # most of the processors' time. The processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Otherwise each of the many processes that tests start compiles the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 pytest_plugins = ["tests.postgres", "tests.daemons"]
 

@@ -9,7 +9,7 @@ from threading import get_ident
 import anyio
 import numpy as np
 import pytest
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -692,6 +692,14 @@ async def test_a_batch_gives_its_rows_in_order_with_its_defaults(database):
         ("c", 7, 3),
     ]
     assert [row.id for row in rows] == sorted(row.id for row in rows)
+
+
+@on(SQLITE)
+async def test_a_batch_is_inserted_in_the_order_of_its_keys(database):
+    """Two batches of PostgreSQL would else wait for each other in a circle."""
+    await enqueue_many([{"prompt": key, "idempotency_key": key} for key in "bca"])
+
+    assert await read_all(database, select(Generation.idempotency_key).order_by(text("rowid"))) == [*"abc"]
 
 
 async def test_a_batch_may_come_from_any_iterable(database):

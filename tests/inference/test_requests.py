@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dgx_music.audio.samples import Audio
-from dgx_music.errors import GenerationRejectedError
+from dgx_music.errors import GenerationCancelledError, GenerationRejectedError
 from dgx_music.inference.musicgen.conditioning import LONGEST_PREFIX_TEXT
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.melody import chroma
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
-from dgx_music.inference.musicgen.windows import Window, cut
+from dgx_music.inference.musicgen.windows import Window, WindowRun, cut
 from tests.inference.references import audiocraft_long_form, plain_greedy
 from tests.inference.test_musicgen import FakeRun, generate, load
 
@@ -97,6 +97,12 @@ def test_a_negative_prompt_is_steered_away_from(engines: dict[str, MusicGenEngin
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_a_negative_prompt_guides_without_a_prompt(engines: dict[str, MusicGenEngine], name: str) -> None:
+    expected = plain_greedy(*MODELS[name](), None, 12, 3.0, negative="drums")
+    assert np.array_equal(greedy(engines[name], "", 12, negative_prompt="drums"), sound(name, expected))
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_a_clip_is_continued(engines: dict[str, MusicGenEngine], name: str) -> None:
     clip = make_clip(7, 2 if "stereo" in name else 1)
     expected = plain_greedy(*MODELS[name](), "choir", 20, 3.0, forced=encode(name, clip))
@@ -131,9 +137,31 @@ def test_a_melody_needs_no_prompt(engines: dict[str, MusicGenEngine]) -> None:
     assert np.array_equal(greedy(engines["melody"], "", 12, melody=tune), sound("melody", expected))
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(("name", "other"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")])
 def test_a_model_that_hears_no_melody_rejects_it(engines: dict[str, MusicGenEngine], name: str, other: str) -> None:
     with pytest.raises(GenerationRejectedError, match=f"hears no melody; use {other}[.]"):
+=======
+@pytest.mark.parametrize("prompt", ["choir", ""])
+@pytest.mark.parametrize("name", ["melody", "stereo melody"])
+@pytest.mark.parametrize("rate", [RATE, 24_000])
+def test_a_melody_that_is_not_silence_is_heard(
+    engines: dict[str, MusicGenEngine], name: str, prompt: str, rate: int
+) -> None:
+    """An A: a C has the class of silence, and would be the same audio without a melody."""
+    tune = np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)[None].astype(np.float32)
+    heard = torch.eye(12)[[9]]
+    expected = plain_greedy(*MODELS[name](), prompt or None, 12, 3.0, chroma=heard)
+    assert not torch.equal(expected, plain_greedy(*MODELS[name](), prompt or None, 12, 3.0))
+    assert np.array_equal(greedy(engines[name], prompt, 12, melody=Audio(tune, rate)), sound(name, expected))
+
+
+@pytest.mark.parametrize(("name", "able"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")])
+def test_a_model_without_ears_refuses_a_melody_for_good(
+    engines: dict[str, MusicGenEngine], name: str, able: str
+) -> None:
+    with pytest.raises(GenerationRejectedError, match=f"hears no melody; use {able}[.]"):
+>>>>>>> h-mutate
         greedy(engines[name], "choir", 12, melody=make_clip(50))
 
 
@@ -211,3 +239,17 @@ def test_a_seed_gives_a_long_clip_the_same_audio(short_windows: dict[str, MusicG
 )
 def test_windows_overlap_by_600_frames(total: int, given: int, expected: list[tuple[int, int, int]]) -> None:
     assert list(cut(total, given, 1500)) == [Window(*window) for window in expected]
+
+
+def test_a_windows_run_tells_its_share_of_the_whole_and_asks_for_it() -> None:
+    run = FakeRun(cancel_at=3)
+    run.make_room = lambda: True  # type: ignore[method-assign]
+    of_window = WindowRun(run, Window(900, 600, 300), 1500)
+    for progress in (0.0, 0.75, 1.0):
+        of_window.check_cancelled()
+        of_window.report_progress(progress)
+
+    assert run.progress == [0.8, 0.9, 1.0]
+    assert of_window.make_room()
+    with pytest.raises(GenerationCancelledError):
+        of_window.check_cancelled()
