@@ -1054,9 +1054,9 @@ async def test_a_clip_given_as_text_is_refused_before_any_file_is_touched(databa
     monkeypatch.setattr("dgx_music.audio.clips.Reader.read", lambda *_: pytest.fail("a file was read"))
     sentence = f"{name} is text; use pathlib.Path\\(...\\) for a file of this machine, or the bytes of one."
 
-    for text in (str(path), "nowhere.wav", ""):
+    for given in (str(path), "nowhere.wav", ""):
         with pytest.raises(InvalidRequestError, match=f"^{sentence}$"):
-            await enqueue("x", model=model, **{name: text})
+            await enqueue("x", model=model, **{name: given})
         with pytest.raises(InvalidRequestError, match=f"^request 2: {sentence}$"):
             await enqueue_many([{"prompt": "a", "continuation": path}, {"prompt": "b", name: text}], model=model)
     await assert_unchanged(database)
