@@ -1058,7 +1058,7 @@ async def test_a_clip_given_as_text_is_refused_before_any_file_is_touched(databa
         with pytest.raises(InvalidRequestError, match=f"^{sentence}$"):
             await enqueue("x", model=model, **{name: given})
         with pytest.raises(InvalidRequestError, match=f"^request 2: {sentence}$"):
-            await enqueue_many([{"prompt": "a", "continuation": path}, {"prompt": "b", name: text}], model=model)
+            await enqueue_many([{"prompt": "a", "continuation": path}, {"prompt": "b", name: given}], model=model)
     await assert_unchanged(database)
 
 
