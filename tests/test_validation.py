@@ -384,6 +384,10 @@ def test_a_huge_number_is_not_shown() -> None:
     assert sentence == "seed is a int too long to show; use a whole number from 0 to 9."
 
 
+def test_a_value_is_shown_in_at_most_40_characters() -> None:
+    assert [validation.shown("x" * 38), validation.shown("x" * 39)] == [f"'{'x' * 38}'", "a str too long to show"]
+
+
 # time
 
 
