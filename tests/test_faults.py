@@ -152,8 +152,8 @@ async def test_whatever_befalls_the_engine_the_worker_lives_and_the_next_succeed
 async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retried(database, start, script):
     path = script({"attempts": [1], "do": "wait", "seconds": 30})
     generation = await add(database)
-    daemon = start(script=path)
-    await until(database, generation, is_running)
+    daemon = start(script=path, heartbeat_seconds=0.1)
+    await until(database, generation, lambda row: row.progress > 0)  # the engine is at work on it
     [child] = daemon.children()
     os.kill(child, signal.SIGKILL)
     row = await until(database, generation, is_finished)

@@ -39,7 +39,7 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
+    def feed(self, data: bytes | memoryview) -> Iterator[Message]:
         """Yield the messages that ``data`` completes, in order."""
         self._buffer += data
         while (message := self._take()) is not None:

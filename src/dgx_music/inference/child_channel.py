@@ -26,6 +26,8 @@ class Channel:
         self._writable = select.poll()  # select.select() takes no descriptor above 1023
         self._writable.register(connection, select.POLLOUT)
         self._decoder = Decoder()
+        self._received = memoryview(bytearray(_READ_BYTES))
+        """Made once: a message must be read even if there is no memory left for its generation."""
 
     def send(self, message: bytes) -> None:
         """Send one encoded message whole. Raises ``ConnectionError`` if the parent is gone."""
@@ -50,8 +52,8 @@ class Channel:
 
     def messages(self) -> Iterator[FromParent]:
         """Yield what the parent sends until it hangs up."""
-        while data := self._connection.recv(_READ_BYTES):
-            for message in self._decoder.feed(data):
+        while count := self._connection.recv_into(self._received):
+            for message in self._decoder.feed(self._received[:count]):
                 yield cast(FromParent, message)
 
 
