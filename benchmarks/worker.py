@@ -13,7 +13,7 @@ from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.audio.samples import Audio
 from dgx_music.config import load_settings
 from dgx_music.inference.engine import GenerationRequest
-from dgx_music.inference.process import EngineInfo
+from dgx_music.inference.messages import EngineInfo
 from dgx_music.storage.database import Database
 from dgx_music.worker.worker import Worker
 

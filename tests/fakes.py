@@ -9,7 +9,7 @@ import numpy as np
 
 from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineCrashedError, EngineUnavailableError
-from dgx_music.inference.process import EngineInfo
+from dgx_music.inference.messages import EngineInfo
 
 
 class FakeEngine:

@@ -40,7 +40,7 @@ from dgx_music.errors import (
     GenerationRejectedError,
 )
 from dgx_music.inference.engine import GenerationRequest
-from dgx_music.inference.process import EngineInfo
+from dgx_music.inference.messages import EngineInfo
 from dgx_music.storage import (
     Attempt,
     Generation,
@@ -87,7 +87,7 @@ class Fate:
     disk_is_full: bool = False
 
     def act(self) -> None:
-        """Count one action that others can see; raise ``Killed`` where it is the one too many."""
+        """Count one action that others can see; raise ``Killed`` if it is the one too many."""
         if self.dies_in is not None:
             self.dies_in -= 1
             self.is_dead = self.is_dead or self.dies_in < 0
@@ -209,7 +209,7 @@ class World:
         self.known: list[str] = []
         """Acknowledged to a producer, in order; those that are gone included."""
         self.gone: set[str] = set()
-        """Deleted or pruned, or perhaps so where the reply was lost."""
+        """Deleted or pruned, or perhaps so if the reply was lost."""
         self.half_pruned: set[str] = set()
         self.cancelled: set[str] = set()
         """A cancel was acknowledged, and no retry since."""
@@ -419,7 +419,7 @@ class World:
             await self.attempt_to(f"retry {self.short(chosen)}", lambda: retry_generation(chosen))
 
     def revive(self, chosen: str) -> None:
-        """Forget that its cancel was acknowledged: it may be gone from now on, even where the reply is lost."""
+        """Forget that its cancel was acknowledged: it may be gone from now on, even if the reply is lost."""
         self.cancelled.discard(chosen)
         self.revived[chosen] += 1
 

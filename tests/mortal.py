@@ -41,7 +41,7 @@ _context.set_forkserver_preload([__name__])  # each process is a fork of one tha
 
 
 async def die_at(point: str, url: str, folder: Path) -> int | None:
-    """Run a worker that is to die at this point, and return how its process ended: ``-SIGKILL`` where it got there."""
+    """Run a worker that is to die at this point, and return how its process ended: ``-SIGKILL`` if it got there."""
     process = _context.Process(target=_live, args=(point, url, folder), daemon=True)
     process.start()
     await anyio.to_thread.run_sync(process.join, _SECONDS)

@@ -1,4 +1,4 @@
-"""Real workers with the hub's repositories at tiny size: from a filled cache, and where nothing can be had."""
+"""Real workers with the hub's repositories at tiny size: from a filled cache, and with nothing to be had."""
 
 from __future__ import annotations
 

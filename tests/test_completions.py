@@ -1,4 +1,4 @@
-"""The group commit: whoever shares a transaction with trouble has none of his own."""
+"""The group commit: a completion that shares a transaction with one in trouble has none itself."""
 
 import asyncio
 

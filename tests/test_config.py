@@ -216,3 +216,9 @@ def test_a_replica_that_is_given_with_its_database_is_kept() -> None:
     assert (
         load_settings(database_url="postgresql://h/d", replica_url="postgresql://r/d").replica_url == "postgresql://r/d"
     )
+
+
+def test_a_bad_database_of_the_environment_is_no_trouble_to_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "sqlite://")
+    assert load_settings(database_url="sqlite:///a.db").database_url == "sqlite:///a.db"
+    assert "names a database in memory" in refused()

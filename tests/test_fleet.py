@@ -122,6 +122,23 @@ async def test_a_model_is_switched_only_when_nothing_runs(database, make_worker,
     assert {row.status for row in (await rows_of(database)).values()} == {"completed"}
 
 
+async def test_after_a_stop_nothing_is_claimed_of_a_model_that_was_being_loaded(
+    database, make_worker, engine, monkeypatch
+):
+    await add(database, "other", MEDIUM)
+    worker, start = make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=0), engine.start
+
+    async def start_and_stop(model):
+        started = await start(model)
+        if model == MEDIUM:
+            worker.stop()
+        return started
+
+    monkeypatch.setattr(engine, "start", start_and_stop)
+    await worker.run()
+    assert (engine.loaded, (await rows_of(database))["other"].attempt) == ([SMALL, MEDIUM], 0)
+
+
 async def test_a_model_whose_tenants_have_enough_in_hand_does_not_keep_the_worker_from_another(
     database, make_worker, engine
 ):

@@ -90,6 +90,12 @@ def test_importing_the_library_imports_nothing_heavy():
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
+def test_a_module_is_there_as_an_attribute_before_anybody_has_imported_it():
+    program = "import dgx_music; print(dgx_music.errors.DgxMusicError.__name__)"
+
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "DgxMusicError\n"
+
+
 def test_a_local_output_does_without_the_object_stores_client():
     program = (
         "import sys; from dgx_music.artifacts import open_output; open_output('x'); print('obstore' in sys.modules)"

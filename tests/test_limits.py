@@ -1,4 +1,4 @@
-"""What happens where the system has no more to give: the disk of the database, the memory of the engine."""
+"""What happens when the system has no more to give: the disk of the database, the memory of the engine."""
 
 import asyncio
 import contextlib

@@ -36,7 +36,7 @@ def refused(check: Callable[..., object], *arguments: object) -> str:
 
 
 def accepted(check: Callable[..., Any], *arguments: object) -> Any:
-    """Return what the check returns, ``None`` where it refuses."""
+    """Return what the check returns, ``None`` if it refuses."""
     try:
         return check(*arguments)
     except InvalidRequestError:

@@ -758,7 +758,7 @@ async def test_files_of_earlier_attempts_are_removed_before_completion(database,
     there = []
     note_call(monkeypatch, "complete", lambda: there.extend(file.name for file in output.iterdir()))
     await make_worker().run(drain=True)
-    assert set(there) == {f"{generation.id}-2.wav"}  # looked at again where a heartbeat held the row
+    assert set(there) == {f"{generation.id}-2.wav"}  # looked at again if a heartbeat held the row
 
 
 async def test_a_worker_is_listed_while_it_runs(database, make_worker, engine):

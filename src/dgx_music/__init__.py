@@ -7,6 +7,7 @@ Each name is imported when it is first used: importing this package alone costs 
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import dgx_music.early  # noqa: F401 - handles signals while the slow imports run
@@ -132,9 +133,12 @@ _MODULE_OF = {name: f"dgx_music.{module}" for module, names in _MODULES.items() 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used, and keep it."""
-    if name not in _MODULE_OF:
+    if name in _MODULE_OF:
+        value: object = getattr(import_module(_MODULE_OF[name]), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")  # such as dgx_music.errors
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -246,7 +246,8 @@ def load_settings(**given: Any) -> Settings:
             "leave it out",
         )
     environment = _read_environment()
-    in_environment = SETTINGS["database_url"].value_of({}, environment)
+    # Only compared: if another one is given, nothing is wrong with a bad one here.
+    in_environment = replace(SETTINGS["database_url"], check=None).value_of({}, environment)
     if given.get("database_url") not in (None, in_environment):
         given = {"replica_url": None} | given
     settings = Settings(**{name: each.value_of(given, environment) for name, each in SETTINGS.items()})

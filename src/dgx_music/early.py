@@ -5,6 +5,7 @@ a traceback. No work has begun yet, so the program ends at once. The engine's pr
 signals: only its parent ends it.
 
 Importing this module sets the handlers, but in no other program. Import it before anything slow.
+They hold until the command's own take over: a worker's when it starts, Python's in all others.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def add(*prompts: str, **values: Any) -> list[str]:
 
 
 def count_rows() -> int:
-    """Return how many generations the default place holds, 0 where it was never made."""
+    """Return how many generations the default place holds, 0 if it was never made."""
 
     async def count() -> int:
         async with opened_default() as database, database.session(read_only=True) as session:

@@ -24,8 +24,8 @@ from dgx_music.errors import (
 )
 from dgx_music.inference import child_process
 from dgx_music.inference import process as process_module
-from dgx_music.inference.messages import Finished, Unloaded
-from dgx_music.inference.process import EngineInfo, EngineProcess
+from dgx_music.inference.messages import EngineInfo, Finished, Unloaded
+from dgx_music.inference.process import EngineProcess
 from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import QuietRun, begin, ignore, make_process, make_request

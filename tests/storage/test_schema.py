@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import column, literal
 from sqlalchemy.dialects import postgresql, sqlite
 
-from dgx_music.storage.schema import new_id, now, now_plus, with_json_key
+from dgx_music.storage.schema import Status, new_id, now, now_plus, with_json_key
 
 
 def test_ids_are_uuids_of_version_7_that_say_when_they_were_made():
@@ -51,3 +51,7 @@ def test_the_clock_takes_a_number_or_an_expression():
     assert str(now_plus(literal(1.0)).compile(dialect=sqlite.dialect())) == str(
         now_plus(1).compile(dialect=sqlite.dialect())
     )
+
+
+def test_a_status_that_only_a_newer_version_knows_is_read_as_text():
+    assert Status().process_result_value("archived", sqlite.dialect()) == "archived"

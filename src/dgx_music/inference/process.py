@@ -20,8 +20,6 @@ from dgx_music.inference.calls import NOT_RUNNING, ChildCalls, FreeSlot, ReportP
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.messages import EngineInfo
 
-__all__ = ["EngineInfo", "EngineProcess"]
-
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 15.0

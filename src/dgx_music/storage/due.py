@@ -1,4 +1,4 @@
-"""Where a claim decides what is due, and in which order. Nothing here changes a row.
+"""Which generations are due, and in which order. Nothing here changes a row.
 
 The generations of a paused model are not due. The order is ``claim_order``: earliest first, and one
 point of priority is worth a minute of waiting.

@@ -7,7 +7,7 @@ import time
 import uuid
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
@@ -268,8 +268,11 @@ class Status(TypeDecorator[GenerationStatus]):
         return None if value is None else str.__str__(value)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> GenerationStatus | None:
-        """Give back a status."""
-        return None if value is None else GenerationStatus(value)
+        """Give back a status; the text of one that only a newer version knows."""
+        try:
+            return None if value is None else GenerationStatus(value)
+        except ValueError:
+            return cast("GenerationStatus", value)
 
 
 LongText = Text()

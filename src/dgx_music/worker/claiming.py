@@ -53,7 +53,7 @@ class Claiming:
         self._leases = leases
         self._presence = presence
         self._stopping = stopping
-        self._has_found_all = False
+        self._found_fewer = False
         """True if the last claim found fewer than there were free slots."""
         self._skip_until: dict[str, float] = {}
         self._in_doubt_until = -math.inf
@@ -66,14 +66,14 @@ class Claiming:
             await anyio.sleep(_GATHER_SECONDS)
         free = self.free_slots()
         claims = await self._try_to_claim(free) if free else []
-        self._has_found_all = len(claims) < free
+        self._found_fewer = len(claims) < free
         return claims
 
     async def pause(self, claims: list[Claim]) -> None:
         """Wait before the next claim, given what the last one returned."""
         if not claims:
             await self._wait_for_work()
-        elif self._has_found_all and self._presence.free_workers > 1:
+        elif self._found_fewer and self._presence.free_workers > 1:
             # The rest is the other workers' share, and they are waking up.
             await self._stopping.wait(_SPREAD_SECONDS)
 
@@ -151,7 +151,7 @@ class Claiming:
         A worker that found all there was looks first: on SQLite each commit of another process
         wakes it, and a claim that finds nothing would take the write lock each time.
         """
-        has_to_look = self._has_found_all and self._database.is_embedded
+        has_to_look = self._found_fewer and self._database.is_embedded
         if len(self._engine.models) == 1 and not has_to_look:
             return True
         waits = await self._database.transact(self._find_waits, read_only=True)
@@ -168,7 +168,8 @@ class Claiming:
             waits[wanted],
         )
         await self._engine.switch(wanted)
-        return self._engine.model == wanted
+        # A stop may have come while the model was loaded.
+        return self._engine.model == wanted and not self._stopping.is_requested
 
     async def _find_waits(self, session: AsyncSession) -> dict[str, float]:
         # An idle worker may not claim for days, and is counted on meanwhile.

@@ -13,7 +13,7 @@ import anyio
 from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference.engine import GenerationRequest
-from dgx_music.inference.process import EngineInfo
+from dgx_music.inference.messages import EngineInfo
 from dgx_music.retrying import keep_trying
 from dgx_music.storage.schema import WorkerState
 from dgx_music.worker.stopping import Stopping
@@ -157,7 +157,7 @@ class LiveEngine:
     async def _start_host(self) -> EngineInfo | None:
         """Return what the engine says of itself, or ``None`` if a stop came first."""
         with anyio.CancelScope() as scope:
-            self._stopping.cancels(scope)
+            self._stopping.cancel_on_stop(scope)
             return None if self._stopping.is_requested else await self._host.start(self.model)
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.storage.retention import find_owners
 from dgx_music.validation import tidy_text
 from dgx_music.worker.completions import Completions
+from dgx_music.worker.files import drop_files
 from dgx_music.worker.leases import Leases, Running, Stop
 from dgx_music.worker.live_engine import LiveEngine
 from dgx_music.worker.stopping import Stopping
@@ -293,18 +294,6 @@ class Performing:
                 self._stopping.give_up(error)
         elif not isinstance(error, EngineError | TimeoutError):
             logger.error("%s: unexpected", running.lease, exc_info=error)
-
-
-async def drop_files(artifacts: Artifacts, lease: Lease, attempts: Iterable[int]) -> None:
-    """Delete the files of attempts that can never complete.
-
-    Raises nothing: a file that stays is deleted by the next attempt or by pruning.
-    """
-    try:
-        await artifacts.delete(lease.generation_id, attempts)
-    # Python raises RuntimeError for a thread that it cannot start.
-    except (ArtifactError, MemoryError, RuntimeError) as error:
-        logger.warning("%s: %s", lease, error)
 
 
 def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:

@@ -51,7 +51,7 @@ class Stopping:
             if not self.is_requested:
                 self.request()
 
-    def cancels(self, scope: anyio.CancelScope) -> None:
+    def cancel_on_stop(self, scope: anyio.CancelScope) -> None:
         """Have the next stop cancel this scope."""
         self._scope = scope
 

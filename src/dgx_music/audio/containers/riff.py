@@ -16,7 +16,7 @@ from dgx_music.audio.containers.interface import (
 )
 
 _UNKNOWN_BYTES = 0x7F00_0000
-"""Who cannot go back to write a size writes one like this, or none."""
+"""A program that cannot go back to write a size writes one like this, or none."""
 _NO_SIZE = 0xFFFF_FFFF
 """It is said elsewhere, or not known."""
 _MPEG_TAGS = (0x50, 0x55)

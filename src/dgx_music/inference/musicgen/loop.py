@@ -56,10 +56,10 @@ class DecodingLoop:
         self._make_slots = make_slots
         self._guard = guard  # no gradients: inference mode costs least, but cannot be compiled
         self._admitted: list[_Ticket] = []  # for the decoding thread only
+        # Only the decoding thread removes rows from those that wait.
         self._waiting: deque[_Ticket] = deque()
         self._is_running = False
         self._lock = threading.Lock()  # for the two above
-        # Only the decoding thread removes rows from those that wait.
         self._slots: Slots | None = self._make_fresh_slots()  # None after they are given up
 
     def decode(self, row: Row, run: Run) -> Tensor:
