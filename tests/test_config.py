@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, make_dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from dgx_music.config import (
     parse_output,
 )
 from dgx_music.errors import ConfigurationError
+from dgx_music.setting import Setting, declared
 
 
 def refused(**given: object) -> str:
@@ -222,3 +224,24 @@ def test_a_bad_database_of_the_environment_is_no_trouble_to_one_that_is_given(mo
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
     assert load_settings(database_url="sqlite:///a.db").database_url == "sqlite:///a.db"
     assert "names a database in memory" in refused()
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "problem"),
+    [
+        (bool, Setting("on or off"), r"x cannot be read as <class 'bool'>; give it a check"),
+        (int | str, Setting("a number or a name"), r"x cannot be read as int \| str; give it a check"),
+        (int, Setting("a number"), "x is a number; give it the limits"),
+        (float, Setting("a number", low=0), "x is a number; give it the limits"),
+    ],
+)
+def test_a_setting_that_nobody_could_set_is_a_programmers_mistake(kind: Any, setting: Setting, problem: str) -> None:
+    with pytest.raises(TypeError, match=f"^The setting {problem}"):
+        declared(make_dataclass("Settings", [("x", Annotated[kind, setting], 0)]), PREFIX)
+
+
+def test_a_check_may_read_what_a_type_alone_does_not_say() -> None:
+    switch = Setting("on or off", check=lambda text: text == "on")
+    settings = declared(make_dataclass("Settings", [("x", Annotated[bool, switch], False)]), "MY_")
+
+    assert settings["x"].value_of({}, {"MY_X": "off"}) is False

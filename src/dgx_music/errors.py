@@ -23,7 +23,10 @@ DgxMusicError
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from dgx_music.storage.schema import GenerationStatus
 
 
 class DgxMusicError(Exception):
@@ -71,7 +74,9 @@ class IllegalTransitionError(DgxMusicError):
 
     exit_code = 4
 
-    def __init__(self, generation_id: str, current: str, wanted: str, reason: str = "") -> None:
+    def __init__(
+        self, generation_id: str, current: GenerationStatus, wanted: GenerationStatus, reason: str = ""
+    ) -> None:
         because = f" ({reason})" if reason else ""
         super().__init__(f"Generation {generation_id} is {current} and cannot become {wanted}{because}.")
         self.generation_id = generation_id

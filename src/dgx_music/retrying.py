@@ -1,4 +1,8 @@
-"""Trying again what failed for a while: one loop for all that reads and writes."""
+"""Trying again what failed for a while: the loop of all work that ends with a result.
+
+The listener of ``storage.connection.notifications`` has a loop of its own: its work never ends with
+a result, and each connection that it makes starts its waits again.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,18 @@ async def keep_trying(
 ) -> T:
     """Return what ``work`` returns; while it raises ``on``, wait and call it again.
 
-    ``note`` is told each error and the wait that follows in seconds; after the last of the
-    ``waits`` the wait is ``None``, and the error is raised. A wait ends when the caller is
-    cancelled, or when ``sleep`` returns.
+    Each of the ``waits``, in seconds, is asked for when its error is there. ``note`` is told both;
+    after the last of the ``waits`` the wait is ``None``, and the error is raised. If ``note`` itself
+    raises, nothing is tried again. A wait ends when the caller is cancelled, or when ``sleep``
+    returns.
     """
-    for wait in chain(waits, [None]):
+    remaining = iter(waits)
+    while True:
         try:
             return await work()
         except on as error:
+            wait = next(remaining, None)
             note(error, wait)
             if wait is None:
                 raise
         await sleep(wait)
-    raise AssertionError("unreachable")

@@ -103,7 +103,10 @@ class Setting:
 
 
 def declared(settings: type, prefix: str) -> dict[str, Setting]:
-    """Return each setting by its name, with what its field of this dataclass says."""
+    """Return each setting by its name, with what its field of this dataclass says.
+
+    Raises ``TypeError`` for a field whose values could not be read.
+    """
     hints = get_type_hints(settings, include_extras=True)
     found = {}
     for field in fields(settings):
@@ -113,7 +116,17 @@ def declared(settings: type, prefix: str) -> dict[str, Setting]:
         variable = f"{prefix}{field.name.upper()}"
         known = {"name": field.name, "variable": variable, "type": kind, "default": field.default}
         found[field.name] = replace(setting, **known, is_secret=not field.repr)
+        _check_readable(found[field.name])
     return found
+
+
+def _check_readable(setting: Setting) -> None:
+    if setting.type in (int, float):
+        if setting.low is None or setting.high is None:
+            raise TypeError(f"The setting {setting.name} is a number; give it the limits low and high.")
+    elif setting.type is not str and get_origin(setting.type) is not Literal and setting.check is None:
+        problem = f"cannot be read as {setting.type}"
+        raise TypeError(f"The setting {setting.name} {problem}; give it a check that does this.")
 
 
 def tidy(variable: str, value: object) -> object:

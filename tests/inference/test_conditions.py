@@ -5,18 +5,23 @@ The tokens are the same, greedily, in float32.
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from dgx_music.inference.musicgen.batch import Row
+from dgx_music.inference.musicgen.conditioning import Conditioner
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny_melody
+from tests.inference.factories import make_request
 from tests.inference.references import plain_greedy
 from tests.inference.test_slots import (
     GREEDY,
@@ -191,3 +196,20 @@ def test_a_melody_and_a_continuation_go_together() -> None:
     row = make_melody_row(PROMPTS[0], 16, tune, given=codes, **GREEDY)
     expected = plain_greedy(*build_tiny_melody(), PROMPTS[0], 16, 3.0, forced=codes, chroma=tune)
     assert torch.equal(decode_melodies([row])[0], expected)
+
+
+# one text at a time
+
+
+def test_texts_of_two_threads_are_read_one_after_the_other() -> None:
+    meeting = threading.Barrier(2)  # it breaks unless two are in the tokenizer at the same time
+
+    def tokenizer(_text: str, **_options: str) -> None:
+        meeting.wait(0.5)
+
+    model, decoder = SimpleNamespace(text_encoder=None), SimpleNamespace(reads_text=True)
+    conditioner = Conditioner(model, cast(Any, tokenizer), cast(Any, decoder), 32_000)
+    with ThreadPoolExecutor(2) as threads:
+        readings = [threads.submit(conditioner.read, make_request()) for _ in range(2)]
+
+    assert [type(reading.exception()) for reading in readings] == [threading.BrokenBarrierError] * 2

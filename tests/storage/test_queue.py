@@ -19,7 +19,7 @@ from dgx_music.storage import claims, due, queue, retention, update_generation_s
 from dgx_music.storage.models import Attempt, Generation, Prompt, WorkerInfo
 from dgx_music.storage.queue import Lease, backoff_seconds
 from dgx_music.storage.repository import get_attempts
-from dgx_music.storage.schema import UtcDateTime, now, now_plus, with_json_key
+from dgx_music.storage.schema import GenerationStatus, UtcDateTime, now, now_plus, with_json_key
 from tests.factories import (
     MODEL,
     Program,
@@ -150,8 +150,8 @@ async def test_a_refusal_names_both_states(database, move, status):
         with pytest.raises(IllegalTransitionError) as caught:
             await move(session, Lease(row.id, 1))
 
-    assert caught.value.current == status
-    assert caught.value.wanted == {cancel: "cancelled", retry: "pending"}[move]
+    assert caught.value.current is GenerationStatus(status)
+    assert caught.value.wanted is {cancel: GenerationStatus.CANCELLED, retry: GenerationStatus.PENDING}[move]
 
 
 @pytest.mark.parametrize("move", [cancel, retry])

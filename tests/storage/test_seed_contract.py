@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import product
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
 
 from dgx_music import storage
 from dgx_music.errors import DatabaseNotInitializedError, IllegalTransitionError, InvalidRequestError
@@ -366,12 +367,13 @@ async def test_a_status_is_updated_by_legal_transitions_only(database, current, 
     async with database.session() as session:
         if (current, wanted) in LEGAL:
             moved = await update_generation_status(session, added.id, wanted)
-            assert moved.status == wanted
+            assert moved.status is GenerationStatus(wanted)
             assert moved.is_finished == (moved.completed_at is not None)
         else:
             with pytest.raises(IllegalTransitionError) as caught:
                 await update_generation_status(session, added.id, GenerationStatus(wanted))
-            assert (caught.value.current, caught.value.wanted) == (current, wanted)
+            assert caught.value.current is GenerationStatus(current)
+            assert caught.value.wanted is GenerationStatus(wanted)
     assert (await read(database, added.id)).status == (wanted if (current, wanted) in LEGAL else current)
 
 
@@ -562,6 +564,23 @@ async def test_a_deleted_prompt_leaves_its_generations(database):
     assert (await read(database, generation.id)).prompt_id is None
 
 
+async def test_the_database_refuses_an_assigned_status_that_nobody_knows(database):
+    added = await add_with(database)
+
+    with pytest.raises(IntegrityError):
+        async with database.session() as session:
+            (await get_generation(session, added.id)).status = "done"
+    assert (await read(database, added.id)).is_pending
+
+
+async def test_a_status_may_be_assigned_as_an_expression(database):
+    added = await add_with(database)
+
+    async with database.session() as session:
+        (await get_generation(session, added.id)).status = text("'processing'")
+    assert (await read(database, added.id)).status is GenerationStatus.PROCESSING
+
+
 # models without a database
 
 
@@ -577,6 +596,14 @@ def test_properties_say_where_a_generation_is(status):
         generation.is_cancelled,
     ] == [status == each for each in STATUSES]
     assert generation.is_finished == (status in ("completed", "failed", "cancelled"))
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_a_status_that_is_given_as_text_is_one_of_the_statuses(status):
+    given, assigned = Generation(**WISH, status=status), Generation(**WISH)
+    assigned.status = status
+
+    assert given.status is assigned.status is GenerationStatus(status)
 
 
 def test_a_new_generation_is_pending_and_has_an_id():

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import chain, repeat
 from time import monotonic
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 from urllib.parse import urlsplit
@@ -40,6 +39,7 @@ from dgx_music.artifacts.interface import (
 )
 from dgx_music.config import PREFIX
 from dgx_music.errors import ArtifactError, ConfigurationError
+from dgx_music.retrying import for_ever, keep_trying
 from dgx_music.validation import check_between
 
 if TYPE_CHECKING:
@@ -220,20 +220,24 @@ async def _settle(work: Callable[[], Awaitable[T]], patience: float | None = Non
     The client itself gives up a refused connection within seconds, and never repeats a write that
     may have been done; each of our writes may be repeated.
     """
-    give_up_at: float | None = None
-    for wait in chain(_WAITS_SECONDS, repeat(_WAITS_SECONDS[-1])):
-        try:
-            return await work()
-        except GenericError as error:
-            if _BAD_SCHEME in str(error):
-                raise
-            if give_up_at is None:
-                give_up_at = monotonic() + (PATIENCE_SECONDS if patience is None else patience)
-            if monotonic() + wait > give_up_at:
-                raise
+
+    def note(error: GenericError, wait: float | None) -> None:
+        if _BAD_SCHEME in str(error):  # waiting does not help
+            raise error
+        if wait is not None:
             logger.info("object store: tries again in %g s: %s", wait, _explain(error))
-        await sleep(wait)
-    raise AssertionError("unreachable")
+
+    waits = _waits_within(PATIENCE_SECONDS if patience is None else patience)
+    return await keep_trying(work, on=GenericError, waits=waits, note=note, sleep=sleep)
+
+
+def _waits_within(patience: float) -> Iterator[float]:
+    """Yield the waits that end within so many seconds, counted from when the first is asked for."""
+    give_up_at = monotonic() + patience
+    for wait in for_ever(*_WAITS_SECONDS):
+        if monotonic() + wait > give_up_at:
+            return
+        yield wait
 
 
 def _check_endpoints() -> None:

@@ -56,6 +56,21 @@ class _Model:
     info: EngineInfo | None = None
     slots: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(0))
 
+    def note_ready(self, info: EngineInfo) -> None:
+        """Let generations in, and wake those who wait for the loading."""
+        self.info, self.slots.total_tokens = info, info.slots
+        self.loading.set_result(None)
+
+    def note_unavailable(self, reason: str) -> None:
+        """Wake those who wait for the loading, with why it failed."""
+        self.loading.set_result(EngineUnavailableError(reason))
+
+    def reduce_slots(self, slot_count: int) -> None:
+        """Let in only so many from now on, if it is loaded."""
+        if self.info is not None:
+            self.info = replace(self.info, slots=slot_count)
+            self.slots.total_tokens = slot_count
+
 
 class _Running:
     """One generation in the child, and the slot that it borrows.
@@ -115,8 +130,11 @@ class ChildCalls:
         Raises ``EngineUnavailableError`` if the process cannot be started.
         """
         calls = cls(fewer_slots)
-        calls.child = await ChildProcess.spawn(settings, calls.receive, calls._fail_all)
+        await calls._spawn_child(settings)
         return calls
+
+    async def _spawn_child(self, settings: EngineSettings) -> None:
+        self.child = await ChildProcess.spawn(settings, self.receive, self._fail_all)
 
     async def load(self, model_name: str, slots: int | None, timeout_seconds: float) -> EngineInfo:
         """Return the info of the model's engine, after loading it unless it is loaded already.
@@ -199,9 +217,9 @@ class ChildCalls:
             case SlotFreed(key):
                 self._free_slot(key)
             case Ready(model, info):
-                self._note_ready(self._models[model], info)
+                self._models[model].note_ready(info)
             case Unavailable(model, reason):
-                self._models.pop(model).loading.set_result(EngineUnavailableError(reason))
+                self._models.pop(model).note_unavailable(reason)
             case SlotsReduced(model, slots):
                 self._reduce_slots(model, slots)
             case Unloaded(model):
@@ -223,24 +241,16 @@ class ChildCalls:
         if running is not None and running.free_slot():
             self._loop.call_soon(running.on_slot_free)
 
-    def _note_ready(self, model: _Model, info: EngineInfo) -> None:
-        model.info, model.slots.total_tokens = info, info.slots
-        model.loading.set_result(None)
-
     def _reduce_slots(self, model_name: str, slot_count: int) -> None:
         """Let in only so many from now on, and remember the number for every later process."""
         self._fewer_slots[model_name] = slot_count
-        model = self._models[model_name]
-        if model.info is not None:
-            model.info = replace(model.info, slots=slot_count)
-            model.slots.total_tokens = slot_count
+        self._models[model_name].reduce_slots(slot_count)
 
     def _fail_all(self, error: type[EngineError], reason: str) -> None:
         """End all calls because the process has ended."""
         for model in self._models.values():
             if not model.loading.done():
-                failure = f"The engine did not load: its process {reason}."
-                model.loading.set_result(EngineUnavailableError(failure))
+                model.note_unavailable(f"The engine did not load: its process {reason}.")
         for running in self._running.values():
             running.finish(error(f"The engine's process {reason}."))
         self._running.clear()

@@ -169,11 +169,11 @@ async def _refuse_by_hand(session: AsyncSession, generation_id: str, wanted: str
     reason = f"worker {current.worker_id} holds it" if current.worker_id else ""
     if current.cancel_requested and current.is_processing and wanted in (PENDING, COMPLETED):
         reason = CANCEL_REQUESTED
-    raise IllegalTransitionError(generation_id, current.status, wanted, reason)
+    raise IllegalTransitionError(generation_id, current.status, GenerationStatus(wanted), reason)
 
 
 async def _refuse(session: AsyncSession, generation_id: str, wanted: str) -> Any:
     current = await session.scalar(select(g.status).where(g.id == generation_id))
     if current is None:
         raise GenerationNotFoundError(generation_id)
-    raise IllegalTransitionError(generation_id, current, wanted)
+    raise IllegalTransitionError(generation_id, current, GenerationStatus(wanted))

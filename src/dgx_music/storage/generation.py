@@ -19,7 +19,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy import text as sql
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column, validates
 
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.storage.base import Base
@@ -183,6 +183,11 @@ class Generation(Base):
         if metadata is not None:
             self.set_metadata(metadata)
 
+    @validates("status")
+    def _keep_status(self, _key: str, status: Any) -> Any:
+        """Make a known text a ``GenerationStatus``; the database refuses any other text."""
+        return GenerationStatus(status) if isinstance(status, str) and status in LEGAL_TRANSITIONS else status
+
     @property
     def is_pending(self) -> bool:
         """True while it waits to be claimed."""
@@ -223,14 +228,14 @@ class Generation(Base):
 
     def mark_processing(self) -> None:
         """Take this row to work on by hand; of two sessions at once one gets ``StaleDataError``."""
-        self._move(PROCESSING)
+        self._move(GenerationStatus.PROCESSING)
         self.attempt += 1
         self.started_at = datetime.now(UTC)
         self.progress = 0.0
 
     def mark_completed(self, generation_time_seconds: float) -> None:
         """Finish it as completed, after this many seconds of work."""
-        self._move(COMPLETED)
+        self._move(GenerationStatus.COMPLETED)
         self.generation_time_seconds = generation_time_seconds
         self.completed_at = datetime.now(UTC)
         self.error_message = None
@@ -238,11 +243,11 @@ class Generation(Base):
 
     def mark_failed(self, error_message: str) -> None:
         """Finish it as failed, for this reason; as cancelled if that was requested."""
-        self._move(FAILED)
+        self._move(GenerationStatus.FAILED)
         self.error_message = error_message
         self.completed_at = datetime.now(UTC)
 
-    def _move(self, wanted: str) -> None:
+    def _move(self, wanted: GenerationStatus) -> None:
         """Change the status by hand; an object that was never stored may take any."""
         if inspect(self).has_identity:
             if self.worker_id is not None:
@@ -252,8 +257,8 @@ class Generation(Base):
             if self.cancel_requested and wanted == COMPLETED:
                 raise IllegalTransitionError(self.id, self.status, wanted, CANCEL_REQUESTED)
             if self.cancel_requested and wanted == FAILED:
-                wanted = CANCELLED
-        self.status = GenerationStatus(wanted)
+                wanted = GenerationStatus.CANCELLED
+        self.status = wanted
 
     def __repr__(self) -> str:
         return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
