@@ -28,7 +28,8 @@ class SamplingOptions(TypedDict, total=False):
     top_k: Annotated[int, "Choose among this many of the likeliest tokens; 0 for all of them."]
     top_p: Annotated[
         float | None,
-        "Among those of top_k, keep only the likeliest of this total probability; None for all.",
+        "Among those of top_k, keep only the likeliest of this total probability; None for all. "
+        "With top_k 0: among all tokens, as audiocraft has it.",
     ]
     seed: Annotated[
         int | None,
