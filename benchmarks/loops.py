@@ -18,6 +18,7 @@ from benchmarks.musicgen_models import DELAY, frames, steps
 from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.slots import Slots
+from dgx_music.sampling import Sampling
 
 PROMPTS = (
     "warm lo-fi piano",
@@ -183,4 +184,5 @@ class Ours:
             text=self._decoder.read_text(self._text_encoder(**tokens).last_hidden_state[0]),
             uniforms=torch.rand(frame_count + DELAY, self._decoder.codebook_count),
             frame_count=frame_count,
+            sampling=Sampling(),
         )

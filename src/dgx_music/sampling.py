@@ -28,7 +28,8 @@ class SamplingOptions(TypedDict, total=False):
     top_k: Annotated[int, "Choose among this many of the likeliest tokens; 0 for all of them."]
     top_p: Annotated[
         float | None,
-        "Among those of top_k, keep only the likeliest of this total probability; None for all.",
+        "Among those of top_k, keep only the likeliest of this total probability; None for all. "
+        "With top_k 0: among all tokens, as audiocraft has it.",
     ]
     seed: Annotated[
         int | None,
@@ -41,7 +42,16 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def _checked(default: Any, check: Callable[..., object], **limits: float) -> Any:
+    """Return a field that is stored only if it differs from its default.
+
+    So a request that leaves a new field out keeps its JSON and its hash. The default must stay.
+    """
     return field(default=default, metadata={"check": partial(check, **limits)})
+
+
+def _always_stored(default: Any, check: Callable[..., object], **limits: float) -> Any:
+    """Return a field that is in every row's JSON, as the first five are; use it for no new one."""
+    return field(default=default, metadata={"check": partial(check, **limits), "is_always_stored": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +65,11 @@ class Sampling:
     pass: what the music must not be like.
     """
 
-    guidance_scale: float = _checked(3.0, check_between, low=1, high=20)
-    temperature: float = _checked(1.0, check_between, low=0, high=5)
-    top_k: int = _checked(250, check_integer, low=0, high=MAX_TOP_K)
-    top_p: float | None = _checked(None, check_between, low=0.01, high=1)
-    seed: int | None = _checked(None, lambda _name, value: check_seed(value))
+    guidance_scale: float = _always_stored(3.0, check_between, low=1, high=20)
+    temperature: float = _always_stored(1.0, check_between, low=0, high=5)
+    top_k: int = _always_stored(250, check_integer, low=0, high=MAX_TOP_K)
+    top_p: float | None = _always_stored(None, check_between, low=0.01, high=1)
+    seed: int | None = _always_stored(None, lambda _name, value: check_seed(value))
     negative_prompt: str | None = _checked(None, lambda _name, value: check_negative_prompt(value))
 
     def __post_init__(self) -> None:
@@ -75,11 +85,12 @@ class Sampling:
 
     @property
     def sampling(self) -> dict[str, float | int | str | None]:
-        """The sampling fields as they are stored; ``negative_prompt`` only if it was given."""
-        stored = {each.name: getattr(self, each.name) for each in fields(Sampling)}
-        if self.negative_prompt is None:
-            del stored["negative_prompt"]  # as in older rows, whose hashes stay valid
-        return stored
+        """The sampling fields as they are stored, and as they count in a request's hash."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in fields(Sampling)
+            if "is_always_stored" in each.metadata or getattr(self, each.name) != each.default
+        }
 
     @staticmethod
     def pick(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny_melody
+from dgx_music.sampling import Sampling
 from tests.inference.factories import make_request
 from tests.inference.references import plain_greedy
 from tests.inference.test_slots import (
@@ -119,7 +120,9 @@ def test_continuations_join_a_running_batch_and_used_slots() -> None:
 def test_a_continuation_reads_what_any_row_reads(options: dict[str, Any]) -> None:
     row = make_row(PROMPTS[1], 20, given=make_codes(8), **options, **GREEDY)
     negative = NEGATIVE if "negative" in options else None
-    expected = plain_greedy(*reference(1), PROMPTS[1], 20, row.guidance_scale, negative=negative, forced=row.given)
+    expected = plain_greedy(
+        *reference(1), PROMPTS[1], 20, row.sampling.guidance_scale, negative=negative, forced=row.given
+    )
     assert torch.equal(decode([row])[0], expected)
 
 
@@ -147,6 +150,7 @@ def make_melody_row(
     chroma: Tensor | None,
     channels: int = 1,
     negative: str | None = None,
+    given: Tensor | None = None,
     **options: Any,
 ) -> Row:
     model, tokenizer = build_tiny_melody(channels)
@@ -156,7 +160,9 @@ def make_melody_row(
 
     with torch.inference_mode():
         prefix = melody_parts(channels)[1].prefix(states(prompt), chroma, states(negative))
-    return Row(uniforms=torch.rand(frames + 3, 4 * channels), frame_count=frames, prefix=prefix, **options)
+    sampling = Sampling(**options)
+    uniforms = torch.rand(frames + 3, 4 * channels)
+    return Row(uniforms=uniforms, frame_count=frames, prefix=prefix, given=given, sampling=sampling)
 
 
 def make_chroma(frames: int = 100, seed: int = 0) -> Tensor:

@@ -30,10 +30,13 @@ from dgx_music.inference import checkpoint
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import devices, weights
 from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.tiny import build_tiny
 from dgx_music.inference.process import EngineProcess
+from dgx_music.sampling import Sampling
 from tests.inference.factories import ignore
+from tests.test_sampling import GIVEN
 
 TINY = "musicgen-tiny-untrained"
 COMMIT = MODELS["musicgen-small"].revision
@@ -174,6 +177,19 @@ def test_without_a_seed_the_audio_follows_from_the_id(mono: MusicGenEngine) -> N
 )
 def test_every_option_reaches_the_model(mono: MusicGenEngine, change: dict[str, Any]) -> None:
     assert not np.array_equal(generate(mono, **change).samples, generate(mono).samples)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(GIVEN, GIVEN), ({"prompt": "", "guidance_scale": 4.0}, {"guidance_scale": 1.0})], ids=str
+)
+def test_a_row_has_each_sampling_field_of_its_request(
+    mono: MusicGenEngine, asked: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[Row] = []
+    decode = mono._loop.decode
+    monkeypatch.setattr(mono._loop, "decode", lambda row, run: rows.append(row) or decode(row, run))
+    generate(mono, **{"seed": 7, **asked})
+    assert [row.sampling for row in rows] == [Sampling(**{"seed": 7, **expected})]
 
 
 def test_top_k_0_takes_all_tokens(mono: MusicGenEngine) -> None:

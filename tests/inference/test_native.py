@@ -231,7 +231,7 @@ def test_greedy_tokens_are_those_of_generate(channels: int) -> None:
     ]
     codes = decode(rows, slots=Slots(make_decoder(channels=channels), 2, MAX_STEPS))
     for prompt, row, own in zip(PROMPTS, rows, codes, strict=True):
-        assert torch.equal(own, reference_codes(prompt, row.frame_count, row.guidance_scale, channels))
+        assert torch.equal(own, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale, channels))
 
 
 @DTYPES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from dgx_music.inference.musicgen.layers import linear
 from dgx_music.inference.musicgen.quantised import Int8
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
+from dgx_music.sampling import Sampling
 from tests.inference.test_conditions import make_codes
 from tests.inference.test_launches import BucketLauncher
 from tests.inference.test_musicgen import generate, load
@@ -237,14 +239,14 @@ def test_the_gate_tries_prompts_no_prompt_and_a_long_clip(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = gate_rows(monkeypatch)
-    assert [(row.text is not None, row.guidance_scale) for row in rows] == [
+    assert [(row.text is not None, row.sampling.guidance_scale) for row in rows] == [
         (True, 3.0),
         (True, 3.0),
         (False, 1.0),
     ]
     assert [0 if row.given is None else row.given.shape[1] for row in rows] == [0, 400, 0]
     assert {row.frame_count - (0 if row.given is None else 400) for row in rows} == {drift.TRIAL_FRAMES}
-    assert {(row.temperature, row.top_k, row.top_p) for row in rows} == {(1.0, 250, None)}
+    assert {replace(row.sampling, guidance_scale=3.0, seed=None) for row in rows} == {Sampling()}
 
 
 def test_the_gate_tries_a_melody_model_with_prefixes_and_a_tune(
@@ -259,7 +261,7 @@ def test_the_gate_tries_a_melody_model_with_prefixes_and_a_tune(
     assert prompted.shape == tune.shape != plain.shape
     assert not torch.equal(prompted[0], tune[0])
     assert torch.equal(prompted[1], tune[1])
-    assert [row.guidance_scale for row in rows] == [3.0, 3.0, 1.0, 3.0]
+    assert [row.sampling.guidance_scale for row in rows] == [3.0, 3.0, 1.0, 3.0]
 
 
 def test_a_melody_models_change_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dgx_music.inference.musicgen.sampling import Sampling, sample
+from dgx_music.inference.musicgen.sampling import SamplerState, sample
+from dgx_music.sampling import Sampling
 
 GREEDY = {"temperature": 0.0}
 SCORES = torch.randn(2048, generator=torch.Generator().manual_seed(3)) * 2
@@ -25,18 +27,11 @@ def exact(top_k: int, top_p: float, temperature: float) -> Tensor:
     return probabilities / probabilities.sum()
 
 
-def make_sampling(*rows: dict[str, Any]) -> Sampling:
+def make_sampling(*rows: dict[str, Any]) -> SamplerState:
     """Return the rows' sampling; the defaults are those of a request, but without guidance."""
-    sampling = Sampling.empty(len(rows), torch.device("cpu"))
+    sampling = SamplerState.empty(len(rows), torch.device("cpu"))
     for index, row in enumerate(rows):
-        defaults = {
-            "guidance_scale": 1.0,
-            "temperature": 1.0,
-            "top_k": 250,
-            "top_p": None,
-            "vocabulary": 2048,
-        }
-        sampling.write(index, **{**defaults, **row})
+        sampling.write(index, Sampling(**{"guidance_scale": 1.0, **row}), 2048)
     return sampling
 
 
@@ -126,3 +121,16 @@ def test_one_codebook_whose_scores_are_not_finite_is_enough(number: float) -> No
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.01, "temperature": 0.3}], ids=str)
 def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -> None:
     assert set(draw(100, **options).tolist()) == {int(SCORES.argmax())}
+
+
+def test_the_sampler_has_a_column_for_each_sampling_field_but_the_seed_and_the_text() -> None:
+    used_before = {"seed", "negative_prompt"}  # they make the uniforms and the unconditional pass
+    assert {*SamplerState._fields} == {each.name for each in fields(Sampling)} - used_before
+
+
+@pytest.mark.parametrize("name", SamplerState._fields)
+def test_each_of_the_samplers_columns_follows_its_field(name: str) -> None:
+    other = replace(Sampling(), **{name: 1 if name == "top_k" else 0.5 if name != "guidance_scale" else 2})
+    states = make_sampling(vars(Sampling()), vars(other))
+    changed = {column for column in states._fields if getattr(states, column)[0] != getattr(states, column)[1]}
+    assert changed == {name}

@@ -27,6 +27,7 @@ from dgx_music.inference.musicgen.launches import Span, text_room
 from dgx_music.inference.musicgen.layers import linear
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
+from dgx_music.sampling import Sampling
 
 PROMPTS = (
     "lo-fi piano",
@@ -59,11 +60,12 @@ def text_states(prompt: str, channels: int = 1) -> Tensor:
         return model.text_encoder(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0]
 
 
-def make_row(prompt: str = PROMPTS[0], frames: int = 8, channels: int = 1, seed: int = 0, **sampling: Any) -> Row:
+def make_row(prompt: str = PROMPTS[0], frames: int = 8, channels: int = 1, seed: int = 0, **options: Any) -> Row:
     numbers = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(frames + 3, 4 * channels, generator=numbers)
     text = decoder(channels).read_text(text_states(prompt, channels))
-    return Row(text=text, uniforms=uniforms, frame_count=frames, **sampling)
+    conditions = {name: options.pop(name) for name in ("negative", "given") if name in options}
+    return Row(text=text, uniforms=uniforms, frame_count=frames, sampling=Sampling(**options), **conditions)
 
 
 def decode(
@@ -150,7 +152,7 @@ def test_rows_of_any_length_join_used_slots_in_mid_flight(channels: int) -> None
         for text, frames in zip(prompts, lengths, strict=True)
     ]
     for prompt, row, codes in zip(prompts, rows, decode(rows, slot_count=2), strict=True):
-        assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.guidance_scale, channels))
+        assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale, channels))
 
 
 def test_a_clip_shorter_than_the_longest_delay_has_its_first_frames() -> None:
@@ -208,7 +210,7 @@ def decode_watched(rows: list[Row], dtype: torch.dtype) -> tuple[list[Tensor], d
     def watch(*arguments: Any, **options: Any) -> Tensor:
         logits = forward(*arguments, **options)
         for row, own in zip(slots.rows, logits, strict=True):
-            seen[row].append(own[: 2 if row.guidance_scale > 1 else 1].clone())
+            seen[row].append(own[: 2 if row.sampling.guidance_scale > 1 else 1].clone())
         return logits
 
     with pytest.MonkeyPatch.context() as patch:
@@ -426,7 +428,7 @@ def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatc
     ]
     slots = Slots(compiled_decoder("eager"), 3, MAX_STEPS)
     for prompt, row, codes in zip(PROMPTS, rows, decode(rows, slots=slots), strict=True):
-        assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.guidance_scale))
+        assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale))
 
 
 def test_a_model_with_another_epsilon_is_refused() -> None:

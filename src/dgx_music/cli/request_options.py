@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from dgx_music.cli.options import complete_model
+from dgx_music.sampling import Sampling, SamplingOptions
+
+_SAMPLING = get_type_hints(SamplingOptions, include_extras=True)
 
 
 def _option(kind: Any, help: str, *names: str, panel: str, **more: Any) -> Any:  # noqa: A002
@@ -22,6 +27,23 @@ def _queueing(kind: Any, help: str, *names: str, **more: Any) -> Any:  # noqa: A
     return _option(kind, help, *names, panel="Queueing", **more)
 
 
+def _sampling(each: Field[Any]) -> Any:
+    """Return the annotation of a sampling field: its type, meaning and default are the library's."""
+    hint = _SAMPLING[each.name]
+    return _music(hint.__origin__, _in_options(hint.__metadata__[0], each.default))
+
+
+def _in_options(meaning: str, default: object) -> str:
+    """Say a field's meaning with options for fields, and with its default.
+
+    Of a field without a value, the meaning says "None for …".
+    """
+    meaning = re.sub(r"\w+_\w+", lambda name: f"--{name[0].replace('_', '-')}", meaning)
+    if default is None:
+        return meaning.replace("None for", "default:")
+    return f"{meaning.removesuffix('.')}; default {default:g}."
+
+
 REQUEST_OPTIONS: dict[str, Any] = {
     "duration": _music(float, "Seconds of audio, at most 300; default 10.", "--duration", "-d"),
     "model": _music(
@@ -29,7 +51,6 @@ REQUEST_OPTIONS: dict[str, Any] = {
         "A model's name, or a local folder's absolute path; default DGX_MUSIC_MODEL, else musicgen-small.",
         autocompletion=complete_model,
     ),
-    "negative_prompt": _music(str, "What the music must not be like."),
     "continuation": _music(
         Path,
         "Start with this audio, at most 30 s, and go on; the duration counts from its start.",
@@ -42,15 +63,7 @@ REQUEST_OPTIONS: dict[str, Any] = {
     ),
     "channels": _music(int, "1 or 2; default: the model's own, 1 for a local folder."),
     "sample_rate": _music(int, "Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder."),
-    "guidance_scale": _music(float, "How closely to keep to the prompt, 1 to 20; default 3."),
-    "temperature": _music(float, "How adventurous, 0 to 5; default 1."),
-    "top_k": _music(int, "Choose among this many of the likeliest tokens, 0 for all; default 250."),
-    "top_p": _music(
-        float,
-        "Among those of --top-k, only the likeliest of this total probability; default off. "
-        "With --top-k 0: among all tokens, as audiocraft has it.",
-    ),
-    "seed": _music(int, "The same seed makes the same audio; default: from the id."),
+    **{each.name: _sampling(each) for each in fields(Sampling)},
     "priority": _queueing(
         int,
         "Higher goes first; a point is worth a minute of waiting; default 0.",

@@ -12,7 +12,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
 
@@ -93,7 +93,7 @@ OPTIONS: dict[str, Any] = get_type_hints(RequestOptions, include_extras=True)
 """Each option's type, annotated with its meaning, in the order of the help."""
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(OPTIONS),
-    **Sampling().sampling,
+    **asdict(Sampling()),
     "duration": 10.0,
     "priority": 0,
     "max_attempts": DEFAULT_MAX_ATTEMPTS,

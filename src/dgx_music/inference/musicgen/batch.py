@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dgx_music.inference.musicgen.launches import TEXT_STEP, round_up
+from dgx_music.sampling import Sampling
 
 
 @dataclass(eq=False, kw_only=True)
@@ -22,14 +23,11 @@ class Row:
 
     uniforms: Tensor  # [step, K], in [0, 1), drawn from the request's own seed
     frame_count: int
+    sampling: Sampling
     text: Tensor | None = None  # [L, 2, H, X, D], cross-attention's keys and values; None: no text
     negative: Tensor | None = None  # the same for the unconditional pass
     prefix: Tensor | None = None  # [pass, E, hidden], what a melody model reads before the tokens
     given: Tensor | None = None  # [K, P], the codes of the first P frames, P < frame_count
-    guidance_scale: float = 3.0
-    temperature: float = 1.0
-    top_k: int = 250
-    top_p: float | None = None
     position: int = 0
     """How many steps are done, those given in advance included."""
 
@@ -46,7 +44,7 @@ class Row:
     @property
     def is_guided(self) -> bool:
         """True if the row needs the unconditional pass as well."""
-        return self.guidance_scale > 1
+        return self.sampling.guidance_scale > 1
 
     @property
     def given_count(self) -> int:

@@ -98,7 +98,7 @@ def scores(decoder: Decoder, row: Row, logits: Tensor) -> Tensor:
     conditional, unconditional = logits.unbind(1)  # [step, K, V]
     guided = conditional
     if row.is_guided:
-        guided = unconditional + row.guidance_scale * (conditional - unconditional)
+        guided = unconditional + row.sampling.guidance_scale * (conditional - unconditional)
     first, last = row.given_count, row.frame_count
     lags = delays(decoder.codebook_count, decoder.channels)
     own = [guided[first + lag : last + lag, codebook] for codebook, lag in enumerate(lags)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from dgx_music.audio.samples import Audio
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo, find_model
 from dgx_music.errors import EngineError, EngineUnavailableError
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
+from dgx_music.sampling import Sampling
 
 try:
     import torch
@@ -183,6 +185,7 @@ class MusicGenEngine:
     ) -> Row:
         shape = (frame_count + self._longest_delay, self._decoder.codebook_count)
         uniforms = torch.rand(shape, generator=random)  # [step, codebook]
+        sampling = Sampling(**Sampling.pick(vars(request)))  # without the request's clips
         return Row(
             # Copied to a GPU in the caller's thread: the decoding thread would wait for its steps.
             uniforms=uniforms.to(self._decoder.device),
@@ -191,10 +194,7 @@ class MusicGenEngine:
             negative=conditions.negative,
             prefix=conditions.prefix,
             given=given.to(self._decoder.device) if given.shape[1] else None,
-            guidance_scale=request.guidance_scale if conditions.is_guided else 1.0,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
+            sampling=sampling if conditions.is_guided else replace(sampling, guidance_scale=1.0),
         )
 
     def _read_clip(self, request: GenerationRequest, run: Run) -> Tensor:

@@ -13,14 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dgx_music.sampling import Sampling
+
 _GREEDY_BELOW = 1e-4
 """At a lower temperature the likeliest token is certain and division may overflow: be greedy."""
 _TIE_BREAK = 1e-12
 """Subtracted per token id: of equal logits, and in 16 bits there are many, the lowest id wins."""
 
 
-class Sampling(NamedTuple):
-    """How to sample each row, ``[R, 1, 1]`` each, on the device; whole numbers as floats."""
+class SamplerState(NamedTuple):
+    """How to sample each row, ``[R, 1, 1]`` each, on the device; whole numbers as floats.
+
+    The columns have the names of the fields of ``Sampling`` that the sampler reads.
+    """
 
     guidance_scale: Tensor
     temperature: Tensor
@@ -28,38 +33,33 @@ class Sampling(NamedTuple):
     top_p: Tensor
 
     @classmethod
-    def empty(cls, count: int, device: torch.device) -> Sampling:
-        """Return the sampling of empty rows (greedy)."""
+    def empty(cls, count: int, device: torch.device) -> SamplerState:
+        """Return the state of empty rows (greedy)."""
         return cls(*(torch.ones(count, 1, 1, device=device) for _ in cls._fields))
 
-    def first(self, count: int) -> Sampling:
+    def first(self, count: int) -> SamplerState:
         """Return a view of the first rows."""
-        return Sampling(*(column[:count] for column in self))
+        return SamplerState(*(column[:count] for column in self))
 
-    def write(
-        self,
-        row: int,
-        *,
-        guidance_scale: float,
-        temperature: float,
-        top_k: int,
-        top_p: float | None,
-        vocabulary: int,
-    ) -> None:
+    def write(self, row: int, sampling: Sampling, vocabulary: int) -> None:
         """Set one row; a temperature near 0 is greedy, a top_k of 0 means all tokens."""
-        is_greedy = temperature < _GREEDY_BELOW
-        self.guidance_scale[row] = guidance_scale
-        self.temperature[row] = 1.0 if is_greedy else temperature
-        self.top_k[row] = float(effective_top_k(temperature, top_k, vocabulary))
+        top_p = sampling.top_p
+        self.guidance_scale[row] = sampling.guidance_scale
+        self.temperature[row] = 1.0 if _is_greedy(sampling) else sampling.temperature
+        self.top_k[row] = float(effective_top_k(sampling, vocabulary))
         self.top_p[row] = math.inf if top_p is None or top_p == 1 else top_p
 
 
-def effective_top_k(temperature: float, top_k: int, vocabulary: int) -> int:
+def effective_top_k(sampling: Sampling, vocabulary: int) -> int:
     """Return how many of the likeliest tokens to choose from: 1 if the temperature means greedy."""
-    return 1 if temperature < _GREEDY_BELOW else min(top_k or vocabulary, vocabulary)
+    return 1 if _is_greedy(sampling) else min(sampling.top_k or vocabulary, vocabulary)
 
 
-def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, max_top_k: int) -> tuple[Tensor, Tensor]:
+def _is_greedy(sampling: Sampling) -> bool:
+    return sampling.temperature < _GREEDY_BELOW
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: SamplerState, max_top_k: int) -> tuple[Tensor, Tensor]:
     """Return the tokens ``[R, K]`` for logits ``[R, pass, K, V]``, and which rows are finite ``[R]``.
 
     Guidance is that of Ho and Salimans 2022: unconditional + scale * (conditional - unconditional).
@@ -81,7 +81,7 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, max_top_k: int)
     return tokens.gather(-1, rank).squeeze(-1), top[..., 0].isfinite().all(-1)
 
 
-def _guide(logits: Tensor, sampling: Sampling) -> Tensor:
+def _guide(logits: Tensor, sampling: SamplerState) -> Tensor:
     """Return the logits ``[R, K, V]`` to sample from: guided, or else the conditional ones."""
     conditional = logits[:, 0]
     if logits.shape[1] == 1:

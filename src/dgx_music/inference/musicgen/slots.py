@@ -36,7 +36,7 @@ from dgx_music.inference.musicgen.launches import (
     round_up,
     text_room,
 )
-from dgx_music.inference.musicgen.sampling import Sampling, effective_top_k, sample
+from dgx_music.inference.musicgen.sampling import SamplerState, effective_top_k, sample
 
 _ROW_STEP = 16
 """Products have a multiple of so many rows: one tile of a processor that multiplies matrices."""
@@ -58,7 +58,7 @@ class Slots:
         self._delay = torch.tensor(self._delays, device=device)  # [K]
         self._slot = torch.arange(slot_count, device=device)
         self._cache = decoder.empty_cache(slot_count)  # [L, S, pass, 2, H, T, D]
-        self._sampling = Sampling.empty(slot_count, device)
+        self._sampling = SamplerState.empty(slot_count, device)
         self._state = BatchState.empty(slot_count, max_steps, codebooks, decoder.pad_token, device)
         room = TEXT_STEP if decoder.reads_text else 0
         self._texts = decoder.empty_text(slot_count, room)  # [L, S, pass, 2, H, X, D]
@@ -120,14 +120,7 @@ class Slots:
     def _write(self, slot: int, row: Row) -> None:
         row.position = row.given_count
         self._state.write(slot, row, self._delays, self._decoder.pad_token)
-        self._sampling.write(
-            slot,
-            guidance_scale=row.guidance_scale,
-            temperature=row.temperature,
-            top_k=row.top_k,
-            top_p=row.top_p,
-            vocabulary=self._decoder.vocabulary,
-        )
+        self._sampling.write(slot, row.sampling, self._decoder.vocabulary)
 
     def _clear_if_damaged(self, slot: int) -> None:
         """Clear the slot's cache if it may hold NaN.
@@ -175,7 +168,7 @@ class Slots:
             text_passes=text_passes,
             context_spans=_spans(self._context_length(row) for row in self.rows),
             text_spans=_spans((row.text_length, True) for row in self.rows) if text_passes else (),
-            max_top_k=max(effective_top_k(row.temperature, row.top_k, vocabulary) for row in self.rows),
+            max_top_k=max(effective_top_k(row.sampling, vocabulary) for row in self.rows),
             steps=1,
         )
 
@@ -199,7 +192,7 @@ class Slots:
         self,
         plan: Plan,
         state: BatchState,
-        sampling: Sampling,
+        sampling: SamplerState,
         slot: Tensor,
         text: Text | None,
     ) -> None:
