@@ -15,7 +15,6 @@ from typing import Literal
 from dgx_music.artifacts import FileInspection, LocalArtifacts, open_output
 from dgx_music.catalog import UNTRAINED_NOTICE, ModelInfo, find_model
 from dgx_music.cli.opening import exists
-from dgx_music.cli.options import HOW_TO_INSTALL
 from dgx_music.cli.output import size
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import (
@@ -24,6 +23,7 @@ from dgx_music.errors import (
     DatabaseNotMigratedError,
     DgxMusicError,
     EngineError,
+    how_to_install,
     is_newer,
 )
 from dgx_music.inference.musicgen import inventory
@@ -82,7 +82,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Yield the findings, the most basic first; a wrong setting ends them early."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform(terse=True)}")
-    yield _examine_packages("packages", PACKAGES, "pip install --upgrade dgx-music")
+    yield _examine_packages("packages", PACKAGES, how_to_install())
     try:
         settings = load_settings(**options)
         database = Database.from_settings(settings)
@@ -133,7 +133,7 @@ def _examine_engine(settings: Settings) -> Iterator[Finding]:
             "tone: sine waves for tests, not music; torch is not needed",
         )
         return
-    packages = _examine_packages("engine", ENGINE_PACKAGES, HOW_TO_INSTALL)
+    packages = _examine_packages("engine", ENGINE_PACKAGES, how_to_install("musicgen"))
     yield packages
     if packages.verdict == "ok":
         yield _examine_device(settings.device)
