@@ -38,7 +38,6 @@ def run(connection: Connection) -> None:
         include_name=our_tables,
         include_object=comparable,
         compare_server_default=False,
-        render_as_batch=connection.dialect.name == "sqlite",
         transactional_ddl=True,
     )
     with context.begin_transaction(), warnings.catch_warnings():

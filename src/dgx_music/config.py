@@ -71,7 +71,8 @@ class Settings:
     file_access: Annotated[
         Literal["owner", "umask"],
         Setting(
-            "`owner`: the folders, audio and SQLite database made here are for their owner alone; `umask`: as it says"
+            "`owner`: the folders, audio and SQLite database made here are for their owner alone; "
+            "`umask`: the process's umask decides who may read them"
         ),
     ] = "owner"
     model: Annotated[
@@ -218,7 +219,10 @@ class Settings:
             panel=_SERVER,
         ),
     ] = 60.0
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Setting("how much the worker tells")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Setting("log level of the worker: the least severe events that it logs"),
+    ] = "info"
 
     @property
     def served_models(self) -> tuple[str, ...]:

@@ -10,7 +10,10 @@ from dgx_music.modes import create_file
 
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {errno.EBADF, errno.EISDIR, errno.ENOTTY, errno.EACCES, errno.EPERM}
-"""Of a file system that has no such thing, or of a folder that may not be read; a broken disk says something else."""
+"""Errors of a file system that cannot flush, or of a folder that may not be read.
+
+A broken disk gives other errors.
+"""
 _NOT_OF_LINKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE}
 
 
@@ -32,10 +35,12 @@ def flush_folder(folder: Path) -> bool:
 
 
 def give_name(part: Path, target: Path, *, is_private: bool) -> bool:
-    """Give a whole file its name; return ``False`` if the file system has no hard links, where less is certain.
+    """Give a whole file its name; return ``False`` if the file system has no hard links.
 
-    Raises ``FileExistsError`` if another file has the name, which then stays as it is. The part file may be left over.
-    File systems refuse links in many words, also in those of a broken disk.
+    Without hard links a crash can leave an empty file. Raises ``FileExistsError`` if another file
+    has the name, which then stays as it is. The part file may be left over. File systems refuse
+    links with many different errors, even with those of a broken disk; so any error that clearly
+    has another reason is raised, and every other one counts as a refusal.
     """
     try:
         os.link(part, target)

@@ -190,3 +190,12 @@ class GenerationRejectedError(EngineError):
 
 class GenerationCancelledError(EngineError):
     """The generation was stopped on request."""
+
+
+def how_to_install(extra: str = "") -> str:
+    """Return the remedy for a missing package.
+
+    It names no package index: dgx-music is on none, so a stranger could take the name there.
+    """
+    what = f"'.[{extra}]'" if extra else "."
+    return f"run pip install {what} in a checkout of dgx-music"

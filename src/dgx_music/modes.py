@@ -1,6 +1,6 @@
-"""Who may read what is made here: prompts and music are their owner's, unless ``DGX_MUSIC_FILE_ACCESS`` says otherwise.
+"""Who may read what is made here: the owner alone, unless ``DGX_MUSIC_FILE_ACCESS`` says otherwise.
 
-The umask can only take away from these modes, and what was there before keeps its own.
+The umask can only take away from these modes. Folders that exist already keep theirs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ def file_mode(*, is_private: bool) -> int:
 
 
 def make_folders(folder: Path, *, is_private: bool) -> list[Path]:
-    """Make the folder and those above it, where they are missing, and return those that were, the uppermost first."""
+    """Make the folder and those above it if they are missing.
+
+    Returns the folders that it made, the uppermost first.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
     for path in missing:
         path.mkdir(0o700 if is_private else 0o777, exist_ok=True)
@@ -23,5 +26,5 @@ def make_folders(folder: Path, *, is_private: bool) -> list[Path]:
 
 
 def create_file(file: Path, *, is_private: bool) -> None:
-    """Make an empty file where there is none; raises ``FileExistsError`` where there is one, and does not open that."""
+    """Make an empty file; raises ``FileExistsError`` if there is one, which it leaves alone."""
     os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file_mode(is_private=is_private)))

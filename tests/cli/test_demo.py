@@ -50,7 +50,7 @@ def test_the_demo_says_what_to_install_where_torch_is_missing(run: Run, monkeypa
 
     result = run("demo")
 
-    assert (result.code, "pip install 'dgx-music[musicgen]'" in result.err) == (6, True)
+    assert (result.code, "run pip install '.[musicgen]' in a checkout" in result.err) == (6, True)
     assert not Path("demo").exists()
 
 

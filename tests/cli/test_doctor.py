@@ -129,7 +129,7 @@ def test_doctor_tells_how_to_install_a_missing_engine(run: Run, monkeypatch: pyt
     assert (result.code, result.json["exit_code"]) == (6, 6)
     assert findings(result)["engine"] == (
         "failed",
-        "torch-of-nowhere not installed; pip install 'dgx-music[musicgen]'",
+        "torch-of-nowhere not installed; run pip install '.[musicgen]' in a checkout of dgx-music",
     )
 
 

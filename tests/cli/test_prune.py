@@ -61,16 +61,8 @@ def test_on_a_terminal_a_no_deletes_nothing(run: Run, monkeypatch: pytest.Monkey
     assert (result.code, result.err, count_rows()) == (1, "Nothing was changed.\n", 1)
 
 
-@pytest.mark.parametrize(
-    ("command", "answer"),
-    [
-        ("prune --completed-days 0", "y\n"),
-        ("prune --completed-days 0", "n\n"),
-        ("prune --orphans --output audio", "y\n"),
-        ("db reset", "y\n"),
-        ("db reset", ""),
-    ],
-)
+@pytest.mark.parametrize("answer", ["y\n", "n\n", ""])
+@pytest.mark.parametrize("command", ["prune --completed-days 0", "prune --orphans --output audio", "db reset"])
 def test_what_a_pipe_says_is_nobodys_answer(spawn: Spawn, command: str, answer: str) -> None:
     (kept,) = add("a", status="completed", attempt=1)
     files = [put_old_file(f"{owner}-1.wav") for owner in (kept, uuid4())]

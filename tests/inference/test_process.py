@@ -681,7 +681,7 @@ async def test_a_child_that_closes_its_channel_is_ended(tmp_path: Path, monkeypa
     monkeypatch.setattr(child_process, "_REMAINING_MESSAGES_SECONDS", 0.1)
 
     async with make_process() as process:
-        with pytest.raises(EngineUnavailableError, match="closed its channel and lived on"):
+        with pytest.raises(EngineUnavailableError, match="closed its channel but did not end"):
             await process.start()
 
 

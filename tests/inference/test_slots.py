@@ -388,9 +388,10 @@ def compiled_decoder(backend: str, **options: bool) -> Decoder:
     return compiled
 
 
-def test_the_forward_pass_can_be_compiled_in_one_piece() -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.soak)])
+def test_the_forward_pass_can_be_compiled_in_one_piece(backend: str) -> None:
     """``is_strict`` raises if torch would fall back to Python."""
-    compiled = compiled_decoder("eager", is_strict=True)
+    compiled = compiled_decoder(backend, is_strict=True)
     rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:2])]
     for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
         assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))

@@ -79,8 +79,8 @@ def test_a_driver_that_is_not_installed_is_one_sentence_with_the_remedy(monkeypa
     with pytest.raises(ConfigurationError) as caught:
         normalise_url(f"{scheme}://host/music")
 
-    sentence = f"{SETTING} needs the package {package}, which is not installed; pip install 'dgx-music[postgres]'."
-    assert str(caught.value) == sentence
+    remedy = "run pip install '.[postgres]' in a checkout of dgx-music"
+    assert str(caught.value) == f"{SETTING} needs the package {package}, which is not installed; {remedy}."
 
 
 @pytest.mark.parametrize(

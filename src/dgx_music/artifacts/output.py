@@ -8,7 +8,7 @@ from pathlib import Path
 from dgx_music.artifacts.interface import Artifacts
 from dgx_music.artifacts.local import LocalArtifacts
 from dgx_music.config import PREFIX, parse_output
-from dgx_music.errors import ConfigurationError
+from dgx_music.errors import ConfigurationError, how_to_install
 
 
 def open_output(output: str | Path, *, is_private: bool = True) -> Artifacts:
@@ -26,7 +26,7 @@ def open_output(output: str | Path, *, is_private: bool = True) -> Artifacts:
         raise ConfigurationError(
             f"{PREFIX}OUTPUT",
             f"is {place}, for which obstore is not installed",
-            "run pip install 'dgx-music[s3]'",
+            how_to_install("s3"),
         )
     from dgx_music.artifacts.objects import ObjectArtifacts
 

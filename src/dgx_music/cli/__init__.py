@@ -80,7 +80,7 @@ COMMANDS = {
     "workers": (
         _WORK,
         "fleet:workers",
-        "List the workers: who is alive, where, on what, with what in hand.",
+        "List the workers: which are alive, on which host and device, and what they run.",
     ),
     "pause": (_WORK, "fleet:pause", "Let no worker claim anything, or anything of one model."),
     "resume": (

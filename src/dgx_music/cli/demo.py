@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dgx_music.catalog import UNTRAINED_NOTICE
-from dgx_music.cli.options import HOW_TO_INSTALL, at_home
+from dgx_music.cli.options import at_home
 from dgx_music.cli.output import fail, near, print_line, print_table, print_waveform, tell
 from dgx_music.config import EngineName, load_settings
-from dgx_music.errors import EngineUnavailableError
+from dgx_music.errors import EngineUnavailableError, how_to_install
 from dgx_music.modes import create_file
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def _check_installed() -> None:
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineUnavailableError(
-            f"The demo needs {' and '.join(missing)}; run {HOW_TO_INSTALL}, or try `dgx-music demo --engine tone`."
+            f"The demo needs {' and '.join(missing)}; {how_to_install('musicgen')}, "
+            "or try `dgx-music demo --engine tone`."
         )
 
 

@@ -120,7 +120,10 @@ async def enqueue(
 
 
 async def _advise(database: Database, rows: list[Generation], *, is_waiting: bool) -> None:
-    """Say where the rows stand and which workers are missing; a failure here undoes nothing."""
+    """Say where the rows stand and which workers are missing.
+
+    The rows are stored already, so an error of the database is printed and not raised.
+    """
     try:
         await _tell_of_queue(rows, is_waiting=is_waiting)
         if not is_waiting:  # while waiting, it is said after each change

@@ -15,7 +15,6 @@ from typing import Literal
 from dgx_music.artifacts import FileInspection, LocalArtifacts, open_output
 from dgx_music.catalog import UNTRAINED_NOTICE, ModelInfo, find_model
 from dgx_music.cli.opening import exists
-from dgx_music.cli.options import HOW_TO_INSTALL
 from dgx_music.cli.output import size
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import (
@@ -24,6 +23,7 @@ from dgx_music.errors import (
     DatabaseNotMigratedError,
     DgxMusicError,
     EngineError,
+    how_to_install,
     is_newer,
 )
 from dgx_music.inference.musicgen import inventory
@@ -82,7 +82,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Yield the findings, the most basic first; a wrong setting ends them early."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform(terse=True)}")
-    yield _examine_packages("packages", PACKAGES, "pip install --upgrade dgx-music")
+    yield _examine_packages("packages", PACKAGES, how_to_install())
     try:
         settings = load_settings(**options)
         database = Database.from_settings(settings)
@@ -133,7 +133,7 @@ def _examine_engine(settings: Settings) -> Iterator[Finding]:
             "tone: sine waves for tests, not music; torch is not needed",
         )
         return
-    packages = _examine_packages("engine", ENGINE_PACKAGES, HOW_TO_INSTALL)
+    packages = _examine_packages("engine", ENGINE_PACKAGES, how_to_install("musicgen"))
     yield packages
     if packages.verdict == "ok":
         yield _examine_device(settings.device)
@@ -169,28 +169,28 @@ def _examine_model(settings: Settings, name: str) -> Finding:
     if problem is None:
         how = f"is downloaded when a worker starts; its licence is {model.licence}"
         return Finding("warning", "model", f"{model.name} {how}")
-    return _without(settings, model, problem)
+    return _cannot_load(settings, model, problem)
 
 
 def _examine_cached(settings: Settings, model: ModelInfo) -> Finding:
     place = f"{model.name} in the Hugging Face cache"
     if (damage := inventory.find_damage_of(model, settings.revision)) is not None:
         remedy = "delete it, to have it downloaded again"
-        return _without(settings, model, f"{place} cannot be loaded: {damage}; {remedy}")
+        return _cannot_load(settings, model, f"{place} cannot be loaded: {damage}; {remedy}")
     return Finding("ok", "model", f"{model.name} is in the Hugging Face cache ({model.licence})")
 
 
 def _examine_folder(settings: Settings, model: ModelInfo) -> Finding:
     remedy = "save the model there with save_pretrained"
     if not inventory.holds_weights(Path(model.name)):
-        return _without(settings, model, f"{model.name} holds no complete weights; {remedy}")
+        return _cannot_load(settings, model, f"{model.name} holds no complete weights; {remedy}")
     if (damage := inventory.find_damage_of(model, None)) is not None:
-        return _without(settings, model, f"{model.name} cannot be loaded: {damage}; {remedy}")
+        return _cannot_load(settings, model, f"{model.name} cannot be loaded: {damage}; {remedy}")
     return Finding("ok", "model", f"{model.name} holds weights")
 
 
-def _without(settings: Settings, model: ModelInfo, problem: str) -> Finding:
-    """Say that a model cannot be loaded: a worker needs only its first one."""
+def _cannot_load(settings: Settings, model: ModelInfo, problem: str) -> Finding:
+    """Return a failure for the model that a worker loads first, a warning for another one."""
     if model.name != settings.served_models[0]:
         return Finding(
             "warning",

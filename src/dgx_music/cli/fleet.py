@@ -26,7 +26,7 @@ ModelToPause = Annotated[
 
 
 def workers(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
-    """List the workers: who is alive, where, on what, with what in hand.
+    """List the workers: which are alive, on which host and device, and what they run.
 
     A worker that has ended is listed for a day, with the reason.
     """
@@ -69,7 +69,7 @@ def tell_pauses(pauses: Sequence[Pause]) -> None:
     for item in pauses:
         what = "Everything" if item.model_name == ALL_MODELS else item.model_name
         how = "" if item.model_name == ALL_MODELS else f" --model {item.model_name}"
-        tell(f"{what} is paused since {distance(item.paused_at)}; go on with: dgx-music resume{how}")
+        tell(f"{what} was paused {distance(item.paused_at)}; go on with: dgx-music resume{how}")
 
 
 def _print_pauses(pauses: Sequence[Pause], *, as_json: bool) -> None:

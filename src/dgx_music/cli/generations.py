@@ -48,7 +48,7 @@ def list_generations(
     offset: Annotated[int, typer.Option(min=0, help="Leave out this many of the newest; slow far back.")] = 0,
     after: Annotated[
         str | None,
-        typer.Option(metavar="CURSOR", help="Go on where a page ended: it told the cursor."),
+        typer.Option(metavar="CURSOR", help="Start after this cursor, which the previous page printed."),
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,

@@ -17,7 +17,6 @@ from dgx_music.validation import check_run_at
 if TYPE_CHECKING:
     from dgx_music.storage import Filters
 
-HOW_TO_INSTALL = "pip install 'dgx-music[musicgen]'"
 WAITING = "Waiting"
 
 StatusName = Literal["pending", "processing", "completed", "failed", "cancelled"]

@@ -133,7 +133,7 @@ class ChildProcess:
         closed, exited = self._channel.closed, asyncio.ensure_future(self._process.wait())
         await asyncio.wait((closed, exited), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait((closed, exited), timeout=_REMAINING_MESSAGES_SECONDS)
-        self.kill(EngineCrashedError, "closed its channel and lived on")
+        self.kill(EngineCrashedError, "closed its channel but did not end")
         self._channel.abort()
         self._on_end(*(self._end_reason or (EngineCrashedError, _describe_exit(await exited))))
         await asyncio.wait((closed, exited))

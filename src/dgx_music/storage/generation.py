@@ -98,7 +98,7 @@ class Generation(Base):
     # Its place in life: moved by the guarded statements that queue.py lists.
     status: Mapped[GenerationStatus] = mapped_column(Status, default=PENDING, server_default=PENDING)
     run_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
-    """Not claimed before: at first the producer's wish, after a failure the end of the backoff."""
+    """Not claimed before this time: as the caller asked, or after a failure the end of the backoff."""
     attempt: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
     failures: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
     """Errors, crashes and lost workers so far; a release adds none, a retry by hand starts at 0."""

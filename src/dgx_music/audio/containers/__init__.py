@@ -16,7 +16,7 @@ __all__ = ["READABLE", "DamagedError", "Source", "open_source"]
 
 
 def open_source(content: bytes, longest_seconds: float) -> Source:
-    """Return what a decoder should get, of at least the first ``seconds``; raises ``DamagedError``.
+    """Return what a decoder should get, of at least the first ``longest_seconds``; raises ``DamagedError``.
 
     An unknown container is returned as it is; the decoder then refuses it by name.
     """

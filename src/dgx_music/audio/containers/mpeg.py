@@ -74,7 +74,7 @@ class _Frames:
 
 
 def find_source(content: bytes, longest_seconds: float) -> Source | None:
-    """Return the frames of an MP3, of at least the first ``seconds``; ``None`` if it is no MP3.
+    """Return the frames of an MP3, of at least the first ``longest_seconds``; ``None`` if it is no MP3.
 
     Raises ``DamagedError`` if the last frame is cut, or if there is something else between them.
     """

@@ -46,7 +46,10 @@ def _opus_length(packet: bytes) -> int:
 
 
 def _vorbis_lengths(packets: Sequence[bytes]) -> list[int]:
-    """Each packet adds the overlap of its block and the one before; so the first adds nothing."""
+    """Return how many samples each packet adds.
+
+    That is the overlap of its block with the block before it, so the first packet adds none.
+    """
     if len(packets) < _VORBIS_HEADERS or len(packets[0]) < 30:
         raise DamagedError("is damaged: its headers are not whole")
     blocks = 1 << (packets[0][28] & 15), 1 << (packets[0][28] >> 4)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dgx_music.audio.samples import Audio
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo, find_model
-from dgx_music.errors import EngineError, EngineUnavailableError
+from dgx_music.errors import EngineError, EngineUnavailableError, how_to_install
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
 from dgx_music.sampling import Sampling
 
@@ -49,7 +49,7 @@ try:
     from dgx_music.inference.musicgen.windows import WindowRun, cut
 except ImportError as error:
     raise EngineUnavailableError(
-        "The musicgen engine needs torch and transformers; install `dgx-music[musicgen]`."
+        f"The musicgen engine needs torch and transformers; {how_to_install('musicgen')}."
     ) from error
 
 E = TypeVar("E", bound="MusicGenEngine")

@@ -51,7 +51,7 @@ def _is_drivers_own(error: BaseException) -> bool:
 
 
 def is_of_another_schema(error: BaseException, metadata: MetaData) -> bool:
-    """Return True if one of these tables or columns is missing: somebody changes the schema."""
+    """Return True if one of these tables or columns is missing: the schema was changed."""
     if not isinstance(error, DBAPIError):
         return False
     tables = {VERSION_TABLE, *metadata.tables}

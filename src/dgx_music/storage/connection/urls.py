@@ -11,7 +11,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from dgx_music.config import at_home
-from dgx_music.errors import ConfigurationError
+from dgx_music.errors import ConfigurationError, how_to_install
 
 POSTGRES_OPTIONS = (
     "application_name",
@@ -182,7 +182,7 @@ def _choose_driver(wanted: str) -> str:
             return driver
     raise _refusal(
         f"needs the package {wanted or 'asyncpg or psycopg'}, which is not installed",
-        "pip install 'dgx-music[postgres]'",
+        how_to_install("postgres"),
     )
 
 
