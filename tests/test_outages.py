@@ -43,7 +43,7 @@ BOTH_DRIVERS = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 ON_ASYNCPG = pytest.mark.parametrize("driver", ["asyncpg"])
 MOSTLY_ASYNCPG = pytest.mark.parametrize("driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.soak)])
 ON_PSYCOPG = pytest.mark.parametrize("driver", ["psycopg"])
-QUICK = {"lease_seconds": 3.0, "heartbeat_seconds": 0.3, "timeout_seconds": 1.0}
+QUICK = {"lease_seconds": 3.0, "heartbeat_seconds": 0.3, "timeout_seconds": 2.0}
 LIMITS = Limits(connect_seconds=1.0, statement_seconds=1.0, command_seconds=1.0)
 DESCRIBED = {
     "id": "new",
