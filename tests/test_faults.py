@@ -72,7 +72,7 @@ async def drain_under_fire(database, start, script, *, count, kill_every, second
 
 @ON_ASYNCPG
 async def test_killed_workers_lose_nothing_and_finish_nothing_twice(database, tmp_path, start, script):
-    count = 40
+    count = 30
     kills = await drain_under_fire(database, start, script, count=count, kill_every=1.5, seconds=0.2)
     assert kills >= 2
     await check_everything_is_true_and_sound(database, tmp_path, count)

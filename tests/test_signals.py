@@ -111,7 +111,7 @@ async def test_a_second_signal_releases_at_once_as_the_first_has_said(database, 
     assert (row.status, row.failures, row.attempt) == ("pending", 0, 1)
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signals_that_go_on_while_an_idle_worker_ends_do_not_change_how_it_ends(database, start, number):
     daemon = start()
     await daemon.says("serves")

@@ -515,5 +515,5 @@ def test_numbers_that_are_not_finite_are_an_error(folder: Path, weight: str, mon
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.engine")
-    with pytest.raises(EngineUnavailableError, match=r"dgx-music\[musicgen\]"):
+    with pytest.raises(EngineUnavailableError, match=r"pip install '\.\[musicgen\]'"):
         importlib.import_module("dgx_music.inference.musicgen.engine")

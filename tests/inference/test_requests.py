@@ -137,9 +137,10 @@ def test_a_melody_needs_no_prompt(engines: dict[str, MusicGenEngine]) -> None:
     assert np.array_equal(greedy(engines["melody"], "", 12, melody=tune), sound("melody", expected))
 
 
-@pytest.mark.parametrize("prompt", ["choir", ""])
-@pytest.mark.parametrize("name", ["melody", "stereo melody"])
-@pytest.mark.parametrize("rate", [RATE, 24_000])
+@pytest.mark.parametrize(
+    ("name", "prompt", "rate"),
+    [("melody", "choir", RATE), ("melody", "", 24_000), ("stereo melody", "choir", 24_000)],
+)
 def test_a_melody_that_is_not_silence_is_heard(
     engines: dict[str, MusicGenEngine], name: str, prompt: str, rate: int
 ) -> None:

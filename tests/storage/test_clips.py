@@ -16,6 +16,8 @@ from dgx_music.storage.schema import now_plus
 from tests.factories import POSTGRES, add_generation, on, read_all
 from tests.patience import PATIENCE
 
+pytestmark = pytest.mark.any_driver
+
 A, B, C = (letter * 64 for letter in "abc")
 
 

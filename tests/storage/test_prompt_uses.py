@@ -21,6 +21,8 @@ from dgx_music.storage.prompts import count_overlooked_prompts, count_prompt_use
 from tests.factories import MODEL, POSTGRES, on, read, read_all
 from tests.patience import PATIENCE
 
+pytestmark = pytest.mark.any_driver
+
 
 async def uses(database):
     async with database.session(read_only=True) as session:

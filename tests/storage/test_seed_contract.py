@@ -39,6 +39,8 @@ from dgx_music.storage import (
 from dgx_music.storage.repository import find_generation_ids
 from tests.factories import add_generation, back_date, read, read_all, start_one
 
+pytestmark = pytest.mark.any_driver
+
 STATUSES = ["pending", "processing", "completed", "failed", "cancelled"]
 LEGAL = {
     ("pending", "processing"),

@@ -19,6 +19,8 @@ from dgx_music.storage.workers import (
 )
 from tests.factories import add_generation, claim_one, start_one
 
+pytestmark = pytest.mark.any_driver
+
 WORKER = {
     "id": "worker-1",
     "host": "dgx",
