@@ -204,6 +204,8 @@ async def test_a_worker_whose_row_is_deleted_is_listed_again_at_its_next_heartbe
         async with database.session() as session:
             await session.execute(delete(WorkerInfo))
         await until(lambda: has_beaten_with(database, SMALL))
+        async with database.session(read_only=True) as session:
+            assert [*await session.scalars(select(WorkerInfo.id))] == [worker.id]
         worker.stop()
         worker.stop()
 

@@ -963,6 +963,7 @@ async def test_a_worker_lives_on_while_its_database_is_made_anew(database, make_
         await database.reset()
         generation = await add(database)
         await until(database, generation, "completed")
+    assert await attempts_of(database, generation) == [(1, "completed")]
 
 
 async def test_a_drain_leaves_what_is_scheduled_for_later(database, make_worker):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
@@ -127,6 +127,7 @@ def test_a_launch_never_waits_for_a_number(occupied: Slots) -> None:
     pretend(occupied)
     with torch.no_grad():
         occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
+    assert all(isinstance(column, FakeTensor) for column in occupied._state if isinstance(column, Tensor))
 
 
 def test_a_launch_that_waits_for_a_number_is_found(occupied: Slots, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -374,6 +374,7 @@ def test_attention_takes_the_fast_path(dtype: torch.dtype) -> None:
             row.text = row.text.to(dtype)
             slots.admit(row)
             slots.step()
+    assert [row.position > 0 for row in slots.rows] == [True] * 3
 
 
 # compiled

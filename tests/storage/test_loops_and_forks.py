@@ -153,13 +153,16 @@ async def test_connections_that_are_closed_late_take_no_others_with_them(databas
 
 
 async def test_an_event_loop_that_ends_just_now_has_closed_its_connections_itself():
-    ending = asyncio.new_event_loop()
+    ending, begun = asyncio.new_event_loop(), []
     ending.close()
 
     async def generate():
+        begun.append(True)
         yield
 
     await connections_module._close_elsewhere(ending, generate())
+
+    assert begun == []
 
 
 def test_a_waiter_on_another_event_loop_is_woken():

@@ -165,12 +165,13 @@ async def test_a_session_of_the_callers_own_is_told_once_of_somebody_elses_migra
 
 
 async def test_a_reset_beside_producers_and_workers_disturbs_nobody(database_url):
-    database, is_over = await init_db(database_url), asyncio.Event()
+    database, is_over, rounds = await init_db(database_url), asyncio.Event(), []
 
     async def work():
         while not is_over.is_set():
             await enqueue("rain")
             await database.transact(lambda session: search_generations(session, "rain"), read_only=True)
+            rounds.append("enqueued and found")
 
     async with anyio.create_task_group() as tasks:
         for _ in range(4):
@@ -179,6 +180,8 @@ async def test_a_reset_beside_producers_and_workers_disturbs_nobody(database_url
             await database.reset()
         is_over.set()
     await close_db()
+
+    assert len(rounds) >= 4
 
 
 @pytest.mark.parametrize("number", range(2, 14))

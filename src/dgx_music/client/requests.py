@@ -234,7 +234,7 @@ def _given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def _identity(request: GenerationRequest, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns that say what was asked for, and by whom."""
+    """Return the columns that identify the request; its hash is made of them."""
     metadata, tenant = options.get("metadata"), options.get("tenant")
     named = {} if tenant is None else {"tenant": validation.check_name("tenant", tenant)}
     if isinstance(metadata, dict) and AUDIO_KEY in metadata:
