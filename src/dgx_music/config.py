@@ -139,7 +139,7 @@ class Settings:
     compile: Annotated[
         Literal["auto", "on", "off"],
         Setting(
-            "`auto`: on a CPU build a few kernels in C, where there is a compiler; "
+            "`auto`: on a CPU build a few kernels in C, if there is a compiler; "
             "`on`: have torch compile the step instead, which takes a minute at first and on a CPU was slower; "
             "`off`: neither",
             panel=_MODEL,
