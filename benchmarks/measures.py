@@ -1,40 +1,40 @@
-"""The measurements: each on fresh databases, first ours and then the floor."""
+"""The measurements of every queue: each on a fresh database, each returns a value for each row.
+
+Values are jobs per second if the row's name ends with ``/s``, and milliseconds otherwise.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
 
-from sqlalchemy import event
-
-from benchmarks.floor import MODEL, SLOTS, Floor
+from benchmarks import processes
+from benchmarks.contestants import (
+    PRODUCERS,
+    ClaimingQueue,
+    Queue,
+    enqueue_at_once,
+    enqueue_each,
+    fill,
+)
 from benchmarks.places import Place, PostgresPlace
-from benchmarks.worker import NoopEngine, noop_worker
-from dgx_music import enqueue, enqueue_many
-from dgx_music.storage import due, queue
-from dgx_music.storage.database import Database
-from tests.postgres import OwnServer
 
-WARM_UP = 50
+WARM_UP = 20
 CLAIMS_IN_A_TURN = 5
-HEARTBEAT_SECONDS = 0.1
-SOAKED_SECONDS = 0.5
+LONGEST_SECONDS = 300.0
+
+Measured = dict[str, float]
+"""A value for each row of the table."""
 
 
 @asynccontextmanager
-async def database_and_floor(place: Place, driver: str = "") -> AsyncIterator[tuple[Database, Floor]]:
-    database = await place.fresh(driver)
-    floor = await place.floor(database)
-    yield database, floor
-    await floor.close()
-    await database.dispose()
+async def opened(place: Place, kind: type[Queue]) -> AsyncIterator[Queue]:
+    queue = await kind.open(await place.fresh(kind))
+    yield queue
+    await queue.close()
 
 
 async def seconds(work: Awaitable[object]) -> float:
@@ -47,297 +47,199 @@ def prompts(count: int, kind: str = "prompt") -> list[str]:
     return [f"{kind} {number}" for number in range(count)]
 
 
-async def add_work(database: Database, count: int) -> None:
-    async with database.session() as session:
-        await enqueue_many(prompts(count), duration=0.08, model=MODEL, session=session)
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
-async def enqueue_each(database: Database, texts: list[str]) -> None:
-    for text in texts:
-        async with database.session() as session:
-            await enqueue(text, duration=0.08, model=MODEL, session=session)
+# producers
 
 
-async def measure_enqueue(place: Place, count: int) -> tuple[float, float]:
-    """Return enqueues per second, one transaction each: ours and raw."""
-    async with database_and_floor(place) as (database, floor):
-        await enqueue_each(database, prompts(WARM_UP, "warm"))
-        await floor.enqueue(prompts(WARM_UP, "warm raw"))
-        ours = count / await seconds(enqueue_each(database, prompts(count)))
-        return ours, count / await seconds(floor.enqueue(prompts(count, "raw")))
+async def measure_enqueue(place: Place, kind: type[Queue], count: int) -> Measured:
+    async with opened(place, kind) as queue:
+        await enqueue_each(queue, prompts(WARM_UP, "warm"))
+        cpu = time.process_time()
+        rate = count / await seconds(enqueue_each(queue, prompts(count)))
+        cpu = time.process_time() - cpu
+    return {
+        "enqueue, one at a time, /s": rate,
+        "CPU of the producer, one at a time, ms": 1000 * cpu / count,
+    }
 
 
-async def measure_bulk(place: Place, count: int) -> tuple[float, float]:
-    """Return enqueues per second, all in one transaction: ours and raw."""
-    async with database_and_floor(place) as (database, floor):
-        await add_work(database, WARM_UP)
-        ours = count / await seconds(add_work(database, count))
-        return ours, count / await seconds(floor.enqueue_many(prompts(count, "raw")))
+async def measure_enqueue_at_once(place: Place, kind: type[Queue], count: int) -> Measured:
+    async with opened(place, kind) as queue:
+        await enqueue_at_once(queue, prompts(4 * PRODUCERS, "warm"))
+        cpu = time.process_time()
+        rate = count / await seconds(enqueue_at_once(queue, prompts(count)))
+        cpu = time.process_time() - cpu
+    return {
+        f"enqueue, {PRODUCERS} at a time in one process, /s": rate,
+        f"CPU of the producer, {PRODUCERS} at a time, ms": 1000 * cpu / count,
+    }
 
 
-async def measure_drain(place: Place, count: int, driver: str = "") -> tuple[float, float]:
-    """Return generations per second: the real worker with 16 slots, and raw row by row."""
-
-    async def drain_ours(database: Database, _floor: Floor) -> None:
-        await noop_worker(database).run(drain=True)
-
-    async def drain_raw(_database: Database, floor: Floor) -> None:
-        await floor.drain()
-
-    ours = await time_drain(place, count, drain_ours, driver)
-    return ours, await time_drain(place, count, drain_raw)
+async def measure_bulk(place: Place, kind: type[Queue], count: int) -> Measured:
+    name = f"enqueue, {count:,} in one transaction, /s"
+    if not kind.has_bulk:
+        return {}
+    async with opened(place, kind) as queue:
+        await queue.enqueue_many(prompts(WARM_UP, "warm"))
+        return {name: count / await seconds(queue.enqueue_many(prompts(count)))}
 
 
-async def time_drain(
-    place: Place, count: int, drain: Callable[[Database, Floor], Awaitable[None]], driver: str = ""
-) -> float:
-    """Return generations per second, after a warm-up of connections and statements."""
-    async with database_and_floor(place, driver) as (database, floor):
-        await add_work(database, WARM_UP)
-        await drain(database, floor)
-        await add_work(database, count)
-        rate = count / await seconds(drain(database, floor))
-        await check_drained(database)
-        return rate
+# workers
 
 
-async def check_drained(database: Database) -> None:
-    async with database.session(read_only=True) as session:
-        if await due.has_work(session, [MODEL]):
-            raise RuntimeError("the drain left work behind")
+class Arrivals:
+    """When each job reached its handler, and the CPU time that this process had used by then.
 
-
-# other processes
-
-
-async def start_process(name: str, *arguments: str) -> asyncio.subprocess.Process:
-    """Start a process of ``benchmarks.processes`` and return it when it is ready."""
-    process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "benchmarks.processes", name, *arguments],
-        cwd=Path(__file__).parents[1],
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    if await hear(process) != "ready":
-        raise RuntimeError(f"the process {name} did not get ready")
-    return process
-
-
-async def hear(process: asyncio.subprocess.Process) -> Any:
-    if process.stdout is None:
-        raise RuntimeError("nothing is piped")
-    line = await process.stdout.readline()
-    return json.loads(line) if line else None
-
-
-def let_begin(process: asyncio.subprocess.Process) -> None:
-    if process.stdin is not None:
-        process.stdin.write(b"begin\n")
-
-
-async def measure_processes(place: PostgresPlace, count: int, workers: int) -> tuple[float, float]:
-    """Return generations per second of this many worker processes, and of as many raw ones."""
-    return await time_processes(place, count, workers, "drain"), await time_processes(
-        place, count, workers, "drain_raw"
-    )
-
-
-async def time_processes(place: PostgresPlace, count: int, workers: int, name: str) -> float:
-    """Return generations per second between the first claim and the last completion.
-
-    Both times are of the server's clock.
+    Called from any thread.
     """
-    database = await place.fresh()
-    url = place.server.url(str(database.url.database))
-    processes = await asyncio.gather(*[start_process(name, url) for _ in range(workers)])
-    await add_work(database, count)
-    for process in processes:
-        let_begin(process)
-    for process in processes:
-        if await process.wait():
-            raise RuntimeError(f"a process {name} failed")
-    await check_drained(database)
-    await database.dispose()
-    span = "SELECT extract(epoch FROM max(completed_at) - min(started_at)) FROM generations"
-    return count / float(place.server.execute(span, database=str(database.url.database))[0][0])
+
+    def __init__(self, expected: int) -> None:
+        self.at: dict[str, float] = {}
+        self._expected = expected
+        self._moments: list[tuple[float, float]] = []
+        self._all, self._loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def __call__(self, prompt: str) -> None:
+        self.at[prompt] = time.monotonic()
+        self._moments.append((self.at[prompt], time.process_time()))
+        if len(self._moments) == self._expected:
+            self._loop.call_soon_threadsafe(self._all.set)
+
+    async def wait(self) -> None:
+        """Wait until as many have arrived as are expected."""
+        async with asyncio.timeout(LONGEST_SECONDS):
+            await self._all.wait()
+
+    def seconds_each(self, skipped: int) -> tuple[float, float]:
+        """Return the seconds of the clock and of CPU time of each job after the first few."""
+        if len(self.at) != self._expected:
+            raise RuntimeError(f"{self._expected} jobs arrived, {len(self.at)} of them different")
+        (first, first_cpu), (last, last_cpu) = self._moments[skipped], self._moments[-1]
+        count = self._expected - skipped - 1
+        return (last - first) / count, (last_cpu - first_cpu) / count
 
 
-async def measure_pickup(place: Place, count: int) -> list[float]:
-    """Return the milliseconds until an idle worker calls its engine.
+@asynccontextmanager
+async def working(queue: Queue, slots: int, arrivals: Arrivals) -> AsyncIterator[None]:
+    """Have a worker run meanwhile; its error is raised here."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(queue.work(slots, arrivals), name="worker")
+        yield
+        await arrivals.wait()
+        await queue.stop()
 
-    They count from the acknowledged commit of a producer in another process.
+
+async def measure_drain(place: Place, kind: type[Queue], count: int, slots: int) -> Measured:
+    """Measure one worker process, between the first and the last call of its handler."""
+    async with opened(place, kind) as queue:
+        await fill(queue, prompts(WARM_UP + count))
+        arrivals = Arrivals(WARM_UP + count)
+        async with working(queue, slots, arrivals):
+            pass
+    clock, cpu = arrivals.seconds_each(WARM_UP)
+    name = f"{slots} slot{'s' if slots > 1 else ''}"
+    return {f"drain, {name}, /s": 1 / clock, f"CPU of the worker process, {name}, ms": 1000 * cpu}
+
+
+async def measure_processes(place: Place, kind: type[Queue], count: int, workers: int, slots: int) -> Measured:
+    """Measure several worker processes, while all of them work."""
+    if not kind.is_shared:
+        return {}
+    location = await place.fresh(kind)
+    started = [await processes.start("work", kind, location, str(slots)) for _ in range(workers)]
+    queue = await kind.open(location)
+    await fill(queue, prompts(count))
+    await queue.close()
+    for process in started:
+        processes.begin(process)
+    moments = await asyncio.gather(*[processes.hear(process) for process in started])
+    await asyncio.gather(*[process.wait() for process in started])
+    if sum(map(len, moments)) != count:
+        raise RuntimeError(f"of {count} jobs the workers got {[len(own) for own in moments]}")
+    rate = rate_of_all([own for own in moments if own])
+    return {f"drain, {workers} processes of {slots} slots, /s": rate} if rate else {}
+
+
+def rate_of_all(moments: list[list[float]]) -> float:
+    """Return the jobs per second while all workers work; 0 if they never did at once.
+
+    That is from the first job of the worker that began last to the last job of the one that ended
+    first.
     """
-    database, engine = await place.fresh(), NoopEngine()
-    worker = noop_worker(database, engine)
-    running = asyncio.create_task(worker.run())
-    waits = await produce_for(database, engine.arrived_at, count)
-    worker.stop()
-    await running
-    await database.dispose()
-    return waits
+    begin, end = max(own[0] for own in moments), min(own[-1] for own in moments)
+    inside = sum(begin < moment <= end for own in moments for moment in own)
+    return inside / (end - begin) if inside else 0.0
 
 
-async def measure_raw_pickup(place: PostgresPlace, count: int) -> list[float]:
-    """Return the same for raw asyncpg, until its claim is committed."""
-    database = await place.fresh()
-    floor, arrived_at = await place.floor(database), dict[str, float]()
-    running = asyncio.create_task(floor.pick_up(lambda identity: arrived_at.update({identity: time.monotonic()})))
-    waits = await produce_for(database, arrived_at, count)
-    running.cancel()
-    await floor.close()
-    await database.dispose()
-    return waits
+async def measure_pickup(place: Place, kind: type[Queue], count: int) -> Measured:
+    """Measure how soon an idle worker calls its handler after a producer's commit.
 
-
-async def produce_for(database: Database, arrived_at: Mapping[str, float], count: int) -> list[float]:
-    producer = await start_process("produce", database.url.render_as_string(hide_password=False), str(count + WARM_UP))
-    let_begin(producer)
-    told = [await hear(producer) for _ in range(count + WARM_UP)]
+    The producer is another process.
+    """
+    location = await place.fresh(kind)
+    queue, arrivals = await kind.open(location), Arrivals(WARM_UP + count)
+    producer = await processes.start("produce", kind, location, str(WARM_UP + count))
+    async with working(queue, 1, arrivals):
+        processes.begin(producer)
+        told = [await processes.hear(producer) for _ in range(WARM_UP + count)]
     await producer.wait()
-    await asyncio.sleep(1.0)
-    return [(arrived_at[identity] - committed) * 1000 for identity, committed in told[WARM_UP:]]
+    await queue.close()
+    waits = [1000 * (arrivals.at[prompt] - committed) for prompt, committed in told[WARM_UP:]]
+    return {
+        "pickup by an idle worker, p50, ms": percentile(waits, 0.5),
+        "pickup by an idle worker, p95, ms": percentile(waits, 0.95),
+    }
 
 
 # claims beside many finished rows
 
 
-Claims = dict[int, tuple[float, float]]
-"""The milliseconds of one claim, ours and raw, by the number of finished rows."""
+Opened = dict[tuple[int, type[ClaimingQueue]], ClaimingQueue]
+"""The open queues, by the number of finished rows and by their kind."""
+Turn = tuple[int, type[ClaimingQueue], Measured]
+"""The number of the turn, whose turn it was, and what was measured."""
 
 
-async def measure_claims(place: Place, kept: tuple[int, ...], turns: int) -> dict[str, Claims]:
-    """Return the milliseconds of one claim of one row, by kind of table.
+async def measure_claims(
+    place: Place, kinds: list[type[ClaimingQueue]], kept: tuple[int, ...], turns: int
+) -> AsyncIterator[Turn]:
+    """Measure the claim of one row; on PostgreSQL before and after a VACUUM ANALYZE.
 
-    On PostgreSQL it is measured after the rows were loaded, and again after a VACUUM ANALYZE. All
-    databases are made first and measured in short turns, so that a slow moment of the machine
+    All databases are made first and measured in short turns, so that a slow moment of the machine
     meets all of them.
     """
-    opened = [await open_kept(place, number, 4 * (turns + 1) * CLAIMS_IN_A_TURN) for number in kept]
-    databases = dict(zip(kept, opened, strict=True))
-    claims = {}
+    locations = {(finished, kind): await place.fresh(kind) for finished in kept for kind in kinds}
+    waiting = 2 * (turns + 1) * CLAIMS_IN_A_TURN
+    opened = {key: await open_kept(*key, where, waiting) for key, where in locations.items()}
     if isinstance(place, PostgresPlace):
-        claims["never vacuumed"] = await time_turns(databases, turns)
-        for database, _ in opened:
-            place.server.execute("VACUUM ANALYZE", database=str(database.url.database))
-    claims[""] = await time_turns(databases, turns)
-    for database, floor in opened:
-        await floor.close()
-        await database.dispose()
-    return claims
+        async for turn in take_turns(opened, turns, ", never vacuumed"):
+            yield turn
+        for location in locations.values():
+            place.vacuum(location)
+    async for turn in take_turns(opened, turns, ""):
+        yield turn
+    for queue in opened.values():
+        await queue.close()
 
 
-async def open_kept(place: Place, kept: int, waiting: int) -> tuple[Database, Floor]:
-    database = await place.fresh()
-    floor = await place.floor(database)
-    if isinstance(place, PostgresPlace):  # or it might vacuum in between
-        place.server.execute(
-            "ALTER TABLE generations SET (autovacuum_enabled = off)",
-            database=str(database.url.database),
-        )
-    if kept:
-        await floor.add_finished(kept)
-    for _ in range(0, waiting, 5_000):
-        await add_work(database, min(waiting, 5_000))
-    await time_claims(database, floor, CLAIMS_IN_A_TURN)  # compiles statements and fills the page cache
-    return database, floor
+async def open_kept(finished: int, kind: type[ClaimingQueue], location: str, waiting: int) -> ClaimingQueue:
+    queue = await kind.open(location)
+    await queue.add_finished(finished)
+    await fill(queue, prompts(waiting))
+    await time_claims(queue)  # compiles statements and fills the page cache
+    return queue
 
 
-async def time_turns(databases: dict[int, tuple[Database, Floor]], turns: int) -> Claims:
-    times: dict[int, list[tuple[float, float]]] = {kept: [] for kept in databases}
-    for _ in range(turns):
-        for kept, (database, floor) in databases.items():
-            times[kept] += await time_claims(database, floor, CLAIMS_IN_A_TURN)
-    return {
-        kept: (
-            statistics.median(ours for ours, _ in pairs),
-            statistics.median(raw for _, raw in pairs),
-        )
-        for kept, pairs in times.items()
-    }
+async def take_turns(opened: Opened, turns: int, suffix: str) -> AsyncIterator[Turn]:
+    for turn in range(turns):
+        for (finished, kind), queue in opened.items():
+            name = f"claim one row, {finished:,} finished kept{suffix}, ms"
+            yield turn, kind, {name: await time_claims(queue)}
 
 
-async def time_claims(database: Database, floor: Floor, count: int) -> list[tuple[float, float]]:
-    return [(1000 * await seconds(claim_one(database)), 1000 * await seconds(claim_raw(floor))) for _ in range(count)]
-
-
-async def claim_one(database: Database) -> None:
-    async with database.session() as session:
-        if not await queue.claim(session, worker_id="w", model_name=MODEL, limit=1, lease_seconds=30):
-            raise RuntimeError("nothing was claimed")
-
-
-async def claim_raw(floor: Floor) -> None:
-    if not await floor.claim():
-        raise RuntimeError("nothing was claimed")
-
-
-# an idle worker, and a long run
-
-
-async def measure_idle(place: Place, duration: float) -> dict[str, str]:
-    """Return the cost of an idle worker, as text: its CPU time and its statements."""
-    database, said = await place.fresh(), 0
-
-    def note(*_: object) -> None:
-        nonlocal said
-        said += 1
-
-    def read() -> dict[str, int]:
-        return {"statements of SQL": said} | (read_server(place, database) if isinstance(place, PostgresPlace) else {})
-
-    for engine in database.engines:
-        event.listen(engine.sync_engine, "before_cursor_execute", note)
-    if isinstance(place, PostgresPlace) and isinstance(place.server, OwnServer):
-        place.server.execute(f"ALTER DATABASE {database.url.database} SET log_statement = 'all'")
-    worker = noop_worker(database)
-    running = asyncio.create_task(worker.run())
-    await asyncio.sleep(2.0)
-    before, cpu = read(), time.process_time()
-    await asyncio.sleep(duration)
-    used, after = time.process_time() - cpu, read()
-    worker.stop()
-    await running
-    await database.dispose()
-    rates = {name: f"{(count - before[name]) / duration:.1f} /s" for name, count in after.items()}
-    return {"CPU of one core": f"{used / duration * 100:.2f} %"} | rates
-
-
-def read_server(place: PostgresPlace, database: Database) -> dict[str, int]:
-    """Return the transactions that the server has counted.
-
-    The log of a server of our own also counts the statements.
-    """
-    name = str(database.url.database)
-    query = f"SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = '{name}'"
-    heard = {"transactions that the server counts": int(place.server.execute(query)[0][0])}
-    if isinstance(place.server, OwnServer):
-        log = place.server.log()
-        statements = log.count("LOG:  statement: ") + log.count("LOG:  execute ")
-        heard["statements that the server logs (BEGIN and COMMIT too)"] = statements
-    return heard
-
-
-async def measure_soak(place: PostgresPlace, duration: float) -> dict[str, str]:
-    """Return what a busy worker leaves in the tables, as text.
-
-    All its slots are in use, and each row is renewed a few times.
-    """
-    database = await place.fresh()
-    count = int(SLOTS * duration / SOAKED_SECONDS)
-    await add_work(database, count)
-    worker = noop_worker(database, NoopEngine(SOAKED_SECONDS), heartbeat_seconds=HEARTBEAT_SECONDS)
-    await worker.run(drain=True)
-    await database.dispose()  # an idle connection keeps its statistics to itself for a while
-    await asyncio.sleep(1.5)
-    query = (
-        "SELECT relname, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_total_relation_size(relid) FROM pg_stat_user_tables"
-    )
-    found = {name: numbers for name, *numbers in place.server.execute(query, database=str(database.url.database))}
-    dead, updates, heap_only, size = found["generations"]
-    others = ", ".join(f"{found[name][0]:,} in {name}" for name in ("attempts", "workers", "tallies"))
-    return {
-        f"soak of {count} generations: heartbeats' renewals": f"{updates - 2 * count:,}",
-        "soak: renewals that were heap-only updates": f"{heap_only / (updates - 2 * count):.0%}",
-        "soak: dead rows": f"{dead:,} in generations, {others}",
-        "soak: generations and its indexes": f"{size / 2**20:.1f} MiB",
-    }
+async def time_claims(queue: ClaimingQueue) -> float:
+    times = [await seconds(queue.claim()) for _ in range(CLAIMS_IN_A_TURN)]
+    return 1000 * statistics.median(times)

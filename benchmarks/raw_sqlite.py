@@ -1,117 +1,108 @@
-"""The floor on SQLite: ``sqlite3``, one connection."""
+"""The floor on SQLite: what a good engineer writes with ``sqlite3`` alone, as little as works.
+
+One table, one partial index, one connection, one row at a time. It leaves out what the product's
+rows do: a fence against a worker that lost its lease, leases and rescue, attempts and retries,
+prompts and their search, statistics, idempotency keys, priorities, cancelling, validation.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import closing, contextmanager
+from typing import Self
 
-from benchmarks.floor import MODEL, audio_facts
-from dgx_music.storage.models import text_hash
-from dgx_music.storage.schema import new_id
-
-NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
-LEASE_END = "(strftime('%Y-%m-%d %H:%M:%f', 'now', '30.0 seconds') || '000')"
-
-COUNT_PROMPT = (
-    "INSERT INTO prompts (text, text_hash, used_count) VALUES (?, ?, 1)"
-    " ON CONFLICT (text_hash) DO UPDATE"
-    f" SET used_count = prompts.used_count + excluded.used_count, last_used_at = {NOW} RETURNING id"
-)
-ENQUEUE = (
-    "INSERT INTO generations (id, prompt, prompt_id, model_name, duration_seconds, sample_rate,"
-    " channels, sampling, request_hash, status) VALUES (?, ?, ?, ?, 0.08, 32000, 1, '{}', ?, 'pending')"
-    " ON CONFLICT (idempotency_key) DO NOTHING RETURNING *"
-)
-CLAIM = (
-    "WITH chosen AS MATERIALIZED (SELECT id FROM generations"
-    " WHERE status = 'pending' AND model_name = ?"
-    f" AND +run_at <= {NOW} AND NOT EXISTS (SELECT 1 FROM pauses WHERE model_name IN (?, '*'))"
-    " ORDER BY (julianday(run_at) * 86400.0 - priority * 60), id LIMIT 1)"
-    " UPDATE generations SET"
-    " status = 'processing', attempt = attempt + 1, worker_id = 'raw', progress = 0,"
-    f" started_at = {NOW}, lease_expires_at = {LEASE_END} FROM chosen"
-    " WHERE generations.id = chosen.id AND status = 'pending'"
-    " RETURNING generations.id, attempt, prompt, model_name, duration_seconds, sample_rate,"
-    " channels, sampling, failures"
-)
-ADD_ATTEMPT = "INSERT INTO attempts (generation_id, attempt, worker_id) VALUES (?, ?, 'raw')"
-COMPLETE = (
-    f"UPDATE generations SET status = 'completed', completed_at = {NOW}, worker_id = NULL,"
-    " lease_expires_at = NULL, progress = 1, error_message = NULL, file_path = 'memory', file_size_bytes = 1, sha256 = 'x',"
-    " model_version = 'noop', generation_time_seconds = 0,"
-    " metadata = json_set(coalesce(metadata, '{}'), '$.' || 'audio', json(?))"
-    " WHERE id = ? AND attempt = ? AND status = 'processing' AND worker_id IS NOT NULL"
-    " AND NOT cancel_requested"
-)
-END_ATTEMPT = (
-    f"UPDATE attempts SET finished_at = {NOW}, outcome = 'completed', device_seconds = 0"
-    " WHERE generation_id = ? AND attempt = ? AND outcome IS NULL"
-)
-ADD_FINISHED = (
-    "INSERT INTO generations (id, prompt, model_name, duration_seconds, sample_rate, channels,"
-    " status, created_at, run_at, attempt, completed_at, file_path)"
-    " WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :count)"
-    " SELECT printf('%036d', i), 'a finished prompt of usual length, ' || i, :model, 10, 32000, 1,"
-    " 'completed', t, t, 1, t, '/audio/' || i FROM ("
-    "SELECT i, strftime('%Y-%m-%d %H:%M:%f', 'now', '-' || (i % 31536000) || ' seconds') || '000'"
-    " AS t FROM n)"
+from benchmarks.contestants import (
+    Arrived,
+    BlockingQueue,
+    ClaimingQueue,
+    payload_text,
+    prompt_of,
 )
 
+CREATE = """
+PRAGMA journal_mode = WAL;
+CREATE TABLE queue (
+  id INTEGER PRIMARY KEY,
+  payload TEXT NOT NULL,
+  status TEXT NOT NULL DEFAULT 'pending',
+  run_at REAL NOT NULL DEFAULT (julianday('now')),
+  claimed_by TEXT,
+  finished_at REAL
+);
+CREATE INDEX queue_pending ON queue (run_at, id) WHERE status = 'pending';
+"""
+ENQUEUE = "INSERT INTO queue (payload) VALUES (?)"
+CLAIM = """
+UPDATE queue SET status = 'running', claimed_by = 'w' WHERE id = (
+  SELECT id FROM queue WHERE status = 'pending' AND run_at <= julianday('now')
+  ORDER BY run_at, id LIMIT 1
+) RETURNING id, payload"""
+COMPLETE = "UPDATE queue SET status = 'done', finished_at = julianday('now') WHERE id = ?"
+ADD_FINISHED = """
+INSERT INTO queue (payload, status, run_at, finished_at)
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :count)
+SELECT :payload, 'done', julianday('now') - i / 86400.0, julianday('now') FROM n"""
 
-class SqliteFloor:
-    """See ``Floor``."""
 
-    def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, isolation_level=None)
+class RawSqlite(BlockingQueue, ClaimingQueue):
+    """See the module."""
+
+    name = "raw sqlite3"
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._connection.execute("PRAGMA synchronous = FULL")
-        self._connection.execute("PRAGMA foreign_keys = ON")
+
+    @classmethod
+    async def create(cls, location: str) -> None:
+        with closing(sqlite3.connect(location)) as connection:
+            connection.executescript(CREATE)
+
+    @classmethod
+    async def open(cls, location: str) -> Self:
+        return cls(location)
+
+    async def enqueue(self, prompt: str) -> None:
+        with self._transaction():
+            self._connection.execute(ENQUEUE, (payload_text(prompt),))
+
+    async def enqueue_many(self, prompts: Sequence[str]) -> None:
+        with self._transaction():
+            self._connection.executemany(ENQUEUE, [(payload_text(prompt),) for prompt in prompts])
+
+    def serve_one(self, arrived: Arrived) -> bool:
+        row = self._claim()
+        if row is None:
+            return False
+        arrived(prompt_of(row[1]))
+        with self._transaction():
+            self._connection.execute(COMPLETE, (row[0],))
+        return True
+
+    async def claim(self) -> None:
+        if self._claim() is None:
+            raise RuntimeError("nothing was claimed")
+
+    async def add_finished(self, count: int) -> None:
+        if not count:  # the recursive query has at least one row
+            return
+        with self._transaction():
+            values = {"count": count, "payload": payload_text("a finished prompt of usual length")}
+            self._connection.execute(ADD_FINISHED, values)
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    async def close(self) -> None:
+        self._connection.close()
+
+    def _claim(self) -> tuple[int, str] | None:
+        with self._transaction():
+            rows: list[tuple[int, str]] = self._connection.execute(CLAIM).fetchall()
+        return rows[0] if rows else None
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
         yield
         self._connection.execute("COMMIT")
-
-    async def enqueue(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
-            with self._transaction():
-                self._enqueue(prompt)
-
-    async def enqueue_many(self, prompts: Sequence[str]) -> None:
-        with self._transaction():
-            for prompt in prompts:
-                self._enqueue(prompt)
-
-    def _enqueue(self, prompt: str) -> None:
-        hashed = text_hash(prompt)
-        prompt_id = self._connection.execute(COUNT_PROMPT, (prompt, hashed)).fetchall()[0][0]
-        self._connection.execute(ENQUEUE, (new_id(), prompt, prompt_id, MODEL, hashed)).fetchall()
-
-    async def claim(self) -> bool:
-        return self._claim() is not None
-
-    def _claim(self) -> tuple[str, int] | None:
-        with self._transaction():
-            rows = self._connection.execute(CLAIM, (MODEL, MODEL)).fetchall()
-            if not rows:
-                return None
-            lease = (rows[0][0], rows[0][1])
-            self._connection.execute(ADD_ATTEMPT, lease)
-        return lease
-
-    async def drain(self) -> None:
-        facts = audio_facts()
-        while (lease := self._claim()) is not None:
-            with self._transaction():
-                self._connection.execute(COMPLETE, (facts, *lease))
-                self._connection.execute(END_ATTEMPT, lease)
-
-    async def add_finished(self, count: int) -> None:
-        with self._transaction():
-            self._connection.execute(ADD_FINISHED, {"count": count, "model": MODEL})
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-    async def close(self) -> None:
-        self._connection.close()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.arrivals import Poisson, Together
 from benchmarks.cells import Cell
 from benchmarks.loops import Stock
+from benchmarks.markdown import table
 
 SECTIONS = ("throughput", "memory", "codec", "mixed", "poisson")
 
@@ -44,11 +45,6 @@ class Report:
             *(self._sections[name] for name in SECTIONS if name in self._sections),
             sep="\n\n",
         )
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---") for line in lines)
 
 
 def gigabytes(count: float) -> str:

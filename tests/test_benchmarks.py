@@ -1,12 +1,20 @@
-"""The benchmark of the engine runs, at toy size; what it measures is nobody's promise here."""
+# ruff: noqa: RUF001 - the tables have dashes and signs of multiplication
+"""The benchmarks of engine and queue run, at toy size; what they measure is nobody's promise here."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import arrivals, cells, inference, roofline
+from benchmarks import arrivals, cells, inference, measures, queue, roofline
+from benchmarks.comparison import Comparison
 from benchmarks.musicgen_models import SHAPES
+from benchmarks.ours import DgxMusic, DgxMusicThroughPsycopg
+from benchmarks.places import SqlitePlace
+from benchmarks.raw_sqlite import RawSqlite
 
 OPTIONS = "--device cpu --sizes toy --seconds 0.04 --room 1 --batches 2 --requests 3 --slots 2 --threads 1"
 
@@ -55,6 +63,98 @@ def test_a_static_batch_takes_whoever_waits_and_ends_as_a_whole():
 
 def test_percentiles_lie_between_the_values():
     assert [arrivals.percentile([3, 1, 2], share) for share in (0.0, 0.25, 0.5, 1.0)] == [1, 1.5, 2, 3]
+
+
+TINY = queue.Size(
+    rounds=1,
+    one_by_one=3,
+    at_once=16,
+    bulk=10,
+    one_slot=5,
+    drain=30,
+    pickups=2,
+    claim_turns=1,
+    kept=(0, 10),
+    idle_seconds=0.1,
+    soak_seconds=0.5,
+)
+
+
+ROWS = [
+    "enqueue, one at a time, /s",
+    "enqueue, 16 at a time in one process, /s",
+    "enqueue, 10 in one transaction, /s",
+    "drain, 1 slot, /s",
+    "CPU of the worker process, 16 slots, ms",
+    "pickup by an idle worker, p95, ms",
+    "claim one row, 10 finished kept, ms",
+    "idle worker, CPU of one core",
+]
+
+
+async def test_the_queue_benchmark_fills_its_table_on_sqlite(tmp_path, monkeypatch):
+    monkeypatch.setattr(measures, "WARM_UP", 1)
+
+    shown = await queue.run(["sqlite"], TINY, tmp_path, with_peers=True)
+
+    check_table(shown, "raw sqlite3")
+
+
+async def test_the_queue_benchmark_fills_its_table_on_postgres(postgres, tmp_path, monkeypatch):
+    monkeypatch.setattr(measures, "WARM_UP", 1)
+
+    shown = await queue.run([postgres.url("postgres")], TINY, tmp_path, with_peers=True)
+
+    check_table(shown, "raw asyncpg")
+
+
+def check_table(shown, floor):
+    assert f"| measurement | dgx-music | {floor} | ratio |" in shown
+    assert [name for name in ROWS if not re.search(rf"^\| {name} \| \d", shown, re.MULTILINE)] == []
+
+
+def test_a_library_that_is_not_installed_is_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huey", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.peers.huey", raising=False)
+
+    _, missing = queue.field_of(SqlitePlace(Path()), with_peers=True)
+
+    assert "huey" in missing
+
+
+@pytest.fixture
+def comparison():
+    compared = Comparison(DgxMusic, RawSqlite, [DgxMusicThroughPsycopg])
+    for number, (ours, floor, peer) in enumerate([(10, 20, 40), (30, 40, 40), (20, 80, 40)]):
+        for kind, value in ((DgxMusic, ours), (RawSqlite, floor), (DgxMusicThroughPsycopg, peer)):
+            compared.add(kind, number, {"drain, /s": value})
+    return compared
+
+
+def test_a_row_has_medians_their_spread_and_the_median_of_the_rounds_ratios(comparison):
+    row = comparison.table().splitlines()[-1]
+
+    assert row == "| drain, /s | 20.0 (10.0–30.0) | 40.0 (20.0–80.0) | 0.50 × | 40.0 (40.0–40.0) | 0.50 × |"
+
+
+@pytest.mark.parametrize(("unit", "ratio"), [("/s", "0.50 ×"), ("ms", "2.00 ×")])
+def test_the_best_of_the_others_is_the_fastest(unit, ratio):
+    compared = Comparison(DgxMusic, RawSqlite, [RawSqlite, DgxMusicThroughPsycopg])
+    for kind, value in ((DgxMusic, 4), (RawSqlite, 2), (DgxMusicThroughPsycopg, 8)):
+        compared.add(kind, 0, {f"pickup, {unit}": value})
+
+    assert compared.table().endswith(f"| {ratio} |")
+
+
+def test_a_queue_that_cannot_do_something_has_an_empty_cell(comparison):
+    comparison.add(DgxMusic, 0, {"bulk, /s": 5})
+
+    assert comparison.table().splitlines()[-1] == "| bulk, /s | 5.00 (5.00–5.00) |  |  |  |  |"
+
+
+def test_workers_are_counted_while_all_of_them_work():
+    assert measures.rate_of_all([[0.0, 1.0, 2.0, 3.0], [1.0, 1.5, 9.0]]) == 1.5
+    assert measures.rate_of_all([[0.0, 1.0], [2.0, 3.0]]) == 0.0
 
 
 class FakeStock:
