@@ -24,8 +24,15 @@ NOTES = (
 class Comparison:
     """The values of all queues; rows stand in the order of the first round."""
 
-    def __init__(self, ours: type[Queue], floor: type[Queue], peers: Sequence[type[Queue]] = ()) -> None:
-        self._ours, self._floor, self._peers = ours, floor, peers
+    def __init__(
+        self,
+        ours: type[Queue],
+        floor: type[Queue],
+        *,
+        variants: Sequence[type[Queue]] = (),
+        peers: Sequence[type[Queue]] = (),
+    ) -> None:
+        self._ours, self._floor, self._variants, self._peers = ours, floor, variants, peers
         self._rows: dict[str, Values] = {}
 
     def add(self, kind: type[Queue], round_number: int, found: Measured) -> None:
@@ -34,17 +41,18 @@ class Comparison:
 
     def table(self) -> str:
         """Return it as Markdown."""
-        names = [kind.name for kind in (self._ours, self._floor)]
-        titles = ["measurement", *names, "ratio", *[kind.name for kind in self._peers]]
+        others = [*self._variants, *self._peers]
+        titles = ["measurement", self._ours.name, self._floor.name, "ratio"]
+        titles += [kind.name for kind in others]
         if self._peers:
-            titles.append("beside the best of those")
-        return table(titles, [self._cells(name, values) for name, values in self._rows.items()])
+            titles.append("beside the best library")
+        return table(titles, [self._cells(name, others) for name in self._rows])
 
-    def _cells(self, name: str, values: Values) -> list[str]:
-        kinds = [self._ours, self._floor]
-        cells = [name, *[cell(values, kind) for kind in kinds], self._beside_floor(values)]
+    def _cells(self, name: str, others: Sequence[type[Queue]]) -> list[str]:
+        values = self._rows[name]
+        cells = [name, cell(values, self._ours), cell(values, self._floor)]
+        cells += [self._beside_floor(values), *[cell(values, kind) for kind in others]]
         if self._peers:
-            cells += [cell(values, kind) for kind in self._peers]
             cells.append(self._beside_best_peer(name, values))
         return cells
 

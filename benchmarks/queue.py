@@ -77,15 +77,29 @@ Measurement = Callable[[Place, type[Queue]], Awaitable[Measured]]
 
 @dataclass(frozen=True)
 class Field:
-    """Who is measured in a place: ours, the floor, and the others."""
+    """Who is measured in a place."""
 
-    ours: type[DgxMusic]
     floor: type[ClaimingQueue]
-    others: tuple[type[Queue], ...] = ()
+    variants: tuple[type[Queue], ...]
+    """Ours again, in another way."""
+    peers: tuple[type[Queue], ...]
+    missing: tuple[str, ...]
+    """The libraries that are not installed."""
 
     @property
     def all(self) -> list[type[Queue]]:
-        return [self.ours, self.floor, *self.others]
+        return [DgxMusic, self.floor, *self.variants, *self.peers]
+
+
+def field_of(place: Place, *, with_peers: bool) -> Field:
+    is_server = isinstance(place, PostgresPlace)
+    names = peers.ON_POSTGRES if is_server else peers.ON_SQLITE
+    floor: type[ClaimingQueue] = RawAsyncpg if is_server else RawSqlite
+    variants = (DgxMusicThroughPsycopg,) if is_server else ()
+    found = {name: peers.find(name) for name in names} if with_peers else {}
+    installed = tuple(peer for peer in found.values() if peer is not None)
+    missing = tuple(name for name, peer in found.items() if peer is None)
+    return Field(floor, variants, installed, missing)
 
 
 def measurements(size: Size) -> list[Measurement]:
@@ -104,14 +118,14 @@ def measurements(size: Size) -> list[Measurement]:
 
 async def compare(place: Place, field: Field, size: Size) -> Comparison:
     """Measure all queues; the order turns round with every round."""
-    comparison = Comparison(field.ours, field.floor, field.others)
+    comparison = Comparison(DgxMusic, field.floor, variants=field.variants, peers=field.peers)
     for measurement in measurements(size):
         for number in range(size.rounds):
             for kind in field.all if number % 2 == 0 else reversed(field.all):
                 found = await measurement(place, kind)
                 comparison.add(kind, number, found)
                 say(place, kind, number, found)
-    kinds: list[type[ClaimingQueue]] = [field.ours, field.floor]
+    kinds: list[type[ClaimingQueue]] = [DgxMusic, field.floor]
     turns = measures.measure_claims(place, kinds, size.kept, size.claim_turns)
     async for number, kind, found in turns:
         comparison.add(kind, number, found)
@@ -130,24 +144,12 @@ async def measure_upkeep(place: Place, size: Size) -> dict[str, str]:
     return found
 
 
-def field_of(place: Place, *, with_peers: bool) -> tuple[Field, list[str]]:
-    """Return who is measured there, and the names of the libraries that are not installed."""
-    is_server = isinstance(place, PostgresPlace)
-    names = (peers.ON_POSTGRES if is_server else peers.ON_SQLITE) if with_peers else ()
-    found = {name: peers.find(name) for name in names}
-    others = [peer for peer in found.values() if peer is not None]
-    missing = [name for name, peer in found.items() if peer is None]
-    if is_server:
-        return Field(DgxMusic, RawAsyncpg, (DgxMusicThroughPsycopg, *others)), missing
-    return Field(DgxMusic, RawSqlite, tuple(others)), missing
-
-
 async def report(place: Place, size: Size, *, with_peers: bool) -> list[str]:
     """Return the paragraphs about one place."""
-    field, missing = field_of(place, with_peers=with_peers)
+    field = field_of(place, with_peers=with_peers)
     comparison = await compare(place, field, size)
     alone = await measure_upkeep(place, size)
-    left_out = [f"{name} is not installed, so it was left out." for name in missing]
+    left_out = [f"{name} is not installed, so it was left out." for name in field.missing]
     return [
         f"### {place.name}",
         place.describe(),
@@ -208,6 +210,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.folder is not None:  # the server of PostgreSQL makes its folder there, too
+        arguments.folder.mkdir(parents=True, exist_ok=True)
         tempfile.tempdir = str(arguments.folder.resolve())
     names = ["sqlite", "postgres"] if arguments.database == "all" else [arguments.database]
     size = QUICK if arguments.quick else FULL

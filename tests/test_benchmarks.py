@@ -117,14 +117,14 @@ def test_a_library_that_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "huey", None)
     monkeypatch.delitem(sys.modules, "benchmarks.peers.huey", raising=False)
 
-    _, missing = queue.field_of(SqlitePlace(Path()), with_peers=True)
+    field = queue.field_of(SqlitePlace(Path()), with_peers=True)
 
-    assert "huey" in missing
+    assert "huey" in field.missing
 
 
 @pytest.fixture
 def comparison():
-    compared = Comparison(DgxMusic, RawSqlite, [DgxMusicThroughPsycopg])
+    compared = Comparison(DgxMusic, RawSqlite, peers=[DgxMusicThroughPsycopg])
     for number, (ours, floor, peer) in enumerate([(10, 20, 40), (30, 40, 40), (20, 80, 40)]):
         for kind, value in ((DgxMusic, ours), (RawSqlite, floor), (DgxMusicThroughPsycopg, peer)):
             compared.add(kind, number, {"drain, /s": value})
@@ -139,7 +139,7 @@ def test_a_row_has_medians_their_spread_and_the_median_of_the_rounds_ratios(comp
 
 @pytest.mark.parametrize(("unit", "ratio"), [("/s", "0.50 ×"), ("ms", "2.00 ×")])
 def test_the_best_of_the_others_is_the_fastest(unit, ratio):
-    compared = Comparison(DgxMusic, RawSqlite, [RawSqlite, DgxMusicThroughPsycopg])
+    compared = Comparison(DgxMusic, RawSqlite, peers=[RawSqlite, DgxMusicThroughPsycopg])
     for kind, value in ((DgxMusic, 4), (RawSqlite, 2), (DgxMusicThroughPsycopg, 8)):
         compared.add(kind, 0, {f"pickup, {unit}": value})
 
