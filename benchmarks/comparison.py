@@ -82,7 +82,9 @@ def cell(values: Values, kind: type[Queue]) -> str:
 
 
 def number(value: float) -> str:
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    """Return it with three digits, or with all before the point."""
+    decimals = next((count for count, least in enumerate((100, 10, 1)) if value >= least), 3)
+    return f"{value:,.{decimals}f}"
 
 
 def times(factor: float) -> str:

@@ -98,7 +98,7 @@ def field_of(place: Place, *, with_peers: bool) -> Field:
     variants = (DgxMusicThroughPsycopg,) if is_server else ()
     found = {name: peers.find(name) for name in names} if with_peers else {}
     installed = tuple(peer for peer in found.values() if peer is not None)
-    missing = tuple(name for name, peer in found.items() if peer is None)
+    missing = tuple(name.replace("_", "-") for name, peer in found.items() if peer is None)
     return Field(floor, variants, installed, missing)
 
 
