@@ -7,4 +7,6 @@ from collections.abc import Iterable, Sequence
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---") for line in lines)
+    return "\n".join(
+        f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---") for line in lines
+    )

@@ -144,7 +144,9 @@ async def measure_drain(place: Place, kind: type[Queue], count: int, slots: int)
     return {f"drain, {name}, /s": 1 / clock, f"CPU of the worker process, {name}, ms": 1000 * cpu}
 
 
-async def measure_processes(place: Place, kind: type[Queue], count: int, workers: int, slots: int) -> Measured:
+async def measure_processes(
+    place: Place, kind: type[Queue], count: int, workers: int, slots: int
+) -> Measured:
     """Measure several worker processes, while all of them work."""
     if not kind.is_shared:
         return {}
@@ -225,7 +227,9 @@ async def measure_claims(
         await queue.close()
 
 
-async def open_kept(finished: int, kind: type[ClaimingQueue], location: str, waiting: int) -> ClaimingQueue:
+async def open_kept(
+    finished: int, kind: type[ClaimingQueue], location: str, waiting: int
+) -> ClaimingQueue:
     queue = await kind.open(location)
     await queue.add_finished(finished)
     await fill(queue, prompts(waiting))

@@ -85,7 +85,9 @@ class DgxMusic(ClaimingQueue):
 
     async def claim(self) -> None:
         async with self._database.session() as session:
-            if not await queue.claim(session, worker_id="w", model_name=MODEL, limit=1, lease_seconds=30):
+            if not await queue.claim(
+                session, worker_id="w", model_name=MODEL, limit=1, lease_seconds=30
+            ):
                 raise RuntimeError("nothing was claimed")
 
     async def add_finished(self, count: int) -> None:

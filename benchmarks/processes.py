@@ -66,7 +66,9 @@ async def work(kind: type[Queue], location: str, slots: str) -> None:
     queue, moments = await kind.open(location), list[float]()
     await wait_to_begin()
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(queue.work(int(slots), lambda _: moments.append(time.monotonic())), name="worker")
+        tasks.create_task(
+            queue.work(int(slots), lambda _: moments.append(time.monotonic())), name="worker"
+        )
         seen = -1
         while len(moments) > seen:
             seen = len(moments)

@@ -134,7 +134,9 @@ async def compare(place: Place, field: Field, size: Size) -> Comparison:
 
 def say(place: Place, kind: type[Queue], number: int, found: Measured) -> None:
     shown = "; ".join(f"{name} {value:.4g}" for name, value in found.items()) or "cannot"
-    console.print(f"{place.name}, round {number + 1}, {kind.name}: {shown}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{place.name}, round {number + 1}, {kind.name}: {shown}", highlight=False, soft_wrap=True
+    )
 
 
 async def measure_upkeep(place: Place, size: Size) -> dict[str, str]:

@@ -31,7 +31,9 @@ CREATE TABLE queue (
 CREATE INDEX queue_pending ON queue (run_at, id) WHERE status = 'pending';
 """
 ENQUEUE = "INSERT INTO queue (payload) VALUES ($1)"
-ENQUEUE_AND_WAKE = f"WITH added AS ({ENQUEUE} RETURNING id) SELECT pg_notify('queue', '') FROM added"
+ENQUEUE_AND_WAKE = (
+    f"WITH added AS ({ENQUEUE} RETURNING id) SELECT pg_notify('queue', '') FROM added"
+)
 # Not now(): asyncpg's prepare begins a transaction, and the first execution is still in it.
 CLAIM = """
 UPDATE queue SET status = 'running', claimed_by = 'w' WHERE id = (

@@ -44,7 +44,9 @@ def read_server(place: Place, location: str) -> dict[str, int]:
     if not isinstance(place, PostgresPlace):
         return {}
     query = f"SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = '{database_of(location)}'"
-    heard = {"idle worker, transactions that the server counts": int(place.server.execute(query)[0][0])}
+    heard = {
+        "idle worker, transactions that the server counts": int(place.server.execute(query)[0][0])
+    }
     if isinstance(place.server, OwnServer):
         log = place.server.log()
         statements = log.count("LOG:  statement: ") + log.count("LOG:  execute ")
@@ -70,14 +72,14 @@ async def measure_soak(place: PostgresPlace, duration: float) -> dict[str, str]:
 
 
 def describe_tables(place: PostgresPlace, location: str, count: int) -> dict[str, str]:
-    query = (
-        "SELECT relname, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_total_relation_size(relid) FROM pg_stat_user_tables"
-    )
+    query = "SELECT relname, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_total_relation_size(relid) FROM pg_stat_user_tables"
     rows = place.server.execute(query, database=database_of(location))
     found = {name: numbers for name, *numbers in rows}
     dead, updates, heap_only, size = found["generations"]
     renewals = updates - 2 * count
-    others = ", ".join(f"{found[name][0]:,} in {name}" for name in ("attempts", "workers", "tallies"))
+    others = ", ".join(
+        f"{found[name][0]:,} in {name}" for name in ("attempts", "workers", "tallies")
+    )
     return {
         f"soak of {count} generations: heartbeats' renewals": f"{renewals:,}",
         "soak: renewals that were heap-only updates": f"{heap_only / max(renewals, 1):.0%}",

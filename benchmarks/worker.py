@@ -27,12 +27,16 @@ class NoopEngine:
     ``arrived`` gets the prompt of each generation that it is asked for.
     """
 
-    def __init__(self, slots: int, arrived: Arrived = lambda _: None, *, seconds: float = 0.0) -> None:
+    def __init__(
+        self, slots: int, arrived: Arrived = lambda _: None, *, seconds: float = 0.0
+    ) -> None:
         self.slots = slots
         self._arrived, self._seconds = arrived, seconds
 
     async def start(self, model: str) -> EngineInfo:
-        return EngineInfo(slots=self.slots, device="none", model_version="noop", notice=None, pid=os.getpid())
+        return EngineInfo(
+            slots=self.slots, device="none", model_version="noop", notice=None, pid=os.getpid()
+        )
 
     async def generate(
         self,

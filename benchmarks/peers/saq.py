@@ -33,7 +33,9 @@ class Peer(Queue):
 
     @classmethod
     async def open(cls, location: str) -> Self:
-        pool = AsyncConnectionPool(location, min_size=CONNECTIONS, max_size=CONNECTIONS, open=False, kwargs={})
+        pool = AsyncConnectionPool(
+            location, min_size=CONNECTIONS, max_size=CONNECTIONS, open=False, kwargs={}
+        )
         sizes = {"min_size": CONNECTIONS, "max_size": CONNECTIONS}
         queue = PostgresQueue(pool, manage_pool_lifecycle=True, **sizes)
         await queue.connect()
@@ -49,7 +51,9 @@ class Peer(Queue):
         async def generate(_: Any, *, prompt: str, **__: Any) -> None:
             arrived(prompt)
 
-        self._worker = Worker(self._queue, [("generate", generate)], concurrency=slots, shutdown_grace_period_s=1)
+        self._worker = Worker(
+            self._queue, [("generate", generate)], concurrency=slots, shutdown_grace_period_s=1
+        )
         await self._worker.start()
 
     async def stop(self) -> None:
