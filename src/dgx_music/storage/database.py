@@ -162,11 +162,14 @@ class Database:
     ) -> T:
         """Return what ``work`` returns, done in its own transaction, which a cancel does not stop.
 
-        It is repeated if it was a deadlock's victim, and repeated on the primary if the read
-        replica fails: a replica also ends a query that delays what it copies.
+        The work may only await the calls of its session. It is repeated if it was a deadlock's
+        victim, and repeated on the primary if the read replica fails: a replica also ends a query
+        that delays what it copies.
         """
 
         async def run(*, may_lag: bool) -> T:
+            if self.is_embedded:
+                return await self._run_on_thread(work, read_only=read_only)
             async with self.session(read_only=read_only, may_lag=may_lag) as session:
                 return await work(session)
 
@@ -179,6 +182,18 @@ class Database:
                     raise
                 may_lag = False
         return await finish(run(may_lag=may_lag))
+
+    async def _run_on_thread(self, work: Callable[[AsyncSession], Awaitable[T]], *, read_only: bool) -> T:
+        def must_drop(error: BaseException) -> bool:
+            return self._is_unavailable(error) and not (read_only and _is_refused_write(error))
+
+        try:
+            here = self._connections.here()
+            return await here.run_on_thread(work, read_only=read_only, must_drop=must_drop)
+        except BaseException as error:
+            if must_drop(error):
+                self._explain(error)
+            raise
 
     async def prepare(self) -> None:
         """Make the database ready for use: migrate a SQLite file, only check a server.

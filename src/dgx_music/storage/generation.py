@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy import text as sql
-from sqlalchemy.orm import Mapped, mapped_column, validates
+from sqlalchemy.orm import Mapped, make_transient_to_detached, mapped_column, validates
+from sqlalchemy.orm.instrumentation import manager_of_class
 
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.storage.base import Base
@@ -267,6 +269,23 @@ class Generation(Base):
 generations = cast("Table", Generation.__table__)
 g = generations.c
 """The table and its columns, for statements that change rows without their objects."""
+
+_FRESH = {
+    **dict.fromkeys(each.key for each in inspect(Generation).column_attrs),
+    **{"status": GenerationStatus.PENDING, "attempt": 0, "failures": 0, "progress": 0.0},
+    "cancel_requested": False,
+}
+
+
+def as_inserted(values: Mapping[str, Any]) -> Generation:
+    """Return the object of a pending row that was just inserted with these values of attributes.
+
+    It is detached, as if it had been read, and spares a SELECT. A session can ``add`` it.
+    """
+    generation: Generation = manager_of_class(Generation).new_instance()
+    generation.__dict__.update(_FRESH | values)
+    make_transient_to_detached(generation)
+    return generation
 
 
 @event.listens_for(Generation, "before_update")

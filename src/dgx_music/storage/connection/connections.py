@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import URL
@@ -35,6 +35,9 @@ from dgx_music.storage.connection.sessions import Session, finish
 from dgx_music.storage.connection.snapshots import snapshot
 from dgx_music.storage.connection.sqlite_changes import FileChanges
 from dgx_music.storage.connection.sqlite_file import DatabaseFile
+from dgx_music.storage.connection.sqlite_thread import Work, run_on_thread
+
+T = TypeVar("T")
 
 _CLOSE_SECONDS = 10.0
 
@@ -44,6 +47,7 @@ class Connections:
 
     def __init__(self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None) -> None:
         self.changes: Changes
+        self._file = file
         if url.get_backend_name() == "sqlite":
             self.engine, self.reading_engine = sqlite.create_engines(url, file)
             self.changes = FileChanges(None if file is None else file.path)
@@ -61,6 +65,13 @@ class Connections:
         is_shared = self.engine.pool is self.reading_engine.pool
         own = (self.engine,) if is_shared else (self.engine, self.reading_engine)
         return own if self.replica is None else (*own, self.replica.engine)
+
+    async def run_on_thread(
+        self, work: Work[T], *, read_only: bool, must_drop: Callable[[BaseException], bool]
+    ) -> T:
+        """Do the work in one transaction on the thread of a SQLite connection."""
+        engine = self.reading_engine if read_only else self.engine
+        return await run_on_thread(engine, self._file, work, read_only=read_only, must_drop=must_drop)
 
     async def close(self) -> None:
         """Close every connection, on the event loop that they belong to."""

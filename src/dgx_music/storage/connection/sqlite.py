@@ -101,10 +101,18 @@ def _create_engine(url: URL, connections: int) -> AsyncEngine:
         poolclass=AsyncAdaptedQueuePool,
         pool_size=connections,
         max_overflow=0,
+        pool_reset_on_return=None,
         connect_args={"timeout": _BUSY_TIMEOUT_SECONDS},
     )
+    event.listen(engine.sync_engine, "reset", _roll_back_if_begun)
     configure_sqlite(engine)
     return engine
+
+
+def _roll_back_if_begun(connection: Any, _record: Any, _state: Any) -> None:
+    """Spare the trip to the connection's thread if nothing is to be rolled back."""
+    if connection.driver_connection.in_transaction:
+        connection.rollback()
 
 
 def _refuse_writes(connection: Any, _record: Any) -> None:
@@ -142,7 +150,7 @@ def _begin(connection: Connection) -> None:
     is_reading = connection.get_execution_options().get(READ_ONLY, False)
     statement = "BEGIN" if is_reading else "BEGIN IMMEDIATE"
     driver: Any = connection.connection.dbapi_connection
-    with waiting(connection):
+    with waiting(connection.info):
         driver.run_async(lambda raw: raw.execute(statement))
 
 

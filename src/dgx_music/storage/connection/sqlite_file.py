@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -225,9 +225,9 @@ class _Checkpoint:
 
 
 @contextmanager
-def waiting(connection: Connection) -> Iterator[None]:
+def waiting(connection_info: dict[str, Any]) -> Iterator[None]:
     """Note that the connection waits for the lock while the block runs."""
-    opened = connection.info.get(_OPENED)
+    opened = connection_info.get(_OPENED)
     if not isinstance(opened, _Opened):  # an engine of the caller's own
         yield
         return
