@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import insert, literal, select, update
+from sqlalchemy import bindparam, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError
@@ -16,6 +16,7 @@ from dgx_music.storage.due import CLAIM_ORDER, due_rows, take_turns
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_one_of
 from dgx_music.storage.models import attempts
+from dgx_music.storage.prepared import Prepared
 from dgx_music.storage.schema import (
     PENDING,
     PROCESSING,
@@ -64,11 +65,14 @@ async def claim(
         await take_turns(session)
     dialect = dialect_of(session)
     statement = _claim_statement(dialect, worker_id, model_name, limit, lease_seconds, tenant_limit)
-    claimed = (await session.execute(statement)).all()
+    claimed = await statement.rows(session, {})
     rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
     if rows and dialect != "postgresql":
-        made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
-        await session.execute(insert(attempts), made)
+        made = [
+            {"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id}
+            for row in rows
+        ]
+        await _ADD_ATTEMPT.run_each(session, made)
     if not rows:
         await check_schema(session)
     return [_as_claim(row) for row in rows]
@@ -93,7 +97,7 @@ def _claim_statement(
     limit: int,
     lease_seconds: float,
     tenant_limit: int | None,
-) -> Any:
+) -> Prepared:
     """Return the statement that claims; cached, since a worker uses the same few again and again.
 
     On PostgreSQL it also adds the attempts, in the same round trip; on SQLite it cannot.
@@ -112,7 +116,7 @@ def _claim_statement(
         )
         .returning(*_CLAIMED)
     )
-    return _with_attempts(claimed, worker_id) if dialect == "postgresql" else claimed
+    return Prepared(_with_attempts(claimed, worker_id) if dialect == "postgresql" else claimed)
 
 
 def _with_attempts(claimed: Any, worker_id: str) -> Any:
@@ -122,6 +126,11 @@ def _with_attempts(claimed: Any, worker_id: str) -> Any:
     return select(taken).add_cte(insert(attempts).from_select(columns, made).cte("made"))
 
 
+_ADD_ATTEMPT = Prepared(
+    insert(attempts).values(
+        {name: bindparam(name) for name in ("generation_id", "attempt", "worker_id")}
+    )
+)
 _CLAIMED = (
     g.id,
     g.attempt,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import bindparam, column, func, select
+from sqlalchemy import DefaultClause, bindparam, column, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -57,7 +57,9 @@ async def insert_generations(
         by_key |= found
         # The other producer's row is gone again: insert once more.
         fresh = [row for row in raced if row["idempotency_key"] not in found]
-    by_key |= {row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None}
+    by_key |= {
+        row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
+    }
     return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
 
 
@@ -144,7 +146,9 @@ async def _insert_chunk(session: AsyncSession, rows: list[Row]) -> list[Generati
         await uncount_prompt_uses(session, raced)
     inserted = [(row, made[row["id"]]) for row in rows if row["id"] in made]
     return [
-        _as_inserted({**row, "prompt_id": at.prompt_id, "created_at": at.created_at, "run_at": at.run_at})
+        _as_inserted(
+            {**row, "prompt_id": at.prompt_id, "created_at": at.created_at, "run_at": at.run_at}
+        )
         for row, at in inserted
     ]
 
@@ -159,16 +163,29 @@ _GIVEN = (
     *("priority", "tenant", "max_attempts", "idempotency_key", "request_hash", "metadata"),
 )
 """The columns that a request gives; the database adds the others."""
-_ATTRIBUTES = (*(name for name in _GIVEN if name != "metadata"), "metadata_", "prompt_id", "created_at", "run_at")
+_ATTRIBUTES = (
+    *(name for name in _GIVEN if name != "metadata"),
+    "metadata_",
+    "prompt_id",
+    "created_at",
+    "run_at",
+)
 
 
 def _insert_on_sqlite_statement() -> Any:
-    values: dict[str, Any] = {name: bindparam(name, type_=g[name].type) for name in _ATTRIBUTES if name in g}
+    values: dict[str, Any] = {
+        name: bindparam(name, type_=g[name].type) for name in _ATTRIBUTES if name in g
+    }
     values["metadata"] = bindparam("metadata_", type_=g.metadata.type)
     # Else SQLAlchemy would expect a parameter for each of them.
-    defaults = {each.name: each.server_default.arg for each in g if each.default and each.name not in values}
+    rest = (each for each in g if each.default and each.name not in values)
+    defaults = {each.name: cast("DefaultClause", each.server_default).arg for each in rest}
     values |= defaults | {"status": written(PENDING)}
-    return sqlite.insert(generations).values(values).on_conflict_do_nothing(index_elements=["idempotency_key"])
+    return (
+        sqlite.insert(generations)
+        .values(values)
+        .on_conflict_do_nothing(index_elements=["idempotency_key"])
+    )
 
 
 @cache

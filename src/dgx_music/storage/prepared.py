@@ -7,7 +7,7 @@ Only what a burst of requests or a worker repeats for each generation is worth t
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -36,12 +36,12 @@ class Prepared:
         cursor = session.driver.execute(self._text, self._parameters(values))
         return [self._row(row) for row in cursor.fetchall()]
 
-    async def run_each(self, session: AsyncSession, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Execute it once for each of these values; it returns no rows."""
-        if not isinstance(session, ThreadSession):
-            await session.execute(self.statement, list(rows))
-        else:
+    async def run_each(self, session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Execute it once for each of these values, if there are any; it returns no rows."""
+        if isinstance(session, ThreadSession):
             session.driver.executemany(self._text, map(self._parameters, rows))
+        elif rows:
+            await session.execute(self.statement, rows)
 
     @cached_property
     def _compiled(self) -> Any:
@@ -55,7 +55,10 @@ class Prepared:
     def _names(self) -> tuple[tuple[str, Callable[[Any], Any] | None, Any], ...]:
         """The parameters in their order: the name, what the driver's value is made with, the default."""
         compiled = self._compiled
-        return tuple((name, _binding(compiled.binds[name].type), compiled.params[name]) for name in compiled.positiontup)
+        return tuple(
+            (name, _binding(compiled.binds[name].type), compiled.params[name])
+            for name in compiled.positiontup
+        )
 
     def _parameters(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
         found = ((values.get(name, default), bind) for name, bind, default in self._names)
@@ -64,7 +67,7 @@ class Prepared:
     @cached_property
     def _readers(self) -> tuple[Any, tuple[tuple[int, Callable[[Any], Any]], ...]]:
         columns = self.statement.exported_columns
-        kind = namedtuple("Row", [column.key for column in columns])  # noqa: PYI024 - its fields are the statement's
+        kind = namedtuple("Row", [column.key for column in columns])
         readers = ((place, _reading(column.type)) for place, column in enumerate(columns))
         return kind, tuple((place, read) for place, read in readers if read is not None)
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any, cast
 
-from sqlalchemy import CTE, Integer, Table, and_, bindparam, column, func, select, update
+from sqlalchemy import CTE, Integer, Select, Table, and_, bindparam, column, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -79,7 +79,11 @@ async def count_overlooked_prompts(session: AsyncSession, limit: int = 500) -> i
     counted = {prompt.text: prompt.id for prompt in prompts}
     for row in rows:
         if row.prompt in counted:
-            linked = update(Generation).where(Generation.id == row.id).values(prompt_id=counted[row.prompt])
+            linked = (
+                update(Generation)
+                .where(Generation.id == row.id)
+                .values(prompt_id=counted[row.prompt])
+            )
             await session.execute(linked, execution_options={"synchronize_session": False})
     return sum(row.prompt in counted for row in rows)
 
@@ -159,13 +163,19 @@ def counted_prompts() -> CTE:
     uses = json_rows("texts", [column(each.name, each.type) for each in columns])
     bucket = func.get_byte(func.decode(uses.c.text_hash, "hex"), 0)
     is_usual = func.current_setting("transaction_isolation") == "read committed"
-    buckets = select(bucket.label("bucket")).distinct().where(is_usual).cte("buckets").prefix_with("MATERIALIZED")
-    free = select(buckets.c.bucket).where(func.pg_try_advisory_xact_lock(_COUNT_LOCK, buckets.c.bucket))
-    free = free.cte("free").prefix_with("MATERIALIZED")
+    buckets = _once(select(bucket.label("bucket")).distinct().where(is_usual), "buckets")
+    is_free = func.pg_try_advisory_xact_lock(_COUNT_LOCK, buckets.c.bucket)
+    free = _once(select(buckets.c.bucket).where(is_free), "free")
     # In the order of the texts: two transactions with different orders would deadlock.
     counted = select(uses).where(bucket.in_(select(free.c.bucket))).order_by(uses.c.text)
-    upsert = postgresql.insert(_prompts).from_select([each.name for each in columns], counted, include_defaults=False)
-    return _counting(upsert).returning(_p.id, _p.text_hash).cte("counted")
+    upsert = postgresql.insert(_prompts).from_select(
+        [each.name for each in columns], counted, include_defaults=False
+    )
+    return cast("CTE", _counting(upsert).returning(_p.id, _p.text_hash).cte("counted"))
+
+
+def _once(query: Select[Any], name: str) -> CTE:
+    return query.cte(name).prefix_with("MATERIALIZED")
 
 
 _prompts = cast("Table", Prompt.__table__)
