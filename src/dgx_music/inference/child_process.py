@@ -69,7 +69,9 @@ The Hugging Face hub's own token is allowed: downloads need it.
 class ChildProcess:
     """A running process and the parent's end of its channel; it is started once and ends once."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: _Channel, on_end: OnEnd) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, channel: _Channel, on_end: OnEnd
+    ) -> None:
         self._process = process
         self._channel = channel
         self._on_end = on_end
@@ -169,7 +171,9 @@ class _Channel(asyncio.Protocol):
         self.closed.set_result(None)
 
 
-async def _start_python(channel: socket.socket, settings: EngineSettings) -> asyncio.subprocess.Process:
+async def _start_python(
+    channel: socket.socket, settings: EngineSettings
+) -> asyncio.subprocess.Process:
     arguments = str(channel.fileno()), json.dumps(asdict(settings))
     try:
         return await asyncio.create_subprocess_exec(
