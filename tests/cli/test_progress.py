@@ -74,16 +74,8 @@ def test_a_terminal_sees_progress_and_gets_its_cursor_back(
 ) -> None:
     run_worker = spawn("worker")
     terminal, theirs = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "dgx_music.cli",
-        "enqueue",
-        "lofi rain",
-        "--duration",
-        "1",
-        "--wait",
-    ]
+    words = ("enqueue", "lofi rain", "--duration", "1", "--wait")
+    command = [sys.executable, "-m", "dgx_music.cli", *words]
     environment = os.environ | {"TERM": "xterm"}
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment

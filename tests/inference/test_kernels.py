@@ -475,13 +475,11 @@ def test_the_kernels_compile_for_a_gpu(
         "values": f"*{cache_type}",
         "scale": "fp32",
     } | workspace
-    assert compile_kernel("attend_split", pointers, {"head_size": 64, "block": BLOCK}, capability)[
-        "cubin"
-    ]
+    steps = {"head_size": 64, "block": BLOCK}
+    assert compile_kernel("attend_split", pointers, steps, capability)["cubin"]
     merged = {"out": "*bf16"} | workspace
-    assert compile_kernel(
-        "merge_splits", merged, {"head_size": 64, "padded_count": 32}, capability
-    )["cubin"]
+    steps = {"head_size": 64, "padded_count": 32}
+    assert compile_kernel("merge_splits", merged, steps, capability)["cubin"]
     pointers = {
         "x": "*bf16",
         "more": "*bf16",
