@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dgx_music.audio.files import MP3_SAMPLE_RATES, PEAK_LIMIT, check_format, finish, warm_up
+from dgx_music.audio.files import PEAK_LIMIT, check_format, finish, warm_up
+from dgx_music.audio.formats import FORMATS
 from dgx_music.audio.samples import Audio
 from dgx_music.cli.output import waveform_text
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
 
 RATE = 32_000
-FORMATS = get_args(AudioFormat)
 LOUDNESSES = get_args(Loudness)
 ONE_STEP = 1 / 32_768  # of 16 bits
 SAMPLE_RATES = st.sampled_from([8_000, 11_025, 22_050, 32_000, 32_001, 44_100, 48_000, 96_000])
@@ -226,6 +226,10 @@ def test_any_finite_input_gives_finite_samples_within_full_scale(
 # Channels, sample rates, formats
 
 
+def test_each_format_of_the_setting_is_in_the_table():
+    assert {*FORMATS} == {*get_args(AudioFormat)}
+
+
 def test_mono_is_duplicated_to_two_channels():
     samples, _ = decode(finished(sine(), channels=2))
 
@@ -319,7 +323,7 @@ def test_a_lossy_file_sounds_like_what_went_in(audio_format):
     assert 10 * math.log10(np.square(chord).mean() / noise_power) > 20
 
 
-@pytest.mark.parametrize("sample_rate", MP3_SAMPLE_RATES)
+@pytest.mark.parametrize("sample_rate", FORMATS["mp3"].sample_rates)
 def test_mp3_holds_each_of_its_sample_rates(sample_rate):
     file = finished(sine(0.1), sample_rate=sample_rate, audio_format="mp3")
 

@@ -843,7 +843,15 @@ async def test_waiting_too_long_raises_and_the_generation_goes_on(database, time
         await wait_for_generation(generation.id, timeout=timeout)
 
     assert isinstance(caught.value, TimeoutError)
+    assert caught.value.status is GenerationStatus.PENDING
     assert (await read(database, generation.id)).is_pending
+
+
+def test_a_wait_that_had_no_time_to_read_the_status_says_unfinished():
+    assert (
+        str(WaitTimeoutError("x", None, 0.0))
+        == "Generation x is still unfinished after 0 s; it goes on."
+    )
 
 
 async def test_waiting_for_what_is_not_there_says_so():

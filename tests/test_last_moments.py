@@ -10,7 +10,7 @@ from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import EngineCrashedError
 from dgx_music.storage import queue
-from dgx_music.worker.live_engine import BROKEN_AFTER
+from dgx_music.worker.engine_deaths import BROKEN_AFTER
 from dgx_music.worker.worker import Worker
 from tests.daemons import add, attempts_of, is_finished, rows_of, until
 from tests.factories import SQLITE, add_generation, back_date, on

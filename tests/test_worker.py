@@ -30,8 +30,8 @@ from dgx_music.storage.models import Attempt, Clip, Generation, WorkerInfo
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import now_plus
 from dgx_music.worker import performing
+from dgx_music.worker.engine_deaths import BROKEN_AFTER
 from dgx_music.worker.leases import Stop
-from dgx_music.worker.live_engine import BROKEN_AFTER
 from dgx_music.worker.worker import Worker
 from tests.factories import MODEL, SQLITE, audio_file, back_date, on
 from tests.fakes import FakeEngine

@@ -107,13 +107,19 @@ class IdempotencyConflictError(DgxMusicError):
 
 
 class WaitTimeoutError(DgxMusicError, TimeoutError):
-    """The generation did not finish within the given time; it still goes on."""
+    """The generation did not finish within the given time; it still goes on.
+
+    ``status`` is ``None`` if there was no time to read it.
+    """
 
     exit_code = 124
 
-    def __init__(self, generation_id: str, status: str, timeout_seconds: float) -> None:
+    def __init__(
+        self, generation_id: str, status: GenerationStatus | None, timeout_seconds: float
+    ) -> None:
+        so_far = status or "unfinished"
         super().__init__(
-            f"Generation {generation_id} is still {status} after {timeout_seconds:g} s; it goes on."
+            f"Generation {generation_id} is still {so_far} after {timeout_seconds:g} s; it goes on."
         )
         self.generation_id = generation_id
         self.status = status

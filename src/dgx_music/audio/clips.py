@@ -22,11 +22,12 @@ import numpy as np
 import soundfile
 
 from dgx_music import validation
-from dgx_music.audio.containers import READABLE, DamagedError, open_source
-from dgx_music.audio.containers import Source as Container
 from dgx_music.audio.containers.decoder import Stream, decode_quietly, open_stream
+from dgx_music.audio.containers.interface import READABLE, DamagedError
+from dgx_music.audio.containers.interface import Source as Container
 from dgx_music.audio.conversion import cancels_out, match_channels, resample
 from dgx_music.audio.files import encode
+from dgx_music.audio.formats import FORMATS, open_source
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError
@@ -44,7 +45,7 @@ MAX_SOURCE_BYTES = 100_000_000
 MAX_BATCH_BYTES = 256 * 2**20
 """Clips of one batch, as they are stored: all are in memory until the last one is checked."""
 
-_FORMATS = {"WAV", "WAVEX", "RF64", "FLAC", "OGG"}  # libsndfile's names
+_NAMES = {name for each in FORMATS.values() for name in each.names}
 _MAX_CHANNELS = 8
 _SCALE = 32_768  # what libsndfile divides 16 bits by, so that a file of 16 bits stays what it is
 _COUNTED_SECONDS = 600
@@ -303,7 +304,7 @@ def _tell(name: str, what: str) -> None:
 
 def _check_form(name: str, file: Stream) -> None:
     """Refuse a file, before it is read, that would take more memory than any music needs."""
-    if file.format not in _FORMATS:
+    if file.format not in _NAMES:
         raise InvalidRequestError(name, f"is audio of the format {file.format}", READABLE)
     if not _MIN_RATE <= file.samplerate <= _MAX_RATE:
         problem = f"has a sample rate of {file.samplerate:,} Hz"

@@ -20,6 +20,7 @@ import soundfile
 
 from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
+from dgx_music.audio.formats import FORMATS
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import ArtifactError, EngineError, GenerationRejectedError
@@ -30,20 +31,6 @@ if TYPE_CHECKING:
 TARGET_LUFS = -14.0
 PEAK_LIMIT = 10 ** (-1 / 20)  # -1 dBFS: room for what a lossy decoder adds to a peak
 WAVEFORM_POINTS = 1_000
-MP3_SAMPLE_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
-
-_ENCODINGS: dict[AudioFormat, dict[str, Any]] = {
-    "wav": {"format": "WAV", "subtype": "PCM_16"},
-    "flac": {"format": "FLAC", "subtype": "PCM_16"},
-    "mp3": {
-        "format": "MP3",
-        "subtype": "MPEG_LAYER_III",
-        "bitrate_mode": "VARIABLE",
-        "compression_level": 0.0,
-    },
-    "ogg": {"format": "OGG", "subtype": "VORBIS"},
-}
-"""For MP3 LAME's best variable rate: libsndfile's default distorts a chord by 16 dB more."""
 _BLOCK_FRAMES = 65_536
 """libsndfile overflows the stack on a long OGG file that is written in one call."""
 _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overflows on much more
@@ -93,10 +80,11 @@ def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
 
     Ask before inference.
     """
-    if audio_format == "mp3" and sample_rate not in MP3_SAMPLE_RATES:
-        known = ", ".join(f"{rate:,}" for rate in MP3_SAMPLE_RATES)
+    rates = FORMATS[audio_format].sample_rates
+    if rates is not None and sample_rate not in rates:
+        known = ", ".join(f"{rate:,}" for rate in rates)
         raise GenerationRejectedError(
-            f"MP3 cannot hold {sample_rate:,} Hz; use one of {known} Hz, or another audio format."
+            f"{audio_format.upper()} cannot hold {sample_rate:,} Hz; use one of {known} Hz, or another audio format."
         )
 
 
@@ -177,7 +165,7 @@ def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -
     frames = samples.T  # [frame, channel]
     buffer = io.BytesIO()
     with soundfile.SoundFile(
-        buffer, "w", sample_rate, frames.shape[1], **_ENCODINGS[audio_format]
+        buffer, "w", sample_rate, frames.shape[1], **FORMATS[audio_format].encoding
     ) as file:
         for start in range(0, len(frames), _BLOCK_FRAMES):
             file.write(frames[start : start + _BLOCK_FRAMES])

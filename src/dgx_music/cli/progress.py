@@ -65,7 +65,7 @@ async def follow(
             beside.cancel_scope.cancel()
     for generation_id in ids:
         if generation_id not in latest or not latest[generation_id].is_finished:
-            status = latest[generation_id].status if generation_id in latest else "unfinished"
+            status = latest[generation_id].status if generation_id in latest else None
             raise WaitTimeoutError(generation_id, status, timeout or 0.0)
     return [latest[generation_id] for generation_id in ids]
 

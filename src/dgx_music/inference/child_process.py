@@ -25,8 +25,8 @@ from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.messages import FromChild, FromParent
 
 ReceiveMessage = Callable[[FromChild], None]
-OnEnd = Callable[[type[EngineError], str], None]
-"""Hears once that the process has ended: with which error its calls fail, and how it ended."""
+OnDeath = Callable[[type[EngineError], str], None]
+"""Hears once that the process is dead: with which error its calls fail, and how it ended."""
 
 _STDERR = 2
 _REMAINING_MESSAGES_SECONDS = 10.0
@@ -70,16 +70,18 @@ class ChildProcess:
     """A running process and the parent's end of its channel; it is started once and ends once."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, channel: _Channel, on_end: OnEnd
+        self, process: asyncio.subprocess.Process, channel: _Channel, on_death: OnDeath
     ) -> None:
         self._process = process
         self._channel = channel
-        self._on_end = on_end
+        self._on_death = on_death
         self._end_reason: tuple[type[EngineError], str] | None = None
         self._reaping = asyncio.create_task(self._reap(), name=f"engine process {self.pid}")
 
     @classmethod
-    async def spawn(cls, settings: EngineSettings, receive: ReceiveMessage, on_end: OnEnd) -> Self:
+    async def spawn(
+        cls, settings: EngineSettings, receive: ReceiveMessage, on_death: OnDeath
+    ) -> Self:
         """Start the process, which loads nothing by itself; ``receive`` gets its messages.
 
         Raises ``EngineUnavailableError`` if it cannot be started.
@@ -93,7 +95,7 @@ class ChildProcess:
             except BaseException:
                 channel.abort()
                 raise
-        return cls(process, channel, on_end)
+        return cls(process, channel, on_death)
 
     @property
     def pid(self) -> int:
@@ -110,7 +112,7 @@ class ChildProcess:
         self._channel.send(message)
 
     def kill(self, error: type[EngineError], reason: str) -> None:
-        """Kill the process, unless it is dead; ``on_end`` gets this error and this reason."""
+        """Kill the process, unless it is dead; ``on_death`` gets this error and this reason."""
         if self._may_run:
             self._end_reason = error, reason
             self._channel.abort()
@@ -123,7 +125,7 @@ class ChildProcess:
         await self.wait_until_reaped()
 
     async def wait_until_reaped(self) -> None:
-        """Wait until the process is gone and ``on_end`` was called."""
+        """Wait until the process is gone and ``on_death`` was called."""
         await asyncio.wait((self._reaping,))
 
     @property
@@ -131,13 +133,13 @@ class ChildProcess:
         return self._process.returncode is None and self._end_reason is None
 
     async def _reap(self) -> None:
-        """Wait for the end of the process, receive its remaining messages, and call ``on_end``."""
+        """Wait for the end of the process, receive its remaining messages, and call ``on_death``."""
         closed, exited = self._channel.closed, asyncio.ensure_future(self._process.wait())
         await asyncio.wait((closed, exited), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait((closed, exited), timeout=_REMAINING_MESSAGES_SECONDS)
         self.kill(EngineCrashedError, "closed its channel but did not end")
         self._channel.abort()
-        self._on_end(*(self._end_reason or (EngineCrashedError, _describe_exit(await exited))))
+        self._on_death(*(self._end_reason or (EngineCrashedError, _describe_exit(await exited))))
         await asyncio.wait((closed, exited))
 
 

@@ -16,7 +16,7 @@ import anyio
 
 from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineReplacedError, EngineUnavailableError
-from dgx_music.inference.calls import NOT_RUNNING, ChildCalls, FreeSlot, ReportProgress
+from dgx_music.inference.child_calls import NOT_RUNNING, ChildCalls, FreeSlot, ReportProgress
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.messages import EngineInfo
 

@@ -1,4 +1,4 @@
-"""The engine of the loaded model: starting it, switching models, counting its deaths."""
+"""The engine of the loaded model: starting it, replacing a dead one, switching models."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.messages import EngineInfo
 from dgx_music.retrying import keep_trying
 from dgx_music.storage.schema import WorkerState
+from dgx_music.worker.engine_deaths import EngineDeaths
 from dgx_music.worker.stopping import Stopping
 
 logger = logging.getLogger(__name__)
 
-BROKEN_AFTER = 4
-"""After so many deaths with as many different victims and no success, the engine is at fault."""
 _ENGINE_STARTS = 5
 _NOT_LOADED = EngineInfo(slots=1, device="", model_version="", notice=None, pid=0)
 
@@ -64,11 +63,10 @@ class LiveEngine:
         self.state = WorkerState.LOADING
         self.info = _NOT_LOADED
         self.loaded_at = time.monotonic()
+        self.deaths = EngineDeaths(stopping)
         self._host = host
         self._stopping = stopping
         self._worker_id = worker_id
-        self._death_count = 0
-        self._victims: set[str] = set()
 
     async def load(self) -> bool:
         """Load the model, which may take minutes; return False if a stop came first.
@@ -136,24 +134,6 @@ class LiveEngine:
         """End the engine."""
         await self._host.close()
 
-    @property
-    def is_broken(self) -> bool:
-        """True if the engine died of one generation after another: the whole queue would fail.
-
-        One death may have many victims, and one prompt may cause many deaths: neither alone says
-        much.
-        """
-        return min(self._death_count, len(self._victims)) >= BROKEN_AFTER
-
-    def note_victim(self, generation_id: str) -> None:
-        """Count a generation that ran when the engine died."""
-        self._victims.add(generation_id)
-
-    def note_success(self) -> None:
-        """Count the deaths from here on: a generation was completed."""
-        self._victims.clear()
-        self._death_count = 0
-
     async def _start_host(self) -> EngineInfo | None:
         """Return what the engine says of itself, or ``None`` if a stop came first."""
         with anyio.CancelScope() as scope:
@@ -165,7 +145,7 @@ class LiveEngine:
         """Count a fresh process as a death of the former one; it may have fewer slots."""
         self.state = WorkerState.SERVING
         if info.pid != self.info.pid:
-            self._death_count += 1
+            self.deaths.note_replacement()
         if info.slots != self.info.slots:
             logger.warning(
                 "worker %s: %s has %d slots now, not %d",

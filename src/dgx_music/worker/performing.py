@@ -94,9 +94,13 @@ class Performing:
             self._stopping.give_up(error)
         except (GenerationRejectedError, InvalidRequestError) as error:
             await self._fail(running, error, is_final=True)
+        except EngineCrashedError as error:
+            await self._fail(running, error)
+            self._engine.deaths.on_engine_death(running.lease.generation_id, error)
         except Exception as error:
             await self._fail(running, error)
-            self._note_trouble(running, error)
+            if not isinstance(error, EngineError | TimeoutError):
+                logger.error("%s: unexpected", running.lease, exc_info=error)
         except BaseException:  # the worker itself is cancelled
             if running.is_completing:  # nobody knows what becomes of it
                 self._leases.leave_undecided(running.lease)
@@ -215,7 +219,7 @@ class Performing:
         is_done = await self._completions.write(completion)
         running.end_completion(is_done=is_done)
         if is_done:
-            self._engine.note_success()
+            self._engine.deaths.note_success()
             logger.info(
                 "%s: completed in %.2f s, %d bytes",
                 running.lease,
@@ -285,15 +289,6 @@ class Performing:
             return False
         owner = owners.get(lease.generation_id)
         return owner is None or not owner.may_have(lease.attempt)
-
-    def _note_trouble(self, running: Running, error: Exception) -> None:
-        """Stop if the engine, not the generations, is at fault."""
-        if isinstance(error, EngineCrashedError):
-            self._engine.note_victim(running.lease.generation_id)
-            if self._engine.is_broken:
-                self._stopping.give_up(error)
-        elif not isinstance(error, EngineError | TimeoutError):
-            logger.error("%s: unexpected", running.lease, exc_info=error)
 
 
 def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:

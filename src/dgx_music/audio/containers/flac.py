@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from dgx_music.audio.containers.interface import DamagedError, Source
 
+_MAGIC = b"fLaC"
 _STREAMINFO = slice(18, 26)  # rate (20 bits), channels (3), bits (5), samples (36)
 _SAMPLES = (1 << 36) - 1
 _LARGEST_HEADER = 16
@@ -32,8 +33,13 @@ class _Frame(NamedTuple):
         return self.number + (self.samples if self.is_counted_in_samples else 1)
 
 
-def open_source(content: bytes) -> Source:
-    """Return the file without its length; raises ``DamagedError`` if frames of it are missing."""
+def find_source(content: bytes, _longest_seconds: float) -> Source | None:
+    """Return the file without its length; ``None`` if it is no FLAC.
+
+    Raises ``DamagedError`` if frames of it are missing.
+    """
+    if not content.startswith(_MAGIC):
+        return None
     facts = int.from_bytes(content[_STREAMINFO], "big")
     rate, promised = facts >> 44, facts & _SAMPLES
     if len(content) < _STREAMINFO.stop or not rate:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import get_args
 
-READABLE = "use WAV, FLAC, MP3 or OGG"
+from dgx_music.config import AudioFormat
+
+*_OTHERS, _LAST = (name.upper() for name in get_args(AudioFormat))
+READABLE = f"use {', '.join(_OTHERS)} or {_LAST}"
 
 OTHER_AUDIO = re.compile(
     rb"fLaC\0|OggS\0|(?:RIFF|RIFX|RF64|FORM)....(?:WAVE|AIF[FC])|riff\x2e\x91\xcf\x11|caff\0\x01|\.snd\0\0|....ftyp",

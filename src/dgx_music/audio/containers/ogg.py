@@ -147,8 +147,13 @@ class _Link:
         return b"".join(page.data for page in others) + last.placed(position, is_last=True)
 
 
-def open_source(content: bytes) -> Source:
-    """Return the links of the chain, one file each; raises ``DamagedError``."""
+def find_source(content: bytes, _longest_seconds: float) -> Source | None:
+    """Return the links of the chain, one file each; ``None`` if it is no Ogg.
+
+    Raises ``DamagedError``.
+    """
+    if not content.startswith(_MAGIC):
+        return None
     links: list[_Link] = []
     for page in _walk(content):
         if not links or (page.is_first and not links[-1].is_open):

@@ -15,6 +15,7 @@ from dgx_music.audio.containers.interface import (
     skip_id3,
 )
 
+_BEGINNINGS = (b"RIFF", b"RIFX", b"RF64")
 _UNKNOWN_BYTES = 0x7F00_0000
 """A program that cannot go back to write a size writes one like this, or none."""
 _NO_SIZE = 0xFFFF_FFFF
@@ -29,8 +30,13 @@ _MOST_PADDING = 1_024
 _HEADER_BYTES = 8
 
 
-def open_source(content: bytes, longest_seconds: float) -> Source:
-    """Return the file with the true size of its data; raises ``DamagedError`` if it was cut."""
+def find_source(content: bytes, longest_seconds: float) -> Source | None:
+    """Return the file with the true size of its data; ``None`` if it is neither WAV nor RF64.
+
+    Raises ``DamagedError`` if it was cut.
+    """
+    if not content.startswith(_BEGINNINGS):
+        return None
     order = ">" if content.startswith(b"RIFX") else "<"
     chunks = {name: (start, size) for name, start, size in _chunks_before_data(content, order)}
     if b"data" not in chunks or b"fmt " not in chunks:

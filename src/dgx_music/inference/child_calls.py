@@ -134,7 +134,7 @@ class ChildCalls:
         return calls
 
     async def _spawn_child(self, settings: EngineSettings) -> None:
-        self.child = await ChildProcess.spawn(settings, self.receive, self._fail_all)
+        self.child = await ChildProcess.spawn(settings, self.receive, self.on_child_death)
 
     async def load(self, model_name: str, slots: int | None, timeout_seconds: float) -> EngineInfo:
         """Return the info of the model's engine, after loading it unless it is loaded already.
@@ -246,8 +246,8 @@ class ChildCalls:
         self._fewer_slots[model_name] = slot_count
         self._models[model_name].reduce_slots(slot_count)
 
-    def _fail_all(self, error: type[EngineError], reason: str) -> None:
-        """End all calls because the process has ended."""
+    def on_child_death(self, error: type[EngineError], reason: str) -> None:
+        """Fail all calls, since the child is dead: it crashed, or was ended."""
         for model in self._models.values():
             if not model.loading.done():
                 model.note_unavailable(f"The engine did not load: its process {reason}.")
