@@ -6,9 +6,9 @@ Only what a burst of requests or a worker repeats for each generation is worth t
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 from pydantic_core import to_json
@@ -65,18 +65,15 @@ class Prepared:
         return tuple(value if bind is None else bind(value) for value, bind in found)
 
     @cached_property
-    def _readers(self) -> tuple[Any, tuple[tuple[int, Callable[[Any], Any]], ...]]:
-        columns = self.statement.exported_columns
-        kind = namedtuple("Row", [column.key for column in columns])
-        readers = ((place, _reading(column.type)) for place, column in enumerate(columns))
-        return kind, tuple((place, read) for place, read in readers if read is not None)
+    def _readers(self) -> tuple[tuple[str, Callable[[Any], Any] | None], ...]:
+        """The columns in their order: the name, and what makes Python's value."""
+        return tuple((each.key, _reading(each.type)) for each in self.statement.exported_columns)
 
-    def _row(self, values: tuple[Any, ...]) -> Any:
-        kind, readers = self._readers
-        read = list(values)
-        for place, reader in readers:
-            read[place] = reader(read[place])
-        return kind._make(read)
+    def _row(self, values: tuple[Any, ...]) -> SimpleNamespace:
+        pairs = zip(self._readers, values, strict=True)
+        return SimpleNamespace(
+            **{name: value if read is None else read(value) for (name, read), value in pairs}
+        )
 
 
 def json_rows(parameter: str, columns: Sequence[Any]) -> CTE:
