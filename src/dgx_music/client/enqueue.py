@@ -23,7 +23,7 @@ from dgx_music.client.transactions import transact
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.database import Database
-from dgx_music.storage.insertion import insert_generations
+from dgx_music.storage.insertion import insert_generations, is_single
 from dgx_music.storage.models import Generation
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
 
 async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
     """Add the generations of a batch in one transaction, all or none, and return their rows."""
-    return await transact(session, partial(_insert, batch))
+    return await transact(session, partial(_insert, batch), is_single=is_single(batch.rows))
 
 
 async def _insert(batch: Batch, session: AsyncSession) -> list[Generation]:

@@ -125,7 +125,14 @@ class Database:
         PostgreSQL ends a session whose transaction is idle for ``Limits.idle_seconds``: do nothing
         slow in it.
         """
-        session = await self._begin(read_only=read_only, may_lag=may_lag)
+        begun = await self._begin(read_only=read_only, may_lag=may_lag)
+        async with self._ending(begun, read_only=read_only) as session:
+            yield session
+
+    @asynccontextmanager
+    async def _ending(
+        self, session: AsyncSession, *, read_only: bool
+    ) -> AsyncIterator[AsyncSession]:
         try:
             yield session
             await session.commit()
@@ -148,11 +155,15 @@ class Database:
                 raise
             await session.invalidate()
 
-    async def _begin(self, *, read_only: bool, may_lag: bool) -> AsyncSession:
+    async def _begin(
+        self, *, read_only: bool, may_lag: bool, is_single: bool = False
+    ) -> AsyncSession:
         if may_lag and not read_only:
             raise ValueError("a session that writes cannot lag; add read_only=True")
         here = self._connections.here()
         at_replica = await here.replica.begin() if may_lag and here.replica is not None else None
+        if is_single:
+            return here.writing_once()
         return at_replica or (here.reading() if read_only else here.writing())
 
     async def transact(
@@ -161,18 +172,21 @@ class Database:
         *,
         read_only: bool = False,
         may_lag: bool = False,
+        is_single: bool = False,
     ) -> T:
         """Return what ``work`` returns, done in its own transaction, which a cancel does not stop.
 
         The work may only await the calls of its session. It is repeated if it was a deadlock's
         victim, and repeated on the primary if the read replica fails: a replica also ends a query
-        that delays what it copies.
+        that delays what it copies. A transaction that ``is_single`` writes with one statement, so
+        that PostgreSQL needs no BEGIN and no COMMIT.
         """
 
         async def run(*, may_lag: bool) -> T:
             if self.is_embedded:
                 return await self._run_on_thread(work, read_only=read_only)
-            async with self.session(read_only=read_only, may_lag=may_lag) as session:
+            begun = await self._begin(read_only=read_only, may_lag=may_lag, is_single=is_single)
+            async with self._ending(begun, read_only=read_only) as session:
                 return await work(session)
 
         for _ in range(_REPEATS - 1):

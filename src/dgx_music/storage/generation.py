@@ -20,8 +20,13 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy import text as sql
-from sqlalchemy.orm import Mapped, make_transient_to_detached, mapped_column, validates
-from sqlalchemy.orm.instrumentation import manager_of_class
+from sqlalchemy.orm import (
+    Mapped,
+    class_mapper,
+    make_transient_to_detached,
+    mapped_column,
+    validates,
+)
 
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.storage.base import Base
@@ -284,7 +289,7 @@ g = generations.c
 """The table and its columns, for statements that change rows without their objects."""
 
 _FRESH: dict[str, Any] = {
-    **dict.fromkeys(each.key for each in inspect(Generation).column_attrs),
+    **dict.fromkeys("metadata_" if name == "metadata" else name for name in g.keys()),  # noqa: SIM118
     "status": GenerationStatus.PENDING,
     "attempt": 0,
     "failures": 0,
@@ -298,7 +303,7 @@ def as_inserted(values: Mapping[str, Any]) -> Generation:
 
     It is detached, as if it had been read, and spares a SELECT. A session can ``add`` it.
     """
-    generation: Generation = manager_of_class(Generation).new_instance()
+    generation: Generation = class_mapper(Generation).class_manager.new_instance()
     generation.__dict__.update({**_FRESH, **values})
     make_transient_to_detached(generation)
     return generation

@@ -63,6 +63,12 @@ async def insert_generations(
     return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
 
 
+def is_single(rows: Sequence[Row]) -> bool:
+    """Return True if PostgreSQL inserts these rows with one statement, and nothing beside it."""
+    has_more = any(row[name] for row in rows for name in ("idempotency_key", *CLIP_COLUMNS))
+    return len(rows) <= _CHUNK and not has_more
+
+
 def _without_repeats(rows: Sequence[Row], by_key: Mapping[str, Generation]) -> list[Row]:
     """Return the rows to insert: those without a key, and the first of each new key."""
     owners = {key: (found.id, found.request_hash) for key, found in by_key.items()}

@@ -125,7 +125,8 @@ class Claiming:
             )
 
         former, self._in_doubt_until = self._in_doubt_until, math.inf
-        claims = await self._database.transact(work)
+        is_single = self._settings.tenant_limit is None
+        claims = await self._database.transact(work, is_single=is_single)
         self._in_doubt_until = former
         if len(self._engine.models) > 1:
             self._skip_until[model] = -math.inf if claims else time.monotonic() + _SKIP_SECONDS

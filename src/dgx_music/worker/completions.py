@@ -122,7 +122,7 @@ class Completions:
             logger.warning("completions: %d wait %.1f s for the database: %s", count, wait, error)
 
         return await keep_trying(
-            lambda: self._database.transact(work),
+            lambda: self._database.transact(work, is_single=True),
             on=DatabaseUnavailableError,
             waits=for_ever(*_RETRY_SECONDS),
             note=note,

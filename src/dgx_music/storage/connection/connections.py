@@ -52,18 +52,18 @@ class Connections:
         self._file = file
         if url.get_backend_name() == "sqlite":
             self.engine, self.reading_engine = sqlite.create_engines(url, file)
+            single = self.engine
             self.changes = FileChanges(None if file is None else file.path)
         else:
             self.engine, self.reading_engine = postgres.create_engines(url, limits)
+            single = postgres.without_transactions(self.engine, url)
             self.changes = Notifications(url, limits)
         self.replica = None if replica_url is None else Replica(replica_url, limits)
         kind = SyncSession if file is None else sqlite_file.session_class(file)
-        self.writing = async_sessionmaker(
-            self.engine, class_=Session, expire_on_commit=False, sync_session_class=kind
-        )
-        self.reading = async_sessionmaker(
-            self.reading_engine, class_=Session, expire_on_commit=False
-        )
+        self.writing = _sessions(self.engine, kind)
+        self.writing_once = _sessions(single, kind)
+        """Sessions of one statement."""
+        self.reading = _sessions(self.reading_engine, SyncSession)
 
     @property
     def engines(self) -> tuple[AsyncEngine, ...]:
@@ -86,6 +86,12 @@ class Connections:
         await self.changes.close()
         for engine in self.engines:
             await finish(engine.dispose())
+
+
+def _sessions(engine: AsyncEngine, kind: type[SyncSession]) -> async_sessionmaker[Session]:
+    return async_sessionmaker(
+        engine, class_=Session, expire_on_commit=False, sync_session_class=kind
+    )
 
 
 class ConnectionsByLoop:
