@@ -72,7 +72,7 @@ async def complete(session: AsyncSession, completions: Sequence[Completion]) -> 
     completions = sorted(completions, key=lambda completion: completion.lease.generation_id)
     rows = [_values(completion) for completion in completions]
     if dialect_of(session) == "postgresql":
-        done = _leases(await session.execute(_COMPLETE_TOGETHER, {"completions": as_json(rows)}))
+        done = _leases(await _COMPLETE_TOGETHER.rows(session, {"completions": as_json(rows)}))
     else:
         done = await _complete_each(session, rows)
     if len(done) < len(completions):  # lost, or completed by an earlier call
@@ -111,11 +111,11 @@ async def _complete_each(session: AsyncSession, rows: Sequence[Mapping[str, Any]
 
 
 async def _read_leases(session: AsyncSession, statement: Any) -> set[Lease]:
-    return _leases(await session.execute(statement))
+    return _leases((await session.execute(statement)).all())
 
 
-def _leases(found: Any) -> set[Lease]:
-    return {Lease(row.id, row.attempt) for row in found.all()}
+def _leases(rows: Sequence[Any]) -> set[Lease]:
+    return {Lease(row.id, row.attempt) for row in rows}
 
 
 def _complete_with(values: Any) -> Any:
@@ -190,7 +190,7 @@ _COMPLETE = Prepared(
 _END_ATTEMPT = Prepared(
     _end_attempt(g).where(g.id == bindparam("lease_id"), g.attempt == bindparam("lease_attempt"))
 )
-_COMPLETE_TOGETHER = _complete_together()
+_COMPLETE_TOGETHER = Prepared(_complete_together())
 
 
 def _values(completion: Completion) -> dict[str, Any]:

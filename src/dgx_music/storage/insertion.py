@@ -7,7 +7,6 @@ key inserts nothing and gives the row that is there already.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, cast
 
 from sqlalchemy import DefaultClause, bindparam, column, func, select
@@ -16,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
 from dgx_music.storage.clips import keep_clips
-from dgx_music.storage.connection.sqlite_thread import ThreadSession
+from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
 from dgx_music.storage.models import text_hash
 from dgx_music.storage.prepared import Prepared, as_json, json_rows
@@ -104,7 +103,7 @@ async def _insert_fresh(
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
     insert = _insert_on_postgres if dialect_of(session) == "postgresql" else _insert_on_sqlite
     inserted = await insert(session, rows)
-    if isinstance(session, ThreadSession):  # of our own, and about to close
+    if isinstance(session, DirectSession):  # of our own, and about to close
         return inserted
     session.add_all(inserted)
     return inserted
@@ -146,7 +145,7 @@ async def _insert_on_postgres(session: AsyncSession, rows: list[Row]) -> list[Ge
 async def _insert_chunk(session: AsyncSession, rows: list[Row]) -> list[Generation]:
     hashed = [{**row, "text_hash": text_hash(row["prompt"])} for row in rows]
     values = {"rows": as_json(hashed), "texts": as_json(uses_of(row["prompt"] for row in rows))}
-    made = {row.id: row for row in (await session.execute(_insert_statement(), values)).all()}
+    made = {row.id: row for row in await _INSERT_ON_POSTGRES.rows(session, values)}
     raced = [row["prompt"] for row in rows if row["id"] not in made]
     if raced:
         await uncount_prompt_uses(session, raced)
@@ -194,8 +193,7 @@ def _insert_on_sqlite_statement() -> Any:
     )
 
 
-@cache
-def _insert_statement() -> Any:
+def _insert_on_postgres_statement() -> Any:
     """Return PostgreSQL's INSERT of any number of rows, which counts their prompts as well."""
     names = {name: "metadata_" if name == "metadata" else name for name in _GIVEN}
     columns = [column(name, g[each].type) for each, name in names.items()]
@@ -218,4 +216,5 @@ def _insert_statement() -> Any:
 
 
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement())
+_INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement())
 _CLOCK = Prepared(select(now().label("now")))

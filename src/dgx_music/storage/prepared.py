@@ -1,26 +1,21 @@
-"""Statements that are compiled once, and go straight to SQLite's driver where that is at hand.
+"""Statements that are compiled once, and go straight to the driver in sessions of our own.
 
-SQLAlchemy's way from a statement to the driver and back takes many times as long as SQLite itself.
-Only what a burst of requests or a worker repeats for each generation is worth this.
+SQLAlchemy's way from a statement to the driver and back takes several times as long as the database
+itself. Only what a burst of requests or a worker repeats for each generation is worth this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 from pydantic_core import to_json
-from sqlalchemy import CTE, Text, bindparam, cast, func, select
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.storage.connection.sqlite_thread import ThreadSession
-
-_DIALECT = sqlite.dialect()
-_DIALECT.insert_returning = _DIALECT.update_returning = True
+from dgx_music.storage.connection.direct import DirectSession
 
 
 class Prepared:
@@ -28,51 +23,55 @@ class Prepared:
 
     def __init__(self, statement: Any) -> None:
         self.statement = statement
+        self._compiled: dict[str, _Compiled] = {}
 
     async def rows(self, session: AsyncSession, values: Mapping[str, Any]) -> Sequence[Any]:
         """Execute it and return the rows; their columns are attributes."""
-        if not isinstance(session, ThreadSession):
+        if not isinstance(session, DirectSession):
             return (await session.execute(self.statement, values)).all()
-        cursor = session.driver.execute(self._text, self._parameters(values))
-        return [self._row(row) for row in cursor.fetchall()]
+        compiled = self._for(session.dialect)
+        rows = await session.fetch(compiled.text, compiled.parameters(values))
+        return [compiled.row(row) for row in rows]
 
     async def run_each(self, session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:
         """Execute it once for each of these values, if there are any; it returns no rows."""
-        if isinstance(session, ThreadSession):
-            session.driver.executemany(self._text, map(self._parameters, rows))
+        if isinstance(session, DirectSession):
+            compiled = self._for(session.dialect)
+            await session.fetch_none(compiled.text, [compiled.parameters(row) for row in rows])
         elif rows:
             await session.execute(self.statement, rows)
 
-    @cached_property
-    def _compiled(self) -> Any:
-        return self.statement.compile(dialect=_DIALECT)
+    def _for(self, dialect: Dialect) -> _Compiled:
+        if (found := self._compiled.get(dialect.driver)) is None:
+            found = self._compiled[dialect.driver] = _Compiled(self.statement, dialect)
+        return found
 
-    @cached_property
-    def _text(self) -> str:
-        return str(self._compiled)
 
-    @cached_property
-    def _names(self) -> tuple[tuple[str, Callable[[Any], Any] | None, Any], ...]:
-        """The parameters in their order: the name, what the driver's value is made with, the default."""
-        compiled = self._compiled
-        return tuple(
-            (name, _binding(compiled.binds[name].type), compiled.params[name])
+class _Compiled:
+    """The statement as one driver takes it."""
+
+    def __init__(self, statement: Any, dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self.text = str(compiled)
+        self._parameters = [
+            (name, compiled.params[name], _to_driver(compiled.binds[name].type, dialect))
             for name in compiled.positiontup
-        )
+        ]
+        self._columns = [
+            (column.key, _from_driver(column.type, dialect))
+            for column in statement.exported_columns
+        ]
 
-    def _parameters(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
-        found = ((values.get(name, default), bind) for name, bind, default in self._names)
-        return tuple(value if bind is None else bind(value) for value, bind in found)
+    def parameters(self, values: Mapping[str, Any]) -> list[Any]:
+        """Return the parameters in their order, as the driver takes them."""
+        found = ((values.get(name, default), to) for name, default, to in self._parameters)
+        return [value if to is None else to(value) for value, to in found]
 
-    @cached_property
-    def _readers(self) -> tuple[tuple[str, Callable[[Any], Any] | None], ...]:
-        """The columns in their order: the name, and what makes Python's value."""
-        return tuple((each.key, _reading(each.type)) for each in self.statement.exported_columns)
-
-    def _row(self, values: tuple[Any, ...]) -> SimpleNamespace:
-        pairs = zip(self._readers, values, strict=True)
+    def row(self, values: Sequence[Any]) -> SimpleNamespace:
+        """Return a row of the driver with its columns as attributes."""
+        pairs = zip(self._columns, values, strict=True)
         return SimpleNamespace(
-            **{name: value if read is None else read(value) for (name, read), value in pairs}
+            **{name: value if to is None else to(value) for (name, to), value in pairs}
         )
 
 
@@ -91,9 +90,11 @@ def as_json(value: Any) -> str:
     return to_json(value, inf_nan_mode="null").decode()
 
 
-def _binding(kind: Any) -> Any:
-    return kind.dialect_impl(_DIALECT).bind_processor(_DIALECT)
+def _to_driver(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
+    found: Callable[[Any], Any] | None = kind.dialect_impl(dialect).bind_processor(dialect)
+    return found
 
 
-def _reading(kind: Any) -> Any:
-    return kind.dialect_impl(_DIALECT).result_processor(_DIALECT, None)
+def _from_driver(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
+    found: Callable[[Any], Any] | None = kind.dialect_impl(dialect).result_processor(dialect, None)
+    return found

@@ -13,11 +13,12 @@ import os
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session as SyncSession
 
 from dgx_music.storage.connection import (
@@ -28,6 +29,7 @@ from dgx_music.storage.connection import (
     sqlite_file,
 )
 from dgx_music.storage.connection.changes import Changes
+from dgx_music.storage.connection.direct import AsyncpgSession
 from dgx_music.storage.connection.notifications import Notifications
 from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.replica import Replica
@@ -61,8 +63,10 @@ class Connections:
         self.replica = None if replica_url is None else Replica(replica_url, limits)
         kind = SyncSession if file is None else sqlite_file.session_class(file)
         self.writing = _sessions(self.engine, kind)
-        self.writing_once = _sessions(single, kind)
-        """Sessions of one statement."""
+        self.writing_once: Callable[[], AsyncSession] = _sessions(single, kind)
+        """Sessions in which each statement is a transaction; behind a pooler they have one each."""
+        if single is not self.engine and single.dialect.driver == "asyncpg":
+            self.writing_once = partial(AsyncpgSession, single)
         self.reading = _sessions(self.reading_engine, SyncSession)
 
     @property

@@ -209,6 +209,9 @@ def _bounded_asyncpg() -> Any:
         async def execute(self, *arguments: Any, **options: Any) -> Any:
             return await self._bounded(super().execute(*arguments, **options))
 
+        async def fetch(self, *arguments: Any, **options: Any) -> Any:
+            return await self._bounded(super().fetch(*arguments, **options))
+
         async def fetchrow(self, *arguments: Any, **options: Any) -> Any:
             return await self._bounded(super().fetchrow(*arguments, **options))
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import contextvars
 import sqlite3
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Engine, StaticPool, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.util import greenlet_spawn
 
+from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.connection.sqlite_file import DatabaseFile, waiting
 
 T = TypeVar("T")
@@ -37,42 +37,35 @@ def _at_once(name: str) -> Any:
     return call
 
 
-class ThreadSession(AsyncSession):
+class ThreadSession(DirectSession):
     """A session that lives on the connection's thread: its calls return without waiting.
 
-    ``driver`` is the connection itself, with a transaction begun; SQLAlchemy's own session on it is
-    made only if the work needs one.
+    ``driver`` is the connection itself, with a transaction begun.
     """
 
     def __init__(self, driver: sqlite3.Connection, engine: Engine) -> None:
-        self.driver = driver
-        self._engine = engine
-        self._made: SyncSession | None = None
+        super().__init__(engine)
+        self._driver = driver
 
-    @property
-    def sync_session(self) -> SyncSession:  # type: ignore[override]  # there it is an attribute
-        """SQLAlchemy's own session."""
-        if self._made is None:
-            self._made = SyncSession(self._engine, expire_on_commit=False)
-        return self._made
+    async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Execute the text, and return its rows as the driver gives them."""
+        return self._driver.execute(statement, parameters).fetchall()
 
-    _proxied = sync_session
-
-    def get_bind(self, *_arguments: Any, **_options: Any) -> Engine:
-        """Return the engine, whatever is asked for: there is one."""
-        return self._engine
+    async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute the text once for each of these parameters; it returns no rows."""
+        self._driver.executemany(statement, rows)
 
     def commit_now(self) -> None:
         """Write what the session still holds, and commit."""
         if self._made is not None:
             self._made.commit()
-        self.driver.commit()
+        self._driver.commit()
 
     def close_now(self) -> None:
         """Roll back if there was no commit, and let go of the objects."""
-        if self.driver.in_transaction:
+        if self._driver.in_transaction:
             with suppress(sqlite3.Error):
-                self.driver.rollback()
+                self._driver.rollback()
         if self._made is not None:
             self._made.close()
 
