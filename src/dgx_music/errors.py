@@ -170,6 +170,7 @@ class DatabaseUnavailableError(DatabaseError):
     def __init__(self, url: str, why: str) -> None:
         super().__init__(f"The database {url} cannot be used: {why}.")
         self.url = url
+        self.why = why
 
 
 class ArtifactError(DgxMusicError):

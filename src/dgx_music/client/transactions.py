@@ -20,16 +20,15 @@ async def transact(
     work: Callable[[AsyncSession], Coroutine[Any, Any, T]],
     *,
     read_only: bool = False,
-    is_single: bool = False,
 ) -> T:
     """Return what the work returns.
 
     In the caller's session nothing is committed, rolled back or closed. Without one the work is a
     transaction on the default database, which is made from the settings if ``init_db`` was not
-    called; ``is_single`` is as for ``Database.transact``.
+    called.
     """
     if session is not None:
         check_session(session)
         check_variables()
         return await finish(work(session))
-    return await (await ensure_database()).transact(work, read_only=read_only, is_single=is_single)
+    return await (await ensure_database()).transact(work, read_only=read_only)

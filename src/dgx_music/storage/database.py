@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -30,6 +30,9 @@ from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.connection.sessions import NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
+from dgx_music.storage.gathering import Gathering
+from dgx_music.storage.generation import Generation
+from dgx_music.storage.insertion import Row
 from dgx_music.storage.models import Base
 
 T = TypeVar("T")
@@ -198,6 +201,19 @@ class Database:
                     raise
                 may_lag = False
         return await finish(run(may_lag=may_lag))
+
+    async def insert(
+        self, rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]]
+    ) -> list[Generation]:
+        """Insert generations in a transaction, which calls at the same time share; return them.
+
+        See ``insert_generations`` for the rows and the clips.
+        """
+        here = self._connections.here()
+        if here.inserts is None:
+            here.inserts = Gathering(self.transact)
+        made: list[Generation] = await here.inserts.insert(rows, clips)
+        return made
 
     async def _run_on_thread(
         self, work: Callable[[AsyncSession], Awaitable[T]], *, read_only: bool

@@ -68,6 +68,8 @@ class Connections:
         if single is not self.engine and single.dialect.driver == "asyncpg":
             self.writing_once = partial(AsyncpgSession, single)
         self.reading = _sessions(self.reading_engine, SyncSession)
+        self.inserts: Any = None
+        """What gathers the inserts of this event loop."""
 
     @property
     def engines(self) -> tuple[AsyncEngine, ...]:
