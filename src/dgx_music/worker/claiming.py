@@ -1,14 +1,15 @@
-"""What to claim, of which model, and how long to wait before the next claim."""
+"""The claim loop: what to claim, of which model, and how long to wait before the next claim."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any
 
 import anyio
+from anyio.abc import TaskGroup
 
 from dgx_music.config import Settings
 from dgx_music.errors import (
@@ -19,13 +20,15 @@ from dgx_music.errors import (
 from dgx_music.storage import due, queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim
-from dgx_music.worker.leases import Leases
+from dgx_music.worker.leases import Leases, Running
 from dgx_music.worker.live_engine import LiveEngine
 from dgx_music.worker.presence import Presence
 from dgx_music.worker.stopping import Stopping
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
+
+Perform = Callable[[Running], Coroutine[Any, Any, None]]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,18 @@ class Claiming:
         self._in_doubt_until = -math.inf
         self._file_gone_since: float | None = None
 
-    async def claim(self) -> list[Claim]:
+    async def run(self, tasks: TaskGroup, perform: Perform, *, drain: bool) -> None:
+        """Claim and start performing until stopped, or with ``drain`` until no work is left."""
+        while not self._stopping.is_requested:
+            claims = await self._claim()
+            for claim in claims:
+                name = f"generation {claim.lease.generation_id}"
+                tasks.start_soon(perform, self._leases.add(claim), name=name)
+            if drain and not self._leases.running and not await self._has_work():
+                return
+            await self._pause(claims)
+
+    async def _claim(self) -> list[Claim]:
         """Return what was claimed: nothing if no slot is free, or database or engine is away."""
         self._notice_lost_file()
         if self._leases.running and self._engine.info.slots > 1:
@@ -69,7 +83,7 @@ class Claiming:
         self._found_fewer = len(claims) < free
         return claims
 
-    async def pause(self, claims: list[Claim]) -> None:
+    async def _pause(self, claims: list[Claim]) -> None:
         """Wait before the next claim, given what the last one returned."""
         if not claims:
             await self._wait_for_work()
@@ -77,7 +91,7 @@ class Claiming:
             # The rest is the other workers' share, and they are waking up.
             await self._stopping.wait(_SPREAD_SECONDS)
 
-    async def has_work(self) -> bool:
+    async def _has_work(self) -> bool:
         """Return True while work of the served models is left, or if the database is away."""
         try:
             async with self._database.session(read_only=True) as session:

@@ -1,6 +1,6 @@
 """The worker: claims generations, has an engine make them, stores the audio, completes the rows.
 
-``Worker.run`` is the table of contents. What to claim is in ``claiming``, one generation's life in
+``Worker.run`` is the table of contents. The claim loop is in ``claiming``, one generation's life in
 ``performing``, the engine's in ``live_engine``. This process holds the database, the heartbeats and
 the files; the engine is in a child process, so that a crash costs one child and never a lease.
 """
@@ -15,7 +15,6 @@ import socket
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.abc import TaskGroup
 
 from dgx_music.artifacts import Artifacts
 from dgx_music.config import Settings
@@ -186,19 +185,9 @@ class Worker:
             async with anyio.create_task_group() as tasks:
                 for loop in loops:
                     tasks.start_soon(loop, name=loop.__qualname__)
-                await self._claim_until_stopped(tasks, drain)
+                await self._claiming.run(tasks, self._performing.run, drain=drain)
                 await self._finish()
                 tasks.cancel_scope.cancel()
-
-    async def _claim_until_stopped(self, tasks: TaskGroup, drain: bool) -> None:
-        while not self._stopping.is_requested:
-            claims = await self._claiming.claim()
-            for claim in claims:
-                name = f"generation {claim.lease.generation_id}"
-                tasks.start_soon(self._performing.run, self._leases.add(claim), name=name)
-            if drain and not self._leases.running and not await self._claiming.has_work():
-                return
-            await self._claiming.pause(claims)
 
     # ----------------------------------------------------------------------- finish
 
