@@ -24,7 +24,6 @@ from dgx_music.errors import (
     EngineError,
     InvalidRequestError,
 )
-from dgx_music.forecast import Speedometer
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.retrying import for_ever, keep_trying
 from dgx_music.sampling import Sampling
@@ -60,20 +59,16 @@ class Performing:
         settings: Settings,
         engine: LiveEngine,
         leases: Leases,
-        speeds: Speedometer,
         stopping: Stopping,
         rng: random.Random,
-        worker_id: str,
     ) -> None:
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
         self._engine = engine
         self._leases = leases
-        self._speeds = speeds
         self._stopping = stopping
         self._rng = rng
-        self._worker_id = worker_id
         self._completions = Completions(database)
 
     async def run(self, running: Running) -> None:
@@ -107,7 +102,7 @@ class Performing:
         made = await self._infer(running)
         device_seconds = time.monotonic() - started
         claim = running.claim
-        self._speeds.note(claim.model_name, device_seconds, claim.duration_seconds)
+        self._engine.speeds.note(claim.model_name, device_seconds, claim.duration_seconds)
         artifact, facts = await self._store(running, made)
         await self._complete(running, artifact, facts, device_seconds)
 
@@ -140,20 +135,20 @@ class Performing:
         wanted = clips_of(claim)
         if not wanted:
             return {}
-        found = await self._find_clips(wanted.values())
+        found = await self._find_clips(claim.lease, wanted.values())
         return {
             name: await anyio.to_thread.run_sync(clips.load, name, found.get(sha256, b""), sha256)
             for name, sha256 in wanted.items()
         }
 
-    async def _find_clips(self, sha256s: Collection[str]) -> dict[str, bytes]:
+    async def _find_clips(self, lease: Lease, sha256s: Collection[str]) -> dict[str, bytes]:
         """Return the stored clips; a lost lease or a stop ends the wait for a database."""
 
         async def work(session: AsyncSession) -> dict[str, bytes]:
             return await read_clips(session, sha256s)
 
         def note(error: DatabaseUnavailableError, _wait: float | None) -> None:
-            logger.warning("worker %s: cannot read clips: %s", self._worker_id, error)
+            logger.warning("%s: cannot read clips: %s", lease, error)
 
         return await keep_trying(
             lambda: self._database.transact(work, read_only=True),

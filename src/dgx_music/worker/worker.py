@@ -24,7 +24,6 @@ from dgx_music.errors import (
     DgxMusicError,
     EngineUnavailableError,
 )
-from dgx_music.forecast import Speedometer
 from dgx_music.storage import queue
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database
@@ -59,7 +58,6 @@ class Worker:
     ) -> None:
         self.id = f"{socket.gethostname()[:150]}-{os.getpid()}-{secrets.token_hex(3)}"
         rng = rng or random.Random()  # noqa: S311 - spreads retries, guards nothing
-        speeds = Speedometer()
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
@@ -68,27 +66,8 @@ class Worker:
         presence = self._presence = Presence(self.id, settings, live)
         leases = self._leases = Leases(database, settings, presence)
         self._claiming = Claiming(database, settings, live, leases, presence, stopping)
-        self._performing = Performing(
-            database,
-            artifacts,
-            settings,
-            engine=live,
-            leases=leases,
-            speeds=speeds,
-            stopping=stopping,
-            rng=rng,
-            worker_id=self.id,
-        )
-        self._sweeping = Sweeping(
-            database,
-            artifacts,
-            settings,
-            engine=live,
-            leases=leases,
-            speeds=speeds,
-            rng=rng,
-            worker_id=self.id,
-        )
+        self._performing = Performing(database, artifacts, settings, live, leases, stopping, rng)
+        self._sweeping = Sweeping(database, artifacts, settings, live, leases, rng)
 
     async def run(self, *, drain: bool = False) -> None:
         """Serve until stopped, or with ``drain`` until every generation of the models is finished.
