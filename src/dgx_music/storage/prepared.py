@@ -17,6 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.connection.direct import DirectSession
 
+_FLOAT8 = 701
+"""PostgreSQL's number of the type of doubles; SQLAlchemy asks for it where it reads numbers."""
+
 
 class Prepared:
     """One Core statement without lists of unknown length; its parameters are given by name."""
@@ -96,5 +99,6 @@ def _to_driver(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
 
 
 def _from_driver(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
-    found: Callable[[Any], Any] | None = kind.dialect_impl(dialect).result_processor(dialect, None)
+    found: Callable[[Any], Any] | None
+    found = kind.dialect_impl(dialect).result_processor(dialect, _FLOAT8)
     return found

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextvars
 import sqlite3
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import Engine, StaticPool, create_engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import greenlet_spawn
 
@@ -49,11 +50,13 @@ class ThreadSession(DirectSession):
 
     async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Execute the text, and return its rows as the driver gives them."""
-        return self._driver.execute(statement, parameters).fetchall()
+        with _as_sqlalchemys(statement):
+            return self._driver.execute(statement, parameters).fetchall()
 
     async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the text once for each of these parameters; it returns no rows."""
-        self._driver.executemany(statement, rows)
+        with _as_sqlalchemys(statement):
+            self._driver.executemany(statement, rows)
 
     def commit_now(self) -> None:
         """Write what the session still holds, and commit."""
@@ -146,6 +149,15 @@ class _Transaction:
             found.connect().close()  # the first connection rolls back; later ones do not
             self._info[_ENGINE] = found
         return cast("Engine", found)
+
+
+@contextmanager
+def _as_sqlalchemys(statement: str) -> Iterator[None]:
+    """Raise the driver's errors as SQLAlchemy does."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise DBAPIError.instance(statement, None, error, sqlite3.Error) from error
 
 
 def _run_to_its_end(work: Awaitable[T]) -> T:
