@@ -7,6 +7,7 @@ dBFS is an amplitude of 1.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import soundfile
 
 from dgx_music.audio import loudness as meter
+from dgx_music.audio import wav
 from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
 from dgx_music.audio.formats import FORMATS
@@ -87,9 +89,15 @@ def warm_up() -> None:
 def _check_samples(samples: Samples) -> Samples:
     if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] == 0:
         raise EngineError(f"The engine's audio has the shape {samples.shape}; it must be [1 or 2 channels, frames].")
-    if not np.isfinite(samples).all():
+    peak = _peak_of(samples)
+    if not math.isfinite(peak):
         raise EngineError("The engine's audio holds NaN or infinite samples and cannot be stored.")
-    return np.clip(samples, -_CEILING, _CEILING)
+    return samples if peak <= _CEILING else np.clip(samples, -_CEILING, _CEILING)
+
+
+def _peak_of(samples: Samples) -> float:
+    """Return the highest amplitude; NaN if a sample is NaN."""
+    return max(float(samples.max()), -float(samples.min()))
 
 
 def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[Samples, float | None]:
@@ -101,7 +109,7 @@ def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[
     if loudness == "none":
         clipped = np.clip(samples, -1, 1)
         return clipped, meter.measure(clipped, sample_rate)
-    peak = float(np.abs(samples).max())
+    peak = _peak_of(samples)
     if peak < _SILENCE_PEAK:
         return samples, None
     scaled = samples * np.float32(PEAK_LIMIT / peak)
@@ -112,10 +120,13 @@ def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[
 
 
 def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -> bytes:
-    """Return the samples, float32 or int16, as a file's content."""
+    """Return the samples as a file's content: float32, or int16 for a format other than WAV."""
+    encoding = FORMATS[audio_format].encoding
+    if encoding is None:
+        return wav.encode(samples, sample_rate)
     frames = samples.T  # [frame, channel]
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **FORMATS[audio_format].encoding) as file:
+    with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **encoding) as file:
         for start in range(0, len(frames), _BLOCK_FRAMES):
             file.write(frames[start : start + _BLOCK_FRAMES])
     return buffer.getvalue()
@@ -123,23 +134,22 @@ def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -
 
 def _describe(samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None) -> AudioFacts:
     channels, frames = samples.shape
-    envelope = np.abs(samples).max(axis=0)  # [frame]
+    points = _points_of(samples, WAVEFORM_POINTS)
     return AudioFacts(
         duration_seconds=frames / sample_rate,
         sample_rate=sample_rate,
         channels=channels,
         format=audio_format,
-        peak=round(float(envelope.max()), 4),
+        peak=round(float(points.max()), 4),
         loudness_lufs=None if lufs is None else round(lufs, 2),
-        waveform=_peaks(envelope, WAVEFORM_POINTS),
+        waveform=points.round(4).tolist(),
     )
 
 
-def _peaks(envelope: Samples, points: int) -> list[float]:
-    """Return the peak of each of at most ``points`` equal parts, rounded to 4 decimals."""
+def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
+    """Return the peak of each of at most ``points`` equal parts."""
+    envelope = np.abs(samples).max(axis=0)  # [frame]
     points = min(points, len(envelope))
     starts = np.arange(points) * len(envelope) // points
     # As float64: 0.1 of float32 would print as 0.10000000149.
-    peaks = np.maximum.reduceat(envelope, starts).astype(np.float64)
-    rounded: list[float] = np.round(peaks, 4).tolist()
-    return rounded
+    return np.maximum.reduceat(envelope, starts).astype(np.float64)
