@@ -12,7 +12,21 @@ from hypothesis.extra.numpy import arrays
 from dgx_music.audio import wav
 
 STEP = 2.0**-15  # of 16 bits
-EDGES = [-1, -1 + STEP, -STEP, -STEP / 2, -(2.0**-31), -(2.0**-32), -1e-30, 0, 1e-30, STEP / 2, STEP, 1 - STEP, 1]
+EDGES = [
+    -1,
+    -1 + STEP,
+    -STEP,
+    -STEP / 2,
+    -(2.0**-31),
+    -(2.0**-32),
+    -1e-30,
+    0,
+    1e-30,
+    STEP / 2,
+    STEP,
+    1 - STEP,
+    1,
+]
 
 
 def libsndfile_wav(samples, rate):

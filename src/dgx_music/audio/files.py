@@ -88,7 +88,9 @@ def warm_up() -> None:
 
 def _check_samples(samples: Samples) -> Samples:
     if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] == 0:
-        raise EngineError(f"The engine's audio has the shape {samples.shape}; it must be [1 or 2 channels, frames].")
+        raise EngineError(
+            f"The engine's audio has the shape {samples.shape}; it must be [1 or 2 channels, frames]."
+        )
     peak = _peak_of(samples)
     if not math.isfinite(peak):
         raise EngineError("The engine's audio holds NaN or infinite samples and cannot be stored.")
@@ -100,7 +102,9 @@ def _peak_of(samples: Samples) -> float:
     return max(float(samples.max()), -float(samples.min()))
 
 
-def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[Samples, float | None]:
+def _normalise(
+    samples: Samples, sample_rate: int, loudness: Loudness
+) -> tuple[Samples, float | None]:
     """Return the samples at the level asked for, within ±1, and their loudness in LUFS.
 
     ``lufs`` starts from the peak limit and only ever turns down, so it can neither clip nor pass
@@ -132,7 +136,9 @@ def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -
     return buffer.getvalue()
 
 
-def _describe(samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None) -> AudioFacts:
+def _describe(
+    samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None
+) -> AudioFacts:
     channels, frames = samples.shape
     points = _points_of(samples, WAVEFORM_POINTS)
     return AudioFacts(

@@ -61,7 +61,9 @@ def import_filters() -> Any:
                 flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
             ).close()
         except OSError:
-            raise ArtifactError("There is no memory for the loudness meter; raise the limit (`ulimit -v`).") from None
+            raise ArtifactError(
+                "There is no memory for the loudness meter; raise the limit (`ulimit -v`)."
+            ) from None
     import pyloudnorm
 
     return pyloudnorm
@@ -100,7 +102,9 @@ def _block_powers(squares: Samples, sample_rate: int) -> NDArray[np.float64]:
     ends = (BLOCK_SECONDS * (offsets + 1) * sample_rate).astype(int)
     blocks = [slice(*each) for each in zip(starts, ends, strict=True)]
     share = 1.0 / (BLOCK_SECONDS * sample_rate)
-    return np.array([[share * channel[block].sum() for block in blocks] for channel in squares], np.float64)
+    return np.array(
+        [[share * channel[block].sum() for block in blocks] for channel in squares], np.float64
+    )
 
 
 def _gate(powers: NDArray[np.float64]) -> float | None:

@@ -41,4 +41,6 @@ def _to_16_bits(channel: Samples) -> NDArray[Any]:
 def _header(sample_rate: int, channels: int, size: int) -> bytes:
     frame_bytes = channels * _SAMPLE_BYTES
     form = _PCM, channels, sample_rate, sample_rate * frame_bytes, frame_bytes, 8 * _SAMPLE_BYTES
-    return _HEADER.pack(b"RIFF", _BYTES_AFTER_SIZE + size, b"WAVE", b"fmt ", 16, *form, b"data", size)
+    return _HEADER.pack(
+        b"RIFF", _BYTES_AFTER_SIZE + size, b"WAVE", b"fmt ", 16, *form, b"data", size
+    )

@@ -120,8 +120,12 @@ async def complete_generation(
     changes = {
         "status": COMPLETED,
         "completed_at": now(),
-        "generation_time_seconds": validation.check_between("generation_time", generation_time, 0, 1e9),
-        "file_size_bytes": validation.check_integer("file_size_bytes", file_size_bytes, 0, validation.MAX_SEED),
+        "generation_time_seconds": validation.check_between(
+            "generation_time", generation_time, 0, 1e9
+        ),
+        "file_size_bytes": validation.check_integer(
+            "file_size_bytes", file_size_bytes, 0, validation.MAX_SEED
+        ),
         "progress": 1.0,
         "error_message": None,
     }

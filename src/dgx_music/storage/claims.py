@@ -67,7 +67,10 @@ async def claim(
     claimed = (await session.execute(statement)).all()
     rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
     if rows and dialect != "postgresql":
-        made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
+        made = [
+            {"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id}
+            for row in rows
+        ]
         await session.execute(insert(attempts), made)
     if not rows:
         await check_schema(session)

@@ -98,7 +98,9 @@ class AttemptOutcome(StrEnum):
     LOST = "lost"
 
 
-JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(
+    JSONB(none_as_null=True), "postgresql"
+)
 """``jsonb`` on PostgreSQL: plain ``json`` stores text that it cannot read later."""
 
 
@@ -235,7 +237,9 @@ class with_json_key(FunctionElement[dict[str, Any]]):  # noqa: N801 - reads as t
     type: TypeEngine[Any] = JsonObject
     inherit_cache = True
 
-    def __init__(self, column: ColumnElement[Any], key: ColumnElement[str], value: ColumnElement[str]) -> None:
+    def __init__(
+        self, column: ColumnElement[Any], key: ColumnElement[str], value: ColumnElement[str]
+    ) -> None:
         super().__init__(column, key, value)
 
 
@@ -248,7 +252,9 @@ def _with_json_key_sqlite(element: with_json_key, compiler: SQLCompiler, **kwarg
 @compiles(with_json_key, "postgresql")
 def _with_json_key_postgresql(element: with_json_key, compiler: SQLCompiler, **kwargs: Any) -> str:
     column, key, value = (compiler.process(clause, **kwargs) for clause in element.clauses)
-    return f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
+    return (
+        f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
+    )
 
 
 Id = String(36)
@@ -305,7 +311,9 @@ def is_our_schema() -> ColumnElement[bool]:
     It is evaluated once for each statement. An older version does not know all columns of a row, so
     it must not claim one.
     """
-    return select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
+    return (
+        select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
+    )
 
 
 def schema_revision() -> Select[Any]:

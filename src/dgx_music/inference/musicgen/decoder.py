@@ -25,7 +25,15 @@ from dgx_music.inference.musicgen.attention import Attention, Text
 from dgx_music.inference.musicgen.embedding import Embedding
 from dgx_music.inference.musicgen.kernels import add_norm
 from dgx_music.inference.musicgen.launches import Span, borrow_stream
-from dgx_music.inference.musicgen.layers import EPSILON, Layer, Norm, Weight, linear, norm_of, quantise
+from dgx_music.inference.musicgen.layers import (
+    EPSILON,
+    Layer,
+    Norm,
+    Weight,
+    linear,
+    norm_of,
+    quantise,
+)
 
 _MAX_SHAPES = 128
 """How many shapes of the forward pass are compiled.

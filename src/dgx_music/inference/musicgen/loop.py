@@ -72,7 +72,9 @@ class DecodingLoop:
         ticket = _Ticket(row, run)
         with self._lock:
             if not self._is_running:
-                threading.Thread(target=self._work, name="decoding").start()  # it waits for the lock
+                threading.Thread(
+                    target=self._work, name="decoding"
+                ).start()  # it waits for the lock
                 self._is_running = True
             self._waiting.append(ticket)
         return ticket.codes.result()
@@ -139,7 +141,9 @@ class DecodingLoop:
         is_too_large = self._slots is not None and self._slots.slot_count > self.slot_count
         if is_too_large and not self._admitted:
             self._give_up_slots()
-        return self._slots is None or (len(self._admitted) < self.slot_count and self._slots.has_room)
+        return self._slots is None or (
+            len(self._admitted) < self.slot_count and self._slots.has_room
+        )
 
     def _give_up_slots(self) -> None:
         slots, self._slots = self._slots, None
@@ -249,4 +253,6 @@ def _failed_step(error: BaseException, count: int) -> BaseException:
 
 
 def _no_room(error: BaseException) -> EngineReplacedError:
-    return EngineReplacedError(f"There is no memory for as many generations at a time ({first_line(error)}).")
+    return EngineReplacedError(
+        f"There is no memory for as many generations at a time ({first_line(error)})."
+    )
