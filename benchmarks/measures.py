@@ -246,9 +246,8 @@ async def open_kept(place: Place, kept: int, waiting: int) -> tuple[Database, Fl
         await floor.add_finished(kept)
     for _ in range(0, waiting, 5_000):
         await add_work(database, min(waiting, 5_000))
-    await time_claims(
-        database, floor, CLAIMS_IN_A_TURN
-    )  # compiles statements and fills the page cache
+    # compiles statements and fills the page cache
+    await time_claims(database, floor, CLAIMS_IN_A_TURN)
     return database, floor
 
 

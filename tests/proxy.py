@@ -14,14 +14,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tests.patience import PATIENCE
 
-Message = tuple[
-    bytes, bytes
-]  # of a client: its type, b"" before the session starts, and its payload
+# of a client: its type, b"" before the session starts, and its payload
+Message = tuple[bytes, bytes]
 
-_REQUESTS_BEFORE_STARTUP = {
-    80877103,
-    80877104,
-}  # for TLS and for GSSAPI; the server says one byte, and no
+# for TLS and for GSSAPI; the server says one byte, and no
+_REQUESTS_BEFORE_STARTUP = {80877103, 80877104}
 _READY_FOR_QUERY = b"Z\0\0\0\5"  # ends the reply to a simple query, but for one byte
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 

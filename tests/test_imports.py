@@ -122,9 +122,8 @@ def test_the_rooms_are_the_folders():
     assert folders == ROOMS.keys() - {"ground", "clips"}
 
 
-@pytest.mark.parametrize(
-    "name", sorted({*IMPORTS} - {""})
-)  # the package itself gathers the public names
+# the package itself gathers the public names
+@pytest.mark.parametrize("name", sorted({*IMPORTS} - {""}))
 def test_a_module_imports_from_the_rooms_it_may(name):
     elsewhere = {other: room_of(other) for other in OURS[name] if room_of(other) != room_of(name)}
 

@@ -440,9 +440,8 @@ async def test_an_engine_that_dies_of_everything_stops_the_worker_and_spares_the
     with pytest.raises(EngineCrashedError):
         await make_worker().run(drain=True)
     failures = [(await read(database, row)).failures for row in rows]
-    assert (
-        BROKEN_AFTER <= sum(failures) <= BROKEN_AFTER + 1
-    )  # one more may have been in the slot already
+    # one more may have been in the slot already
+    assert BROKEN_AFTER <= sum(failures) <= BROKEN_AFTER + 1
     assert failures[-1] == 0
 
 
@@ -798,9 +797,8 @@ async def test_completions_that_are_ready_together_share_a_transaction(
 
     async def counting(session, completions):
         done = await complete(session, completions)
-        sizes.append(
-            len(done)
-        )  # a heartbeat may hold the rows just then: those are written a moment later
+        # a heartbeat may hold the rows just then: those are written a moment later
+        sizes.append(len(done))
         return done
 
     monkeypatch.setattr(queue, "complete", counting)
@@ -836,9 +834,8 @@ async def test_files_of_earlier_attempts_are_removed_before_completion(
     database, make_worker, output, monkeypatch
 ):
     generation = await add(database)
-    async with (
-        database.session() as session
-    ):  # the first attempt's worker ended before it could remove anything
+    # the first attempt's worker ended before it could remove anything
+    async with database.session() as session:
         [claimed] = await queue.claim(
             session, worker_id="former", model_name=MODEL, limit=1, lease_seconds=30
         )

@@ -363,11 +363,8 @@ async def test_what_becomes_due_and_goes_first_while_it_waits_counts_as_late_as_
         await add_fleet(session)
         await add_generation(session, duration_seconds=1000.0)
         own = await add_generation(session)
-        for seconds_until in (
-            1500,
-            3500,
-            8000,
-        ):  # at worst it waits 2000 s, then 4000 s, then 6000 s
+        # at worst it waits 2000 s, then 4000 s, then 6000 s
+        for seconds_until in (1500, 3500, 8000):
             urgent = await add_generation(session, duration_seconds=1000.0, priority=1000)
             await back_date(session, urgent.id, run_at=-seconds_until)
 

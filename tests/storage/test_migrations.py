@@ -273,9 +273,8 @@ async def test_another_role_may_write_to_tables_in_a_schema_of_the_owners(empty_
             text(f"INSERT INTO {schema}.prompts (text, text_hash) VALUES ('rain', 'a hash')")
         )
 
-    assert (
-        await read_all(empty_database, select(Tally.name)) == ["prompts"] * 2
-    )  # the migration's own is of none
+    # the migration's own is of none
+    assert await read_all(empty_database, select(Tally.name)) == ["prompts"] * 2
 
 
 # a server is never migrated silently

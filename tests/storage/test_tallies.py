@@ -102,9 +102,8 @@ class Walker:
                 case 2:
                     await queue.release(session, [lease])
                 case 3:
-                    is_held = (Generation.id == lease.generation_id) & Generation.worker_id.is_not(
-                        None
-                    )
+                    is_ours = Generation.id == lease.generation_id
+                    is_held = is_ours & Generation.worker_id.is_not(None)
                     await session.execute(
                         update(Generation).where(is_held).values(lease_expires_at=now_plus(-1.0))
                     )

@@ -72,9 +72,8 @@ class DecodingLoop:
         ticket = _Ticket(row, run)
         with self._lock:
             if not self._is_running:
-                threading.Thread(
-                    target=self._work, name="decoding"
-                ).start()  # it waits for the lock
+                # it waits for the lock
+                threading.Thread(target=self._work, name="decoding").start()
                 self._is_running = True
             self._waiting.append(ticket)
         return ticket.codes.result()

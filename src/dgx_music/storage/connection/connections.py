@@ -179,9 +179,8 @@ def _after_fork_in_child() -> None:
         sqlite_changes.after_fork(),
     ]
     inherited += [each.after_fork() for each in snapshot(_all)]
-    ctypes.pythonapi.Py_IncRef(
-        ctypes.py_object(inherited)
-    )  # kept until after the interpreter's end
+    # kept until after the interpreter's end
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 _all: WeakSet[ConnectionsByLoop] = WeakSet()

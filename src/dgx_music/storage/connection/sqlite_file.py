@@ -119,9 +119,8 @@ class DatabaseFile:
         """Close the connections of event loops that are closed."""
         for opened in [opened for opened in tuple(self._opened) if opened.loop.is_closed()]:
             self._opened.discard(opened)
-            stopping = threading.Thread(
-                target=opened.driver.stop
-            )  # in a separate thread it calls no event loop
+            # in a separate thread it calls no event loop
+            stopping = threading.Thread(target=opened.driver.stop)
             stopping.start()
             stopping.join()
 
