@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from dgx_music.storage.schema import GenerationStatus
+    from dgx_music.statuses import GenerationStatus
 
 
 class DgxMusicError(Exception):

@@ -10,18 +10,10 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, 
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Mapped, mapped_column, validates
 
+from dgx_music.statuses import WorkerState
 from dgx_music.storage.base import Base
 from dgx_music.storage.generation import Generation
-from dgx_music.storage.schema import (
-    HashText,
-    JsonObject,
-    LongText,
-    ShortText,
-    StatusText,
-    UtcDateTime,
-    WorkerState,
-    now,
-)
+from dgx_music.storage.schema import HashText, JsonObject, LongText, ShortText, StatusText, UtcDateTime, now
 from dgx_music.storage.words import search_text
 
 __all__ = [
