@@ -66,7 +66,9 @@ class GenerationNotFoundError(DgxMusicError):
     exit_code = 3
 
     def __init__(self, generation_id: str) -> None:
-        super().__init__(f"There is no generation {generation_id!r}; `dgx-music list` shows those that exist.")
+        super().__init__(
+            f"There is no generation {generation_id!r}; `dgx-music list` shows those that exist."
+        )
         self.generation_id = generation_id
 
 
@@ -76,10 +78,16 @@ class IllegalTransitionError(DgxMusicError):
     exit_code = 4
 
     def __init__(
-        self, generation_id: str, current: GenerationStatus, wanted: GenerationStatus, reason: str = ""
+        self,
+        generation_id: str,
+        current: GenerationStatus,
+        wanted: GenerationStatus,
+        reason: str = "",
     ) -> None:
         because = f" ({reason})" if reason else ""
-        super().__init__(f"Generation {generation_id} is {current} and cannot become {wanted}{because}.")
+        super().__init__(
+            f"Generation {generation_id} is {current} and cannot become {wanted}{because}."
+        )
         self.generation_id = generation_id
         self.current = current
         self.wanted = wanted
@@ -107,9 +115,13 @@ class WaitTimeoutError(DgxMusicError, TimeoutError):
 
     exit_code = 124
 
-    def __init__(self, generation_id: str, status: GenerationStatus | None, timeout_seconds: float) -> None:
+    def __init__(
+        self, generation_id: str, status: GenerationStatus | None, timeout_seconds: float
+    ) -> None:
         so_far = status or "unfinished"
-        super().__init__(f"Generation {generation_id} is still {so_far} after {timeout_seconds:g} s; it goes on.")
+        super().__init__(
+            f"Generation {generation_id} is still {so_far} after {timeout_seconds:g} s; it goes on."
+        )
         self.generation_id = generation_id
         self.status = status
 

@@ -12,7 +12,13 @@ import os
 from pathlib import Path
 
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {errno.EBADF, errno.EISDIR, errno.ENOTTY, errno.EACCES, errno.EPERM}
+_CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {
+    errno.EBADF,
+    errno.EISDIR,
+    errno.ENOTTY,
+    errno.EACCES,
+    errno.EPERM,
+}
 """Errors of a file system that cannot flush, or of a folder that may not be read.
 
 A broken disk gives other errors.

@@ -1,4 +1,4 @@
-"""The statuses of generations, with their legal changes; the states of workers; the ends of attempts."""
+"""The statuses of generations and their legal changes, states of workers, ends of attempts."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[Slots], bo
 def test_rows_of_many_threads_have_the_tokens_they_have_alone(pool: ThreadPoolExecutor) -> None:
     loop = make_loop(slot_count=3)
     wanted: list[dict[str, Any]] = [
-        {"prompt": PROMPTS[number % 4], "frames": 5 + 7 * number % 31, "seed": number} for number in range(8)
+        {"prompt": PROMPTS[number % 4], "frames": 5 + 7 * number % 31, "seed": number}
+        for number in range(8)
     ]
     rows = [make_row(**fields) for fields in wanted]
     answers = list(pool.map(lambda row: loop.decode(row, QuietRun()), rows))
@@ -109,14 +110,18 @@ def test_a_cancelled_row_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor
     assert torch.equal(healthy.result(PATIENCE), decode([make_row(frames=30, seed=1)])[0])
 
 
-def test_a_row_whose_caller_is_gone_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+def test_a_row_whose_caller_is_gone_ends_alone(
+    loop: DecodingLoop, pool: ThreadPoolExecutor
+) -> None:
     healthy = pool.submit(loop.decode, make_row(seed=1), QuietRun())
     with pytest.raises(ConnectionError):
         loop.decode(make_row(), BrokenRun())
     assert torch.equal(healthy.result(PATIENCE), decode([make_row(seed=1)])[0])
 
 
-def test_a_row_that_cannot_be_admitted_fails_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+def test_a_row_that_cannot_be_admitted_fails_alone(
+    loop: DecodingLoop, pool: ThreadPoolExecutor
+) -> None:
     go_on = threading.Event()
     other = SignallingRun(go_on)
     healthy = pool.submit(loop.decode, make_row(frames=20, seed=1), other)

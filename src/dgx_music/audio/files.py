@@ -98,13 +98,17 @@ def warm_up() -> None:
 
 def _check_samples(samples: Samples) -> Samples:
     if samples.ndim != 2 or samples.shape[0] not in (1, 2) or samples.shape[1] == 0:
-        raise EngineError(f"The engine's audio has the shape {samples.shape}; it must be [1 or 2 channels, frames].")
+        raise EngineError(
+            f"The engine's audio has the shape {samples.shape}; it must be [1 or 2 channels, frames]."
+        )
     if not np.isfinite(samples).all():
         raise EngineError("The engine's audio holds NaN or infinite samples and cannot be stored.")
     return np.clip(samples, -_CEILING, _CEILING)
 
 
-def _normalise(samples: Samples, sample_rate: int, loudness: Loudness) -> tuple[Samples, float | None]:
+def _normalise(
+    samples: Samples, sample_rate: int, loudness: Loudness
+) -> tuple[Samples, float | None]:
     """Return the samples at the level asked for, within ±1, and their loudness in LUFS.
 
     ``lufs`` starts from the peak limit and only ever turns down, so it can neither clip nor pass
@@ -148,7 +152,9 @@ def _import_meter() -> Any:
                 flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
             ).close()
         except OSError:
-            raise ArtifactError("There is no memory for the loudness meter; raise the limit (`ulimit -v`).") from None
+            raise ArtifactError(
+                "There is no memory for the loudness meter; raise the limit (`ulimit -v`)."
+            ) from None
     import pyloudnorm
 
     return pyloudnorm
@@ -158,13 +164,17 @@ def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -
     """Return the samples, float32 or int16, as a file's content."""
     frames = samples.T  # [frame, channel]
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **FORMATS[audio_format].encoding) as file:
+    with soundfile.SoundFile(
+        buffer, "w", sample_rate, frames.shape[1], **FORMATS[audio_format].encoding
+    ) as file:
         for start in range(0, len(frames), _BLOCK_FRAMES):
             file.write(frames[start : start + _BLOCK_FRAMES])
     return buffer.getvalue()
 
 
-def _describe(samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None) -> AudioFacts:
+def _describe(
+    samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None
+) -> AudioFacts:
     channels, frames = samples.shape
     envelope = np.abs(samples).max(axis=0)  # [frame]
     return AudioFacts(

@@ -35,7 +35,9 @@ class Format:
 
 
 FORMATS: Mapping[AudioFormat, Format] = {
-    "wav": Format(riff.find_source, ("WAV", "WAVEX", "RF64"), {"format": "WAV", "subtype": "PCM_16"}),
+    "wav": Format(
+        riff.find_source, ("WAV", "WAVEX", "RF64"), {"format": "WAV", "subtype": "PCM_16"}
+    ),
     "flac": Format(flac.find_source, ("FLAC",), {"format": "FLAC", "subtype": "PCM_16"}),
     "ogg": Format(ogg.find_source, ("OGG",), {"format": "OGG", "subtype": "VORBIS"}),
     "mp3": Format(  # the last one: it searches the file for frames

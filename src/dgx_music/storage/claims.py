@@ -17,7 +17,14 @@ from dgx_music.storage.due import CLAIM_ORDER, due_rows, take_turns
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_one_of
 from dgx_music.storage.models import attempts
-from dgx_music.storage.schema import dialect_of, is_our_schema, now, now_plus, schema_revision, written
+from dgx_music.storage.schema import (
+    dialect_of,
+    is_our_schema,
+    now,
+    now_plus,
+    schema_revision,
+    written,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,10 @@ async def claim(
     claimed = (await session.execute(statement)).all()
     rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
     if rows and dialect != "postgresql":
-        made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
+        made = [
+            {"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id}
+            for row in rows
+        ]
         await session.execute(insert(attempts), made)
     if not rows:
         await check_schema(session)

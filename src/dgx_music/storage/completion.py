@@ -32,7 +32,16 @@ from dgx_music.statuses import COMPLETED, PROCESSING, AttemptOutcome
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among, is_held_by, is_one_of
 from dgx_music.storage.models import attempts
-from dgx_music.storage.schema import HashText, Id, JsonObject, LongText, ShortText, dialect_of, now, with_json_key
+from dgx_music.storage.schema import (
+    HashText,
+    Id,
+    JsonObject,
+    LongText,
+    ShortText,
+    dialect_of,
+    now,
+    with_json_key,
+)
 
 AUDIO_KEY = "audio"
 """The key that completion adds to a row's metadata."""

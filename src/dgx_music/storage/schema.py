@@ -53,7 +53,9 @@ def check_status(status: GenerationStatus | str) -> str:
         raise InvalidRequestError("status", f"{status!r} is not one", f"use {known}") from None
 
 
-JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(
+    JSONB(none_as_null=True), "postgresql"
+)
 """``jsonb`` on PostgreSQL: plain ``json`` stores text that it cannot read later."""
 
 
@@ -190,7 +192,9 @@ class with_json_key(FunctionElement[dict[str, Any]]):  # noqa: N801 - reads as t
     type: TypeEngine[Any] = JsonObject
     inherit_cache = True
 
-    def __init__(self, column: ColumnElement[Any], key: ColumnElement[str], value: ColumnElement[str]) -> None:
+    def __init__(
+        self, column: ColumnElement[Any], key: ColumnElement[str], value: ColumnElement[str]
+    ) -> None:
         super().__init__(column, key, value)
 
 
@@ -203,7 +207,9 @@ def _with_json_key_sqlite(element: with_json_key, compiler: SQLCompiler, **kwarg
 @compiles(with_json_key, "postgresql")
 def _with_json_key_postgresql(element: with_json_key, compiler: SQLCompiler, **kwargs: Any) -> str:
     column, key, value = (compiler.process(clause, **kwargs) for clause in element.clauses)
-    return f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
+    return (
+        f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
+    )
 
 
 Id = String(36)
@@ -260,7 +266,9 @@ def is_our_schema() -> ColumnElement[bool]:
     It is evaluated once for each statement. An older version does not know all columns of a row, so
     it must not claim one.
     """
-    return select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
+    return (
+        select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
+    )
 
 
 def schema_revision() -> Select[Any]:

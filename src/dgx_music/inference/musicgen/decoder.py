@@ -24,7 +24,15 @@ from dgx_music.inference.musicgen.attention import Attention, Context, Segment, 
 from dgx_music.inference.musicgen.embedding import Embedding
 from dgx_music.inference.musicgen.kernels import add_norm
 from dgx_music.inference.musicgen.launches import Span, borrow_stream
-from dgx_music.inference.musicgen.layers import EPSILON, Layer, Norm, Weight, linear, norm_of, quantise
+from dgx_music.inference.musicgen.layers import (
+    EPSILON,
+    Layer,
+    Norm,
+    Weight,
+    linear,
+    norm_of,
+    quantise,
+)
 
 _MAX_SHAPES = 128
 """How many shapes of the forward pass are compiled.
@@ -44,9 +52,10 @@ class _Step(NamedTuple):
     context: Context
     texts: tuple[Segment, ...]  # none if no row has a text
     text_every: int
-    """2 if the unconditional pass has no text, so that only every second sequence reads one; else 1.
+    """2 if only every second sequence reads a text, else 1.
 
-    Its text states would be zero, and so would be what cross-attention reads from them.
+    The unconditional pass may have none. Its text states would then be zero, and so would be what
+    cross-attention reads from them.
     """
     padded_rows: int
 
@@ -212,10 +221,12 @@ class Decoder:
         logits = linear(normed, self._heads, padded_rows).float()  # [N, K * V]
         return logits.view(len(tokens), passes, self.codebook_count, -1)
 
-    def _step_layer(self, index: int, x: Tensor, normed: Tensor, cache: Tensor, step: _Step) -> Tensor:
-        """Add one layer's results to x ``[N, hidden]``, in place; return x, normalised for the next layer.
+    def _step_layer(
+        self, index: int, x: Tensor, normed: Tensor, cache: Tensor, step: _Step
+    ) -> Tensor:
+        """Add one layer's results to x ``[N, hidden]``, in place.
 
-        ``normed`` is x, normalised for this layer.
+        ``normed`` is x, normalised for this layer; returns x, normalised for the next one.
         """
         layer, padded_rows = self.layers[index], step.padded_rows
         read = self.attention.attend_self(layer, index, normed, cache, step.context, padded_rows)
@@ -273,7 +284,9 @@ class Decoder:
         position = torch.arange(start + x.shape[1], device=self.device)
         is_visible = position <= position[start:, None]  # [C, start + C]
         texts = () if text is None else text.segments()  # one or none
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
+        for index, (layer, layer_cache) in enumerate(
+            zip(self.layers, cache.unbind(0), strict=True)
+        ):
             normed = layer.self_norm(x)
             x = x + self.attention.prefill_self(layer, normed, start, layer_cache, is_visible)
             if layer.cross is not None and text is not None:

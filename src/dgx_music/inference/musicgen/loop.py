@@ -82,7 +82,8 @@ class DecodingLoop:
         ticket = _Ticket(row, run)
         with self._lock:
             if not self._is_running:
-                threading.Thread(target=self._work, name="decoding").start()  # it waits for the lock
+                # it waits for the lock
+                threading.Thread(target=self._work, name="decoding").start()
                 self._is_running = True
             self._waiting.append(ticket)
         return ticket.codes.result()
@@ -187,7 +188,10 @@ class DecodingLoop:
 
 
 def _ending_of(ticket: _Ticket, slots: Slots) -> Tensor | BaseException | None:
-    """Report a row's progress; return its codes if it is done, an error if it ends early, else ``None``."""
+    """Report a row's progress; return its codes if it is done, or the error that ends it.
+
+    Returns ``None`` if it goes on.
+    """
     row = ticket.row
     try:
         if row.position:
@@ -209,4 +213,6 @@ def _failed_step(error: BaseException, count: int) -> BaseException:
 
 
 def _no_room(error: BaseException) -> EngineReplacedError:
-    return EngineReplacedError(f"There is no memory for as many generations at a time ({first_line(error)}).")
+    return EngineReplacedError(
+        f"There is no memory for as many generations at a time ({first_line(error)})."
+    )

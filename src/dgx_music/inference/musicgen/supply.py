@@ -38,12 +38,21 @@ class SlotSupply:
 
         Gives up the slots if they are empty and have become too many.
         """
-        if self.slots is not None and self.slots.slot_count > self.slot_count and not self.slots.rows:
+        if (
+            self.slots is not None
+            and self.slots.slot_count > self.slot_count
+            and not self.slots.rows
+        ):
             self.give_up()
-        return self.slots is None or (len(self.slots.rows) < self.slot_count and self.slots.has_room)
+        return self.slots is None or (
+            len(self.slots.rows) < self.slot_count and self.slots.has_room
+        )
 
     def get(self) -> Slots:
-        """Return the slots, fresh ones if they were given up. Raises the error if no single one fits."""
+        """Return the slots, fresh ones if they were given up.
+
+        Raises the error if no single one fits.
+        """
         if self.slots is None:
             give_back_memory()  # of the slots that were given up
             self.slots = self._make_fresh()
