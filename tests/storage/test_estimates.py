@@ -8,11 +8,12 @@ from sqlalchemy import insert, select, update
 from dgx_music.client.generations import estimate_generation
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import Measured, Range
+from dgx_music.statuses import FINISHED
 from dgx_music.storage.due import queue_position
 from dgx_music.storage.estimates import estimate, record_speed
 from dgx_music.storage.models import Generation, Speed, WorkerInfo
 from dgx_music.storage.pauses import pause_model
-from dgx_music.storage.schema import FINISHED, now_plus
+from dgx_music.storage.schema import now_plus
 from tests.factories import MODEL, add_generation, back_date, claim_one
 from tests.storage.plans import analyze, plan_of
 

@@ -12,6 +12,7 @@ from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import IllegalTransitionError
+from dgx_music.statuses import FINISHED, GenerationStatus
 from dgx_music.storage import (
     complete_generation,
     count_generations,
@@ -24,7 +25,7 @@ from dgx_music.storage import (
     update_generation_status,
 )
 from dgx_music.storage.models import Generation, Prompt, Tally
-from dgx_music.storage.schema import FINISHED, GenerationStatus, now_plus
+from dgx_music.storage.schema import now_plus
 from dgx_music.worker.worker import Worker
 from tests.factories import (
     MODEL,

@@ -11,6 +11,7 @@ from sqlalchemy import bindparam, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError
+from dgx_music.statuses import PENDING, PROCESSING
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.due import CLAIM_ORDER, due_rows, take_turns
 from dgx_music.storage.generation import g, generations
@@ -18,8 +19,6 @@ from dgx_music.storage.leases import Lease, is_one_of
 from dgx_music.storage.models import attempts
 from dgx_music.storage.prepared import Prepared
 from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
     dialect_of,
     is_our_schema,
     now,

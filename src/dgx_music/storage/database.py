@@ -19,7 +19,7 @@ from dgx_music.errors import (
     DatabaseNotMigratedError,
     DatabaseUnavailableError,
 )
-from dgx_music.modes import make_folders
+from dgx_music.files import make_folders
 from dgx_music.storage import schema_changes
 from dgx_music.storage.connection import postgres, postgres_errors, sqlite
 from dgx_music.storage.connection.changes import Changes

@@ -29,17 +29,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import PENDING, PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.models import ALL_MODELS, Pause
-from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
-    claim_order,
-    dialect_of,
-    now,
-    unindexed,
-    written,
-)
+from dgx_music.storage.schema import claim_order, dialect_of, now, unindexed, written
 
 pauses = cast("Table", Pause.__table__)
 

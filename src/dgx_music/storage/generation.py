@@ -29,17 +29,19 @@ from sqlalchemy.orm import (
 )
 
 from dgx_music.errors import IllegalTransitionError
-from dgx_music.storage.base import Base
-from dgx_music.storage.schema import (
+from dgx_music.statuses import (
     CANCELLED,
     COMPLETED,
-    DEFAULT_MAX_ATTEMPTS,
     FAILED,
     FINISHED,
     LEGAL_TRANSITIONS,
     PENDING,
     PROCESSING,
     GenerationStatus,
+)
+from dgx_music.storage.base import Base
+from dgx_music.storage.schema import (
+    DEFAULT_MAX_ATTEMPTS,
     HashText,
     Id,
     JsonObject,

@@ -14,9 +14,10 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Select, and_, case, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.models import WorkerInfo
-from dgx_music.storage.schema import PROCESSING, now_plus, written
+from dgx_music.storage.schema import now_plus, written
 
 
 @dataclass(frozen=True)

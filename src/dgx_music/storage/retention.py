@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import COMPLETED, FINISHED, PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among
-from dgx_music.storage.schema import COMPLETED, FINISHED, PROCESSING, now_plus
+from dgx_music.storage.schema import now_plus
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dgx_music.forecast import Speedometer
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.messages import EngineInfo
 from dgx_music.retrying import keep_trying
-from dgx_music.storage.schema import WorkerState
+from dgx_music.statuses import WorkerState
 from dgx_music.worker.engine_deaths import EngineDeaths
 from dgx_music.worker.stopping import Stopping
 

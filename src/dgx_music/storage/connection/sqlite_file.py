@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from dgx_music.modes import create_file
+from dgx_music.files import create_file
 from dgx_music.storage.connection import sqlite_changes
 from dgx_music.storage.connection.snapshots import snapshot
 from dgx_music.storage.connection.sqlite_changes import Place, find_place
