@@ -201,7 +201,7 @@ async def test_a_mistake_in_a_statement_is_the_callers_and_the_connection_stays(
     async def work(session):
         await session.execute(text("INSERT INTO prompts (text) VALUES (NULL)"))
 
-    with pytest.raises(Exception, match="(?i)null"):
+    with pytest.raises(Exception, match=r"(?i)null"):
         await database.transact(work)
 
     assert len(await database.transact(insert(rows_of("rain")))) == 1

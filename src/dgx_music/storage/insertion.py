@@ -14,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
+from dgx_music.statuses import PENDING
 from dgx_music.storage.clips import keep_clips
 from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
@@ -25,7 +26,7 @@ from dgx_music.storage.prompts import (
     uncount_prompt_uses,
     uses_of,
 )
-from dgx_music.storage.schema import PENDING, HashText, UtcDateTime, dialect_of, now, written
+from dgx_music.storage.schema import HashText, UtcDateTime, dialect_of, now, written
 
 Row = Mapping[str, Any]
 """The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once."""
