@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import bindparam, insert, literal, select, update
+from sqlalchemy import Integer, bindparam, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError
@@ -93,15 +93,17 @@ def _claim_statement(
     dialect: str,
     worker_id: str,
     model_name: str,
-    limit: int,
+    limit: int | None,
     lease_seconds: float,
     tenant_limit: int | None,
 ) -> Prepared:
     """Return the statement that claims; cached, since a worker uses the same few again and again.
 
+    Without a ``limit`` its parameter ``most`` is one.
     On PostgreSQL it also adds the attempts, in the same round trip; on SQLite it cannot.
     """
-    due = due_rows(dialect, model_name, limit, tenant_limit)
+    most = bindparam("most", type_=Integer) if limit is None else limit
+    due = due_rows(dialect, model_name, most, tenant_limit)
     claimed = (
         update(generations)
         .where(is_one_of(due), g.status == written(PENDING), is_our_schema())

@@ -44,11 +44,11 @@ _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 
 
 def due_rows(
-    dialect: str, model_name: str, limit: int, tenant_limit: int | None = None
+    dialect: str, model_name: str, limit: Any, tenant_limit: int | None = None
 ) -> Select[Any]:
     """Return the query for the ids of up to ``limit`` due generations, most urgent first.
 
-    With a ``tenant_limit`` it leaves out what would give a tenant more than this many running; call
+    The limit is a number, or a parameter for one. With a ``tenant_limit`` it leaves out what would give a tenant more than this many running; call
     ``take_turns`` first.
     """
     if tenant_limit is None:
