@@ -48,8 +48,8 @@ def due_rows(
 ) -> Select[Any]:
     """Return the query for the ids of up to ``limit`` due generations, most urgent first.
 
-    The limit is a number, or a parameter for one. With a ``tenant_limit`` it leaves out what would give a tenant more than this many running; call
-    ``take_turns`` first.
+    The limit is a number, or a parameter for one. With a ``tenant_limit`` it leaves out what would
+    give a tenant more than this many running; call ``take_turns`` first.
     """
     if tenant_limit is None:
         most_urgent = select(g.id).where(*_is_due(model_name)).order_by(CLAIM_ORDER, g.id)
