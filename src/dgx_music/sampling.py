@@ -6,8 +6,8 @@ A new field is one line in each of the two classes, and its use in the sampler.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from functools import cache, partial
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Annotated, Any, TypedDict
 
 from dgx_music.validation import (
@@ -56,11 +56,6 @@ def _always_stored(default: Any, check: Callable[..., object], **limits: float) 
     )
 
 
-@cache
-def _fields() -> tuple[Field[Any], ...]:
-    return fields(Sampling)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The sampling fields; building it raises ``InvalidRequestError`` on the first bad one.
@@ -80,7 +75,7 @@ class Sampling:
     negative_prompt: str | None = _checked(None, lambda _name, value: check_negative_prompt(value))
 
     def __post_init__(self) -> None:
-        for each in _fields():
+        for each in fields(Sampling):
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
                 self._set(each.name, each.metadata["check"](each.name, value))
@@ -95,12 +90,12 @@ class Sampling:
         """The sampling fields as they are stored, and as they count in a request's hash."""
         return {
             each.name: getattr(self, each.name)
-            for each in _fields()
+            for each in fields(Sampling)
             if "is_always_stored" in each.metadata or getattr(self, each.name) != each.default
         }
 
     @staticmethod
     def pick(values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sampling fields among the values; one that is ``None`` keeps its default."""
-        names = [each.name for each in _fields()]
+        names = [each.name for each in fields(Sampling)]
         return {name: values[name] for name in names if values.get(name) is not None}
