@@ -9,7 +9,7 @@ from dgx_music import enqueue, enqueue_many
 from dgx_music.errors import DatabaseUnavailableError, IdempotencyConflictError
 from dgx_music.storage import gathering
 from dgx_music.storage.models import Generation, Prompt
-from tests.factories import read_all
+from tests.factories import on, read_all
 
 pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
 
@@ -141,6 +141,18 @@ async def test_a_cancelled_call_that_is_being_written_ends_first(database, trans
     await second
 
     assert await prompts(database) == ["first", "second"]
+
+
+@on("asyncpg", "psycopg")
+async def test_what_waits_for_another_producers_key_holds_up_nobody_else(database):
+    async with database.session() as session:
+        await enqueue("rain", idempotency_key="k", session=session)
+        keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
+        made = await enqueue("sun")
+        assert not keyed.done()
+
+    assert (await keyed).id != made.id
+    assert await prompts(database) == ["rain", "sun"]
 
 
 async def test_a_long_batch_does_not_hold_up_a_short_one_behind_it(database, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -30,9 +31,9 @@ from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.connection.sessions import NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
-from dgx_music.storage.gathering import Gathering
+from dgx_music.storage.gathering import Gathering, insert_all
 from dgx_music.storage.generation import Generation
-from dgx_music.storage.insertion import Row
+from dgx_music.storage.insertion import Row, is_single
 from dgx_music.storage.models import Base
 
 T = TypeVar("T")
@@ -207,8 +208,11 @@ class Database:
     ) -> list[Generation]:
         """Insert generations in a transaction, which calls at the same time share; return them.
 
-        See ``insert_generations`` for the rows and the clips.
+        See ``insert_generations`` for the rows and the clips. On PostgreSQL what may have to wait
+        for another transaction, with its key or its clip, shares none: the others would wait too.
         """
+        if not (self.is_embedded or is_single(rows)):
+            return await self.transact(partial(insert_all, rows, clips))
         here = self._connections.here()
         if here.inserts is None:
             here.inserts = Gathering(self.transact)

@@ -108,13 +108,14 @@ class Gathering:
     async def _insert(self, inserts: Sequence[_Insert]) -> list[Generation]:
         rows = [row for insert in inserts for row in insert.rows]
         clips = {sha256: clip for insert in inserts for sha256, clip in insert.clips.items()}
-        work = partial(_insert, rows, clips)
+        work = partial(insert_all, rows, clips)
         return await self._transact(work, is_single=is_single(rows))
 
 
-async def _insert(
+async def insert_all(
     rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]], session: AsyncSession
 ) -> list[Generation]:
+    """Do ``insert_generations`` as the work of a transaction."""
     return await insert_generations(session, rows, clips)
 
 
