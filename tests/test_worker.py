@@ -252,6 +252,18 @@ async def test_an_unexpected_error_fails_its_generation_and_not_the_worker(
     ]
 
 
+async def test_only_an_unexpected_error_is_logged_with_its_trace(
+    database, make_worker, engine, caplog
+):
+    errors = [KeyError("surprise"), EngineError("boom"), TimeoutError("slow")]
+    for number, error in enumerate(errors):
+        await add(database, f"prompt {number}", max_attempts=1)
+        engine.script[f"prompt {number}"] = error
+    await make_worker().run(drain=True)
+    assert [type(log.exc_info[1]) for log in caplog.records if log.exc_info] == [KeyError]
+    assert sum(log.levelname == "WARNING" for log in caplog.records) == 3
+
+
 async def test_a_rejected_generation_is_not_retried(database, make_worker, engine):
     generation = await add(database)
     engine.script["lofi rain"] = GenerationRejectedError("not this one")
