@@ -19,13 +19,22 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
-from dgx_music.storage import configure_sqlite, create_generation, migrations
+from dgx_music.storage import (
+    configure_sqlite,
+    count_generations,
+    create_generation,
+    due,
+    migrations,
+    queue,
+)
 from dgx_music.storage.connection import sqlite
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Base, Generation
-from tests.factories import Program, add_generation, claim_up_to, read_all
+from dgx_music.storage.workers import get_workers
+from tests.factories import MODEL, Program, add_generation, claim_up_to, read_all
 from tests.patience import PATIENCE
+from tests.storage.plans import plan_of
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
 
@@ -58,7 +67,14 @@ async def refusal(url):
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize(
     ("pragma", "value"),
-    [("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 30_000), ("mmap_size", 0)],
+    [
+        ("journal_mode", "wal"),
+        ("synchronous", 2),
+        ("foreign_keys", 1),
+        ("busy_timeout", 30_000),
+        ("mmap_size", 0),
+        ("temp_store", 2),
+    ],
 )
 async def test_every_connection_is_set_up(database, pragma, value, read_only):
     async with database.session(read_only=read_only) as session:
@@ -496,6 +512,23 @@ async def test_a_claim_under_a_tenant_limit_reads_each_tenants_own_queue_and_sor
     assert [step for step in plan if step.startswith("SEARCH queue")] == [f"SEARCH queue USING INDEX {queue}"]
     assert not [step for step in plan if step.startswith("SCAN generations")]
     assert sum("TEMP B-TREE FOR ORDER BY" in step for step in plan) == 1
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda session: due.has_work(session, [MODEL]),
+        lambda session: queue.find_cancel_requests(session, "worker-1"),
+        lambda session: queue.find_leases(session),
+        lambda session: get_workers(session),
+        lambda session: count_generations(session, "processing"),
+    ],
+)
+async def test_what_runs_is_found_by_the_index_of_statuses(database, look):
+    plan = await plan_of(database, look)
+
+    assert "ix_generations_status_created_at (status=?)" in plan
+    assert "SCAN generations" not in plan
 
 
 def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):
