@@ -47,7 +47,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-def measure_together(stock: Stock, ours: Sequence[Ours], longest: float, rounds: int) -> list[Together]:
+def measure_together(
+    stock: Stock, ours: Sequence[Ours], longest: float, rounds: int
+) -> list[Together]:
     """Return the medians of the rounds.
 
     Ours runs before and after ``generate`` in each round, so that a slow moment meets both.
@@ -66,10 +68,14 @@ def measure_together(stock: Stock, ours: Sequence[Ours], longest: float, rounds:
     for _ in range(rounds):
         run_ours()
         for batch in STOCK_BATCHES:
-            ends.setdefault(f"{stock.name}, batches of {batch}", []).append(_in_batches(stock, durations, batch))
+            ends.setdefault(f"{stock.name}, batches of {batch}", []).append(
+                _in_batches(stock, durations, batch)
+            )
         run_ours()
     return [
-        Together(name, statistics.median(map(statistics.mean, each)), statistics.median(map(max, each)))
+        Together(
+            name, statistics.median(map(statistics.mean, each)), statistics.median(map(max, each))
+        )
         for name, each in ends.items()
     ]
 
@@ -113,9 +119,13 @@ def poisson_requests(count: int, rate: float, longest: float, seed: int = 0) -> 
     return requests
 
 
-def measure_poisson(stock: Stock, ours: Sequence[Ours], requests: Sequence[Request], batch: int) -> list[Poisson]:
+def measure_poisson(
+    stock: Stock, ours: Sequence[Ours], requests: Sequence[Request], batch: int
+) -> list[Poisson]:
     """Serve the requests in real time: first in static batches, then in as many slots."""
-    results = [_summary(f"{stock.name}, static batches", requests, serve_static(stock, requests, batch))]
+    results = [
+        _summary(f"{stock.name}, static batches", requests, serve_static(stock, requests, batch))
+    ]
     for loop in ours:
         loop.open(batch)
         loop.warm_up([request.seconds for request in requests])

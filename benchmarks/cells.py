@@ -78,7 +78,9 @@ class Bench:
         dtype = getattr(torch, options.dtype)
         model, tokenizer = build_model(size, dtype, self._device), build_tokenizer()
         self.stock = Stock(model, tokenizer)
-        self._weight_bytes = {self.stock.name: sum(each.nbytes for each in model.decoder.parameters())}
+        self._weight_bytes = {
+            self.stock.name: sum(each.nbytes for each in model.decoder.parameters())
+        }
         self.ours: list[Ours] = []
         for weights, compiled in product(options.weights, options.compile):
             before = device.held_bytes(self._device)
@@ -108,7 +110,10 @@ class Bench:
                 peaks[loop.name] = max(peaks[loop.name], device.peak_bytes(self._device) - before)
         for loop in loops:
             loop.close()
-        return [self._cell(loop, batch, clips, times, max(0, working[loop.name]) + peaks[loop.name]) for loop in loops]
+        return [
+            self._cell(loop, batch, clips, times, max(0, working[loop.name]) + peaks[loop.name])
+            for loop in loops
+        ]
 
     def _clip(self, loop: Loop, batch: int, allowed_seconds: float) -> float:
         """Return the seconds of the longest clip that fits, as a multiple of half a second.
@@ -157,7 +162,9 @@ class Bench:
             p50_seconds=percentile(mine, 0.5),
             p99_seconds=percentile(mine, 0.99),
             roofline_percent=100 * least * steps(clip) / seconds,
-            ratio=statistics.median(clip / each / speed for each, speed in zip(mine, stock_speeds, strict=True)),
+            ratio=statistics.median(
+                clip / each / speed for each, speed in zip(mine, stock_speeds, strict=True)
+            ),
             weight_bytes=self._weight_bytes[loop.name],
             working_bytes=working,
         )
@@ -166,8 +173,12 @@ class Bench:
         """Return the seconds of the longest clip, and the results of eight mixed clips."""
         longest: float = self._options.seconds
         if allowed_seconds < math.inf:
-            longest = fitting(longest, self._together_speed(), allowed_seconds / self._options.rounds)
-        return longest, arrivals.measure_together(self.stock, self.ours, longest, self._options.rounds)
+            longest = fitting(
+                longest, self._together_speed(), allowed_seconds / self._options.rounds
+            )
+        return longest, arrivals.measure_together(
+            self.stock, self.ours, longest, self._options.rounds
+        )
 
     def _together_speed(self) -> float:
         """Return the seconds of the longest clip per second of a round.

@@ -25,7 +25,9 @@ def describe(device: torch.device) -> str:
         properties = torch.cuda.get_device_properties(device)
         gpu = f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB), CUDA {torch.version.cuda}"
         return f"{gpu}; host: {_processor()}, {os.cpu_count()} cores; {versions}"
-    instructions = torch.backends.cpu.get_cpu_capability() + (" and AMX" if "amx_tile" in _cpuinfo("flags") else "")
+    instructions = torch.backends.cpu.get_cpu_capability() + (
+        " and AMX" if "amx_tile" in _cpuinfo("flags") else ""
+    )
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}"
     return f"{_processor()} ({instructions}), {cores}; {versions}"
@@ -60,7 +62,11 @@ def held_bytes(device: torch.device) -> int:
 
 def peak_bytes(device: torch.device) -> int:
     """Return the peak of the memory in use since ``held_bytes`` was called."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _kilobytes("VmHWM") * 1024
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else _kilobytes("VmHWM") * 1024
+    )
 
 
 def _kilobytes(field: str) -> int:

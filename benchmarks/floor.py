@@ -46,5 +46,7 @@ def audio_facts() -> str:
 
     They are made once, so that they cost the floor nothing.
     """
-    finished = audio.finish(SILENCE, sample_rate=32_000, channels=1, audio_format="wav", loudness="lufs")
+    finished = audio.finish(
+        SILENCE, sample_rate=32_000, channels=1, audio_format="wav", loudness="lufs"
+    )
     return json.dumps(finished.facts)

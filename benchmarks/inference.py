@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> None:
     report = Report(header, options.json)
     report.say(header)
     batches = options.batches if FROM_CELLS & set(options.only) else []
-    shares = len(options.sizes) * len(batches) + sum(SHARES.get(section, 0) for section in options.only)
+    shares = len(options.sizes) * len(batches) + sum(
+        SHARES.get(section, 0) for section in options.only
+    )
     budget = Budget(options.minutes, shares)
     cells: list[Cell] = []
     for number, size in enumerate(options.sizes):
@@ -68,7 +70,9 @@ def run(options: argparse.Namespace) -> None:
     report.show()
 
 
-def measure_arrivals(bench: Bench, options: argparse.Namespace, budget: Budget, report: Report) -> None:
+def measure_arrivals(
+    bench: Bench, options: argparse.Namespace, budget: Budget, report: Report
+) -> None:
     if "mixed" in options.only:
         longest, together = bench.mixed(budget.take(SHARES["mixed"]))
         durations = ", ".join(f"{share * longest:.2g}" for share in arrivals.SHARES)
@@ -99,19 +103,32 @@ def add_cells(cells: Sequence[Cell], options: argparse.Namespace, report: Report
         report.keep("codec_seconds_per_audio_second", codec_seconds)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options; those that are not given have the defaults of the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", choices=SHAPES, nargs="+", help="arrivals are measured with the first alone")
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--sizes", choices=SHAPES, nargs="+", help="arrivals are measured with the first alone"
+    )
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--weights", choices=("auto", "int8"), nargs="+", default=["auto"], help="ours only")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), nargs="+", default=["auto"], help="ours only")
-    parser.add_argument("--seconds", type=float, help="of a clip, and of the longest of the mixed clips")
+    parser.add_argument(
+        "--weights", choices=("auto", "int8"), nargs="+", default=["auto"], help="ours only"
+    )
+    parser.add_argument(
+        "--compile", choices=("auto", "on", "off"), nargs="+", default=["auto"], help="ours only"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="of a clip, and of the longest of the mixed clips"
+    )
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--minutes", type=float, help="shorten clips to end in about this time; 0: never")
+    parser.add_argument(
+        "--minutes", type=float, help="shorten clips to end in about this time; 0: never"
+    )
     parser.add_argument(
         "--room",
         type=float,
@@ -120,11 +137,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=int, help="how many arrive at random")
     parser.add_argument("--slots", type=int, help="how many of them run at a time")
-    parser.add_argument("--load", type=float, default=0.7, help="of what `generate` can do in full batches")
-    parser.add_argument("--poisson-seconds", type=float, help="the longest clip of those that arrive at random")
+    parser.add_argument(
+        "--load", type=float, default=0.7, help="of what `generate` can do in full batches"
+    )
+    parser.add_argument(
+        "--poisson-seconds", type=float, help="the longest clip of those that arrive at random"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="a file for the numbers")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; those that are not given have the defaults of the device."""
+    options = _make_parser().parse_args(arguments)
     is_gpu = options.device.type == "cuda"
     defaults = {
         "sizes": ["small", "medium", "large"] if is_gpu else ["small"],

@@ -144,7 +144,9 @@ class Ours:
 
         A GPU may record a graph for each batch and length.
         """
-        self.generate(durations if self._device.type == "cuda" else [WARM_UP_SECONDS] * len(durations))
+        self.generate(
+            durations if self._device.type == "cuda" else [WARM_UP_SECONDS] * len(durations)
+        )
 
     def generate(self, durations: Sequence[float]) -> list[float]:
         return self.serve([Request(0.0, seconds) for seconds in durations])

@@ -29,7 +29,9 @@ SOAKED_SECONDS = 0.5
 
 
 @asynccontextmanager
-async def database_and_floor(place: Place, driver: str = "") -> AsyncIterator[tuple[Database, Floor]]:
+async def database_and_floor(
+    place: Place, driver: str = ""
+) -> AsyncIterator[tuple[Database, Floor]]:
     database = await place.fresh(driver)
     floor = await place.floor(database)
     yield database, floor
@@ -181,7 +183,9 @@ async def measure_raw_pickup(place: PostgresPlace, count: int) -> list[float]:
     """Return the same for raw asyncpg, until its claim is committed."""
     database = await place.fresh()
     floor, arrived_at = await place.floor(database), dict[str, float]()
-    running = asyncio.create_task(floor.pick_up(lambda identity: arrived_at.update({identity: time.monotonic()})))
+    running = asyncio.create_task(
+        floor.pick_up(lambda identity: arrived_at.update({identity: time.monotonic()}))
+    )
     waits = await produce_for(database, arrived_at, count)
     running.cancel()
     await floor.close()
@@ -189,8 +193,12 @@ async def measure_raw_pickup(place: PostgresPlace, count: int) -> list[float]:
     return waits
 
 
-async def produce_for(database: Database, arrived_at: Mapping[str, float], count: int) -> list[float]:
-    producer = await start_process("produce", database.url.render_as_string(hide_password=False), str(count + WARM_UP))
+async def produce_for(
+    database: Database, arrived_at: Mapping[str, float], count: int
+) -> list[float]:
+    producer = await start_process(
+        "produce", database.url.render_as_string(hide_password=False), str(count + WARM_UP)
+    )
     let_begin(producer)
     told = [await hear(producer) for _ in range(count + WARM_UP)]
     await producer.wait()
@@ -238,7 +246,8 @@ async def open_kept(place: Place, kept: int, waiting: int) -> tuple[Database, Fl
         await floor.add_finished(kept)
     for _ in range(0, waiting, 5_000):
         await add_work(database, min(waiting, 5_000))
-    await time_claims(database, floor, CLAIMS_IN_A_TURN)  # compiles statements and fills the page cache
+    # compiles statements and fills the page cache
+    await time_claims(database, floor, CLAIMS_IN_A_TURN)
     return database, floor
 
 
@@ -257,12 +266,17 @@ async def time_turns(databases: dict[int, tuple[Database, Floor]], turns: int) -
 
 
 async def time_claims(database: Database, floor: Floor, count: int) -> list[tuple[float, float]]:
-    return [(1000 * await seconds(claim_one(database)), 1000 * await seconds(claim_raw(floor))) for _ in range(count)]
+    return [
+        (1000 * await seconds(claim_one(database)), 1000 * await seconds(claim_raw(floor)))
+        for _ in range(count)
+    ]
 
 
 async def claim_one(database: Database) -> None:
     async with database.session() as session:
-        if not await queue.claim(session, worker_id="w", model_name=MODEL, limit=1, lease_seconds=30):
+        if not await queue.claim(
+            session, worker_id="w", model_name=MODEL, limit=1, lease_seconds=30
+        ):
             raise RuntimeError("nothing was claimed")
 
 
@@ -283,7 +297,9 @@ async def measure_idle(place: Place, duration: float) -> dict[str, str]:
         said += 1
 
     def read() -> dict[str, int]:
-        return {"statements of SQL": said} | (read_server(place, database) if isinstance(place, PostgresPlace) else {})
+        return {"statements of SQL": said} | (
+            read_server(place, database) if isinstance(place, PostgresPlace) else {}
+        )
 
     for engine in database.engines:
         event.listen(engine.sync_engine, "before_cursor_execute", note)
@@ -329,12 +345,15 @@ async def measure_soak(place: PostgresPlace, duration: float) -> dict[str, str]:
     await worker.run(drain=True)
     await database.dispose()  # an idle connection keeps its statistics to itself for a while
     await asyncio.sleep(1.5)
-    query = (
-        "SELECT relname, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_total_relation_size(relid) FROM pg_stat_user_tables"
-    )
-    found = {name: numbers for name, *numbers in place.server.execute(query, database=str(database.url.database))}
+    query = "SELECT relname, n_dead_tup, n_tup_upd, n_tup_hot_upd, pg_total_relation_size(relid) FROM pg_stat_user_tables"
+    found = {
+        name: numbers
+        for name, *numbers in place.server.execute(query, database=str(database.url.database))
+    }
     dead, updates, heap_only, size = found["generations"]
-    others = ", ".join(f"{found[name][0]:,} in {name}" for name in ("attempts", "workers", "tallies"))
+    others = ", ".join(
+        f"{found[name][0]:,} in {name}" for name in ("attempts", "workers", "tallies")
+    )
     return {
         f"soak of {count} generations: heartbeats' renewals": f"{updates - 2 * count:,}",
         "soak: renewals that were heap-only updates": f"{heap_only / (updates - 2 * count):.0%}",

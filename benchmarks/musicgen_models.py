@@ -60,7 +60,9 @@ def steps(seconds: float) -> int:
 
 
 @torch.no_grad()
-def build_model(size: str, dtype: torch.dtype, device: torch.device) -> MusicgenForConditionalGeneration:
+def build_model(
+    size: str, dtype: torch.dtype, device: torch.device
+) -> MusicgenForConditionalGeneration:
     """Return the model, with a toy codec.
 
     As in the engine, T5 is in float32 whatever the dtype of the language model. No weight is held

@@ -89,7 +89,9 @@ class PostgresPlace:
         def show(setting: str) -> str:
             return str(self.server.execute(f"SHOW {setting}")[0][0])
 
-        durability = ", ".join(f"{setting}={show(setting)}" for setting in ("fsync", "synchronous_commit"))
+        durability = ", ".join(
+            f"{setting}={show(setting)}" for setting in ("fsync", "synchronous_commit")
+        )
         return f"PostgreSQL {show('server_version')} ({durability})"
 
     def close(self) -> None:

@@ -53,7 +53,9 @@ async def produce(url: str, count: str) -> None:
     for number in range(int(count)):
         await asyncio.sleep(rng.uniform(0.02, 0.08))
         async with database.session() as session:
-            generation = await enqueue(f"prompt {number}", duration=0.08, model=MODEL, session=session)
+            generation = await enqueue(
+                f"prompt {number}", duration=0.08, model=MODEL, session=session
+            )
         tell([generation.id, time.monotonic()])
     await database.dispose()
 

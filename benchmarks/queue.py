@@ -91,7 +91,9 @@ class Report:
             self.add(prefix + name, what)
 
     def lines(self) -> Iterator[str]:
-        titles = [title for place in self._places for title in (place.name, place.floor_name, "ratio")]
+        titles = [
+            title for place in self._places for title in (place.name, place.floor_name, "ratio")
+        ]
         yield f"| measurement | {' | '.join(titles)} |"
         yield "|---" * (len(titles) + 1) + "|"
         for name, cells in self._rows.items():
@@ -110,23 +112,31 @@ def percentile(values: list[float], share: float) -> float:
 async def measure(place: Place, size: Size, report: Report) -> None:
     report.begin(place)
 
-    async def rounds(name: str, work: Callable[[], Awaitable[tuple[float, float]]], count: int = size.rounds) -> None:
+    async def rounds(
+        name: str, work: Callable[[], Awaitable[tuple[float, float]]], count: int = size.rounds
+    ) -> None:
         pairs = []
         for number in range(count):
             console.print(f"{place.name}: {name}, round {number + 1} of {count}")
             pairs.append(await work())
         report.add_pairs(name, "/s", pairs)
 
-    await rounds("enqueue, one transaction each", lambda: measures.measure_enqueue(place, size.one_by_one))
+    await rounds(
+        "enqueue, one transaction each", lambda: measures.measure_enqueue(place, size.one_by_one)
+    )
     await rounds("enqueue, in bulk", lambda: measures.measure_bulk(place, size.bulk))
     await rounds("drain, 16 slots, no-op engine", lambda: measures.measure_drain(place, size.drain))
     if isinstance(place, PostgresPlace):
-        await rounds("drain through psycopg", lambda: measures.measure_drain(place, size.drain, "psycopg"), 3)
+        await rounds(
+            "drain through psycopg", lambda: measures.measure_drain(place, size.drain, "psycopg"), 3
+        )
         for count in size.processes:
             name = f"drain by {count} worker process{'es' if count > 1 else ''}"
             await rounds(name, partial(measures.measure_processes, place, size.drain, count), 3)
     console.print(f"{place.name}: claims with finished rows kept")
-    for suffix, claims in (await measures.measure_claims(place, size.kept, size.claim_turns)).items():
+    for suffix, claims in (
+        await measures.measure_claims(place, size.kept, size.claim_turns)
+    ).items():
         add_claims(report, claims, f", {suffix}" if suffix else "")
     console.print(f"{place.name}: pickup by an idle worker")
     waits, raw = await measures.measure_pickup(place, size.pickups), None
@@ -153,12 +163,18 @@ def add_claims(report: Report, claims: Claims, suffix: str) -> None:
         report.add(name, f"{ours:.2f} ms", f"{floor:.2f} ms", f"{ours / floor:.2f} ×")
     most = max(claims)
     growth = [claims[most][side] / claims[first][side] for side in (0, 1)]
-    report.add(f"the same, {most:,} beside {first:,}{suffix}", *[f"{factor:.2f} ×" for factor in growth])
+    report.add(
+        f"the same, {most:,} beside {first:,}{suffix}", *[f"{factor:.2f} ×" for factor in growth]
+    )
 
 
 def describe_machine() -> str:
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         "",
     )
     packages = ", ".join(f"{name} {version(name)}" for name in ("SQLAlchemy", "asyncpg", "psycopg"))
@@ -183,10 +199,16 @@ async def main(names: list[str], size: Size, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that it runs")
-    parser.add_argument("--database", default="all", help="sqlite, postgres, all, or a server's postgresql:// URL")
-    parser.add_argument("--folder", type=Path, help="for the files of SQLite; default: a temporary folder")
+    parser.add_argument(
+        "--database", default="all", help="sqlite, postgres, all, or a server's postgresql:// URL"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="for the files of SQLite; default: a temporary folder"
+    )
     arguments = parser.parse_args()
     names = ["sqlite", "postgres"] if arguments.database == "all" else [arguments.database]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:

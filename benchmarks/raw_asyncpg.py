@@ -93,7 +93,9 @@ class AsyncpgFloor:
     async def connect(cls, url: str) -> AsyncpgFloor:
         """Return the floor, with open connections and prepared statements."""
         settings = {"jit": "off"}
-        floor = cls([await asyncpg.connect(url, server_settings=settings) for _ in range(CONNECTIONS)])
+        floor = cls(
+            [await asyncpg.connect(url, server_settings=settings) for _ in range(CONNECTIONS)]
+        )
         await asyncio.gather(*floor._slots)
         return floor
 
@@ -104,7 +106,9 @@ class AsyncpgFloor:
 
     async def enqueue_many(self, prompts: Sequence[str]) -> None:
         hashes = [text_hash(prompt) for prompt in prompts]
-        await self._connections[0].fetch(ENQUEUE_MANY, [new_id() for _ in prompts], prompts, hashes, MODEL)
+        await self._connections[0].fetch(
+            ENQUEUE_MANY, [new_id() for _ in prompts], prompts, hashes, MODEL
+        )
 
     async def claim(self) -> bool:
         return await (await self._slots[0]).claim() is not None

@@ -48,10 +48,15 @@ def weight_bytes(shape: Shape, bytes_per_weight: float, bytes_per_number: int) -
     reads, the norms, and the scales of int8.
     """
     layers = shape.layers * 14 * shape.hidden**2
-    return layers * bytes_per_weight + shape.codebooks * shape.vocabulary * shape.hidden * bytes_per_number
+    return (
+        layers * bytes_per_weight
+        + shape.codebooks * shape.vocabulary * shape.hidden * bytes_per_number
+    )
 
 
-def cache_bytes(shape: Shape, bytes_per_number: int, batch: int, filled: float, text_tokens: int) -> float:
+def cache_bytes(
+    shape: Shape, bytes_per_number: int, batch: int, filled: float, text_tokens: int
+) -> float:
     """Return the bytes of keys and values that one guided step reads after ``filled`` positions.
 
     Self-attention: layers * (k, v) * (conditional, unconditional) * batch * filled * hidden.

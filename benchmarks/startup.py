@@ -43,7 +43,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         generation_id = bench.fill()
-        lines = {name: ["-m", "dgx_music.cli", *name.replace("ID", generation_id).split()] for name in COMMANDS}
+        lines = {
+            name: ["-m", "dgx_music.cli", *name.replace("ID", generation_id).split()]
+            for name in COMMANDS
+        }
         seconds = measure(bench, {"import typer, rich": FLOOR, **lines}, runs)
     print_table(seconds, runs)
 
@@ -53,7 +56,9 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("DGX_MUSIC_")}
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith("DGX_MUSIC_")
+        }
         kept.pop("PYTHONDONTWRITEBYTECODE", None)
         self._environment = kept | {"PYTHONPYCACHEPREFIX": str(folder / "compiled")}
 
@@ -99,7 +104,9 @@ def measure(bench: Bench, lines: dict[str, list[str]], runs: int) -> dict[str, f
 
 def print_table(seconds: dict[str, float], runs: int) -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("typer", "rich", "sqlalchemy"))
-    print(f"CPU time, median of {runs} runs that take turns, a SQLite database with {ROWS} generations.")
+    print(
+        f"CPU time, median of {runs} runs that take turns, a SQLite database with {ROWS} generations."
+    )
     print(f"{processor()} ({os.cpu_count()} CPUs), {platform.system()} {platform.release()},")
     print(f"Python {platform.python_version()}, {packages}\n")
     print("| command | CPU ms | of `import typer, rich` |")

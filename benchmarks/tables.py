@@ -48,7 +48,9 @@ class Report:
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---") for line in lines)
+    return "\n".join(
+        f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---") for line in lines
+    )
 
 
 def gigabytes(count: float) -> str:
@@ -118,8 +120,12 @@ def codec_table(cells: Sequence[Cell], codec_seconds: float) -> str:
     rows = []
     for cell in cells:
         share = codec_seconds / (codec_seconds + 1 / cell.audio_seconds_per_second)
-        rows.append((cell.size, cell.batch, cell.loop, f"{1 / codec_seconds:.3g}", f"{100 * share:.1f}%"))
-    return table(("size", "batch", "loop", "EnCodec alone, audio s/s", "EnCodec's share of the time"), rows)
+        rows.append(
+            (cell.size, cell.batch, cell.loop, f"{1 / codec_seconds:.3g}", f"{100 * share:.1f}%")
+        )
+    return table(
+        ("size", "batch", "loop", "EnCodec alone, audio s/s", "EnCodec's share of the time"), rows
+    )
 
 
 def together_table(stock: Stock, results: Sequence[Together]) -> str:

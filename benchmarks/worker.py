@@ -29,7 +29,9 @@ class NoopEngine:
         self._seconds = seconds
 
     async def start(self, model: str) -> EngineInfo:
-        return EngineInfo(slots=SLOTS, device="none", model_version="noop", notice=None, pid=os.getpid())
+        return EngineInfo(
+            slots=SLOTS, device="none", model_version="noop", notice=None, pid=os.getpid()
+        )
 
     async def generate(
         self,

@@ -19,11 +19,18 @@ def our_tables(name: str | None, kind: str, _parents: object) -> bool:
     return kind != "table" or name in Base.metadata.tables
 
 
-NOT_COMPARED = {"ix_generations_claim", "ix_generations_tenant_claim", "ix_prompts_text_search", "text_search"}
+NOT_COMPARED = {
+    "ix_generations_claim",
+    "ix_generations_tenant_claim",
+    "ix_prompts_text_search",
+    "text_search",
+}
 """Indexes on expressions, which are reflected in other words, and search, which no model has."""
 
 
-def comparable(_object: object, name: str | None, kind: str, _reflected: bool, _compared: object) -> bool:
+def comparable(
+    _object: object, name: str | None, kind: str, _reflected: bool, _compared: object
+) -> bool:
     """Return False for what cannot be compared here; the tests of the schema compare it."""
     return not (kind in ("index", "column") and name in NOT_COMPARED)
 
@@ -41,7 +48,10 @@ def run(connection: Connection) -> None:
         transactional_ddl=True,
     )
     with context.begin_transaction(), warnings.catch_warnings():
-        for told in ("Skipped unsupported reflection of expr", "autogenerate skipping metadata-specified expr"):
+        for told in (
+            "Skipped unsupported reflection of expr",
+            "autogenerate skipping metadata-specified expr",
+        ):
             warnings.filterwarnings("ignore", told)  # they are in NOT_COMPARED
         context.run_migrations()
 

@@ -29,20 +29,30 @@ pytest_plugins = ["tests.postgres", "tests.daemons"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--both-drivers", action="store_true", help="run what is marked any_driver with psycopg too")
+    parser.addoption(
+        "--both-drivers", action="store_true", help="run what is marked any_driver with psycopg too"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked ``any_driver`` and would run with the second driver."""
     if config.getoption("--both-drivers"):
         return
-    left_out = [item for item in items if item.get_closest_marker("any_driver") and _driver(item) == "psycopg"]
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("any_driver") and _driver(item) == "psycopg"
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 
 
 def _driver(item: pytest.Item) -> object:
-    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    params = (
+        item.callspec.params
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        else {}
+    )
     return params.get("database_url") or params.get("empty_url")
 
 

@@ -41,14 +41,27 @@ class Daemon:
         timeout_seconds: float | None = None,
         **settings: object,
     ) -> None:
-        settings = {"engine": "tone", "slots": 4, "lease_seconds": 3.0, "heartbeat_seconds": 0.3} | settings
+        settings = {
+            "engine": "tone",
+            "slots": 4,
+            "lease_seconds": 3.0,
+            "heartbeat_seconds": 0.3,
+        } | settings
         settings |= {"poll_seconds": 0.2, "output": folder / "audio", "backoff_base_seconds": 0.05}
-        words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        environment = os.environ | {"DGX_MUSIC_DATABASE_URL": url or f"sqlite:///{folder / 'test.db'}"}
+        words = [
+            word
+            for name, value in settings.items()
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        environment = os.environ | {
+            "DGX_MUSIC_DATABASE_URL": url or f"sqlite:///{folder / 'test.db'}"
+        }
         if script is not None:
             environment["DGX_MUSIC_TONE_SCRIPT"] = str(script)
         if timeout_seconds is not None:
-            environment |= {f"DGX_MUSIC_{wait}_TIMEOUT_SECONDS": str(timeout_seconds) for wait in _WAITS}
+            environment |= {
+                f"DGX_MUSIC_{wait}_TIMEOUT_SECONDS": str(timeout_seconds) for wait in _WAITS
+            }
         self.log = (folder / f"worker-{len(list(folder.glob('worker-*.log')))}.log").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "worker.py"), *words, *options],
@@ -70,7 +83,10 @@ class Daemon:
 
     def children(self) -> list[int]:
         """Return the pids of its children: its engine."""
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        return [
+            int(pid)
+            for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        ]
 
     def said(self) -> str:
         """Return its log so far."""
@@ -139,13 +155,17 @@ async def rows_of(database: Database) -> dict[str, Generation]:
 
 async def attempts_of(database: Database) -> list[Attempt]:
     async with database.session(read_only=True) as session:
-        return list(await session.scalars(select(Attempt).order_by(Attempt.generation_id, Attempt.attempt)))
+        return list(
+            await session.scalars(select(Attempt).order_by(Attempt.generation_id, Attempt.attempt))
+        )
 
 
 Condition = Callable[[Generation], bool]
 
 
-async def until(database: Database, generation: Generation, is_so: Condition, seconds: float = PATIENCE) -> Generation:
+async def until(
+    database: Database, generation: Generation, is_so: Condition, seconds: float = PATIENCE
+) -> Generation:
     """Return the row once this holds of it."""
     with anyio.fail_after(seconds), database.changes.subscribe() as changes:
         while not is_so(row := (await rows_of(database))[generation.id]):
@@ -172,7 +192,9 @@ async def until_registered(database: Database, daemons: list[Daemon]) -> None:
     with anyio.fail_after(PATIENCE), database.changes.subscribe() as changes:
         while True:
             async with database.session(read_only=True) as session:
-                ready = {row["pid"] for row in await get_workers(session) if row["state"] == "serving"}
+                ready = {
+                    row["pid"] for row in await get_workers(session) if row["state"] == "serving"
+                }
             if {daemon.pid for daemon in daemons} <= ready:
                 return
             await changes.wait(0.1)
@@ -192,12 +214,18 @@ async def check_everything_is_true(database: Database, folder: Path, count: int)
     assert [row.status for row in rows.values()] == ["completed"] * count
     attempts = await attempts_of(database)
     assert [a.generation_id for a in attempts if a.outcome == "completed"] == sorted(rows)
-    assert all(rows[a.generation_id].attempt == a.attempt for a in attempts if a.outcome == "completed")
+    assert all(
+        rows[a.generation_id].attempt == a.attempt for a in attempts if a.outcome == "completed"
+    )
     assert {a.outcome for a in attempts} <= {"completed", "lost", "released", "failed"}
     assert len(attempts) == sum(row.attempt for row in rows.values())
     for former, latter in itertools.pairwise(attempts):
-        assert former.generation_id != latter.generation_id or former.finished_at <= latter.started_at
+        assert (
+            former.generation_id != latter.generation_id or former.finished_at <= latter.started_at
+        )
     files = {str(file): file.read_bytes() for file in (folder / "audio").iterdir()}
     assert sorted(files) == sorted(str(row.file_path) for row in rows.values())
     said = {row.file_path: (row.file_size_bytes, row.sha256) for row in rows.values()}
-    assert said == {file: (len(data), hashlib.sha256(data).hexdigest()) for file, data in files.items()}
+    assert said == {
+        file: (len(data), hashlib.sha256(data).hexdigest()) for file, data in files.items()
+    }

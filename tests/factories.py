@@ -15,11 +15,12 @@ import soundfile
 from sqlalchemy import Select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import FINISHED, PENDING, PROCESSING
 from dgx_music.storage import queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.queue import Claim, Completion, Lease
-from dgx_music.storage.schema import FINISHED, PENDING, PROCESSING, now, now_plus
+from dgx_music.storage.schema import now, now_plus
 
 SQLITE, *POSTGRES = DATABASE_KINDS = ["sqlite", "asyncpg", "psycopg"]
 MODEL = "musicgen-small"
@@ -37,11 +38,18 @@ def with_driver(url: str, driver: str) -> str:
 
 
 def audio_file(
-    seconds: float = 1.0, rate: int = 32_000, channels: int = 1, kind: str = "WAV", hertz: float = 440.0
+    seconds: float = 1.0,
+    rate: int = 32_000,
+    channels: int = 1,
+    kind: str = "WAV",
+    hertz: float = 440.0,
 ) -> bytes:
     """Return a file of so many seconds of a sine wave, a different one in each channel."""
     time = np.arange(round(seconds * rate)) / rate
-    samples = np.stack([0.5 * np.sin(2 * np.pi * hertz * (1 + channel) * time) for channel in range(channels)], axis=1)
+    samples = np.stack(
+        [0.5 * np.sin(2 * np.pi * hertz * (1 + channel) * time) for channel in range(channels)],
+        axis=1,
+    )
     buffer = io.BytesIO()
     soundfile.write(buffer, np.rint(samples * 32_767).astype(np.int16), rate, format=kind)
     return buffer.getvalue()
@@ -60,14 +68,21 @@ async def add_generation(session: AsyncSession, **overrides: Any) -> Generation:
         "channels": 1,
     }
     if overrides.get("worker_id") is not None:
-        values |= {"status": PROCESSING, "attempt": 1, "started_at": now(), "lease_expires_at": now_plus(30.0)}
+        values |= {
+            "status": PROCESSING,
+            "attempt": 1,
+            "started_at": now(),
+            "lease_expires_at": now_plus(30.0),
+        }
     if overrides.get("status", PENDING) in FINISHED:
         values["completed_at"] = now()
     generation = Generation(**values | overrides)
     session.add(generation)
     await session.flush()
     if generation.worker_id is not None:
-        attempt = Attempt(generation_id=generation.id, attempt=generation.attempt, worker_id=generation.worker_id)
+        attempt = Attempt(
+            generation_id=generation.id, attempt=generation.attempt, worker_id=generation.worker_id
+        )
         session.add(attempt)
         await session.flush()
     await session.refresh(generation)
@@ -80,7 +95,9 @@ async def back_date(session: AsyncSession, generation_id: str, **seconds_ago: fl
     await session.execute(update(Generation).where(Generation.id == generation_id).values(values))
 
 
-async def claim_up_to(session: AsyncSession, limit: int, worker_id: str = "worker-1", **options: Any) -> list[Claim]:
+async def claim_up_to(
+    session: AsyncSession, limit: int, worker_id: str = "worker-1", **options: Any
+) -> list[Claim]:
     options = {"model_name": MODEL, "lease_seconds": 30.0} | options
     return await queue.claim(session, worker_id=worker_id, limit=limit, **options)
 
@@ -154,4 +171,6 @@ class Program:
     async def rest(self) -> list[Any]:
         """Wait for its end and return all that it has printed."""
         output, _ = await self.process.communicate()
-        return [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith(b"\n")]
+        return [
+            json.loads(line) for line in output.splitlines(keepends=True) if line.endswith(b"\n")
+        ]

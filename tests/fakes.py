@@ -56,7 +56,9 @@ class FakeEngine:
             assert not self.running, "the engine was replaced while a generation ran"
             self.model, self.pid = model, self.pid + 1
             self.loaded.append(model)
-        return EngineInfo(slots=self.slots, device="cpu", model_version="fake", notice=None, pid=self.pid)
+        return EngineInfo(
+            slots=self.slots, device="cpu", model_version="fake", notice=None, pid=self.pid
+        )
 
     async def generate(self, request, on_progress, on_slot_free):
         self.requests.append(request)
@@ -71,7 +73,9 @@ class FakeEngine:
         finally:
             self.running -= 1
             self.stopped[request.prompt].set()
-        return Audio(np.zeros((1, 2560), dtype=np.float32), 32_000, self.facts.get(request.prompt, {}))
+        return Audio(
+            np.zeros((1, 2560), dtype=np.float32), 32_000, self.facts.get(request.prompt, {})
+        )
 
     async def _decode(self, request, on_progress):
         self.in_slots += 1

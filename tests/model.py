@@ -106,10 +106,14 @@ class Fate:
             self.act()
             trouble = self.commit_troubles.pop(0) if self.commit_troubles else ""
             if trouble == "refused":
-                raise OperationalError("COMMIT", None, Exception("the server is gone"), connection_invalidated=True)
+                raise OperationalError(
+                    "COMMIT", None, Exception("the server is gone"), connection_invalidated=True
+                )
             commit(connection)
             if trouble == "lost":
-                raise OperationalError("COMMIT", None, Exception("no reply"), connection_invalidated=True)
+                raise OperationalError(
+                    "COMMIT", None, Exception("no reply"), connection_invalidated=True
+                )
             if trouble == "odd":
                 raise OddError("something else went wrong after the commit")
             self.act()
@@ -124,7 +128,9 @@ class FatefulArtifacts(LocalArtifacts):
         super().__init__(root)
         self._fate = fate
 
-    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
+    async def publish(
+        self, generation_id: str, attempt: int, extension: str, data: bytes
+    ) -> Artifact:
         self._fate.act()
         if self._fate.disk_is_full:
             self._fate.disk_is_full = False
@@ -155,21 +161,32 @@ class Engine:
         self._pid = 1
 
     async def start(self, model: str) -> EngineInfo:
-        return EngineInfo(slots=self._slots, device="cpu", model_version="model", notice=None, pid=self._pid)
+        return EngineInfo(
+            slots=self._slots, device="cpu", model_version="model", notice=None, pid=self._pid
+        )
 
     async def generate(
-        self, request: GenerationRequest, on_progress: Callable[[float], None], on_slot_free: Callable[[], None]
+        self,
+        request: GenerationRequest,
+        on_progress: Callable[[float], None],
+        on_slot_free: Callable[[], None],
     ) -> Audio:
         self._world.note_start(request)
         rng = random.Random(f"{self._world.seed} {request.prompt} {request.attempt}")
-        what = rng.choices(["make", "wait", "raise", "crash", "reject", "replace"], [10, 5, 2, 1, 1, 1])[0]
+        what = rng.choices(
+            ["make", "wait", "raise", "crash", "reject", "replace"], [10, 5, 2, 1, 1, 1]
+        )[0]
         on_progress(rng.random())
         await asyncio.sleep(rng.random() * 0.01)
         if what == "wait" and not self._world.is_ending.is_set():
             await self._world.is_let_go.wait()
         if what == "crash":
             self._pid += 1
-        troubles = {"raise": EngineError, "crash": EngineCrashedError, "reject": GenerationRejectedError}
+        troubles = {
+            "raise": EngineError,
+            "crash": EngineCrashedError,
+            "reject": GenerationRejectedError,
+        }
         troubles["replace"] = EngineReplacedError
         if what in troubles:
             raise troubles[what](f"{what} of {request.prompt}")
@@ -247,7 +264,9 @@ class World:
         return self.rng.choice(here) if here else None
 
     def short(self, generation_id: str) -> str:
-        return f"#{self.known.index(generation_id)}" if generation_id in self.known else generation_id
+        return (
+            f"#{self.known.index(generation_id)}" if generation_id in self.known else generation_id
+        )
 
     async def attempt_to(self, words: str, call: Callable[[], Awaitable[Any]]) -> Any:
         """Return what the call returns, or the refusal that it raised; any other error is a violation."""
@@ -261,19 +280,30 @@ class World:
             self.said[-1] += " (odd error)"
             return DatabaseUnavailableError(self.url, str(error))
         except Exception as error:
-            self.check(False, f"a caller met {type(error).__module__}.{type(error).__name__}: {error}")
+            self.check(
+                False, f"a caller met {type(error).__module__}.{type(error).__name__}: {error}"
+            )
 
     # ------------------------------------------------------------------------------------------------------- steps
 
     async def enqueue(self) -> None:
         number = len(self.said)
-        options: dict[str, Any] = {"duration": 0.08, "model": MODEL, "priority": self.rng.randint(-1, 1)}
-        options |= {"max_attempts": self.rng.randint(1, 4), "tenant": self.rng.choice([None, "a", "b"])}
+        options: dict[str, Any] = {
+            "duration": 0.08,
+            "model": MODEL,
+            "priority": self.rng.randint(-1, 1),
+        }
+        options |= {
+            "max_attempts": self.rng.randint(1, 4),
+            "tenant": self.rng.choice([None, "a", "b"]),
+        }
         if self.rng.random() < 0.3:
             await self._enqueue_with_key(f"key {self.rng.randrange(5)}", options)
             return
         prompts = [f"prompt {number}.{each}" for each in range(self.rng.randint(1, 3))]
-        made = await self.attempt_to(f"enqueue {len(prompts)}", lambda: enqueue_many(prompts, **options))
+        made = await self.attempt_to(
+            f"enqueue {len(prompts)}", lambda: enqueue_many(prompts, **options)
+        )
         if not isinstance(made, Exception):
             self.known += [row.id for row in made]
 
@@ -281,7 +311,9 @@ class World:
         """Ask again for what was asked for under this key, or for the first time: the same row comes back."""
         prompt, owner = self.keys.setdefault(key, (f"prompt of {key}", None))
         options |= {"tenant": None}
-        made = await self.attempt_to(f"enqueue {key}", lambda: enqueue(prompt, idempotency_key=key, **options))
+        made = await self.attempt_to(
+            f"enqueue {key}", lambda: enqueue(prompt, idempotency_key=key, **options)
+        )
         if isinstance(made, Exception):
             self.check(isinstance(made, DatabaseUnavailableError), f"{key} was refused: {made}")
             return
@@ -301,10 +333,14 @@ class World:
     def add_worker(self, slots: int, *, drain: bool = False, **settings: Any) -> Living:
         database, fate = Database(self.url), Fate()
         fate.rule(database)
-        chosen = load_settings(heartbeat_seconds=0.1, poll_seconds=0.1, loudness="none", grace_seconds=0.2, **settings)
+        chosen = load_settings(
+            heartbeat_seconds=0.1, poll_seconds=0.1, loudness="none", grace_seconds=0.2, **settings
+        )
         chosen = replace(chosen, backoff_base_seconds=0.01)
         artifacts = FatefulArtifacts(self.folder, fate)
-        worker = Worker(database, Engine(self, slots), artifacts, chosen, rng=random.Random(self.seed))
+        worker = Worker(
+            database, Engine(self, slots), artifacts, chosen, rng=random.Random(self.seed)
+        )
         living = Living(worker, database, fate, asyncio.create_task(worker.run(drain=drain)))
         self.workers.append(living)
         return living
@@ -353,13 +389,19 @@ class World:
             self._check_end(error)
 
     def _check_end(self, error: BaseException | None) -> None:
-        if isinstance(error, BaseExceptionGroup):  # an odd error of a heartbeat or a sweep ends the worker
+        # an odd error of a heartbeat or a sweep ends the worker
+        if isinstance(error, BaseExceptionGroup):
             error = error.split(OddError)[1]
-        self.check(error is None or isinstance(error, DgxMusicError | OddError), f"a worker ended with {error!r}")
+        self.check(
+            error is None or isinstance(error, DgxMusicError | OddError),
+            f"a worker ended with {error!r}",
+        )
 
     async def sweep(self) -> None:
         if living := self.a_worker():
-            await self.attempt_to("have a worker rescue", lambda: self._until_killed(living.worker._sweeping.rescue()))
+            await self.attempt_to(
+                "have a worker rescue", lambda: self._until_killed(living.worker._sweeping.rescue())
+            )
 
     async def _until_killed(self, work: Awaitable[Any]) -> Any:
         with suppress(Killed):
@@ -401,7 +443,9 @@ class World:
         other = "FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'dgx-music'"
         count = await self.observed(text(f"SELECT count(*) {other}"))
         offset = self.rng.randrange(count[0] or 1)
-        await self.observed(text(f"SELECT pg_terminate_backend(pid) {other} ORDER BY pid LIMIT 1 OFFSET {offset}"))
+        await self.observed(
+            text(f"SELECT pg_terminate_backend(pid) {other} ORDER BY pid LIMIT 1 OFFSET {offset}")
+        )
 
     async def observed(self, query: Any) -> list[Any]:
         async with self.observer.session(read_only=True) as session:
@@ -409,7 +453,9 @@ class World:
 
     async def cancel(self) -> None:
         if chosen := self.pick():
-            status = await self.attempt_to(f"cancel {self.short(chosen)}", lambda: cancel_generation(chosen))
+            status = await self.attempt_to(
+                f"cancel {self.short(chosen)}", lambda: cancel_generation(chosen)
+            )
             if not isinstance(status, Exception):
                 self.cancelled.add(chosen)
 
@@ -435,12 +481,16 @@ class World:
         status = self.rng.choice(_FINISHED)
         artifacts = LocalArtifacts(self.folder)
         before = await self.ids()
-        count = await self.attempt_to(f"prune {status}", lambda: prune.prune(get_database(), artifacts, {status: 0.0}))
+        count = await self.attempt_to(
+            f"prune {status}", lambda: prune.prune(get_database(), artifacts, {status: 0.0})
+        )
         gone = before - await self.ids()
         if isinstance(count, Exception):
             self.half_pruned |= before - gone
         else:
-            self.check(len(gone) == count[status], f"prune said {count[status]} and took {len(gone)}")
+            self.check(
+                len(gone) == count[status], f"prune said {count[status]} and took {len(gone)}"
+            )
         self.gone |= gone
 
     async def ids(self) -> set[str]:
@@ -449,7 +499,9 @@ class World:
     async def delete(self) -> None:
         if chosen := self.pick():
             self.gone.add(chosen)
-            await self.attempt_to(f"delete {self.short(chosen)}", lambda: self.by_session(delete_generation, chosen))
+            await self.attempt_to(
+                f"delete {self.short(chosen)}", lambda: self.by_session(delete_generation, chosen)
+            )
             if chosen in await self.ids():
                 self.gone.discard(chosen)
 
@@ -460,18 +512,24 @@ class World:
     async def move_by_hand(self) -> None:
         if not (chosen := self.pick()):
             return
-        wanted = self.rng.choice(["processing", "processing", "completed", "failed", "pending", "cancelled"])
+        wanted = self.rng.choice(
+            ["processing", "processing", "completed", "failed", "pending", "cancelled"]
+        )
         if wanted == "processing":
             self.by_hand.add(chosen)
         if wanted == "pending":
             self.revive(chosen)
         words = f"by hand, {self.short(chosen)} {wanted}"
-        await self.attempt_to(words, lambda: self.by_session(update_generation_status, chosen, wanted))
+        await self.attempt_to(
+            words, lambda: self.by_session(update_generation_status, chosen, wanted)
+        )
 
     async def complete_by_hand(self) -> None:
         if chosen := self.pick():
             words = f"by hand, complete {self.short(chosen)}"
-            await self.attempt_to(words, lambda: self.by_session(complete_generation, chosen, 1.0, 10))
+            await self.attempt_to(
+                words, lambda: self.by_session(complete_generation, chosen, 1.0, 10)
+            )
 
     async def write_by_object(self) -> None:
         """Take a row through the ORM's objects, slowly: a claim in between must turn the write into an error."""
@@ -496,7 +554,11 @@ class World:
         """Keep a transaction open for a moment that has locked a row; SQLite's locks everything."""
         if not (chosen := self.pick()):
             return
-        seconds, commits, revived = self.rng.random() * 0.1, self.rng.random() < 0.5, self.revived[chosen]
+        seconds, commits, revived = (
+            self.rng.random() * 0.1,
+            self.rng.random() < 0.5,
+            self.revived[chosen],
+        )
 
         async def hold() -> None:
             with suppress(*_REFUSALS):
@@ -508,7 +570,9 @@ class World:
                 if commits and self.revived[chosen] == revived:
                     self.cancelled.add(chosen)
 
-        self.say(f"cancel {self.short(chosen)} in a long transaction, {'committed' if commits else 'undone'}")
+        self.say(
+            f"cancel {self.short(chosen)} in a long transaction, {'committed' if commits else 'undone'}"
+        )
         task = asyncio.create_task(hold())
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -534,7 +598,8 @@ class World:
         """Look at one moment of the database and the folder: all that must hold at any time."""
         for living in [each for each in self.workers if each.task.done()]:
             await self.bury(living)
-        cancelled = frozenset(self.cancelled)  # as of now: a transaction beside us may commit while we look
+        # as of now: a transaction beside us may commit while we look
+        cancelled = frozenset(self.cancelled)
         async with self.observer.session(read_only=True) as session:
             rows = {row.id: row for row in await session.scalars(select(Generation))}
             attempts = list(await session.scalars(select(Attempt)))
@@ -548,22 +613,37 @@ class World:
 
     def _check_rows(self, rows: dict[str, Generation], cancelled: Collection[str]) -> None:
         for number, generation_id in enumerate(self.known):
-            self.check(generation_id in rows or generation_id in self.gone, f"#{number} was acknowledged and is gone")
+            self.check(
+                generation_id in rows or generation_id in self.gone,
+                f"#{number} was acknowledged and is gone",
+            )
         for row in rows.values():
             name, before = self.short(row.id), self.seen.get(row.id)
             if before is not None:
                 self.check(
-                    row.attempt >= before.attempt, f"{name}: attempt went from {before.attempt} to {row.attempt}"
+                    row.attempt >= before.attempt,
+                    f"{name}: attempt went from {before.attempt} to {row.attempt}",
                 )
                 is_same = (row.status, row.completed_at, row.sha256) == (
                     "completed",
                     before.completed_at,
                     before.sha256,
                 )
-                self.check(before.status != "completed" or is_same, f"{name} was completed and is {row.status} again")
-            is_stopped = row.status == "cancelled" or (row.status == "processing" and row.cancel_requested)
-            self.check(row.id not in cancelled or is_stopped, f"{name}: its cancel is lost, it is {row.status}")
-            self.check(row.status != "pending" or row.failures < row.max_attempts, f"{name} waits beyond its budget")
+                self.check(
+                    before.status != "completed" or is_same,
+                    f"{name} was completed and is {row.status} again",
+                )
+            is_stopped = row.status == "cancelled" or (
+                row.status == "processing" and row.cancel_requested
+            )
+            self.check(
+                row.id not in cancelled or is_stopped,
+                f"{name}: its cancel is lost, it is {row.status}",
+            )
+            self.check(
+                row.status != "pending" or row.failures < row.max_attempts,
+                f"{name} waits beyond its budget",
+            )
 
     def _check_attempts(self, rows: dict[str, Generation], attempts: list[Attempt]) -> None:
         made = {(each.generation_id, each.attempt): each for each in attempts}
@@ -573,36 +653,62 @@ class World:
             row, name = rows[generation_id], f"attempt {number} of {self.short(generation_id)}"
             is_current = row.worker_id == each.worker_id and row.attempt == number
             self.check(number <= row.attempt, f"{name} is beyond its row's {row.attempt}")
-            self.check((each.outcome is None) == is_current, f"{name} is {each.outcome}, and its row {row.status}")
+            self.check(
+                (each.outcome is None) == is_current,
+                f"{name} is {each.outcome}, and its row {row.status}",
+            )
             is_last = row.status == "completed" and row.attempt == number and row.sha256 is not None
-            self.check((each.outcome == "completed") == is_last, f"{name} is {each.outcome}, and its row {row.status}")
+            self.check(
+                (each.outcome == "completed") == is_last,
+                f"{name} is {each.outcome}, and its row {row.status}",
+            )
         for row in rows.values():
-            self.check(row.worker_id is None or (row.id, row.attempt) in made, f"{self.short(row.id)} has no attempt")
+            self.check(
+                row.worker_id is None or (row.id, row.attempt) in made,
+                f"{self.short(row.id)} has no attempt",
+            )
             count = sum(generation_id == row.id for generation_id, _ in made)
-            self.check(row.id in self.by_hand or count == row.attempt, f"{self.short(row.id)} has {count} attempts")
+            self.check(
+                row.id in self.by_hand or count == row.attempt,
+                f"{self.short(row.id)} has {count} attempts",
+            )
 
     def _check_files(self, rows: dict[str, Generation]) -> None:
         for row in rows.values():
             if row.sha256 is None or row.id in self.half_pruned:
                 continue
             name, path = self.short(row.id), Path(str(row.file_path))
-            self.check(path.name == f"{row.id}-{row.attempt}.wav", f"{name} has the file of another attempt: {path}")
+            self.check(
+                path.name == f"{row.id}-{row.attempt}.wav",
+                f"{name} has the file of another attempt: {path}",
+            )
             self.check(path.exists(), f"{name} is {row.status} and its file is gone")
             data = path.read_bytes()
             said = (len(data), hashlib.sha256(data).hexdigest())
-            self.check(said == (row.file_size_bytes, row.sha256), f"{name}: its file is not what its row says")
+            self.check(
+                said == (row.file_size_bytes, row.sha256),
+                f"{name}: its file is not what its row says",
+            )
 
     def _check_stats(self, rows: dict[str, Generation], stats: dict[str, int]) -> None:
         counts = Counter(row.status for row in rows.values())
-        said = {status: stats[f"{status}_generations"] for status in ("pending", "processing", *_FINISHED)}
-        self.check(said == {status: counts[status] for status in said}, f"statistics {said}, rows {dict(counts)}")
+        said = {
+            status: stats[f"{status}_generations"]
+            for status in ("pending", "processing", *_FINISHED)
+        }
+        self.check(
+            said == {status: counts[status] for status in said},
+            f"statistics {said}, rows {dict(counts)}",
+        )
         self.check(stats["total_generations"] == len(rows), "the total is not the number of rows")
 
     # ------------------------------------------------------------------------------------------------------ from to
 
     async def run(self, steps: int) -> None:
         """Take so many steps, then bring everything to its end."""
-        self.observer = Database(self.url + ("" if "sqlite" in self.url else "?application_name=observer"))
+        self.observer = Database(
+            self.url + ("" if "sqlite" in self.url else "?application_name=observer")
+        )
         self.fate.rule(await init_db(self.url))
         try:
             for _ in range(steps):
@@ -614,7 +720,9 @@ class World:
             await self._clear_up()
 
     async def take_a_step(self) -> None:
-        weights = {step: weight for step, weight in _WEIGHTS if not (self.is_peaceful and step in _VIOLENT)}
+        weights = {
+            step: weight for step, weight in _WEIGHTS if not (self.is_peaceful and step in _VIOLENT)
+        }
         step = self.rng.choices(list(weights), list(weights.values()))[0]
         self.counted[step.__name__] += 1
         await step(self)
@@ -639,24 +747,36 @@ class World:
     async def _drain(self) -> None:
         for model in (None, MODEL):
             await fleet.resume(model)
-        await self.hand_write(update(Generation).where(Generation.status == "pending").values(run_at=now()))
+        await self.hand_write(
+            update(Generation).where(Generation.status == "pending").values(run_at=now())
+        )
         is_ours = (Generation.status == "processing") & Generation.worker_id.is_(None)
         for generation_id in await self.observed(select(Generation.id).where(is_ours)):
             wanted = "cancelled" if generation_id in self.cancelled else "failed"
             await self.by_session(update_generation_status, generation_id, wanted)
         await self.hand_write(
-            update(Generation).where(Generation.worker_id.is_not(None)).values(lease_expires_at=now_plus(-1.0))
+            update(Generation)
+            .where(Generation.worker_id.is_not(None))
+            .values(lease_expires_at=now_plus(-1.0))
         )
         last = self.add_worker(3, drain=True)
         await self.bury(last)
 
     async def _check_folder(self) -> None:
         """Exactly the files of completed rows are left: by themselves in peace, else after a clean-up."""
-        wanted = {Path(str(row.file_path)).name for row in self.seen.values() if row.sha256 is not None}
+        wanted = {
+            Path(str(row.file_path)).name for row in self.seen.values() if row.sha256 is not None
+        }
         if self.is_peaceful:
-            self.check(self.names() == wanted | self._of_gone(), "files are left that no crash explains")
-        if any(path.startswith(generation_id) for path in self.names() for generation_id in self.seen):
-            await prune.prune_orphans(self.observer, LocalArtifacts(self.folder), older_than_seconds=0.0)
+            self.check(
+                self.names() == wanted | self._of_gone(), "files are left that no crash explains"
+            )
+        if any(
+            path.startswith(generation_id) for path in self.names() for generation_id in self.seen
+        ):
+            await prune.prune_orphans(
+                self.observer, LocalArtifacts(self.folder), older_than_seconds=0.0
+            )
             self.check(self.names() >= wanted - self._pruned(), "a completed row has lost its file")
             self.check(self.names() <= wanted, f"files of nobody: {self.names() - wanted}")
 
@@ -712,7 +832,13 @@ _WEIGHTS: list[tuple[Callable[[World], Awaitable[None]], int]] = [
 ]
 
 
-_VIOLENT = (World.kill_worker, World.doom_worker, World.trouble_a_commit, World.end_backend, World.fill_disk)
+_VIOLENT = (
+    World.kill_worker,
+    World.doom_worker,
+    World.trouble_a_commit,
+    World.end_backend,
+    World.fill_disk,
+)
 
 
 class _Unexpected(logging.Handler):

@@ -37,7 +37,8 @@ _step: ContextVar[list[str] | None] = ContextVar("step", default=None)
 """The step whose statements are being sent, and how many times it was sent one."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__])  # each process is a fork of one that has everything imported
+# each process is a fork of one that has everything imported
+_context.set_forkserver_preload([__name__])
 
 
 async def die_at(point: str, url: str, folder: Path) -> int | None:
@@ -59,7 +60,9 @@ def make_worker(database: Database, folder: Path) -> worker.Worker:
 
 
 def settings() -> Settings:
-    chosen = load_settings(lease_seconds=30.0, heartbeat_seconds=0.05, poll_seconds=0.1, loudness="none")
+    chosen = load_settings(
+        lease_seconds=30.0, heartbeat_seconds=0.05, poll_seconds=0.1, loudness="none"
+    )
     return replace(chosen, backoff_base_seconds=0.01)
 
 
@@ -79,7 +82,11 @@ def _live(point: str, url: str, folder: Path) -> None:
     FakeEngine.generate = _watched_call("infer", FakeEngine.generate)  # type: ignore[method-assign]
     artifacts.LocalArtifacts.publish = _watched_call("store", artifacts.LocalArtifacts.publish)  # type: ignore[method-assign]
     artifacts.LocalArtifacts.delete = _watched_call("delete", artifacts.LocalArtifacts.delete)  # type: ignore[method-assign]
-    os.write, os.fsync, os.link = _half_a_write(os.write), _watched_flush(os.fsync), _watched_link(os.link)
+    os.write, os.fsync, os.link = (
+        _half_a_write(os.write),
+        _watched_flush(os.fsync),
+        _watched_link(os.link),
+    )
     asyncio.run(_serve(url, folder))
 
 
@@ -136,7 +143,8 @@ def _watched_call(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 def _half_a_write(write: Callable[..., int]) -> Callable[..., int]:
     def call(descriptor: int, data: Any) -> int:
-        if _point == "store: in the middle of the write" and len(data) > 1_000:  # the event loop writes bytes to itself
+        # the event loop writes bytes to itself
+        if _point == "store: in the middle of the write" and len(data) > 1_000:
             write(descriptor, data[: len(data) // 2])
             _reach(_point)
         return write(descriptor, data)

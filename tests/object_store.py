@@ -28,7 +28,9 @@ _HOP_HEADERS = {"connection", "transfer-encoding", "content-length", "server", "
 def run_server() -> Iterator[int]:
     """Run moto's server with an empty bucket and give its port."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             port = _read_port(process)
             assert send(port, "PUT", f"/{BUCKET}").status == 200
@@ -68,7 +70,10 @@ def s3_fixture(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(name="proxy")
 def proxy_fixture(s3: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """A proxy that the environment leads to; hung replies are given up soon, and three rounds take no time."""
-    quick = {"max_retries": 2, "backoff": {"init_backoff": _MILLISECOND, "max_backoff": _MILLISECOND, "base": 2}}
+    quick = {
+        "max_retries": 2,
+        "backoff": {"init_backoff": _MILLISECOND, "max_backoff": _MILLISECOND, "base": 2},
+    }
     monkeypatch.setattr("dgx_music.artifacts.objects.RETRY", quick)
     monkeypatch.setattr("dgx_music.artifacts.objects.PATIENCE_SECONDS", 2.0)
     skip_waits(monkeypatch)
@@ -101,7 +106,9 @@ class Reply(NamedTuple):
     body: bytes
 
 
-def send(port: int, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Reply:
+def send(
+    port: int, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+) -> Reply:
     """Send one request to the port and return the reply."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
@@ -137,7 +144,9 @@ class Proxy(ThreadingHTTPServer):
         self._plan: tuple[str, dict[str, list[int | str]]] | None = None
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, name="proxy").start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, name="proxy"
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -171,7 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.seen.append(Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
+        self.server.seen.append(
+            Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
+        )
         fault = self.server.next_fault(self.command)
         if isinstance(fault, int):
             return self._answer(Reply(fault, [], b""))

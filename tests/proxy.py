@@ -14,9 +14,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tests.patience import PATIENCE
 
-Message = tuple[bytes, bytes]  # of a client: its type, b"" before the session starts, and its payload
+# of a client: its type, b"" before the session starts, and its payload
+Message = tuple[bytes, bytes]
 
-_REQUESTS_BEFORE_STARTUP = {80877103, 80877104}  # for TLS and for GSSAPI; the server says one byte, and no
+# for TLS and for GSSAPI; the server says one byte, and no
+_REQUESTS_BEFORE_STARTUP = {80877103, 80877104}
 _READY_FOR_QUERY = b"Z\0\0\0\5"  # ends the reply to a simple query, but for one byte
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -31,7 +33,12 @@ class Loss:
     """One message of a client that the proxy will lose, or whose reply it will lose."""
 
     def __init__(
-        self, is_it: Callable[[Message], bool], what: Literal["request", "reply"], *, after: bytes = b"", cut: bool
+        self,
+        is_it: Callable[[Message], bool],
+        what: Literal["request", "reply"],
+        *,
+        after: bytes = b"",
+        cut: bool,
     ) -> None:
         self.is_it, self.what, self.after, self.cut = is_it, what, after, cut
         self.reply = b""  # what the server said and the client never heard
@@ -103,7 +110,9 @@ class Proxy:
         """Leave all connections silent for good, as a firewall that has lost its memory; new ones are welcome."""
         self._do(self._forget())
 
-    def lose_reply(self, to: Callable[[Message], bool] = is_commit, *, after: bytes = b"", cut: bool = True) -> Loss:
+    def lose_reply(
+        self, to: Callable[[Message], bool] = is_commit, *, after: bytes = b"", cut: bool = True
+    ) -> Loss:
         """Deliver the next such message, swallow the reply to it, then cut the line or leave it silent for good.
 
         The reply must end with ReadyForQuery: a simple query has such a reply, and so has the Sync of an extended one.
@@ -176,7 +185,10 @@ class Proxy:
         with line.client, line.server, contextlib.suppress(OSError):
             await self._flows.wait()
             await self._loop.sock_connect(line.server, self._server)
-            ways = [self._loop.create_task(way(line)) for way in (self._forward_requests, self._forward_replies)]
+            ways = [
+                self._loop.create_task(way(line))
+                for way in (self._forward_requests, self._forward_replies)
+            ]
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_EXCEPTION)
             finally:

@@ -17,7 +17,9 @@ from dgx_music import enqueue, enqueue_many, enqueue_sync, storage
 from dgx_music.client.requests import DEFAULTS, OPTIONS
 from tests.factories import ROOT
 
-OBJECTS = {name: getattr(module, name) for module in (storage, dgx_music) for name in module.__all__}
+OBJECTS = {
+    name: getattr(module, name) for module in (storage, dgx_music) for name in module.__all__
+}
 WIDTH = 100
 
 
@@ -39,7 +41,9 @@ def declaration(name, value):
         return declared_function(name, value)
     bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
     if isinstance(value, enum.EnumMeta):
-        return lines(f"class {name}({bases}):", [f'{member.name} = "{member.value}"' for member in value])
+        return lines(
+            f"class {name}({bases}):", [f'{member.name} = "{member.value}"' for member in value]
+        )
     if value.__bases__ == (dict,):
         fields = value.__annotations__.items() if value is not dgx_music.RequestOptions else ()
         return lines(
@@ -47,7 +51,9 @@ def declaration(name, value):
             [f"{key}: {shown_type(hint)}" for key, hint in fields],
         )
     if is_dataclass(value):
-        return lines(f"class {name}:", [shown(each) for each in inspect.signature(value).parameters.values()])
+        return lines(
+            f"class {name}:", [shown(each) for each in inspect.signature(value).parameters.values()]
+        )
     if issubclass(value, storage.Base) and value is not storage.Base:
         return lines(f"class {name}({bases}):", columns_of(value))
     if getattr(value, "_is_protocol", False):
@@ -62,12 +68,18 @@ def declaration(name, value):
 
 
 def lines(first, more):
-    return "\n".join([first if more else first.removesuffix(":"), *(f"    {line}" for line in more)])
+    return "\n".join(
+        [first if more else first.removesuffix(":"), *(f"    {line}" for line in more)]
+    )
 
 
 def columns_of(model):
     hints = {key: str(hint) for key, hint in vars(model)["__annotations__"].items()}
-    return [f"{key}: {hint[len('Mapped[') : -1]}" for key, hint in hints.items() if hint.startswith("Mapped[")]
+    return [
+        f"{key}: {hint[len('Mapped[') : -1]}"
+        for key, hint in hints.items()
+        if hint.startswith("Mapped[")
+    ]
 
 
 def declared_function(name, value, indent=0):
@@ -75,7 +87,9 @@ def declared_function(name, value, indent=0):
     signature = inspect.signature(value)
     if value in (enqueue, enqueue_many, enqueue_sync):  # their options have a list of their own
         kept = [each for each in signature.parameters.values() if each.name not in OPTIONS]
-        options = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD, annotation="Unpack[RequestOptions]")
+        options = inspect.Parameter(
+            "options", inspect.Parameter.VAR_KEYWORD, annotation="Unpack[RequestOptions]"
+        )
         signature = signature.replace(parameters=[*kept, options])
     return call(f"{'async ' if is_async else ''}def {name}", signature, indent)
 
@@ -83,13 +97,21 @@ def declared_function(name, value, indent=0):
 def call(start, signature, indent=0):
     parameters = [shown(each) for each in signature.parameters.values()]
     star = next(
-        (n for n, each in enumerate(signature.parameters.values()) if each.kind is each.KEYWORD_ONLY),
+        (
+            n
+            for n, each in enumerate(signature.parameters.values())
+            if each.kind is each.KEYWORD_ONLY
+        ),
         None,
     )
     if star is not None:
         parameters.insert(star, "*")
     result = signature.return_annotation
-    end = "" if result is signature.empty or start.startswith("class") else f" -> {shown_type(result)}"
+    end = (
+        ""
+        if result is signature.empty or start.startswith("class")
+        else f" -> {shown_type(result)}"
+    )
     line = f"{start}({', '.join(parameters)}){end}"
     if len(line) + indent <= WIDTH:
         return line
@@ -129,7 +151,9 @@ def test_the_page_and_the_help_say_what_an_option_means(name):
 
     assert option in re.sub(r"\n  +", " ", sections()["RequestOptions"][1]).splitlines()
     for function in (enqueue, enqueue_many, enqueue_sync):
-        assert f"{name}: {meaning}" in re.sub(r"\n +", " ", re.sub(r"\n    (?=\w)", "\n", inspect.getdoc(function)))
+        assert f"{name}: {meaning}" in re.sub(
+            r"\n +", " ", re.sub(r"\n    (?=\w)", "\n", inspect.getdoc(function))
+        )
         assert inspect.signature(function).parameters[name].default == DEFAULTS[name]
 
 

@@ -55,7 +55,9 @@ async def read(artifacts, path):
 
 
 async def listed(artifacts):
-    return {(file.generation_id, file.attempt, file.size_bytes) async for file in artifacts.list_files()}
+    return {
+        (file.generation_id, file.attempt, file.size_bytes) async for file in artifacts.list_files()
+    }
 
 
 def names_in(folder):
@@ -145,7 +147,9 @@ async def test_to_delete_what_is_not_there_is_fine(artifacts):
     assert await artifacts.delete("song", [1]) == 0
 
 
-@pytest.mark.parametrize("bad", ["", ".", "..", "a/b", "../a", "a\\b", "a.b", "a\0", "a\n", "ä", "a" * 65])
+@pytest.mark.parametrize(
+    "bad", ["", ".", "..", "a/b", "../a", "a\\b", "a.b", "a\0", "a\n", "ä", "a" * 65]
+)
 async def test_an_id_that_is_no_name_is_refused(artifacts, bad):
     with pytest.raises(InvalidRequestError, match="generation_id"):
         await artifacts.publish(bad, 1, "wav", DATA)
@@ -214,10 +218,14 @@ async def test_a_file_exists_until_it_is_deleted(artifacts):
 
 @pytest.mark.parametrize("artifacts", ["local", "s3"], indirect=True)
 async def test_of_many_files_those_that_are_gone_are_found(artifacts):
-    there, gone = [(await artifacts.publish(name, 1, "wav", DATA)).path for name in ("there", "gone")]
+    there, gone = [
+        (await artifacts.publish(name, 1, "wav", DATA)).path for name in ("there", "gone")
+    ]
     await artifacts.delete("gone", [1])
 
-    states = await FileInspection().look_at((path, len(DATA)) for path in (there, gone, "relative.wav"))
+    states = await FileInspection().look_at(
+        (path, len(DATA)) for path in (there, gone, "relative.wav")
+    )
     assert [state.is_missing for state in states.values()] == [False, True, None]
     looks = [await look_at_file(path, len(DATA)) for path in (there, gone, "relative.wav")]
     assert [look.is_missing for look in looks] == [False, True, None]
@@ -225,9 +233,13 @@ async def test_of_many_files_those_that_are_gone_are_found(artifacts):
 
 @pytest.mark.parametrize("artifacts", ["local", "s3"], indirect=True)
 async def test_of_many_files_those_of_another_size_are_found(artifacts):
-    paths = [(await artifacts.publish(name, 1, "wav", DATA)).path for name in ("whole", "cut", "unknown")]
+    paths = [
+        (await artifacts.publish(name, 1, "wav", DATA)).path for name in ("whole", "cut", "unknown")
+    ]
 
-    states = await FileInspection().look_at(zip(paths, [len(DATA), len(DATA) + 1, None], strict=True))
+    states = await FileInspection().look_at(
+        zip(paths, [len(DATA), len(DATA) + 1, None], strict=True)
+    )
 
     assert [state.is_damaged for state in states.values()] == [False, True, None]
     assert states[paths[1]].damage == "is 100,004 bytes and not 100,005"
@@ -382,7 +394,9 @@ async def test_delete_removes_part_files_too(local, root):
 
 async def test_file_and_folders_are_flushed_before_publish_returns(local, root, monkeypatch):
     flushed, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(Path(f"/proc/self/fd/{fd}").readlink()), real(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (flushed.append(Path(f"/proc/self/fd/{fd}").readlink()), real(fd))
+    )
 
     await local.publish("song", 1, "wav", DATA)
 
@@ -392,7 +406,9 @@ async def test_file_and_folders_are_flushed_before_publish_returns(local, root, 
 async def test_a_deletion_is_flushed_before_delete_returns(local, root, monkeypatch):
     await local.publish("song", 1, "wav", DATA)
     flushed, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(Path(f"/proc/self/fd/{fd}").readlink()), real(fd)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (flushed.append(Path(f"/proc/self/fd/{fd}").readlink()), real(fd))
+    )
 
     await local.delete("song", [1])
 
@@ -410,18 +426,29 @@ FAILURES = [
 ]
 FAILURES += [("unlink", 0), ("write", 0), ("link", 0), ("close", 2), ("close", 3)]
 CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS, errno.ESTALE]
-SURVIVED = [("open", n, errno.EACCES) for n in (0, 1, 3)] + [("fsync", n, errno.EACCES) for n in (0, 1, 3)]
+SURVIVED = [("open", n, errno.EACCES) for n in (0, 1, 3)] + [
+    ("fsync", n, errno.EACCES) for n in (0, 1, 3)
+]
 SURVIVED += [("link", 0, errno.EIO), ("link", 0, errno.EACCES)]
 
 
 @pytest.mark.parametrize(
     ("call", "number", "code"),
-    [(*failure, code) for failure in FAILURES for code in CODES if (*failure, code) not in SURVIVED],
+    [
+        (*failure, code)
+        for failure in FAILURES
+        for code in CODES
+        if (*failure, code) not in SURVIVED
+    ],
 )
-async def test_a_step_that_fails_leaves_the_whole_file_or_nothing(local, root, monkeypatch, call, number, code):
+async def test_a_step_that_fails_leaves_the_whole_file_or_nothing(
+    local, root, monkeypatch, call, number, code
+):
     with monkeypatch.context() as patch:
         fail_call(patch, call, number, code)
-        with pytest.raises(ArtifactError, match=f"{re.escape(str(root))}: {os.strerror(code).lower()}"):
+        with pytest.raises(
+            ArtifactError, match=f"{re.escape(str(root))}: {os.strerror(code).lower()}"
+        ):
             await local.publish("song", 1, "wav", DATA)
 
     assert names_in(root) in ([], ["song-1.wav"])
@@ -463,7 +490,9 @@ def _forgotten(monkeypatch):
     monkeypatch.setattr(local_module, "_told", set())
 
 
-async def test_a_link_that_reported_an_error_and_was_made_is_a_publication(local, root, monkeypatch):
+async def test_a_link_that_reported_an_error_and_was_made_is_a_publication(
+    local, root, monkeypatch
+):
     real = os.link
     monkeypatch.setattr(os, "link", lambda *names: (real(*names), fail(errno.EIO)))
 
@@ -496,7 +525,9 @@ NO_FLUSH = [
     errno.EPERM,
     errno.ENOTTY,
 ]
-WITHOUT_LINKS = "has no hard links: after a crash an empty file can be left of audio that was being stored"
+WITHOUT_LINKS = (
+    "has no hard links: after a crash an empty file can be left of audio that was being stored"
+)
 WITHOUT_FLUSH = "does not flush: the audio stored last can be lost when the power fails"
 
 
@@ -512,7 +543,9 @@ def refuse_flush(monkeypatch, code, *, of_folders=True):
 
 @pytest.mark.usefixtures("_forgotten")
 @pytest.mark.parametrize("code", NO_LINKS)
-async def test_without_hard_links_a_file_is_published_and_it_is_said_once(local, root, monkeypatch, caplog, code):
+async def test_without_hard_links_a_file_is_published_and_it_is_said_once(
+    local, root, monkeypatch, caplog, code
+):
     refuse_links(monkeypatch, code)
 
     artifacts = [await local.publish("song", attempt, "wav", DATA) for attempt in (1, 2)]
@@ -524,7 +557,9 @@ async def test_without_hard_links_a_file_is_published_and_it_is_said_once(local,
 
 @pytest.mark.usefixtures("_forgotten")
 @pytest.mark.parametrize("code", NO_FLUSH)
-async def test_without_flushed_folders_a_file_is_published_and_it_is_said_once(local, root, monkeypatch, caplog, code):
+async def test_without_flushed_folders_a_file_is_published_and_it_is_said_once(
+    local, root, monkeypatch, caplog, code
+):
     refuse_flush(monkeypatch, code)
 
     artifacts = [await local.publish("song", attempt, "wav", DATA) for attempt in (1, 2)]
@@ -544,7 +579,9 @@ async def test_without_flushed_files_a_file_is_published_all_the_same(local, mon
 async def test_a_folder_that_may_not_be_read_can_be_written(local, root, monkeypatch):
     root.mkdir(parents=True)
     real = os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest: fail(errno.EACCES) if path == root else real(path, *rest))
+    monkeypatch.setattr(
+        os, "open", lambda path, *rest: fail(errno.EACCES) if path == root else real(path, *rest)
+    )
 
     assert content(await local.publish("song", 1, "wav", DATA)) == DATA
 
@@ -555,7 +592,9 @@ async def test_a_good_file_system_has_no_weakness_and_a_look_at_it_leaves_no_tra
 
 
 @pytest.mark.parametrize("code", NO_LINKS)
-async def test_a_file_system_without_links_is_known_before_it_is_used(local, root, tmp_path, monkeypatch, code):
+async def test_a_file_system_without_links_is_known_before_it_is_used(
+    local, root, tmp_path, monkeypatch, code
+):
     refuse_links(monkeypatch, code)
 
     assert await local.find_weakness() == f"The file system of {root} {WITHOUT_LINKS}."
@@ -563,11 +602,16 @@ async def test_a_file_system_without_links_is_known_before_it_is_used(local, roo
 
 
 @pytest.mark.parametrize("of_folders", [True, False])
-async def test_a_file_system_that_does_not_flush_is_known_before_it_is_used(local, root, monkeypatch, of_folders):
+async def test_a_file_system_that_does_not_flush_is_known_before_it_is_used(
+    local, root, monkeypatch, of_folders
+):
     refuse_flush(monkeypatch, errno.EINVAL, of_folders=of_folders)
     refuse_links(monkeypatch)
 
-    assert await local.find_weakness() == f"The file system of {root} {WITHOUT_LINKS}, and {WITHOUT_FLUSH}."
+    assert (
+        await local.find_weakness()
+        == f"The file system of {root} {WITHOUT_LINKS}, and {WITHOUT_FLUSH}."
+    )
 
 
 async def test_a_place_that_cannot_be_used_has_a_problem_and_no_weakness(tmp_path):
@@ -615,7 +659,10 @@ async def test_a_planted_symlink_is_not_followed(local, root, tmp_path, target):
     (root / "secret").write_bytes(b"secret")
     (root / "song-2.wav").symlink_to(target)
 
-    assert await refused(local, f"{root}/song-2.wav") == f"{root}/song-2.wav cannot be read: it is a symbolic link."
+    assert (
+        await refused(local, f"{root}/song-2.wav")
+        == f"{root}/song-2.wav cannot be read: it is a symbolic link."
+    )
 
 
 @pytest.mark.timeout(20)
@@ -625,7 +672,10 @@ async def test_a_planted_pipe_socket_or_folder_is_not_read(local, root):
     (root / "song-2.wav").mkdir()
 
     for name in ("song-1.wav", "song-2.wav"):
-        assert await refused(local, f"{root}/{name}") == f"{root}/{name} cannot be read: it is not a regular file."
+        assert (
+            await refused(local, f"{root}/{name}")
+            == f"{root}/{name} cannot be read: it is not a regular file."
+        )
 
 
 async def test_what_is_refused_is_not_left_open(local, root):
@@ -639,8 +689,12 @@ async def test_what_is_refused_is_not_left_open(local, root):
     assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
-@pytest.mark.parametrize("name", ["evil/song-1.wav", "../song-1.wav", "..", ".", "", "../audio/song-1.wav"])
-async def test_a_planted_folder_leads_nowhere_and_no_name_leaves_the_folder(local, root, tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["evil/song-1.wav", "../song-1.wav", "..", ".", "", "../audio/song-1.wav"]
+)
+async def test_a_planted_folder_leads_nowhere_and_no_name_leaves_the_folder(
+    local, root, tmp_path, name
+):
     await local.publish("song", 1, "wav", DATA)
     (tmp_path / "song-1.wav").write_bytes(b"secret")
     (root / "evil").symlink_to(tmp_path)
@@ -658,7 +712,9 @@ async def test_a_name_that_is_taken_by_no_file_is_refused(local, root, plant):
         await local.publish("song", 1, "wav", DATA)
 
 
-async def test_a_symlink_planted_where_the_part_file_goes_is_not_written_through(local, root, tmp_path, monkeypatch):
+async def test_a_symlink_planted_where_the_part_file_goes_is_not_written_through(
+    local, root, tmp_path, monkeypatch
+):
     """It appears after the last look at that name: only an exclusive open refuses it."""
     root.mkdir(parents=True)
     (tmp_path / "victim").write_bytes(b"precious")
@@ -681,9 +737,13 @@ async def test_a_symlink_planted_where_the_part_file_goes_is_not_written_through
 # Cancellation
 
 
-async def test_a_cancelled_publish_leaves_nothing_that_delete_does_not_remove(local, root, monkeypatch):
+async def test_a_cancelled_publish_leaves_nothing_that_delete_does_not_remove(
+    local, root, monkeypatch
+):
     writing, may_go_on, real = threading.Event(), threading.Event(), os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: (writing.set(), may_go_on.wait(), real(fd, data))[2])
+    monkeypatch.setattr(
+        os, "write", lambda fd, data: (writing.set(), may_go_on.wait(), real(fd, data))[2]
+    )
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(local.publish, "song", 1, "wav", DATA)
@@ -731,7 +791,9 @@ async def test_a_disk_without_room_is_a_problem(local, root, monkeypatch):
     full = shutil._ntuple_diskusage(10**12, 10**12 - 2**20, 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: full)
 
-    assert await local.find_problem() == f"The disk of {root} has 1 MiB left; free at least 100 MiB."
+    assert (
+        await local.find_problem() == f"The disk of {root} has 1 MiB left; free at least 100 MiB."
+    )
 
 
 @pytest.mark.parametrize(("missing", "is_problem"), [(0, False), (1, True)])
@@ -749,4 +811,7 @@ async def test_a_check_leaves_no_trace(local, tmp_path):
 
 
 async def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
-    assert "cannot be stored in /proc/audio" in await LocalArtifacts(Path("/proc/audio")).find_problem()
+    assert (
+        "cannot be stored in /proc/audio"
+        in await LocalArtifacts(Path("/proc/audio")).find_problem()
+    )

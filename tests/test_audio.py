@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -34,7 +35,9 @@ def sine(seconds=1.0, hertz=997.0, amplitude=0.1, channels=1, rate=RATE):
 
 def noise(seconds, channels=2, amplitude=0.2):
     shape = (channels, round(seconds * RATE))
-    return Audio((amplitude * np.random.default_rng(7).standard_normal(shape)).astype(np.float32), RATE)
+    return Audio(
+        (amplitude * np.random.default_rng(7).standard_normal(shape)).astype(np.float32), RATE
+    )
 
 
 def constant(value, frames):
@@ -94,7 +97,9 @@ def test_the_loudness_told_is_the_loudness_of_the_file(loudness):
     file = finished(noise(2), loudness=loudness)
 
     samples, rate = decode(file)
-    assert file.facts["loudness_lufs"] == pytest.approx(pyloudnorm.Meter(rate).integrated_loudness(samples), abs=0.02)
+    assert file.facts["loudness_lufs"] == pytest.approx(
+        pyloudnorm.Meter(rate).integrated_loudness(samples), abs=0.02
+    )
 
 
 @pytest.mark.parametrize("amplitude", [0.001, 0.5, 1.5])
@@ -128,7 +133,9 @@ def test_an_overshoot_is_clipped_and_never_wraps(audio_format):
 @pytest.mark.parametrize("audio_format", FORMATS)
 @pytest.mark.parametrize("seconds", [0.08, 2])
 def test_silence_stays_silence(seconds, audio_format, loudness):
-    file = finished(constant(0, round(seconds * RATE)), audio_format=audio_format, loudness=loudness)
+    file = finished(
+        constant(0, round(seconds * RATE)), audio_format=audio_format, loudness=loudness
+    )
 
     assert not decode(file)[0].any()
     assert (file.facts["peak"], file.facts["loudness_lufs"]) == (0, None)
@@ -205,8 +212,12 @@ def test_audio_of_another_shape_is_refused(shape):
     sample_rate=SAMPLE_RATES,
     loudness=st.sampled_from(LOUDNESSES),
 )
-def test_any_finite_input_gives_finite_samples_within_full_scale(samples, channels, sample_rate, loudness):
-    file = finished(Audio(samples, 8_000), channels=channels, sample_rate=sample_rate, loudness=loudness)
+def test_any_finite_input_gives_finite_samples_within_full_scale(
+    samples, channels, sample_rate, loudness
+):
+    file = finished(
+        Audio(samples, 8_000), channels=channels, sample_rate=sample_rate, loudness=loudness
+    )
 
     assert np.isfinite(decode(file)[0]).all()
     assert 0 <= file.facts["peak"] <= (1 if loudness == "none" else PEAK_LIMIT + 1e-4)
@@ -268,7 +279,9 @@ def test_a_tenth_of_the_music_may_be_lost_in_the_average(opposite_seconds, peak)
     to_rate=SAMPLE_RATES,
     audio_format=st.sampled_from(["wav", "flac"]),
 )
-def test_a_lossless_file_has_exactly_the_frames_of_its_duration(frames, from_rate, to_rate, audio_format):
+def test_a_lossless_file_has_exactly_the_frames_of_its_duration(
+    frames, from_rate, to_rate, audio_format
+):
     audio = Audio(np.full((1, frames), 0.1, np.float32), from_rate)
 
     file = finished(audio, sample_rate=to_rate, audio_format=audio_format)
@@ -320,7 +333,9 @@ def test_mp3_holds_each_of_its_sample_rates(sample_rate):
 
 @pytest.mark.parametrize("sample_rate", [31_999, 96_000])
 def test_a_sample_rate_that_mp3_cannot_hold_is_rejected_before_any_work(sample_rate):
-    with pytest.raises(GenerationRejectedError, match=r"32,000, 44,100, 48,000 Hz, or another audio format"):
+    with pytest.raises(
+        GenerationRejectedError, match=r"32,000, 44,100, 48,000 Hz, or another audio format"
+    ):
         check_format("mp3", sample_rate)
     with pytest.raises(GenerationRejectedError):
         finished(constant(math.nan, 1), sample_rate=sample_rate, audio_format="mp3")
@@ -338,15 +353,75 @@ def test_five_minutes_of_stereo_survive(audio_format):
 # Facts and the picture
 
 
+def reference_lufs(samples, rate):
+    if samples.shape[1] < 0.4 * rate:
+        return None
+    return float(pyloudnorm.Meter(rate).integrated_loudness(samples.T))
+
+
+def reference_levels(audio, loudness):
+    """Return the samples at the level asked for, and their loudness as pyloudnorm measures it."""
+    if loudness == "none":
+        samples = np.clip(audio.samples, -1, 1)
+        return samples, reference_lufs(samples, audio.sample_rate)
+    samples = audio.samples * np.float32(PEAK_LIMIT / float(np.abs(audio.samples).max()))
+    lufs = reference_lufs(samples, audio.sample_rate)
+    if loudness == "peak" or lufs is None or lufs < -14:
+        return samples, lufs
+    return samples * np.float32(10 ** ((-14 - lufs) / 20)), -14
+
+
+def reference_file(samples, rate, audio_format):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples.T, rate, format=audio_format, subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def reference_waveform(samples):
+    frames = samples.shape[1]
+    edges = [point * frames // 1_000 for point in range(1_001)]
+    peaks = [float(np.abs(samples[:, start:end]).max()) for start, end in pairwise(edges)]
+    return np.round(peaks, 4).tolist()
+
+
+@pytest.mark.parametrize("loudness", LOUDNESSES)
+@pytest.mark.parametrize("audio_format", ["wav", "flac"])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("seconds", "amplitude"), [(0.08, 0.2), (3, 0.01), (3, 0.5), (2.345, 3)])
+def test_file_and_facts_are_those_of_soundfile_and_pyloudnorm(
+    seconds, amplitude, channels, audio_format, loudness
+):
+    audio = noise(seconds, channels, amplitude)
+    samples, lufs = reference_levels(audio, loudness)
+
+    file = finished(audio, audio_format=audio_format, loudness=loudness)
+
+    assert file.data == reference_file(samples, RATE, audio_format)
+    assert file.facts["peak"] == round(float(np.abs(samples).max()), 4)
+    assert file.facts["loudness_lufs"] == (None if lufs is None else round(lufs, 2))
+    assert file.facts["waveform"] == reference_waveform(samples)
+
+
+def test_finishing_leaves_the_samples_of_the_engine_alone():
+    audio = noise(1, amplitude=3)
+    audio.samples.flags.writeable = False
+
+    assert finished(audio, loudness="none").facts["peak"] == 1
+
+
 def test_the_facts_describe_the_file():
-    facts = finished(sine(2, amplitude=0.5), channels=2, sample_rate=16_000, audio_format="flac", loudness="none").facts
+    facts = finished(
+        sine(2, amplitude=0.5), channels=2, sample_rate=16_000, audio_format="flac", loudness="none"
+    ).facts
 
     assert facts["duration_seconds"] == 2
     assert (facts["sample_rate"], facts["channels"], facts["format"]) == (16_000, 2, "flac")
     assert facts["peak"] == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize(("frames", "points"), [(1, 1), (999, 999), (1_000, 1_000), (1_001, 1_000), (96_007, 1_000)])
+@pytest.mark.parametrize(
+    ("frames", "points"), [(1, 1), (999, 999), (1_000, 1_000), (1_001, 1_000), (96_007, 1_000)]
+)
 def test_the_waveform_has_at_most_1000_points(frames, points):
     assert len(finished(constant(0.5, frames)).facts["waveform"]) == points
 
@@ -395,7 +470,9 @@ def test_the_meter_is_imported_only_for_a_clip_long_enough_to_be_measured(frames
         "finish(audio, sample_rate=32000, channels=1, audio_format='wav', loudness='lufs');"
         "print('pyloudnorm' in sys.modules)"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(is_imported)
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(
+        is_imported
+    )
 
 
 def test_warm_up_imports_the_meter(monkeypatch):

@@ -31,7 +31,9 @@ def test_the_inference_benchmark_fills_every_table(capsys, tmp_path):
     assert [cell["loop"] for cell in numbers["cells"]] == ["`generate`", "slots"]
 
 
-@pytest.mark.parametrize(("size", "gigabytes"), [("small", 0.72), ("medium", 3.20), ("large", 5.67)])
+@pytest.mark.parametrize(
+    ("size", "gigabytes"), [("small", 0.72), ("medium", 3.20), ("large", 5.67)]
+)
 def test_a_step_reads_the_weights_of_the_true_sizes(size, gigabytes):
     assert roofline.weight_bytes(SHAPES[size], 2.0, 2) / 1e9 == pytest.approx(gigabytes, abs=0.01)
 
@@ -54,7 +56,12 @@ def test_a_static_batch_takes_whoever_waits_and_ends_as_a_whole():
 
 
 def test_percentiles_lie_between_the_values():
-    assert [arrivals.percentile([3, 1, 2], share) for share in (0.0, 0.25, 0.5, 1.0)] == [1, 1.5, 2, 3]
+    assert [arrivals.percentile([3, 1, 2], share) for share in (0.0, 0.25, 0.5, 1.0)] == [
+        1,
+        1.5,
+        2,
+        3,
+    ]
 
 
 class FakeStock:

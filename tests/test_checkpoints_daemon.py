@@ -39,7 +39,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
     daemons: list[Daemon] = []
 
     def start_daemon(**settings: Any) -> Daemon:
-        fixed = {"engine": "musicgen", "model": LARGE.name, "device": "cpu", "slots": 1, "compile": "off"}
+        fixed = {
+            "engine": "musicgen",
+            "model": LARGE.name,
+            "device": "cpu",
+            "slots": 1,
+            "compile": "off",
+        }
         calm = {"lease_seconds": 30, "heartbeat_seconds": 2}
         daemons.append(Daemon(tmp_path, "--drain", **(fixed | calm | settings)))
         return daemons[-1]
@@ -70,7 +76,9 @@ async def test_pickled_shards_in_the_cache_make_music_offline(
 
 
 @pytest.mark.usefixtures("database")
-def test_offline_without_weights_a_worker_ends_with_one_sentence(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_without_weights_a_worker_ends_with_one_sentence(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     sentence = sentence_of(start())
     assert "facebook/musicgen-large" in sentence

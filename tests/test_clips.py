@@ -17,7 +17,9 @@ from dgx_music.catalog import MODELS, find_model
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError
 from tests.factories import audio_file
 
-SMALL, STEREO, MELODY = (MODELS[name] for name in ("musicgen-small", "musicgen-stereo-small", "musicgen-stereo-melody"))
+SMALL, STEREO, MELODY = (
+    MODELS[name] for name in ("musicgen-small", "musicgen-stereo-small", "musicgen-stereo-melody")
+)
 
 
 def read(source: Source, model=SMALL, name: str = "continuation", duration: float = 60) -> Clip:
@@ -91,7 +93,9 @@ def test_silence_is_music_too() -> None:
 
 def test_what_is_too_loud_is_clipped_and_not_wrapped() -> None:
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.full(32_000, [1.5], dtype=np.float32), 32_000, format="WAV", subtype="FLOAT")
+    soundfile.write(
+        buffer, np.full(32_000, [1.5], dtype=np.float32), 32_000, format="WAV", subtype="FLOAT"
+    )
 
     assert samples_of(read(buffer.getvalue())).min() > 0.999
 
@@ -113,7 +117,9 @@ def sine(level: float = 0.5, seconds: float = 1.0):
 @pytest.mark.parametrize("others", [[-1.0], [-0.8], [-1.0, 1.0, -1.0]])
 def test_channels_of_opposite_phase_leave_the_loudest(model, others, caplog) -> None:
     name = "melody" if model is MELODY else "continuation"
-    clip = read(floats(np.stack([sine(), *(sine(0.5 * other) for other in others)], axis=1)), model, name)
+    clip = read(
+        floats(np.stack([sine(), *(sine(0.5 * other) for other in others)], axis=1)), model, name
+    )
 
     assert np.abs(samples_of(clip)).max() == pytest.approx(0.5, abs=0.001)
     assert caplog.messages == [
@@ -128,11 +134,15 @@ def test_one_second_of_opposite_phase_in_four_is_enough() -> None:
     assert np.abs(samples_of(read(floats(np.stack([left, right], axis=1))))[0, :32_000]).max() > 0.4
 
 
-@pytest.mark.parametrize("other", [lambda x: x, np.zeros_like, lambda x: np.roll(x, 16), lambda x: -0.1 * x])
+@pytest.mark.parametrize(
+    "other", [lambda x: x, np.zeros_like, lambda x: np.roll(x, 16), lambda x: -0.1 * x]
+)
 def test_other_channels_are_averaged_without_a_word(other, caplog) -> None:
     both = np.stack([sine(), other(sine())], axis=1)
 
-    assert samples_of(read(floats(both))) == pytest.approx(both.mean(axis=1, keepdims=True).T, abs=1e-4)
+    assert samples_of(read(floats(both))) == pytest.approx(
+        both.mean(axis=1, keepdims=True).T, abs=1e-4
+    )
     assert caplog.messages == []
 
 
@@ -145,7 +155,9 @@ def test_opposite_phase_stays_in_a_model_of_two_channels(caplog) -> None:
 
 @pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
 @pytest.mark.parametrize("scale", [2**7, 2**15, 2**23, 2**31])
-def test_integers_in_a_file_of_fractions_are_brought_to_scale(scale: int, subtype: str, caplog) -> None:
+def test_integers_in_a_file_of_fractions_are_brought_to_scale(
+    scale: int, subtype: str, caplog
+) -> None:
     samples = np.rint(sine(0.9) * scale)
     clip = read(floats(samples, subtype))
 
@@ -160,7 +172,9 @@ def test_integers_in_a_file_of_fractions_are_brought_to_scale(scale: int, subtyp
 def test_integers_that_were_filtered_are_brought_to_scale_too(level: float, scale: int) -> None:
     samples = sine(level) * scale if scale > 2**7 else np.rint(sine(level) * scale)
 
-    assert samples_of(read(floats(samples)))[0] == pytest.approx(np.clip(samples / scale, -1, 1), abs=1e-4)
+    assert samples_of(read(floats(samples)))[0] == pytest.approx(
+        np.clip(samples / scale, -1, 1), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +196,9 @@ def test_a_mix_far_too_loud_is_turned_down(caplog) -> None:
     clip = read(floats(sine(8.0)))
 
     np.testing.assert_allclose(samples_of(clip)[0], sine(1.0), atol=1e-3)
-    assert caplog.messages == ["continuation: it is 18 dB louder than full scale; it is turned down by that"]
+    assert caplog.messages == [
+        "continuation: it is 18 dB louder than full scale; it is turned down by that"
+    ]
 
 
 @pytest.mark.parametrize("stray", [1e4, 3e9, 1e30])
@@ -247,7 +263,10 @@ def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.array([0.0, bad] * 8_000), 8_000, format="WAV", subtype="FLOAT")
 
-    assert refused(buffer.getvalue()) == "continuation holds NaN or infinite samples; use another clip."
+    assert (
+        refused(buffer.getvalue())
+        == "continuation holds NaN or infinite samples; use another clip."
+    )
 
 
 def test_a_file_too_big_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -259,7 +278,9 @@ def test_a_file_too_big_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 def test_a_clip_as_long_as_the_music_is_refused() -> None:
-    assert refused(audio_file(1.0), duration=1.0).startswith("continuation is 1 s long, and the duration of 1 s counts")
+    assert refused(audio_file(1.0), duration=1.0).startswith(
+        "continuation is 1 s long, and the duration of 1 s counts"
+    )
 
 
 def test_equal_music_is_one_clip_whatever_file_it_came_in() -> None:
@@ -278,7 +299,9 @@ def test_other_music_is_another_clip(other) -> None:
 
 def test_a_source_that_many_requests_share_is_read_once(tmp_path: Path, monkeypatch) -> None:
     made = []
-    monkeypatch.setattr(clips, "_make", lambda *given, make=clips._make: made.append(given) or make(*given))
+    monkeypatch.setattr(
+        clips, "_make", lambda *given, make=clips._make: made.append(given) or make(*given)
+    )
     path, data, reader = tmp_path / "a.wav", audio_file(hertz=500), Reader()
     path.write_bytes(audio_file())
 

@@ -46,7 +46,10 @@ time_t time(time_t *now) {
 }
 """
 
-pytestmark = [on(SQLITE), pytest.mark.skipif(COMPILER is None, reason="there is no C compiler to build the clock with")]
+pytestmark = [
+    on(SQLITE),
+    pytest.mark.skipif(COMPILER is None, reason="there is no C compiler to build the clock with"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,9 @@ async def test_what_was_due_before_the_clock_was_set_back_is_made_at_once(databa
     assert (await until(database, generation, is_finished)).status == "completed"
 
 
-async def test_a_lost_worker_is_noticed_though_the_clock_was_set_back(database, start, script, step):
+async def test_a_lost_worker_is_noticed_though_the_clock_was_set_back(
+    database, start, script, step
+):
     generation = await add(database)
     path = script({"attempts": [1], "do": "wait", "seconds": 600})
     lost = start(script=path)
@@ -92,10 +97,13 @@ async def test_a_lost_worker_is_noticed_though_the_clock_was_set_back(database, 
     assert (row.status, row.attempt) == ("completed", 2)
 
 
-async def test_living_workers_lose_nothing_when_the_clock_is_set_forward(database, start, script, step):
+async def test_living_workers_lose_nothing_when_the_clock_is_set_forward(
+    database, start, script, step
+):
     daemons = [start(script=script({"do": "wait", "seconds": 5.0})) for _ in range(2)]
     await until_registered(database, daemons)
-    await anyio.sleep(2.0)  # until each has looked at the clock: who comes after a jump cannot know of it
+    # until each has looked at the clock: who comes after a jump cannot know of it
+    await anyio.sleep(2.0)
     generation = await add(database)
     await until(database, generation, is_running)
     step(HOUR)

@@ -23,12 +23,16 @@ async def leases(database):
 async def test_one_that_cannot_be_stored_does_not_take_another_with_it(database, leases):
     completions = Completions(database)
     bad, good = completion_of(leases[0], audio={"x": "\ud800"}), completion_of(leases[1])
-    outcomes = await asyncio.gather(completions.write(bad), completions.write(good), return_exceptions=True)
+    outcomes = await asyncio.gather(
+        completions.write(bad), completions.write(good), return_exceptions=True
+    )
     assert isinstance(outcomes[0], Exception)
     assert outcomes[1] is True
 
 
-async def test_one_that_is_cancelled_leaves_another_of_its_transaction_to_be_written(database, leases, monkeypatch):
+async def test_one_that_is_cancelled_leaves_another_of_its_transaction_to_be_written(
+    database, leases, monkeypatch
+):
     completions, began = Completions(database), asyncio.Event()
     complete = queue.complete
 
@@ -39,7 +43,9 @@ async def test_one_that_is_cancelled_leaves_another_of_its_transaction_to_be_wri
         return await complete(session, given)
 
     monkeypatch.setattr(queue, "complete", complete_or_be_cancelled)
-    first, second = (asyncio.create_task(completions.write(completion_of(lease))) for lease in leases)
+    first, second = (
+        asyncio.create_task(completions.write(completion_of(lease))) for lease in leases
+    )
     await asyncio.wait([first])
     assert first.cancelled()
     async with asyncio.timeout(PATIENCE):

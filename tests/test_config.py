@@ -64,7 +64,8 @@ def test_what_a_cluster_sets_for_a_service_of_that_name_is_no_mistake(name: str)
 
 
 @pytest.mark.parametrize(
-    "name", ["DGX_MUSIC_PORTION", "DGX_MUSIC_PORT_80_TCPX", "DGX_MUSIC_TEST_", "DGX_MUSIC_SERVICE_HOSTS"]
+    "name",
+    ["DGX_MUSIC_PORTION", "DGX_MUSIC_PORT_80_TCPX", "DGX_MUSIC_TEST_", "DGX_MUSIC_SERVICE_HOSTS"],
 )
 def test_what_only_begins_like_a_clusters_variable_is_a_mistake(name: str) -> None:
     with pytest.raises(ConfigurationError, match="is no setting"):
@@ -73,7 +74,11 @@ def test_what_only_begins_like_a_clusters_variable_is_a_mistake(name: str) -> No
 
 def test_every_variable_that_the_code_names_is_known() -> None:
     files = Path(dgx_music.__file__).parent.rglob("*.py")
-    named = {name for file in files for name in re.findall(rf"\b{PREFIX}[A-Z_]+[A-Z]\b", file.read_text())}
+    named = {
+        name
+        for file in files
+        for name in re.findall(rf"\b{PREFIX}[A-Z_]+[A-Z]\b", file.read_text())
+    }
 
     assert named >= {*OTHER_VARIABLES}
     check_variables(named)
@@ -89,14 +94,18 @@ async def test_a_program_hears_of_it_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
-@pytest.mark.parametrize("name", ["database_url", "output", "model", "device", "lease_seconds", "slots"])
+@pytest.mark.parametrize(
+    "name", ["database_url", "output", "model", "device", "lease_seconds", "slots"]
+)
 def test_quotes_that_a_file_of_variables_kept_are_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, quote: str
 ) -> None:
     setting = f"{PREFIX}{name.upper()}"
     monkeypatch.setenv(setting, f"{quote}30{quote}\r")
 
-    assert refused() == f"{setting} is in quotes, which would be a part of it; leave the quotes out."
+    assert (
+        refused() == f"{setting} is in quotes, which would be a part of it; leave the quotes out."
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,13 +160,17 @@ def test_what_is_no_number_within_the_limits_is_one_short_sentence(value: object
     assert len(sentence) < 120
 
 
-@pytest.mark.parametrize("name", ["pool_size", "lease_seconds", "tenant_limit", "slots", "model", "engine"])
+@pytest.mark.parametrize(
+    "name", ["pool_size", "lease_seconds", "tenant_limit", "slots", "model", "engine"]
+)
 def test_yes_and_no_are_no_numbers_and_no_names(name: str) -> None:
     assert refused(**{name: True}).startswith(f"{PREFIX}{name.upper()} is True; use ")
 
 
 def test_a_third_of_the_lease_is_told_exactly() -> None:
-    assert "is 10.0000001, more than a third of DGX_MUSIC_LEASE_SECONDS (30)" in refused(heartbeat_seconds=10.0000001)
+    assert "is 10.0000001, more than a third of DGX_MUSIC_LEASE_SECONDS (30)" in refused(
+        heartbeat_seconds=10.0000001
+    )
 
 
 def test_an_output_that_is_empty_is_refused() -> None:
@@ -177,7 +190,9 @@ def test_an_output_that_is_empty_is_refused() -> None:
         ("heartbeat_seconds", 0.1, 0.34),
     ],
 )
-def test_a_limit_is_accepted_and_what_is_past_it_is_refused(name: str, limit: float, past: float) -> None:
+def test_a_limit_is_accepted_and_what_is_past_it_is_refused(
+    name: str, limit: float, past: float
+) -> None:
     given = {"lease_seconds": 1, "heartbeat_seconds": 0.1}
 
     assert getattr(load_settings(**given | {name: limit}), name) == limit
@@ -211,16 +226,22 @@ def test_a_setting_that_is_not_there_is_refused_and_none_is_changed_later() -> N
 
 
 def test_what_is_made_is_for_its_owner_alone_unless_the_umask_is_asked_for() -> None:
-    assert [load_settings(**given).is_private for given in ({}, {"file_access": "umask"})] == [True, False]
+    assert [load_settings(**given).is_private for given in ({}, {"file_access": "umask"})] == [
+        True,
+        False,
+    ]
 
 
 def test_a_replica_that_is_given_with_its_database_is_kept() -> None:
     assert (
-        load_settings(database_url="postgresql://h/d", replica_url="postgresql://r/d").replica_url == "postgresql://r/d"
+        load_settings(database_url="postgresql://h/d", replica_url="postgresql://r/d").replica_url
+        == "postgresql://r/d"
     )
 
 
-def test_a_bad_database_of_the_environment_is_no_trouble_to_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_database_of_the_environment_is_no_trouble_to_one_that_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("DATABASE_URL", "sqlite://")
     assert load_settings(database_url="sqlite:///a.db").database_url == "sqlite:///a.db"
     assert "names a database in memory" in refused()
@@ -230,12 +251,18 @@ def test_a_bad_database_of_the_environment_is_no_trouble_to_one_that_is_given(mo
     ("kind", "setting", "problem"),
     [
         (bool, Setting("on or off"), r"x cannot be read as <class 'bool'>; give it a check"),
-        (int | str, Setting("a number or a name"), r"x cannot be read as int \| str; give it a check"),
+        (
+            int | str,
+            Setting("a number or a name"),
+            r"x cannot be read as int \| str; give it a check",
+        ),
         (int, Setting("a number"), "x is a number; give it the limits"),
         (float, Setting("a number", low=0), "x is a number; give it the limits"),
     ],
 )
-def test_a_setting_that_nobody_could_set_is_a_programmers_mistake(kind: Any, setting: Setting, problem: str) -> None:
+def test_a_setting_that_nobody_could_set_is_a_programmers_mistake(
+    kind: Any, setting: Setting, problem: str
+) -> None:
     with pytest.raises(TypeError, match=f"^The setting {problem}"):
         declared(make_dataclass("Settings", [("x", Annotated[kind, setting], 0)]), PREFIX)
 

@@ -28,9 +28,13 @@ def sound(seconds: float = SECONDS, rate: int = RATE, channels: int = 1):
     return level * np.random.default_rng(5).uniform(-1, 1, (len(level), channels))
 
 
-def encoded(kind: str, subtype: str | None = None, samples=None, rate: int = RATE, **options) -> bytes:
+def encoded(
+    kind: str, subtype: str | None = None, samples=None, rate: int = RATE, **options
+) -> bytes:
     samples, buffer = sound(rate=rate) if samples is None else samples, io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", rate, samples.shape[1], format=kind, subtype=subtype, **options) as file:
+    with soundfile.SoundFile(
+        buffer, "w", rate, samples.shape[1], format=kind, subtype=subtype, **options
+    ) as file:
         file.write(samples)
     return buffer.getvalue()
 
@@ -44,7 +48,10 @@ def read(data: bytes, name: str = "continuation"):
 
 def whole(data: bytes, seconds: float = SECONDS) -> bool:
     """Return whether the file is read to its end, in either role."""
-    return all(read(data, name)[0] == pytest.approx(seconds, abs=TOLERANCE) for name in ("continuation", "melody"))
+    return all(
+        read(data, name)[0] == pytest.approx(seconds, abs=TOLERANCE)
+        for name in ("continuation", "melody")
+    )
 
 
 def refusal(data: bytes) -> str:
@@ -112,7 +119,10 @@ def test_chunks_after_the_samples_are_no_audio(after: bytes, odd: bytes) -> None
 
 
 def test_a_wav_that_was_whole_once_and_is_cut_is_refused() -> None:
-    assert refusal(WAV[: len(WAV) // 2]) == "continuation ends in the middle; use a file that is whole."
+    assert (
+        refusal(WAV[: len(WAV) // 2])
+        == "continuation ends in the middle; use a file that is whole."
+    )
 
 
 @pytest.mark.parametrize("riff_size", [0, 36, 0xFFFF_FFFF])
@@ -149,7 +159,9 @@ def test_an_mp3_with_its_tag_after_a_wav_is_refused() -> None:
     assert "holds something else after its audio" in refusal(WAV + id3(100) + VBR)
 
 
-@pytest.mark.parametrize("first", [WAV, WAV_8[: WAV_8.index(b"data") + 4] + b"\1\0\0\0\x80\0"], ids=["16", "8"])
+@pytest.mark.parametrize(
+    "first", [WAV, WAV_8[: WAV_8.index(b"data") + 4] + b"\1\0\0\0\x80\0"], ids=["16", "8"]
+)
 def test_a_wav_with_two_blocks_of_samples_is_refused(first: bytes) -> None:
     data = first + b"LIST\4\0\0\0INFO" + WAV[DATA - 4 :]
 
@@ -176,14 +188,21 @@ def test_a_wav_with_two_blocks_of_samples_is_refused(first: bytes) -> None:
         (34, "<H", 8, "says 2 bytes a frame, where its channels and bits give 1"),
     ],
 )
-def test_a_wav_whose_header_contradicts_itself_is_refused(start: int, form: str, value: int, problem: str) -> None:
-    assert refusal(put(WAV, start, form, value)) == f"continuation {problem}; use a file whose header is right."
+def test_a_wav_whose_header_contradicts_itself_is_refused(
+    start: int, form: str, value: int, problem: str
+) -> None:
+    assert (
+        refusal(put(WAV, start, form, value))
+        == f"continuation {problem}; use a file whose header is right."
+    )
 
 
 def test_a_header_that_promises_another_length_is_told(caplog) -> None:
     read(put(WAV, DATA, "<I", SAMPLES // 2))
 
-    assert caplog.messages == ["continuation: its header says 2 s, but it holds 4 s of audio, all of which is used"]
+    assert caplog.messages == [
+        "continuation: its header says 2 s, but it holds 4 s of audio, all of which is used"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"])
@@ -195,7 +214,10 @@ def test_an_honest_file_gives_no_warning(kind: str, caplog) -> None:
 
 @pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "CAF"])
 def test_other_containers_are_refused_by_name(kind: str) -> None:
-    assert refusal(encoded(kind, "PCM_16")) == f"continuation is audio of the format {kind}; use WAV, FLAC, MP3 or OGG."
+    assert (
+        refusal(encoded(kind, "PCM_16"))
+        == f"continuation is audio of the format {kind}; use WAV, FLAC, MP3 or OGG."
+    )
 
 
 # FLAC
@@ -245,7 +267,9 @@ def test_a_flac_without_some_of_its_frames_is_refused(samples: int) -> None:
 
 
 def test_a_flac_with_a_flipped_bit_is_refused() -> None:
-    assert refusal(put(FLAC, len(FLAC) // 2, "B", FLAC[len(FLAC) // 2] ^ 1)).startswith("continuation is damaged")
+    assert refusal(put(FLAC, len(FLAC) // 2, "B", FLAC[len(FLAC) // 2] ^ 1)).startswith(
+        "continuation is damaged"
+    )
 
 
 # OGG
@@ -313,7 +337,10 @@ def test_an_ogg_whose_last_page_is_missing_is_refused(data: bytes) -> None:
     *others, last = pages(data)
 
     for end in (b"", at(last, struct.unpack_from("<Q", last, 6)[0], flags=0)):
-        assert refusal(b"".join(others) + end) == "continuation is cut: its end is missing; use a file that is whole."
+        assert (
+            refusal(b"".join(others) + end)
+            == "continuation is cut: its end is missing; use a file that is whole."
+        )
     assert "its end is missing" in refusal(b"".join(others) + data)
 
 
@@ -359,7 +386,9 @@ def test_an_ogg_that_is_cut_is_refused(data: bytes, lost: int) -> None:
 def test_an_ogg_with_a_flipped_bit_is_refused(data: bytes) -> None:
     middle = len(data) // 2
 
-    assert "a page of it does not have its checksum" in refusal(put(data, middle, "B", data[middle] ^ 1))
+    assert "a page of it does not have its checksum" in refusal(
+        put(data, middle, "B", data[middle] ^ 1)
+    )
 
 
 @OGGS
@@ -372,7 +401,10 @@ def test_an_ogg_without_one_of_its_pages_is_refused(data: bytes) -> None:
 def test_a_chain_that_changes_its_channels_is_refused() -> None:
     other = encoded("OGG", "VORBIS", sound(1, channels=2))
 
-    assert refusal(VORBIS + other) == "continuation changes its sample rate or channels on the way; use another clip."
+    assert (
+        refusal(VORBIS + other)
+        == "continuation changes its sample rate or channels on the way; use another clip."
+    )
 
 
 # MP3
@@ -381,7 +413,9 @@ KBITS = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 
 
 def mp3(mode: str = "VARIABLE", seconds: float = SECONDS) -> bytes:
-    return encoded("MP3", "MPEG_LAYER_III", sound(seconds), bitrate_mode=mode, compression_level=0.5)
+    return encoded(
+        "MP3", "MPEG_LAYER_III", sound(seconds), bitrate_mode=mode, compression_level=0.5
+    )
 
 
 def frames(data: bytes) -> list[bytes]:
@@ -431,7 +465,10 @@ def test_mp3_files_of_two_kinds_put_together_are_refused(other: tuple[int, int])
     second = encoded("MP3", samples=sound(1, rate, channels), rate=rate)
 
     for data in (VBR + second, second + VBR, NO_TAG + ID3 + second):
-        assert refusal(data) == "continuation changes its sample rate or channels on the way; use another clip."
+        assert (
+            refusal(data)
+            == "continuation changes its sample rate or channels on the way; use another clip."
+        )
 
 
 def id3(size: int, body: bytes = bytes(100)) -> bytes:
@@ -440,14 +477,22 @@ def id3(size: int, body: bytes = bytes(100)) -> bytes:
 
 @pytest.mark.parametrize("size", [101, 2_000, len(VBR) // 2, len(VBR) - 1_000])
 def test_a_tag_that_claims_frames_is_refused(size: int) -> None:
-    ape = b"APETAGEX" + struct.pack("<IIII", 2000, sum(map(len, frames(VBR)[-20:])) + 32, 1, 0) + bytes(8)
+    ape = (
+        b"APETAGEX"
+        + struct.pack("<IIII", 2000, sum(map(len, frames(VBR)[-20:])) + 32, 1, 0)
+        + bytes(8)
+    )
 
     for data in (id3(size) + VBR, VBR + id3(size) + VBR, VBR + ape):
-        assert refusal(data) == "continuation has a tag that reaches into its audio; use a file that is whole."
+        assert (
+            refusal(data)
+            == "continuation has a tag that reaches into its audio; use a file that is whole."
+        )
 
 
 def test_a_tag_full_of_what_looks_like_frames_is_passed_over() -> None:
-    body = b"\xff\xfb\xb4\xc0" * 1_000_000 + bytes(3_000)  # frames of 576 bytes begin at every fourth one
+    # frames of 576 bytes begin at every fourth one
+    body = b"\xff\xfb\xb4\xc0" * 1_000_000 + bytes(3_000)
 
     assert whole(id3(len(body), body) + VBR)
 
@@ -485,7 +530,10 @@ def test_mp3_files_put_together_are_read_to_the_last_end(between: bytes) -> None
 
 @pytest.mark.parametrize("lost", [1, 100, len(VBR) // 2])
 def test_an_mp3_that_is_cut_is_refused(lost: int) -> None:
-    assert refusal(VBR[:-lost]) == "continuation ends in the middle of a frame; use a file that is whole."
+    assert (
+        refusal(VBR[:-lost])
+        == "continuation ends in the middle of a frame; use a file that is whole."
+    )
 
 
 @pytest.mark.parametrize("junk", [b"x" * 500, b"\xff" * 500, b"x" * 3])
@@ -521,15 +569,21 @@ BAD_FMT = struct.pack("<HHIIHH", 0x55, 1, RATE, 16_000, 1, 0)
      b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + BAD_FMT + b"LIST\0\0\0\0" + NO_TAG,
      b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0" + BAD_FMT + b"data\0\0\0\0" + bytes(9_000)],
 )  # fmt: skip
-def test_what_only_looks_like_an_mp3_is_refused_without_a_word_of_the_decoder(data: bytes, capfd) -> None:
-    assert re.match("continuation (is not audio that can be read|ends in the middle)", refusal(data))
+def test_what_only_looks_like_an_mp3_is_refused_without_a_word_of_the_decoder(
+    data: bytes, capfd
+) -> None:
+    assert re.match(
+        "continuation (is not audio that can be read|ends in the middle)", refusal(data)
+    )
     assert capfd.readouterr().err == ""
 
 
 def test_a_long_mp3_says_how_long_it_is() -> None:
     data = NO_TAG * 8
 
-    assert refusal(data).startswith(f"continuation is {8 * len(frames(NO_TAG)) * 1152 / RATE:g} s long; use a clip of")
+    assert refusal(data).startswith(
+        f"continuation is {8 * len(frames(NO_TAG)) * 1152 / RATE:g} s long; use a clip of"
+    )
 
 
 @pytest.mark.parametrize("count", [1, 1_600])

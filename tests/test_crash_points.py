@@ -74,7 +74,9 @@ async def test_a_kill_at_any_point_of_a_generations_life_costs_nothing(database,
 
 
 @on("asyncpg")
-@pytest.mark.parametrize("point", ["claim: after the commit", "complete: after the commit", "rescue: after the commit"])
+@pytest.mark.parametrize(
+    "point", ["claim: after the commit", "complete: after the commit", "rescue: after the commit"]
+)
 async def test_a_kill_costs_nothing_on_postgresql(database, tmp_path, point):
     await check_a_kill_costs_nothing(database, tmp_path, point)
 

@@ -81,7 +81,11 @@ def test_the_examples_import_what_exists(name):
     imported = [each for code in EXAMPLE.findall(text_of(name)) for each in imports_of(code)]
 
     assert imported
-    assert [(module, each) for module, each in imported if not hasattr(importlib.import_module(module), each)] == []
+    assert [
+        (module, each)
+        for module, each in imported
+        if not hasattr(importlib.import_module(module), each)
+    ] == []
 
 
 def test_the_readme_fits_into_180_lines():

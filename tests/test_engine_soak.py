@@ -31,10 +31,10 @@ from dgx_music.audio import files as audio
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.statuses import COMPLETED, FINISHED, PENDING, PROCESSING
 from dgx_music.storage.clips import read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
-from dgx_music.storage.schema import COMPLETED, FINISHED, PENDING, PROCESSING
 from tests.daemons import Daemon, add, attempts_of, rows_of
 from tests.factories import audio_file, on
 from tests.inference.factories import QuietRun
@@ -81,14 +81,24 @@ class Request:
     id: str = ""
 
 
-def make_requests(seed: int, count: int, longest_seconds: float, long_form_count: int = 0) -> list[Request]:
+def make_requests(
+    seed: int, count: int, longest_seconds: float, long_form_count: int = 0
+) -> list[Request]:
     """Return requests of every kind and length in a random order, a tenth of them to be cancelled."""
     rng = random.Random(seed)
-    lengths = [0.08, *(round(rng.uniform(0.08, longest_seconds), 2) for _ in range(count - long_form_count - 1))]
+    lengths = [
+        0.08,
+        *(round(rng.uniform(0.08, longest_seconds), 2) for _ in range(count - long_form_count - 1)),
+    ]
     lengths += [round(rng.uniform(31, 40), 2) for _ in range(long_form_count)]
     kinds = itertools.cycle(KINDS)
-    requests = [Request(next(kinds) | {"duration": length, "seed": rng.randrange(2**63)}) for length in lengths]
-    for request, when in zip(rng.sample(requests[1:], count // 10), itertools.cycle(When), strict=False):
+    requests = [
+        Request(next(kinds) | {"duration": length, "seed": rng.randrange(2**63)})
+        for length in lengths
+    ]
+    for request, when in zip(
+        rng.sample(requests[1:], count // 10), itertools.cycle(When), strict=False
+    ):
         request.cancel_when, request.cancel_at = when, rng.uniform(0.05, 0.6)
         request.options["duration"] = max(LASTING_SECONDS, request.options["duration"])
     for request in requests:
@@ -130,10 +140,14 @@ class Fire:
                 assert self.daemon.process.poll() is None, self.daemon.said()[-4_000:]
 
     async def _look(self) -> dict[str, Row[Any]]:
-        query = select(Generation.id, Generation.status, Generation.progress, Generation.error_message)
+        query = select(
+            Generation.id, Generation.status, Generation.progress, Generation.error_message
+        )
         async with self.database.session(read_only=True) as session:
             rows = {row.id: row for row in await session.execute(query)}
-        assert all(KILLED in (row.error_message or KILLED) for row in rows.values()), self.daemon.said()[-4_000:]
+        assert all(KILLED in (row.error_message or KILLED) for row in rows.values()), (
+            self.daemon.said()[-4_000:]
+        )
         return rows
 
     async def _enqueue(self, waiting: deque[Request], count: int) -> None:
@@ -177,7 +191,10 @@ class Fire:
     def _kill(self, rows: dict[str, Row[Any]]) -> None:
         completed = sum(row.status == COMPLETED for row in rows.values())
         is_at_work = any(row.status == PROCESSING for row in rows.values())
-        is_time = time.monotonic() - self._killed_at >= self.kill_every and self.kill_count < self.most_kills
+        is_time = (
+            time.monotonic() - self._killed_at >= self.kill_every
+            and self.kill_count < self.most_kills
+        )
         if is_time and is_at_work and completed > self._completed_at_kill:
             (child,) = self.daemon.children()
             os.kill(child, signal.SIGKILL)
@@ -204,7 +221,9 @@ def check_attempts(row: Generation, made: list[Attempt]) -> None:
     outcomes = [attempt.outcome for attempt in made]
     errors = [attempt.error_message for attempt in made if attempt.error_message is not None]
     assert [attempt.attempt for attempt in made] == [*range(1, row.attempt + 1)], row.id
-    assert all(former.finished_at <= latter.started_at for former, latter in itertools.pairwise(made)), row.id
+    assert all(
+        former.finished_at <= latter.started_at for former, latter in itertools.pairwise(made)
+    ), row.id
     assert {*outcomes[:-1]} <= {"failed", "released"}, row.id
     assert (outcomes[-1:] == ["completed"]) == (row.status == COMPLETED), row.id
     assert all(KILLED in error for error in errors), (row.id, errors)
@@ -218,8 +237,14 @@ def check_audio(rows: dict[str, Generation], folder: Path) -> None:
     for path, row in completed.items():
         data, file = Path(path).read_bytes(), soundfile.info(path)
         frames = round(round(row.duration_seconds * 32_000) * row.sample_rate / 32_000)
-        assert (file.frames, file.channels, file.samplerate) == (frames, row.channels, row.sample_rate), row.id
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (row.file_size_bytes, row.sha256), row.id
+        assert (file.frames, file.channels, file.samplerate) == (
+            frames,
+            row.channels,
+            row.sample_rate,
+        ), row.id
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (row.file_size_bytes, row.sha256), (
+            row.id
+        )
 
 
 @dataclass
@@ -245,7 +270,9 @@ def turns_of(row: Generation, made: list[Attempt]) -> Iterator[Turn]:
         yield Turn(row.id, due_after, due_before, free_at, attempt.started_at)
         if attempt.outcome == "failed":
             longest = BACKOFF_BASE_SECONDS * 2**failures
-            due_after, due_before = (attempt.finished_at + timedelta(seconds=longest * part) for part in (0.5, 1.0))
+            due_after, due_before = (
+                attempt.finished_at + timedelta(seconds=longest * part) for part in (0.5, 1.0)
+            )
             failures += 1
         free_at = max(due_before, attempt.finished_at)
 
@@ -259,7 +286,9 @@ def overtakers_of(turn: Turn, turns: list[Turn]) -> list[str]:
 def check_nothing_starved(turns: list[Turn]) -> None:
     """Nobody is overtaken by more than what one claim takes."""
     overtaken = {turn.id: overtakers_of(turn, turns) for turn in turns}
-    assert {name: others for name, others in overtaken.items() if len(others) > WORKER["slots"]} == {}
+    assert {
+        name: others for name, others in overtaken.items() if len(others) > WORKER["slots"]
+    } == {}
 
 
 async def check_same_as_undisturbed(database: Database, rows: list[Generation]) -> None:
@@ -268,7 +297,11 @@ async def check_same_as_undisturbed(database: Database, rows: list[Generation]) 
     given = {row.continuation_sha256 for row in rows if row.continuation_sha256 is not None}
     async with database.session(read_only=True) as session:
         contents = await read_clips(session, given)
-    others = [row.id for row in rows if hashlib.sha256(make_alone(engine, row, contents)).hexdigest() != row.sha256]
+    others = [
+        row.id
+        for row in rows
+        if hashlib.sha256(make_alone(engine, row, contents)).hexdigest() != row.sha256
+    ]
     assert others == []
 
 
@@ -285,7 +318,11 @@ def make_alone(engine: Engine, row: Generation, contents: dict[str, bytes]) -> b
     )
     made = engine.generate(request, QuietRun())
     return audio.finish(
-        made, sample_rate=row.sample_rate, channels=row.channels, audio_format="wav", loudness="lufs"
+        made,
+        sample_rate=row.sample_rate,
+        channels=row.channels,
+        audio_format="wav",
+        loudness="lufs",
     ).data
 
 
@@ -305,7 +342,11 @@ class Ashes:
 
     def completed(self, least_attempts: int = 1) -> list[Generation]:
         """Return the completed rows that took so many attempts or more."""
-        return [row for row in self.rows.values() if row.status == COMPLETED and row.attempt >= least_attempts]
+        return [
+            row
+            for row in self.rows.values()
+            if row.status == COMPLETED and row.attempt >= least_attempts
+        ]
 
 
 async def burn_and_check(fire: Fire, seconds: float) -> Ashes:
@@ -340,9 +381,13 @@ def light(database: Database, tmp_path: Path, start: Callable[..., Daemon]) -> C
     return light_fire
 
 
-@pytest.mark.parametrize("database_url", ["sqlite", pytest.param("asyncpg", marks=pytest.mark.soak)], indirect=True)
+@pytest.mark.parametrize(
+    "database_url", ["sqlite", pytest.param("asyncpg", marks=pytest.mark.soak)], indirect=True
+)
 async def test_kills_and_cancels_neither_lose_nor_change_what_others_become(database, light):
-    fire = light(make_requests(seed=11, count=30, longest_seconds=1.5), kill_every=1.5, most_kills=2)
+    fire = light(
+        make_requests(seed=11, count=30, longest_seconds=1.5), kill_every=1.5, most_kills=2
+    )
     ashes = await burn_and_check(fire, seconds=240)
     assert len(ashes.killed) >= fire.kill_count == 2
     assert ashes.completed(least_attempts=2)

@@ -102,8 +102,16 @@ async def test_enqueue_returns_the_row_that_is_stored(database):
 async def test_a_status_is_typed_wherever_it_comes_from(database):
     generation = await enqueue("lofi rain")
 
-    assert generation.status is (await read(database, generation.id)).status is GenerationStatus.PENDING
-    assert (await estimate_generation(generation.id)).status is Generation().status is GenerationStatus.PENDING
+    assert (
+        generation.status
+        is (await read(database, generation.id)).status
+        is GenerationStatus.PENDING
+    )
+    assert (
+        (await estimate_generation(generation.id)).status
+        is Generation().status
+        is GenerationStatus.PENDING
+    )
     assert await cancel_generation(generation.id) is GenerationStatus.CANCELLED
 
 
@@ -123,7 +131,10 @@ async def test_what_is_not_said_has_its_default(database):
         "top_p": None,
         "seed": None,
     }
-    assert row | audio | {"sampling": sampling, "priority": 0, "max_attempts": 10, "metadata": None} == row
+    assert (
+        row | audio | {"sampling": sampling, "priority": 0, "max_attempts": 10, "metadata": None}
+        == row
+    )
     assert abs(datetime.fromisoformat(row["run_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
 
 
@@ -151,8 +162,15 @@ async def test_what_is_said_is_stored(database):
 
     row = (await read(database, generation.id)).to_dict()
     assert row["sampling"] == sampling
-    assert row | {"duration_seconds": 16.0, "model_name": "musicgen-stereo-small", "channels": 1} == row
-    assert row | {"sample_rate": 44_100, "priority": -7, "max_attempts": 1, "idempotency_key": "order-7"} == row
+    assert (
+        row | {"duration_seconds": 16.0, "model_name": "musicgen-stereo-small", "channels": 1}
+        == row
+    )
+    assert (
+        row
+        | {"sample_rate": 44_100, "priority": -7, "max_attempts": 1, "idempotency_key": "order-7"}
+        == row
+    )
     assert row | {"metadata": {"bpm": 140, "tags": ["a", None]}, "run_at": NOON.isoformat()} == row
 
 
@@ -205,7 +223,9 @@ async def test_an_option_of_none_is_as_good_as_none_given():
         "seed",
         "run_at",
     )
-    generation = await enqueue("lofi rain", **dict.fromkeys(options), idempotency_key=None, metadata=None)
+    generation = await enqueue(
+        "lofi rain", **dict.fromkeys(options), idempotency_key=None, metadata=None
+    )
 
     assert (generation.model_name, generation.sampling["top_k"]) == ("musicgen-small", 250)
 
@@ -292,20 +312,30 @@ BAD = [
         for name in ("prompt", "tenant", "negative_prompt")
         for value in ("\u200b\u202e", Decimal(1), ["x"])
     ),
-    *((name, value) for name in ("duration", "temperature", "top_p") for value in (Decimal(1), "1", 1j, True, [1])),
+    *(
+        (name, value)
+        for name in ("duration", "temperature", "top_p")
+        for value in (Decimal(1), "1", 1j, True, [1])
+    ),
     *(
         (name, value)
         for name in ("channels", "top_k", "seed", "priority")
         for value in (Decimal(1), "1", 1.0, True, b"1")
     ),
-    *((name, value) for name in ("run_at", "continuation", "melody") for value in (7, date(2026, 1, 31), timedelta(1))),
+    *(
+        (name, value)
+        for name in ("run_at", "continuation", "melody")
+        for value in (7, date(2026, 1, 31), timedelta(1))
+    ),
     pytest.param("seed", 10**5000, id="an endless seed"),
     pytest.param("duration", 10**5000, id="an endless duration"),
 ]
 
 
 @on(SQLITE)
-@pytest.mark.parametrize("value", [np.int64(1), np.float32(1), np.bool_(True), np.array([1, 2])], ids=repr)
+@pytest.mark.parametrize(
+    "value", [np.int64(1), np.float32(1), np.bool_(True), np.array([1, 2])], ids=repr
+)
 async def test_numbers_that_are_not_pythons_are_refused_where_they_are_not_exact(database, value):
     for name in ("prompt", "duration", "seed", "priority", "tenant", "metadata", "run_at"):
         prompt, options = request_with(name, value)
@@ -323,13 +353,17 @@ async def test_numbers_that_are_not_pythons_are_refused_where_they_are_not_exact
 async def test_what_is_no_session_is_refused(database, session):
     calls = (cancel_generation, retry_generation, queue_position, estimate_generation, enqueue)
     for call in (*calls, lambda prompt, session: enqueue_many([prompt], session=session)):
-        with pytest.raises(InvalidRequestError, match=r"^session is of the type .*; use an AsyncSession"):
+        with pytest.raises(
+            InvalidRequestError, match=r"^session is of the type .*; use an AsyncSession"
+        ):
             await call("x", session=session)
     await assert_unchanged(database)
 
 
 @on(SQLITE)
-@pytest.mark.parametrize("value", [7, None, b"x", True, 1.5, ["x"], "", "\u200b", "x" * 5000, uuid.uuid4()], ids=type)
+@pytest.mark.parametrize(
+    "value", [7, None, b"x", True, 1.5, ["x"], "", "\u200b", "x" * 5000, uuid.uuid4()], ids=type
+)
 async def test_what_is_no_id_is_refused(value):
     for call in (
         cancel_generation,
@@ -345,7 +379,9 @@ async def test_what_is_no_id_is_refused(value):
 
 
 @on(SQLITE)
-@pytest.mark.parametrize("value", ["5", True, b"5", -1, float("nan"), timedelta(seconds=5), Decimal(5)], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["5", True, b"5", -1, float("nan"), timedelta(seconds=5), Decimal(5)], ids=repr
+)
 async def test_what_is_no_timeout_is_refused(value):
     with pytest.raises(InvalidRequestError, match=r"^timeout is .*; use a number from 0 to 1e\+09"):
         await wait_for_generation("x", timeout=value)
@@ -354,7 +390,9 @@ async def test_what_is_no_timeout_is_refused(value):
 @on(SQLITE)
 @pytest.mark.parametrize("value", [7, None, b"xy", "xy", {"prompt": "x"}], ids=repr)
 async def test_what_is_no_list_of_requests_is_refused(database, value):
-    with pytest.raises(InvalidRequestError, match=r"^requests are not a list; send a list of prompts"):
+    with pytest.raises(
+        InvalidRequestError, match=r"^requests are not a list; send a list of prompts"
+    ):
         await enqueue_many(value)
     await assert_unchanged(database)
 
@@ -384,7 +422,9 @@ async def test_bad_input_is_refused_by_its_field_and_the_database_unchanged(data
 
 @on(SQLITE)
 @pytest.mark.parametrize(("field", "value"), BAD)
-async def test_bad_input_in_a_batch_is_refused_by_its_place_and_nothing_stored(database, field, value):
+async def test_bad_input_in_a_batch_is_refused_by_its_place_and_nothing_stored(
+    database, field, value
+):
     prompt, options = request_with(field, value)
 
     with pytest.raises(InvalidRequestError) as caught:
@@ -437,8 +477,12 @@ async def test_the_largest_batch_is_accepted(database, monkeypatch):
 
 
 @on(SQLITE)
-@pytest.mark.parametrize(("field", "value"), [("prompt", " "), ("duration", 301), ("metadata", {"x": float("nan")})])
-async def test_a_script_is_refused_in_the_same_words_before_any_database_is_made(tmp_path, monkeypatch, field, value):
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompt", " "), ("duration", 301), ("metadata", {"x": float("nan")})]
+)
+async def test_a_script_is_refused_in_the_same_words_before_any_database_is_made(
+    tmp_path, monkeypatch, field, value
+):
     monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", f"sqlite:///{tmp_path / 'none' / 'new.db'}")
     prompt, options = request_with(field, value)
 
@@ -526,7 +570,9 @@ async def test_two_requests_under_one_key_inside_a_batch_are_refused_with_all_th
 
 
 async def test_producers_that_race_with_one_key_share_one_row(database_url, database):
-    programs = [await Program.start("produce", database_url, "order-7", "lofi rain") for _ in range(2)]
+    programs = [
+        await Program.start("produce", database_url, "order-7", "lofi rain") for _ in range(2)
+    ]
     for program in programs:
         program.begin()
     ids = [await program.rest() for program in programs]
@@ -684,7 +730,9 @@ async def test_a_generation_of_the_callers_session_counts_from_its_view(database
 
 
 async def test_a_batch_gives_its_rows_in_order_with_its_defaults(database):
-    rows = await enqueue_many(["a", {"prompt": "b", "duration": 5, "seed": 1}, "c"], duration=7, priority=3)
+    rows = await enqueue_many(
+        ["a", {"prompt": "b", "duration": 5, "seed": 1}, "c"], duration=7, priority=3
+    )
 
     assert [(row.prompt, row.duration_seconds, row.priority) for row in rows] == [
         ("a", 7, 3),
@@ -699,7 +747,9 @@ async def test_a_batch_is_inserted_in_the_order_of_its_keys(database):
     """Two batches of PostgreSQL would else wait for each other in a circle."""
     await enqueue_many([{"prompt": key, "idempotency_key": key} for key in "bca"])
 
-    assert await read_all(database, select(Generation.idempotency_key).order_by(text("rowid"))) == [*"abc"]
+    assert await read_all(database, select(Generation.idempotency_key).order_by(text("rowid"))) == [
+        *"abc"
+    ]
 
 
 async def test_a_batch_may_come_from_any_iterable(database):
@@ -709,10 +759,14 @@ async def test_a_batch_may_come_from_any_iterable(database):
 
 async def test_a_long_batch_keeps_its_order_and_counts_every_prompt(database):
     prompts = [f"rain {number % 700}" for number in range(1200)]
-    rows = await enqueue_many({"prompt": prompt, "idempotency_key": f"k{n}"} for n, prompt in enumerate(prompts))
+    rows = await enqueue_many(
+        {"prompt": prompt, "idempotency_key": f"k{n}"} for n, prompt in enumerate(prompts)
+    )
 
     assert [row.prompt for row in rows] == prompts
-    assert await uses(database) == {f"rain {number}": 2 if number < 500 else 1 for number in range(700)}
+    assert await uses(database) == {
+        f"rain {number}": 2 if number < 500 else 1 for number in range(700)
+    }
 
 
 async def test_a_long_batch_said_again_gives_the_same_rows(database):
@@ -766,7 +820,9 @@ async def test_waiting_for_a_finished_generation_returns_at_once(database, statu
 
 
 @on(SQLITE)
-async def test_what_has_finished_when_the_time_is_up_is_returned_though_nobody_told(database, monkeypatch):
+async def test_what_has_finished_when_the_time_is_up_is_returned_though_nobody_told(
+    database, monkeypatch
+):
     async def hear_nothing(_generation_id):
         await anyio.sleep_forever()
         yield
@@ -781,7 +837,9 @@ async def test_what_has_finished_when_the_time_is_up_is_returned_though_nobody_t
 async def test_waiting_too_long_raises_and_the_generation_goes_on(database, timeout):
     generation = await enqueue("lofi rain")
 
-    with pytest.raises(WaitTimeoutError, match=f"is still pending after {timeout:g} s; it goes on") as caught:
+    with pytest.raises(
+        WaitTimeoutError, match=f"is still pending after {timeout:g} s; it goes on"
+    ) as caught:
         await wait_for_generation(generation.id, timeout=timeout)
 
     assert isinstance(caught.value, TimeoutError)
@@ -790,7 +848,10 @@ async def test_waiting_too_long_raises_and_the_generation_goes_on(database, time
 
 
 def test_a_wait_that_had_no_time_to_read_the_status_says_unfinished():
-    assert str(WaitTimeoutError("x", None, 0.0)) == "Generation x is still unfinished after 0 s; it goes on."
+    assert (
+        str(WaitTimeoutError("x", None, 0.0))
+        == "Generation x is still unfinished after 0 s; it goes on."
+    )
 
 
 async def test_waiting_for_what_is_not_there_says_so():
@@ -937,7 +998,10 @@ async def test_the_position_counts_those_that_go_first():
 
 def test_every_refusal_is_one_family_of_errors():
     assert issubclass(InvalidRequestError, ValueError)
-    assert all(issubclass(error, DgxMusicError) for error in (InvalidRequestError, IdempotencyConflictError))
+    assert all(
+        issubclass(error, DgxMusicError)
+        for error in (InvalidRequestError, IdempotencyConflictError)
+    )
 
 
 async def test_the_synchronous_helper_is_refused_inside_an_event_loop():
@@ -981,7 +1045,9 @@ async def test_clips_are_stored_with_the_row_and_shown_by_their_hashes(database,
     path = tmp_path / "tune.mp3"
     path.write_bytes(audio_file(kind="MP3"))
 
-    row = await enqueue("x", continuation=audio_file(), melody=path, model="musicgen-melody", duration=300)
+    row = await enqueue(
+        "x", continuation=audio_file(), melody=path, model="musicgen-melody", duration=300
+    )
 
     assert (await read(database, row.id)).to_dict() == row.to_dict()
     assert await clips_of(database) == sorted([row.continuation_sha256, row.melody_sha256])
@@ -1014,7 +1080,9 @@ async def test_the_same_clip_under_the_same_key_gets_the_existing_row(database):
 
 
 @on(SQLITE)
-@pytest.mark.parametrize("other", [{"melody": audio_file(kind="FLAC")}, {"continuation": audio_file()}], ids=[*"ab"])
+@pytest.mark.parametrize(
+    "other", [{"melody": audio_file(kind="FLAC")}, {"continuation": audio_file()}], ids=[*"ab"]
+)
 async def test_the_same_sound_from_another_file_or_for_another_use_is_another_request(other):
     options = {"model": "musicgen-melody", "idempotency_key": "order-7"}
     first = await enqueue("x", melody=audio_file(), **options)
@@ -1042,7 +1110,9 @@ async def test_the_same_sound_from_another_file_or_for_another_use_is_another_re
 )
 async def test_a_bad_clip_is_refused_by_its_place_and_nothing_stored(database, request_, sentence):
     with pytest.raises(InvalidRequestError, match=f"^request 2: {sentence}"):
-        await enqueue_many([{"prompt": "a", "continuation": audio_file()}, {"prompt": "b", **request_}])
+        await enqueue_many(
+            [{"prompt": "a", "continuation": audio_file()}, {"prompt": "b", **request_}]
+        )
     with pytest.raises(InvalidRequestError, match=f"^{sentence}"):
         await enqueue("b", **request_)
 
@@ -1053,17 +1123,23 @@ async def test_a_bad_clip_is_refused_by_its_place_and_nothing_stored(database, r
 @on(SQLITE)
 @pytest.mark.parametrize("name", ["continuation", "melody"])
 @pytest.mark.parametrize("model", ["musicgen-melody", "musicgen-small"])
-async def test_a_clip_given_as_text_is_refused_before_any_file_is_touched(database, tmp_path, monkeypatch, name, model):
+async def test_a_clip_given_as_text_is_refused_before_any_file_is_touched(
+    database, tmp_path, monkeypatch, name, model
+):
     path = tmp_path / "tune.wav"
     path.write_bytes(audio_file())
-    monkeypatch.setattr("dgx_music.audio.clips.Reader.read", lambda *_: pytest.fail("a file was read"))
+    monkeypatch.setattr(
+        "dgx_music.audio.clips.Reader.read", lambda *_: pytest.fail("a file was read")
+    )
     sentence = f"{name} is text; use pathlib.Path\\(...\\) for a file of this machine, or the bytes of one."
 
     for given in (str(path), "nowhere.wav", ""):
         with pytest.raises(InvalidRequestError, match=f"^{sentence}$"):
             await enqueue("x", model=model, **{name: given})
         with pytest.raises(InvalidRequestError, match=f"^request 2: {sentence}$"):
-            await enqueue_many([{"prompt": "a", "continuation": path}, {"prompt": "b", name: given}], model=model)
+            await enqueue_many(
+                [{"prompt": "a", "continuation": path}, {"prompt": "b", name: given}], model=model
+            )
     await assert_unchanged(database)
 
 

@@ -71,17 +71,25 @@ async def drain_under_fire(database, start, script, *, count, kill_every, second
 
 
 @ON_ASYNCPG
-async def test_killed_workers_lose_nothing_and_finish_nothing_twice(database, tmp_path, start, script):
+async def test_killed_workers_lose_nothing_and_finish_nothing_twice(
+    database, tmp_path, start, script
+):
     count = 30
-    kills = await drain_under_fire(database, start, script, count=count, kill_every=1.5, seconds=0.2)
+    kills = await drain_under_fire(
+        database, start, script, count=count, kill_every=1.5, seconds=0.2
+    )
     assert kills >= 2
     await check_everything_is_true_and_sound(database, tmp_path, count)
 
 
 @ON_ASYNCPG
 @pytest.mark.soak
-async def test_two_thousand_generations_survive_a_kill_every_second(database, tmp_path, start, script):
-    kills = await drain_under_fire(database, start, script, count=2_000, kill_every=1.0, seconds=0.05)
+async def test_two_thousand_generations_survive_a_kill_every_second(
+    database, tmp_path, start, script
+):
+    kills = await drain_under_fire(
+        database, start, script, count=2_000, kill_every=1.0, seconds=0.05
+    )
     assert kills >= 10
     await check_everything_is_true_and_sound(database, tmp_path, 2_000)
 
@@ -104,7 +112,9 @@ async def stall_outside_a_transaction(daemon, database):
 
 
 @ON_PSYCOPG
-async def test_a_stalled_worker_cannot_change_what_another_finished(database, tmp_path, start, script):
+async def test_a_stalled_worker_cannot_change_what_another_finished(
+    database, tmp_path, start, script
+):
     path = script({"attempts": [1], "do": "wait", "seconds": 1.0})
     generation = await add(database)
     stalled = start(script=path)
@@ -119,7 +129,11 @@ async def test_a_stalled_worker_cannot_change_what_another_finished(database, tm
     assert [stalled.wait(), other.wait()] == [0, 0]
     assert (done.status, done.attempt) == ("completed", 2)
     row = (await rows_of(database))[generation.id]
-    assert (row.sha256, row.file_path, row.completed_at) == (done.sha256, done.file_path, done.completed_at)
+    assert (row.sha256, row.file_path, row.completed_at) == (
+        done.sha256,
+        done.file_path,
+        done.completed_at,
+    )
     assert not (tmp_path / "audio" / f"{generation.id}-1.wav").exists()
 
 
@@ -149,7 +163,9 @@ async def test_whatever_befalls_the_engine_the_worker_lives_and_the_next_succeed
 
 
 @ON_PSYCOPG
-async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retried(database, start, script):
+async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retried(
+    database, start, script
+):
     path = script({"attempts": [1], "do": "wait", "seconds": 30})
     generation = await add(database)
     daemon = start(script=path, heartbeat_seconds=0.1)
@@ -157,7 +173,8 @@ async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retrie
     [child] = daemon.children()
     os.kill(child, signal.SIGKILL)
     row = await until(database, generation, is_finished)
-    assert (row.status, row.failures) == ("completed", 1)  # an attempt given back at no cost may lie between
+    # an attempt given back at no cost may lie between
+    assert (row.status, row.failures) == ("completed", 1)
     assert row.attempt >= 2
     assert daemon.children() != [child]
 
@@ -194,7 +211,10 @@ async def test_a_killed_worker_takes_its_engine_with_it(database, start, script)
     daemon.send(signal.SIGKILL)
     daemon.wait()
     with anyio.fail_after(PATIENCE):
-        while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        while (
+            Path(f"/proc/{child}").exists()
+            and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]
+        ):
             await asyncio.sleep(0.02)
 
 
@@ -221,7 +241,9 @@ async def test_a_drain_ends_by_itself_with_nothing_left(database, start):
 
 async def until_nothing_is_left(database):
     with database.changes.subscribe() as changes:
-        while await database.transact(lambda session: due.has_work(session, [MODEL]), read_only=True):
+        while await database.transact(
+            lambda session: due.has_work(session, [MODEL]), read_only=True
+        ):
             await changes.wait(0.2)
             await anyio.sleep(0.1)
 
@@ -229,7 +251,8 @@ async def until_nothing_is_left(database):
 async def drain_with_four(database, start, folder, *, count, seconds, script):
     """Let four daemons that have nothing to do share so many generations; return how many attempts each has made."""
     path = script({"do": "wait", "seconds": seconds})
-    daemons = [start(script=path, lease_seconds=30.0) for _ in range(4)]  # so that no slow machine costs one
+    # so that no slow machine costs one
+    daemons = [start(script=path, lease_seconds=30.0) for _ in range(4)]
     await until_registered(database, daemons)
     await add_many(database, count)
     await until_nothing_is_left(database)
@@ -238,7 +261,9 @@ async def drain_with_four(database, start, folder, *, count, seconds, script):
 
 
 @ON_POSTGRES
-async def test_four_workers_share_a_queue_and_each_claims_what_no_other_has(database, tmp_path, start, script):
+async def test_four_workers_share_a_queue_and_each_claims_what_no_other_has(
+    database, tmp_path, start, script
+):
     made = await drain_with_four(database, start, tmp_path, count=300, seconds=0.02, script=script)
     assert sum(made.values()) == 300
     assert len(made) == 4  # how evenly depends on whom the machine runs
@@ -248,7 +273,9 @@ async def test_four_workers_share_a_queue_and_each_claims_what_no_other_has(data
 @pytest.mark.soak
 async def test_four_workers_share_five_thousand_generations(database, tmp_path, start, script):
     began = time.monotonic()
-    made = await drain_with_four(database, start, tmp_path, count=5_000, seconds=0.02, script=script)
+    made = await drain_with_four(
+        database, start, tmp_path, count=5_000, seconds=0.02, script=script
+    )
     print(f"5,000 generations: {time.monotonic() - began:.0f} s, {sorted(made.values())}")
     assert sum(made.values()) == 5_000
     assert min(made.values()) > 5_000 / 4 / 2
@@ -257,7 +284,9 @@ async def test_four_workers_share_five_thousand_generations(database, tmp_path, 
 @ON_PSYCOPG
 async def test_two_daemons_that_start_at_once_share_the_work(database, tmp_path, start, script):
     await add_many(database, 20)
-    daemons = [start("--drain", slots=1, script=script({"do": "wait", "seconds": 0.3})) for _ in range(2)]
+    daemons = [
+        start("--drain", slots=1, script=script({"do": "wait", "seconds": 0.3})) for _ in range(2)
+    ]
     assert [daemon.wait() for daemon in daemons] == [0, 0]
     await check_everything_is_true_and_sound(database, tmp_path, 20)
     assert len({attempt.worker_id for attempt in await attempts_of(database)}) == 2

@@ -31,7 +31,9 @@ def folder(database):
 
 async def add(database, duration, **options):
     async with database.session() as session:
-        return await enqueue("trap beat 140 BPM", duration=duration, model=TINY["model"], session=session, **options)
+        return await enqueue(
+            "trap beat 140 BPM", duration=duration, model=TINY["model"], session=session, **options
+        )
 
 
 async def rows_of(database):
@@ -39,7 +41,9 @@ async def rows_of(database):
         return list(await session.scalars(select(Generation).order_by(Generation.id)))
 
 
-async def test_musicgen_makes_playable_audio_of_the_requested_lengths_that_is_labelled_as_noise(database, folder):
+async def test_musicgen_makes_playable_audio_of_the_requested_lengths_that_is_labelled_as_noise(
+    database, folder
+):
     for duration, channels in ((1.0, 1), (0.5, 2), (0.08, 1)):
         await add(database, duration, channels=channels, sample_rate=44_100, seed=7)
     daemon = Daemon(folder, "--drain", **TINY)
@@ -54,7 +58,10 @@ async def test_musicgen_makes_playable_audio_of_the_requested_lengths_that_is_la
     assert [hashlib.sha256(Path(row.file_path).read_bytes()).hexdigest() for row in rows] == [
         row.sha256 for row in rows
     ]
-    assert all(row.get_metadata()["audio"]["is_untrained"] and row.model_version == "untrained" for row in rows)
+    assert all(
+        row.get_metadata()["audio"]["is_untrained"] and row.model_version == "untrained"
+        for row in rows
+    )
     assert UNTRAINED_NOTICE in Path(daemon.log.name).read_text()
     daemon.close()
 

@@ -78,7 +78,9 @@ async def test_a_worker_of_several_models_makes_them_all(database, make_worker, 
     assert sorted(engine.loaded) == sorted([SMALL, MEDIUM, LARGE])
 
 
-async def test_the_loaded_model_goes_first_however_long_another_waits_within_the_bound(database, make_worker, engine):
+async def test_the_loaded_model_goes_first_however_long_another_waits_within_the_bound(
+    database, make_worker, engine
+):
     await add(database, "other", MEDIUM, waiting=50)
     first = await add(database, "own", SMALL)
     await make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=60).run(drain=True)
@@ -88,21 +90,23 @@ async def test_the_loaded_model_goes_first_however_long_another_waits_within_the
     assert rows["own"].id == first.id
 
 
-async def test_a_model_that_waits_beyond_the_bound_goes_before_the_loaded_one(database, make_worker, engine):
+async def test_a_model_that_waits_beyond_the_bound_goes_before_the_loaded_one(
+    database, make_worker, engine
+):
     worker = make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=60)
     worker._engine.loaded_at -= 3600
-    assert worker._claiming._choose_model({SMALL: 10.0, MEDIUM: 59.0}) == SMALL
-    assert worker._claiming._choose_model({SMALL: 10.0, MEDIUM: 61.0}) == MEDIUM
-    assert worker._claiming._choose_model({SMALL: 9000.0, MEDIUM: 61.0}) == MEDIUM
-    assert worker._claiming._choose_model({MEDIUM: 1.0}) == MEDIUM
+    assert worker._claiming._models.choose({SMALL: 10.0, MEDIUM: 59.0}) == SMALL
+    assert worker._claiming._models.choose({SMALL: 10.0, MEDIUM: 61.0}) == MEDIUM
+    assert worker._claiming._models.choose({SMALL: 9000.0, MEDIUM: 61.0}) == MEDIUM
+    assert worker._claiming._models.choose({MEDIUM: 1.0}) == MEDIUM
 
 
 async def test_two_backlogs_take_turns_and_each_turn_gets_work_done(database, make_worker):
     worker = make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=60)
     waits = {SMALL: 1000.0, MEDIUM: 2000.0}
-    assert worker._claiming._choose_model(waits) == SMALL  # it was loaded a moment ago
+    assert worker._claiming._models.choose(waits) == SMALL  # it was loaded a moment ago
     worker._engine.loaded_at -= 61
-    assert worker._claiming._choose_model(waits) == MEDIUM
+    assert worker._claiming._models.choose(waits) == MEDIUM
 
 
 async def test_a_model_is_switched_only_when_nothing_runs(database, make_worker, engine):
@@ -143,7 +147,9 @@ async def test_a_model_whose_tenants_have_enough_in_hand_does_not_keep_the_worke
     database, make_worker, engine
 ):
     async with database.session() as session:
-        await add_generation(session, prompt="elsewhere", model_name=MEDIUM, tenant="a", worker_id="other")
+        await add_generation(
+            session, prompt="elsewhere", model_name=MEDIUM, tenant="a", worker_id="other"
+        )
     await add(database, "held back", MEDIUM, waiting=500, tenant="a")
     await add(database, "own", SMALL, waiting=100, tenant="b")
     worker = make_worker(models=f"{MEDIUM},{SMALL}", tenant_limit=1, poll_seconds=600)
@@ -154,7 +160,9 @@ async def test_a_model_whose_tenants_have_enough_in_hand_does_not_keep_the_worke
     assert await has_status(database, "held back", "pending")
 
 
-async def test_a_model_that_cannot_be_loaded_leaves_the_others_served(database, make_worker, engine):
+async def test_a_model_that_cannot_be_loaded_leaves_the_others_served(
+    database, make_worker, engine
+):
     engine.unloadable = {MEDIUM}
     await add(database, "other", MEDIUM)
     await add(database, "own", SMALL)
@@ -173,7 +181,9 @@ async def test_the_only_model_that_cannot_be_loaded_stops_the_worker(make_worker
         await make_worker(models=MEDIUM).run(drain=True)
 
 
-async def test_the_workers_row_says_what_it_serves_has_loaded_and_has_in_hand(database, make_worker, engine):
+async def test_the_workers_row_says_what_it_serves_has_loaded_and_has_in_hand(
+    database, make_worker, engine
+):
     released = engine.hold("long")
     generation = await add(database, "long", MEDIUM)
     worker = make_worker(models=f"{SMALL},{MEDIUM}")
@@ -191,10 +201,14 @@ async def test_the_workers_row_says_what_it_serves_has_loaded_and_has_in_hand(da
 
 async def has_beaten_with(database, model):
     async with database.session(read_only=True) as session:
-        return bool(await session.scalar(select(WorkerInfo.id).where(WorkerInfo.model_name == model)))
+        return bool(
+            await session.scalar(select(WorkerInfo.id).where(WorkerInfo.model_name == model))
+        )
 
 
-async def test_a_worker_whose_row_is_deleted_is_listed_again_at_its_next_heartbeat(database, make_worker, engine):
+async def test_a_worker_whose_row_is_deleted_is_listed_again_at_its_next_heartbeat(
+    database, make_worker, engine
+):
     engine.hold("long")
     await add(database, "long")
     worker = make_worker()
@@ -240,7 +254,9 @@ async def all_run(engines, count):
     return sum(engine.running for engine in engines) == count
 
 
-async def test_what_a_claim_without_an_answer_took_is_given_back_at_no_cost(database, make_worker, engine, monkeypatch):
+async def test_what_a_claim_without_an_answer_took_is_given_back_at_no_cost(
+    database, make_worker, engine, monkeypatch
+):
     generation = await add(database, "lofi rain")
     real_claim, lost = queue.claim, []
 
@@ -259,7 +275,9 @@ async def test_what_a_claim_without_an_answer_took_is_given_back_at_no_cost(data
     assert (row.id, row.status, row.attempt, row.failures) == (generation.id, "completed", 2, 0)
 
 
-async def test_a_pause_holds_back_what_waits_and_lets_finish_what_runs(database, default, make_worker, engine):
+async def test_a_pause_holds_back_what_waits_and_lets_finish_what_runs(
+    database, default, make_worker, engine
+):
     released = engine.hold("running")
     await add(database, "running")
     worker = make_worker()
@@ -308,7 +326,9 @@ async def test_an_unknown_model_is_not_paused(default, model):
         assert await get_pauses(session) == []
 
 
-async def test_no_tenant_has_more_in_hand_than_its_limit_and_others_go_past_it(database, make_worker, engine):
+async def test_no_tenant_has_more_in_hand_than_its_limit_and_others_go_past_it(
+    database, make_worker, engine
+):
     engine.slots = 8
     for number in range(6):
         await add(database, f"a{number}", tenant="a")
@@ -320,7 +340,11 @@ async def test_no_tenant_has_more_in_hand_than_its_limit_and_others_go_past_it(d
         tasks.start_soon(worker.run)
         await engine.stopped["b"].wait()
         await engine.stopped["nobody's"].wait()
-        running = [row.prompt for row in (await rows_of(database)).values() if row.is_processing and row.tenant == "a"]
+        running = [
+            row.prompt
+            for row in (await rows_of(database)).values()
+            if row.is_processing and row.tenant == "a"
+        ]
         worker.stop()
         worker.stop()
     assert len(running) == 2
@@ -339,8 +363,12 @@ async def test_a_new_worker_waits_for_the_living_after_everybody_was_silent(data
     if database.is_embedded:  # on one machine a silent worker is dead
         return
     async with database.session() as session:
-        await workers.register_worker(session, **make_worker()._presence.describe() | {"id": "somebody"})
-        await session.execute(WorkerInfo.__table__.update().values(heartbeat_at=workers.now_plus(-100.0)))
+        await workers.register_worker(
+            session, **make_worker()._presence.describe() | {"id": "somebody"}
+        )
+        await session.execute(
+            WorkerInfo.__table__.update().values(heartbeat_at=workers.now_plus(-100.0))
+        )
         generation = await add_generation(session, worker_id="somebody")
         await back_date(session, generation.id, lease_expires_at=50)
     await make_worker()._sweeping.rescue()
@@ -353,11 +381,16 @@ def test_a_worker_waits_for_the_database_no_longer_than_a_quarter_of_its_lease()
     assert within_lease(load_settings(lease_seconds=3600)) == load_settings(lease_seconds=3600)
 
 
-@pytest.mark.parametrize("slots", [0, 257, "0", "257", "", "many", "1.5", "-1", "\u0664", True, 1.0, None])
+@pytest.mark.parametrize(
+    "slots", [0, 257, "0", "257", "", "many", "1.5", "-1", "\u0664", True, 1.0, None]
+)
 def test_slots_that_are_neither_auto_nor_a_number_are_refused_in_one_sentence(slots):
     with pytest.raises(ConfigurationError) as refused:
         load_settings(slots=slots)
-    assert str(refused.value) == f"DGX_MUSIC_SLOTS is {slots!r}; use auto or a whole number from 1 to 256."
+    assert (
+        str(refused.value)
+        == f"DGX_MUSIC_SLOTS is {slots!r}; use auto or a whole number from 1 to 256."
+    )
 
 
 def test_slots_are_auto_where_nothing_else_is_said(monkeypatch):

@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 
 from dgx_music.forecast import Ahead, Range, Slot, Speedometer, earliest_start, latest_start
 
-SPEEDS = st.tuples(st.floats(0.01, 100), st.floats(1, 5)).map(lambda pair: Range(pair[0], pair[0] * pair[1]))
-RESTS = st.tuples(st.floats(0, 1000), st.floats(0, 1000)).map(lambda pair: Range(pair[0], sum(pair)))
-SLOTS = st.lists(st.builds(Slot, SPEEDS, st.one_of(RESTS, st.just(Range(0.0, 0.0)))), min_size=1, max_size=6)
+SPEEDS = st.tuples(st.floats(0.01, 100), st.floats(1, 5)).map(
+    lambda pair: Range(pair[0], pair[0] * pair[1])
+)
+RESTS = st.tuples(st.floats(0, 1000), st.floats(0, 1000)).map(
+    lambda pair: Range(pair[0], sum(pair))
+)
+SLOTS = st.lists(
+    st.builds(Slot, SPEEDS, st.one_of(RESTS, st.just(Range(0.0, 0.0)))), min_size=1, max_size=6
+)
 DURATIONS = st.lists(st.floats(0.1, 120), max_size=30)
 RANDOM = st.randoms(use_true_random=False)
 TWO = [Slot(Range(1.0, 2.0)), Slot(Range(1.0, 2.0))]
@@ -28,7 +34,9 @@ def simulate_start(slots, durations, rng):
     for duration in durations:
         number = free_at.index(min(free_at))
         speed = slots[number].speed
-        free_at[number] += duration * rng.choice([speed.low, speed.high, rng.uniform(speed.low, speed.high)])
+        free_at[number] += duration * rng.choice(
+            [speed.low, speed.high, rng.uniform(speed.low, speed.high)]
+        )
     return min(free_at)
 
 
@@ -78,13 +86,19 @@ def test_nothing_starts_before_some_slot_is_free():
 def test_a_free_slot_that_another_model_may_take_is_no_promise():
     shared = [Slot(Range(1.0, 2.0), sharers=2)] * 2
 
-    assert (earliest_start(shared, ahead_of([8.0])), latest_start(shared, ahead_of([8.0]))) == (0.0, 16.0)
+    assert (earliest_start(shared, ahead_of([8.0])), latest_start(shared, ahead_of([8.0]))) == (
+        0.0,
+        16.0,
+    )
 
 
 def test_two_models_that_take_turns_on_a_slot_take_twice_as_long_at_most():
     alone, shared = Slot(Range(1.0, 2.0)), Slot(Range(1.0, 2.0), sharers=2)
 
-    assert (latest_start([alone], ahead_of([8.0])), latest_start([shared], ahead_of([8.0]))) == (16.0, 32.0)
+    assert (latest_start([alone], ahead_of([8.0])), latest_start([shared], ahead_of([8.0]))) == (
+        16.0,
+        32.0,
+    )
 
 
 def test_a_slot_that_is_taken_for_nobody_knows_how_long_is_not_counted_on():

@@ -71,7 +71,9 @@ async def test_a_stop_while_audio_is_stored_begins_no_completion(database, make_
     assert (begun, (await only_row(database)).status) == ([], "pending")
 
 
-async def test_a_completion_that_cannot_be_stored_leaves_no_file(database, make_worker, engine, tmp_path):
+async def test_a_completion_that_cannot_be_stored_leaves_no_file(
+    database, make_worker, engine, tmp_path
+):
     await add(database, max_attempts=1)
     engine.facts["lofi rain"] = {"x": "\ud800"}
     await make_worker(LocalArtifacts(tmp_path / "audio")).run(drain=True)
@@ -109,7 +111,9 @@ async def test_deaths_of_the_engine_count_from_its_last_success(database, make_w
             engine.script[f"prompt {number}"] = EngineCrashedError("killed")
     await make_worker(MemoryArtifacts()).run(drain=True)
     statuses = {row.prompt: row.status for row in (await rows_of(database)).values()}
-    assert [prompt for prompt, status in statuses.items() if status == "completed"] == [f"prompt {BROKEN_AFTER - 1}"]
+    assert [prompt for prompt, status in statuses.items() if status == "completed"] == [
+        f"prompt {BROKEN_AFTER - 1}"
+    ]
 
 
 async def test_a_heartbeat_hears_of_a_cancel_that_nobody_told_of(database, make_worker, engine):

@@ -13,7 +13,17 @@ from dgx_music import enqueue
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DatabaseUnavailableError
-from dgx_music.storage import by_hand, claims, due, lease_end, leases, prompts, queue, rescue, workers
+from dgx_music.storage import (
+    by_hand,
+    claims,
+    due,
+    lease_end,
+    leases,
+    prompts,
+    queue,
+    rescue,
+    workers,
+)
 from dgx_music.storage.models import Generation, Speed
 from dgx_music.storage.queue import Held, Lease
 from dgx_music.storage.schema import now_plus
@@ -72,7 +82,9 @@ def test_a_lease_says_itself_in_a_log_line():
         (-3600, None, 10),  # that clock is not to be trusted
     ],
 )
-def test_a_lease_lapses_after_what_is_left_of_it_and_never_later_than_its_length(until, now, lapses_at):
+def test_a_lease_lapses_after_what_is_left_of_it_and_never_later_than_its_length(
+    until, now, lapses_at
+):
     watch = Watch(10.0)
     trusted = None if now is None else at(now)
     watch.look(held(until), 0.0, trusted)
@@ -155,7 +167,9 @@ async def shift(database, seconds, *columns):
     """Move these stored times of every generation: for who reads them, the clock has been set the other way."""
     moved = {name: _moved(database, getattr(Generation, name), seconds) for name in columns}
     async with database.session() as session:
-        await session.execute(update(Generation).values(moved).execution_options(synchronize_session=False))
+        await session.execute(
+            update(Generation).values(moved).execution_options(synchronize_session=False)
+        )
 
 
 def _moved(database, column, seconds):
@@ -235,7 +249,9 @@ async def test_a_living_worker_keeps_its_rows_however_the_clock_is_set(database,
 
 
 @pytest.mark.parametrize("seconds", [3600, -3600])
-async def test_a_dead_workers_row_is_rescued_after_its_lease_however_the_clock_is_set(database, clock, seconds):
+async def test_a_dead_workers_row_is_rescued_after_its_lease_however_the_clock_is_set(
+    database, clock, seconds
+):
     async with database.session() as session:
         await add_generation(session, duration_seconds=0.08)
         lease = await claim_one(session, lease_seconds=1.0)
@@ -253,7 +269,9 @@ async def test_a_dead_workers_row_is_rescued_after_its_lease_however_the_clock_i
 
 async def test_what_was_enqueued_before_the_clock_went_back_is_made_at_once(database):
     async with database.session() as session:
-        generations = [await enqueue("rain", duration=0.08, model=MODEL, session=session) for _ in range(3)]
+        generations = [
+            await enqueue("rain", duration=0.08, model=MODEL, session=session) for _ in range(3)
+        ]
     await shift(database, 3600, "created_at", "run_at")
     await make_worker(database, FakeEngine()).run(drain=True)
     assert [(await read(database, row.id)).status for row in generations] == ["completed"] * 3
@@ -261,14 +279,18 @@ async def test_what_was_enqueued_before_the_clock_went_back_is_made_at_once(data
 
 async def test_a_worker_that_is_waiting_notices_that_the_clock_has_gone_back(database):
     async with database.session() as session:
-        generation = await enqueue("rain", duration=0.08, model=MODEL, session=session, run_at="2999-01-01T00:00:00Z")
+        generation = await enqueue(
+            "rain", duration=0.08, model=MODEL, session=session, run_at="2999-01-01T00:00:00Z"
+        )
     worker = make_worker(database, FakeEngine())
     sweeps = count_sweeps(worker)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(worker.run)
         await sweeps(2)
         async with database.session() as session:
-            await session.execute(update(Generation).values(run_at=now_plus(3600), created_at=now_plus(3600)))
+            await session.execute(
+                update(Generation).values(run_at=now_plus(3600), created_at=now_plus(3600))
+            )
         while not (row := await read(database, generation.id)).is_finished:
             await anyio.sleep(0.05)
         worker.stop()
@@ -293,7 +315,9 @@ async def test_what_was_given_back_before_the_clock_went_back_is_made_at_once(da
 async def test_what_is_scheduled_for_later_or_waits_for_a_retry_is_not_hastened(database, seconds):
     async with database.session() as session:
         await add_generation(session, run_at=now_plus(seconds))
-        await add_generation(session, run_at=now_plus(seconds), attempt=1, started_at=now_plus(-1), failures=1)
+        await add_generation(
+            session, run_at=now_plus(seconds), attempt=1, started_at=now_plus(-1), failures=1
+        )
         assert await due.find_overtaken(session, [MODEL]) == []
         assert await queue.hasten(session, MODEL) == 0
 
@@ -330,13 +354,19 @@ async def test_a_rescue_of_nothing_that_is_named_takes_nothing(database):
 async def test_a_lease_is_found_with_the_length_that_its_worker_gives_it(database):
     leases = [await start_one(database), await start_one(database)]
     async with database.session() as session:
-        await workers.register_worker(session, **DESCRIBED | {"id": "worker-1", "lease_seconds": 45.0})
-        await session.execute(update(Generation).where(Generation.id == leases[1].generation_id).values(worker_id="x"))
+        await workers.register_worker(
+            session, **DESCRIBED | {"id": "worker-1", "lease_seconds": 45.0}
+        )
+        await session.execute(
+            update(Generation).where(Generation.id == leases[1].generation_id).values(worker_id="x")
+        )
         found = await queue.find_leases(session)
     assert [found[lease].length_seconds for lease in leases] == [45.0, None]
 
 
-@pytest.mark.parametrize("error", [ArtifactError("read-only"), RuntimeError("can't start new thread")])
+@pytest.mark.parametrize(
+    "error", [ArtifactError("read-only"), RuntimeError("can't start new thread")]
+)
 async def test_files_that_cannot_be_removed_keep_nobody_from_being_rescued(database, error):
     worker, lost = new_worker(database), [await start_one(database) for _ in range(2)]
     worker._artifacts.delete = raising(error)
@@ -353,9 +383,12 @@ async def test_files_that_cannot_be_removed_keep_nobody_from_being_rescued(datab
 async def test_speeds_that_could_not_be_told_are_told_the_next_time(database, monkeypatch):
     worker = new_worker(database)
     for _ in range(5):
-        worker._sweeping._speeds.note(MODEL, 1.0, 2.0)
+        worker._engine.speeds.note(MODEL, 1.0, 2.0)
     with monkeypatch.context() as patched:
-        patched.setattr("dgx_music.worker.sweeping.record_speed", raising(DatabaseUnavailableError("db", "gone")))
+        patched.setattr(
+            "dgx_music.worker.sweeping.record_speed",
+            raising(DatabaseUnavailableError("db", "gone")),
+        )
         with pytest.raises(DatabaseUnavailableError):
             await worker._sweeping.record_speeds()
     await worker._sweeping.record_speeds()

@@ -13,7 +13,15 @@ from functools import partial
 import pytest
 
 from dgx_music.errors import EngineError
-from tests.daemons import Daemon, add_many, check_everything_is_true, is_finished, rows_of, until_all, url_of
+from tests.daemons import (
+    Daemon,
+    add_many,
+    check_everything_is_true,
+    is_finished,
+    rows_of,
+    until_all,
+    url_of,
+)
 from tests.factories import ROOT, on
 from tests.inference.factories import make_process
 from tests.patience import PATIENCE
@@ -45,7 +53,9 @@ full_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (LARGEST_FILE, LA
 def enqueue_elsewhere(url, count, **options):
     """Return the ids of rows that another process has enqueued, or what it was told."""
     command = [sys.executable, "-c", ENQUEUE, url, str(count)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=PATIENCE, check=True, **options)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, timeout=PATIENCE, check=True, **options
+    )
     return json.loads(done.stdout)
 
 
@@ -55,7 +65,9 @@ def check_sound(database):
 
 
 @on("sqlite")
-async def test_where_the_disk_of_the_database_is_full_nothing_is_stored_and_the_next_try_is(database, sqlite_url):
+async def test_where_the_disk_of_the_database_is_full_nothing_is_stored_and_the_next_try_is(
+    database, sqlite_url
+):
     told = await asyncio.to_thread(enqueue_elsewhere, sqlite_url, 500, preexec_fn=full_disk)
     assert told.startswith(f"The database {sqlite_url} cannot be used: ")
     assert not await rows_of(database)
@@ -77,7 +89,9 @@ def limit_files(pid, size):
 
 
 @on("sqlite")
-async def test_a_worker_outlives_a_full_disk_of_its_database_and_completes_what_it_has(database, tmp_path, daemon):
+async def test_a_worker_outlives_a_full_disk_of_its_database_and_completes_what_it_has(
+    database, tmp_path, daemon
+):
     await daemon.says("serves")
     limit_files(daemon.pid, LARGEST_FILE // 2)
     await add_many(database, 20)
@@ -96,7 +110,14 @@ async def test_a_worker_without_memory_for_the_loudness_meter_ends_in_a_sentence
 ):
     await add_many(database, 1)
     poor = subprocess.run(
-        [sys.executable, str(ROOT / "worker.py"), "--engine", "tone", "--output", str(tmp_path / "audio")],
+        [
+            sys.executable,
+            str(ROOT / "worker.py"),
+            "--engine",
+            "tone",
+            "--output",
+            str(tmp_path / "audio"),
+        ],
         preexec_fn=partial(resource.setrlimit, resource.RLIMIT_AS, (300_000 * 1024,) * 2),
         env=os.environ | {"DGX_MUSIC_DATABASE_URL": url_of(database)},
         capture_output=True,
@@ -107,7 +128,9 @@ async def test_a_worker_without_memory_for_the_loudness_meter_ends_in_a_sentence
     assert {row.attempt for row in (await rows_of(database)).values()} == {0}
 
 
-async def test_an_engine_without_memory_is_told_in_a_sentence_and_starts_where_there_is_some(tmp_path, monkeypatch):
+async def test_an_engine_without_memory_is_told_in_a_sentence_and_starts_where_there_is_some(
+    tmp_path, monkeypatch
+):
     poor = tmp_path / "python"
     poor.write_text(
         f"#!{sys.executable}\nimport os, resource, sys\n"

@@ -48,7 +48,9 @@ def test_the_lines_of_a_traceback_are_indented(log):
     assert all(line.startswith("    ") for line in rest)
 
 
-async def test_what_an_engine_says_of_its_trouble_is_no_event_of_the_workers_log(database, start, script):
+async def test_what_an_engine_says_of_its_trouble_is_no_event_of_the_workers_log(
+    database, start, script
+):
     message = f"boom\n{FORGED}\r{FORGED}\u2028{FORGED}"
     rule = {"prompt": "victim", "seconds": 0}
     daemon = start(script=script(rule | {"do": "raise", "message": message}))

@@ -119,10 +119,14 @@ async def test_the_look_at_a_taken_name_outlives_trouble_too(flaky, proxy):
         (404, 1, "there is no such bucket"),
     ],
 )
-async def test_trouble_that_stays_is_one_sentence_after_a_bounded_number_of_puts(flaky, proxy, s3, fault, puts, why):
+async def test_trouble_that_stays_is_one_sentence_after_a_bounded_number_of_puts(
+    flaky, proxy, s3, fault, puts, why
+):
     proxy.fail("PUT", *[fault] * ALWAYS)
 
-    with pytest.raises(ArtifactError, match=f"^Audio cannot be stored in {s3}: [^\n]*({why})[^\n]*\\.$"):
+    with pytest.raises(
+        ArtifactError, match=f"^Audio cannot be stored in {s3}: [^\n]*({why})[^\n]*\\.$"
+    ):
         await flaky.publish("song", 1, "wav", DATA)
     assert proxy.count("PUT") == puts
 
@@ -188,21 +192,28 @@ async def test_a_bucket_that_is_missing_is_said_to_be(s3):
 
 
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"])
-@pytest.mark.parametrize("endpoint", ["", "notaurl", "ftp://host", "http://", "http://a b", "https://host:99999"])
+@pytest.mark.parametrize(
+    "endpoint", ["", "notaurl", "ftp://host", "http://", "http://a b", "https://host:99999"]
+)
 def test_an_endpoint_that_is_no_url_is_one_sentence(s3, monkeypatch, name, endpoint):
     monkeypatch.setenv(name, endpoint)
 
     with pytest.raises(ConfigurationError) as caught:
         open_output(s3)
 
-    assert str(caught.value) == f"{name} is not the URL of a store; use something like https://host:9000."
+    assert (
+        str(caught.value)
+        == f"{name} is not the URL of a store; use something like https://host:9000."
+    )
 
 
 async def test_plain_http_that_is_not_allowed_is_said_at_once(s3, monkeypatch):
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     waits = skip_waits(monkeypatch)
 
-    with pytest.raises(ArtifactError, match=r"its endpoint is plain http://, which AWS_ALLOW_HTTP=true allows\.$"):
+    with pytest.raises(
+        ArtifactError, match=r"its endpoint is plain http://, which AWS_ALLOW_HTTP=true allows\.$"
+    ):
         await open_output(s3).publish("song", 1, "wav", DATA)
     assert waits == []
 
@@ -224,7 +235,9 @@ async def test_a_deletion_that_cannot_be_made_is_one_sentence(flaky, proxy, s3):
     await flaky.publish("song", 1, "wav", DATA)
     proxy.fail("POST", *[500] * ALWAYS)
 
-    with pytest.raises(ArtifactError, match=f"^Audio cannot be removed from {s3}: [^\n]*500[^\n]*\\.$"):
+    with pytest.raises(
+        ArtifactError, match=f"^Audio cannot be removed from {s3}: [^\n]*500[^\n]*\\.$"
+    ):
         await flaky.delete("song", [1])
     assert keys(s3) == {"song-1.wav"}
 
@@ -275,7 +288,9 @@ async def test_the_list_outlives_trouble_and_passes_over_what_is_not_ours(flaky,
     await obstore.put_async(from_url(f"{s3}-sibling"), "song-3.wav", DATA)
     proxy.fail("GET", 503)
 
-    assert [(file.path, file.attempt) async for file in flaky.list_files()] == [(f"{s3}/song-1.wav", 1)]
+    assert [(file.path, file.attempt) async for file in flaky.list_files()] == [
+        (f"{s3}/song-1.wav", 1)
+    ]
 
 
 async def test_a_list_that_cannot_be_had_is_one_sentence(flaky, proxy, s3):
@@ -354,7 +369,10 @@ def test_an_output_that_is_neither_is_one_sentence_without_a_secret(text, proble
 def test_a_store_whose_package_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("dgx_music.artifacts.output.find_spec", lambda _name: None)
 
-    with pytest.raises(ConfigurationError, match=r"obstore is not installed; run pip install '\.\[s3\]' in a checkout"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"obstore is not installed; run pip install '\.\[s3\]' in a checkout",
+    ):
         open_output("s3://bucket/audio")
     assert isinstance(open_output("audio"), LocalArtifacts)
 
@@ -382,7 +400,9 @@ def worker_of(database, output):
     return Worker(database, FakeEngine(), open_output(settings.output), settings)
 
 
-@pytest.mark.parametrize("faults", [{"PUT": [503, 503]}, {"PUT": [LOSE_REPLY]}, {"HEAD": [HANG, 500], "PUT": [HANG]}])
+@pytest.mark.parametrize(
+    "faults", [{"PUT": [503, 503]}, {"PUT": [LOSE_REPLY]}, {"HEAD": [HANG, 500], "PUT": [HANG]}]
+)
 async def test_a_short_outage_throws_no_audio_away(database, proxy, s3, faults):
     async with database.session() as session:
         generation = await add_generation(session, model_name=MODEL)
@@ -417,7 +437,9 @@ async def test_a_long_outage_gives_the_generation_back_and_ends_the_worker(datab
 def test_doctor_looks_at_an_object_store(s3, tmp_path, monkeypatch, url, subject, verdict, detail):
     monkeypatch.chdir(tmp_path)
 
-    found = {finding.subject: finding for finding in examine({"engine": "tone", "output": url or s3})}
+    found = {
+        finding.subject: finding for finding in examine({"engine": "tone", "output": url or s3})
+    }
 
     assert found[subject].verdict == verdict
     assert detail in found[subject].detail

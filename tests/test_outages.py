@@ -41,7 +41,9 @@ from tests.proxy import Proxy
 
 BOTH_DRIVERS = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 ON_ASYNCPG = pytest.mark.parametrize("driver", ["asyncpg"])
-MOSTLY_ASYNCPG = pytest.mark.parametrize("driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.soak)])
+MOSTLY_ASYNCPG = pytest.mark.parametrize(
+    "driver", ["asyncpg", pytest.param("psycopg", marks=pytest.mark.soak)]
+)
 ON_PSYCOPG = pytest.mark.parametrize("driver", ["psycopg"])
 QUICK = {"lease_seconds": 3.0, "heartbeat_seconds": 0.3, "timeout_seconds": 2.0}
 LIMITS = Limits(connect_seconds=1.0, statement_seconds=1.0, command_seconds=1.0)
@@ -85,7 +87,8 @@ async def database(server, template, driver):
     """A database of this test, straight to the server; whatever becomes of the server, it runs again at the end."""
     name = f"test_{secrets.token_hex(4)}"
     url = server.create_database(name, template=template)
-    server.execute("CHECKPOINT")  # or a crash would set the copy's sequences back, which no original's ever are
+    # or a crash would set the copy's sequences back, which no original's ever are
+    server.execute("CHECKPOINT")
     database = Database(url.replace("postgresql://", f"postgresql+{driver}://"), limits=LIMITS)
     yield database
     await database.dispose()
@@ -125,7 +128,9 @@ async def check_the_outage_cost_nothing(database, folder, count):
 
 async def check_nothing_ran_twice(database, folder, count):
     await check_everything_is_true(database, folder, count)
-    assert [(attempt.attempt, attempt.outcome) for attempt in await attempts_of(database)] == [(1, "completed")] * count
+    assert [(attempt.attempt, attempt.outcome) for attempt in await attempts_of(database)] == [
+        (1, "completed")
+    ] * count
 
 
 def check_all_live(daemons):
@@ -136,7 +141,9 @@ def check_all_live(daemons):
 
 
 @MOSTLY_ASYNCPG
-async def test_a_server_that_crashes_in_mid_drain_costs_nothing(database, tmp_path, start, script, server):
+async def test_a_server_that_crashes_in_mid_drain_costs_nothing(
+    database, tmp_path, start, script, server
+):
     await add_many(database, 60)
     path = script({"do": "wait", "seconds": 0.3})
     daemons = [start("--drain", script=path, slots=3, **QUICK) for _ in range(2)]
@@ -155,7 +162,9 @@ async def test_a_server_away_for_three_leases_under_three_workers_costs_nothing(
 ):
     """Of what runs, a third ends in the outage and waits for its completion, the rest runs through and ends after."""
     await add_many(database, 9)
-    path = script({"prompt": "[036]$", "do": "wait", "seconds": 2.0}, {"do": "wait", "seconds": 12.0})
+    path = script(
+        {"prompt": "[036]$", "do": "wait", "seconds": 2.0}, {"do": "wait", "seconds": 12.0}
+    )
     daemons = [start(script=path, slots=3, **QUICK) for _ in range(3)]
     await until_in_hand(database, daemons, 9)
     server.stop("immediate")
@@ -168,9 +177,14 @@ async def test_a_server_away_for_three_leases_under_three_workers_costs_nothing(
 
 
 @ON_PSYCOPG
-async def test_backends_that_are_ended_one_after_the_other_cost_nothing(database, tmp_path, start, script, server):
+async def test_backends_that_are_ended_one_after_the_other_cost_nothing(
+    database, tmp_path, start, script, server
+):
     await add_many(database, 40)
-    daemons = [start("--drain", script=script({"do": "wait", "seconds": 0.3}), slots=2, **QUICK) for _ in range(2)]
+    daemons = [
+        start("--drain", script=script({"do": "wait", "seconds": 0.3}), slots=2, **QUICK)
+        for _ in range(2)
+    ]
     await until_in_hand(database, daemons, 4)
     while not all(map(is_finished, (await rows_of(database)).values())):
         pids = server.backend_pids(database.url.database)
@@ -187,7 +201,10 @@ async def test_a_backend_killed_with_all_the_others_in_its_wake_costs_nothing(
 ):
     """PostgreSQL ends all its backends and recovers when one of them dies of a signal."""
     await add_many(database, 40)
-    daemons = [start("--drain", script=script({"do": "wait", "seconds": 0.3}), slots=2, **QUICK) for _ in range(2)]
+    daemons = [
+        start("--drain", script=script({"do": "wait", "seconds": 0.3}), slots=2, **QUICK)
+        for _ in range(2)
+    ]
     await until_in_hand(database, daemons, 8)
     os.kill(secrets.choice(server.backend_pids(database.url.database)), signal.SIGKILL)
     await until_all(database, is_finished)
@@ -216,14 +233,18 @@ async def test_a_worker_that_starts_after_an_outage_leaves_alone_what_others_are
 
 
 @ON_PSYCOPG
-async def test_a_new_worker_waits_for_the_slowest_of_those_that_an_outage_has_silenced(database, tmp_path):
+async def test_a_new_worker_waits_for_the_slowest_of_those_that_an_outage_has_silenced(
+    database, tmp_path
+):
     """One of them is heard again already, which says nothing of the other."""
     lease = await start_one(database)
     async with database.session() as session:
         await back_date(session, lease.generation_id, lease_expires_at=30)
         for name in ("slow", "quick"):
             await register_worker(session, **DESCRIBED | {"id": name})
-        await session.execute(update(WorkerInfo).where(WorkerInfo.id == "slow").values(heartbeat_at=now_plus(-60)))
+        await session.execute(
+            update(WorkerInfo).where(WorkerInfo.id == "slow").values(heartbeat_at=now_plus(-60))
+        )
         await session.execute(Generation.__table__.update().values(worker_id="slow"))
     await new_worker(database, tmp_path)._sweeping.rescue()
     assert is_running((await rows_of(database))[lease.generation_id])
@@ -257,7 +278,9 @@ async def test_a_network_that_swallows_all_for_longer_than_the_lease_costs_nothi
     database, tmp_path, start, script, proxy, proxied
 ):
     await add_many(database, 9)
-    path = script({"prompt": "[02468]$", "do": "wait", "seconds": 1.0}, {"do": "wait", "seconds": 9.0})
+    path = script(
+        {"prompt": "[02468]$", "do": "wait", "seconds": 1.0}, {"do": "wait", "seconds": 9.0}
+    )
     daemons = [start(url=proxied, script=path, slots=3, **QUICK) for _ in range(2)]
     await until_in_hand(database, daemons, 6)
     proxy.black_hole()
@@ -275,7 +298,8 @@ async def test_connections_that_a_network_has_forgotten_cost_no_lease(
 ):
     """None of the pool's connections answers ever again: they are all given up before the lease has run out."""
     await add_many(database, 6)
-    settings = QUICK | {"lease_seconds": 6.0, "timeout_seconds": 3.0}  # half of the lease, as by default
+    # half of the lease, as by default
+    settings = QUICK | {"lease_seconds": 6.0, "timeout_seconds": 3.0}
     daemon = start(url=proxied, script=script({"do": "wait", "seconds": 8.0}), slots=6, **settings)
     await until_in_hand(database, [daemon], 6)
     other = start(**settings)
@@ -291,7 +315,9 @@ async def test_a_worker_behind_a_black_hole_changes_nothing_of_what_another_has_
     database, tmp_path, start, script, proxy, proxied
 ):
     generation = await add(database)
-    cut_off = start(url=proxied, script=script({"attempts": [1], "do": "wait", "seconds": 2.0}), **QUICK)
+    cut_off = start(
+        url=proxied, script=script({"attempts": [1], "do": "wait", "seconds": 2.0}), **QUICK
+    )
     await until_in_hand(database, [cut_off], 1)
     proxy.black_hole()
     start(**QUICK)
@@ -313,7 +339,9 @@ async def until_no_file_of(folder, generation, attempt):
 @MOSTLY_ASYNCPG
 async def test_a_worker_told_to_stop_in_a_black_hole_stops(database, start, script, proxy, proxied):
     await add(database)
-    daemon = start(url=proxied, script=script({"do": "wait", "seconds": 30.0}), grace_seconds=1.0, **QUICK)
+    daemon = start(
+        url=proxied, script=script({"do": "wait", "seconds": 30.0}), grace_seconds=1.0, **QUICK
+    )
     await until_in_hand(database, [daemon], 1)
     proxy.black_hole()
     daemon.send(signal.SIGTERM)
@@ -324,7 +352,8 @@ async def test_a_worker_told_to_stop_in_a_black_hole_stops(database, start, scri
 
 
 @pytest.mark.parametrize(
-    ("driver", "cut"), [("asyncpg", True), ("asyncpg", False), ("psycopg", True), ("psycopg", False)]
+    ("driver", "cut"),
+    [("asyncpg", True), ("asyncpg", False), ("psycopg", True), ("psycopg", False)],
 )
 async def test_a_claim_whose_commit_was_not_answered_is_given_back_and_made_at_no_cost(
     database, tmp_path, start, script, proxy, proxied, cut
@@ -354,7 +383,8 @@ async def test_a_claim_whose_commit_arrives_when_the_worker_has_given_it_up_is_g
 
 
 @pytest.mark.parametrize(
-    ("driver", "cut"), [("asyncpg", True), ("asyncpg", False), ("psycopg", True), ("psycopg", False)]
+    ("driver", "cut"),
+    [("asyncpg", True), ("asyncpg", False), ("psycopg", True), ("psycopg", False)],
 )
 async def test_a_completion_whose_commit_was_not_answered_is_a_completion(
     database, tmp_path, start, script, proxy, proxied, cut
@@ -387,7 +417,9 @@ async def prompts_of(database):
 
 @BOTH_DRIVERS
 @pytest.mark.parametrize("outage", ["refuse", "black_hole"])
-async def test_an_enqueue_in_an_outage_says_so_in_time_and_leaves_no_half(database, proxy, producer, outage):
+async def test_an_enqueue_in_an_outage_says_so_in_time_and_leaves_no_half(
+    database, proxy, producer, outage
+):
     getattr(proxy, outage)()
     began = time.monotonic()
     with pytest.raises(DatabaseUnavailableError):
@@ -418,7 +450,9 @@ async def test_a_pool_is_closed_in_time_in_a_black_hole(proxy, producer):
 
 
 @BOTH_DRIVERS
-async def test_of_connections_that_are_forgotten_together_one_at_most_costs_an_enqueue(database, proxy, producer):
+async def test_of_connections_that_are_forgotten_together_one_at_most_costs_an_enqueue(
+    database, proxy, producer
+):
     await fill_pool(producer)
     proxy.forget()
     began = time.monotonic()
@@ -427,12 +461,15 @@ async def test_of_connections_that_are_forgotten_together_one_at_most_costs_an_e
             await enqueue("lost", duration=0.1, model=MODEL, session=session)
     async with producer.session() as session:
         await enqueue("after", duration=0.1, model=MODEL, session=session)
-    assert time.monotonic() - began < 4 * LIMITS.command_seconds  # one second for each of five, if all were asked
+    # one second for each of five, if all were asked
+    assert time.monotonic() - began < 4 * LIMITS.command_seconds
     assert {"after", "before"} <= {*await prompts_of(database)}
 
 
 @BOTH_DRIVERS
-async def test_an_enqueue_whose_commit_is_not_answered_is_an_error_and_stored_whole(database, proxy, producer):
+async def test_an_enqueue_whose_commit_is_not_answered_is_an_error_and_stored_whole(
+    database, proxy, producer
+):
     loss = proxy.lose_reply(cut=False)
     with pytest.raises(DatabaseUnavailableError):
         async with producer.session() as session:

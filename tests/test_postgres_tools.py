@@ -112,7 +112,9 @@ async def test_a_black_hole_does_not_answer_new_connections(server, proxy):
     assert proxy.connection_count == 1
 
 
-async def test_a_black_hole_tells_the_server_nothing_of_a_client_that_left(server, connection, proxy):
+async def test_a_black_hole_tells_the_server_nothing_of_a_client_that_left(
+    server, connection, proxy
+):
     pid = connection.get_server_pid()
     proxy.black_hole()
     connection.terminate()
@@ -147,7 +149,9 @@ async def test_a_refusing_proxy_cuts_all_and_comes_back_on_its_port(server, conn
 
 
 @pytest.mark.parametrize("connect", DRIVERS)
-async def test_a_lost_reply_is_an_error_to_the_client_and_a_row_in_the_table(server, proxy, connect):
+async def test_a_lost_reply_is_an_error_to_the_client_and_a_row_in_the_table(
+    server, proxy, connect
+):
     loss = proxy.lose_reply()
     with pytest.raises(LOST):
         await insert(connect, proxy.url(server.url("postgres")))

@@ -24,7 +24,9 @@ async def test_watching_tells_of_a_cancel_that_the_worker_has_yet_to_confirm(def
 
 
 @pytest.mark.parametrize("database_url", POSTGRES, indirect=True)
-async def test_batches_with_the_same_keys_in_another_order_wait_and_do_not_deadlock(default_database):
+async def test_batches_with_the_same_keys_in_another_order_wait_and_do_not_deadlock(
+    default_database,
+):
     async with default_database.session() as first:
         await enqueue("rain", session=first, model=MODEL, idempotency_key="a")
         requests = [{"prompt": "rain", "idempotency_key": key} for key in ("b", "a")]

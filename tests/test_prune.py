@@ -14,8 +14,8 @@ from dgx_music.client import prune as pruning
 from dgx_music.client.prune import prune, prune_orphans
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError
+from dgx_music.statuses import FINISHED
 from dgx_music.storage import Database, count_generations, delete_generation, queue
-from dgx_music.storage.schema import FINISHED
 from dgx_music.worker.worker import Worker
 from tests.factories import (
     MODEL,
@@ -33,7 +33,9 @@ pytestmark = pytest.mark.any_driver
 HOUR = 3_600.0
 
 
-async def add_finished(database: Database, status: str, seconds_ago: float = 0, **values: Any) -> str:
+async def add_finished(
+    database: Database, status: str, seconds_ago: float = 0, **values: Any
+) -> str:
     async with database.session() as session:
         generation = await add_generation(session, status=status, **{"attempt": 1} | values)
         await back_date(session, generation.id, completed_at=seconds_ago)
@@ -50,7 +52,9 @@ async def test_each_status_is_kept_for_its_own_time(database: Database) -> None:
         for seconds_ago in (50, 150):
             await add_finished(database, status, seconds_ago)
 
-    pruned = await prune(database, MemoryArtifacts(), {"completed": 200, "failed": 100, "cancelled": 10})
+    pruned = await prune(
+        database, MemoryArtifacts(), {"completed": 200, "failed": 100, "cancelled": 10}
+    )
 
     assert pruned == {"completed": 0, "failed": 1, "cancelled": 2}
     assert await count(database) == 3
@@ -90,7 +94,9 @@ async def test_a_path_in_the_row_is_never_followed(database: Database, tmp_path:
     precious.write_text("mine")
     await add_finished(database, "completed", 100, file_path=str(precious))
 
-    assert await prune(database, LocalArtifacts(tmp_path / "audio"), {"completed": 10}) == {"completed": 1}
+    assert await prune(database, LocalArtifacts(tmp_path / "audio"), {"completed": 10}) == {
+        "completed": 1
+    }
     assert precious.exists()
 
 
@@ -103,7 +109,9 @@ async def test_a_dry_run_counts_and_deletes_nothing(database: Database) -> None:
     assert (await count(database), len(artifacts.files)) == (1, 1)
 
 
-async def test_more_than_a_chunk_is_pruned(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_than_a_chunk_is_pruned(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pruning, "CHUNK", 2)
     for _ in range(5):
         await add_finished(database, "failed", 100)
@@ -112,7 +120,9 @@ async def test_more_than_a_chunk_is_pruned(database: Database, monkeypatch: pyte
     assert await count(database) == 0
 
 
-async def test_a_file_that_cannot_be_deleted_keeps_its_row(database: Database, tmp_path: Path) -> None:
+async def test_a_file_that_cannot_be_deleted_keeps_its_row(
+    database: Database, tmp_path: Path
+) -> None:
     generation_id = await add_finished(database, "completed", 100)
     (tmp_path / "audio" / f"{generation_id}-1.wav").mkdir(parents=True)
 
@@ -132,7 +142,9 @@ async def test_audio_in_another_place_is_refused_and_its_row_kept(database, tmp_
 # Orphans
 
 
-async def publish(artifacts: MemoryArtifacts, generation_id: str, attempt: int, seconds_ago: float = 1e6) -> str:
+async def publish(
+    artifacts: MemoryArtifacts, generation_id: str, attempt: int, seconds_ago: float = 1e6
+) -> str:
     """Publish a file that is so old, and return its name."""
     artifact = await artifacts.publish(generation_id, attempt, "wav", b"music")
     name = artifact.path.removeprefix("memory:")
@@ -183,14 +195,18 @@ async def test_the_file_that_a_row_names_is_never_an_orphan(database: Database) 
     artifacts = MemoryArtifacts()
     generation_id = str(uuid4())
     name = await publish(artifacts, generation_id, 1)
-    await add_finished(database, "completed", id=generation_id, attempt=2, file_path=f"memory:{name}")
+    await add_finished(
+        database, "completed", id=generation_id, attempt=2, file_path=f"memory:{name}"
+    )
 
     assert await prune_orphans(database, artifacts) == 0
 
 
 async def test_somebodys_own_file_is_no_orphan(database: Database) -> None:
     artifacts, known = await with_a_known_file(database)
-    own = {await publish(artifacts, name, 1) for name in ("my-song", "a" * 32, str(uuid4()).upper())}
+    own = {
+        await publish(artifacts, name, 1) for name in ("my-song", "a" * 32, str(uuid4()).upper())
+    }
 
     assert await prune_orphans(database, artifacts) == 0
     assert set(artifacts.files) == {known, *own}
@@ -214,7 +230,9 @@ async def test_a_database_that_knows_none_of_the_files_deletes_none(database: Da
     assert len(artifacts.files) == 1
 
 
-async def test_more_orphans_than_a_chunk_go(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_orphans_than_a_chunk_go(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pruning, "CHUNK", 2)
     artifacts, known = await with_a_known_file(database)
     for _ in range(5):
@@ -224,7 +242,9 @@ async def test_more_orphans_than_a_chunk_go(database: Database, monkeypatch: pyt
     assert set(artifacts.files) == {known}
 
 
-async def test_half_written_files_of_dead_workers_go_too(database: Database, tmp_path: Path) -> None:
+async def test_half_written_files_of_dead_workers_go_too(
+    database: Database, tmp_path: Path
+) -> None:
     (tmp_path / f"{uuid4()}-1.wav.part").write_bytes(b"half")
     known = tmp_path / f"{await add_finished(database, 'completed')}-1.wav"
     known.write_bytes(b"music")
@@ -295,13 +315,17 @@ async def test_a_generation_that_is_deleted_during_the_listing_leaves_an_orphan(
     assert set(artifacts.files) == {f"{known}-1.wav"}
 
 
-async def test_a_working_worker_never_loses_a_file_to_the_collection(database: Database, tmp_path: Path) -> None:
+async def test_a_working_worker_never_loses_a_file_to_the_collection(
+    database: Database, tmp_path: Path
+) -> None:
     """The safe age is turned off: the rule about rows has to hold by itself."""
     artifacts = LocalArtifacts(tmp_path / "audio")
     async with database.session() as session:
         ids = [(await add_generation(session, prompt=f"song {number}")).id for number in range(30)]
     await add_finished(database, "completed")
-    settings = load_settings(model=MODEL, slots=4, poll_seconds=0.05, database_url="sqlite:///unused.db")
+    settings = load_settings(
+        model=MODEL, slots=4, poll_seconds=0.05, database_url="sqlite:///unused.db"
+    )
 
     async def collect() -> None:
         while True:

@@ -22,7 +22,9 @@ GIVEN = {
 
 
 def test_each_field_is_an_option_and_each_option_a_field():
-    assert [*inspect.signature(Sampling).parameters] == [*SamplingOptions.__annotations__] == [*GIVEN]
+    assert (
+        [*inspect.signature(Sampling).parameters] == [*SamplingOptions.__annotations__] == [*GIVEN]
+    )
 
 
 def test_what_is_stored_makes_the_same_request_again():
@@ -49,7 +51,9 @@ def extended(monkeypatch):
 
 
 @pytest.mark.usefixtures("extended")
-@pytest.mark.parametrize(("given", "stored"), [({}, {}), ({"min_p": 0.0}, {}), ({"min_p": 0.1}, {"min_p": 0.1})])
+@pytest.mark.parametrize(
+    ("given", "stored"), [({}, {}), ({"min_p": 0.0}, {}), ({"min_p": 0.1}, {"min_p": 0.1})]
+)
 def test_a_new_field_is_stored_only_if_it_differs_from_its_default(given, stored):
     plain = {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 250, "top_p": None, "seed": None}
 

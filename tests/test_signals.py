@@ -59,9 +59,15 @@ async def test_a_signal_while_a_worker_imports_ends_it_without_a_word(tmp_path, 
 
 async def test_ctrl_c_while_another_command_imports_prints_no_traceback(tmp_path):
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "dgx_music.cli", "list"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path
+        *(sys.executable, "-m", "dgx_music.cli", "list"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=tmp_path,
     )
-    while "libssl" not in (maps := Path(f"/proc/{process.pid}/maps").read_text()) and "_asyncio" not in maps:
+    while (
+        "libssl" not in (maps := Path(f"/proc/{process.pid}/maps").read_text())
+        and "_asyncio" not in maps
+    ):
         await asyncio.sleep(0.001)
     process.send_signal(signal.SIGINT)
     said, _ = await process.communicate()
@@ -69,10 +75,17 @@ async def test_ctrl_c_while_another_command_imports_prints_no_traceback(tmp_path
 
 
 def can_be_process_1():
-    return subprocess.run(["unshare", "--pid", "--fork", "true"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["unshare", "--pid", "--fork", "true"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
-@pytest.mark.skipif(not can_be_process_1(), reason="no process may have a PID namespace of its own here")
+@pytest.mark.skipif(
+    not can_be_process_1(), reason="no process may have a PID namespace of its own here"
+)
 @pytest.mark.parametrize("number", STOPPING)
 async def test_process_1_hears_a_signal_in_its_first_moments(tmp_path, number):
     unshare = await asyncio.create_subprocess_exec(
@@ -81,7 +94,9 @@ async def test_process_1_hears_a_signal_in_its_first_moments(tmp_path, number):
         env=os.environ | {"DGX_MUSIC_ENGINE": "tone"},
     )
     children = Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")
-    while not (pids := children.read_text().split()) or not _caught(pids[0]) & 1 << (signal.SIGQUIT - 1):
+    while not (pids := children.read_text().split()) or not _caught(pids[0]) & 1 << (
+        signal.SIGQUIT - 1
+    ):
         await asyncio.sleep(0.001)
     os.kill(int(pids[0]), number)
     with anyio.fail_after(PATIENCE):
@@ -98,8 +113,12 @@ async def test_a_signal_lets_what_runs_finish(database, start, script, number):
     assert (await rows_of(database))[generation.id].status == "completed"
 
 
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGHUP, signal.SIGHUP), (signal.SIGQUIT, signal.SIGTERM)])
-async def test_a_second_signal_releases_at_once_as_the_first_has_said(database, start, script, first, second):
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGHUP, signal.SIGHUP), (signal.SIGQUIT, signal.SIGTERM)]
+)
+async def test_a_second_signal_releases_at_once_as_the_first_has_said(
+    database, start, script, first, second
+):
     generation = await add(database)
     daemon = start(script=script({"do": "wait", "seconds": 60}))
     await until(database, generation, is_running)
@@ -112,7 +131,9 @@ async def test_a_second_signal_releases_at_once_as_the_first_has_said(database, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signals_that_go_on_while_an_idle_worker_ends_do_not_change_how_it_ends(database, start, number):
+async def test_signals_that_go_on_while_an_idle_worker_ends_do_not_change_how_it_ends(
+    database, start, number
+):
     daemon = start()
     await daemon.says("serves")
     while daemon.process.poll() is None:
@@ -136,11 +157,14 @@ async def test_a_worker_under_nohup_outlives_its_terminal(database, start, scrip
     assert "SIGHUP" not in daemon.said()
 
 
-async def test_a_signal_to_the_whole_process_group_leaves_the_engine_to_its_worker(database, start, script):
+async def test_a_signal_to_the_whole_process_group_leaves_the_engine_to_its_worker(
+    database, start, script
+):
     generation = await add(database)
     daemon = start(script=script({"do": "wait", "seconds": 1.0}))
     await until(database, generation, is_running)
-    for pid in (*daemon.children(), daemon.pid):  # as a service manager does, with all that it has started
+    # as a service manager does, with all that it has started
+    for pid in (*daemon.children(), daemon.pid):
         os.kill(pid, signal.SIGTERM)
     assert daemon.wait() == 0
     row = (await rows_of(database))[generation.id]
@@ -161,7 +185,10 @@ async def test_a_terminal_that_closes_stops_the_worker(tmp_path, database, scrip
     """Its log goes to that terminal, and cannot be written any more."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ |= {"DGX_MUSIC_ENGINE": "tone", "DGX_MUSIC_DATABASE_URL": f"sqlite:///{tmp_path / 'test.db'}"}
+        os.environ |= {
+            "DGX_MUSIC_ENGINE": "tone",
+            "DGX_MUSIC_DATABASE_URL": f"sqlite:///{tmp_path / 'test.db'}",
+        }
         os.execv(sys.executable, [*COMMANDS["worker.py"], "--output", str(tmp_path / "audio")])
     said = b""
     while b"serves" not in said:

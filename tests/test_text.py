@@ -89,8 +89,12 @@ def test_a_joiner_or_a_selector_in_the_wrong_place_is_escaped(text: str, shown: 
     assert plain(text) == shown
 
 
-@pytest.mark.parametrize(("text", "shown"), [("\ufe0fa", "\\ufe0fa"), ("\u02ff\u200d\u02ff", "\u02ff\\u200d\u02ff")])
-def test_a_selector_belongs_to_what_is_before_it_and_a_joiner_to_no_latin(text: str, shown: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "shown"), [("\ufe0fa", "\\ufe0fa"), ("\u02ff\u200d\u02ff", "\u02ff\\u200d\u02ff")]
+)
+def test_a_selector_belongs_to_what_is_before_it_and_a_joiner_to_no_latin(
+    text: str, shown: str
+) -> None:
     assert plain(text) == shown
 
 

@@ -125,7 +125,9 @@ INVISIBLE = [
 
 
 @pytest.mark.parametrize("text", INVISIBLE)
-@pytest.mark.parametrize("check", [validation.check_prompt, validation.check_negative_prompt, validation.check_search])
+@pytest.mark.parametrize(
+    "check", [validation.check_prompt, validation.check_negative_prompt, validation.check_search]
+)
 def test_text_that_nobody_can_see_is_refused(check: Callable[..., str], text: str) -> None:
     assert "has no character that can be seen on its own; " in refused(check, f" {text}{text}")
     assert check(f"{text}雨") == f"{text}雨"
@@ -133,7 +135,9 @@ def test_text_that_nobody_can_see_is_refused(check: Callable[..., str], text: st
 
 @pytest.mark.parametrize("name", INVISIBLE)
 def test_a_name_that_nobody_can_see_is_refused(name: str) -> None:
-    assert refused(validation.check_name, "tenant", name).startswith("tenant has no character that can be seen")
+    assert refused(validation.check_name, "tenant", name).startswith(
+        "tenant has no character that can be seen"
+    )
 
 
 def test_bytes_that_are_no_text_are_named() -> None:
@@ -162,7 +166,9 @@ def test_the_least_and_the_greatest_byte_that_is_no_text_are_named(byte: int) ->
 
 @pytest.mark.parametrize("code", [*range(0x20), *range(0x7F, 0xA0)])
 def test_tab_and_newline_are_the_only_control_characters(code: int) -> None:
-    assert (accepted(validation.check_prompt, f"a{chr(code)}b") is not None) == (chr(code) in "\t\n")
+    assert (accepted(validation.check_prompt, f"a{chr(code)}b") is not None) == (
+        chr(code) in "\t\n"
+    )
 
 
 @quick
@@ -195,7 +201,9 @@ def test_a_clip_of_the_least_and_greatest_length_is_accepted(seconds: float) -> 
         ),
     ],
 )
-def test_what_music_cannot_go_on_from_is_refused(seconds: float, duration: float, sentence: str) -> None:
+def test_what_music_cannot_go_on_from_is_refused(
+    seconds: float, duration: float, sentence: str
+) -> None:
     assert refused(validation.check_continuation, seconds, duration) == sentence
 
 
@@ -203,12 +211,16 @@ def test_what_music_cannot_go_on_from_is_refused(seconds: float, duration: float
     ("model", "able"),
     [("musicgen-small", "musicgen-melody"), ("musicgen-stereo-large", "musicgen-stereo-melody")],
 )
-def test_a_melody_for_a_model_that_hears_none_is_refused_with_one_that_does(model: str, able: str) -> None:
+def test_a_melody_for_a_model_that_hears_none_is_refused_with_one_that_does(
+    model: str, able: str
+) -> None:
     told = f"melody is given for {model}, which hears none; use {able}."
     assert refused(validation.check_hears_melody, MODELS[model]) == told
 
 
-@pytest.mark.parametrize("model", ["musicgen-melody", "musicgen-stereo-melody-large", "/models/mine"])
+@pytest.mark.parametrize(
+    "model", ["musicgen-melody", "musicgen-stereo-melody-large", "/models/mine"]
+)
 def test_a_model_that_may_hear_a_melody_gets_it(model: str) -> None:
     validation.check_hears_melody(validation.check_model(model))
 
@@ -232,7 +244,9 @@ def test_a_name_is_returned_as_it_is(name: str) -> None:
     ],
 )
 def test_a_name_is_refused(name: object, problem: str) -> None:
-    assert refused(validation.check_name, "idempotency_key", name).startswith(f"idempotency_key {problem}")
+    assert refused(validation.check_name, "idempotency_key", name).startswith(
+        f"idempotency_key {problem}"
+    )
 
 
 @quick
@@ -248,7 +262,9 @@ def test_a_path_of_the_least_and_greatest_length_is_accepted(length: int) -> Non
     assert validation.check_path("file_path", "p" * length) == "p" * length
 
 
-@pytest.mark.parametrize("path", ["", "p" * (validation.MAX_PATH_CHARACTERS + 1), "a\x00b", "\ud800", None, b"p"])
+@pytest.mark.parametrize(
+    "path", ["", "p" * (validation.MAX_PATH_CHARACTERS + 1), "a\x00b", "\ud800", None, b"p"]
+)
 def test_a_path_is_refused(path: object) -> None:
     assert refused(validation.check_path, "file_path", path).startswith("file_path ")
 
@@ -299,7 +315,9 @@ def test_a_duration_within_the_limits_is_a_float(seconds: float) -> None:
     assert (duration, type(duration)) == (seconds, float)
 
 
-@pytest.mark.parametrize("seconds", [math.nextafter(0.08, 0), 0, -0.0, -1, math.nextafter(30, 31), 10**400])
+@pytest.mark.parametrize(
+    "seconds", [math.nextafter(0.08, 0), 0, -0.0, -1, math.nextafter(30, 31), 10**400]
+)
 def test_a_duration_just_past_a_limit_is_refused(seconds: float) -> None:
     assert refused(validation.check_duration, seconds, 30).startswith("duration is ")
 
@@ -308,9 +326,15 @@ def test_a_duration_just_past_a_limit_is_refused(seconds: float) -> None:
     ("seconds", "told"), [(300.0001, "300.0001"), (math.nextafter(0.08, 0), "0.07999999999999999")]
 )
 def test_a_number_just_past_a_limit_is_not_told_as_the_limit(seconds: float, told: str) -> None:
-    assert refused(validation.check_duration, seconds, 300) == f"duration is {told} s; use 0.08 to 300 seconds."
+    assert (
+        refused(validation.check_duration, seconds, 300)
+        == f"duration is {told} s; use 0.08 to 300 seconds."
+    )
     assert f"is {told}" in refused(validation.check_clip, "melody", seconds)
-    assert refused(validation.check_between, "x", seconds, 1, 300) == f"x is {told}; use a number from 1 to 300."
+    assert (
+        refused(validation.check_between, "x", seconds, 1, 300)
+        == f"x is {told}; use a number from 1 to 300."
+    )
 
 
 @pytest.mark.parametrize("value", [-1, 2**64 - 1, 1.5, "7", True])
@@ -333,7 +357,9 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence_all_the_same(value: objec
         validation.check_seed,
     ):
         assert f"is a {type(value).__name__} too long to show; " in refused(check, value)
-    assert "too long to show; use a number above 0." in refused(validation.check_positive, "x", value)
+    assert "too long to show; use a number above 0." in refused(
+        validation.check_positive, "x", value
+    )
 
 
 NOT_NUMBERS = [None, "1", True, math.nan, math.inf, -math.inf, 1j, [1], 10**400]
@@ -359,23 +385,33 @@ def test_zero_and_below_is_not_positive(value: float) -> None:
 
 @quick
 @given(st.floats(), st.floats(-5, 5), st.floats(0, 5))
-def test_a_number_is_accepted_just_when_it_lies_between(value: float, low: float, width: float) -> None:
+def test_a_number_is_accepted_just_when_it_lies_between(
+    value: float, low: float, width: float
+) -> None:
     high = low + width
 
-    assert accepted(validation.check_between, "x", value, low, high) == (value if low <= value <= high else None)
+    assert accepted(validation.check_between, "x", value, low, high) == (
+        value if low <= value <= high else None
+    )
 
 
 @quick
 @given(st.integers(), st.integers(-50, 50), st.integers(0, 50))
-def test_a_whole_number_is_accepted_just_when_it_lies_between(value: int, low: int, width: int) -> None:
+def test_a_whole_number_is_accepted_just_when_it_lies_between(
+    value: int, low: int, width: int
+) -> None:
     high = low + width
 
-    assert accepted(validation.check_integer, "x", value, low, high) == (value if low <= value <= high else None)
+    assert accepted(validation.check_integer, "x", value, low, high) == (
+        value if low <= value <= high else None
+    )
 
 
 @pytest.mark.parametrize("value", [-1, 4, 1.0, "1", True, None, math.nan])
 def test_what_is_no_whole_number_within_the_limits_is_refused(value: object) -> None:
-    assert refused(validation.check_integer, "top_k", value, 0, 3).endswith("; use a whole number from 0 to 3.")
+    assert refused(validation.check_integer, "top_k", value, 0, 3).endswith(
+        "; use a whole number from 0 to 3."
+    )
 
 
 def test_a_huge_number_is_not_shown() -> None:
@@ -385,7 +421,10 @@ def test_a_huge_number_is_not_shown() -> None:
 
 
 def test_a_value_is_shown_in_at_most_40_characters() -> None:
-    assert [validation.shown("x" * 38), validation.shown("x" * 39)] == [f"'{'x' * 38}'", "a str too long to show"]
+    assert [validation.shown("x" * 38), validation.shown("x" * 39)] == [
+        f"'{'x' * 38}'",
+        "a str too long to show",
+    ]
 
 
 # time
@@ -398,7 +437,9 @@ def test_a_moment_is_returned_in_utc() -> None:
 
 
 def test_a_moment_may_be_iso_text() -> None:
-    assert validation.check_run_at("2026-01-31T13:00:00+01:00") == datetime(2026, 1, 31, 12, tzinfo=UTC)
+    assert validation.check_run_at("2026-01-31T13:00:00+01:00") == datetime(
+        2026, 1, 31, 12, tzinfo=UTC
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def output(tmp_path):
 @pytest.fixture
 def make_worker(database, engine, output):
     def make(artifacts=None, **changes):
-        settings = load_settings(**{"lease_seconds": 30.0, "heartbeat_seconds": 0.05, "poll_seconds": 0.1} | changes)
+        settings = load_settings(
+            **{"lease_seconds": 30.0, "heartbeat_seconds": 0.05, "poll_seconds": 0.1} | changes
+        )
         settings = replace(settings, backoff_base_seconds=0.01)
         return Worker(database, engine, artifacts or LocalArtifacts(output), settings)
 
@@ -72,7 +74,9 @@ async def at_work(worker, **options):
 
 async def add(database, prompt="lofi rain", **options):
     async with database.session() as session:
-        return await enqueue(prompt, session=session, **{"duration": 0.08, "model": MODEL} | options)
+        return await enqueue(
+            prompt, session=session, **{"duration": 0.08, "model": MODEL} | options
+        )
 
 
 async def read(database, generation):
@@ -99,7 +103,12 @@ async def test_a_drained_generation_is_completed_with_what_its_file_has(database
     await make_worker().run(drain=True)
     row = await read(database, generation)
     data = Path(row.file_path).read_bytes()
-    assert (row.status, row.attempt, row.progress, row.model_version) == ("completed", 1, 1.0, "fake")
+    assert (row.status, row.attempt, row.progress, row.model_version) == (
+        "completed",
+        1,
+        1.0,
+        "fake",
+    )
     assert (row.file_size_bytes, row.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     assert row.get_metadata()["audio"]["duration_seconds"] == pytest.approx(0.08)
 
@@ -130,7 +139,9 @@ async def test_no_more_run_at_once_than_there_are_slots(database, make_worker, e
     assert engine.most_running == 3
 
 
-async def test_a_slot_that_is_free_before_its_audio_is_made_serves_the_next(database, make_worker, engine):
+async def test_a_slot_that_is_free_before_its_audio_is_made_serves_the_next(
+    database, make_worker, engine
+):
     first, second = await add(database, "first"), await add(database, "second")
     sounding = engine.sounding["first"] = asyncio.Event()
     async with at_work(make_worker(poll_seconds=600.0)):
@@ -191,7 +202,10 @@ async def test_an_engine_that_has_come_to_have_fewer_slots_is_given_no_more_and_
         held.set()
         for row in rows:
             await until(database, row, "completed")
-    assert (engine.most_in_slots, await attempts_of(database, rows[3])) == (2, [(1, "released"), (2, "completed")])
+    assert (engine.most_in_slots, await attempts_of(database, rows[3])) == (
+        2,
+        [(1, "released"), (2, "completed")],
+    )
 
 
 async def slots_of(database):
@@ -210,7 +224,11 @@ async def test_a_failure_is_retried_until_it_succeeds(database, make_worker, eng
     generation = await add(database)
     engine.script["lofi rain"] = [EngineError("boom"), TimeoutError("slow"), None]
     await make_worker().run(drain=True)
-    assert await attempts_of(database, generation) == [(1, "failed"), (2, "failed"), (3, "completed")]
+    assert await attempts_of(database, generation) == [
+        (1, "failed"),
+        (2, "failed"),
+        (3, "completed"),
+    ]
     assert (await read(database, generation)).error_message is None
 
 
@@ -222,11 +240,28 @@ async def test_a_spent_budget_fails_with_the_reason(database, make_worker, engin
     assert (row.status, row.failures, row.error_message) == ("failed", 2, "second\ufffd")
 
 
-async def test_an_unexpected_error_fails_its_generation_and_not_the_worker(database, make_worker, engine):
+async def test_an_unexpected_error_fails_its_generation_and_not_the_worker(
+    database, make_worker, engine
+):
     generation, other = await add(database, max_attempts=1), await add(database, "other")
     engine.script["lofi rain"] = KeyError("surprise")
     await make_worker().run(drain=True)
-    assert [(await read(database, row)).status for row in (generation, other)] == ["failed", "completed"]
+    assert [(await read(database, row)).status for row in (generation, other)] == [
+        "failed",
+        "completed",
+    ]
+
+
+async def test_only_an_unexpected_error_is_logged_with_its_trace(
+    database, make_worker, engine, caplog
+):
+    errors = [KeyError("surprise"), EngineError("boom"), TimeoutError("slow")]
+    for number, error in enumerate(errors):
+        await add(database, f"prompt {number}", max_attempts=1)
+        engine.script[f"prompt {number}"] = error
+    await make_worker().run(drain=True)
+    assert [type(log.exc_info[1]) for log in caplog.records if log.exc_info] == [KeyError]
+    assert sum(log.levelname == "WARNING" for log in caplog.records) == 3
 
 
 async def test_a_rejected_generation_is_not_retried(database, make_worker, engine):
@@ -242,7 +277,10 @@ async def test_a_row_that_no_engine_can_make_fails_with_a_sentence(database, mak
         generation = await create_generation(session, "epic", MODEL, 4000.0, 32_000, 1)
     await make_worker().run(drain=True)
     row = await read(database, generation)
-    assert (row.status, row.error_message) == ("failed", "duration is 4000 s; use 0.08 to 300 seconds.")
+    assert (row.status, row.error_message) == (
+        "failed",
+        "duration is 4000 s; use 0.08 to 300 seconds.",
+    )
 
 
 async def test_a_format_that_cannot_hold_the_sample_rate_is_refused_before_the_engine_works(
@@ -265,15 +303,23 @@ async def test_a_deadline_ends_an_attempt_that_hangs(database, make_worker, engi
     generation = await add(database, max_attempts=1)
     engine.hold("lofi rain")
     worker = make_worker()
-    worker._performing._settings = replace(worker._settings, deadline_floor_seconds=0.05, deadline_factor=0.0)
+    worker._performing._settings = replace(
+        worker._settings, deadline_floor_seconds=0.05, deadline_factor=0.0
+    )
     await worker.run(drain=True)
-    assert (await read(database, generation)).error_message == "The attempt took longer than its deadline of 0.05 s."
+    assert (
+        await read(database, generation)
+    ).error_message == "The attempt took longer than its deadline of 0.05 s."
 
 
-async def test_a_cancelled_generation_stops_and_its_slot_serves_the_next(database, make_worker, engine):
+async def test_a_cancelled_generation_stops_and_its_slot_serves_the_next(
+    database, make_worker, engine
+):
     generation, other = await add(database), await add(database, "other")
     engine.hold("lofi rain")
-    async with at_work(make_worker(lease_seconds=3600.0, heartbeat_seconds=600.0, poll_seconds=600.0)):
+    async with at_work(
+        make_worker(lease_seconds=3600.0, heartbeat_seconds=600.0, poll_seconds=600.0)
+    ):
         await engine.started["lofi rain"].wait()
         async with database.session() as session:
             assert await cancel_generation(generation.id, session=session) == "processing"
@@ -282,7 +328,9 @@ async def test_a_cancelled_generation_stops_and_its_slot_serves_the_next(databas
     assert await attempts_of(database, generation) == [(1, "cancelled")]
 
 
-async def test_a_cancel_that_comes_while_audio_is_stored_wins_over_completion(database, make_worker, output):
+async def test_a_cancel_that_comes_while_audio_is_stored_wins_over_completion(
+    database, make_worker, output
+):
     generation = await add(database)
 
     class CancelMeanwhile(LocalArtifacts):
@@ -299,7 +347,9 @@ async def test_a_cancel_that_comes_while_audio_is_stored_wins_over_completion(da
     assert list(output.iterdir()) == []
 
 
-async def test_a_lost_lease_stops_the_generation_and_leaves_the_successor_alone(database, make_worker, engine):
+async def test_a_lost_lease_stops_the_generation_and_leaves_the_successor_alone(
+    database, make_worker, engine
+):
     generation = await add(database)
     engine.hold("lofi rain")
     async with at_work(make_worker()):
@@ -307,7 +357,9 @@ async def test_a_lost_lease_stops_the_generation_and_leaves_the_successor_alone(
         async with database.session() as session:
             await back_date(session, generation.id, lease_expires_at=1)
             await queue.rescue(session)
-            await queue.claim(session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60)
+            await queue.claim(
+                session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60
+            )
         await engine.stopped["lofi rain"].wait()
     row = await read(database, generation)
     assert (row.status, row.worker_id, row.attempt) == ("processing", "rival", 2)
@@ -322,7 +374,9 @@ async def test_audio_of_a_lost_lease_is_dropped(database, make_worker, output):
             async with database.session() as session:
                 await back_date(session, generation.id, lease_expires_at=1)
                 await queue.rescue(session)
-                await queue.claim(session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60)
+                await queue.claim(
+                    session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60
+                )
             return artifact
 
     worker = make_worker(LoseMeanwhile(output))
@@ -341,7 +395,9 @@ async def test_heartbeats_store_progress_and_extend_the_lease(database, make_wor
         await engine.started["lofi rain"].wait()
         before = (await read(database, generation)).lease_expires_at
         with anyio.fail_after(PATIENCE):
-            while (row := await read(database, generation)).lease_expires_at == before or not row.progress:
+            while (
+                row := await read(database, generation)
+            ).lease_expires_at == before or not row.progress:
                 await anyio.sleep(0.01)
     assert row.lease_expires_at > before
     assert row.progress == 0.25
@@ -387,18 +443,23 @@ async def test_a_cancelled_worker_task_releases_what_it_holds(database, make_wor
     assert (await read(database, generation)).status == "pending"
 
 
-async def test_an_engine_that_dies_of_everything_stops_the_worker_and_spares_the_queue(database, make_worker, engine):
+async def test_an_engine_that_dies_of_everything_stops_the_worker_and_spares_the_queue(
+    database, make_worker, engine
+):
     rows = [await add(database, f"prompt {number}") for number in range(BROKEN_AFTER + 3)]
     for number in range(len(rows)):
         engine.script[f"prompt {number}"] = EngineCrashedError("killed by SIGSEGV")
     with pytest.raises(EngineCrashedError):
         await make_worker().run(drain=True)
     failures = [(await read(database, row)).failures for row in rows]
-    assert BROKEN_AFTER <= sum(failures) <= BROKEN_AFTER + 1  # one more may have been in the slot already
+    # one more may have been in the slot already
+    assert BROKEN_AFTER <= sum(failures) <= BROKEN_AFTER + 1
     assert failures[-1] == 0
 
 
-async def test_one_death_of_the_engine_is_no_reason_to_stop_however_many_it_hits(database, make_worker, engine):
+async def test_one_death_of_the_engine_is_no_reason_to_stop_however_many_it_hits(
+    database, make_worker, engine
+):
     engine.slots = 2 * BROKEN_AFTER
     rows = [await add(database, f"prompt {number}") for number in range(engine.slots)]
     for row in rows:
@@ -414,7 +475,10 @@ async def test_one_prompt_that_kills_its_engine_runs_out_of_budget_and_the_next_
     poison, other = await add(database, max_attempts=3), await add(database, "other")
     engine.script["lofi rain"] = EngineCrashedError("died")
     await make_worker().run(drain=True)
-    assert [(await read(database, row)).status for row in (poison, other)] == ["failed", "completed"]
+    assert [(await read(database, row)).status for row in (poison, other)] == [
+        "failed",
+        "completed",
+    ]
 
 
 async def test_a_full_disk_stops_the_worker_and_costs_no_budget(database, make_worker):
@@ -435,7 +499,9 @@ async def test_an_engine_that_cannot_start_at_first_stops_the_worker(database, m
         await make_worker().run(drain=True)
 
 
-async def test_a_stop_while_the_engine_loads_ends_the_worker(database, make_worker, engine, monkeypatch):
+async def test_a_stop_while_the_engine_loads_ends_the_worker(
+    database, make_worker, engine, monkeypatch
+):
     generation = await add(database)
     monkeypatch.setattr(engine, "start", lambda model: anyio.sleep_forever())
     worker = make_worker()
@@ -447,7 +513,9 @@ async def test_a_stop_while_the_engine_loads_ends_the_worker(database, make_work
     assert (await read(database, generation)).attempt == 0
 
 
-async def test_an_unusable_output_folder_stops_the_worker_before_anything_is_claimed(database, make_worker, tmp_path):
+async def test_an_unusable_output_folder_stops_the_worker_before_anything_is_claimed(
+    database, make_worker, tmp_path
+):
     generation = await add(database)
     blocked = tmp_path / "file"
     blocked.touch()
@@ -484,7 +552,9 @@ def fail_commits(database, monkeypatch, *, times, after):
 
 
 @pytest.mark.parametrize("after", [False, True])
-async def test_a_database_hiccup_at_completion_loses_nothing(database, make_worker, monkeypatch, after):
+async def test_a_database_hiccup_at_completion_loses_nothing(
+    database, make_worker, monkeypatch, after
+):
     generation = await add(database)
     monkeypatch.setattr("dgx_music.worker.completions._RETRY_SECONDS", (0.01,))
     fail_commits(database, monkeypatch, times=3, after=after)
@@ -571,14 +641,18 @@ async def test_a_completed_row_keeps_its_file_when_nobody_can_tell_that_it_is_co
 
 
 @pytest.mark.parametrize("error", RAISED[:-1], ids=lambda error: type(error).__name__)
-async def test_audio_whose_completion_was_not_written_is_dropped(database, make_worker, monkeypatch, output, error):
+async def test_audio_whose_completion_was_not_written_is_dropped(
+    database, make_worker, monkeypatch, output, error
+):
     generation = await add(database, max_attempts=1)
     monkeypatch.setattr(queue, "complete", raising(error))
     await make_worker().run(drain=True)
     assert ((await read(database, generation)).status, list(output.iterdir())) == ("failed", [])
 
 
-async def test_completions_that_were_written_together_all_keep_their_files(database, make_worker, engine, monkeypatch):
+async def test_completions_that_were_written_together_all_keep_their_files(
+    database, make_worker, engine, monkeypatch
+):
     engine.slots = 4
     rows = [await add(database, f"prompt {number}") for number in range(4)]
     fail_after_commit(monkeypatch, iter(RAISED))
@@ -592,7 +666,10 @@ async def test_an_error_while_a_row_is_let_go_ends_no_worker(
     database, make_worker, engine, monkeypatch, lets_go, error
 ):
     generation, other = await add(database), await add(database, "other")
-    engine.script["lofi rain"] = [EngineError("boom") if lets_go == "fail" else EngineReplacedError("full"), None]
+    engine.script["lofi rain"] = [
+        EngineError("boom") if lets_go == "fail" else EngineReplacedError("full"),
+        None,
+    ]
     monkeypatch.setattr(queue, lets_go, raising(error))
     worker = make_worker()
     async with at_work(worker):
@@ -600,7 +677,9 @@ async def test_an_error_while_a_row_is_let_go_ends_no_worker(
     assert (await read(database, generation)).failures == 0
 
 
-async def test_files_that_no_thread_can_be_had_to_remove_end_no_worker(database, make_worker, engine):
+async def test_files_that_no_thread_can_be_had_to_remove_end_no_worker(
+    database, make_worker, engine
+):
     generation = await add(database)
     engine.script["lofi rain"] = [EngineError("boom"), None]
 
@@ -622,7 +701,9 @@ async def test_a_completion_that_cannot_be_stored_fails_alone(database, make_wor
     assert {(await read(database, row)).status for row in good} == {"completed"}
 
 
-async def test_a_stop_while_audio_is_stored_never_takes_the_file_of_a_completed_row(database, make_worker, output):
+async def test_a_stop_while_audio_is_stored_never_takes_the_file_of_a_completed_row(
+    database, make_worker, output
+):
     generation = await add(database)
     storing, stored = asyncio.Event(), asyncio.Event()
 
@@ -647,7 +728,9 @@ async def test_a_stop_while_audio_is_stored_never_takes_the_file_of_a_completed_
     assert (row.status, row.failures, list(output.iterdir())) == ("pending", 0, [])
 
 
-async def test_a_folder_that_nothing_can_be_removed_from_stops_no_worker(database, make_worker, engine, output):
+async def test_a_folder_that_nothing_can_be_removed_from_stops_no_worker(
+    database, make_worker, engine, output
+):
     generation, other = await add(database, max_attempts=1), await add(database, "other")
     engine.script["lofi rain"] = EngineError("boom")
 
@@ -658,7 +741,10 @@ async def test_a_folder_that_nothing_can_be_removed_from_stops_no_worker(databas
             return 0
 
     await make_worker(Stuck()).run(drain=True)
-    assert [(await read(database, row)).status for row in (generation, other)] == ["failed", "completed"]
+    assert [(await read(database, row)).status for row in (generation, other)] == [
+        "failed",
+        "completed",
+    ]
 
 
 @pytest.mark.parametrize("progress", [1.0000001, -0.5, float("nan")])
@@ -673,7 +759,9 @@ async def test_progress_out_of_range_is_not_stored(database, make_worker, engine
     assert (await read(database, generation)).progress == 0.0
 
 
-async def test_heartbeats_that_fail_for_a_while_cost_nothing(database, make_worker, engine, monkeypatch):
+async def test_heartbeats_that_fail_for_a_while_cost_nothing(
+    database, make_worker, engine, monkeypatch
+):
     generation = await add(database)
     held = engine.hold("lofi rain")
     renew, failures = queue.renew, iter([DatabaseUnavailableError("db", "gone")] * 3)
@@ -710,7 +798,9 @@ async def test_what_was_claimed_for_a_worker_that_is_cancelled_meanwhile_is_rele
     assert (row.status, row.failures, row.worker_id) == ("pending", 0, None)
 
 
-async def test_completions_that_are_ready_together_share_a_transaction(database, make_worker, engine, monkeypatch):
+async def test_completions_that_are_ready_together_share_a_transaction(
+    database, make_worker, engine, monkeypatch
+):
     engine.slots = 8
     for number in range(8):
         await add(database, f"prompt {number}")
@@ -719,7 +809,8 @@ async def test_completions_that_are_ready_together_share_a_transaction(database,
 
     async def counting(session, completions):
         done = await complete(session, completions)
-        sizes.append(len(done))  # a heartbeat may hold the rows just then: those are written a moment later
+        # a heartbeat may hold the rows just then: those are written a moment later
+        sizes.append(len(done))
         return done
 
     monkeypatch.setattr(queue, "complete", counting)
@@ -728,7 +819,9 @@ async def test_completions_that_are_ready_together_share_a_transaction(database,
     assert max(sizes) > 1
 
 
-async def test_a_lost_workers_generation_is_rescued_and_its_file_removed(database, make_worker, output):
+async def test_a_lost_workers_generation_is_rescued_and_its_file_removed(
+    database, make_worker, output
+):
     generation = await add(database)
     async with database.session() as session:
         await queue.claim(session, worker_id="dead", model_name=MODEL, limit=1, lease_seconds=30)
@@ -749,10 +842,15 @@ async def test_a_rescue_removes_the_lost_attempts_file_by_itself(database, make_
     assert ((await read(database, generation)).status, list(output.iterdir())) == ("pending", [])
 
 
-async def test_files_of_earlier_attempts_are_removed_before_completion(database, make_worker, output, monkeypatch):
+async def test_files_of_earlier_attempts_are_removed_before_completion(
+    database, make_worker, output, monkeypatch
+):
     generation = await add(database)
-    async with database.session() as session:  # the first attempt's worker ended before it could remove anything
-        [claimed] = await queue.claim(session, worker_id="former", model_name=MODEL, limit=1, lease_seconds=30)
+    # the first attempt's worker ended before it could remove anything
+    async with database.session() as session:
+        [claimed] = await queue.claim(
+            session, worker_id="former", model_name=MODEL, limit=1, lease_seconds=30
+        )
         await queue.release(session, [claimed.lease])
     await LocalArtifacts(output).publish(generation.id, 1, "flac", b"left behind")
     there = []
@@ -772,7 +870,11 @@ async def test_a_worker_is_listed_while_it_runs(database, make_worker, engine):
         assert (listed["id"], listed["is_alive"], listed["slots"]) == (worker.id, True, 1)
     async with database.session() as session:
         [listed] = await workers.get_workers(session)
-    assert (listed["state"], listed["is_alive"], listed["end_reason"]) == ("ended", False, "it was stopped")
+    assert (listed["state"], listed["is_alive"], listed["end_reason"]) == (
+        "ended",
+        False,
+        "it was stopped",
+    )
 
 
 async def test_a_worker_is_listed_while_it_loads_its_model(database, make_worker, engine):
@@ -792,7 +894,9 @@ async def test_a_worker_is_listed_while_it_loads_its_model(database, make_worker
     )
 
 
-async def test_a_worker_that_loads_its_model_goes_on_saying_that_it_lives(database, make_worker, engine):
+async def test_a_worker_that_loads_its_model_goes_on_saying_that_it_lives(
+    database, make_worker, engine
+):
     loaded = engine.hold_load()
     async with at_work(make_worker(lease_seconds=1.0)):
         await engine.loading.wait()
@@ -815,12 +919,18 @@ async def service_of(database):
         return await workers.find_service(session, MODEL)
 
 
-async def test_a_worker_that_cannot_load_its_model_leaves_word_of_why(database, make_worker, engine):
+async def test_a_worker_that_cannot_load_its_model_leaves_word_of_why(
+    database, make_worker, engine
+):
     engine.start_errors = [EngineUnavailableError("The weights are not here.")]
     with pytest.raises(EngineUnavailableError):
         await make_worker().run()
     service = await service_of(database)
-    assert (service.serving_count, service.loading_count, service.end_reason) == (0, 0, "The weights are not here.")
+    assert (service.serving_count, service.loading_count, service.end_reason) == (
+        0,
+        0,
+        "The weights are not here.",
+    )
 
 
 async def test_a_worker_that_cannot_store_audio_leaves_word_of_why(database, make_worker, tmp_path):
@@ -830,7 +940,9 @@ async def test_a_worker_that_cannot_store_audio_leaves_word_of_why(database, mak
     assert (await service_of(database)).end_reason == str(raised.value)
 
 
-async def test_a_worker_that_cannot_say_that_it_is_ready_serves_all_the_same(database, make_worker, monkeypatch):
+async def test_a_worker_that_cannot_say_that_it_is_ready_serves_all_the_same(
+    database, make_worker, monkeypatch
+):
     generation = await add(database)
     heartbeat, failures = workers.heartbeat_worker, []
 
@@ -860,13 +972,17 @@ async def test_a_worker_leaves_word_of_its_end_before_it_waits_for_that_of_its_e
 
 
 @on(SQLITE)
-async def test_a_worker_whose_file_stays_gone_for_a_lease_ends_with_a_sentence(database, make_worker):
+async def test_a_worker_whose_file_stays_gone_for_a_lease_ends_with_a_sentence(
+    database, make_worker
+):
     async def delete():
         await until_serving(database)
         database.path.unlink()
 
     error = await end_of(make_worker(lease_seconds=1.0), delete(), DatabaseUnavailableError)
-    assert str(error).endswith("cannot be used: its file is gone; put it back, or make a new one: dgx-music db init.")
+    assert str(error).endswith(
+        "cannot be used: its file is gone; put it back, or make a new one: dgx-music db init."
+    )
     assert not database.path.exists()
 
 
@@ -925,12 +1041,20 @@ async def test_a_worker_whose_schema_has_changed_finishes_claims_nothing_and_end
 
     error = await end_of(make_worker(), migrate())
     assert (error.exit_code, str(error).endswith(f"{remedy}.")) == (5, True)
-    assert [(await read(database, row)).status for row in (first, second)] == ["completed", "pending"]
-    assert ((await service_of(database)).end_reason, [r.prompt for r in engine.requests]) == (str(error), ["first"])
+    assert [(await read(database, row)).status for row in (first, second)] == [
+        "completed",
+        "pending",
+    ]
+    assert ((await service_of(database)).end_reason, [r.prompt for r in engine.requests]) == (
+        str(error),
+        ["first"],
+    )
 
 
 @OTHER_REVISIONS
-async def test_an_idle_worker_notices_that_its_schema_has_changed(database, make_worker, revision, remedy):
+async def test_an_idle_worker_notices_that_its_schema_has_changed(
+    database, make_worker, revision, remedy
+):
     async def migrate():
         await until_serving(database)
         await become(database, revision)
@@ -938,7 +1062,9 @@ async def test_an_idle_worker_notices_that_its_schema_has_changed(database, make
     assert remedy in str(await end_of(make_worker(), migrate()))
 
 
-async def test_a_drain_that_meets_another_schema_does_not_end_as_if_all_were_done(database, make_worker, engine):
+async def test_a_drain_that_meets_another_schema_does_not_end_as_if_all_were_done(
+    database, make_worker, engine
+):
     await add(database)
     engine.on_start = lambda: become(database, "9999")
     with pytest.raises(DatabaseNotMigratedError):
@@ -946,7 +1072,9 @@ async def test_a_drain_that_meets_another_schema_does_not_end_as_if_all_were_don
     assert engine.requests == []
 
 
-async def test_a_worker_whose_tables_lost_a_column_ends_with_the_schema_that_it_met(database, make_worker):
+async def test_a_worker_whose_tables_lost_a_column_ends_with_the_schema_that_it_met(
+    database, make_worker
+):
     async def downgrade():
         await until_serving(database)
         async with database.migrating() as engine, engine.begin() as connection:
@@ -991,12 +1119,19 @@ async def test_a_completion_under_way_is_not_stopped(database, make_worker, engi
 
 
 async def test_the_engine_gets_what_the_request_brings(database, make_worker, engine):
-    given = {"continuation": audio_file(0.5, channels=2), "melody": audio_file(0.25), "model": "musicgen-stereo-melody"}
+    given = {
+        "continuation": audio_file(0.5, channels=2),
+        "melody": audio_file(0.25),
+        "model": "musicgen-stereo-melody",
+    }
     await add(database, "", duration=1, negative_prompt="drums", **given)
     await make_worker(model="musicgen-stereo-melody").run(drain=True)
     (request,) = engine.requests
     assert (request.prompt, request.negative_prompt) == ("", "drums")
-    assert (request.continuation.samples.shape, request.melody.samples.shape) == ((2, 16_000), (1, 8_000))
+    assert (request.continuation.samples.shape, request.melody.samples.shape) == (
+        (2, 16_000),
+        (1, 8_000),
+    )
     assert (request.continuation.sample_rate, request.melody.sample_rate) == (32_000, 32_000)
 
 
@@ -1010,7 +1145,9 @@ async def test_a_clip_that_is_damaged_fails_its_generation_for_good(database, ma
     assert (row.status, row.attempt, row.error_message) == ("failed", 1, told)
 
 
-async def test_a_database_that_is_away_while_a_clip_is_read_costs_no_attempt(database, make_worker, monkeypatch):
+async def test_a_database_that_is_away_while_a_clip_is_read_costs_no_attempt(
+    database, make_worker, monkeypatch
+):
     away = [DatabaseUnavailableError("db", "it is away")]
 
     async def read_later(session, sha256s, read=clips.read_clips):
@@ -1022,7 +1159,11 @@ async def test_a_database_that_is_away_while_a_clip_is_read_costs_no_attempt(dat
     monkeypatch.setattr("dgx_music.worker.performing._CLIP_RETRY_SECONDS", 0.01)
     generation = await add(database, duration=2, continuation=audio_file())
     await make_worker().run(drain=True)
-    assert ((await read(database, generation)).status, await attempts_of(database, generation), away) == (
+    assert (
+        (await read(database, generation)).status,
+        await attempts_of(database, generation),
+        away,
+    ) == (
         "completed",
         [(1, "completed")],
         [],

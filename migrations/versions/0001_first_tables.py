@@ -6,7 +6,15 @@ Revises: nothing
 import sqlalchemy as sa
 from alembic import op
 
-from dgx_music.storage.schema import HashText, Id, JsonObject, ShortText, StatusText, UtcDateTime, now
+from dgx_music.storage.schema import (
+    HashText,
+    Id,
+    JsonObject,
+    ShortText,
+    StatusText,
+    UtcDateTime,
+    now,
+)
 
 revision = "0001"
 down_revision = None
@@ -72,20 +80,29 @@ def upgrade() -> None:
             name=op.f("ck_generations_finished_has_time"),
         ),
         sa.CheckConstraint(
-            "(worker_id IS NULL) = (lease_expires_at IS NULL)", name=op.f("ck_generations_claim_has_lease")
+            "(worker_id IS NULL) = (lease_expires_at IS NULL)",
+            name=op.f("ck_generations_claim_has_lease"),
         ),
         sa.CheckConstraint(
-            "worker_id IS NULL OR status = 'processing'", name=op.f("ck_generations_only_processing_is_held")
+            "worker_id IS NULL OR status = 'processing'",
+            name=op.f("ck_generations_only_processing_is_held"),
         ),
         sa.CheckConstraint(
-            "duration_seconds > 0 AND sample_rate > 0 AND channels > 0", name=op.f("ck_generations_audio_shape")
+            "duration_seconds > 0 AND sample_rate > 0 AND channels > 0",
+            name=op.f("ck_generations_audio_shape"),
         ),
-        sa.CheckConstraint("attempt >= 0 AND failures >= 0 AND max_attempts >= 1", name=op.f("ck_generations_counts")),
+        sa.CheckConstraint(
+            "attempt >= 0 AND failures >= 0 AND max_attempts >= 1",
+            name=op.f("ck_generations_counts"),
+        ),
         sa.CheckConstraint("progress >= 0 AND progress <= 1", name=op.f("ck_generations_progress")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_generations")),
         sa.UniqueConstraint("idempotency_key", name=op.f("uq_generations_idempotency_key")),
         sa.ForeignKeyConstraint(
-            ["prompt_id"], ["prompts.id"], name=op.f("fk_generations_prompt_id"), ondelete="SET NULL"
+            ["prompt_id"],
+            ["prompts.id"],
+            name=op.f("fk_generations_prompt_id"),
+            ondelete="SET NULL",
         ),
         postgresql_with={"fillfactor": 80},
     )
@@ -103,9 +120,13 @@ def upgrade() -> None:
         sqlite_where=PROCESSING,
         postgresql_where=PROCESSING,
     )
-    op.create_index("ix_generations_status_created_at", "generations", ["status", "created_at", "id"])
+    op.create_index(
+        "ix_generations_status_created_at", "generations", ["status", "created_at", "id"]
+    )
     op.create_index("ix_generations_created_at", "generations", ["created_at", "id"])
-    op.create_index("ix_generations_model_name_created_at", "generations", ["model_name", "created_at"])
+    op.create_index(
+        "ix_generations_model_name_created_at", "generations", ["model_name", "created_at"]
+    )
     op.create_index("ix_generations_completed_at", "generations", ["completed_at"])
     op.create_index(
         "ix_generations_due",
@@ -134,12 +155,19 @@ def upgrade() -> None:
         sa.Column("error_message", sa.Text),
         sa.Column("device_seconds", sa.Double),
         sa.CheckConstraint(
-            "outcome IN ('completed', 'failed', 'released', 'cancelled', 'lost')", name=op.f("ck_attempts_outcome")
+            "outcome IN ('completed', 'failed', 'released', 'cancelled', 'lost')",
+            name=op.f("ck_attempts_outcome"),
         ),
-        sa.CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name=op.f("ck_attempts_finished_has_outcome")),
+        sa.CheckConstraint(
+            "(outcome IS NULL) = (finished_at IS NULL)",
+            name=op.f("ck_attempts_finished_has_outcome"),
+        ),
         sa.PrimaryKeyConstraint("generation_id", "attempt", name=op.f("pk_attempts")),
         sa.ForeignKeyConstraint(
-            ["generation_id"], ["generations.id"], name=op.f("fk_attempts_generation_id"), ondelete="CASCADE"
+            ["generation_id"],
+            ["generations.id"],
+            name=op.f("fk_attempts_generation_id"),
+            ondelete="CASCADE",
         ),
     )
 

@@ -6,7 +6,15 @@ Revises: 0001
 import sqlalchemy as sa
 from alembic import op
 
-from dgx_music.storage.schema import JsonObject, LongText, ShortText, StatusText, UtcDateTime, claim_order, now
+from dgx_music.storage.schema import (
+    JsonObject,
+    LongText,
+    ShortText,
+    StatusText,
+    UtcDateTime,
+    claim_order,
+    now,
+)
 from dgx_music.storage.words import search_text
 
 revision = "0002"
@@ -206,7 +214,12 @@ def upgrade() -> None:
     )
     op.create_table(
         "tallies",
-        sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), autoincrement=True, nullable=False),
+        sa.Column(
+            "id",
+            sa.BigInteger().with_variant(sa.Integer, "sqlite"),
+            autoincrement=True,
+            nullable=False,
+        ),
         sa.Column("name", StatusText, nullable=False),
         sa.Column("delta", sa.Integer, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tallies")),
@@ -245,7 +258,9 @@ def downgrade() -> None:
 
 
 def create_index(name: str, columns: list, where: sa.TextClause | None = None) -> None:
-    op.create_index(f"ix_generations_{name}", "generations", columns, sqlite_where=where, postgresql_where=where)
+    op.create_index(
+        f"ix_generations_{name}", "generations", columns, sqlite_where=where, postgresql_where=where
+    )
 
 
 def fill_search_text() -> None:
@@ -254,7 +269,9 @@ def fill_search_text() -> None:
     fill = sa.text("UPDATE prompts SET search_text = :words WHERE id = :id")
     last = 0
     while rows := op.get_bind().execute(chunk, {"last": last, "count": PROMPTS_AT_ONCE}).all():
-        op.get_bind().execute(fill, [{"id": row.id, "words": search_text(row.text)} for row in rows])
+        op.get_bind().execute(
+            fill, [{"id": row.id, "words": search_text(row.text)} for row in rows]
+        )
         last = rows[-1].id
 
 

@@ -34,7 +34,11 @@ def upgrade() -> None:
         )
         is_given = sa.text(f"{name} IS NOT NULL")
         op.create_index(
-            f"ix_generations_{name}", "generations", [name], sqlite_where=is_given, postgresql_where=is_given
+            f"ix_generations_{name}",
+            "generations",
+            [name],
+            sqlite_where=is_given,
+            postgresql_where=is_given,
         )
 
 

@@ -13,9 +13,13 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    op.add_column("workers", sa.Column("state", StatusText, server_default="serving", nullable=False))
+    op.add_column(
+        "workers", sa.Column("state", StatusText, server_default="serving", nullable=False)
+    )
     # As text: Alembic would add the constraint in a second step, which on SQLite copies the table.
-    kind = "TIMESTAMP WITH TIME ZONE" if op.get_context().dialect.name == "postgresql" else "DATETIME"
+    kind = (
+        "TIMESTAMP WITH TIME ZONE" if op.get_context().dialect.name == "postgresql" else "DATETIME"
+    )
     op.execute(
         f"ALTER TABLE workers ADD COLUMN ended_at {kind}"
         " CONSTRAINT ck_workers_ended_has_time CHECK ((state = 'ended') = (ended_at IS NOT NULL))"
@@ -28,7 +32,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute("DELETE FROM workers WHERE state = 'ended'")  # an older version would think that they are silent
+    # an older version would think that they are silent
+    op.execute("DELETE FROM workers WHERE state = 'ended'")
     op.drop_column("workers", "end_reason")
     op.drop_column("workers", "ended_at")
     op.drop_column("workers", "state")

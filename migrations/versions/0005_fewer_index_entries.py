@@ -28,4 +28,10 @@ def downgrade() -> None:
 
 
 def create_index(name: str, column: str, where: sa.TextClause | None = None) -> None:
-    op.create_index(f"ix_generations_{name}", "generations", [column], sqlite_where=where, postgresql_where=where)
+    op.create_index(
+        f"ix_generations_{name}",
+        "generations",
+        [column],
+        sqlite_where=where,
+        postgresql_where=where,
+    )

@@ -128,7 +128,9 @@ _MODULES = {
     "list_generations search_generations",
     "storage.estimates": "Estimate",
 }
-_MODULE_OF = {name: f"dgx_music.{module}" for module, names in _MODULES.items() for name in names.split()}
+_MODULE_OF = {
+    name: f"dgx_music.{module}" for module, names in _MODULES.items() for name in names.split()
+}
 
 
 def __getattr__(name: str) -> object:

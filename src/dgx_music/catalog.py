@@ -40,7 +40,9 @@ def _hub(
     *,
     hears_melody: bool = False,
 ) -> ModelInfo:
-    return ModelInfo(name, channels, f"facebook/{name}", revision, MUSICGEN_LICENCE, hears_melody=hears_melody)
+    return ModelInfo(
+        name, channels, f"facebook/{name}", revision, MUSICGEN_LICENCE, hears_melody=hears_melody
+    )
 
 
 MODELS: dict[str, ModelInfo] = {
@@ -53,7 +55,9 @@ MODELS: dict[str, ModelInfo] = {
         _hub("musicgen-stereo-medium", "2747e613fbaadc43b14257224326ef58c5c11b81", channels=2),
         _hub("musicgen-stereo-large", "bda8ec330c9c17e09728589eaf678f58f7d2d932", channels=2),
         _hub("musicgen-melody", "68d653a95788ec0d2b0abccab22c0b3a200c2d90", hears_melody=True),
-        _hub("musicgen-melody-large", "6fdf8d3d815995108c9bdb5183414ff464b171ac", hears_melody=True),
+        _hub(
+            "musicgen-melody-large", "6fdf8d3d815995108c9bdb5183414ff464b171ac", hears_melody=True
+        ),
         _hub(
             "musicgen-stereo-melody",
             "022c3bd20a7d77e7c014082f0391bcbcd3940a7a",
@@ -77,7 +81,8 @@ UNTRAINED_NOTICE = "untrained weights: the audio is noise"
 def find_model(name: str) -> ModelInfo | None:
     """Return the model of this name or of this local folder (an absolute path), or ``None``."""
     if PurePath(name).is_absolute():
-        return ModelInfo(str(PurePath(name)), hears_melody=None)  # without the slash that a shell's completion adds
+        # without the slash that a shell's completion adds
+        return ModelInfo(str(PurePath(name)), hears_melody=None)
     return MODELS.get(name)
 
 

@@ -32,7 +32,9 @@ OTHER_VARIABLES = ("DGX_MUSIC_TONE_SCRIPT", "DGX_MUSIC_TONE_SPEED")
 """An engine's process reads these itself."""
 MOST_SLOTS = 256
 
-_NOT_OURS = re.compile(r"TEST_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+_NOT_OURS = re.compile(
+    r"TEST_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
+)
 """The tests' own variables, and those that Kubernetes and Docker set in each container for a
 service named ``dgx-music…``."""
 _SLOTS = re.compile(r"[0-9]{1,3}")
@@ -108,7 +110,9 @@ class Settings:
         EngineName,
         Setting("`musicgen`, or `tone`: sine waves for tests, no torch needed", panel=_MODEL),
     ] = "musicgen"
-    device: Annotated[str, Setting("`auto`, `cpu`, `cuda` or `cuda:N`", check=_check_device, panel=_MODEL)] = "auto"
+    device: Annotated[
+        str, Setting("`auto`, `cpu`, `cuda` or `cuda:N`", check=_check_device, panel=_MODEL)
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Setting("the model's number format", panel=_MODEL),
@@ -146,7 +150,9 @@ class Settings:
         ),
     ] = "auto"
     audio_format: Annotated[AudioFormat, Setting("file format", panel=_AUDIO)] = "wav"
-    loudness: Annotated[Loudness, Setting("`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`", panel=_AUDIO)] = "lufs"
+    loudness: Annotated[
+        Loudness, Setting("`lufs` (-14 LUFS), `peak` (-1 dBFS) or `none`", panel=_AUDIO)
+    ] = "lufs"
     tenant_limit: Annotated[
         int | None,
         Setting(
@@ -158,20 +164,24 @@ class Settings:
     lease_seconds: Annotated[
         float, Setting("a worker silent for this long has lost its rows", 1, 3600, panel=_TIMING)
     ] = 30.0
-    heartbeat_seconds: Annotated[float, Setting("time between two renewals of the lease", 0.05, 600, panel=_TIMING)] = (
-        2.0
-    )
-    poll_seconds: Annotated[float, Setting("longest time between two looks for work", 0.05, 600, panel=_TIMING)] = 5.0
+    heartbeat_seconds: Annotated[
+        float, Setting("time between two renewals of the lease", 0.05, 600, panel=_TIMING)
+    ] = 2.0
+    poll_seconds: Annotated[
+        float, Setting("longest time between two looks for work", 0.05, 600, panel=_TIMING)
+    ] = 5.0
     grace_seconds: Annotated[
         float,
         Setting("time that running generations get to finish at a stop", 0, 3600, panel=_TIMING),
     ] = 30.0
-    deadline_floor_seconds: Annotated[float, Setting("least time an attempt may take", 1, 86_400, panel=_TIMING)] = (
-        300.0
-    )
+    deadline_floor_seconds: Annotated[
+        float, Setting("least time an attempt may take", 1, 86_400, panel=_TIMING)
+    ] = 300.0
     deadline_factor: Annotated[
         float,
-        Setting("further seconds an attempt gets for each second of audio", 0, 10_000, panel=_TIMING),
+        Setting(
+            "further seconds an attempt gets for each second of audio", 0, 10_000, panel=_TIMING
+        ),
     ] = 60.0
     backoff_base_seconds: Annotated[
         float, Setting("wait before the first retry; doubles with each", 0, 3600, panel=_TIMING)
@@ -199,7 +209,9 @@ class Settings:
     ] = 5.0
     statement_timeout_seconds: Annotated[
         float,
-        Setting("time that PostgreSQL gives one statement, migrations aside", 0.1, 3600, panel=_SERVER),
+        Setting(
+            "time that PostgreSQL gives one statement, migrations aside", 0.1, 3600, panel=_SERVER
+        ),
     ] = 10.0
     command_timeout_seconds: Annotated[
         float,
@@ -227,7 +239,9 @@ class Settings:
     @property
     def served_models(self) -> tuple[str, ...]:
         """The models a worker serves; the first is loaded first."""
-        return (self.model,) if self.models is None else tuple(dict.fromkeys(self.models.split(",")))
+        return (
+            (self.model,) if self.models is None else tuple(dict.fromkeys(self.models.split(",")))
+        )
 
     @property
     def is_private(self) -> bool:
@@ -254,7 +268,9 @@ def load_settings(**given: Any) -> Settings:
     in_environment = replace(SETTINGS["database_url"], check=None).value_of({}, environment)
     if given.get("database_url") not in (None, in_environment):
         given = {"replica_url": None} | given
-    settings = Settings(**{name: each.value_of(given, environment) for name, each in SETTINGS.items()})
+    settings = Settings(
+        **{name: each.value_of(given, environment) for name, each in SETTINGS.items()}
+    )
     _check_together(settings)
     return settings
 
@@ -270,7 +286,9 @@ def check_variables(names: Iterable[str] | None = None) -> None:
 
     Raises ``ConfigurationError`` that names the nearest setting.
     """
-    known = [each.upper() for each in SETTINGS] + [each.removeprefix(PREFIX) for each in OTHER_VARIABLES]
+    known = [each.upper() for each in SETTINGS] + [
+        each.removeprefix(PREFIX) for each in OTHER_VARIABLES
+    ]
     for name in os.environ if names is None else names:
         prefix, own = name.upper()[: len(PREFIX)], name.upper()[len(PREFIX) :]
         if prefix == PREFIX and own not in known and not _NOT_OURS.fullmatch(own):

@@ -23,10 +23,11 @@ DgxMusicError
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from dgx_music.storage.schema import GenerationStatus
+    from dgx_music.statuses import GenerationStatus
 
 
 class DgxMusicError(Exception):
@@ -65,7 +66,9 @@ class GenerationNotFoundError(DgxMusicError):
     exit_code = 3
 
     def __init__(self, generation_id: str) -> None:
-        super().__init__(f"There is no generation {generation_id!r}; `dgx-music list` shows those that exist.")
+        super().__init__(
+            f"There is no generation {generation_id!r}; `dgx-music list` shows those that exist."
+        )
         self.generation_id = generation_id
 
 
@@ -75,10 +78,16 @@ class IllegalTransitionError(DgxMusicError):
     exit_code = 4
 
     def __init__(
-        self, generation_id: str, current: GenerationStatus, wanted: GenerationStatus, reason: str = ""
+        self,
+        generation_id: str,
+        current: GenerationStatus,
+        wanted: GenerationStatus,
+        reason: str = "",
     ) -> None:
         because = f" ({reason})" if reason else ""
-        super().__init__(f"Generation {generation_id} is {current} and cannot become {wanted}{because}.")
+        super().__init__(
+            f"Generation {generation_id} is {current} and cannot become {wanted}{because}."
+        )
         self.generation_id = generation_id
         self.current = current
         self.wanted = wanted
@@ -106,9 +115,13 @@ class WaitTimeoutError(DgxMusicError, TimeoutError):
 
     exit_code = 124
 
-    def __init__(self, generation_id: str, status: GenerationStatus | None, timeout_seconds: float) -> None:
+    def __init__(
+        self, generation_id: str, status: GenerationStatus | None, timeout_seconds: float
+    ) -> None:
         so_far = status or "unfinished"
-        super().__init__(f"Generation {generation_id} is still {so_far} after {timeout_seconds:g} s; it goes on.")
+        super().__init__(
+            f"Generation {generation_id} is still {so_far} after {timeout_seconds:g} s; it goes on."
+        )
         self.generation_id = generation_id
         self.status = status
 
@@ -203,3 +216,22 @@ def how_to_install(extra: str = "") -> str:
     """
     what = f"'.[{extra}]'" if extra else "."
     return f"run pip install {what} in a checkout of dgx-music"
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """Return the only error in an exception group, or the first if all are ``DgxMusicError``.
+
+    Otherwise returns the group; an error that is no group is returned as it is. Several tasks may
+    notice at once that the database is lost: one message is enough.
+    """
+    leaves = list(_leaves(error))
+    is_told_by_first = len(leaves) == 1 or all(isinstance(leaf, DgxMusicError) for leaf in leaves)
+    return leaves[0] if is_told_by_first else error
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+        return
+    for inner in error.exceptions:
+        yield from _leaves(inner)

@@ -110,7 +110,9 @@ def earliest_start(slots: Iterable[Slot], ahead: Ahead) -> float:
     in_hand = [slot.free_in.low / slot.speed.low for slot in slots]
     left = (len(slots) - 1) * max(ahead.longest_seconds, *in_hand)
     rate = sum(1 / slot.speed.low for slot in slots)
-    return max(min(slot.free_in.low for slot in slots), (ahead.audio_seconds + sum(in_hand) - left) / rate)
+    return max(
+        min(slot.free_in.low for slot in slots), (ahead.audio_seconds + sum(in_hand) - left) / rate
+    )
 
 
 def latest_start(slots: Iterable[Slot], ahead: Ahead) -> float:

@@ -51,7 +51,9 @@ def _checked(default: Any, check: Callable[..., object], **limits: float) -> Any
 
 def _always_stored(default: Any, check: Callable[..., object], **limits: float) -> Any:
     """Return a field that is in every row's JSON, as the first five are; use it for no new one."""
-    return field(default=default, metadata={"check": partial(check, **limits), "is_always_stored": True})
+    return field(
+        default=default, metadata={"check": partial(check, **limits), "is_always_stored": True}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,8 +123,14 @@ def declared(settings: type, prefix: str) -> dict[str, Setting]:
 def _check_readable(setting: Setting) -> None:
     if setting.type in (int, float):
         if setting.low is None or setting.high is None:
-            raise TypeError(f"The setting {setting.name} is a number; give it the limits low and high.")
-    elif setting.type is not str and get_origin(setting.type) is not Literal and setting.check is None:
+            raise TypeError(
+                f"The setting {setting.name} is a number; give it the limits low and high."
+            )
+    elif (
+        setting.type is not str
+        and get_origin(setting.type) is not Literal
+        and setting.check is None
+    ):
         problem = f"cannot be read as {setting.type}"
         raise TypeError(f"The setting {setting.name} {problem}; give it a check that does this.")
 

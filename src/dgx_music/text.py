@@ -41,18 +41,28 @@ def plain(text: str) -> str:
     the joiners within Persian or Hindi words and emoji, and one variation selector after a
     character.
     """
-    return _ESCAPED.sub(lambda found: found[0] if _is_plain(text, found.start()) else escape(found[0]), text)
+    return _ESCAPED.sub(
+        lambda found: found[0] if _is_plain(text, found.start()) else escape(found[0]), text
+    )
 
 
 def plain_json(text: str) -> str:
     """Return the same JSON, with JSON's own escapes for characters that cannot be seen."""
-    return _ESCAPED_IN_JSON.sub(lambda found: found[0] if _is_simple(found[0]) else _in_json(found[0]), text)
+    return _ESCAPED_IN_JSON.sub(
+        lambda found: found[0] if _is_simple(found[0]) else _in_json(found[0]), text
+    )
 
 
 def escape(character: str) -> str:
     r"""Return the character as Python writes it: ``\x1b``, ``\u202e``, ``\U000e0041``."""
     code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return (
+        f"\\x{code:02x}"
+        if code < 0x100
+        else f"\\u{code:04x}"
+        if code < 0x10000
+        else f"\\U{code:08x}"
+    )
 
 
 def _in_json(character: str) -> str:

@@ -261,7 +261,9 @@ def _check_json(field: str, value: object, depth: int) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise InvalidRequestError(field, f"has the key {shown(key)}", "use text for every key")
+                raise InvalidRequestError(
+                    field, f"has the key {shown(key)}", "use text for every key"
+                )
             _clean_text(field, key, "remove it from the key")
             _check_json(field, item, depth + 1)
     elif isinstance(value, list | tuple):
@@ -272,7 +274,9 @@ def _check_json(field: str, value: object, depth: int) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise InvalidRequestError(field, f"holds {value}", "JSON has finite numbers only")
     elif isinstance(value, int) and abs(value) > MAX_SEED:
-        raise InvalidRequestError(field, "holds a whole number of more than 63 bits", "store it as text")
+        raise InvalidRequestError(
+            field, "holds a whole number of more than 63 bits", "store it as text"
+        )
     elif not (value is None or isinstance(value, bool | int | float)):
         raise InvalidRequestError(
             field,
@@ -314,7 +318,9 @@ def _clean_text(field: str, value: object, remedy: str) -> str:
 def _one_line(field: str, value: object) -> str:
     text = _clean_text(field, value, "use printable characters on one line")
     if "\n" in text or "\t" in text:
-        raise InvalidRequestError(field, "has a line break or tab", "use printable characters on one line")
+        raise InvalidRequestError(
+            field, "has a line break or tab", "use printable characters on one line"
+        )
     return text
 
 

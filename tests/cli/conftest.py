@@ -100,7 +100,9 @@ def add(*prompts: str, **values: Any) -> list[str]:
 
     async def store() -> list[str]:
         async with opened_default() as database, database.session() as session:
-            return [(await add_generation(session, prompt=prompt, **values)).id for prompt in prompts]
+            return [
+                (await add_generation(session, prompt=prompt, **values)).id for prompt in prompts
+            ]
 
     return asyncio.run(store())
 

@@ -53,7 +53,9 @@ def test_reset_asks_on_a_terminal_and_says_how_much_is_lost(
 ) -> None:
     add("lofi rain", "trap beat")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("typer.confirm", lambda question, err: "all 2 generations" in question and answer == "y")
+    monkeypatch.setattr(
+        "typer.confirm", lambda question, err: "all 2 generations" in question and answer == "y"
+    )
 
     assert run("db", "reset").code == code
     assert count_rows() == left
@@ -70,9 +72,17 @@ def newer() -> None:
 @pytest.mark.usefixtures("newer")
 @pytest.mark.parametrize(
     "words",
-    [("db", "reset", "--yes"), ("db", "migrate"), ("enqueue", "rain"), ("list",), ("worker", "--engine", "tone")],
+    [
+        ("db", "reset", "--yes"),
+        ("db", "migrate"),
+        ("enqueue", "rain"),
+        ("list",),
+        ("worker", "--engine", "tone"),
+    ],
 )
-def test_a_newer_schema_is_one_sentence_that_says_to_upgrade(run: Run, words: tuple[str, ...]) -> None:
+def test_a_newer_schema_is_one_sentence_that_says_to_upgrade(
+    run: Run, words: tuple[str, ...]
+) -> None:
     result = run(*words)
 
     assert (result.code, len(result.err.splitlines())) == (5, 1)
@@ -89,14 +99,19 @@ def test_current_and_doctor_say_to_upgrade_on_a_newer_schema(run: Run) -> None:
 
 @pytest.mark.parametrize("revision", ["abcdef123", "0003abc"])
 @pytest.mark.parametrize("words", [("migrate",), ("reset", "--yes"), ("current",)])
-def test_a_revision_that_is_none_of_ours_is_not_called_newer(run: Run, revision: str, words: tuple[str, ...]) -> None:
+def test_a_revision_that_is_none_of_ours_is_not_called_newer(
+    run: Run, revision: str, words: tuple[str, ...]
+) -> None:
     add("lofi rain")
     with closing(sqlite3.connect("data/generations.db")) as connection, connection:
         connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'")
 
     result = run("db", *words)
 
-    assert ("is not one of this product's" in result.err, "upgrade dgx-music" in result.err) == (True, False)
+    assert ("is not one of this product's" in result.err, "upgrade dgx-music" in result.err) == (
+        True,
+        False,
+    )
     assert result.code == (0 if words == ("current",) else 5)
 
 
@@ -110,9 +125,12 @@ def test_a_backup_is_a_whole_database_of_one_file(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "words"), [("there", "there exists"), ("no/folder.db", "No such file"), (".", "exists")]
+    ("file", "words"),
+    [("there", "there exists"), ("no/folder.db", "No such file"), (".", "exists")],
 )
-def test_a_backup_overwrites_nothing_and_leaves_nothing_half_done(run: Run, file: str, words: str) -> None:
+def test_a_backup_overwrites_nothing_and_leaves_nothing_half_done(
+    run: Run, file: str, words: str
+) -> None:
     add("lofi rain")
     Path("there").write_text("mine")
     before = set(Path().iterdir())
@@ -131,16 +149,23 @@ def test_a_backup_of_nothing_is_refused(run: Run) -> None:
 
 
 def test_a_backup_of_postgresql_names_its_own_tool(run: Run) -> None:
-    result = run("db", "backup", "copy.dump", "--database-url", "postgresql://ada:secret@host/music")
+    result = run(
+        "db", "backup", "copy.dump", "--database-url", "postgresql://ada:secret@host/music"
+    )
 
     assert (result.code, "secret" in result.err) == (2, False)
     assert "pg_dump --format=custom --file=copy.dump postgresql://ada@host/music" in result.err
 
 
 def test_the_advice_of_a_backup_can_be_pasted(run: Run) -> None:
-    name, url = "ada's copy; $(date).dump", "postgresql://ada@host/ada's music?sslmode=disable&application_name=a"
+    name, url = (
+        "ada's copy; $(date).dump",
+        "postgresql://ada@host/ada's music?sslmode=disable&application_name=a",
+    )
 
-    command = run("db", "backup", name, "--database-url", url).err.partition("`")[2].rpartition("`")[0]
+    command = (
+        run("db", "backup", name, "--database-url", url).err.partition("`")[2].rpartition("`")[0]
+    )
 
     words = shlex.split(command)
     assert words[:3] == ["pg_dump", "--format=custom", f"--file={name}"]
@@ -164,7 +189,10 @@ def test_a_backup_of_what_is_not_ours_is_refused(run: Run, statement: str) -> No
     result = run("db", "backup", "copy.db", "--database-url", "sqlite:///theirs.db")
 
     assert (result.code, "holds no tables of dgx-music" in result.err) == (5, True)
-    assert ([path.name for path in Path().iterdir()], Path("theirs.db").read_bytes()) == (["theirs.db"], before)
+    assert ([path.name for path in Path().iterdir()], Path("theirs.db").read_bytes()) == (
+        ["theirs.db"],
+        before,
+    )
 
 
 def test_a_backup_onto_a_full_disk_does_not_blame_the_database(
@@ -183,14 +211,20 @@ def test_a_backup_onto_a_full_disk_does_not_blame_the_database(
     assert "FILE copy.db cannot be written (No space left on device)" in result.err
 
 
-def test_a_backup_beyond_the_limit_of_a_files_size_does_not_blame_the_database(spawn: Spawn, migrated: None) -> None:
+def test_a_backup_beyond_the_limit_of_a_files_size_does_not_blame_the_database(
+    spawn: Spawn, migrated: None
+) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))
 
     process = spawn("db", "backup", "copy.db", preexec_fn=limit)
 
     _, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, "FILE copy.db cannot be written" in err, "generations.db" in err) == (7, True, False)
+    assert (
+        process.returncode,
+        "FILE copy.db cannot be written" in err,
+        "generations.db" in err,
+    ) == (7, True, False)
     assert [path.name for path in Path().iterdir()] == ["data"]
 
 

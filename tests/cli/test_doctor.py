@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from dgx_music.cli.examination import Finding, _examine_database, _examine_device, _examine_model, exit_code_of
+from dgx_music.cli.examination import (
+    Finding,
+    _examine_database,
+    _examine_device,
+    _examine_model,
+    exit_code_of,
+)
 from dgx_music.config import load_settings
 from dgx_music.storage import Database
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
@@ -28,7 +34,10 @@ def test_doctor_finds_all_well_for_the_tone_engine(run: Run) -> None:
 
     assert (result.code, result.json["is_usable"]) == (0, True)
     found = findings(result)
-    assert found["database"] == ("ok", f"sqlite:///data/generations.db is at head ({SCHEMA_REVISION})")
+    assert found["database"] == (
+        "ok",
+        f"sqlite:///data/generations.db is at head ({SCHEMA_REVISION})",
+    )
     assert found["output"][0] == "ok"
     assert "free" in found["output"][1]
 
@@ -41,7 +50,9 @@ def test_doctor_creates_nothing(run: Run) -> None:
 def test_doctor_says_that_untrained_weights_make_noise(run: Run) -> None:
     pytest.importorskip("torch")
 
-    found = findings(run("doctor", "--model", "musicgen-tiny-untrained", "--device", "cpu", "--json"))
+    found = findings(
+        run("doctor", "--model", "musicgen-tiny-untrained", "--device", "cpu", "--json")
+    )
 
     assert found["device"] == ("ok", "cpu, as asked for")
     assert "the audio is noise" in found["model"][1]
@@ -84,8 +95,12 @@ def test_doctor_looks_for_the_device_that_is_asked_for(
 def test_doctor_says_whether_the_weights_are_here_or_can_be_had(
     monkeypatch: pytest.MonkeyPatch, is_there: bool, problem: str | None, verdict: str, words: str
 ) -> None:
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: is_there)
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: problem)
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: is_there
+    )
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: problem
+    )
 
     finding = _examine_model(load_settings(model="musicgen-large"), "musicgen-large")
 
@@ -95,8 +110,13 @@ def test_doctor_says_whether_the_weights_are_here_or_can_be_had(
 def test_a_model_beside_the_first_that_cannot_be_had_keeps_no_worker_from_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: False)
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: "No network.")
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: False
+    )
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.find_obstacle",
+        lambda model, revision: "No network.",
+    )
     settings = load_settings(models="musicgen-small,musicgen-large")
 
     verdicts = [_examine_model(settings, name).verdict for name in settings.served_models]
@@ -116,12 +136,17 @@ def test_a_model_beside_the_first_that_cannot_be_had_keeps_no_worker_from_runnin
     ],
 )
 def test_doctor_ends_with_what_a_worker_would_meet_first(failed: list[str], code: int) -> None:
-    findings = [Finding("ok", "python", ""), *(Finding("failed", subject, "") for subject in failed)]
+    findings = [
+        Finding("ok", "python", ""),
+        *(Finding("failed", subject, "") for subject in failed),
+    ]
 
     assert exit_code_of(findings) == code
 
 
-def test_doctor_tells_how_to_install_a_missing_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_tells_how_to_install_a_missing_engine(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dgx_music.cli.examination.ENGINE_PACKAGES", ("torch-of-nowhere",))
 
     result = run("doctor", "--json")
@@ -136,21 +161,21 @@ def test_doctor_tells_how_to_install_a_missing_engine(run: Run, monkeypatch: pyt
 def test_doctor_ends_5_where_neither_the_database_nor_the_output_can_be_used(run: Run) -> None:
     Path("notes.txt").write_text("not a database, but long enough to look at" * 50)
 
-    result = run(
-        "doctor", "--engine", "tone", "--database-url", "sqlite:///notes.txt", "--output", "notes.txt/x", "--json"
-    )
+    options = ("--database-url", "sqlite:///notes.txt", "--output", "notes.txt/x")
+    result = run("doctor", "--engine", "tone", *options, "--json")
 
     found = findings(result)
     assert (result.code, found["database"][0], found["output"][0]) == (5, "failed", "failed")
-    assert (
-        run("worker", "--engine", "tone", "--database-url", "sqlite:///notes.txt", "--output", "notes.txt/x").code == 5
-    )
+    assert run("worker", "--engine", "tone", *options).code == 5
 
 
 def test_doctor_ends_7_where_a_worker_would_for_its_output(run: Run, migrated: None) -> None:
     Path("file").write_text("no folder")
 
-    codes = [run(command, "--engine", "tone", "--output", "file/audio").code for command in ("doctor", "worker")]
+    codes = [
+        run(command, "--engine", "tone", "--output", "file/audio").code
+        for command in ("doctor", "worker")
+    ]
 
     assert codes == [7, 7]
 
@@ -165,7 +190,11 @@ def test_doctor_ends_2_where_a_setting_is_wrong(run: Run, monkeypatch: pytest.Mo
     ("variable", "value", "words"),
     [
         ("DGX_MUSIC_TONE_SPEED", "abc", "DGX_MUSIC_TONE_SPEED is 'abc'; use a number above 0."),
-        ("DGX_MUSIC_TONE_SCRIPT", "/no/script.json", "the tone script /no/script.json cannot be read: No such file"),
+        (
+            "DGX_MUSIC_TONE_SCRIPT",
+            "/no/script.json",
+            "the tone script /no/script.json cannot be read: No such file",
+        ),
     ],
 )
 def test_a_wrong_variable_of_the_tone_engine_ends_2(
@@ -181,7 +210,8 @@ def test_a_wrong_variable_of_the_tone_engine_ends_2(
 
 
 def test_doctor_notices_a_database_that_cannot_be_written(run: Run, migrated: None) -> None:
-    with Path("data/generations.db").open("r+b") as file:  # what SQLite reads as: only later versions may write here
+    # what SQLite reads as: only later versions may write here
+    with Path("data/generations.db").open("r+b") as file:
         file.seek(18)
         file.write(bytes([3]))
 
@@ -201,11 +231,15 @@ def test_doctor_notices_a_place_where_no_database_can_be_made(run: Run) -> None:
 
 
 @on("asyncpg", "psycopg")
-async def test_doctor_notices_a_server_that_only_reads(database: Database, database_url: str) -> None:
+async def test_doctor_notices_a_server_that_only_reads(
+    database: Database, database_url: str
+) -> None:
     async with database.migrating() as engine, engine.connect() as connection:
         autocommit = await connection.execution_options(isolation_level="AUTOCOMMIT")
         name = await autocommit.scalar(text("SELECT current_database()"))
-        await autocommit.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
+        await autocommit.execute(
+            text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+        )
 
     finding = await _examine_database(Database(database_url))
 
@@ -221,18 +255,26 @@ async def test_what_doctor_tries_leaves_nothing_behind(database: Database) -> No
 
 @pytest.mark.parametrize(("revision", "verdict"), [("9999", "failed"), ("0003", "warning")])
 @on(SQLITE)
-async def test_doctor_tells_a_newer_schema_from_an_older_one(database: Database, revision: str, verdict: str) -> None:
+async def test_doctor_tells_a_newer_schema_from_an_older_one(
+    database: Database, revision: str, verdict: str
+) -> None:
     async with database.session() as session:
         await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '{revision}'"))
 
     finding = await _examine_database(database)
 
-    assert (finding.verdict, "upgrade dgx-music" in finding.detail) == (verdict, verdict == "failed")
+    assert (finding.verdict, "upgrade dgx-music" in finding.detail) == (
+        verdict,
+        verdict == "failed",
+    )
 
 
 def test_files_that_are_gone_are_counted_and_shown(run: Run, migrated: None, place: Path) -> None:
     (place / "there.wav").write_text("music")
-    ids = [add("x", status="completed", file_path=str(place / f"{name}.wav"))[0] for name in ("there", "gone")]
+    ids = [
+        add("x", status="completed", file_path=str(place / f"{name}.wav"))[0]
+        for name in ("there", "gone")
+    ]
     add("x", status="completed", file_path="relative/to/nobody/knows.wav")
     add("x", status="failed", file_path=str(place / "gone.wav"))
 
@@ -249,13 +291,21 @@ def test_files_of_another_size_are_counted_and_shown(run: Run, migrated: None, p
         (place / f"{name}.wav").write_bytes(content)
     (place / "folder.wav").mkdir()
     names = ("whole", "cut", "empty", "folder")
-    ids = [add("x", status="completed", file_size_bytes=5, file_path=str(place / f"{name}.wav"))[0] for name in names]
+    ids = [
+        add("x", status="completed", file_size_bytes=5, file_path=str(place / f"{name}.wav"))[0]
+        for name in names
+    ]
 
     assert findings(run("doctor", "--engine", "tone", "--files", "--json"))["files"] == (
         "warning",
         f"3 of 4 are damaged, such as {place / 'cut.wav'}",
     )
-    assert [run("show", one, "--json").json["file_is_damaged"] for one in ids] == [False, True, True, True]
+    assert [run("show", one, "--json").json["file_is_damaged"] for one in ids] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     assert [run("show", one, "--json").json["file_is_missing"] for one in ids] == [False] * 4
     assert "file is 3 bytes and not 5" in run("show", ids[1]).out
 
@@ -271,17 +321,29 @@ def test_no_file_is_missing_where_there_is_none(run: Run, migrated: None) -> Non
 
 
 def test_an_output_folder_that_is_gone_is_said_not_to_exist(run: Run, migrated: None) -> None:
-    assert "data/audio does not exist yet" in findings(run("doctor", "--engine", "tone", "--json"))["output"][1]
+    assert (
+        "data/audio does not exist yet"
+        in findings(run("doctor", "--engine", "tone", "--json"))["output"][1]
+    )
 
 
-def test_doctor_does_not_download_what_is_to_be_verified(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_does_not_download_what_is_to_be_verified(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch")
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: False)
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: None)
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: False
+    )
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.find_obstacle", lambda model, revision: None
+    )
 
     found = findings(run("doctor", "--device", "cpu", "--verify", "--json"))
 
-    assert found["answers"] == ("warning", "not compared: the weights of musicgen-small are not on this machine")
+    assert found["answers"] == (
+        "warning",
+        "not compared: the weights of musicgen-small are not on this machine",
+    )
 
 
 def test_doctor_looks_into_a_local_folder(run: Run, place: Path) -> None:
@@ -305,19 +367,32 @@ def test_doctor_notices_a_local_folder_of_junk(run: Run, place: Path) -> None:
 
     problem = f"{place} cannot be loaded: config.json is not that of a MusicGen model"
     assert result.code == 6
-    assert findings(result)["model"] == ("failed", f"{problem}; save the model there with save_pretrained")
+    assert findings(result)["model"] == (
+        "failed",
+        f"{problem}; save the model there with save_pretrained",
+    )
 
 
 @pytest.mark.parametrize(
-    ("models", "verdict"), [("musicgen-large", "failed"), ("musicgen-small,musicgen-large", "warning")]
+    ("models", "verdict"),
+    [("musicgen-large", "failed"), ("musicgen-small,musicgen-large", "warning")],
 )
-def test_doctor_notices_damage_in_the_cache(monkeypatch: pytest.MonkeyPatch, models: str, verdict: str) -> None:
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: True)
-    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.find_damage_of", lambda model, revision: "it is bad")
+def test_doctor_notices_damage_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, models: str, verdict: str
+) -> None:
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.has_weights", lambda model, revision: True
+    )
+    monkeypatch.setattr(
+        "dgx_music.inference.musicgen.inventory.find_damage_of", lambda model, revision: "it is bad"
+    )
 
     finding = _examine_model(load_settings(models=models), "musicgen-large")
 
-    assert (finding.verdict, "in the Hugging Face cache cannot be loaded: it is bad" in finding.detail) == (
+    assert (
+        finding.verdict,
+        "in the Hugging Face cache cannot be loaded: it is bad" in finding.detail,
+    ) == (
         verdict,
         True,
     )
@@ -330,7 +405,9 @@ def test_doctor_prints_a_table_and_a_verdict(run: Run) -> None:
     assert "A worker can run here." in result.err
 
 
-def test_a_file_system_without_links_is_a_warning(run: Run, migrated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links_is_a_warning(
+    run: Run, migrated: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_args: object, **_options: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 

@@ -92,7 +92,9 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("arguments", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys())
-def test_bad_input_ends_2_with_one_sentence_and_stores_nothing(run: Run, arguments: list[str]) -> None:
+def test_bad_input_ends_2_with_one_sentence_and_stores_nothing(
+    run: Run, arguments: list[str]
+) -> None:
     result = run("enqueue", *arguments)
 
     assert result.code == 2
@@ -133,22 +135,35 @@ def test_prints_the_id_on_stdout_and_all_else_on_stderr(run: Run) -> None:
 
 
 def test_json_is_the_row_with_every_option_that_was_given(run: Run) -> None:
-    row = run(
-        *("enqueue", "lofi rain", "--json", "--duration", 16, "--model", "musicgen-stereo-small", "--seed", 7),
-        *("--priority", 5, "--max-attempts", 1, "--idempotency-key", "k", "--metadata", '{"bpm": 140}'),
-        *("--guidance-scale", 4, "--temperature", 0.5, "--top-k", 10, "--top-p", 0.9, "--sample-rate", 48_000),
-        *("--run-at", "2030-01-31T12:00:00+01:00", "--channels", 1),
-    ).json
+    options = (
+        "--duration 16 --model musicgen-stereo-small --seed 7 --priority 5 --max-attempts 1 "
+        "--idempotency-key k --guidance-scale 4 --temperature 0.5 --top-k 10 --top-p 0.9 "
+        "--sample-rate 48000 --channels 1 --run-at 2030-01-31T12:00:00+01:00"
+    )
+    words = (*options.split(), "--metadata", '{"bpm": 140}')
+    row = run("enqueue", "lofi rain", "--json", *words).json
 
-    assert (row["duration_seconds"], row["model_name"], row["channels"]) == (16.0, "musicgen-stereo-small", 1)
-    assert row["sampling"] == {"guidance_scale": 4.0, "temperature": 0.5, "top_k": 10, "top_p": 0.9, "seed": 7}
+    assert (row["duration_seconds"], row["model_name"], row["channels"]) == (
+        16.0,
+        "musicgen-stereo-small",
+        1,
+    )
+    assert row["sampling"] == {
+        "guidance_scale": 4.0,
+        "temperature": 0.5,
+        "top_k": 10,
+        "top_p": 0.9,
+        "seed": 7,
+    }
     assert (row["priority"], row["max_attempts"], row["idempotency_key"]) == (5, 1, "k")
     assert (row["metadata"], row["sample_rate"]) == ({"bpm": 140}, 48_000)
     assert row["run_at"] == "2030-01-31T11:00:00+00:00"
 
 
 def test_a_text_file_is_a_prompt_in_each_line_with_the_options_as_defaults(run: Run) -> None:
-    Path("prompts.txt").write_text('\ufefflofi rain\n\n  trap beat \r\n{"prompt": "pads", "duration": 2}\n')
+    Path("prompts.txt").write_text(
+        '\ufefflofi rain\n\n  trap beat \r\n{"prompt": "pads", "duration": 2}\n'
+    )
 
     rows = run("enqueue", "--file", "prompts.txt", "--duration", 5, "--json").json
 
@@ -160,7 +175,10 @@ def test_a_text_file_is_a_prompt_in_each_line_with_the_options_as_defaults(run: 
 
 
 def test_prompts_come_from_stdin_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("лофи\nrain\n".encode()), isatty=lambda: False))
+    monkeypatch.setattr(
+        "sys.stdin",
+        SimpleNamespace(buffer=io.BytesIO("лофи\nrain\n".encode()), isatty=lambda: False),
+    )
 
     result = run("enqueue", "--file", "-", "--json")
 
@@ -170,11 +188,15 @@ def test_prompts_come_from_stdin_too(run: Run, monkeypatch: pytest.MonkeyPatch) 
 def test_a_name_that_ends_in_jsonl_means_json_however_it_is_written(run: Run) -> None:
     Path("PROMPTS.JSONL").write_text('\ufeff{"prompt": "lofi rain"}\r\n["a"]\r\n')
 
-    assert run("enqueue", "--file", "PROMPTS.JSONL").err.startswith("Error: line 2: request is JSON, but not an object")
+    assert run("enqueue", "--file", "PROMPTS.JSONL").err.startswith(
+        "Error: line 2: request is JSON, but not an object"
+    )
 
 
 @pytest.mark.parametrize("option", ["--file", "--continuation", "--out"])
-def test_a_home_that_the_shell_left_is_found(run: Run, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+def test_a_home_that_the_shell_left_is_found(
+    run: Run, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
     monkeypatch.setenv("HOME", "/home/ann/not-there")
     prompt = [] if option == "--file" else ["x"]
 
@@ -198,7 +220,10 @@ def test_a_line_that_is_not_utf8_is_named(run: Run) -> None:
 
     result = run("enqueue", "--file", "prompts.txt")
 
-    assert (result.code, result.err) == (2, "Error: line 2 is not UTF-8 text; save the file as UTF-8.\n")
+    assert (result.code, result.err) == (
+        2,
+        "Error: line 2 is not UTF-8 text; save the file as UTF-8.\n",
+    )
 
 
 def test_a_file_without_prompts_is_refused(run: Run) -> None:
@@ -255,7 +280,10 @@ def test_a_database_that_is_no_database_ends_5_in_one_sentence(run: Run) -> None
     result = run("enqueue", "lofi rain", "--database-url", "sqlite:///notes.txt")
 
     assert result.code == 5
-    assert result.err == "Error: The database sqlite:///notes.txt cannot be used: file is not a database.\n"
+    assert (
+        result.err
+        == "Error: The database sqlite:///notes.txt cannot be used: file is not a database.\n"
+    )
 
 
 def test_a_folder_that_cannot_be_made_ends_5(run: Run) -> None:
@@ -282,7 +310,9 @@ def test_advice_that_cannot_be_had_does_not_fail_what_is_enqueued(
     as_id, as_json = run("enqueue", "lofi rain"), run("enqueue", "trap beat", "--json")
 
     assert (as_id.code, as_json.code) == (0, 0)
-    assert {as_id.out.strip(), as_json.json["id"]} == {row["id"] for row in run("list", "--json").json}
+    assert {as_id.out.strip(), as_json.json["id"]} == {
+        row["id"] for row in run("list", "--json").json
+    }
     assert "it went away" in as_id.err
 
 
@@ -319,11 +349,20 @@ def test_an_empty_prompt_is_shown_as_unconditional(run: Run) -> None:
 def test_a_file_may_ask_for_unconditional_music_as_json_only(run: Run) -> None:
     Path("prompts.jsonl").write_text('{"prompt": ""}\n\n')
 
-    assert [row["prompt"] for row in run("enqueue", "--file", "prompts.jsonl", "--json").json] == [""]
+    assert [row["prompt"] for row in run("enqueue", "--file", "prompts.jsonl", "--json").json] == [
+        ""
+    ]
 
 
 def test_what_the_request_brings_is_shown(run: Run) -> None:
-    options = ("--negative-prompt", "drums", "--continuation", write_clip(), "--melody", write_clip("tune.wav", 40))
+    options = (
+        "--negative-prompt",
+        "drums",
+        "--continuation",
+        write_clip(),
+        "--melody",
+        write_clip("tune.wav", 40),
+    )
     generation_id = run("enqueue", "rain", *options, "--model", "musicgen-melody").out.strip()
 
     shown = run("show", generation_id).out
@@ -348,10 +387,14 @@ def test_what_is_mended_in_a_clip_is_told_on_one_line(spawn: Spawn) -> None:
 @pytest.mark.parametrize("is_file", [False, True])
 def test_a_clip_is_decoded_once(run: Run, monkeypatch: pytest.MonkeyPatch, is_file: bool) -> None:
     decoded, make = list[str](), clips._make
-    monkeypatch.setattr(clips, "_make", lambda name, *more: decoded.append(name) or make(name, *more))
+    monkeypatch.setattr(
+        clips, "_make", lambda name, *more: decoded.append(name) or make(name, *more)
+    )
     Path("all.jsonl").write_text(f'{{"prompt": "x", "continuation": "{write_clip()}"}}\n')
 
-    result = run("enqueue", *(["--file", "all.jsonl"] if is_file else ["x", "--continuation", "clip.wav"]))
+    result = run(
+        "enqueue", *(["--file", "all.jsonl"] if is_file else ["x", "--continuation", "clip.wav"])
+    )
 
     assert (result.code, decoded) == (0, ["continuation"])
 
@@ -370,10 +413,22 @@ def test_clips_of_a_file_are_found_from_here(run: Run) -> None:
             ["--continuation", "clip.wav", "--duration", 1],
             "continuation is 1 s long, and the duration of 1 s counts from",
         ),
-        (["--continuation", "long.wav"], "continuation is 31 s long; use a clip of 0.08 to 30 seconds."),
-        (["--continuation", "short.wav"], "continuation is 0.05 s long; use a clip of 0.08 to 30 seconds."),
-        (["--continuation", "text.wav"], "continuation is not audio that can be read; use WAV, FLAC, MP3 or OGG."),
-        (["--melody", "clip.wav"], "melody is given for musicgen-small, which hears none; use musicgen-melody."),
+        (
+            ["--continuation", "long.wav"],
+            "continuation is 31 s long; use a clip of 0.08 to 30 seconds.",
+        ),
+        (
+            ["--continuation", "short.wav"],
+            "continuation is 0.05 s long; use a clip of 0.08 to 30 seconds.",
+        ),
+        (
+            ["--continuation", "text.wav"],
+            "continuation is not audio that can be read; use WAV, FLAC, MP3 or OGG.",
+        ),
+        (
+            ["--melody", "clip.wav"],
+            "melody is given for musicgen-small, which hears none; use musicgen-melody.",
+        ),
     ],
 )
 def test_a_bad_clip_ends_2_with_one_sentence_and_makes_no_database(
@@ -393,6 +448,10 @@ def test_a_bad_clip_ends_2_with_one_sentence_and_makes_no_database(
 
 def test_a_bad_clip_in_a_file_is_named_by_its_line(run: Run) -> None:
     Path("text.wav").write_text("no music")
-    Path("prompts.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b", "continuation": "text.wav"}\n')
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "a"}\n\n{"prompt": "b", "continuation": "text.wav"}\n'
+    )
 
-    assert run("enqueue", "--file", "prompts.jsonl").err.startswith("Error: line 3: continuation is not audio")
+    assert run("enqueue", "--file", "prompts.jsonl").err.startswith(
+        "Error: line 3: continuation is not audio"
+    )

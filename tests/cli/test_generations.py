@@ -33,7 +33,9 @@ def test_list_prints_whole_ids_and_no_escapes_into_a_pipe(run: Run) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 20, 80])
-def test_list_survives_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_list_survives_a_narrow_terminal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     (generation_id,) = add("lofi rain " * 20)
 
@@ -62,7 +64,9 @@ def test_an_empty_list_says_what_to_type(run: Run) -> None:
     assert run("list", "--json").json == []
 
 
-@pytest.mark.parametrize("arguments", [["--status", "done"], ["--limit", "-1"], ["--offset", "-1"], ["--limit", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--status", "done"], ["--limit", "-1"], ["--offset", "-1"], ["--limit", "x"]]
+)
 def test_a_bad_page_ends_2(run: Run, arguments: list[str]) -> None:
     result = run("list", *arguments)
 
@@ -78,7 +82,11 @@ def test_show_json_has_the_row_its_attempts_and_its_place(run: Run) -> None:
 
 
 def test_show_prints_every_field_that_has_a_value(run: Run) -> None:
-    told = {"error_message": "out of\nmemory", "metadata": {"mood": "calm"}, "sampling": {"top_k": 10, "seed": None}}
+    told = {
+        "error_message": "out of\nmemory",
+        "metadata": {"mood": "calm"},
+        "sampling": {"top_k": 10, "seed": None},
+    }
     (generation_id,) = add("lofi rain", status="failed", **told)
 
     result = run("show", generation_id)
@@ -91,7 +99,9 @@ def test_show_prints_every_field_that_has_a_value(run: Run) -> None:
 
 def test_show_draws_the_waveform(run: Run) -> None:
     facts = {"waveform": [0.0, 0.5, 1.0], "duration_seconds": 3.0, "loudness_lufs": -14.0}
-    (generation_id,) = add("x", status="completed", metadata={"audio": facts}, generation_time_seconds=1.5, attempt=1)
+    (generation_id,) = add(
+        "x", status="completed", metadata={"audio": facts}, generation_time_seconds=1.5, attempt=1
+    )
 
     result = run("show", generation_id)
 
@@ -154,18 +164,25 @@ def test_a_running_generation_is_asked_to_stop(run: Run) -> None:
         ("retry", "completed"),
     ],
 )
-def test_a_status_that_does_not_allow_it_ends_4_and_names_both(run: Run, command: str, status: str) -> None:
+def test_a_status_that_does_not_allow_it_ends_4_and_names_both(
+    run: Run, command: str, status: str
+) -> None:
     (generation_id,) = add("lofi rain", status=status)
 
     result = run(command, generation_id)
 
     assert result.code == 4
-    assert f"is {status} and cannot become {'cancelled' if command == 'cancel' else 'pending'}" in result.err
+    assert (
+        f"is {status} and cannot become {'cancelled' if command == 'cancel' else 'pending'}"
+        in result.err
+    )
 
 
 @pytest.mark.parametrize(("status", "code"), [("completed", 0), ("failed", 1), ("cancelled", 1)])
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_watch_ends_by_what_became_of_it(run: Run, status: str, code: int, options: list[str]) -> None:
+def test_watch_ends_by_what_became_of_it(
+    run: Run, status: str, code: int, options: list[str]
+) -> None:
     (generation_id,) = add("lofi rain", status=status)
 
     result = run("watch", generation_id, *options)
@@ -218,7 +235,9 @@ def test_workers_says_where_there_are_none(run: Run) -> None:
 def test_every_option_of_a_request_is_an_option_of_enqueue(run: Run) -> None:
     text = run("enqueue", "--help").out
 
-    assert [name for name in RequestOptions.__annotations__ if f"--{name.replace('_', '-')}" not in text] == []
+    assert [
+        name for name in RequestOptions.__annotations__ if f"--{name.replace('_', '-')}" not in text
+    ] == []
 
 
 def test_another_database_can_be_named(run: Run) -> None:
@@ -236,7 +255,9 @@ def test_noise_is_called_noise_wherever_it_is_looked_at(run, command):
     assert "noise" in shown.err
 
 
-def test_a_whole_id_is_looked_up_and_not_searched_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_id_is_looked_up_and_not_searched_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (generation_id,) = add("lofi rain")
     monkeypatch.delattr("dgx_music.cli.opening.find_generation_ids")
 

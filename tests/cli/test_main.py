@@ -12,21 +12,53 @@ import dgx_music
 from dgx_music.cli import COMMANDS as LAZY
 from dgx_music.cli import _explain, main
 from dgx_music.cli.lazy import LazyCommand
-from dgx_music.errors import DatabaseUnavailableError, EngineUnavailableError
-from dgx_music.groups import unwrap
+from dgx_music.errors import DatabaseUnavailableError, EngineUnavailableError, unwrap
 from tests.cli.conftest import Run, Spawn, add
 
-COMMANDS = ["enqueue", "list", "show", "watch", "cancel", "retry", "stats", "prompts", "worker", "workers"]
+COMMANDS = [
+    "enqueue",
+    "list",
+    "show",
+    "watch",
+    "cancel",
+    "retry",
+    "stats",
+    "prompts",
+    "worker",
+    "workers",
+]
 COMMANDS += ["prune", "doctor", "demo", "db", "db init", "db migrate", "db reset", "db current"]
-HEAVY = ("torch", "transformers", "alembic", "scipy", "pyloudnorm", "numpy", "soundfile", "soxr", "fastapi")
-HEAVY += ("sqlalchemy", "pydantic", "pydantic_core", "httpx", "asyncpg", "psycopg", "aiosqlite", "obstore", "anyio")
+HEAVY = (
+    "torch",
+    "transformers",
+    "alembic",
+    "scipy",
+    "pyloudnorm",
+    "numpy",
+    "soundfile",
+    "soxr",
+    "fastapi",
+)
+HEAVY += (
+    "sqlalchemy",
+    "pydantic",
+    "pydantic_core",
+    "httpx",
+    "asyncpg",
+    "psycopg",
+    "aiosqlite",
+    "obstore",
+    "anyio",
+)
 LOADED = "import sys, json; from dgx_music.cli import main; code = main({}); print(json.dumps([*sys.modules]))"
 
 
 def loaded_by(*arguments: str) -> list[str]:
     """Return which of the heavy packages a command imports."""
     program = LOADED.format([*arguments])
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
     loaded = json.loads(output.splitlines()[-1])
     return [name for name in HEAVY if name in loaded]
 
@@ -48,7 +80,9 @@ def test_looking_at_the_database_imports_only_its_driver(command: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "about"), LAZY.items())
-def test_the_list_of_commands_says_what_each_command_says(name: str, about: tuple[str, str, str]) -> None:
+def test_the_list_of_commands_says_what_each_command_says(
+    name: str, about: tuple[str, str, str]
+) -> None:
     command = LazyCommand(name, *about).load()
 
     assert command.help.partition("\n\n")[0].replace("\n", " ") == about[-1]
@@ -81,7 +115,9 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"dgx-music {dgx_music.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["frobnicate"], ["list", "--bogus"], ["db", "frobnicate"], ["show"]])
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["list", "--bogus"], ["db", "frobnicate"], ["show"]]
+)
 def test_a_usage_error_ends_2_with_one_sentence(run: Run, arguments: list[str]) -> None:
     result = run(*arguments)
 
@@ -104,7 +140,9 @@ def test_a_usage_error_ends_2_with_one_sentence(run: Run, arguments: list[str]) 
     ],
 )
 @pytest.mark.parametrize("command", ["list", "doctor", "worker", "db current", "db init"])
-def test_a_bad_database_url_is_named_and_its_password_never_printed(run: Run, command: str, url: str) -> None:
+def test_a_bad_database_url_is_named_and_its_password_never_printed(
+    run: Run, command: str, url: str
+) -> None:
     result = run(*command.split(), "--database-url", url)
 
     assert result.code == 2
@@ -113,23 +151,31 @@ def test_a_bad_database_url_is_named_and_its_password_never_printed(run: Run, co
 
 
 @pytest.mark.parametrize("driver", ["", "+asyncpg", "+psycopg"])
-@pytest.mark.parametrize("command", ["list", "doctor", "worker --engine tone", "db current", "db init"])
+@pytest.mark.parametrize(
+    "command", ["list", "doctor", "worker --engine tone", "db current", "db init"]
+)
 def test_a_server_that_is_not_there_ends_5_and_its_password_is_never_printed(
     run: Run, command: str, driver: str
 ) -> None:
-    result = run(*command.split(), "--database-url", f"postgresql{driver}://ann:hunter2@127.0.0.1:1/db")
+    result = run(
+        *command.split(), "--database-url", f"postgresql{driver}://ann:hunter2@127.0.0.1:1/db"
+    )
 
     assert result.code == 5
     assert "127.0.0.1:1/db cannot be used" in result.out + result.err
     assert "hunter2" not in result.out + result.err
 
 
-WARNED = "Warning: every user of this machine can read the password in {}, in `ps`; set {} instead.\n"
+WARNED = (
+    "Warning: every user of this machine can read the password in {}, in `ps`; set {} instead.\n"
+)
 
 
 @pytest.mark.parametrize("option", ["--database-url", "--replica-url"])
 def test_a_password_among_the_arguments_is_warned_of(run: Run, option: str) -> None:
-    result = run("worker", option, "postgresql://ann:hunter2@127.0.0.1:1/db", "--lease-seconds", "never")
+    result = run(
+        "worker", option, "postgresql://ann:hunter2@127.0.0.1:1/db", "--lease-seconds", "never"
+    )
 
     variable = f"DGX_MUSIC_{option[2:].upper().replace('-', '_')}"
     assert result.err.startswith(WARNED.format(option, variable))
@@ -137,13 +183,16 @@ def test_a_password_among_the_arguments_is_warned_of(run: Run, option: str) -> N
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://ann@127.0.0.1:1/db", "postgresql:///db?host=/run/pg", "sqlite:///a:b@c.db"]
+    "url",
+    ["postgresql://ann@127.0.0.1:1/db", "postgresql:///db?host=/run/pg", "sqlite:///a:b@c.db"],
 )
 def test_a_url_without_a_password_is_not_warned_of(run: Run, url: str) -> None:
     assert "Warning" not in run("list", "--database-url", url).err
 
 
-def test_a_password_of_the_environment_is_not_warned_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_of_the_environment_is_not_warned_of(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", "postgresql://ann:hunter2@127.0.0.1:1/db")
 
     assert "Warning" not in run("list").err
@@ -151,7 +200,10 @@ def test_a_password_of_the_environment_is_not_warned_of(run: Run, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("setting", "value", "remedy"),
-    [("SLOTS", "many", "auto or a whole number from 1 to 256"), ("COMPILE", "true", "one of auto, on, off")],
+    [
+        ("SLOTS", "many", "auto or a whole number from 1 to 256"),
+        ("COMPILE", "true", "one of auto, on, off"),
+    ],
 )
 def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(
     run: Run, monkeypatch: pytest.MonkeyPatch, setting: str, value: str, remedy: str
@@ -163,7 +215,9 @@ def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(
 
 def test_a_lone_error_comes_out_of_its_groups(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     def fail(*_: object) -> None:
-        raise ExceptionGroup("tasks", [ExceptionGroup("more", [EngineUnavailableError("No weights.")])])
+        raise ExceptionGroup(
+            "tasks", [ExceptionGroup("more", [EngineUnavailableError("No weights.")])]
+        )
 
     monkeypatch.setattr("dgx_music.cli.generations._stats", fail)
 
@@ -188,9 +242,14 @@ def test_of_several_told_errors_the_first_is_told(
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("can't start new thread")])
-def test_a_lack_of_memory_is_told_in_one_sentence(capsys: pytest.CaptureFixture[str], error: Exception) -> None:
+def test_a_lack_of_memory_is_told_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
     assert _explain(error) == 1
-    assert capsys.readouterr().err == f"Error: There is no memory to go on ({error}); raise the limit (`ulimit -v`).\n"
+    assert (
+        capsys.readouterr().err
+        == f"Error: There is no memory to go on ({error}); raise the limit (`ulimit -v`).\n"
+    )
 
 
 def test_an_unexpected_error_beside_others_keeps_its_traceback() -> None:
@@ -248,7 +307,9 @@ def test_the_shell_completes_commands(monkeypatch: pytest.MonkeyPatch, run: Run)
 def test_worker_py_is_the_worker_command(place: Path) -> None:
     script = Path(dgx_music.__file__).parents[2] / "worker.py"
 
-    result = subprocess.run([sys.executable, script, "--slots", "0"], check=False, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, script, "--slots", "0"], check=False, capture_output=True, text=True
+    )
 
     assert (result.returncode, "DGX_MUSIC_SLOTS" in result.stderr) == (2, True)
 
@@ -258,7 +319,11 @@ def test_a_terminal_without_unicode_is_no_trouble(options: list[str]) -> None:
     (generation_id,) = add("лофи", status="completed", metadata={"audio": {"waveform": [0.5]}})
     command = [sys.executable, "-m", "dgx_music.cli", "show", generation_id, *options]
 
-    process = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"})
+    process = subprocess.run(
+        command, check=True, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+    )
 
     assert process.stderr == b""
-    assert (json.loads(process.stdout)["prompt"] == "лофи") if options else (b"????" in process.stdout)
+    assert (
+        (json.loads(process.stdout)["prompt"] == "лофи") if options else (b"????" in process.stdout)
+    )

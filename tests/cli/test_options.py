@@ -28,11 +28,15 @@ def test_the_help_says_each_default_of_the_library(name: str, default: object) -
     assert default is None or f"; default {default:g}." in text
 
 
-@pytest.mark.parametrize("name", ["duration", *SamplingOptions.__annotations__, "priority", "max_attempts"])
+@pytest.mark.parametrize(
+    "name", ["duration", *SamplingOptions.__annotations__, "priority", "max_attempts"]
+)
 def test_an_option_has_the_type_that_the_library_has(name: str) -> None:
     assert REQUEST_OPTIONS[name].__origin__ == OPTIONS[name].__origin__ | None
 
 
 def test_the_help_calls_a_sampling_field_by_its_option() -> None:
     text = REQUEST_OPTIONS["top_p"].__metadata__[0].help
-    assert text.startswith("Among those of --top-k, keep only the likeliest of this total probability; default: all.")
+    assert text.startswith(
+        "Among those of --top-k, keep only the likeliest of this total probability; default: all."
+    )

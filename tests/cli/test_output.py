@@ -12,14 +12,22 @@ NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0, "0 s ago"), (59, "59 s ago"), (60, "1 min ago"), (7_199, "1 h ago"), (86_400, "1 d ago"), (-90, "in 1 min")],
+    [
+        (0, "0 s ago"),
+        (59, "59 s ago"),
+        (60, "1 min ago"),
+        (7_199, "1 h ago"),
+        (86_400, "1 d ago"),
+        (-90, "in 1 min"),
+    ],
 )
 def test_a_distance_is_told_in_its_largest_whole_unit(seconds: int, words: str) -> None:
     assert output.distance(NOW - timedelta(seconds=seconds), NOW) == words
 
 
 @pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (5 * 2**40, "5120.0 GiB")]
+    ("count", "words"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (5 * 2**40, "5120.0 GiB")],
 )
 def test_a_size_is_told_in_its_unit(count: int, words: str) -> None:
     assert output.size(count) == words
@@ -51,7 +59,11 @@ def test_a_table_cuts_its_last_column_to_the_terminal(
 
     output.print_table(("NUMBER", "PROMPT"), [(1, "音楽" * 20), (22, "x")], numbers=["NUMBER"])
 
-    assert capsys.readouterr().out.splitlines() == ["NUMBER  PROMPT", "     1  音楽音楽音楽音 …", "    22  x"]
+    assert capsys.readouterr().out.splitlines() == [
+        "NUMBER  PROMPT",
+        "     1  音楽音楽音楽音 …",
+        "    22  x",
+    ]
 
 
 def test_a_table_that_wraps_keeps_its_columns(
@@ -61,7 +73,11 @@ def test_a_table_that_wraps_keeps_its_columns(
 
     output.print_table(("CHECK", "DETAIL"), [("ok", "all of this is well here")], is_cut=False)
 
-    assert capsys.readouterr().out.splitlines() == ["CHECK  DETAIL", "ok     all of this is ", "       well here"]
+    assert capsys.readouterr().out.splitlines() == [
+        "CHECK  DETAIL",
+        "ok     all of this is ",
+        "       well here",
+    ]
 
 
 def test_an_error_is_one_line_whatever_it_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,10 @@ def generation(number: int = 0, **values: object) -> Generation:
         ({"status": "processing", "attempt": 2}, "processing, attempt 2"),
         ({"status": "processing", "cancel_requested": True}, "is being cancelled"),
         ({"status": "failed", "error_message": "no weights"}, "failed: no weights"),
-        ({"status": "completed", "generation_time_seconds": 1.5, "file_path": "/a.wav"}, "completed in 1.50 s: /a.wav"),
+        (
+            {"status": "completed", "generation_time_seconds": 1.5, "file_path": "/a.wav"},
+            "completed in 1.50 s: /a.wav",
+        ),
         ({"status": "cancelled"}, "cancelled"),
     ],
 )
@@ -38,7 +41,9 @@ def test_where_a_generation_is_takes_a_few_words(values: dict[str, object], word
     assert describe(generation(**values)) == words
 
 
-def test_elsewhere_than_on_a_terminal_each_change_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_than_on_a_terminal_each_change_is_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with board(["id-0"]) as show:
         for progress in (0.1, 0.2):
             show(generation(status="processing", attempt=1, progress=progress))
@@ -46,7 +51,9 @@ def test_elsewhere_than_on_a_terminal_each_change_is_a_line(capsys: pytest.Captu
     assert capsys.readouterr().err == "id-0 processing, attempt 1\n"
 
 
-@pytest.mark.parametrize(("count", "words"), [(2, "lofi rain"), (MAX_BARS + 1, f"1 of {MAX_BARS + 1}")])
+@pytest.mark.parametrize(
+    ("count", "words"), [(2, "lofi rain"), (MAX_BARS + 1, f"1 of {MAX_BARS + 1}")]
+)
 def test_on_a_terminal_there_are_bars(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int, words: str
 ) -> None:
@@ -62,17 +69,23 @@ def test_on_a_terminal_there_are_bars(
     assert count > MAX_BARS or ("completed" in last and "attempt 2" in last)
 
 
-def test_a_terminal_sees_progress_and_gets_its_cursor_back(spawn: Spawn, tone: Callable[..., None]) -> None:
+def test_a_terminal_sees_progress_and_gets_its_cursor_back(
+    spawn: Spawn, tone: Callable[..., None]
+) -> None:
     run_worker = spawn("worker")
     terminal, theirs = pty.openpty()
-    command = [sys.executable, "-m", "dgx_music.cli", "enqueue", "lofi rain", "--duration", "1", "--wait"]
+    words = ("enqueue", "lofi rain", "--duration", "1", "--wait")
+    command = [sys.executable, "-m", "dgx_music.cli", *words]
     environment = os.environ | {"TERM": "xterm"}
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    ) as process:
         assert process.wait(PATIENCE) == 0
     os.close(theirs)
     seen = b""
     with suppress(OSError):  # which is how a terminal says that there is no more
-        while part := os.read(terminal, 65_536):  # a part at a time: the more there was to show, the more parts
+        # a part at a time: the more there was to show, the more parts
+        while part := os.read(terminal, 65_536):
             seen += part
     os.close(terminal)
     seen = seen.decode()

@@ -45,7 +45,9 @@ def test_what_is_older_goes_with_its_audio_and_the_rest_stays(run: Run) -> None:
     file = Path(f"audio/{gone}-1.wav")
     file.write_text("music")
 
-    result = run("prune", "--completed-days", 0, "--failed-days", 0, "--output", "audio", "--yes", "--json")
+    result = run(
+        "prune", "--completed-days", 0, "--failed-days", 0, "--output", "audio", "--yes", "--json"
+    )
 
     assert result.json == {"completed": 1, "failed": 0, "clips": 0}
     assert (file.exists(), count_rows()) == (False, 1)
@@ -62,7 +64,9 @@ def test_on_a_terminal_a_no_deletes_nothing(run: Run, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("answer", ["y\n", "n\n", ""])
-@pytest.mark.parametrize("command", ["prune --completed-days 0", "prune --orphans --output audio", "db reset"])
+@pytest.mark.parametrize(
+    "command", ["prune --completed-days 0", "prune --orphans --output audio", "db reset"]
+)
 def test_what_a_pipe_says_is_nobodys_answer(spawn: Spawn, command: str, answer: str) -> None:
     (kept,) = add("a", status="completed", attempt=1)
     files = [put_old_file(f"{owner}-1.wav") for owner in (kept, uuid4())]
@@ -70,7 +74,9 @@ def test_what_a_pipe_says_is_nobodys_answer(spawn: Spawn, command: str, answer: 
     process = spawn(*command.split(), stdin=subprocess.PIPE)
     talk = process.communicate(answer)[1]
 
-    assert talk == "Error: --yes is missing and there is no terminal to ask on; add it to go ahead.\n"
+    assert (
+        talk == "Error: --yes is missing and there is no terminal to ask on; add it to go ahead.\n"
+    )
     assert (process.returncode, all(file.exists() for file in files), count_rows()) == (2, True, 1)
 
 

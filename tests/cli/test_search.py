@@ -20,7 +20,10 @@ def asked(migrated: None, run: Run) -> None:
 def test_search_json_is_an_array_of_rows_with_their_rank_best_first(run: Run) -> None:
     hits = run("search", "lofi", "rain", "--json").json
 
-    assert [(hit["prompt"], hit["used_count"]) for hit in hits] == [("lofi rain", 2), ("lofi rain with vocals", 1)]
+    assert [(hit["prompt"], hit["used_count"]) for hit in hits] == [
+        ("lofi rain", 2),
+        ("lofi rain with vocals", 1),
+    ]
     assert hits[0]["rank"] > hits[1]["rank"]
     assert {"id", "status", "created_at"} <= hits[0].keys()
 
@@ -35,7 +38,9 @@ def test_search_takes_filters_and_a_limit(run: Run) -> None:
 
 @pytest.mark.usefixtures("asked")
 def test_one_argument_may_hold_phrases_and_excluded_words(run: Run) -> None:
-    assert [hit["prompt"] for hit in run("search", '"lofi rain" -vocals', "--json").json] == ["lofi rain"]
+    assert [hit["prompt"] for hit in run("search", '"lofi rain" -vocals', "--json").json] == [
+        "lofi rain"
+    ]
 
 
 def test_search_that_finds_nothing_says_so(run: Run) -> None:
@@ -68,7 +73,14 @@ def test_list_takes_filters(run: Run) -> None:
     add("c", model_name="musicgen-large")
 
     rows = run(
-        "list", "--json", "--tenant", "acme", "--model", "musicgen-large", "--since", "2001-01-01T00:00:00Z"
+        "list",
+        "--json",
+        "--tenant",
+        "acme",
+        "--model",
+        "musicgen-large",
+        "--since",
+        "2001-01-01T00:00:00Z",
     ).json
 
     assert [row["id"] for row in rows] == [wanted]
@@ -79,7 +91,9 @@ def test_a_filtered_page_tells_the_next_one_without_counting(run: Run) -> None:
     add("a", "b", "c", tenant="acme")
 
     assert re.search(
-        r"^2; the next ones: --after \S+$", run("list", "--tenant", "acme", "--limit", 2).err, re.MULTILINE
+        r"^2; the next ones: --after \S+$",
+        run("list", "--tenant", "acme", "--limit", 2).err,
+        re.MULTILINE,
     )
     assert "There are no such generations" in run("list", "--tenant", "other").err
 
@@ -87,15 +101,23 @@ def test_a_filtered_page_tells_the_next_one_without_counting(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--offset", 1, "--after", "x"], "--offset goes with --status and --limit only; leave it out and go on with"),
-        (["--offset", 1, "--tenant", "x"], "--offset goes with --status and --limit only; leave it out and go on with"),
+        (
+            ["--offset", 1, "--after", "x"],
+            "--offset goes with --status and --limit only; leave it out and go on with",
+        ),
+        (
+            ["--offset", 1, "--tenant", "x"],
+            "--offset goes with --status and --limit only; leave it out and go on with",
+        ),
         (["--after", "x"], "after is not a page's cursor; give the next page's"),
         (["--since", "yesterday"], "--since is 'yesterday'; use a time such as"),
         (["--before", "2026-01-31T12:00:00"], "--before has no time zone; add one"),
         (["--model", ""], "model is empty"),
     ],
 )
-def test_options_that_cannot_be_end_2_with_a_sentence(run: Run, options: list[object], sentence: str) -> None:
+def test_options_that_cannot_be_end_2_with_a_sentence(
+    run: Run, options: list[object], sentence: str
+) -> None:
     result = run("list", *options)
 
     assert (result.code, result.out) == (2, "")

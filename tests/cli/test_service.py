@@ -50,13 +50,17 @@ async def change(database, work, *arguments, **values):
 async def test_each_change_of_who_serves_a_model_is_one_line(database, teller, capsys):
     assert await told(teller, capsys) == [f"No worker serves {MODEL} now{START}"]
     await change(database, register_worker, **DESCRIBED, state="loading")
-    assert await told(teller, capsys) == [f"A worker is loading {MODEL}, and serves it when that is done."]
+    assert await told(teller, capsys) == [
+        f"A worker is loading {MODEL}, and serves it when that is done."
+    ]
     assert await told(teller, capsys) == []
     await change(database, register_worker, **DESCRIBED)
     assert await told(teller, capsys) == [f"A worker serves {MODEL} now."]
     await change(database, end_worker, **DESCRIBED, reason="The weights are damaged.")
     (line,) = await told(teller, capsys)
-    assert line.startswith(f"No worker serves {MODEL} now (the last one ended 0 s ago: The weights are damaged)")
+    assert line.startswith(
+        f"No worker serves {MODEL} now (the last one ended 0 s ago: The weights are damaged)"
+    )
 
 
 async def test_one_worker_after_another_that_ends_is_a_line_each(database, teller, capsys):
@@ -90,13 +94,17 @@ async def test_nothing_is_said_of_what_is_finished(teller, capsys):
 
 def test_who_waits_is_told_that_the_worker_ended_and_why(run: Run, migrated, monkeypatch):
     monkeypatch.setenv("DGX_MUSIC_TONE_SPEED", "slow")  # no such speed: the engine cannot start
-    monkeypatch.setattr("dgx_music.worker.daemon.tone.check_environment", lambda: None)  # and is the first to see it
+    # and is the first to see it
+    monkeypatch.setattr("dgx_music.worker.daemon.tone.check_environment", lambda: None)
     monkeypatch.setattr("dgx_music.worker.live_engine._ENGINE_STARTS", 1)
     assert run("worker", "--engine", "tone").code == 6
 
     result = run("enqueue", "lofi rain", "--wait", "--timeout", 0.5)
 
-    assert (result.code, "No worker serves musicgen-small now (the last one ended" in result.err) == (124, True)
+    assert (
+        result.code,
+        "No worker serves musicgen-small now (the last one ended" in result.err,
+    ) == (124, True)
     assert "DGX_MUSIC_TONE_SPEED" in result.err
     listed = run("workers")
     assert "ended" in listed.out

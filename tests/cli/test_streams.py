@@ -36,7 +36,9 @@ sys.exit(main(["stats"]))
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a line of shell in which $M is the command."""
     env = os.environ | {"M": f"{sys.executable} -m dgx_music.cli"} | environment
-    return subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, env=env)
+    return subprocess.run(
+        ["bash", "-c", line], check=False, capture_output=True, text=True, env=env
+    )
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full", "| head -c 0"])
@@ -65,11 +67,15 @@ def test_a_full_stdout_hides_no_other_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "reader"), [("list", "head -n 1"), ("list --json", "head -c 9"), ("prompts", "true")]
+    ("command", "reader"),
+    [("list", "head -n 1"), ("list --json", "head -c 9"), ("prompts", "true")],
 )
 def test_a_reader_that_has_enough_is_no_trouble(command: str, reader: str) -> None:
     add(*("lofi rain " * 100 for _ in range(200)))
-    result = shell(f"$M {command} --limit 200 | {reader} >/dev/null; echo ${{PIPESTATUS[0]}}", PYTHONUNBUFFERED="1")
+    result = shell(
+        f"$M {command} --limit 200 | {reader} >/dev/null; echo ${{PIPESTATUS[0]}}",
+        PYTHONUNBUFFERED="1",
+    )
 
     assert result.stdout == "0\n"
     assert "rror" not in result.stderr
@@ -110,12 +116,17 @@ def test_a_worker_without_a_log_makes_music(tone: Callable[..., None], log: str)
         f"$M enqueue 'lofi rain'; $M worker --drain {log}; echo ${{PIPESTATUS[0]}}; $M list --status completed --json"
     )
 
-    *_, code, rows = result.stdout.partition("[")[0].split()[-1], result.stdout[result.stdout.index("[") :]
+    *_, code, rows = (
+        result.stdout.partition("[")[0].split()[-1],
+        result.stdout[result.stdout.index("[") :],
+    )
     assert (code, [row["prompt"] for row in json.loads(rows)]) == ("0", ["lofi rain"])
 
 
 @pytest.mark.parametrize("stream", [None, "closed"])
-def test_a_program_without_streams_may_call_main(monkeypatch: pytest.MonkeyPatch, stream: str | None) -> None:
+def test_a_program_without_streams_may_call_main(
+    monkeypatch: pytest.MonkeyPatch, stream: str | None
+) -> None:
     gone = None if stream is None else io.StringIO()
     if gone is not None:
         gone.close()
@@ -127,14 +138,17 @@ def test_a_program_without_streams_may_call_main(monkeypatch: pytest.MonkeyPatch
     assert count_rows() == 1
 
 
-@pytest.mark.parametrize(("encoding", "options"), [("ascii", ""), ("ascii", "--json"), ("utf-16", "")])
+@pytest.mark.parametrize(
+    ("encoding", "options"), [("ascii", ""), ("ascii", "--json"), ("utf-16", "")]
+)
 def test_what_the_encoding_lacks_is_no_trouble(encoding: str, options: str) -> None:
     line = f"$M enqueue 静かな雨 {options} && $M list {options} && $M enqueue 静かな雨 --seed -1 --tenant 雨"
     result = subprocess.run(
         ["bash", "-c", line],
         check=False,
         capture_output=True,
-        env=os.environ | {"M": f"{sys.executable} -m dgx_music.cli", "PYTHONIOENCODING": encoding, "LANG": "C"},
+        env=os.environ
+        | {"M": f"{sys.executable} -m dgx_music.cli", "PYTHONIOENCODING": encoding, "LANG": "C"},
     )
 
     assert (result.returncode, count_rows()) == (2, 1)

@@ -22,7 +22,9 @@ PERSIAN = "می‌خواهم 👩‍💻"
 
 @pytest.mark.parametrize("command", ["list", "show", "watch"])
 def test_what_people_read_shows_what_a_text_hides(run: Run, command: str) -> None:
-    (generation_id,) = add(TRICK, status="failed", attempt=1, error_message=f"no {TRICK}", tenant=TRICK)
+    (generation_id,) = add(
+        TRICK, status="failed", attempt=1, error_message=f"no {TRICK}", tenant=TRICK
+    )
     name, *words = command.split()
 
     result = run(name, *words, *([generation_id] if name in {"show", "watch"} else []))
@@ -69,7 +71,11 @@ def test_an_error_that_repeats_an_argument_hides_nothing(run: Run, arguments: li
 def test_a_password_in_the_wrong_place_is_not_repeated(run: Run) -> None:
     result = run("list", "postgresql://ann:hun@ter2@host/music")
 
-    assert (result.code, "ann:***@host/music" in result.err, "ter2" in result.err) == (2, True, False)
+    assert (result.code, "ann:***@host/music" in result.err, "ter2" in result.err) == (
+        2,
+        True,
+        False,
+    )
 
 
 def test_a_progress_bar_takes_no_prompt_for_markup(
@@ -78,7 +84,9 @@ def test_a_progress_bar_takes_no_prompt_for_markup(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
 
     with board(["id"]) as show:
-        show(Generation(id="id", prompt="[/verse] [red]drums\u202e", progress=0.5, status="pending"))
+        show(
+            Generation(id="id", prompt="[/verse] [red]drums\u202e", progress=0.5, status="pending")
+        )
 
     assert r"[/verse] [red]drums\u20…" in capsys.readouterr().err
 
@@ -88,7 +96,13 @@ def test_a_field_keeps_its_lines_and_a_table_has_one(capsys: pytest.CaptureFixtu
     output.print_table(("A", "B"), [("one\ntwo", "three\x07")])
 
     told = capsys.readouterr().out.splitlines()
-    assert told == ["prompt  one", r"            two\x0d", r"b\x1b   x", "A        B", r"one two  three\x07"]
+    assert told == [
+        "prompt  one",
+        r"            two\x0d",
+        r"b\x1b   x",
+        "A        B",
+        r"one two  three\x07",
+    ]
 
 
 def test_an_event_is_one_line_of_the_log_whatever_an_engine_says(

@@ -62,7 +62,8 @@ def test_an_output_folder_that_cannot_be_written_ends_7(run: Run, tone: Tone) ->
 
 def test_a_model_that_cannot_be_loaded_ends_6(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgx_music.worker.live_engine._ENGINE_STARTS", 1)
-    monkeypatch.setattr("dgx_music.worker.daemon.tone.check_environment", lambda: None)  # only the engine finds it
+    # only the engine finds it
+    monkeypatch.setattr("dgx_music.worker.daemon.tone.check_environment", lambda: None)
     monkeypatch.setenv("DGX_MUSIC_TONE_SPEED", "slow")
 
     result = run("worker", "--drain", "--engine", "tone")
@@ -76,13 +77,18 @@ def test_a_drained_queue_ends_0_and_the_rows_tell_the_truth(run: Run, tone: Tone
     assert run("worker", "--drain").code == 0
 
     shown = run("show", generation_id, "--json").json
-    assert (shown["status"], [attempt["outcome"] for attempt in shown["attempts"]]) == ("completed", ["completed"])
+    assert (shown["status"], [attempt["outcome"] for attempt in shown["attempts"]]) == (
+        "completed",
+        ["completed"],
+    )
     assert soundfile.info(shown["file_path"]).duration == 2.0
     assert "█" in run("show", generation_id).out or "▃" in run("show", generation_id).out
 
 
 @pytest.mark.parametrize(("access", "mode"), [("owner", 0o600), ("umask", 0o644)])
-def test_the_files_of_a_worker_are_for_whom_the_setting_says(run: Run, tone: Tone, access: str, mode: int) -> None:
+def test_the_files_of_a_worker_are_for_whom_the_setting_says(
+    run: Run, tone: Tone, access: str, mode: int
+) -> None:
     add("rain")
     before = os.umask(0o022)
     try:
@@ -95,19 +101,25 @@ def test_the_files_of_a_worker_are_for_whom_the_setting_says(run: Run, tone: Ton
 
 
 @pytest.mark.parametrize(("access", "mode"), [("owner", 0o600), ("umask", 0o666)])
-def test_a_copy_is_for_whom_the_setting_says(tmp_path: Path, monkeypatch, access: str, mode: int) -> None:
+def test_a_copy_is_for_whom_the_setting_says(
+    tmp_path: Path, monkeypatch, access: str, mode: int
+) -> None:
     monkeypatch.setenv("DGX_MUSIC_FILE_ACCESS", access)
     (tmp_path / "song-1.wav").write_bytes(b"audio")
     before = os.umask(0)
     try:
-        copy_audio(Generation(file_path=str(tmp_path / "song-1.wav")), tmp_path / "rain.wav", force=False)
+        copy_audio(
+            Generation(file_path=str(tmp_path / "song-1.wav")), tmp_path / "rain.wav", force=False
+        )
     finally:
         os.umask(before)
 
     assert stat.S_IMODE((tmp_path / "rain.wav").stat().st_mode) == mode
 
 
-def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn, tone: Tone) -> None:
+def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(
+    run: Run, spawn: Spawn, tone: Tone
+) -> None:
     process = spawn("worker")
     wait_until_says(process, "serves")
 
@@ -118,10 +130,16 @@ def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(run: Run, spawn: Spawn,
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 0
     (ended,) = run("workers", "--json").json
-    assert (ended["state"], ended["is_alive"], ended["end_reason"]) == ("ended", False, "it was stopped")
+    assert (ended["state"], ended["is_alive"], ended["end_reason"]) == (
+        "ended",
+        False,
+        "it was stopped",
+    )
 
 
-def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(run: Run, spawn: Spawn, tone: Tone) -> None:
+def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(
+    run: Run, spawn: Spawn, tone: Tone
+) -> None:
     spawn("worker")
 
     result = run("enqueue", "lofi rain", "--duration", 1, "--out", "rain.wav", "--json")
@@ -134,7 +152,9 @@ def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(run: Run, spawn: S
     )
 
 
-def test_waiting_for_a_file_ends_1_where_one_of_its_generations_failed(run: Run, spawn: Spawn, tone: Tone) -> None:
+def test_waiting_for_a_file_ends_1_where_one_of_its_generations_failed(
+    run: Run, spawn: Spawn, tone: Tone
+) -> None:
     tone({"prompt": "storm", "do": "reject", "message": "no thunder today"})
     Path("prompts.txt").write_text("".join(f"rain {number}\n" for number in range(10)) + "storm\n")
     spawn("worker", "--slots", 4)
@@ -163,11 +183,15 @@ def test_audio_that_is_on_another_machine_is_said_to_be_missing() -> None:
 
 def test_music_starts_with_the_clip_that_it_continues(run: Run, tone: Tone) -> None:
     Path("clip.flac").write_bytes(audio_file(0.5, kind="FLAC"))
-    generation_id = run("enqueue", "", "--continuation", "clip.flac", "--duration", 1.25).out.strip()
+    generation_id = run(
+        "enqueue", "", "--continuation", "clip.flac", "--duration", 1.25
+    ).out.strip()
 
     assert run("worker", "--drain", "--loudness", "none").code == 0
 
-    made, rate = soundfile.read(run("show", generation_id, "--json").json["file_path"], dtype="int16")
+    made, rate = soundfile.read(
+        run("show", generation_id, "--json").json["file_path"], dtype="int16"
+    )
     given, _ = soundfile.read("clip.flac", dtype="int16")
     assert (len(made), rate) == (40_000, 32_000)
     assert abs(made[:16_000].astype(int) - given).max() <= 1

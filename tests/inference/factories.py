@@ -13,14 +13,18 @@ from tests.patience import PATIENCE
 
 
 def make_request(**fields: Any) -> GenerationRequest:
-    return GenerationRequest(**{"generation_id": "g1", "prompt": "lofi rain", "duration": 0.08, "attempt": 1} | fields)
+    return GenerationRequest(
+        **{"generation_id": "g1", "prompt": "lofi rain", "duration": 0.08, "attempt": 1} | fields
+    )
 
 
 def make_settings(**fields: Any) -> EngineSettings:
     return EngineSettings(**{"engine": "tone", "model": "musicgen-small", "slots": 4} | fields)
 
 
-def make_process(*, start_timeout_seconds: float = 30, cancel_grace_seconds: float = 5, **fields: Any) -> EngineProcess:
+def make_process(
+    *, start_timeout_seconds: float = 30, cancel_grace_seconds: float = 5, **fields: Any
+) -> EngineProcess:
     return EngineProcess(
         make_settings(**fields),
         start_timeout_seconds=start_timeout_seconds,
@@ -35,7 +39,9 @@ def ignore(progress: float) -> None:
 async def begin(process: EngineProcess, **fields: Any) -> asyncio.Task[Audio]:
     """Return the task of a generation that has reported progress: it is running in the child."""
     started = asyncio.Event()
-    task = asyncio.create_task(process.generate(make_request(**fields), lambda progress: started.set()))
+    task = asyncio.create_task(
+        process.generate(make_request(**fields), lambda progress: started.set())
+    )
     await asyncio.wait_for(started.wait(), PATIENCE)
     return task
 

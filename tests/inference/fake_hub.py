@@ -53,7 +53,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif f"/{hub.repository}/" not in path:
             self._reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif not {hub.commit, "main"} & set(path.split("/")):
-            self._reply(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+            self._reply(
+                404,
+                b"{}",
+                {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"},
+            )
         elif path.startswith("/api/") and "/revision/" in path:
             names = [{"rfilename": name} for name in self._names()]
             self._reply_json({"id": hub.repository, "sha": hub.commit, "siblings": names})
@@ -62,7 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif "/resolve/" in path and file.is_file():
             if self.command == "GET":
                 hub.taken.append(file.name)
-            self._reply(200, file.read_bytes(), {"ETag": f'"{digest(file)}"', "X-Repo-Commit": hub.commit})
+            self._reply(
+                200, file.read_bytes(), {"ETag": f'"{digest(file)}"', "X-Repo-Commit": hub.commit}
+            )
         else:
             self._reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
@@ -71,8 +77,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _entry(self, file: Path) -> dict[str, object]:
         size = file.stat().st_size
-        entry: dict[str, object] = {"type": "file", "path": file.name, "size": size, "oid": "0" * 40}
-        return entry | ({"lfs": {"oid": digest(file), "size": size, "pointerSize": 1}} if is_large(file.name) else {})
+        entry: dict[str, object] = {
+            "type": "file",
+            "path": file.name,
+            "size": size,
+            "oid": "0" * 40,
+        }
+        return entry | (
+            {"lfs": {"oid": digest(file), "size": size, "pointerSize": 1}}
+            if is_large(file.name)
+            else {}
+        )
 
     def _reply_json(self, content: object) -> None:
         self._reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})

@@ -24,7 +24,9 @@ PAD = 2048
 Model = MusicgenForConditionalGeneration | MusicgenMelodyForConditionalGeneration
 
 
-def melody_inputs(tokenizer: ByT5Tokenizer, prompt: str | None, chroma: Tensor | None) -> dict[str, Tensor]:
+def melody_inputs(
+    tokenizer: ByT5Tokenizer, prompt: str | None, chroma: Tensor | None
+) -> dict[str, Tensor]:
     """Return a processor's inputs of ``generate``; no prompt: its ``get_unconditional_inputs``."""
     inputs = dict(tokenizer(prompt or "", return_tensors="pt"))
     if prompt is None:
@@ -69,7 +71,9 @@ def melody_reference_codes(
 
     It reads the prompt and the melody ``[frame, 12]``.
     """
-    return generated_codes(model, frames, guidance_scale, **melody_inputs(tokenizer, prompt, chroma))
+    return generated_codes(
+        model, frames, guidance_scale, **melody_inputs(tokenizer, prompt, chroma)
+    )
 
 
 @torch.inference_mode()
@@ -94,11 +98,13 @@ def plain_greedy(
     given = torch.empty(len(delays), 0, dtype=torch.long) if forced is None else forced
     inputs = torch.full((len(delays), 1), PAD)  # [K, position]
     for position in range(frames + delays[-1]):
-        logits = [
-            model.decoder(inputs, encoder_hidden_states=states, use_cache=False).logits[:, -1]  # [K, V]
+        logits = [  # each [K, V]
+            model.decoder(inputs, encoder_hidden_states=states, use_cache=False).logits[:, -1]
             for states in conditions[: 2 if guidance_scale > 1 else 1]
         ]
-        scores = logits[0] if len(logits) == 1 else logits[1] + (logits[0] - logits[1]) * guidance_scale
+        scores = (
+            logits[0] if len(logits) == 1 else logits[1] + (logits[0] - logits[1]) * guidance_scale
+        )
         tokens = scores.argmax(-1)
         for codebook, delay in enumerate(delays):
             frame = position - delay
@@ -107,7 +113,9 @@ def plain_greedy(
             elif frame < given.shape[1]:
                 tokens[codebook] = given[codebook, frame]
         inputs = torch.cat([inputs, tokens[:, None]], dim=1)
-    return torch.stack([inputs[codebook, 1 + delay :][:frames] for codebook, delay in enumerate(delays)])
+    return torch.stack(
+        [inputs[codebook, 1 + delay :][:frames] for codebook, delay in enumerate(delays)]
+    )
 
 
 def audiocraft_long_form(
@@ -169,7 +177,11 @@ def melody_prefix(
     states = states * (texts.attention_mask * is_given)[..., None]
     length = model.config.chroma_length
     null = torch.eye(12)[[0] * length]
-    own = null if chroma is None else torch.stack([chroma[index % len(chroma)] for index in range(length)])
+    own = (
+        null
+        if chroma is None
+        else torch.stack([chroma[index % len(chroma)] for index in range(length)])
+    )
     return torch.cat([model.audio_enc_to_dec_proj(torch.stack([own, null])), states], dim=1)
 
 
@@ -185,7 +197,9 @@ def _conditions(
     return [_text(model, tokenizer, prompt) for prompt in prompts]
 
 
-def _text(model: MusicgenForConditionalGeneration, tokenizer: ByT5Tokenizer, prompt: str | None) -> Tensor:
+def _text(
+    model: MusicgenForConditionalGeneration, tokenizer: ByT5Tokenizer, prompt: str | None
+) -> Tensor:
     if prompt is None:
         return torch.zeros(1, 1, model.decoder.config.hidden_size)
     states = model.text_encoder(**tokenizer(prompt, return_tensors="pt")).last_hidden_state

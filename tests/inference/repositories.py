@@ -80,11 +80,15 @@ class Layout:
 
 _BOTH = ("shared", "encoder.embed_tokens")
 LAYOUTS = {
-    "musicgen-small": Layout((("model.safetensors", 1), ("pytorch_model.bin", 1)), is_first_format=True),
+    "musicgen-small": Layout(
+        (("model.safetensors", 1), ("pytorch_model.bin", 1)), is_first_format=True
+    ),
     "musicgen-medium": Layout((("pytorch_model.bin", 1),), _BOTH, is_first_format=True),
     "musicgen-large": Layout((("pytorch_model.bin", 2),), _BOTH, is_first_format=True),
     "musicgen-stereo-small": Layout(
-        (("model.safetensors", 1), ("model.fp32.safetensors", 1)), dtype=torch.float16, others=_AUDIOCRAFT
+        (("model.safetensors", 1), ("model.fp32.safetensors", 1)),
+        dtype=torch.float16,
+        others=_AUDIOCRAFT,
     ),
     "musicgen-stereo-medium": Layout((("model.safetensors", 2),), ("encoder.embed_tokens",)),
     "musicgen-stereo-large": Layout((("model.safetensors", 3),)),
@@ -117,8 +121,13 @@ def write_repository(name: str, folder: Path) -> Path:
     folder.mkdir()
     tokenizer.save_pretrained(folder)
     config = model.config.to_dict()
-    _write_json(folder / "config.json", _as_first_written(config) if layout.is_first_format else config)
-    _write_json(folder / "special_tokens_map.json", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+    _write_json(
+        folder / "config.json", _as_first_written(config) if layout.is_first_format else config
+    )
+    _write_json(
+        folder / "special_tokens_map.json",
+        {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+    )
     for each in ("generation_config.json", "preprocessor_config.json"):
         _write_json(folder / each, {"is_read": False, "name": each})
     for each in (".gitattributes", "README.md", "spiece.model", *layout.others):
@@ -126,7 +135,11 @@ def write_repository(name: str, folder: Path) -> Path:
     tensors = _as_stored(model.state_dict(), layout)
     for file, shards in layout.weights:
         is_wide = "fp32" in file
-        _write_weights(folder / file, {key: each.float() if is_wide else each for key, each in tensors.items()}, shards)
+        _write_weights(
+            folder / file,
+            {key: each.float() if is_wide else each for key, each in tensors.items()},
+            shards,
+        )
     return folder
 
 
@@ -161,29 +174,48 @@ def _write_json(file: Path, content: object) -> None:
 
 
 def _as_first_written(config: dict[str, Any]) -> dict[str, Any]:
-    parts = {part: _FIRST_FORMAT | _without_news(config[part]) for part in ("text_encoder", "audio_encoder", "decoder")}
-    whole = {"architectures": config["architectures"], "is_encoder_decoder": True, "model_type": "musicgen"}
-    return {"_name_or_path": "/tmp/musicgen", **whole, "torch_dtype": "float32", "transformers_version": None} | parts
+    parts = {
+        part: _FIRST_FORMAT | _without_news(config[part])
+        for part in ("text_encoder", "audio_encoder", "decoder")
+    }
+    whole = {
+        "architectures": config["architectures"],
+        "is_encoder_decoder": True,
+        "model_type": "musicgen",
+    }
+    return {
+        "_name_or_path": "/tmp/musicgen",
+        **whole,
+        "torch_dtype": "float32",
+        "transformers_version": None,
+    } | parts
 
 
 def _without_news(part: dict[str, Any]) -> dict[str, Any]:
     """Drop what transformers 4.31 did not know: the number of channels came with the stereo models."""
     is_decoder = part["model_type"] == "musicgen_decoder"
     return {
-        key: value for key, value in part.items() if key != "dtype" and not (is_decoder and key == "audio_channels")
+        key: value
+        for key, value in part.items()
+        if key != "dtype" and not (is_decoder and key == "audio_channels")
     }
 
 
 def _as_stored(state: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     embedding = state["text_encoder.shared.weight"]
     tensors = {
-        key: tensor for key, tensor in state.items() if key not in {f"text_encoder.{each}.weight" for each in _BOTH}
+        key: tensor
+        for key, tensor in state.items()
+        if key not in {f"text_encoder.{each}.weight" for each in _BOTH}
     }
     tensors |= {f"text_encoder.{each}.weight": embedding.clone() for each in layout.text_embedding}
     if layout.is_first_format:
         tensors["decoder.model.decoder.embed_positions.weights"] = torch.zeros(2_048, 64)
         tensors = {_former_name(key): tensor for key, tensor in tensors.items()}
-    return {key: each.to(layout.dtype) if each.is_floating_point() else each for key, each in tensors.items()}
+    return {
+        key: each.to(layout.dtype) if each.is_floating_point() else each
+        for key, each in tensors.items()
+    }
 
 
 def _former_name(key: str) -> str:
@@ -198,7 +230,10 @@ def _write_weights(file: Path, tensors: dict[str, Tensor], shards: int) -> None:
         names |= dict.fromkeys(some, part.name)
         _write_tensors(part, {key: tensors[key].contiguous() for key in some})
     if shards > 1:
-        _write_json(file.with_name(f"{file.name}.index.json"), {"metadata": {"total_size": 1}, "weight_map": names})
+        _write_json(
+            file.with_name(f"{file.name}.index.json"),
+            {"metadata": {"total_size": 1}, "weight_map": names},
+        )
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
@@ -213,5 +248,6 @@ def _shard_names(file: Path, shards: int) -> Iterator[Path]:
         yield file
     else:
         yield from (
-            file.with_name(f"{file.stem}-{part:05}-of-{shards:05}{file.suffix}") for part in range(1, shards + 1)
+            file.with_name(f"{file.stem}-{part:05}-of-{shards:05}{file.suffix}")
+            for part in range(1, shards + 1)
         )

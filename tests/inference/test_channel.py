@@ -10,8 +10,12 @@ from dgx_music.inference.channel import Decoder, encode
 from dgx_music.inference.messages import EngineInfo, Finished, Generate, Message, Progress, Ready
 from tests.inference.factories import make_request
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
-infos = st.builds(EngineInfo, st.integers(), st.text(), st.text(), st.none() | st.text(), st.integers())
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5
+)
+infos = st.builds(
+    EngineInfo, st.integers(), st.text(), st.text(), st.none() | st.text(), st.integers()
+)
 messages_of_all_shapes = st.one_of(
     st.builds(
         Generate,
@@ -31,7 +35,9 @@ def test_messages_survive_a_stream_that_is_cut_anywhere(messages: list[Message],
     stream = b"".join(map(encode, messages))
     decoder = Decoder()
 
-    received = [item for at in range(0, len(stream), size) for item in decoder.feed(stream[at : at + size])]
+    received = [
+        item for at in range(0, len(stream), size) for item in decoder.feed(stream[at : at + size])
+    ]
 
     assert received == messages
 

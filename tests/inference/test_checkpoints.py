@@ -41,7 +41,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def repositories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Returns the folder of a repository's files, written once."""
     root = tmp_path_factory.mktemp("repositories")
-    return lambda name: root / name if (root / name).is_dir() else write_repository(name, root / name)
+    return lambda name: (
+        root / name if (root / name).is_dir() else write_repository(name, root / name)
+    )
 
 
 Repositories = Callable[[str], Path]
@@ -59,7 +61,14 @@ def folder(repositories: Repositories, tmp_path: Path) -> Path:
 
 def settings(model: str | Path, **fields: Any) -> EngineSettings:
     return EngineSettings(
-        **{"engine": "musicgen", "model": str(model), "device": "cpu", "dtype": "float32", "slots": 1, "compile": "off"}
+        **{
+            "engine": "musicgen",
+            "model": str(model),
+            "device": "cpu",
+            "dtype": "float32",
+            "slots": 1,
+            "compile": "off",
+        }
         | fields
     )
 
@@ -68,7 +77,13 @@ def greedy_codes(model: str | Path, **fields: Any) -> Tensor:
     """Return the tokens of a prompt, decoded greedily."""
     engine = musicgen.load(settings(model, **fields))
     try:
-        asked = {"generation_id": "g", "prompt": "lo-fi piano", "duration": 0.2, "temperature": 0.0, "seed": 7}
+        asked = {
+            "generation_id": "g",
+            "prompt": "lo-fi piano",
+            "duration": 0.2,
+            "temperature": 0.0,
+            "seed": 7,
+        }
         return engine._decode(GenerationRequest(**asked), 10, QuietRun())  # type: ignore[attr-defined]
     finally:
         engine.close()  # type: ignore[attr-defined]
@@ -86,11 +101,17 @@ def test_each_repository_loads_as_the_model_saved_plainly(
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS.items())
-def test_only_what_is_loaded_is_counted(name: str, layout: Any, repositories: Repositories, hub: Path) -> None:
+def test_only_what_is_loaded_is_counted(
+    name: str, layout: Any, repositories: Repositories, hub: Path
+) -> None:
     snapshot = fill_cache(MODELS[name], repositories(name), hub)
     file, shards = layout.weights[0]
     stem, suffix = file.split(".")
-    used = [file] if shards == 1 else [f"{stem}-{n:05}-of-{shards:05}.{suffix}" for n in range(1, shards + 1)]
+    used = (
+        [file]
+        if shards == 1
+        else [f"{stem}-{n:05}-of-{shards:05}.{suffix}" for n in range(1, shards + 1)]
+    )
     size = sum((snapshot / each).stat().st_size for each in used)
     assert musicgen.estimate_bytes(settings(name)) == size
     assert inventory.has_weights(MODELS[name], None)
@@ -121,24 +142,50 @@ def of_safetensors(header: object, rest: bytes = b"") -> bytes:
 WHOLE = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
 DAMAGES: dict[str, tuple[str, bytes | None, str]] = {
     "config without a type": ("config.json", b"{}", "config.json is not that of a MusicGen model"),
-    "config of another model": ("config.json", b'{"model_type": "t5"}', "config.json is not that of a MusicGen"),
+    "config of another model": (
+        "config.json",
+        b'{"model_type": "t5"}',
+        "config.json is not that of a MusicGen",
+    ),
     "config that is a list": ("config.json", b"[]", "config.json holds no JSON object"),
     "config that is junk": ("config.json", b"\xff\0", "config.json holds no JSON object"),
     "no config": ("config.json", None, "config.json cannot be read (no such file or directory)"),
     "tokenizer that is junk": ("tokenizer.json", b"junk", "tokenizer.json holds no JSON object"),
-    "safetensors that are junk": ("model.safetensors", b"junk" * 100, "model.safetensors is cut short"),
+    "safetensors that are junk": (
+        "model.safetensors",
+        b"junk" * 100,
+        "model.safetensors is cut short",
+    ),
     "no bytes": ("model.safetensors", b"", "model.safetensors is cut short"),
-    "no tensors": ("model.safetensors", of_safetensors({}, b"1234"), "model.safetensors is cut short"),
-    "header cut short": ("model.safetensors", of_safetensors(WHOLE)[:-9], "model.safetensors is cut short"),
-    "tensors cut short": ("model.safetensors", of_safetensors(WHOLE, b"123"), "model.safetensors is cut short"),
-    "header that is a list": ("model.safetensors", of_safetensors([1], b"1234"), "model.safetensors is cut short"),
+    "no tensors": (
+        "model.safetensors",
+        of_safetensors({}, b"1234"),
+        "model.safetensors is cut short",
+    ),
+    "header cut short": (
+        "model.safetensors",
+        of_safetensors(WHOLE)[:-9],
+        "model.safetensors is cut short",
+    ),
+    "tensors cut short": (
+        "model.safetensors",
+        of_safetensors(WHOLE, b"123"),
+        "model.safetensors is cut short",
+    ),
+    "header that is a list": (
+        "model.safetensors",
+        of_safetensors([1], b"1234"),
+        "model.safetensors is cut short",
+    ),
     "pickle that is junk": ("pytorch_model.bin", b"junk" * 100, "pytorch_model.bin is cut short"),
     "zip cut short": ("pytorch_model.bin", b"PK\3\4" + bytes(99), "pytorch_model.bin is cut short"),
 }
 
 
 @pytest.mark.parametrize(("name", "content", "damage"), DAMAGES.values(), ids=DAMAGES)
-def test_what_damage_costs_nothing_to_see_is_seen(name: str, content: bytes | None, damage: str, folder: Path) -> None:
+def test_what_damage_costs_nothing_to_see_is_seen(
+    name: str, content: bytes | None, damage: str, folder: Path
+) -> None:
     (folder / name).unlink(missing_ok=True)
     if content is not None:
         (folder / name).write_bytes(content)
@@ -174,11 +221,17 @@ def test_every_model_of_the_hub_is_pinned_and_has_a_fixture() -> None:
 
 
 def test_safetensors_are_loaded_where_both_are_there(repositories: Repositories) -> None:
-    assert [file.name for file in checkpoint.find_weights(repositories("musicgen-small"))] == ["model.safetensors"]
+    assert [file.name for file in checkpoint.find_weights(repositories("musicgen-small"))] == [
+        "model.safetensors"
+    ]
 
 
-@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00003.safetensors", "model.safetensors.index.json"])
-def test_a_cache_that_lacks_a_file_has_no_weights(name: str, repositories: Repositories, hub: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["config.json", "model-00002-of-00003.safetensors", "model.safetensors.index.json"]
+)
+def test_a_cache_that_lacks_a_file_has_no_weights(
+    name: str, repositories: Repositories, hub: Path
+) -> None:
     info = MODELS["musicgen-stereo-large"]
     (fill_cache(info, repositories(info.name), hub) / name).unlink()
     assert not inventory.has_weights(info, None)
@@ -236,11 +289,26 @@ def _cut(folder: Path) -> None:
     [
         (_cut, "cut short, damaged, or"),
         (lambda folder: (_save_in_the_old_format(folder), _cut(folder)), "cut short, damaged, or"),
-        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"junk" * 99), "cut short, damaged, or"),
-        (lambda folder: (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1})), "plain tensors"),
-        (lambda folder: torch.save({"best_state": {}}, folder / "pytorch_model.bin"), "no plain table of tensors"),
-        (lambda folder: torch.save([torch.zeros(1)], folder / "pytorch_model.bin"), "no plain table of tensors"),
-        (lambda folder: (folder / "pytorch_model.bin").rename(folder / "model.bin"), "holds none of model.safetensors"),
+        (
+            lambda folder: (folder / "pytorch_model.bin").write_bytes(b"junk" * 99),
+            "cut short, damaged, or",
+        ),
+        (
+            lambda folder: (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1})),
+            "plain tensors",
+        ),
+        (
+            lambda folder: torch.save({"best_state": {}}, folder / "pytorch_model.bin"),
+            "no plain table of tensors",
+        ),
+        (
+            lambda folder: torch.save([torch.zeros(1)], folder / "pytorch_model.bin"),
+            "no plain table of tensors",
+        ),
+        (
+            lambda folder: (folder / "pytorch_model.bin").rename(folder / "model.bin"),
+            "holds none of model.safetensors",
+        ),
     ],
 )
 def test_pickled_weights_that_cannot_be_read_are_refused(
@@ -252,12 +320,18 @@ def test_pickled_weights_that_cannot_be_read_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_code_in_its_folder_does_not_run_it(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_of_code_in_its_folder_does_not_run_it(
+    folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     (folder / "evil.py").write_text("import os\nos.mkdir('evil')\nclass Evil: pass\n")
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text())
-        auto = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        auto = {
+            "AutoConfig": "evil.Evil",
+            "AutoModel": "evil.Evil",
+            "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+        }
         (folder / name).write_text(json.dumps(content | {"auto_map": auto}))
     greedy_codes(folder)
     assert not Path("evil").exists()
@@ -269,7 +343,10 @@ def test_every_call_that_might_run_a_repositorys_code_says_that_it_may_not() -> 
     assert len(found) >= 3
     assert [call for call in found if "trust_remote_code=False" not in call] == []
     loads = [
-        line for file in HUB_SOURCES.rglob("*.py") for line in file.read_text().splitlines() if "torch.load(" in line
+        line
+        for file in HUB_SOURCES.rglob("*.py")
+        for line in file.read_text().splitlines()
+        if "torch.load(" in line
     ]
     assert loads
     assert all("weights_only=True" in line for line in loads)
@@ -312,24 +389,44 @@ BIAS = "audio_encoder.decoder.layers.0.conv.bias"
             {"decoder.model.decoder.layers.2.fc1.weight": torch.zeros(2)},
             "no use for, decoder.model.decoder.layers.2.fc1",
         ),
-        ({"text_encoder.encoder.block.9.layer.0.x": torch.zeros(2)}, "no use for, text_encoder.encoder.block.9"),
-        ({"audio_encoder.decoder.layers.99.x": torch.zeros(2)}, "no use for, audio_encoder.decoder.layers.99.x"),
+        (
+            {"text_encoder.encoder.block.9.layer.0.x": torch.zeros(2)},
+            "no use for, text_encoder.encoder.block.9",
+        ),
+        (
+            {"audio_encoder.decoder.layers.99.x": torch.zeros(2)},
+            "no use for, audio_encoder.decoder.layers.99.x",
+        ),
         ({"a": torch.zeros(2), "b": torch.zeros(2)}, "no use for, a and 1 more"),
         ({HEAD: None}, f"lack {HEAD}"),
-        ({HEAD: torch.zeros(128, 64)}, rf"{HEAD} has the shape \[128, 64\] instead of \[2048, 64\]"),
+        (
+            {HEAD: torch.zeros(128, 64)},
+            rf"{HEAD} has the shape \[128, 64\] instead of \[2048, 64\]",
+        ),
         ({BIAS: torch.zeros(3)}, rf"{BIAS} has the shape \[3\] instead of \[64\]"),
         ({HEAD: torch.full((2048, 64), torch.nan)}, f"{HEAD} holds NaN or infinite"),
-        ({BIAS: torch.zeros(64).index_fill(0, torch.tensor(63), torch.inf)}, f"{BIAS} holds NaN or infinite"),
-        ({BIAS: torch.zeros(64).index_fill(0, torch.tensor(7), -torch.inf)}, f"{BIAS} holds NaN or infinite"),
+        (
+            {BIAS: torch.zeros(64).index_fill(0, torch.tensor(63), torch.inf)},
+            f"{BIAS} holds NaN or infinite",
+        ),
+        (
+            {BIAS: torch.zeros(64).index_fill(0, torch.tensor(7), -torch.inf)},
+            f"{BIAS} holds NaN or infinite",
+        ),
         (
             {"audio_encoder.quantizer.layers.1.codebook.embed": torch.full((2048, 32), torch.nan)},
             "codebook.embed holds",
         ),
-        ({"text_encoder.encoder.embed_tokens.weight": torch.zeros(259, 32)}, "which are one table, differ"),
+        (
+            {"text_encoder.encoder.embed_tokens.weight": torch.zeros(259, 32)},
+            "which are one table, differ",
+        ),
         ({HEAD: torch.ones(2048, 64, dtype=torch.int8)}, f"{HEAD} holds numbers of torch.int8"),
     ],
 )
-def test_a_doubtful_weight_is_refused_by_name(change: Any, changes: dict[str, Tensor | None], complaint: str) -> None:
+def test_a_doubtful_weight_is_refused_by_name(
+    change: Any, changes: dict[str, Tensor | None], complaint: str
+) -> None:
     with pytest.raises(EngineUnavailableError, match=complaint) as caught:
         weights.load_weights(find_model(str(change(changes))), None, torch.float32)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
@@ -337,7 +434,9 @@ def test_a_doubtful_weight_is_refused_by_name(change: Any, changes: dict[str, Te
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_number_that_is_infinite_in_16_bit_is_found_there(change: Any, dtype: torch.dtype) -> None:
+def test_a_number_that_is_infinite_in_16_bit_is_found_there(
+    change: Any, dtype: torch.dtype
+) -> None:
     info = find_model(str(change({HEAD: torch.full((2048, 64), 70_000.0)})))
     assert info is not None
     if dtype is torch.bfloat16:
@@ -357,7 +456,9 @@ def test_a_number_that_is_infinite_in_16_bit_is_found_there(change: Any, dtype: 
     ],
 )
 def test_what_older_versions_stored_besides_does_no_harm(change: Any, name: str) -> None:
-    assert weights.load_weights(find_model(str(change({name: torch.zeros(2)}))), None, torch.float32)  # type: ignore[arg-type]
+    assert weights.load_weights(
+        find_model(str(change({name: torch.zeros(2)}))), None, torch.float32
+    )  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------- damaged downloads
@@ -371,8 +472,12 @@ def flip_a_bit(file: Path) -> None:
     os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "spiece.model"])
-def test_a_flipped_bit_in_a_downloaded_file_is_noticed(name: str, repositories: Repositories, hub: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "spiece.model"]
+)
+def test_a_flipped_bit_in_a_downloaded_file_is_noticed(
+    name: str, repositories: Repositories, hub: Path
+) -> None:
     snapshot = fill_cache(SMALL, repositories(SMALL.name), hub)
     greedy_codes(SMALL.name)
     blob = (snapshot / name).resolve()
@@ -402,7 +507,9 @@ def test_a_file_is_read_once_and_believed_until_it_changes(
 
 
 @pytest.mark.parametrize("notes", ["{", "[]", '{"x": 1}'])
-def test_notes_that_cannot_be_read_are_written_anew(notes: str, repositories: Repositories, hub: Path) -> None:
+def test_notes_that_cannot_be_read_are_written_anew(
+    notes: str, repositories: Repositories, hub: Path
+) -> None:
     files = checkpoint.find_weights(fill_cache(SMALL, repositories(SMALL.name), hub))
     integrity._notes_file().write_text(notes)
     integrity.check_integrity(files)
@@ -411,7 +518,10 @@ def test_notes_that_cannot_be_read_are_written_anew(notes: str, repositories: Re
 
 
 def test_a_home_that_cannot_be_written_does_no_harm(
-    repositories: Repositories, hub: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    repositories: Repositories,
+    hub: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     files = checkpoint.find_weights(fill_cache(SMALL, repositories(SMALL.name), hub))
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(hub / "absent"))

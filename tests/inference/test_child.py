@@ -61,7 +61,9 @@ class ScriptedEngine:
 class Parent:
     """The other end of the channel of a child that runs in a thread."""
 
-    def __init__(self, connection: socket.socket, make_engine: Callable[[EngineSettings], Any] | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, make_engine: Callable[[EngineSettings], Any] | None = None
+    ) -> None:
         connection.settimeout(20)
         self.make_engine = make_engine
         self.connection = connection
@@ -172,7 +174,10 @@ def raise_unavailable(request: GenerationRequest, run: Run) -> Audio:
     ("generate", "message"),
     [
         (raise_system_exit, "SystemExit: no way"),
-        (return_facts_that_are_not_json, "TypeError: Object of type float32 is not JSON serializable"),
+        (
+            return_facts_that_are_not_json,
+            "TypeError: Object of type float32 is not JSON serializable",
+        ),
         (raise_unavailable, "The device is gone."),
     ],
 )
@@ -196,10 +201,16 @@ def test_a_request_that_is_unacceptable_is_answered(connect: Callable[[Performer
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(EngineUnavailableError("No weights."), "No weights."), (ImportError("no torch"), "ImportError: no torch")],
+    [
+        (EngineUnavailableError("No weights."), "No weights."),
+        (ImportError("no torch"), "ImportError: no torch"),
+    ],
 )
 def test_an_engine_that_does_not_load_says_why_and_leaves_the_others_alone(
-    connect: Callable[[Performer], Parent], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+    connect: Callable[[Performer], Parent],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
 ) -> None:
     def load_engine(settings: EngineSettings) -> Engine:
         raise error
@@ -224,7 +235,9 @@ class RecordingChannel(Channel):
         return True
 
 
-def test_progress_is_sent_at_once_and_then_at_most_twice_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_sent_at_once_and_then_at_most_twice_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 100.0
     monkeypatch.setattr(child_channel.time, "monotonic", lambda: now)
     channel = RecordingChannel()
@@ -256,7 +269,9 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def test_an_offered_message_arrives_if_nobody_is_busy(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_an_offered_message_arrives_if_nobody_is_busy(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     assert Channel(pair[1]).offer(b"progress")
     assert pair[0].recv(99) == b"progress"
 
@@ -276,7 +291,9 @@ def test_an_offer_waits_neither_for_a_busy_parent_nor_for_another_message(
     assert pair[0].recv(99) == b"progress"
 
 
-def test_an_offer_does_not_wait_if_the_socket_is_full(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_an_offer_does_not_wait_if_the_socket_is_full(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
     pair[1].setblocking(False)
     with suppress(BlockingIOError):
         while True:
@@ -310,7 +327,9 @@ def free_slot_and_wait(request: GenerationRequest, run: Run) -> Audio:
     return wait_for_cancel(request, run)
 
 
-def test_a_slot_is_freed_once_before_the_audio_is_made(connect: Callable[[Performer], Parent]) -> None:
+def test_a_slot_is_freed_once_before_the_audio_is_made(
+    connect: Callable[[Performer], Parent],
+) -> None:
     parent = connect(free_slot_and_wait)
     parent.generate()
 
@@ -349,7 +368,9 @@ def test_fewer_slots_are_told_once_and_before_the_failure_that_they_cost(
 
     replies = [parent.receive() for _ in range(3)]
     assert replies[0] == SlotsReduced("musicgen-medium", 1)
-    assert [(type(reply), reply.error) for reply in replies[1:]] == [(Failed, "EngineReplacedError")] * 2
+    assert [(type(reply), reply.error) for reply in replies[1:]] == [
+        (Failed, "EngineReplacedError")
+    ] * 2
 
 
 def test_the_slots_of_a_load_are_what_its_engine_is_made_with(
@@ -390,11 +411,18 @@ def test_a_generation_without_memory_is_given_back_beside_others_and_fails_alone
     alone = parent.receive()
 
     assert (beside.error, alone.error) == ("EngineReplacedError", "EngineError")
-    assert beside.message == "There is no memory for this generation beside the others (MemoryError: 2 GiB)."
-    assert alone.message.endswith("; use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16.")
+    assert (
+        beside.message
+        == "There is no memory for this generation beside the others (MemoryError: 2 GiB)."
+    )
+    assert alone.message.endswith(
+        "; use a smaller model, fewer DGX_MUSIC_SLOTS or DGX_MUSIC_DTYPE=bfloat16."
+    )
 
 
-def test_audio_that_does_not_fit_counts_as_a_failure_beside_others_too(connect: Callable[[Performer], Parent]) -> None:
+def test_audio_that_does_not_fit_counts_as_a_failure_beside_others_too(
+    connect: Callable[[Performer], Parent],
+) -> None:
     parent = connect(run_out_of_memory)
     parent.generate(1, prompt="held")
     parent.receive()
@@ -404,7 +432,9 @@ def test_audio_that_does_not_fit_counts_as_a_failure_beside_others_too(connect: 
     parent.send(Cancel(1))
 
     assert (type(freed), failed.key, failed.error) == (SlotFreed, 2, "EngineError")
-    assert failed.message.startswith("There is no memory for this generation (MemoryError: 2 GiB); use a smaller")
+    assert failed.message.startswith(
+        "There is no memory for this generation (MemoryError: 2 GiB); use a smaller"
+    )
 
 
 def test_out_of_memory_failures_count_after_so_many_free_ones(
@@ -470,7 +500,9 @@ def test_a_cancel_is_heard_while_another_model_loads(
 
 
 def lose_the_device(request: GenerationRequest, run: Run) -> Audio:
-    raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging consider passing")
+    raise RuntimeError(
+        "CUDA error: an illegal memory access was encountered\nFor debugging consider passing"
+    )
 
 
 def test_a_lost_device_is_told_in_one_line_and_ends_the_process(
@@ -499,7 +531,11 @@ def test_a_lost_device_is_told_in_one_line_and_ends_the_process(
 def test_the_process_ends_with_the_code_of_a_lost_device(script: WriteScript) -> None:
     script({"do": "raise", "message": "CUDA error: unspecified launch failure"})
     ours, theirs = socket.socketpair()
-    with theirs, ours, subprocess.Popen(child_command(theirs), pass_fds=(theirs.fileno(),)) as process:
+    with (
+        theirs,
+        ours,
+        subprocess.Popen(child_command(theirs), pass_fds=(theirs.fileno(),)) as process,
+    ):
         parent = Parent(ours)
         parent.load("musicgen-small")
         parent.generate()
@@ -516,7 +552,11 @@ def child_command(connection: socket.socket) -> list[str]:
 def test_the_end_of_the_channel_ends_the_process_in_mid_generation(script: WriteScript) -> None:
     script({"do": "hang"})
     ours, theirs = socket.socketpair()
-    with theirs, ours, subprocess.Popen(child_command(theirs), pass_fds=(theirs.fileno(),)) as process:
+    with (
+        theirs,
+        ours,
+        subprocess.Popen(child_command(theirs), pass_fds=(theirs.fileno(),)) as process,
+    ):
         parent = Parent(ours)
         parent.load("musicgen-small")
         parent.generate()
@@ -536,7 +576,9 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-def test_the_death_of_the_parent_ends_the_process_though_the_channel_is_open(script: WriteScript) -> None:
+def test_the_death_of_the_parent_ends_the_process_though_the_channel_is_open(
+    script: WriteScript,
+) -> None:
     script()
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-c", FOSTER_PARENT, str(theirs.fileno()), *child_command(theirs)]
@@ -579,6 +621,8 @@ def test_a_load_is_answered_once_if_no_thread_can_be_started() -> None:
     theirs.close()
     (message,) = Decoder().feed(ours.recv(65_536))
     assert isinstance(message, Unavailable)
-    assert message.message == "There is no memory to load it (RuntimeError: can't start new thread)."
+    assert (
+        message.message == "There is no memory to load it (RuntimeError: can't start new thread)."
+    )
     assert ours.recv(1) == b""
     ours.close()

@@ -43,7 +43,9 @@ def make_negative(text: str = NEGATIVE, channels: int = 1) -> Tensor:
 
 
 def make_codes(frames: int, channels: int = 1, seed: int = 3) -> Tensor:
-    return torch.randint(2048, (4 * channels, frames), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        2048, (4 * channels, frames), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # a negative prompt, and none at all
@@ -54,7 +56,9 @@ def make_codes(frames: int, channels: int = 1, seed: int = 3) -> Tensor:
     "negative",
     [NEGATIVE, "a text that is a good deal longer than the prompt which it stands beside"],
 )
-def test_a_negative_prompt_is_what_the_unconditional_pass_reads(channels: int, negative: str) -> None:
+def test_a_negative_prompt_is_what_the_unconditional_pass_reads(
+    channels: int, negative: str
+) -> None:
     row = make_row(PROMPTS[0], 20, channels, negative=make_negative(negative, channels), **GREEDY)
     expected = plain_greedy(*reference(channels), PROMPTS[0], 20, 3.0, negative=negative)
     assert torch.equal(decode([row])[0], expected)
@@ -86,7 +90,9 @@ def test_a_row_without_text_is_unconditional(companion: str | None) -> None:
 def test_a_negative_prompt_needs_no_prompt() -> None:
     row = make_row(frames=20, negative=make_negative(), **GREEDY)
     row.text = None
-    assert torch.equal(decode([row])[0], plain_greedy(*reference(1), None, 20, 3.0, negative=NEGATIVE))
+    assert torch.equal(
+        decode([row])[0], plain_greedy(*reference(1), None, 20, 3.0, negative=NEGATIVE)
+    )
 
 
 # continuation
@@ -98,7 +104,9 @@ def test_a_continuation_starts_with_the_codes_it_is_given(channels: int, given: 
     codes = make_codes(given, channels)
     decoded = decode([make_row(PROMPTS[0], 20, channels, given=codes, **GREEDY)])[0]
     assert torch.equal(decoded[:, :given], codes)
-    assert torch.equal(decoded, plain_greedy(*reference(channels), PROMPTS[0], 20, 3.0, forced=codes))
+    assert torch.equal(
+        decoded, plain_greedy(*reference(channels), PROMPTS[0], 20, 3.0, forced=codes)
+    )
 
 
 def test_continuations_join_a_running_batch_and_used_slots() -> None:
@@ -121,7 +129,12 @@ def test_a_continuation_reads_what_any_row_reads(options: dict[str, Any]) -> Non
     row = make_row(PROMPTS[1], 20, given=make_codes(8), **options, **GREEDY)
     negative = NEGATIVE if "negative" in options else None
     expected = plain_greedy(
-        *reference(1), PROMPTS[1], 20, row.sampling.guidance_scale, negative=negative, forced=row.given
+        *reference(1),
+        PROMPTS[1],
+        20,
+        row.sampling.guidance_scale,
+        negative=negative,
+        forced=row.given,
     )
     assert torch.equal(decode([row])[0], expected)
 
@@ -156,7 +169,11 @@ def make_melody_row(
     model, tokenizer = build_tiny_melody(channels)
 
     def states(text: str | None) -> Tensor | None:
-        return None if text is None else model.text_encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        return (
+            None
+            if text is None
+            else model.text_encoder(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        )
 
     with torch.inference_mode():
         prefix = melody_parts(channels)[1].prefix(states(prompt), chroma, states(negative))
@@ -176,10 +193,16 @@ def decode_melodies(rows: list[Row], channels: int = 1, slot_count: int = 3) -> 
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("chroma", [None, make_chroma(100), make_chroma(300)], ids=["none", "short", "long"])
-def test_a_melody_is_followed_as_transformers_does(channels: int, guidance_scale: float, chroma: Tensor | None) -> None:
+@pytest.mark.parametrize(
+    "chroma", [None, make_chroma(100), make_chroma(300)], ids=["none", "short", "long"]
+)
+def test_a_melody_is_followed_as_transformers_does(
+    channels: int, guidance_scale: float, chroma: Tensor | None
+) -> None:
     row = make_melody_row(PROMPTS[0], 16, chroma, channels, guidance_scale=guidance_scale, **GREEDY)
-    expected = plain_greedy(*build_tiny_melody(channels), PROMPTS[0], 16, guidance_scale, chroma=chroma)
+    expected = plain_greedy(
+        *build_tiny_melody(channels), PROMPTS[0], 16, guidance_scale, chroma=chroma
+    )
     assert torch.equal(decode_melodies([row], channels)[0], expected)
 
 
@@ -194,7 +217,9 @@ def test_rows_with_prefixes_of_any_length_share_a_batch() -> None:
     for fields, codes in zip(asked, decode_melodies(rows, slot_count=2), strict=True):
         prompt, frames, options = fields["prompt"], fields["frames"], {"chroma": fields["chroma"]}
         options["negative"] = fields.get("negative")
-        assert torch.equal(codes, plain_greedy(*build_tiny_melody(), prompt, frames, 3.0, **options))
+        assert torch.equal(
+            codes, plain_greedy(*build_tiny_melody(), prompt, frames, 3.0, **options)
+        )
 
 
 def test_a_melody_and_a_continuation_go_together() -> None:

@@ -20,13 +20,19 @@ def test_a_gpu_that_is_not_there_is_refused(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
-def test_auto_takes_the_gpu_if_there_is_one(has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_gpu_if_there_is_one(
+    has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert devices.choose_device("auto") == torch.device(device)
 
 
-@pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_is_16_bit_on_a_gpu(has_bfloat16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)]
+)
+def test_auto_is_16_bit_on_a_gpu(
+    has_bfloat16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(asked.append(device)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: has_bfloat16)

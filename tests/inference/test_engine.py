@@ -153,14 +153,20 @@ def test_what_a_request_may_not_bring(field: str, fields: dict[str, Any]) -> Non
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("samples", [np.zeros((1, 0)), np.array([[0.0, -np.inf]] * 4_000).reshape(1, -1)])
+@pytest.mark.parametrize(
+    "samples", [np.zeros((1, 0)), np.array([[0.0, -np.inf]] * 4_000).reshape(1, -1)]
+)
 def test_a_clip_without_frames_or_with_an_infinite_low_is_refused(samples: Any) -> None:
-    with pytest.raises(InvalidRequestError, match=r"^continuation (has the shape \(1, 0\)|holds NaN or infinite)"):
+    with pytest.raises(
+        InvalidRequestError, match=r"^continuation (has the shape \(1, 0\)|holds NaN or infinite)"
+    ):
         make_request(duration=2, continuation=Audio(samples.astype(np.float32), 8_000))
 
 
 def test_the_samples_of_a_clip_are_not_shown_with_the_request() -> None:
-    assert "Audio" not in repr(make_request(duration=2, melody=clip(), continuation=clip(), model="musicgen-melody"))
+    assert "Audio" not in repr(
+        make_request(duration=2, melody=clip(), continuation=clip(), model="musicgen-melody")
+    )
 
 
 def test_the_seed_asked_for_is_the_effective_one() -> None:
@@ -169,7 +175,8 @@ def test_the_seed_asked_for_is_the_effective_one() -> None:
 
 def test_the_effective_seed_follows_from_the_id_for_ever() -> None:
     seeds = {
-        make_request(generation_id="g1", attempt=attempt, prompt=f"p{attempt}").effective_seed for attempt in (1, 2)
+        make_request(generation_id="g1", attempt=attempt, prompt=f"p{attempt}").effective_seed
+        for attempt in (1, 2)
     }
 
     assert seeds == {SEED_OF_G1}

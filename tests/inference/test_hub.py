@@ -25,7 +25,8 @@ Serve = Callable[..., FakeHub]
 def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        url + "/{repo_id}/resolve/{revision}/{filename}",
     )
 
 
@@ -62,11 +63,15 @@ def test_only_the_files_that_are_loaded_are_downloaded(name: str, serve: Serve) 
     folder = checkpoint.obtain(MODELS[name], None)
     weights = [file for file in fake.taken if file.endswith((".bin", ".safetensors"))]
     assert sorted(weights) == sorted(file.name for file in checkpoint.find_weights(folder))
-    assert set(fake.taken) - set(weights) == {file.name for file in checkpoint.list_small_files(folder)}
+    assert set(fake.taken) - set(weights) == {
+        file.name for file in checkpoint.list_small_files(folder)
+    }
     assert folder.name == MODELS[name].revision
 
 
-def test_what_is_there_is_not_asked_for_again(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_there_is_not_asked_for_again(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     fake = serve(MEDIUM.name)
     with caplog.at_level(logging.WARNING, "dgx_music"):
         checkpoint.obtain(MEDIUM, None)
@@ -94,10 +99,15 @@ def test_a_revision_that_the_hub_does_not_know_is_told_with_the_setting(
     with pytest.raises(EngineUnavailableError) as caught:
         ask(MEDIUM, revision)
     message = str(caught.value)
-    assert all(part in message for part in ("DGX_MUSIC_REVISION", revision or str(MEDIUM.revision), "commits/main"))
+    assert all(
+        part in message
+        for part in ("DGX_MUSIC_REVISION", revision or str(MEDIUM.revision), "commits/main")
+    )
     assert "\n" not in message
     assert len(fake.requests) == 1
-    assert "has no revision no-such-branch" in str(inventory.find_obstacle(MEDIUM, "no-such-branch"))
+    assert "has no revision no-such-branch" in str(
+        inventory.find_obstacle(MEDIUM, "no-such-branch")
+    )
 
 
 def test_a_repository_without_weights_is_refused_before_the_download(serve: Serve) -> None:
@@ -111,7 +121,9 @@ def test_a_repository_without_weights_is_refused_before_the_download(serve: Serv
 
 def test_a_repository_that_is_not_there_is_told(serve: Serve) -> None:
     serve(MEDIUM.name)
-    assert "(the hub answers 404)" in str(inventory.find_obstacle(replace(MEDIUM, repository="facebook/absent"), None))
+    assert "(the hub answers 404)" in str(
+        inventory.find_obstacle(replace(MEDIUM, repository="facebook/absent"), None)
+    )
 
 
 def test_a_login_page_is_not_the_hub(serve: Serve) -> None:
@@ -146,7 +158,9 @@ def test_what_cannot_be_had_is_told_before_torch_is_imported() -> None:
     assert "HF_HUB_OFFLINE is set" in said.stdout
 
 
-def test_a_machine_that_is_told_to_be_offline_asks_nobody(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_is_told_to_be_offline_asks_nobody(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = serve(MEDIUM.name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "(HF_HUB_OFFLINE is set)" in str(inventory.find_obstacle(MEDIUM, None))
@@ -164,7 +178,9 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch)
 def test_names_that_are_resolved_for_ever_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "TIMEOUT_SECONDS", 0.05)
     resolver, never = socket.socketpair()
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_arguments, **_options: resolver.recv(1))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_arguments, **_options: resolver.recv(1)
+    )
     with resolver, never:
         problem = inventory.find_obstacle(MEDIUM, None)
     assert "(the hub does not answer within 0.05 s)" in str(problem)

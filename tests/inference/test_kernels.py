@@ -37,7 +37,9 @@ from tests.inference.test_slots import GREEDY, MAX_STEPS, decode, make_row
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-needs_compiler = pytest.mark.skipif(IS_INTERPRETED, reason="needs Triton's compiler, not its interpreter")
+needs_compiler = pytest.mark.skipif(
+    IS_INTERPRETED, reason="needs Triton's compiler, not its interpreter"
+)
 DEVICES = [
     pytest.param(
         "cpu",
@@ -60,7 +62,9 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_cache(positions: list[int], *, head_size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
+def make_cache(
+    positions: list[int], *, head_size: int = 64, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Return keys and values ``[N, 2, H, T, D]`` as a view; NaN past each sequence's position."""
     generator = torch.Generator().manual_seed(len(positions))
     cache = torch.randn(len(positions), 2, 2, 2, T, head_size, generator=generator)
@@ -86,7 +90,9 @@ def attend(
 ) -> Tensor:
     """Run the kernels on the device; views keep their strides, as their storage moves."""
     moved = [_moved(tensor, device) for tensor in (q, keys, values)]
-    return attend_cached(moved[0], moved[1], moved[2], torch.tensor(positions, device=device), context_length).cpu()
+    return attend_cached(
+        moved[0], moved[1], moved[2], torch.tensor(positions, device=device), context_length
+    ).cpu()
 
 
 def _moved(tensor: Tensor, device: str) -> Tensor:
@@ -98,7 +104,9 @@ def reference(q: Tensor, keys: Tensor, values: Tensor, positions: list[int]) -> 
     """Return what torch reads of each sequence alone, in float32: ``[N, H * D]``."""
     q, keys, values = q.float()[:, :, None], keys.float(), values.float()
     read = [
-        functional.scaled_dot_product_attention(q[n], keys[n, :, : last + 1], values[n, :, : last + 1])
+        functional.scaled_dot_product_attention(
+            q[n], keys[n, :, : last + 1], values[n, :, : last + 1]
+        )
         for n, last in enumerate(positions)
     ]
     return torch.stack(read).flatten(1)
@@ -126,7 +134,9 @@ def test_every_sequence_reads_what_torch_reads(
 def test_any_number_of_sequences(device: str, count: int) -> None:
     positions = [37 * line + 5 for line in range(count)]
     q, (keys, values) = make_queries(count), make_cache(positions).unbind(1)
-    assert_agree(attend(q, keys, values, positions, device=device), reference(q, keys, values, positions))
+    assert_agree(
+        attend(q, keys, values, positions, device=device), reference(q, keys, values, positions)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -141,7 +151,9 @@ def test_what_is_read_has_the_querys_format(device: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
-def test_the_context_length_makes_no_difference(device: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_context_length_makes_no_difference(
+    device: str, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     positions = [0, 50, 70]
     q, (keys, values) = make_queries(3), make_cache(positions).unbind(1)
@@ -159,7 +171,9 @@ def test_a_position_past_the_context_length_reads_the_context(
     """A free slot keeps its last row's position, while launches for others have a shorter context."""
     monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     q, (keys, values) = make_queries(2), make_cache([149, 149]).unbind(1)
-    assert_agree(attend(q, keys, values, [290, 5], 150, device), reference(q, keys, values, [149, 5]))
+    assert_agree(
+        attend(q, keys, values, [290, 5], 150, device), reference(q, keys, values, [149, 5])
+    )
 
 
 def test_each_tensor_has_strides_of_its_own(device: str) -> None:
@@ -167,12 +181,16 @@ def test_each_tensor_has_strides_of_its_own(device: str) -> None:
     q = q.transpose(0, 1).contiguous().transpose(0, 1)
     by_position = keys.transpose(1, 2).contiguous().transpose(1, 2)
     padded = functional.pad(values, (0, 7, 0, 3))[:, :, :T, :64]
-    assert_agree(attend(q, by_position, padded, EDGES, device=device), reference(q, keys, values, EDGES))
+    assert_agree(
+        attend(q, by_position, padded, EDGES, device=device), reference(q, keys, values, EDGES)
+    )
 
 
 @pytest.mark.parametrize("rising", [1, -1])
 @pytest.mark.parametrize("programs", PROGRAMS)
-def test_scores_far_apart_are_merged(device: str, programs: int, rising: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_far_apart_are_merged(
+    device: str, programs: int, rising: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "_TARGET_PROGRAMS", programs)
     q, (keys, values) = torch.ones(9, 2, 64), make_cache(EDGES).unbind(1)
     keys = keys + rising * torch.arange(T)[:, None]  # scores from -2,400 to 2,400
@@ -245,7 +263,9 @@ WIDTHS = [64, 96, 1536]
 def assert_rounded_alike(actual: Tensor, expected: Tensor) -> None:
     """Compare as usual; the interpreter truncates to bfloat16, while torch and GPUs round."""
     is_cut = IS_INTERPRETED and expected.dtype == torch.bfloat16
-    torch.testing.assert_close(actual, expected, **({"rtol": 1 / 64, "atol": 1 / 64} if is_cut else {}))
+    torch.testing.assert_close(
+        actual, expected, **({"rtol": 1 / 64, "atol": 1 / 64} if is_cut else {})
+    )
 
 
 @pytest.mark.parametrize("hidden", WIDTHS)
@@ -255,14 +275,20 @@ def test_adding_and_norming_are_torchs(
     device: str, dtype: torch.dtype, hidden: int, added_every: int, read_every: int
 ) -> None:
     generator = torch.Generator().manual_seed(hidden)
-    x, more, weight, bias = (torch.randn(6, hidden, generator=generator).to(dtype) for _ in range(4))
+    x, more, weight, bias = (
+        torch.randn(6, hidden, generator=generator).to(dtype) for _ in range(4)
+    )
     more, weight, bias = more[::added_every].contiguous(), weight[0], bias[0]
     expected = x.clone()
     expected[::added_every] += more
     there = x.to(device)
-    normed = add_norm(there, more.to(device), weight.to(device), bias.to(device), added_every, read_every).cpu()
+    normed = add_norm(
+        there, more.to(device), weight.to(device), bias.to(device), added_every, read_every
+    ).cpu()
     assert_rounded_alike(there.cpu(), expected)
-    assert_rounded_alike(normed, functional.layer_norm(there.cpu()[::read_every], [hidden], weight, bias))
+    assert_rounded_alike(
+        normed, functional.layer_norm(there.cpu()[::read_every], [hidden], weight, bias)
+    )
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -272,7 +298,9 @@ def test_each_row_writes_at_its_own_position(device: str, dtype: torch.dtype, pa
     cache = torch.zeros(4, 2, 2, 3, 8, 32, dtype=dtype)
     fresh = torch.randn(3 * passes, 3, 3, 32)[:, 1:]  # a view beside the queries, of 3 heads
     expected = cache.clone()
-    expected[torch.arange(3), :passes, :, :, positions] = fresh.reshape(3, passes, 2, 3, 32).to(dtype)
+    expected[torch.arange(3), :passes, :, :, positions] = fresh.reshape(3, passes, 2, 3, 32).to(
+        dtype
+    )
     there = cache.to(device)
     store_newest(_moved(fresh, device), there, positions.to(device), passes)
     assert_rounded_alike(there.cpu(), expected)
@@ -297,8 +325,12 @@ def test_infinity_stays_what_it_is_in_its_own_format(device: str) -> None:
     assert cache[..., 1, :].isinf().all()
 
 
-@pytest.mark.parametrize("words", ["CUDA out of memory", "CUDA error: an illegal memory access was encountered"])
-def test_a_failing_device_does_not_count_as_one_without_kernels(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory", "CUDA error: an illegal memory access was encountered"]
+)
+def test_a_failing_device_does_not_count_as_one_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
     monkeypatch.setattr(kernels, "store_newest", Mock(side_effect=RuntimeError(words)))
     with pytest.raises(RuntimeError, match=words):
         kernels.can_launch(torch.device("cpu"), torch.bfloat16)
@@ -325,7 +357,9 @@ def test_a_failing_device_does_not_count_as_one_without_kernels(monkeypatch: pyt
     ],
 )
 @needs_triton
-def test_what_would_be_written_wrongly_is_refused(fresh: Tensor, cache: Tensor, positions: Tensor) -> None:
+def test_what_would_be_written_wrongly_is_refused(
+    fresh: Tensor, cache: Tensor, positions: Tensor
+) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         store_newest(fresh, cache, positions, 2)
 
@@ -365,7 +399,9 @@ def test_it_takes_triton_and_a_cuda_device(pretended_gpu: pytest.MonkeyPatch) ->
 def test_a_launch_that_fails_is_noticed_in_advance(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels, "store_newest", Mock(side_effect=RuntimeError("Failed to find C compiler.\nMore")))
+    monkeypatch.setattr(
+        kernels, "store_newest", Mock(side_effect=RuntimeError("Failed to find C compiler.\nMore"))
+    )
     assert not kernels.can_launch(torch.device("cpu"), torch.float8_e4m3fn)
     assert "Failed to find C compiler" in caplog.text
 
@@ -393,7 +429,8 @@ def test_a_decoders_tokens_are_the_same_through_the_kernels(
 def test_only_a_call_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.split_kv", raising=False)
-    monkeypatch.setattr("dgx_music.inference.musicgen.kernels", kernels)  # importing again replaces it
+    # importing again replaces it
+    monkeypatch.setattr("dgx_music.inference.musicgen.kernels", kernels)
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.kernels")
     fresh = importlib.import_module("dgx_music.inference.musicgen.kernels")
     with pytest.raises(ImportError, match="triton"):
@@ -414,7 +451,9 @@ def compile_kernel(
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
     kernel = getattr(importlib.import_module(f"dgx_music.inference.musicgen.{module}"), name)
-    signature = {name: types.get(name, "constexpr" if name in sizes else "i32") for name in kernel.arg_names}
+    signature = {
+        name: types.get(name, "constexpr" if name in sizes else "i32") for name in kernel.arg_names
+    }
     source = compiler.ASTSource(kernel, signature, constexprs=sizes)
     return dict(compiler.compile(source, target=target, options={"enable_fp_fusion": True}).asm)
 
@@ -436,9 +475,11 @@ def test_the_kernels_compile_for_a_gpu(
         "values": f"*{cache_type}",
         "scale": "fp32",
     } | workspace
-    assert compile_kernel("attend_split", pointers, {"head_size": 64, "block": BLOCK}, capability)["cubin"]
+    steps = {"head_size": 64, "block": BLOCK}
+    assert compile_kernel("attend_split", pointers, steps, capability)["cubin"]
     merged = {"out": "*bf16"} | workspace
-    assert compile_kernel("merge_splits", merged, {"head_size": 64, "padded_count": 32}, capability)["cubin"]
+    steps = {"head_size": 64, "padded_count": 32}
+    assert compile_kernel("merge_splits", merged, steps, capability)["cubin"]
     pointers = {
         "x": "*bf16",
         "more": "*bf16",

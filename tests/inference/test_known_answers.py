@@ -33,7 +33,9 @@ def toy(request, tmp_path_factory):
     model, tokenizer = build_tiny(request.param)
     for saved in (model, tokenizer):
         saved.save_pretrained(folder)
-    settings = make_settings(engine="musicgen", model=str(folder), device="cpu", dtype="float32", slots=1)
+    settings = make_settings(
+        engine="musicgen", model=str(folder), device="cpu", dtype="float32", slots=1
+    )
     return model, tokenizer, build(settings, AnsweringEngine)
 
 
@@ -103,14 +105,19 @@ def test_a_model_without_known_numbers_is_not_loaded():
 
 def test_all_is_compared_in_float32_and_the_logits_in_the_workers_own_format(toy, monkeypatch):
     loaded = []
-    monkeypatch.setattr(known_answers, "QUESTIONS", [asked_of(toy, question) for question in QUESTIONS])
+    monkeypatch.setattr(
+        known_answers, "QUESTIONS", [asked_of(toy, question) for question in QUESTIONS]
+    )
     monkeypatch.setattr(
         known_answers,
         "build",
         lambda settings, kind: loaded.append(settings.dtype) or Answering(settings),
     )
 
-    told = [comparison.detail for comparison in compare(make_settings(model="musicgen-small", dtype="bfloat16"))]
+    told = [
+        comparison.detail
+        for comparison in compare(make_settings(model="musicgen-small", dtype="bfloat16"))
+    ]
 
     assert loaded == ["float32", "bfloat16"]
     assert [re.search(r"in (\w+): (\w+)", line).groups() for line in told] == [
@@ -144,6 +151,8 @@ def test_the_real_weights_give_the_numbers_that_are_publicly_known(name):
     if not inventory.has_weights(model, None):
         pytest.skip(f"the Hugging Face cache of this machine does not hold the weights of {name}")
 
-    comparisons = list(compare(make_settings(engine="musicgen", model=name, device="auto", dtype="auto")))
+    comparisons = list(
+        compare(make_settings(engine="musicgen", model=name, device="auto", dtype="auto"))
+    )
 
     assert [comparison for comparison in comparisons if comparison.verdict != "ok"] == []

@@ -60,14 +60,18 @@ def make_rows(**options: Any) -> Iterator[Row]:
     """Yield rows of all kinds; the fourth has the maximum length."""
     yield make_row(PROMPTS[0], 20, seed=1, **options)
     yield make_row(PROMPTS[1], 9, seed=2, guidance_scale=1.0, **options)
-    yield make_row(PROMPTS[2], 13, seed=3, top_k=0, top_p=0.9, negative=make_negative(NEGATIVE), **options)
+    yield make_row(
+        PROMPTS[2], 13, seed=3, top_k=0, top_p=0.9, negative=make_negative(NEGATIVE), **options
+    )
     yield make_row(PROMPTS[3], 77, seed=4, given=make_codes(6), **options)
     yield make_row(PROMPTS[1] * 4, 5, seed=5, **options)
 
 
 @pytest.mark.parametrize("options", [GREEDY, {}], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("slot_count", [3, 5])
-def test_a_gpus_shapes_give_the_tokens_that_exact_ones_give(options: dict[str, Any], slot_count: int) -> None:
+def test_a_gpus_shapes_give_the_tokens_that_exact_ones_give(
+    options: dict[str, Any], slot_count: int
+) -> None:
     in_buckets = decode_in_buckets(list(make_rows(**options)), slot_count)
     for row, codes in zip(make_rows(**options), in_buckets, strict=True):
         assert torch.equal(codes, decode([row])[0])
@@ -82,10 +86,13 @@ def test_few_plans_serve_many_rows() -> None:
     assert len(launcher.plans) > 40
 
 
-def make_plan(rows: int, passes: int, contexts: list[int], texts: list[int], max_top_k: int) -> Plan:
+def make_plan(
+    rows: int, passes: int, contexts: list[int], texts: list[int], max_top_k: int
+) -> Plan:
     """Return an exact plan; one text for each row, or none."""
     context_spans, text_spans = (
-        tuple(Span(n, n + 1, length, False) for n, length in enumerate(lengths)) for lengths in (contexts, texts)
+        tuple(Span(n, n + 1, length, False) for n, length in enumerate(lengths))
+        for lengths in (contexts, texts)
     )
     return Plan(rows, passes, min(passes, len(texts)), context_spans, text_spans, max_top_k, 1)
 
@@ -98,7 +105,9 @@ def make_plan(rows: int, passes: int, contexts: list[int], texts: list[int], max
         (make_plan(6, 2, [1504] * 6, [33, 65, 2, 2, 2, 2], 2048), 6, 1504, 128, 1 << 30),
     ],
 )
-def test_a_plan_is_rounded_up(given: Plan, rows: int, context: int, text: int | None, max_top_k: int) -> None:
+def test_a_plan_is_rounded_up(
+    given: Plan, rows: int, context: int, text: int | None, max_top_k: int
+) -> None:
     plan = bucket(given, slot_count=6, max_positions=1504)
     assert plan.context_spans == (Span(0, rows, context, is_masked=True),)
     assert plan.text_spans == (() if text is None else (Span(0, rows, text, is_masked=True),))
@@ -127,10 +136,14 @@ def test_a_launch_never_waits_for_a_number(occupied: Slots) -> None:
     pretend(occupied)
     with torch.no_grad():
         occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
-    assert all(isinstance(column, FakeTensor) for column in occupied._state if isinstance(column, Tensor))
+    assert all(
+        isinstance(column, FakeTensor) for column in occupied._state if isinstance(column, Tensor)
+    )
 
 
-def test_a_launch_that_waits_for_a_number_is_found(occupied: Slots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_waits_for_a_number_is_found(
+    occupied: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = decoder().forward
 
     def wait(tokens: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -163,7 +176,9 @@ def test_graphs_give_the_tokens_of_eager_launches(options: dict[str, Any]) -> No
     eager._launcher = BucketLauncher(eager)
     expected = decode(list(make_rows(**options)), slots=eager)
     for _ in range(3):  # eager, recorded, replayed
-        for codes, others in zip(decode(list(make_rows(**options)), slots=graphs), expected, strict=True):
+        for codes, others in zip(
+            decode(list(make_rows(**options)), slots=graphs), expected, strict=True
+        ):
             assert torch.equal(codes, others)
 
 

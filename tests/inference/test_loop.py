@@ -69,7 +69,8 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[Slots], bo
 def test_rows_of_many_threads_have_the_tokens_they_have_alone(pool: ThreadPoolExecutor) -> None:
     loop = make_loop(slot_count=3)
     wanted: list[dict[str, Any]] = [
-        {"prompt": PROMPTS[number % 4], "frames": 5 + 7 * number % 31, "seed": number} for number in range(8)
+        {"prompt": PROMPTS[number % 4], "frames": 5 + 7 * number % 31, "seed": number}
+        for number in range(8)
     ]
     rows = [make_row(**fields) for fields in wanted]
     answers = list(pool.map(lambda row: loop.decode(row, QuietRun()), rows))
@@ -109,14 +110,18 @@ def test_a_cancelled_row_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor
     assert torch.equal(healthy.result(PATIENCE), decode([make_row(frames=30, seed=1)])[0])
 
 
-def test_a_row_whose_caller_is_gone_ends_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+def test_a_row_whose_caller_is_gone_ends_alone(
+    loop: DecodingLoop, pool: ThreadPoolExecutor
+) -> None:
     healthy = pool.submit(loop.decode, make_row(seed=1), QuietRun())
     with pytest.raises(ConnectionError):
         loop.decode(make_row(), BrokenRun())
     assert torch.equal(healthy.result(PATIENCE), decode([make_row(seed=1)])[0])
 
 
-def test_a_row_that_cannot_be_admitted_fails_alone(loop: DecodingLoop, pool: ThreadPoolExecutor) -> None:
+def test_a_row_that_cannot_be_admitted_fails_alone(
+    loop: DecodingLoop, pool: ThreadPoolExecutor
+) -> None:
     go_on = threading.Event()
     other = SignallingRun(go_on)
     healthy = pool.submit(loop.decode, make_row(frames=20, seed=1), other)
@@ -133,7 +138,7 @@ def test_a_row_that_cannot_be_admitted_fails_alone(loop: DecodingLoop, pool: Thr
 def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
     loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = loop._slots
+    first = loop._supply.slots
     break_steps(monkeypatch, lambda slots: slots is first and slots.rows[0].position == 3)
     with (
         caplog.at_level(logging.CRITICAL),
@@ -141,7 +146,7 @@ def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
     ):
         loop.decode(make_row(), QuietRun())
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
-    assert loop._slots is not first
+    assert loop._supply.slots is not first
 
 
 def test_all_rows_of_a_failed_step_get_an_error(
@@ -165,7 +170,7 @@ def test_slots_that_cannot_be_made_again_fail_the_row_that_wanted_one() -> None:
         return slots
 
     loop = DecodingLoop(make, 1)
-    loop._slots = None
+    loop._supply.slots = None
     with pytest.raises(ValueError, match="no slots today"):
         loop.decode(make_row(), QuietRun())
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])

@@ -136,7 +136,8 @@ class Spectrogram:
         assert self._options | {"center": True, "pad": 0, "normalized": True} == self._options
         size, power = self._options["n_fft"], self._options["power"]
         window = torch.hann_window(self._options["win_length"])
-        padded = torch.nn.functional.pad(samples[:, None], (size // 2, size // 2), mode="reflect")[:, 0]
+        edges = (size // 2, size // 2)
+        padded = torch.nn.functional.pad(samples[:, None], edges, mode="reflect")[:, 0]
         frames = padded.unfold(-1, size, self._options["hop_length"])  # [batch, frame, size]
         spectrum = torch.fft.rfft(frames * window) / window.square().sum().sqrt()
         return spectrum.abs().pow(power).transpose(1, 2)
@@ -153,7 +154,9 @@ def extractor(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("sample_count", [*LENGTHS[1:], 320_000, 960_000, 1_000_000])
 @pytest.mark.parametrize("make", [song, noise])
-def test_chroma_is_that_of_the_feature_extractor(extractor: Any, make: Any, sample_count: int) -> None:
+def test_chroma_is_that_of_the_feature_extractor(
+    extractor: Any, make: Any, sample_count: int
+) -> None:
     samples = make(sample_count, sample_count)
     expected = extractor(samples.numpy(), sampling_rate=RATE, return_tensors="pt").input_features[0]
     assert torch.equal(chroma(samples, RATE), expected)
@@ -177,16 +180,21 @@ def text_states(prompt: str | None, channels: int = 1) -> Tensor | None:
     model, tokenizer = toy(channels)
     if prompt is None:
         return None
-    return model.text_encoder(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0]  # [X, width]
+    encoded = model.text_encoder(**tokenizer(prompt, return_tensors="pt"))
+    return encoded.last_hidden_state[0]  # [X, width]
 
 
 def melody(frame_count: int | None) -> Tensor | None:
     if frame_count is None:
         return None
-    return torch.eye(12)[torch.randint(12, (frame_count,), generator=torch.Generator().manual_seed(frame_count))]
+    return torch.eye(12)[
+        torch.randint(12, (frame_count,), generator=torch.Generator().manual_seed(frame_count))
+    ]
 
 
-def generates_with(prompt: str | None, melody: Tensor | None, guidance_scale: float, channels: int) -> Tensor:
+def generates_with(
+    prompt: str | None, melody: Tensor | None, guidance_scale: float, channels: int
+) -> Tensor:
     """Return the prefix ``[pass, E, hidden]`` that ``generate`` gives its decoder at first."""
     model, tokenizer = toy(channels)
     seen: list[Tensor | None] = []
@@ -208,7 +216,9 @@ def generates_with(prompt: str | None, melody: Tensor | None, guidance_scale: fl
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("prompt", [PROMPTS[0], "", None])
 @pytest.mark.parametrize("frame_count", [None, 1, 47, 234, 235, 236])
-def test_the_prefix_is_that_of_generate(frame_count: int | None, prompt: str | None, channels: int) -> None:
+def test_the_prefix_is_that_of_generate(
+    frame_count: int | None, prompt: str | None, channels: int
+) -> None:
     expected = generates_with(prompt, melody(frame_count), 3.0, channels)
     made = reader(channels).prefix(text_states(prompt, channels), melody(frame_count), None)
     torch.testing.assert_close(made, expected, atol=1e-6, rtol=1e-6)
@@ -241,7 +251,9 @@ def test_no_text_is_one_zero() -> None:
 
 
 def test_the_unconditional_pass_has_no_melody() -> None:
-    one, other = (reader().prefix(text_states(PROMPTS[0]), melody(frames), None) for frames in (47, None))
+    one, other = (
+        reader().prefix(text_states(PROMPTS[0]), melody(frames), None) for frames in (47, None)
+    )
     assert torch.equal(one[1], other[1])
     assert not torch.equal(one[0], other[0])
 
@@ -280,7 +292,9 @@ def test_the_reader_copies_no_weights() -> None:
 
 @pytest.mark.parametrize("build", [build_tiny, build_tiny_melody])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_toys_are_the_same_each_time_and_leave_the_random_state_alone(build: Any, channels: int) -> None:
+def test_toys_are_the_same_each_time_and_leave_the_random_state_alone(
+    build: Any, channels: int
+) -> None:
     state = torch.get_rng_state()
     one, other = build(channels)[0].state_dict(), build(channels)[0].state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -135,7 +135,9 @@ def test_audio_is_exactly_as_long_as_asked(
 @pytest.mark.parametrize("channels", [1, 2])
 def test_transformers_turns_n_tokens_into_n_minus_3_frames(channels: int) -> None:
     model, tokenizer = build_tiny(channels)
-    audio = model.generate(**tokenizer("lo-fi piano", return_tensors="pt"), do_sample=False, max_new_tokens=13)
+    audio = model.generate(
+        **tokenizer("lo-fi piano", return_tensors="pt"), do_sample=False, max_new_tokens=13
+    )
     assert audio.shape == (1, channels, 10 * 640)
 
 
@@ -180,10 +182,15 @@ def test_every_option_reaches_the_model(mono: MusicGenEngine, change: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [(GIVEN, GIVEN), ({"prompt": "", "guidance_scale": 4.0}, {"guidance_scale": 1.0})], ids=str
+    ("asked", "expected"),
+    [(GIVEN, GIVEN), ({"prompt": "", "guidance_scale": 4.0}, {"guidance_scale": 1.0})],
+    ids=str,
 )
 def test_a_row_has_each_sampling_field_of_its_request(
-    mono: MusicGenEngine, asked: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    mono: MusicGenEngine,
+    asked: dict[str, Any],
+    expected: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows: list[Row] = []
     decode = mono._loop.decode
@@ -193,7 +200,9 @@ def test_a_row_has_each_sampling_field_of_its_request(
 
 
 def test_top_k_0_takes_all_tokens(mono: MusicGenEngine) -> None:
-    all_tokens, largest, default = (generate(mono, top_k=k, temperature=5).samples for k in (0, 2_048, 250))
+    all_tokens, largest, default = (
+        generate(mono, top_k=k, temperature=5).samples for k in (0, 2_048, 250)
+    )
     assert np.array_equal(all_tokens, largest)
     assert not np.array_equal(all_tokens, default)
 
@@ -210,17 +219,23 @@ def test_greedy_audio_is_that_of_a_plain_call(
         max_new_tokens=13,
         decoder_start_token_id=2048,
     )
-    plain = model.generate(**tokenizer("lo-fi piano", return_tensors="pt"), generation_config=config)
+    plain = model.generate(
+        **tokenizer("lo-fi piano", return_tensors="pt"), generation_config=config
+    )
     engine = request.getfixturevalue("mono" if channels == 1 else "stereo")
     audio = generate(engine, temperature=0, guidance_scale=guidance_scale)
     assert np.array_equal(audio.samples, plain[0].numpy())
 
 
 def test_greedy_ignores_the_seed(mono: MusicGenEngine) -> None:
-    assert np.array_equal(generate(mono, temperature=0, seed=1).samples, generate(mono, temperature=0, seed=2).samples)
+    assert np.array_equal(
+        generate(mono, temperature=0, seed=1).samples, generate(mono, temperature=0, seed=2).samples
+    )
 
 
-@pytest.mark.parametrize("cold", [{"top_k": 1}, {"temperature": 1e-5}, {"temperature": 1e-300}], ids=str)
+@pytest.mark.parametrize(
+    "cold", [{"top_k": 1}, {"temperature": 1e-5}, {"temperature": 1e-300}], ids=str
+)
 def test_the_coldest_sampling_is_greedy(mono: MusicGenEngine, cold: dict[str, Any]) -> None:
     assert np.array_equal(generate(mono, **cold).samples, generate(mono, temperature=0).samples)
 
@@ -233,7 +248,9 @@ def test_progress_rises_at_every_step_and_ends_at_1(mono: MusicGenEngine) -> Non
 
 
 @pytest.mark.parametrize("step", [0, 5])
-def test_a_cancel_stops_at_the_next_step_and_spares_the_next_generation(mono: MusicGenEngine, step: int) -> None:
+def test_a_cancel_stops_at_the_next_step_and_spares_the_next_generation(
+    mono: MusicGenEngine, step: int
+) -> None:
     before = generate(mono)
     run = FakeRun(cancel_at=step)
     with pytest.raises(GenerationCancelledError):
@@ -245,7 +262,8 @@ def test_a_cancel_stops_at_the_next_step_and_spares_the_next_generation(mono: Mu
 def test_generations_in_slots_have_the_audio_they_have_alone(mono: MusicGenEngine) -> None:
     engine = load(slots=3)
     wanted = [
-        {"prompt": f"song {n}", "duration": 0.2 + 0.1 * n, "seed": n, "guidance_scale": 1 + n % 3} for n in range(6)
+        {"prompt": f"song {n}", "duration": 0.2 + 0.1 * n, "seed": n, "guidance_scale": 1 + n % 3}
+        for n in range(6)
     ]
     with ThreadPoolExecutor(engine.slots) as pool:
         together = list(pool.map(lambda fields: generate(engine, **fields), wanted))
@@ -254,10 +272,14 @@ def test_generations_in_slots_have_the_audio_they_have_alone(mono: MusicGenEngin
         assert np.array_equal(audio.samples, generate(mono, **fields).samples)
 
 
-def test_a_text_that_cannot_be_read_fails_alone(mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_cannot_be_read_fails_alone(
+    mono: MusicGenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = generate(mono)
     with monkeypatch.context() as patch:
-        patch.setattr(mono._conditioner._text_encoder, "forward", Mock(side_effect=RuntimeError("no text")))
+        patch.setattr(
+            mono._conditioner._text_encoder, "forward", Mock(side_effect=RuntimeError("no text"))
+        )
         with pytest.raises(RuntimeError, match="no text"):
             generate(mono)
     assert np.array_equal(generate(mono).samples, expected.samples)
@@ -279,7 +301,10 @@ def test_a_cancelled_generation_does_not_wait_for_its_audio() -> None:
 
 async def test_the_slots_of_the_process_are_those_of_the_settings() -> None:
     settings = EngineSettings(engine="musicgen", model=TINY, device="cpu", slots=2)
-    requests = [GenerationRequest(generation_id=str(n), prompt="choir", duration=0.2, model=TINY) for n in range(3)]
+    requests = [
+        GenerationRequest(generation_id=str(n), prompt="choir", duration=0.2, model=TINY)
+        for n in range(3)
+    ]
     async with EngineProcess(settings) as process:
         assert (await process.start()).slots == 2
         clips = await asyncio.gather(*(process.generate(request, ignore) for request in requests))
@@ -316,7 +341,9 @@ import hashlib, sys; from tests.inference.test_musicgen import generate, load
 for model in sys.argv[1:]: print(hashlib.sha256(generate(load(model)).samples.tobytes()).hexdigest())"""
     command = [sys.executable, "-W", "error", "-c", code, TINY, str(folders[1])]
     other = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert other.stdout.split() == 2 * [hashlib.sha256(generate(mono).samples.tobytes()).hexdigest()]
+    assert other.stdout.split() == 2 * [
+        hashlib.sha256(generate(mono).samples.tobytes()).hexdigest()
+    ]
     assert other.stderr == ""
 
 
@@ -362,8 +389,12 @@ def test_a_local_folder_sets_its_own_sample_rate(folder: Path) -> None:
     assert len(run.progress) == 2 + 3 + 1
 
 
-def test_a_local_folders_own_generation_options_do_not_leak_in(mono: MusicGenEngine, folder: Path) -> None:
-    GenerationConfig(max_length=20, repetition_penalty=5.0, do_sample=True, top_k=3).save_pretrained(folder)
+def test_a_local_folders_own_generation_options_do_not_leak_in(
+    mono: MusicGenEngine, folder: Path
+) -> None:
+    GenerationConfig(
+        max_length=20, repetition_penalty=5.0, do_sample=True, top_k=3
+    ).save_pretrained(folder)
     assert np.array_equal(generate(load(folder)).samples, generate(mono).samples)
 
 
@@ -491,18 +522,25 @@ def test_what_an_engine_will_take_is_known_where_its_weights_are_here(
 ) -> None:
     size = (folders[1] / "model.safetensors").stat().st_size
     assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model=str(folders[1]))) == size
-    assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model="musicgen-small")) is None
+    assert (
+        musicgen.estimate_bytes(EngineSettings(engine="musicgen", model="musicgen-small")) is None
+    )
     assert musicgen.estimate_bytes(EngineSettings(engine="musicgen", model=TINY)) is None
 
 
 def test_an_engine_says_what_it_holds(mono: MusicGenEngine) -> None:
     model, _ = build_tiny()
     weights = sum(weight.nbytes for weight in model.parameters())
-    assert weights < mono.memory_bytes - mono._decoder.slot_bytes < 1.3 * weights  # positions are in it as well
+    # positions are in it as well
+    assert weights < mono.memory_bytes - mono._decoder.slot_bytes < 1.3 * weights
 
 
-@pytest.mark.parametrize("weight", ["decoder.lm_heads.0.weight", "audio_encoder.decoder.layers.0.conv.bias"])
-def test_numbers_that_are_not_finite_are_an_error(folder: Path, weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "weight", ["decoder.lm_heads.0.weight", "audio_encoder.decoder.layers.0.conv.bias"]
+)
+def test_numbers_that_are_not_finite_are_an_error(
+    folder: Path, weight: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weights, "_is_finite", lambda _weight: True)
     tensors = load_file(folder / "model.safetensors")
     tensors[weight].fill_(torch.nan)

@@ -57,7 +57,9 @@ def build(size: int, dtype: torch.dtype) -> Native:
         pytest.skip(f"needs a C compiler that can build them: {error}")
 
 
-def make_heads(count: int, size: int, positions: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def make_heads(
+    count: int, size: int, positions: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values of 3 heads, as in a step: views of larger tensors."""
     q = make_matrix(count, 3 * 3 * size).to(dtype)[:, : 3 * size].view(count, 3, 1, size)
     cache = make_matrix(count, 2, 3, positions + 7, size, seed=1).to(dtype)[..., :positions, :]
@@ -69,7 +71,9 @@ def make_heads(count: int, size: int, positions: int, dtype: torch.dtype) -> tup
 @pytest.mark.parametrize("positions", [1, 2, 17, 300, 1600])
 def test_attention_is_that_of_torch(size: int, positions: int, dtype: torch.dtype) -> None:
     q, keys, values = make_heads(5, size, positions, dtype)
-    exact = functional.scaled_dot_product_attention(q.float(), keys.float(), values.float()).flatten(1)
+    exact = functional.scaled_dot_product_attention(
+        q.float(), keys.float(), values.float()
+    ).flatten(1)
     read = build(size, dtype).attend(q, keys, values, None)
     assert read.dtype == dtype
     torch.testing.assert_close(read.float(), exact, **TOLERANCE[dtype])
@@ -79,17 +83,23 @@ def test_attention_is_that_of_torch(size: int, positions: int, dtype: torch.dtyp
 def test_masked_positions_do_not_count(dtype: torch.dtype) -> None:
     q, keys, values = make_heads(3, 16, 40, dtype)
     lengths = torch.tensor([1, 23, 40])
-    mask = torch.zeros(3, 2, 40, dtype=dtype).masked_fill_(torch.arange(40) >= lengths[:, None, None], -math.inf)
+    mask = torch.zeros(3, 2, 40, dtype=dtype).masked_fill_(
+        torch.arange(40) >= lengths[:, None, None], -math.inf
+    )
     read = build(16, dtype).attend(q, keys, values, mask[:, :1, None])  # of two passes the first
     for line, length in enumerate(lengths):
         own = (part[line : line + 1, :, :length] for part in (keys, values))
-        torch.testing.assert_close(read[line], build(16, dtype).attend(q[line : line + 1], *own, None)[0])
+        torch.testing.assert_close(
+            read[line], build(16, dtype).attend(q[line : line + 1], *own, None)[0]
+        )
 
 
 @DTYPES
 def test_scores_far_apart_and_far_from_zero_do_not_overflow(dtype: torch.dtype) -> None:
     q, keys, values = make_heads(2, 16, 50, dtype)
-    exact = functional.scaled_dot_product_attention(200 * q.float(), keys.float(), values.float()).flatten(1)
+    exact = functional.scaled_dot_product_attention(
+        200 * q.float(), keys.float(), values.float()
+    ).flatten(1)
     torch.testing.assert_close(
         build(16, dtype).attend(200 * q, keys, values, None).float(), exact, atol=0.02, rtol=0.02
     )
@@ -98,7 +108,9 @@ def test_scores_far_apart_and_far_from_zero_do_not_overflow(dtype: torch.dtype) 
 @DTYPES
 @pytest.mark.parametrize("place", ["keys", "values"])
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_nan_and_infinity_stay_in_their_sequence(place: str, wrong: float, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_stay_in_their_sequence(
+    place: str, wrong: float, dtype: torch.dtype
+) -> None:
     q, keys, values = make_heads(3, 16, 20, dtype)
     kernels = build(16, dtype)
     right = kernels.attend(q, keys, values, None)
@@ -123,7 +135,10 @@ def test_several_threads_may_call_at_once() -> None:
     kernels, heads = build(32, torch.float32), make_heads(8, 32, 300, torch.float32)
     expected = kernels.attend(*heads, None)
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(read, expected) for read in pool.map(lambda _: kernels.attend(*heads, None), range(40)))
+        assert all(
+            torch.equal(read, expected)
+            for read in pool.map(lambda _: kernels.attend(*heads, None), range(40))
+        )
 
 
 @DTYPES
@@ -231,7 +246,9 @@ def test_greedy_tokens_are_those_of_generate(channels: int) -> None:
     ]
     codes = decode(rows, slots=Slots(make_decoder(channels=channels), 2, MAX_STEPS))
     for prompt, row, own in zip(PROMPTS, rows, codes, strict=True):
-        assert torch.equal(own, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale, channels))
+        assert torch.equal(
+            own, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale, channels)
+        )
 
 
 @DTYPES
@@ -264,7 +281,9 @@ def test_rows_of_all_kinds_have_the_same_tokens_without_them() -> None:
 def test_a_gpus_plans_are_read_as_well() -> None:
     slots = Slots(make_decoder(), 3, MAX_STEPS)
     slots._launcher = BucketLauncher(slots)
-    for plain, codes in zip(make_rows(**GREEDY), decode(list(make_rows(**GREEDY)), slots=slots), strict=True):
+    for plain, codes in zip(
+        make_rows(**GREEDY), decode(list(make_rows(**GREEDY)), slots=slots), strict=True
+    ):
         assert torch.equal(codes, decode([plain])[0])
 
 
@@ -273,7 +292,8 @@ def test_a_melody_is_read_as_well(tmp_path: Path, calls: Counter[str]) -> None:
         part.save_pretrained(tmp_path)
     build(32, torch.float32)
     with_kernels, without = (
-        generate(load(tmp_path, compile=choice), model=str(tmp_path), temperature=0.0) for choice in ("auto", "off")
+        generate(load(tmp_path, compile=choice), model=str(tmp_path), temperature=0.0)
+        for choice in ("auto", "off")
     )
     assert calls["attend"] > 0
     assert [audio.facts["kernels"] for audio in (with_kernels, without)] == ["c", "torch"]
@@ -285,7 +305,10 @@ def test_a_cache_in_8_bits_is_read_as_well() -> None:
     expected = Decoder(plain.decoder, plain.enc_to_dec_proj, MAX_STEPS + 1)
     for each in (expected, decoder):
         each.shrink_cache()
-    codes = [decode([make_row(frames=6, **GREEDY)], slots=Slots(each, 1, MAX_STEPS))[0] for each in (expected, decoder)]
+    codes = [
+        decode([make_row(frames=6, **GREEDY)], slots=Slots(each, 1, MAX_STEPS))[0]
+        for each in (expected, decoder)
+    ]
     assert torch.equal(*codes)
 
 
@@ -346,8 +369,12 @@ def test_threads_that_are_not_torchs_are_refused(
 ) -> None:
     build(16, torch.float32)
     native._build.cache_clear()
-    seen = iter([{"/torch/lib/libgomp.so.1"}, *[{"/torch/lib/libgomp.so.1", "/usr/lib/libomp.so.5"}] * 2])
-    monkeypatch.setattr(native, "_first_openmp_runtimes", cache(native._first_openmp_runtimes.__wrapped__))
+    seen = iter(
+        [{"/torch/lib/libgomp.so.1"}, *[{"/torch/lib/libgomp.so.1", "/usr/lib/libomp.so.5"}] * 2]
+    )
+    monkeypatch.setattr(
+        native, "_first_openmp_runtimes", cache(native._first_openmp_runtimes.__wrapped__)
+    )
     monkeypatch.setattr(native, "_openmp_runtimes", lambda: next(seen))
     # And again, while the library is still loaded.
     assert native.build(16, torch.float32) is None
@@ -370,7 +397,9 @@ def test_a_machine_without_a_compiler_logs_nothing(
     assert generate(load()).facts["kernels"] == "torch"
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(24, torch.float32), (2, torch.float32), (16, torch.float16)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(24, torch.float32), (2, torch.float32), (16, torch.float16)]
+)
 def test_other_sizes_and_formats_are_left_to_torch(
     size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -96,12 +96,18 @@ async def test_another_model_is_loaded_beside_the_first(process: EngineProcess) 
     info = await process.start("musicgen-medium")
 
     assert info.pid == process.pid == first
-    assert (await process.start("musicgen-small")).pid == (await process.start("musicgen-medium")).pid == first
+    assert (
+        (await process.start("musicgen-small")).pid
+        == (await process.start("musicgen-medium")).pid
+        == first
+    )
     for model in ("musicgen-small", "musicgen-medium"):
         assert (await process.generate(make_request(model=model), ignore)).duration == 0.08
 
 
-async def test_loading_another_model_leaves_what_runs_alone(process: EngineProcess, script: WriteScript) -> None:
+async def test_loading_another_model_leaves_what_runs_alone(
+    process: EngineProcess, script: WriteScript
+) -> None:
     script({"do": "wait", "seconds": 0.5})
     running = await begin(process)
     await process.start("musicgen-medium")
@@ -115,7 +121,9 @@ async def test_each_model_has_slots_of_its_own(script: WriteScript) -> None:
     async with make_process(slots=1) as process:
         await process.start()
         await process.start("musicgen-medium")
-        tasks = [await begin(process, model=model) for model in ("musicgen-small", "musicgen-medium")]
+        tasks = [
+            await begin(process, model=model) for model in ("musicgen-small", "musicgen-medium")
+        ]
 
         assert not any(task.done() for task in tasks)
 
@@ -138,7 +146,9 @@ async def test_a_model_that_is_not_loaded_generates_nothing(process: EngineProce
         await process.generate(make_request(model="musicgen-medium"), ignore)
 
 
-async def test_a_model_that_was_unloaded_is_loaded_by_the_next_start(process: EngineProcess) -> None:
+async def test_a_model_that_was_unloaded_is_loaded_by_the_next_start(
+    process: EngineProcess,
+) -> None:
     calls = process._calls
     assert calls is not None
     calls.receive(Unloaded("musicgen-small"))
@@ -176,7 +186,9 @@ async def test_a_child_killed_while_it_loads_makes_the_engine_unavailable() -> N
         starting = await begin_start(process)
         os.kill(pid_of(process), signal.SIGKILL)
 
-        with pytest.raises(EngineUnavailableError, match=r"did not load: its process was killed by SIGKILL \(often"):
+        with pytest.raises(
+            EngineUnavailableError, match=r"did not load: its process was killed by SIGKILL \(often"
+        ):
             await starting
 
 
@@ -193,7 +205,9 @@ async def test_an_unavailable_engine_says_why_in_its_own_words(script: WriteScri
     script().write_text("{")
 
     async with make_process() as process:
-        with pytest.raises(EngineUnavailableError, match=r"^The tone script .* is malformed: .*\.$"):
+        with pytest.raises(
+            EngineUnavailableError, match=r"^The tone script .* is malformed: .*\.$"
+        ):
             await process.start()
 
         assert process.pid is None
@@ -201,7 +215,9 @@ async def test_an_unavailable_engine_says_why_in_its_own_words(script: WriteScri
 
 async def test_an_unknown_engine_is_unavailable() -> None:
     async with make_process(engine="theremin") as process:
-        with pytest.raises(EngineUnavailableError, match="'theremin' is not known; use musicgen or tone"):
+        with pytest.raises(
+            EngineUnavailableError, match="'theremin' is not known; use musicgen or tone"
+        ):
             await process.start()
 
 
@@ -215,7 +231,9 @@ async def test_an_engine_can_become_available(script: WriteScript) -> None:
         assert (await process.start()).pid == process.pid
 
 
-async def test_an_interpreter_that_is_missing_makes_the_engine_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_interpreter_that_is_missing_makes_the_engine_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
 
     async with make_process() as process:
@@ -256,10 +274,14 @@ async def test_progress_rises_below_one(process: EngineProcess, script: WriteScr
     assert 0 <= progress[0] < progress[-1] < 1
 
 
-async def test_a_broken_progress_callback_breaks_nothing_else(process: EngineProcess, script: WriteScript) -> None:
+async def test_a_broken_progress_callback_breaks_nothing_else(
+    process: EngineProcess, script: WriteScript
+) -> None:
     script({"do": "wait", "seconds": 0.1})
     errors: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context["exception"]))
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: errors.append(context["exception"])
+    )
 
     await process.generate(make_request(), lambda progress: progress / 0)
 
@@ -278,7 +300,9 @@ async def test_sixteen_slots_mix_nothing_up() -> None:
         np.testing.assert_array_equal(audio.samples, engine.generate(request, QuietRun()).samples)
 
 
-async def test_an_error_in_the_engine_costs_one_generation(process: EngineProcess, script: WriteScript) -> None:
+async def test_an_error_in_the_engine_costs_one_generation(
+    process: EngineProcess, script: WriteScript
+) -> None:
     script({"prompt": "storm", "do": "raise", "message": "no thunder today"})
 
     with pytest.raises(EngineError, match=r"^RuntimeError: no thunder today$") as caught:
@@ -288,7 +312,9 @@ async def test_an_error_in_the_engine_costs_one_generation(process: EngineProces
     assert (await process.generate(make_request(), ignore)).duration == 0.08
 
 
-async def test_a_rejection_comes_back_as_itself(process: EngineProcess, script: WriteScript) -> None:
+async def test_a_rejection_comes_back_as_itself(
+    process: EngineProcess, script: WriteScript
+) -> None:
     script({"do": "reject", "message": "This prompt is too long for the model."})
 
     with pytest.raises(GenerationRejectedError, match=r"^This prompt is too long for the model\.$"):
@@ -340,7 +366,9 @@ async def test_a_freed_slot_is_given_back_once(script: WriteScript) -> None:
         await process.start()
         freed: list[str] = []
         for _ in range(2):
-            await process.generate(make_request(prompt="long audio"), ignore, lambda: freed.append("once"))
+            await process.generate(
+                make_request(prompt="long audio"), ignore, lambda: freed.append("once")
+            )
         await begin(process, prompt="slow")
         waiting = asyncio.create_task(process.generate(make_request(), ignore))
 
@@ -348,7 +376,9 @@ async def test_a_freed_slot_is_given_back_once(script: WriteScript) -> None:
         assert freed == ["once"] * 2
 
 
-async def test_a_generation_is_cancelled_after_its_slot_is_free_and_gives_it_back_once(script: WriteScript) -> None:
+async def test_a_generation_is_cancelled_after_its_slot_is_free_and_gives_it_back_once(
+    script: WriteScript,
+) -> None:
     script(AUDIO, {"prompt": "slow", **SLOW})
     async with make_process(slots=1) as process:
         pid = (await process.start()).pid
@@ -362,7 +392,9 @@ async def test_a_generation_is_cancelled_after_its_slot_is_free_and_gives_it_bac
         assert (task.cancelled(), process.pid) == (True, pid)
 
 
-async def test_fewer_slots_let_in_no_more_and_are_remembered_by_the_next_process(script: WriteScript) -> None:
+async def test_fewer_slots_let_in_no_more_and_are_remembered_by_the_next_process(
+    script: WriteScript,
+) -> None:
     script({"prompt": "big", "do": "shrink"}, {"prompt": "slow", **SLOW})
     async with make_process(slots=4) as process:
         first = (await process.start()).pid
@@ -412,7 +444,9 @@ async def test_slots_that_have_become_fewer_let_nobody_in_before_as_many_are_fre
 
 
 @pytest.mark.parametrize("by_scope", [True, False])
-async def test_a_cancel_frees_the_slot_and_costs_no_child(script: WriteScript, by_scope: bool) -> None:
+async def test_a_cancel_frees_the_slot_and_costs_no_child(
+    script: WriteScript, by_scope: bool
+) -> None:
     script({"prompt": "slow", **SLOW})
     async with make_process(slots=1) as process:
         pid = (await process.start()).pid
@@ -435,7 +469,9 @@ async def cancel_by_task(process: EngineProcess) -> None:
         await task
 
 
-async def test_a_cancel_leaves_the_other_generation_alone(process: EngineProcess, script: WriteScript) -> None:
+async def test_a_cancel_leaves_the_other_generation_alone(
+    process: EngineProcess, script: WriteScript
+) -> None:
     script({"prompt": "slow", **SLOW}, {"do": "wait", "seconds": 0.5})
     doomed = await begin(process, prompt="slow")
     other = await begin(process)
@@ -457,7 +493,9 @@ async def test_a_cancel_that_was_heard_has_no_consequences_later(script: WriteSc
         assert process.pid == pid
 
 
-async def test_a_generation_cancelled_in_the_queue_never_reaches_the_child(script: WriteScript) -> None:
+async def test_a_generation_cancelled_in_the_queue_never_reaches_the_child(
+    script: WriteScript,
+) -> None:
     script({"prompt": "slow", **SLOW})
     async with make_process(slots=1) as process:
         pid = (await process.start()).pid
@@ -483,7 +521,9 @@ async def test_a_hang_costs_the_child_and_the_others_are_not_to_blame(script: Wr
         assert (has_vanished(pid), process.is_alive) == (True, False)
 
 
-async def test_a_hung_child_is_ended_even_when_nobody_waits_for_it_any_more(script: WriteScript) -> None:
+async def test_a_hung_child_is_ended_even_when_nobody_waits_for_it_any_more(
+    script: WriteScript,
+) -> None:
     script({"do": "hang"})
     async with make_process(cancel_grace_seconds=0.2) as process:
         pid = (await process.start()).pid
@@ -515,7 +555,10 @@ async def test_a_stopped_child_is_ended_by_a_cancel(script: WriteScript) -> None
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
-        ({"do": "kill"}, r"The engine's process was killed by SIGKILL \(often the kernel's out-of-memory killer\)\."),
+        (
+            {"do": "kill"},
+            r"The engine's process was killed by SIGKILL \(often the kernel's out-of-memory killer\)\.",
+        ),
         ({"do": "exit", "exit_code": 3}, r"The engine's process exited with code 3\."),
     ],
 )
@@ -534,7 +577,12 @@ async def test_a_lost_device_crashes_every_generation_in_the_child_in_its_words(
     process: EngineProcess, script: WriteScript
 ) -> None:
     script(
-        {"prompt": "poison", "do": "raise", "message": "CUDA error: device-side assert triggered\nCompile with"}, SLOW
+        {
+            "prompt": "poison",
+            "do": "raise",
+            "message": "CUDA error: device-side assert triggered\nCompile with",
+        },
+        SLOW,
     )
     other, first = await begin(process), process.pid
     poison = process.generate(make_request(prompt="poison"), ignore)
@@ -546,18 +594,24 @@ async def test_a_lost_device_crashes_every_generation_in_the_child_in_its_words(
     assert (await process.start()).pid != first
 
 
-async def test_a_segfault_crashes_every_generation_in_the_child(process: EngineProcess, script: WriteScript) -> None:
+async def test_a_segfault_crashes_every_generation_in_the_child(
+    process: EngineProcess, script: WriteScript
+) -> None:
     script(SLOW)
     tasks = [await begin(process, generation_id=name) for name in "abc"]
 
     os.kill(pid_of(process), signal.SIGSEGV)
 
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [str(outcome) for outcome in outcomes] == ["The engine's process was killed by SIGSEGV."] * 3
+    assert [str(outcome) for outcome in outcomes] == [
+        "The engine's process was killed by SIGSEGV."
+    ] * 3
     assert {type(outcome) for outcome in outcomes} == {EngineCrashedError}
 
 
-async def test_a_generation_that_waited_for_a_slot_is_not_to_blame_for_the_crash(script: WriteScript) -> None:
+async def test_a_generation_that_waited_for_a_slot_is_not_to_blame_for_the_crash(
+    script: WriteScript,
+) -> None:
     script(SLOW)
     async with make_process(slots=1) as process:
         await process.start()
@@ -666,7 +720,9 @@ asyncio.run(main())
 def test_the_child_vanishes_with_its_parent(script: WriteScript, do: str) -> None:
     script({"do": do, "seconds": 600})
     root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=root, stdout=subprocess.PIPE) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], cwd=root, stdout=subprocess.PIPE
+    ) as parent:
         assert parent.stdout is not None
         child_pid = int(parent.stdout.readline())
 
@@ -675,7 +731,9 @@ def test_the_child_vanishes_with_its_parent(script: WriteScript, do: str) -> Non
         assert has_vanished(child_pid)
 
 
-async def test_a_child_that_closes_its_channel_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_child_that_closes_its_channel_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = "import os, sys, time; os.close(int(sys.argv[4])); time.sleep(600)"
     monkeypatch.setattr(sys, "executable", write_impostor(tmp_path, code))
     monkeypatch.setattr(child_process, "_REMAINING_MESSAGES_SECONDS", 0.1)
@@ -685,7 +743,9 @@ async def test_a_child_that_closes_its_channel_is_ended(tmp_path: Path, monkeypa
             await process.start()
 
 
-async def test_what_the_engine_started_dies_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_the_engine_started_dies_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fifo = tmp_path / "pid"
     os.mkfifo(fifo)
     code = f"import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, file=open({str(fifo)!r}, 'w'))"
@@ -712,7 +772,9 @@ async def test_close_ends_the_child_for_good(process: EngineProcess) -> None:
         await process.start()
 
 
-async def test_close_is_not_the_fault_of_what_still_runs(process: EngineProcess, script: WriteScript) -> None:
+async def test_close_is_not_the_fault_of_what_still_runs(
+    process: EngineProcess, script: WriteScript
+) -> None:
     script(SLOW)
     running = await begin(process)
 
@@ -758,7 +820,9 @@ async def test_nothing_is_left_behind(script: WriteScript) -> None:
     async with make_process() as process:
         for prompt in ("kill", "rain", "kill"):
             await process.start()
-            await asyncio.gather(process.generate(make_request(prompt=prompt), ignore), return_exceptions=True)
+            await asyncio.gather(
+                process.generate(make_request(prompt=prompt), ignore), return_exceptions=True
+            )
     gc.collect()
 
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
@@ -782,7 +846,9 @@ async def test_a_child_without_memory_says_so_of_each_generation_and_lives(
     limit_memory(process, spare_bytes)
 
     for _ in range(3):
-        with pytest.raises(EngineError, match=r"^There is no memory for this generation .*; use a smaller model"):
+        with pytest.raises(
+            EngineError, match=r"^There is no memory for this generation .*; use a smaller model"
+        ):
             await process.generate(make_request(duration=300), ignore)
 
     assert process.is_alive
@@ -816,8 +882,26 @@ async def test_the_child_gets_none_of_the_workers_secrets(monkeypatch: pytest.Mo
     assert "secret" not in environment
 
 
-NEEDED = ["HF_HOME", "HTTPS_PROXY", "no_proxy", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "XDG_CACHE_HOME", "LC_ALL"]
-NEEDED += ["CC", "CXX", "CFLAGS", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "CPLUS_INCLUDE_PATH", "TMP", "TEMP"]
+NEEDED = [
+    "HF_HOME",
+    "HTTPS_PROXY",
+    "no_proxy",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "XDG_CACHE_HOME",
+    "LC_ALL",
+]
+NEEDED += [
+    "CC",
+    "CXX",
+    "CFLAGS",
+    "CPPFLAGS",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CPLUS_INCLUDE_PATH",
+    "TMP",
+    "TEMP",
+]
 
 
 async def test_the_child_gets_what_its_libraries_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -831,8 +915,16 @@ async def test_the_child_gets_what_its_libraries_need(monkeypatch: pytest.Monkey
     assert {f"{name}=1" for name in NEEDED} | {f"PATH={os.environ['PATH']}"} <= {*environment}
 
 
-async def test_the_child_gets_no_secret_whatever_its_name_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NVIDIA_API_KEY", "LD_SDK_KEY", "PYTHONANYWHERE_API_TOKEN", "GPU_CLOUD_SECRET", "XDG_PASSWORD"):
+async def test_the_child_gets_no_secret_whatever_its_name_begins_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (
+        "NVIDIA_API_KEY",
+        "LD_SDK_KEY",
+        "PYTHONANYWHERE_API_TOKEN",
+        "GPU_CLOUD_SECRET",
+        "XDG_PASSWORD",
+    ):
         monkeypatch.setenv(name, "hunter2")
     monkeypatch.setenv("HF_TOKEN", "for the hub")
 
@@ -848,7 +940,9 @@ async def test_the_tone_engines_variables_get_to_the_child(monkeypatch: pytest.M
     monkeypatch.delenv(SCRIPT_VARIABLE, raising=False)
 
     async with make_process() as process:
-        with pytest.raises(EngineUnavailableError, match="DGX_MUSIC_TONE_SPEED is 'quick'; use a number above 0"):
+        with pytest.raises(
+            EngineUnavailableError, match="DGX_MUSIC_TONE_SPEED is 'quick'; use a number above 0"
+        ):
             await process.start()
 
 

@@ -67,7 +67,9 @@ def test_packed_weights_give_what_plain_ones_give(rows: int, dtype: torch.dtype)
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    assert torch.equal(linear(torch.zeros(2, 64), Int8.of(make_matrix(96, 64)), 16), torch.zeros(2, 96))
+    assert torch.equal(
+        linear(torch.zeros(2, 64), Int8.of(make_matrix(96, 64)), 16), torch.zeros(2, 96)
+    )
 
 
 def test_a_product_does_not_depend_on_the_rest_of_the_batch() -> None:
@@ -141,7 +143,9 @@ def assert_drawn_from(exact: Tensor, row: Row, codes: Tensor) -> None:
         assert torch.equal(candidates.gather(-1, rank[:, None])[:, 0], codes[codebook, given:])
 
 
-@pytest.mark.parametrize("trial", range(4), ids=["guided", "unconditional", "continued", "negative"])
+@pytest.mark.parametrize(
+    "trial", range(4), ids=["guided", "unconditional", "continued", "negative"]
+)
 def test_the_compared_scores_are_those_that_tokens_are_drawn_from(trial: int) -> None:
     decoder, row = make_decoder(), trials()[trial]
     codes, logits = drift.decode(decoder, row)
@@ -152,7 +156,9 @@ def test_the_compared_scores_are_those_that_tokens_are_drawn_from(trial: int) ->
     assert torch.equal(codes, decode([trials()[trial]], slots=Slots(decoder, 1, MAX_STEPS))[0])
 
 
-@pytest.mark.parametrize("trial", range(4), ids=["guided", "unconditional", "continued", "negative"])
+@pytest.mark.parametrize(
+    "trial", range(4), ids=["guided", "unconditional", "continued", "negative"]
+)
 def test_another_decoder_gets_the_same_tokens(trial: int) -> None:
     decoder, row = make_decoder(), trials()[trial]
     codes, logits = drift.decode(decoder, row)
@@ -208,7 +214,9 @@ BITS = [{"weights": "int8"}, {"kv_cache": "fp8"}, {"weights": "int8", "kv_cache"
 
 
 @pytest.mark.parametrize("bits", BITS, ids=str)
-def test_the_facts_tell_which_numbers_have_8_bits(bits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_facts_tell_which_numbers_have_8_bits(
+    bits: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(musicgen, "MAX_NATS", 10.0)
     facts: dict[str, Any] = dict(generate(load(**bits)).facts)
     assert {name: facts.get(name) for name in bits} == bits
@@ -230,7 +238,9 @@ def test_a_change_that_is_too_large_is_refused(
 
 def gate_rows(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[Row]:
     seen: list[Row] = []
-    monkeypatch.setattr(musicgen, "measure_change", lambda _decoder, rows, _change: seen.extend(rows) or 0.0)
+    monkeypatch.setattr(
+        musicgen, "measure_change", lambda _decoder, rows, _change: seen.extend(rows) or 0.0
+    )
     load(weights="int8", **fields)
     return seen
 
@@ -245,7 +255,9 @@ def test_the_gate_tries_prompts_no_prompt_and_a_long_clip(
         (False, 1.0),
     ]
     assert [0 if row.given is None else row.given.shape[1] for row in rows] == [0, 400, 0]
-    assert {row.frame_count - (0 if row.given is None else 400) for row in rows} == {drift.TRIAL_FRAMES}
+    assert {row.frame_count - (0 if row.given is None else 400) for row in rows} == {
+        drift.TRIAL_FRAMES
+    }
     assert {replace(row.sampling, guidance_scale=3.0, seed=None) for row in rows} == {Sampling()}
 
 
@@ -264,7 +276,9 @@ def test_the_gate_tries_a_melody_model_with_prefixes_and_a_tune(
     assert [row.sampling.guidance_scale for row in rows] == [3.0, 3.0, 1.0, 3.0]
 
 
-def test_a_melody_models_change_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_melody_models_change_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(musicgen, "MAX_NATS", 10.0)
     for part in build_tiny_melody():
         part.save_pretrained(tmp_path)
@@ -285,7 +299,9 @@ def test_a_cache_of_8_bits_takes_half_the_memory_and_serves_any_row(given: int |
     decoder, exact = make_decoder(), make_decoder()
     decoder.shrink_cache()
     assert decoder.slot_bytes == exact.slot_bytes / 4
-    rows = [make_row(prompt, 20, given=make_codes(given) if given else None) for prompt in PROMPTS[:3]]
+    rows = [
+        make_row(prompt, 20, given=make_codes(given) if given else None) for prompt in PROMPTS[:3]
+    ]
     codes = decode(rows, slots=Slots(decoder, 2, MAX_STEPS))
     assert [code.shape for code in codes] == [(4, 20)] * 3
     assert decoder.empty_cache(1).dtype == torch.float8_e4m3fn

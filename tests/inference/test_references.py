@@ -34,37 +34,51 @@ def tune(*classes: int) -> Tensor:
 
 MELODIES = {"plain": None, "melody": tune(4, 2, 0, 2, 4, 4, 4)}
 
-every_model = pytest.mark.parametrize(("kind", "channels"), [("plain", 1), ("plain", 2), ("melody", 1), ("melody", 2)])
+every_model = pytest.mark.parametrize(
+    ("kind", "channels"), [("plain", 1), ("plain", 2), ("melody", 1), ("melody", 2)]
+)
 
 
 @every_model
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("frames", [4, 20])
-def test_the_plain_loop_is_generate(kind: str, channels: int, guidance_scale: float, frames: int) -> None:
+def test_the_plain_loop_is_generate(
+    kind: str, channels: int, guidance_scale: float, frames: int
+) -> None:
     model, tokenizer = toy(kind, channels)
     for prompt in PROMPTS:
         inputs = melody_inputs(tokenizer, prompt, MELODIES[kind])
         expected = generated_codes(model, frames, guidance_scale, **inputs)
         assert expected.shape == (4 * channels, frames)
-        codes = plain_greedy(model, tokenizer, prompt, frames, guidance_scale, chroma=MELODIES[kind])
+        codes = plain_greedy(
+            model, tokenizer, prompt, frames, guidance_scale, chroma=MELODIES[kind]
+        )
         assert torch.equal(codes, expected)
 
 
 @every_model
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("given", [1, 5])
-def test_a_continuation_is_that_of_generate(kind: str, channels: int, guidance_scale: float, given: int) -> None:
+def test_a_continuation_is_that_of_generate(
+    kind: str, channels: int, guidance_scale: float, given: int
+) -> None:
     model, tokenizer = toy(kind, channels)
-    forced = torch.randint(2048, (4 * channels, given), generator=torch.Generator().manual_seed(given))
+    forced = torch.randint(
+        2048, (4 * channels, given), generator=torch.Generator().manual_seed(given)
+    )
     inputs = melody_inputs(tokenizer, PROMPTS[0], MELODIES[kind])
     expected = generated_codes(model, 12, guidance_scale, **inputs, decoder_input_ids=forced)
-    codes = plain_greedy(model, tokenizer, PROMPTS[0], 12, guidance_scale, forced=forced, chroma=MELODIES[kind])
+    codes = plain_greedy(
+        model, tokenizer, PROMPTS[0], 12, guidance_scale, forced=forced, chroma=MELODIES[kind]
+    )
     assert torch.equal(codes, expected)
     assert torch.equal(codes[:, :given], forced)
 
 
 @every_model
-def test_without_a_prompt_the_plain_loop_is_generate_of_masked_text(kind: str, channels: int) -> None:
+def test_without_a_prompt_the_plain_loop_is_generate_of_masked_text(
+    kind: str, channels: int
+) -> None:
     model, tokenizer = toy(kind, channels)
     expected = generated_codes(model, 12, 3.0, **melody_inputs(tokenizer, None, MELODIES[kind]))
     codes = plain_greedy(model, tokenizer, None, 12, 3.0, chroma=MELODIES[kind])
@@ -75,7 +89,9 @@ def test_without_a_prompt_the_plain_loop_is_generate_of_masked_text(kind: str, c
 def test_a_negative_prompt_matters(kind: str, channels: int) -> None:
     model, tokenizer = toy(kind, channels)
     without, one, other = (
-        plain_greedy(model, tokenizer, PROMPTS[0], 12, 3.0, negative=negative, chroma=MELODIES[kind])
+        plain_greedy(
+            model, tokenizer, PROMPTS[0], 12, 3.0, negative=negative, chroma=MELODIES[kind]
+        )
         for negative in (None, PROMPTS[1], "choir")
     )
     assert not torch.equal(without, one)
@@ -130,11 +146,17 @@ def test_what_fits_into_a_window_is_one_generation(kind: str) -> None:
 def test_each_window_continues_the_end_of_the_one_before(total: int, given: int) -> None:
     model, tokenizer = toy("plain")
     forced = torch.arange(4 * given).view(4, given) if given else None
-    codes = audiocraft_long_form(model, tokenizer, PROMPTS[0], total, 3.0, window=10, stride=6, forced=forced)
+    codes = audiocraft_long_form(
+        model, tokenizer, PROMPTS[0], total, 3.0, window=10, stride=6, forced=forced
+    )
     assert codes.shape == (4, total)
-    assert torch.equal(codes[:, :10], plain_greedy(model, tokenizer, PROMPTS[0], 10, 3.0, forced=forced))
+    assert torch.equal(
+        codes[:, :10], plain_greedy(model, tokenizer, PROMPTS[0], 10, 3.0, forced=forced)
+    )
     last = (total - 10 + 5) // 6 * 6  # where the last window starts
-    again = plain_greedy(model, tokenizer, PROMPTS[0], total - last, 3.0, forced=codes[:, last : last + 4])
+    again = plain_greedy(
+        model, tokenizer, PROMPTS[0], total - last, 3.0, forced=codes[:, last : last + 4]
+    )
     assert torch.equal(codes[:, last:], again)
 
 
@@ -146,7 +168,11 @@ def test_each_window_has_the_melody_of_its_own_place() -> None:
         heard.append(offset)
         return tune(offset % 12)
 
-    codes = audiocraft_long_form(model, tokenizer, PROMPTS[0], 20, 3.0, window=10, stride=7, chroma_at=chroma_at)
+    codes = audiocraft_long_form(
+        model, tokenizer, PROMPTS[0], 20, 3.0, window=10, stride=7, chroma_at=chroma_at
+    )
     assert heard == [0, 7, 14]
-    last = plain_greedy(model, tokenizer, PROMPTS[0], 6, 3.0, forced=codes[:, 14:17], chroma=tune(2))
+    last = plain_greedy(
+        model, tokenizer, PROMPTS[0], 6, 3.0, forced=codes[:, 14:17], chroma=tune(2)
+    )
     assert torch.equal(codes[:, 14:], last)

@@ -58,7 +58,9 @@ def short_windows(folders: dict[str, Path]) -> Iterator[dict[str, MusicGenEngine
         yield {name: load(folder) for name, folder in folders.items()}
 
 
-def greedy(engine: MusicGenEngine, prompt: str, frames: int, run: FakeRun | None = None, **fields: Any) -> Any:
+def greedy(
+    engine: MusicGenEngine, prompt: str, frames: int, run: FakeRun | None = None, **fields: Any
+) -> Any:
     fields = {"model": "/models/toy", "temperature": 0, **fields}
     return generate(engine, run, prompt=prompt, duration=frames * FRAME / RATE, **fields).samples
 
@@ -67,7 +69,10 @@ def sound(name: str, codes: Tensor) -> Any:
     """Return the samples ``[channel, sample]`` that transformers' codec makes of the codes."""
     codec, sides = MODELS[name]()[0].audio_encoder, 2 if "stereo" in name else 1
     with torch.inference_mode():
-        parts = [codec.decode(codes[None, None, side::sides], [None]).audio_values[0] for side in range(sides)]
+        parts = [
+            codec.decode(codes[None, None, side::sides], [None]).audio_values[0]
+            for side in range(sides)
+        ]
     return torch.cat(parts).numpy()
 
 
@@ -80,7 +85,10 @@ def encode(name: str, clip: Audio) -> Tensor:
     """Return the codes ``[K, frame]`` that transformers' codec makes of a clip."""
     codec = MODELS[name]()[0].audio_encoder
     with torch.inference_mode():
-        sides = [codec.encode(torch.from_numpy(side)[None, None]).audio_codes[0, 0] for side in clip.samples]
+        sides = [
+            codec.encode(torch.from_numpy(side)[None, None]).audio_codes[0, 0]
+            for side in clip.samples
+        ]
     return torch.stack(sides, dim=1).flatten(0, 1)
 
 
@@ -91,22 +99,32 @@ def test_an_empty_prompt_is_unconditional(engines: dict[str, MusicGenEngine], na
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_negative_prompt_is_steered_away_from(engines: dict[str, MusicGenEngine], name: str) -> None:
+def test_a_negative_prompt_is_steered_away_from(
+    engines: dict[str, MusicGenEngine], name: str
+) -> None:
     expected = plain_greedy(*MODELS[name](), "choir", 12, 3.0, negative="drums")
-    assert np.array_equal(greedy(engines[name], "choir", 12, negative_prompt="drums"), sound(name, expected))
+    assert np.array_equal(
+        greedy(engines[name], "choir", 12, negative_prompt="drums"), sound(name, expected)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_negative_prompt_guides_without_a_prompt(engines: dict[str, MusicGenEngine], name: str) -> None:
+def test_a_negative_prompt_guides_without_a_prompt(
+    engines: dict[str, MusicGenEngine], name: str
+) -> None:
     expected = plain_greedy(*MODELS[name](), None, 12, 3.0, negative="drums")
-    assert np.array_equal(greedy(engines[name], "", 12, negative_prompt="drums"), sound(name, expected))
+    assert np.array_equal(
+        greedy(engines[name], "", 12, negative_prompt="drums"), sound(name, expected)
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_clip_is_continued(engines: dict[str, MusicGenEngine], name: str) -> None:
     clip = make_clip(7, 2 if "stereo" in name else 1)
     expected = plain_greedy(*MODELS[name](), "choir", 20, 3.0, forced=encode(name, clip))
-    assert np.array_equal(greedy(engines[name], "choir", 20, continuation=clip), sound(name, expected))
+    assert np.array_equal(
+        greedy(engines[name], "choir", 20, continuation=clip), sound(name, expected)
+    )
 
 
 def test_a_clip_of_other_channels_and_rate_is_fitted(engines: dict[str, MusicGenEngine]) -> None:
@@ -127,13 +145,17 @@ def test_a_clip_that_ends_in_the_last_frame_leaves_one_to_be_made(
 @pytest.mark.parametrize("name", ["melody", "stereo melody"])
 def test_a_melody_is_followed(engines: dict[str, MusicGenEngine], name: str) -> None:
     tune = make_clip(100, hertz=523.25)
-    expected = plain_greedy(*MODELS[name](), "choir", 12, 3.0, chroma=chroma(torch.from_numpy(tune.samples[0]), RATE))
+    expected = plain_greedy(
+        *MODELS[name](), "choir", 12, 3.0, chroma=chroma(torch.from_numpy(tune.samples[0]), RATE)
+    )
     assert np.array_equal(greedy(engines[name], "choir", 12, melody=tune), sound(name, expected))
 
 
 def test_a_melody_needs_no_prompt(engines: dict[str, MusicGenEngine]) -> None:
     tune = make_clip(100, hertz=523.25)
-    expected = plain_greedy(*MODELS["melody"](), None, 12, 3.0, chroma=chroma(torch.from_numpy(tune.samples[0]), RATE))
+    expected = plain_greedy(
+        *MODELS["melody"](), None, 12, 3.0, chroma=chroma(torch.from_numpy(tune.samples[0]), RATE)
+    )
     assert np.array_equal(greedy(engines["melody"], "", 12, melody=tune), sound("melody", expected))
 
 
@@ -149,11 +171,17 @@ def test_a_melody_that_is_not_silence_is_heard(
     heard = torch.eye(12)[[9]]
     expected = plain_greedy(*MODELS[name](), prompt or None, 12, 3.0, chroma=heard)
     assert not torch.equal(expected, plain_greedy(*MODELS[name](), prompt or None, 12, 3.0))
-    assert np.array_equal(greedy(engines[name], prompt, 12, melody=Audio(tune, rate)), sound(name, expected))
+    assert np.array_equal(
+        greedy(engines[name], prompt, 12, melody=Audio(tune, rate)), sound(name, expected)
+    )
 
 
-@pytest.mark.parametrize(("name", "other"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")])
-def test_a_model_that_hears_no_melody_rejects_it(engines: dict[str, MusicGenEngine], name: str, other: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "other"), [("mono", "musicgen-melody"), ("stereo", "musicgen-stereo-melody")]
+)
+def test_a_model_that_hears_no_melody_rejects_it(
+    engines: dict[str, MusicGenEngine], name: str, other: str
+) -> None:
     with pytest.raises(GenerationRejectedError, match=f"hears no melody; use {other}[.]"):
         greedy(engines[name], "choir", 12, melody=make_clip(50))
 
@@ -179,10 +207,14 @@ def test_long_clips_are_made_in_audiocrafts_windows(
 
 
 @pytest.mark.parametrize("given", [4, 20, 25])
-def test_a_long_continuation_is_made_in_windows_too(short_windows: dict[str, MusicGenEngine], given: int) -> None:
+def test_a_long_continuation_is_made_in_windows_too(
+    short_windows: dict[str, MusicGenEngine], given: int
+) -> None:
     clip = make_clip(given)
     forced = encode("mono", clip)
-    expected = audiocraft_long_form(*MODELS["mono"](), "choir", 50, 3.0, negative="drums", forced=forced, **WINDOW)
+    expected = audiocraft_long_form(
+        *MODELS["mono"](), "choir", 50, 3.0, negative="drums", forced=forced, **WINDOW
+    )
     made = greedy(short_windows["mono"], "choir", 50, continuation=clip, negative_prompt="drums")
     assert np.array_equal(made, sound("mono", expected))
 
@@ -197,7 +229,9 @@ def test_each_window_hears_its_own_part_of_the_melody(
         return chroma(torch.from_numpy(heard), RATE)
 
     assert not torch.equal(chroma_at(0), chroma_at(15))
-    expected = audiocraft_long_form(*MODELS["melody"](), "choir", 45, 3.0, chroma_at=chroma_at, **WINDOW)
+    expected = audiocraft_long_form(
+        *MODELS["melody"](), "choir", 45, 3.0, chroma_at=chroma_at, **WINDOW
+    )
     made = greedy(short_windows["melody"], "choir", 45, melody=Audio(tune[None], RATE))
     assert np.array_equal(made, sound("melody", expected))
 
@@ -213,7 +247,9 @@ def test_progress_of_a_long_clip_never_goes_back_and_its_slot_is_freed_once(
 
 
 def test_a_seed_gives_a_long_clip_the_same_audio(short_windows: dict[str, MusicGenEngine]) -> None:
-    one, same, other = (generate(short_windows["mono"], duration=1.0, seed=seed).samples for seed in (1, 1, 2))
+    one, same, other = (
+        generate(short_windows["mono"], duration=1.0, seed=seed).samples for seed in (1, 1, 2)
+    )
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
 
@@ -230,7 +266,9 @@ def test_a_seed_gives_a_long_clip_the_same_audio(short_windows: dict[str, MusicG
         (15000, 0, [(900 * n, min(1500, 15000 - 900 * n), 600 if n else 0) for n in range(16)]),
     ],
 )
-def test_windows_overlap_by_600_frames(total: int, given: int, expected: list[tuple[int, int, int]]) -> None:
+def test_windows_overlap_by_600_frames(
+    total: int, given: int, expected: list[tuple[int, int, int]]
+) -> None:
     assert list(cut(total, given, 1500)) == [Window(*window) for window in expected]
 
 

@@ -105,7 +105,8 @@ def test_an_engine_in_use_is_never_unloaded() -> None:
     load(residents, "medium", "small")
     with residents.use("medium"):
         with pytest.raises(
-            EngineUnavailableError, match=r"The model large does not fit into memory \(RuntimeError: CUDA"
+            EngineUnavailableError,
+            match=r"The model large does not fit into memory \(RuntimeError: CUDA",
         ):
             load(residents, "large")
         assert memory.engines == ["medium"]
@@ -207,7 +208,9 @@ def test_an_engine_is_known_to_be_unloaded_only_when_nobody_can_get_it() -> None
 
 def test_the_hosts_free_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:       8127452 kB\nMemFree:         513836 kB\nMemAvailable:    2000000 kB\n")
+    meminfo.write_text(
+        "MemTotal:       8127452 kB\nMemFree:         513836 kB\nMemAvailable:    2000000 kB\n"
+    )
     assert residents_module._free_host_bytes(meminfo) == 2_048_000_000
     assert residents_module._free_host_bytes(tmp_path / "nothing") is None
     assert (free_bytes("cpu") or 0) > 0

@@ -52,17 +52,22 @@ def draw(count: int, **sampling: Any) -> Tensor:
         (5, None, 1.0),
     ],
 )
-def test_tokens_follow_the_exact_distribution(top_k: int, top_p: float | None, temperature: float) -> None:
+def test_tokens_follow_the_exact_distribution(
+    top_k: int, top_p: float | None, temperature: float
+) -> None:
     count = 8_000
     expected = exact(top_k or 2048, 2.0 if top_p is None else top_p, temperature)
-    drawn = torch.bincount(draw(count, top_k=top_k, top_p=top_p, temperature=temperature), minlength=2048)
+    drawn = torch.bincount(
+        draw(count, top_k=top_k, top_p=top_p, temperature=temperature), minlength=2048
+    )
     assert drawn[expected == 0].sum() == 0
     common = expected * count >= 5
     rare = torch.tensor([drawn[~common].sum(), count * expected[~common].sum()])
     deviations = (drawn[common] - count * expected[common]) ** 2 / (count * expected[common])
     chi_square = deviations.sum() + (rare[0] - rare[1]) ** 2 / rare[1].clamp(min=1)
     degrees = int(common.sum())
-    assert chi_square < degrees + 5 * (2 * degrees) ** 0.5  # five standard deviations of a chi-square
+    # five standard deviations of a chi-square
+    assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
 
 
 @pytest.mark.parametrize("edge", [0.0, 1 - 2**-24])
@@ -79,7 +84,8 @@ def test_the_extreme_uniforms_take_the_first_and_the_last_token_of_each_rows_own
 
 
 def test_guidance_goes_from_the_unconditional_logits_past_the_conditional_ones() -> None:
-    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))  # [row, pass, K, V]
+    # [row, pass, K, V]
+    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))
     uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
     guided = make_sampling(*({"guidance_scale": scale, "top_k": 0} for scale in (4.0, 1.0)))
     tokens, _ = sample(logits, uniforms, guided, 2048)
@@ -89,7 +95,8 @@ def test_guidance_goes_from_the_unconditional_logits_past_the_conditional_ones()
 
 
 def test_a_row_without_guidance_reads_nothing_of_the_unconditional_pass() -> None:
-    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))  # [row, pass, K, V]
+    # [row, pass, K, V]
+    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))
     logits[1, 1] = torch.nan
     uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
     sampling = make_sampling({"guidance_scale": 3.0, "top_k": 0}, {"top_k": 0})
@@ -118,7 +125,9 @@ def test_one_codebook_whose_scores_are_not_finite_is_enough(number: float) -> No
     assert sample(logits, torch.zeros(2, 4), sampling, 2048)[1].tolist() == [True, False]
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.01, "temperature": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.01, "temperature": 0.3}], ids=str
+)
 def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -> None:
     assert set(draw(100, **options).tolist()) == {int(SCORES.argmax())}
 
@@ -130,7 +139,13 @@ def test_the_sampler_has_a_column_for_each_sampling_field_but_the_seed_and_the_t
 
 @pytest.mark.parametrize("name", SamplerState._fields)
 def test_each_of_the_samplers_columns_follows_its_field(name: str) -> None:
-    other = replace(Sampling(), **{name: 1 if name == "top_k" else 0.5 if name != "guidance_scale" else 2})
+    other = replace(
+        Sampling(), **{name: 1 if name == "top_k" else 0.5 if name != "guidance_scale" else 2}
+    )
     states = make_sampling(vars(Sampling()), vars(other))
-    changed = {column for column in states._fields if getattr(states, column)[0] != getattr(states, column)[1]}
+    changed = {
+        column
+        for column in states._fields
+        if getattr(states, column)[0] != getattr(states, column)[1]
+    }
     assert changed == {name}

@@ -19,7 +19,9 @@ from tests.inference.factories import QuietRun
 from tests.patience import PATIENCE
 
 STRIDE = 4
-NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAdvice for programmers.")
+NO_MEMORY = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB.\nAdvice for programmers."
+)
 
 
 class FakeRow:
@@ -105,7 +107,9 @@ def decode() -> Iterator[Decode]:
     """Decodes a row in a thread of its own."""
     with ThreadPoolExecutor(8) as pool:
 
-        def submit(loop: DecodingLoop, run: QuietRun | None = None, step_count: int = 8) -> Future[Tensor]:
+        def submit(
+            loop: DecodingLoop, run: QuietRun | None = None, step_count: int = 8
+        ) -> Future[Tensor]:
             row: Any = FakeRow(step_count)
             return pool.submit(loop.decode, row, run or QuietRun())
 
@@ -213,7 +217,9 @@ def test_rows_that_wait_for_a_step_without_memory_are_given_back_but_for_half_th
     memory = Memory(stepped=3)
     calls = step_together(make_loop(memory, slot_count=4), decode, 8)
     errors = [call.exception(20) for call in calls]
-    assert [type(error) for error in errors] == [EngineReplacedError] * 4 + [type(None)] * 2 + [EngineReplacedError] * 2
+    assert [type(error) for error in errors] == [EngineReplacedError] * 4 + [type(None)] * 2 + [
+        EngineReplacedError
+    ] * 2
 
 
 def test_rows_that_wait_for_fresh_slots_are_given_back_but_for_as_many_as_fit(
@@ -224,7 +230,9 @@ def test_rows_that_wait_for_fresh_slots_are_given_back_but_for_as_many_as_fit(
     memory.slots = 1
     calls = step_together(loop, decode, 6)
     errors = [call.exception(20) for call in calls]
-    assert [type(error) for error in errors] == [EngineReplacedError] * 4 + [type(None)] + [EngineReplacedError]
+    assert [type(error) for error in errors] == [EngineReplacedError] * 4 + [type(None)] + [
+        EngineReplacedError
+    ]
 
 
 def test_slots_that_have_become_too_many_go_on_being_used_until_they_are_empty(
@@ -243,7 +251,9 @@ def test_slots_that_have_become_too_many_go_on_being_used_until_they_are_empty(
     assert (memory.made, memory.closed) == ([8, 2], [8])
 
 
-def test_a_row_that_is_cancelled_while_it_waits_does_not_wait_for_a_slot(endless: Endless, decode: Decode) -> None:
+def test_a_row_that_is_cancelled_while_it_waits_does_not_wait_for_a_slot(
+    endless: Endless, decode: Decode
+) -> None:
     loop, cancelled = make_loop(Memory(), slot_count=1), QuietRun()
     with endless(loop) as long:
         doomed, other = decode_next(loop, decode, cancelled), decode_next(loop, decode)
@@ -323,7 +333,9 @@ def test_each_row_of_a_lost_device_has_an_error_of_its_own_that_says_so(
     assert loop.slot_count == 8
     assert errors[0] is not errors[1]
     for error in errors:
-        assert str(error).endswith("failed (RuntimeError: CUDA error: an illegal memory access was encountered).")
+        assert str(error).endswith(
+            "failed (RuntimeError: CUDA error: an illegal memory access was encountered)."
+        )
         assert isinstance(error, EngineError)
         assert has_lost_the_device(error)
 
@@ -332,10 +344,12 @@ def test_slots_given_up_hold_no_memory(decode: Decode) -> None:
     memory = Memory(stepped=0)
     loop = make_loop(memory, slot_count=1)
     error = decode(loop).exception(20)
-    assert loop._slots is None
+    assert loop._supply.slots is None
     frames = []
     trace = error.__traceback__ if error else None
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
-    assert not any(isinstance(value, FakeSlots) for frame in frames for value in frame.f_locals.values())
+    assert not any(
+        isinstance(value, FakeSlots) for frame in frames for value in frame.f_locals.values()
+    )

@@ -60,12 +60,16 @@ def text_states(prompt: str, channels: int = 1) -> Tensor:
         return model.text_encoder(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0]
 
 
-def make_row(prompt: str = PROMPTS[0], frames: int = 8, channels: int = 1, seed: int = 0, **options: Any) -> Row:
+def make_row(
+    prompt: str = PROMPTS[0], frames: int = 8, channels: int = 1, seed: int = 0, **options: Any
+) -> Row:
     numbers = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(frames + 3, 4 * channels, generator=numbers)
     text = decoder(channels).read_text(text_states(prompt, channels))
     conditions = {name: options.pop(name) for name in ("negative", "given") if name in options}
-    return Row(text=text, uniforms=uniforms, frame_count=frames, sampling=Sampling(**options), **conditions)
+    return Row(
+        text=text, uniforms=uniforms, frame_count=frames, sampling=Sampling(**options), **conditions
+    )
 
 
 def decode(
@@ -113,7 +117,8 @@ def reference_codes(prompt: str, frames: int, guidance_scale: float, channels: i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.audio_encoder, "decode", listen)
         model.generate(**tokenizer(prompt, return_tensors="pt"), generation_config=config)
-    return heard[0] if channels == 1 else torch.stack(heard, dim=1).flatten(0, 1)  # left and right alternate
+    # left and right alternate
+    return heard[0] if channels == 1 else torch.stack(heard, dim=1).flatten(0, 1)
 
 
 def test_the_reference_tells_prompts_and_guidance_apart() -> None:
@@ -126,8 +131,13 @@ def test_the_reference_tells_prompts_and_guidance_apart() -> None:
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("frames", [4, 5, 8, 60])
-def test_greedy_tokens_are_those_of_generate(channels: int, guidance_scale: float, frames: int) -> None:
-    rows = [make_row(text, frames, channels, guidance_scale=guidance_scale, **GREEDY) for text in PROMPTS[:2]]
+def test_greedy_tokens_are_those_of_generate(
+    channels: int, guidance_scale: float, frames: int
+) -> None:
+    rows = [
+        make_row(text, frames, channels, guidance_scale=guidance_scale, **GREEDY)
+        for text in PROMPTS[:2]
+    ]
     for prompt, codes in zip(PROMPTS, decode(rows), strict=False):
         assert torch.equal(codes, reference_codes(prompt, frames, guidance_scale, channels))
 
@@ -152,7 +162,9 @@ def test_rows_of_any_length_join_used_slots_in_mid_flight(channels: int) -> None
         for text, frames in zip(prompts, lengths, strict=True)
     ]
     for prompt, row, codes in zip(prompts, rows, decode(rows, slot_count=2), strict=True):
-        assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale, channels))
+        assert torch.equal(
+            codes, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale, channels)
+        )
 
 
 def test_a_clip_shorter_than_the_longest_delay_has_its_first_frames() -> None:
@@ -189,9 +201,13 @@ MATES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"top_k": 0, "temperature": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance_scale": 1.0}, {"top_k": 0, "temperature": 5.0}], ids=str
+)
 @pytest.mark.parametrize("mates", [1, 3])
-def test_a_seeded_row_is_the_same_alone_and_in_any_batch(dtype: torch.dtype, options: Any, mates: int) -> None:
+def test_a_seeded_row_is_the_same_alone_and_in_any_batch(
+    dtype: torch.dtype, options: Any, mates: int
+) -> None:
     """The logits agree to the last bit, so that a near tie falls the same way."""
     (alone,), exact = decode_watched([make_row(frames=60, seed=7, **options)], dtype)
     for place in range(mates + 1):
@@ -241,7 +257,10 @@ def test_every_step_and_codebook_has_a_random_number_of_its_own() -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_that_are_given_up_leave_the_others_tokens_unchanged(seed: int) -> None:
     dice = random.Random(seed)
-    wanted = [{"prompt": prompt, "frames": dice.randint(9, 30), "seed": dice.randint(0, 99)} for prompt in PROMPTS]
+    wanted = [
+        {"prompt": prompt, "frames": dice.randint(9, 30), "seed": dice.randint(0, 99)}
+        for prompt in PROMPTS
+    ]
     rows = [make_row(**fields) for fields in wanted]
     given_up = {rows[index]: dice.randint(0, 8) for index in dice.sample(range(4), 2)}
     codes = decode(rows, given_up=given_up)
@@ -295,7 +314,9 @@ def test_the_unconditional_pass_is_made_only_if_a_row_is_guided() -> None:
     assert slots._plan().passes == 2
 
 
-@pytest.mark.parametrize(("channels", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1, 2, 2, 3, 3])])
+@pytest.mark.parametrize(
+    ("channels", "expected"), [(1, [0, 1, 2, 3]), (2, [0, 0, 1, 1, 2, 2, 3, 3])]
+)
 def test_delays_of_mono_and_stereo(channels: int, expected: list[int]) -> None:
     assert delays(4 * channels, channels) == expected
 
@@ -342,7 +363,9 @@ def teacher_forced(decoder: Decoder, tokens: Tensor) -> Tensor:
 def test_bfloat16_errs_no_more_than_transformers_does() -> None:
     """Teacher-forced. Our sums and softmax may round at other places: a tenth more is accepted."""
     tokens = torch.randint(2048, (40, 4), generator=torch.Generator().manual_seed(1))  # [step, K]
-    exact, rounded = (teacher_forced(decoder(dtype=dtype), tokens) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        teacher_forced(decoder(dtype=dtype), tokens) for dtype in (torch.float32, torch.bfloat16)
+    )
     ours = divergence(exact, rounded)
     model = build_tiny()[0].to(torch.bfloat16)
     with torch.inference_mode():
@@ -430,7 +453,9 @@ def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatc
     ]
     slots = Slots(compiled_decoder("eager"), 3, MAX_STEPS)
     for prompt, row, codes in zip(PROMPTS, rows, decode(rows, slots=slots), strict=True):
-        assert torch.equal(codes, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale))
+        assert torch.equal(
+            codes, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale)
+        )
 
 
 def test_a_model_with_another_epsilon_is_refused() -> None:

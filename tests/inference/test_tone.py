@@ -26,7 +26,9 @@ INSTANT = ToneEngine(1, None, None)
 
 @settings(deadline=None, max_examples=30)
 @given(st.floats(0.08, 3), st.integers(8_000, 48_000), st.integers(1, 2))
-def test_the_audio_has_the_frames_and_channels_asked_for(duration: float, sample_rate: int, channels: int) -> None:
+def test_the_audio_has_the_frames_and_channels_asked_for(
+    duration: float, sample_rate: int, channels: int
+) -> None:
     request = make_request(duration=duration, sample_rate=sample_rate, channels=channels)
 
     audio = INSTANT.generate(request, QuietRun())
@@ -41,7 +43,9 @@ def test_the_same_request_sounds_the_same() -> None:
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("other", [{"attempt": 2}, {"generation_id": "g2"}, {"prompt": "x"}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "other", [{"attempt": 2}, {"generation_id": "g2"}, {"prompt": "x"}, {"seed": 1}]
+)
 def test_another_attempt_or_request_sounds_different(other: dict[str, object]) -> None:
     assert pitch_hz(make_request(**other)) != pitch_hz(make_request())
 
@@ -66,7 +70,9 @@ def test_the_facts_are_plain_json() -> None:
 def test_a_continuation_is_played_first_at_its_own_rate(channels: int, rate: int) -> None:
     start = np.linspace(-1, 1, channels * rate, dtype=np.float32).reshape(channels, rate)
 
-    audio = INSTANT.generate(make_request(duration=1.5, continuation=Audio(start, rate)), QuietRun())
+    audio = INSTANT.generate(
+        make_request(duration=1.5, continuation=Audio(start, rate)), QuietRun()
+    )
 
     assert (audio.samples.shape, audio.sample_rate) == ((channels, rate + rate // 2), rate)
     np.testing.assert_array_equal(audio.samples[:, :rate], start)
@@ -81,7 +87,9 @@ def test_a_melody_is_told_of_and_changes_nothing() -> None:
     audio = INSTANT.generate(heard, QuietRun())
 
     assert audio.facts["melody_seconds"] == 0.5
-    np.testing.assert_array_equal(audio.samples, INSTANT.generate(make_request(**fields), QuietRun()).samples)
+    np.testing.assert_array_equal(
+        audio.samples, INSTANT.generate(make_request(**fields), QuietRun()).samples
+    )
 
 
 def test_speed_is_audio_seconds_per_wall_second() -> None:
@@ -124,10 +132,14 @@ def test_no_environment_means_instant_and_unscripted(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("speed", ["quick", "0", "-1", "nan", "inf"])
-def test_a_speed_that_is_no_speed_makes_it_unavailable(monkeypatch: pytest.MonkeyPatch, speed: str) -> None:
+def test_a_speed_that_is_no_speed_makes_it_unavailable(
+    monkeypatch: pytest.MonkeyPatch, speed: str
+) -> None:
     monkeypatch.setenv(SPEED_VARIABLE, speed)
 
-    with pytest.raises(EngineUnavailableError, match=f"^{SPEED_VARIABLE} is '{speed}'; use a number above 0\\.$"):
+    with pytest.raises(
+        EngineUnavailableError, match=f"^{SPEED_VARIABLE} is '{speed}'; use a number above 0\\.$"
+    ):
         tone.load(make_settings())
 
 
@@ -135,7 +147,11 @@ def test_a_speed_that_is_no_speed_makes_it_unavailable(monkeypatch: pytest.Monke
 
 
 def test_the_first_rule_that_matches_wins(script: WriteScript) -> None:
-    rules = [{"prompt": "snow", "do": "raise"}, {"do": "reject", "message": "second"}, {"do": "reject"}]
+    rules = [
+        {"prompt": "snow", "do": "raise"},
+        {"do": "reject", "message": "second"},
+        {"do": "reject"},
+    ]
     engine = ToneEngine(1, None, script(*rules))
 
     with pytest.raises(GenerationRejectedError, match=r"^second$"):
@@ -154,7 +170,9 @@ def test_the_first_rule_that_matches_wins(script: WriteScript) -> None:
         ({"prompt": "rain", "attempts": [2]}, False),
     ],
 )
-def test_a_rule_matches_prompt_and_attempt(script: WriteScript, rule: dict[str, object], is_match: bool) -> None:
+def test_a_rule_matches_prompt_and_attempt(
+    script: WriteScript, rule: dict[str, object], is_match: bool
+) -> None:
     (read,) = tone.read_script(script({"do": "wait", **rule}))
 
     assert read.is_for(make_request(prompt="lofi rain", attempt=1)) == is_match
@@ -199,27 +217,38 @@ def test_a_malformed_script_is_one_sentence(script: WriteScript, text: str, prob
     engine = tone.load(make_settings())
     path.write_text(text)
 
-    with pytest.raises(EngineUnavailableError, match=f"^The tone script .* is malformed: {problem}.*\\.$"):
+    with pytest.raises(
+        EngineUnavailableError, match=f"^The tone script .* is malformed: {problem}.*\\.$"
+    ):
         tone.load(make_settings())
-    with pytest.raises(GenerationRejectedError, match=f"^The tone script .* is malformed: {problem}.*\\.$"):
+    with pytest.raises(
+        GenerationRejectedError, match=f"^The tone script .* is malformed: {problem}.*\\.$"
+    ):
         engine.generate(make_request(), QuietRun())
 
 
 def test_a_missing_script_is_one_sentence(tmp_path: Path) -> None:
     engine = ToneEngine(1, None, tmp_path / "nothing.json")
 
-    with pytest.raises(GenerationRejectedError, match=r"nothing\.json cannot be read: No such file or directory\.$"):
+    with pytest.raises(
+        GenerationRejectedError, match=r"nothing\.json cannot be read: No such file or directory\.$"
+    ):
         engine.generate(make_request(), QuietRun())
 
 
-def test_a_slot_can_be_freed_before_the_audio_is_made_while_progress_goes_on(script: WriteScript) -> None:
+def test_a_slot_can_be_freed_before_the_audio_is_made_while_progress_goes_on(
+    script: WriteScript,
+) -> None:
     freed: list[float] = []
 
     class FreedRun(QuietRun):
         def free_slot(self) -> None:
             freed.append(self.progress[-1])
 
-    engine, run = ToneEngine(1, None, script({"do": "wait", "seconds": 0.05, "audio_seconds": 0.05})), FreedRun()
+    engine, run = (
+        ToneEngine(1, None, script({"do": "wait", "seconds": 0.05, "audio_seconds": 0.05})),
+        FreedRun(),
+    )
     engine.generate(make_request(), run)
 
     assert len(freed) == 1

@@ -8,7 +8,12 @@ import weakref
 import pytest
 
 from dgx_music.errors import EngineError
-from dgx_music.inference.trouble import first_line, give_back_memory, has_lost_the_device, is_out_of_memory
+from dgx_music.inference.trouble import (
+    first_line,
+    give_back_memory,
+    has_lost_the_device,
+    is_out_of_memory,
+)
 
 AcceleratorError = type("AcceleratorError", (RuntimeError,), {})
 
@@ -58,14 +63,21 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
     "error",
     [
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
         AcceleratorError("CUDA error: out of memory"),
         MemoryError(),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         caused(EngineError("The step failed."), RuntimeError("CUDA out of memory")),
-        caused(RuntimeError("CUDA error: operation failed due to a previous error during capture"), MemoryError()),
+        caused(
+            RuntimeError("CUDA error: operation failed due to a previous error during capture"),
+            MemoryError(),
+        ),
     ],
 )
 def test_too_little_memory_is_known_and_is_no_lost_device(error: BaseException) -> None:
@@ -78,7 +90,10 @@ def test_too_little_memory_is_known_and_is_no_lost_device(error: BaseException) 
         *(AcceleratorError(f"CUDA error: {text}\n{ADVICE}") for text in STICKY),
         RuntimeError("CUDA driver error: unspecified launch failure"),
         RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
-        caused(EngineError("The step failed."), AcceleratorError("CUDA error: device-side assert triggered")),
+        caused(
+            EngineError("The step failed."),
+            AcceleratorError("CUDA error: device-side assert triggered"),
+        ),
     ],
 )
 def test_a_lost_device_is_known(error: BaseException) -> None:
@@ -94,7 +109,9 @@ def test_a_lost_device_is_known(error: BaseException) -> None:
         OSError(2, "no file"),
         EngineError(),
         *(AcceleratorError(f"CUDA error: {text}\n{ADVICE}") for text in PASSING),
-        RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx( handle, opa, opb, m, n, k)`"),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx( handle, opa, opb, m, n, k)`"
+        ),
         RuntimeError("Triton Error [CUDA]: invalid argument"),
     ],
 )
@@ -109,7 +126,10 @@ def test_an_error_that_is_its_own_cause_is_looked_at_once() -> None:
 
 
 def test_the_first_line_is_enough() -> None:
-    assert first_line(RuntimeError("CUDA error: bad.\nFor debugging consider")) == "RuntimeError: CUDA error: bad"
+    assert (
+        first_line(RuntimeError("CUDA error: bad.\nFor debugging consider"))
+        == "RuntimeError: CUDA error: bad"
+    )
     assert first_line(MemoryError()) == "MemoryError"
 
 

@@ -15,7 +15,9 @@ async def plan_of(database: Database, read: Callable[[AsyncSession], Awaitable[A
     """Return the plan of the last statement that ``read`` executes, with the very values it was given."""
     statements: list[tuple[str, Any]] = []
 
-    def note(_connection: Any, _cursor: Any, statement: str, values: Any, _context: Any, _many: bool) -> None:
+    def note(
+        _connection: Any, _cursor: Any, statement: str, values: Any, _context: Any, _many: bool
+    ) -> None:
         statements.append((statement, values))
 
     async with database.session(read_only=True) as session:
@@ -32,4 +34,6 @@ async def analyze(database: Database) -> None:
     """Let PostgreSQL count what is there, as it does by itself after a while."""
     if not database.is_embedded:
         async with database.migrating() as engine, engine.connect() as connection:
-            await (await connection.execution_options(isolation_level="AUTOCOMMIT")).exec_driver_sql("VACUUM ANALYZE")
+            await (
+                await connection.execution_options(isolation_level="AUTOCOMMIT")
+            ).exec_driver_sql("VACUUM ANALYZE")

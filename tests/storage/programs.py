@@ -11,7 +11,14 @@ import sys
 from dgx_music.client.enqueue import enqueue
 from dgx_music.client.generations import cancel_generation, wait_for_generation
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.storage import close_db, count_generations, create_generation, get_session, init_db, queue
+from dgx_music.storage import (
+    close_db,
+    count_generations,
+    create_generation,
+    get_session,
+    init_db,
+    queue,
+)
 from dgx_music.storage.database import Database
 from tests.factories import claim_up_to, completion_of
 
@@ -79,7 +86,9 @@ async def fork_beside_a_waiter(url: str) -> None:
         await enqueue("before")
         while any(engine.pool.checkedout() for engine in database.engines):  # the waiter looks
             await asyncio.sleep(0.01)
-        child = multiprocessing.get_context("fork").Process(target=asyncio.run, args=[enqueue("child")])
+        child = multiprocessing.get_context("fork").Process(
+            target=asyncio.run, args=[enqueue("child")]
+        )
         child.start()
         await enqueue("beside")
         await asyncio.to_thread(child.join)

@@ -10,7 +10,13 @@ from sqlalchemy.exc import IntegrityError
 
 from dgx_music.client.prune import prune_clips as prune_all_clips
 from dgx_music.storage import delete_generation
-from dgx_music.storage.clips import UNUSED_SECONDS, keep_clips, prune_clips, read_clip_seconds, read_clips
+from dgx_music.storage.clips import (
+    UNUSED_SECONDS,
+    keep_clips,
+    prune_clips,
+    read_clip_seconds,
+    read_clips,
+)
 from dgx_music.storage.models import Clip
 from dgx_music.storage.schema import now_plus
 from tests.factories import POSTGRES, add_generation, on, read_all
@@ -28,7 +34,11 @@ async def keep(database, *sha256s):
 
 async def age(database, seconds, *sha256s):
     async with database.session() as session:
-        old = update(Clip).where(Clip.sha256.in_(sha256s)).values(last_used_at=now_plus(-float(seconds)))
+        old = (
+            update(Clip)
+            .where(Clip.sha256.in_(sha256s))
+            .values(last_used_at=now_plus(-float(seconds)))
+        )
         await session.execute(old)
 
 
@@ -138,7 +148,10 @@ async def test_open_transactions_with_the_same_clips_neither_wait_nor_deadlock(d
 
 async def test_producers_that_bring_the_same_clips_at_once_all_succeed(database):
     await asyncio.gather(
-        *[database.transact(lambda s: keep_clips(s, dict.fromkeys((B, A), (b"", 1.0)))) for _ in range(8)]
+        *[
+            database.transact(lambda s: keep_clips(s, dict.fromkeys((B, A), (b"", 1.0))))
+            for _ in range(8)
+        ]
     )
 
     assert await there(database) == [A, B]
@@ -147,6 +160,8 @@ async def test_producers_that_bring_the_same_clips_at_once_all_succeed(database)
 @on("sqlite")
 async def test_who_refers_to_a_clip_is_looked_up_in_an_index(database):
     async with database.session(read_only=True) as session:
-        plan = await session.execute(text("EXPLAIN QUERY PLAN SELECT 1 FROM generations WHERE melody_sha256 = 'a'"))
+        plan = await session.execute(
+            text("EXPLAIN QUERY PLAN SELECT 1 FROM generations WHERE melody_sha256 = 'a'")
+        )
 
     assert "ix_generations_melody_sha256" in plan.one().detail

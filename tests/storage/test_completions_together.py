@@ -46,7 +46,10 @@ async def test_each_row_gets_its_own_values(database):
 
 async def test_the_attempts_end_with_their_generations_time_and_device_seconds(database):
     leases = await start(database, 2)
-    await complete(database, *[completion_of(lease, generation_time_seconds=n) for n, lease in enumerate(leases)])
+    await complete(
+        database,
+        *[completion_of(lease, generation_time_seconds=n) for n, lease in enumerate(leases)],
+    )
 
     for number, lease in enumerate(leases):
         row = await read(database, lease.generation_id)

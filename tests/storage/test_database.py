@@ -20,7 +20,15 @@ from dgx_music.errors import (
     DatabaseNotMigratedError,
     DatabaseUnavailableError,
 )
-from dgx_music.storage import close_db, create_generation, get_database, get_session, init_db, queue, reset_database
+from dgx_music.storage import (
+    close_db,
+    create_generation,
+    get_database,
+    get_session,
+    init_db,
+    queue,
+    reset_database,
+)
 from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.postgres_errors import is_of_another_schema, is_unavailable
 from dgx_music.storage.connection.revision import VERSION_TABLE
@@ -28,7 +36,15 @@ from dgx_music.storage.connection.sessions import finish
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Attempt, Base, Generation, Prompt
 from dgx_music.storage.queue import Lease
-from tests.factories import POSTGRES, add_generation, back_date, claim_up_to, completion_of, on, read_all
+from tests.factories import (
+    POSTGRES,
+    add_generation,
+    back_date,
+    claim_up_to,
+    completion_of,
+    on,
+    read_all,
+)
 from tests.patience import PATIENCE
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
@@ -50,7 +66,10 @@ async def count(database):
     [
         ({}, "data/generations.db"),
         ({"DATABASE_URL": "sqlite:///seed.db"}, "seed.db"),
-        ({"DATABASE_URL": "sqlite:///seed.db", "DGX_MUSIC_DATABASE_URL": "sqlite:///ours.db"}, "ours.db"),
+        (
+            {"DATABASE_URL": "sqlite:///seed.db", "DGX_MUSIC_DATABASE_URL": "sqlite:///ours.db"},
+            "ours.db",
+        ),
     ],
 )
 async def test_init_db_finds_its_url_in_the_environment(tmp_path, monkeypatch, environment, name):
@@ -77,7 +96,9 @@ async def test_a_url_that_is_given_goes_first(tmp_path, monkeypatch):
 # the default database
 
 
-async def test_init_db_again_replaces_the_default_and_keeps_the_data(database_url, default_database):
+async def test_init_db_again_replaces_the_default_and_keeps_the_data(
+    database_url, default_database
+):
     async with get_session() as session:
         await create_generation(session, *WISH)
 
@@ -198,7 +219,9 @@ async def test_readers_more_than_connections_take_turns(database):
 
 
 async def test_an_empty_database_is_not_migrated(empty_database):
-    with pytest.raises(DatabaseNotMigratedError, match="is at revision none and this version needs"):
+    with pytest.raises(
+        DatabaseNotMigratedError, match="is at revision none and this version needs"
+    ):
         await empty_database.check_migrated()
 
 
@@ -207,7 +230,10 @@ async def test_a_database_of_a_newer_version_is_refused_in_one_sentence(database
         await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
 
     for refused in (database.migrate, database.reset, database.check_migrated):
-        with pytest.raises(DatabaseNotMigratedError, match=r"is at revision 9999 and this version needs .*; upgrade"):
+        with pytest.raises(
+            DatabaseNotMigratedError,
+            match=r"is at revision 9999 and this version needs .*; upgrade",
+        ):
             await refused()
 
 
@@ -236,7 +262,12 @@ class Work:
     """Work that lasts until it is released, and tells how far it came."""
 
     def __init__(self, error=None):
-        self.started, self.released, self.is_done, self.error = asyncio.Event(), asyncio.Event(), False, error
+        self.started, self.released, self.is_done, self.error = (
+            asyncio.Event(),
+            asyncio.Event(),
+            False,
+            error,
+        )
 
     async def run(self):
         self.started.set()
@@ -367,7 +398,9 @@ async def test_work_that_cancels_itself_is_cancelled():
         await finish(give_up())
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("mine"), TimeoutError("mine"), EOFError("mine")])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("mine"), TimeoutError("mine"), EOFError("mine")]
+)
 async def test_what_a_callers_own_function_raises_comes_as_it_is(database, error):
     def read_file(_session):
         raise error
@@ -402,7 +435,12 @@ class ToldError(Exception):
         (ToldError("42P01", "Relation »generations« existiert nicht"), True),
         (ToldError("42P01", "Relation »gaeste« existiert nicht"), False),
         (ToldError("42703", "Spalte »prompt« existiert nicht"), True),
-        (ToldError("0A000", "gecachter Plan darf den Ergebnistyp nicht ändern", "RevalidateCachedQuery"), True),
+        (
+            ToldError(
+                "0A000", "gecachter Plan darf den Ergebnistyp nicht ändern", "RevalidateCachedQuery"
+            ),
+            True,
+        ),
         (ToldError("0A000", "das wird nicht unterstützt", "transformSetOperationStmt"), False),
     ],
 )
@@ -483,13 +521,16 @@ class Caller:
 
     async def complete(self):
         async def move(session, lease):
-            while lease not in await queue.complete(session, [completion_of(lease)]):  # a renewal has it locked
+            # a renewal has it locked
+            while lease not in await queue.complete(session, [completion_of(lease)]):
                 await asyncio.sleep(0.01)
 
         await self.end(move, "completed")
 
     async def fail(self):
-        await self.end(lambda session, lease: queue.fail(session, lease, "no", retry_in_seconds=None), "failed")
+        await self.end(
+            lambda session, lease: queue.fail(session, lease, "no", retry_in_seconds=None), "failed"
+        )
 
     async def release(self):
         await self.end(lambda session, lease: queue.release(session, [lease]), "pending")
@@ -523,7 +564,9 @@ SESSION_CALLS = {
     "get_one": lambda session: session.get_one(Prompt, 1),
     "scalars": lambda session: session.scalars(select(Prompt)),
     "merge": lambda session: session.merge(Prompt(id=1, text="lofi", used_count=2)),
-    "run_sync": lambda session: session.run_sync(lambda sync: sync.execute(update(Prompt).values(used_count=3))),
+    "run_sync": lambda session: session.run_sync(
+        lambda sync: sync.execute(update(Prompt).values(used_count=3))
+    ),
     "begin": lambda session: add_in_transaction(session),
     "begin_nested": lambda session: add_in_savepoints(session),
 }
@@ -555,7 +598,18 @@ async def test_a_session_whose_call_is_cancelled_leaves_no_lock(database, name):
     await assert_no_lock_is_left(database)
 
 
-CALLS = ["enqueue", "create", "claim", "renew", "complete", "fail", "release", "cancel", "retry", "rescue"]
+CALLS = [
+    "enqueue",
+    "create",
+    "claim",
+    "renew",
+    "complete",
+    "fail",
+    "release",
+    "cancel",
+    "retry",
+    "rescue",
+]
 PER_CALL = 40
 
 
@@ -565,11 +619,20 @@ async def caller(default_database):
     async with default_database.session() as session:
         for _ in range(PER_CALL * 2):
             await add_generation(session, model_name="musicgen-medium")
-        leases = [Lease((await add_generation(session, worker_id="worker-1")).id, 1) for _ in range(PER_CALL * 3)]
+        leases = [
+            Lease((await add_generation(session, worker_id="worker-1")).id, 1)
+            for _ in range(PER_CALL * 3)
+        ]
         ids = {
-            "pending": [(await add_generation(session, model_name="none")).id for _ in range(PER_CALL)],
-            "failed": [(await add_generation(session, status="failed")).id for _ in range(PER_CALL)],
-            "held": [(await add_generation(session, worker_id="worker-2")).id for _ in range(PER_CALL)],
+            "pending": [
+                (await add_generation(session, model_name="none")).id for _ in range(PER_CALL)
+            ],
+            "failed": [
+                (await add_generation(session, status="failed")).id for _ in range(PER_CALL)
+            ],
+            "held": [
+                (await add_generation(session, worker_id="worker-2")).id for _ in range(PER_CALL)
+            ],
         }
     return Caller(default_database, leases, ids)
 
@@ -606,7 +669,9 @@ async def assert_nothing_is_lost(caller):
 
     assert {key: statuses.get(key) for key in caller.statuses} == caller.statuses
     assert set(caller.added) <= statuses.keys()
-    assert {(lease.generation_id, lease.attempt) for lease in caller.claimed} <= {tuple(row) for row in attempts}
+    assert {(lease.generation_id, lease.attempt) for lease in caller.claimed} <= {
+        tuple(row) for row in attempts
+    }
     assert min(len(caller.added), len(caller.statuses), len(caller.claimed)) > 5
 
 

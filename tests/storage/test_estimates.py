@@ -8,11 +8,12 @@ from sqlalchemy import insert, select, update
 from dgx_music.client.generations import estimate_generation
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import Measured, Range
+from dgx_music.statuses import FINISHED
 from dgx_music.storage.due import queue_position
 from dgx_music.storage.estimates import estimate, record_speed
 from dgx_music.storage.models import Generation, Speed, WorkerInfo
 from dgx_music.storage.pauses import pause_model
-from dgx_music.storage.schema import FINISHED, now_plus
+from dgx_music.storage.schema import now_plus
 from tests.factories import MODEL, add_generation, back_date, claim_one
 from tests.storage.plans import analyze, plan_of
 
@@ -24,7 +25,14 @@ NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 async def add_worker(session, worker_id="worker-1", *, silent_seconds=0.0, **overrides):
-    values = {"host": "dgx", "pid": 1, "model_name": MODEL, "device": "cuda", "slots": 1, "lease_seconds": 30.0}
+    values = {
+        "host": "dgx",
+        "pid": 1,
+        "model_name": MODEL,
+        "device": "cuda",
+        "slots": 1,
+        "lease_seconds": 30.0,
+    }
     session.add(WorkerInfo(id=worker_id, **{"models": [MODEL]} | values | overrides))
     await session.flush()
     mine = update(WorkerInfo).where(WorkerInfo.id == worker_id)
@@ -72,7 +80,10 @@ async def test_what_was_measured_elsewhere_is_no_evidence(database):
         await record_speed(session, LARGE, "cuda", *SPEED)
         told = await look(session)
 
-    assert (told.starts_in, told.unknown_because) == (None, "nothing was measured yet for musicgen-small on cuda")
+    assert (told.starts_in, told.unknown_because) == (
+        None,
+        "nothing was measured yet for musicgen-small on cuda",
+    )
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -112,7 +123,11 @@ async def test_a_paused_model_has_a_place_but_no_time(database, paused):
         await pause_model(session, paused)
         told = await look(session)
 
-    assert (told.position, told.starts_in, told.unknown_because) == (1, None, "musicgen-small is paused")
+    assert (told.position, told.starts_in, told.unknown_because) == (
+        1,
+        None,
+        "musicgen-small is paused",
+    )
 
 
 async def test_another_models_pause_changes_nothing(database):
@@ -128,7 +143,12 @@ async def test_what_is_finished_has_neither_times_nor_a_reason(database, status)
     async with database.session() as session:
         told = await look(session, status=status)
 
-    assert (told.status, told.starts_in, told.done_in, told.unknown_because) == (status, None, None, None)
+    assert (told.status, told.starts_in, told.done_in, told.unknown_because) == (
+        status,
+        None,
+        None,
+        None,
+    )
 
 
 async def test_an_unknown_id_is_refused(database):
@@ -155,7 +175,11 @@ async def test_what_waits_before_it_is_made_first(database):
             await add_generation(session, duration_seconds=10.0)
         told = await look(session, duration_seconds=5.0)
 
-    assert (told.position, told.starts_in, told.done_in) == (4, Range(30.0, 60.0), Range(35.0, 70.0))
+    assert (told.position, told.starts_in, told.done_in) == (
+        4,
+        Range(30.0, 60.0),
+        Range(35.0, 70.0),
+    )
 
 
 async def test_only_what_is_claimed_sooner_counts(database):
@@ -173,7 +197,9 @@ async def test_only_what_is_claimed_sooner_counts(database):
 async def test_waiting_counts_as_much_as_priority(database):
     async with database.session() as session:
         await add_fleet(session)
-        patient, urgent = [await add_generation(session, duration_seconds=10.0, priority=each) for each in (0, 1)]
+        patient, urgent = [
+            await add_generation(session, duration_seconds=10.0, priority=each) for each in (0, 1)
+        ]
         await back_date(session, patient.id, run_at=61)
 
         assert (await estimate(session, patient.id)).starts_in == Range(0.0, 0.0)
@@ -183,7 +209,10 @@ async def test_waiting_counts_as_much_as_priority(database):
 async def test_those_of_one_moment_go_by_their_ids(database):
     async with database.session() as session:
         await add_fleet(session)
-        ids = [(await add_generation(session, id=name, run_at=NOON, duration_seconds=10.0)).id for name in "cab"]
+        ids = [
+            (await add_generation(session, id=name, run_at=NOON, duration_seconds=10.0)).id
+            for name in "cab"
+        ]
         told = {name: (await estimate(session, name)).starts_in for name in ids}
 
     assert told == {"a": Range(0.0, 0.0), "b": Range(10.0, 20.0), "c": Range(20.0, 40.0)}
@@ -232,7 +261,9 @@ async def test_what_only_waits_to_be_stored_holds_no_slot(database):
     async with database.session() as session:
         await add_fleet(session)
         for progress in (1.0, 0.5):
-            await add_generation(session, duration_seconds=1000.0, worker_id="worker-1", progress=progress)
+            await add_generation(
+                session, duration_seconds=1000.0, worker_id="worker-1", progress=progress
+            )
         told = await look(session)
 
     assert ends(told.starts_in) == seconds(500, 1000)
@@ -241,7 +272,9 @@ async def test_what_only_waits_to_be_stored_holds_no_slot(database):
 async def test_a_running_one_that_is_being_cancelled_may_end_at_once(database):
     async with database.session() as session:
         await add_fleet(session)
-        await add_generation(session, duration_seconds=10.0, worker_id="worker-1", cancel_requested=True)
+        await add_generation(
+            session, duration_seconds=10.0, worker_id="worker-1", cancel_requested=True
+        )
 
         assert (await look(session)).starts_in == Range(0.0, 20.0)
 
@@ -264,7 +297,10 @@ async def test_a_model_that_has_to_be_loaded_first_starts_nobody_knows_when(data
         await add_fleet(session, model_name=LARGE, models=[LARGE, MODEL])
         told = await look(session)
 
-    assert (told.starts_in, told.unknown_because) == (None, "no worker has musicgen-small loaded now")
+    assert (told.starts_in, told.unknown_because) == (
+        None,
+        "no worker has musicgen-small loaded now",
+    )
 
 
 async def test_a_worker_that_would_have_to_load_it_may_help_but_is_not_counted_on(database):
@@ -303,7 +339,10 @@ async def test_what_is_scheduled_starts_no_sooner(database):
 async def test_what_is_due_by_then_may_have_the_slots_when_its_time_comes(database):
     async with database.session() as session:
         await add_fleet(session)
-        before, own = [await add_generation(session, duration_seconds=1000.0, priority=9 * each) for each in (0, 1)]
+        before, own = [
+            await add_generation(session, duration_seconds=1000.0, priority=9 * each)
+            for each in (0, 1)
+        ]
         await back_date(session, before.id, run_at=-5999)
         await back_date(session, own.id, run_at=-6000)
 
@@ -325,7 +364,8 @@ async def test_what_becomes_due_and_goes_first_while_it_waits_counts_as_late_as_
         await add_fleet(session)
         await add_generation(session, duration_seconds=1000.0)
         own = await add_generation(session)
-        for seconds_until in (1500, 3500, 8000):  # at worst it waits 2000 s, then 4000 s, then 6000 s
+        # at worst it waits 2000 s, then 4000 s, then 6000 s
+        for seconds_until in (1500, 3500, 8000):
             urgent = await add_generation(session, duration_seconds=1000.0, priority=1000)
             await back_date(session, urgent.id, run_at=-seconds_until)
 
@@ -361,7 +401,10 @@ async def test_what_runs_ends_as_its_progress_says(database):
         ({"status": "processing"}, "it was taken by hand"),
         ({"worker_id": "dead"}, "its worker has fallen silent"),
         ({"worker_id": "worker-1", "cancel_requested": True}, "it is being cancelled"),
-        ({"worker_id": "worker-1", "model_name": LARGE}, "nothing was measured yet for musicgen-large on cuda"),
+        (
+            {"worker_id": "worker-1", "model_name": LARGE},
+            "nothing was measured yet for musicgen-large on cuda",
+        ),
     ],
 )
 async def test_what_runs_without_evidence_ends_nobody_knows_when(database, values, reason):
@@ -380,7 +423,12 @@ async def test_a_claimed_generation_has_an_end_instead_of_a_place(default_databa
         await claim_one(session)
     after = await estimate_generation(own.id)
 
-    assert (before.position, before.starts_in, after.position, after.starts_in) == (1, Range(0.0, 0.0), None, None)
+    assert (before.position, before.starts_in, after.position, after.starts_in) == (
+        1,
+        Range(0.0, 0.0),
+        None,
+        None,
+    )
     assert ends(after.done_in) == seconds(1000, 2000)
 
 
@@ -408,19 +456,31 @@ async def test_a_speed_replaces_the_former_of_its_model_and_device(database):
         await session.execute(update(Speed).values(measured_at=now_plus(-3600.0)))
         await record_speed(session, MODEL, "cuda", 3.0, 4.0, 5.0, 7)
     async with database.session(read_only=True) as session:
-        speeds = {(each.model_name, each.device): each for each in await session.scalars(select(Speed))}
+        speeds = {
+            (each.model_name, each.device): each for each in await session.scalars(select(Speed))
+        }
 
     newest = speeds.pop((MODEL, "cuda"))
     assert (newest.low, newest.typical, newest.high, newest.measured_count) == (3.0, 4.0, 5.0, 7)
     assert {each.low for each in speeds.values()} == {1.0}
-    assert all(newest.measured_at - each.measured_at > timedelta(minutes=59) for each in speeds.values())
+    assert all(
+        newest.measured_at - each.measured_at > timedelta(minutes=59) for each in speeds.values()
+    )
 
 
 async def test_a_queue_is_summed_up_along_an_index_however_much_is_finished(database):
-    kept = {"prompt": "x", "model_name": MODEL, "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
+    kept = {
+        "prompt": "x",
+        "model_name": MODEL,
+        "duration_seconds": 8.0,
+        "sample_rate": 32_000,
+        "channels": 1,
+    }
     async with database.session() as session:
         await add_fleet(session)
-        await session.execute(insert(Generation), [kept | {"status": "failed", "completed_at": NOON}] * 5000)
+        await session.execute(
+            insert(Generation), [kept | {"status": "failed", "completed_at": NOON}] * 5000
+        )
         ids = [(await add_generation(session)).id for _ in range(20)]
     await analyze(database)
 
@@ -435,7 +495,10 @@ async def test_a_worker_that_loads_is_coming_and_nobody_knows_when(database):
         await add_fleet(session, state="loading", device="")
         told = await look(session)
 
-    assert (told.starts_in, told.unknown_because) == (None, "a worker is still loading musicgen-small")
+    assert (told.starts_in, told.unknown_because) == (
+        None,
+        "a worker is still loading musicgen-small",
+    )
 
 
 async def test_a_worker_that_has_ended_serves_nobody(database):

@@ -43,21 +43,31 @@ def ids_of(claims):
 
 
 @pytest.mark.parametrize("days", [0, 1, 400])
-async def test_claims_go_in_the_order_of_priority_and_age_however_late_they_are_made(database, monkeypatch, days):
+async def test_claims_go_in_the_order_of_priority_and_age_however_late_they_are_made(
+    database, monkeypatch, days
+):
     rng, places = random.Random(days), {}
     async with database.session() as session:
         for _ in range(40):
             priority, seconds = rng.randrange(-1000, 1001), rng.randrange(0, 50_000)
-            generation_id = await add(session, priority=priority, run_at=NOON + timedelta(seconds=seconds))
+            generation_id = await add(
+                session, priority=priority, run_at=NOON + timedelta(seconds=seconds)
+            )
             places[generation_id] = (seconds - priority * AGEING_SECONDS, generation_id)
-        monkeypatch.setattr(due, "now", lambda: literal(NOON + timedelta(days=1 + days), UtcDateTime()))
+        monkeypatch.setattr(
+            due, "now", lambda: literal(NOON + timedelta(days=1 + days), UtcDateTime())
+        )
         claimed = [await claim_up_to(session, 7) for _ in range(6)]
 
-    assert ids_of(chain(*claimed)) == sorted(places, key=lambda generation_id: places[generation_id])
+    assert ids_of(chain(*claimed)) == sorted(
+        places, key=lambda generation_id: places[generation_id]
+    )
 
 
 @pytest.mark.parametrize(("seconds", "first"), [(-1, "late"), (1, "early")])
-async def test_a_low_priority_goes_first_once_the_higher_one_came_later_than_their_difference(database, seconds, first):
+async def test_a_low_priority_goes_first_once_the_higher_one_came_later_than_their_difference(
+    database, seconds, first
+):
     difference = timedelta(seconds=3 * AGEING_SECONDS + seconds)
     async with database.session() as session:
         names = {
@@ -149,7 +159,9 @@ async def test_under_a_limit_the_order_among_tenants_is_still_that_of_age_and_pr
     assert ids_of(claims) == [ids[4], ids[1], ids[2]]
 
 
-@pytest.mark.parametrize("overrides", [{"run_at": now_plus(3600)}, {"model_name": "musicgen-large"}])
+@pytest.mark.parametrize(
+    "overrides", [{"run_at": now_plus(3600)}, {"model_name": "musicgen-large"}]
+)
 async def test_under_a_limit_only_what_is_due_of_the_model_is_claimed(database, overrides):
     async with database.session() as session:
         await add_generation(session, tenant="a", **overrides)
@@ -180,7 +192,9 @@ async def test_claimers_at_once_never_give_a_tenant_more_than_its_limit(database
 
 @pytest.mark.parametrize("tenant_limit", [None, 2])
 @pytest.mark.parametrize("paused", [MODEL, ALL_MODELS])
-async def test_nothing_of_a_paused_model_is_claimed_until_it_is_resumed(database, paused, tenant_limit):
+async def test_nothing_of_a_paused_model_is_claimed_until_it_is_resumed(
+    database, paused, tenant_limit
+):
     async with database.session() as session:
         await add_for(session, "a", "")
         await pause_model(session, paused)
@@ -215,7 +229,9 @@ async def test_what_runs_goes_on_through_a_pause(database):
         (claimed,) = await claim_up_to(session, 1)
         await pause_model(session, ALL_MODELS)
 
-        assert await queue.renew(session, {claimed.lease: 0.5}, lease_seconds=30) == {claimed.lease: False}
+        assert await queue.renew(session, {claimed.lease: 0.5}, lease_seconds=30) == {
+            claimed.lease: False
+        }
         assert await due.has_work(session, [MODEL])
 
 
@@ -244,7 +260,16 @@ async def test_a_pause_of_everything_outlasts_the_resumption_of_one_model():
 
 @pytest.mark.parametrize(
     ("waiting", "limit", "workers", "share"),
-    [(0, 4, 3, 1), (1, 4, 3, 1), (4, 4, 3, 2), (5, 4, 1, 4), (12, 4, 3, 4), (100, 4, 3, 4), (3, 1, 3, 1), (7, 4, 2, 4)],
+    [
+        (0, 4, 3, 1),
+        (1, 4, 3, 1),
+        (4, 4, 3, 2),
+        (5, 4, 1, 4),
+        (12, 4, 3, 4),
+        (100, 4, 3, 4),
+        (3, 1, 3, 1),
+        (7, 4, 2, 4),
+    ],
 )
 async def test_the_last_few_are_spread_over_the_workers(database, waiting, limit, workers, share):
     async with database.session() as session:
@@ -279,11 +304,15 @@ async def test_a_claim_under_a_limit_waits_for_its_turn_and_one_without_does_not
         await add_for(session, *"ab")
     async with database.session() as first:
         await claim_up_to(first, 1, tenant_limit=1)
-        second = asyncio.create_task(database.transact(lambda session: claim_up_to(session, 1, tenant_limit=1)))
+        second = asyncio.create_task(
+            database.transact(lambda session: claim_up_to(session, 1, tenant_limit=1))
+        )
         async with database.session() as third:
             assert len(await claim_up_to(third, 1)) == 1
             await third.rollback()
         assert not second.done()
 
     assert len(await second) == 1
-    assert (await read_all(database, select(func.count()).where(Generation.status == "processing"))) == [2]
+    assert (
+        await read_all(database, select(func.count()).where(Generation.status == "processing"))
+    ) == [2]

@@ -8,7 +8,15 @@ from sqlalchemy import select, update
 from dgx_music.storage import Attempt, queue
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import now
-from tests.factories import POSTGRES, add_generation, claim_up_to, completion_of, on, read_all, start_one
+from tests.factories import (
+    POSTGRES,
+    add_generation,
+    claim_up_to,
+    completion_of,
+    on,
+    read_all,
+    start_one,
+)
 
 
 async def test_a_completion_never_takes_a_row_that_somebody_works_on_by_hand(database):
@@ -36,7 +44,9 @@ async def complete(session, lease):
 async def test_an_attempt_that_has_its_end_keeps_it(database, end):
     lease = await start_one(database)
     async with database.session() as session:
-        await session.execute(update(Attempt).values(outcome="lost", finished_at=now(), error_message="by hand"))
+        await session.execute(
+            update(Attempt).values(outcome="lost", finished_at=now(), error_message="by hand")
+        )
         await end(session, lease)
 
     [attempt] = await read_all(database, select(Attempt))
@@ -49,7 +59,9 @@ async def test_a_claim_counts_what_another_has_just_taken_of_a_tenant(database):
     await add_of_tenant(database)
 
     async def claim_too():
-        return await database.transact(lambda session: claim_up_to(session, 1, "other", tenant_limit=1))
+        return await database.transact(
+            lambda session: claim_up_to(session, 1, "other", tenant_limit=1)
+        )
 
     async with database.session() as first:
         assert len(await claim_up_to(first, 1, tenant_limit=1)) == 1

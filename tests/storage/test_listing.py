@@ -25,7 +25,11 @@ FILTERS = {
     "created_from": START,
     "created_before": START + timedelta(hours=400),
 }
-EVERY_COMBINATION = [dict(chosen) for size in range(len(FILTERS) + 1) for chosen in combinations(FILTERS.items(), size)]
+EVERY_COMBINATION = [
+    dict(chosen)
+    for size in range(len(FILTERS) + 1)
+    for chosen in combinations(FILTERS.items(), size)
+]
 
 
 def at(minutes):
@@ -38,7 +42,9 @@ def rows(count):
     for number in range(count):
         (status,) = rng.choices(["completed", "failed", "cancelled", "pending"], [92, 4, 2, 2])
         (model,) = rng.choices([MODEL, "musicgen-medium", "musicgen-large"], [70, 25, 5])
-        (tenant,) = rng.choices(["", *(f"tenant-{one}" for one in range(1, 9))], [50, 20, 10, 5, 5, 4, 3, 2, 1])
+        (tenant,) = rng.choices(
+            ["", *(f"tenant-{one}" for one in range(1, 9))], [50, 20, 10, 5, 5, 4, 3, 2, 1]
+        )
         finished = None if status == "pending" else at(number + 5)
         facts = {"status": status, "model_name": model, "tenant": tenant, "completed_at": finished}
         yield SHAPE | facts | {"id": f"g-{number:06}", "created_at": at(number // 2)}
@@ -89,7 +95,11 @@ async def test_pages_one_after_another_hold_every_row_once_newest_first(database
 async def test_every_combination_of_filters_lists_what_fits(database):
     await fill(database, 2_000)
 
-    for filters in [*EVERY_COMBINATION, {"tenant": ""}, {"status": "completed", "tenant": "", "model": MODEL}]:
+    for filters in [
+        *EVERY_COMBINATION,
+        {"tenant": ""},
+        {"status": "completed", "tenant": "", "model": MODEL},
+    ]:
         expected = [row["id"] for row in rows(2_000) if fits(row, filters)]
         pages = await ids_of_pages(database, limit=300, **filters)
         assert [*chain(*pages)] == expected[::-1], filters
@@ -102,7 +112,9 @@ async def test_every_combination_of_filters_is_read_from_an_index_in_order(datab
     for filters in [*EVERY_COMBINATION, {"status": "completed", "model": MODEL}]:
         for start in (None, after):
             options = {"limit": 50, "after": start, **filters}
-            plan = await plan_of(database, lambda session, given=options: list_generations(session, **given))
+            plan = await plan_of(
+                database, lambda session, given=options: list_generations(session, **given)
+            )
             assert "ix_generations_" in plan, (filters, plan)
             assert not sorts_the_table(plan), (filters, plan)
 
@@ -115,7 +127,9 @@ async def test_each_filter_alone_is_served_by_an_index_of_its_own(database):
         "model_name": {"model": "musicgen-large"},
         "tenant": {"tenant": "tenant-3"},
     }.items():
-        plan = await plan_of(database, lambda session, given=filters: list_generations(session, **given))
+        plan = await plan_of(
+            database, lambda session, given=filters: list_generations(session, **given)
+        )
         assert f"ix_generations_{column}_created_at" in plan
 
 
@@ -129,7 +143,9 @@ async def test_each_filter_alone_is_served_by_an_index_of_its_own(database):
         ({"status": "completed", "tenant": ""}, "status"),
     ],
 )
-async def test_of_several_filters_sqlite_is_led_by_the_one_likely_to_be_rarest(sqlite_url, filters, leader):
+async def test_of_several_filters_sqlite_is_led_by_the_one_likely_to_be_rarest(
+    sqlite_url, filters, leader
+):
     database = Database(sqlite_url)
 
     plan = await plan_of(database, lambda session: list_generations(session, **filters))
@@ -141,7 +157,9 @@ async def test_of_several_filters_sqlite_is_led_by_the_one_likely_to_be_rarest(s
 def sorts_the_table(plan):
     """Tell whether more is read than what fits; PostgreSQL may sort the few rows of a page that is the only one."""
     sorted_counts = [int(count) for count in re.findall(r"Sort  \(cost=\S+ rows=(\d+)", plan)]
-    return "TEMP B-TREE" in plan or "Seq Scan" in plan or any(count > 100 for count in sorted_counts)
+    return (
+        "TEMP B-TREE" in plan or "Seq Scan" in plan or any(count > 100 for count in sorted_counts)
+    )
 
 
 async def test_a_page_far_back_starts_in_the_index_where_the_last_one_ended(database):
@@ -152,7 +170,9 @@ async def test_a_page_far_back_starts_in_the_index_where_the_last_one_ended(data
     plan = await plan_of(database, lambda session: list_generations(session, **options))
 
     assert (
-        "(created_at,id)<(?,?)" if database.is_embedded else "Index Cond: (ROW(created_at, (id)::text) < ROW("
+        "(created_at,id)<(?,?)"
+        if database.is_embedded
+        else "Index Cond: (ROW(created_at, (id)::text) < ROW("
     ) in plan
 
 
@@ -183,7 +203,9 @@ async def test_a_moment_itself_is_in_from_and_not_in_before(database, name):
 
     found = await page(database, **{name: at(1)})
 
-    assert {row.created_at for row in found.generations} == ({at(1)} if name == "created_from" else {at(0)})
+    assert {row.created_at for row in found.generations} == (
+        {at(1)} if name == "created_from" else {at(0)}
+    )
 
 
 async def test_a_cursor_later_than_the_time_asked_for_skips_nothing_and_adds_nothing(database):
@@ -221,7 +243,9 @@ def cursor(text):
     ],
 )
 async def test_a_wrong_cursor_is_refused_in_a_sentence(database, wrong):
-    with pytest.raises(InvalidRequestError, match=r"^after is not a page's cursor; give the next page's as .*\.$"):
+    with pytest.raises(
+        InvalidRequestError, match=r"^after is not a page's cursor; give the next page's as .*\.$"
+    ):
         await page(database, after=wrong)
 
 

@@ -10,7 +10,16 @@ from dgx_music.client.enqueue import enqueue, enqueue_many
 from dgx_music.storage import queue
 from dgx_music.storage.queue import Lease
 from dgx_music.worker.completions import Completions
-from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_up_to, completion_of, on, read
+from tests.factories import (
+    MODEL,
+    POSTGRES,
+    add_generation,
+    back_date,
+    claim_up_to,
+    completion_of,
+    on,
+    read,
+)
 from tests.patience import PATIENCE
 
 pytestmark = on(*POSTGRES)
@@ -25,7 +34,9 @@ async def three(database):
         return [claimed.lease for claimed in await claim_up_to(session, 3)]
 
 
-async def test_a_renewal_passes_over_a_row_that_a_caller_has_locked_and_still_holds_it(database, three):
+async def test_a_renewal_passes_over_a_row_that_a_caller_has_locked_and_still_holds_it(
+    database, three
+):
     async with database.session() as session:
         for lease in three:
             await back_date(session, lease.generation_id, lease_expires_at=-1)
@@ -42,7 +53,9 @@ async def test_a_lease_that_is_lost_is_told_from_one_that_is_locked(database, th
     gone = Lease(three[0].generation_id, 7)
     async with database.session() as caller, database.session() as session:
         await queue.cancel(caller, three[1].generation_id)
-        renewed = await queue.renew(session, dict.fromkeys([gone, *three[1:]], 0.5), lease_seconds=30)
+        renewed = await queue.renew(
+            session, dict.fromkeys([gone, *three[1:]], 0.5), lease_seconds=30
+        )
     assert set(renewed) == set(three[1:])
 
 
@@ -80,12 +93,18 @@ async def test_a_claim_passes_over_a_row_that_a_caller_has_locked(database, tena
     assert {claimed.lease.generation_id for claimed in claims} == {rows[1].id, rows[2].id}
 
 
-async def test_a_batch_is_stored_in_the_order_of_its_keys_so_that_two_do_not_wait_in_a_circle(database):
+async def test_a_batch_is_stored_in_the_order_of_its_keys_so_that_two_do_not_wait_in_a_circle(
+    database,
+):
     keys = [f"key {number}" for number in range(9)]
     async with database.session() as session:
-        requests = [{"prompt": "lofi", "idempotency_key": key, "model": MODEL} for key in reversed(keys)]
+        requests = [
+            {"prompt": "lofi", "idempotency_key": key, "model": MODEL} for key in reversed(keys)
+        ]
         rows = await enqueue_many(requests, session=session)
-        stored = await session.scalars(text("SELECT idempotency_key FROM generations ORDER BY ctid"))
+        stored = await session.scalars(
+            text("SELECT idempotency_key FROM generations ORDER BY ctid")
+        )
         assert list(stored) == keys
     assert [row.idempotency_key for row in rows] == keys[::-1]
 

@@ -66,7 +66,11 @@ def execute(statement):
 
 def tables_of(connection):
     """Return the names of the tables, but for those that SQLite's full-text search keeps to itself."""
-    return sorted(name for name in inspect(connection).get_table_names() if not name.startswith("prompts_search"))
+    return sorted(
+        name
+        for name in inspect(connection).get_table_names()
+        if not name.startswith("prompts_search")
+    )
 
 
 def check(connection):
@@ -206,7 +210,10 @@ async def test_a_migration_gives_way_to_who_reads_on_and_on(empty_database, read
     async with reader.session() as session:
         await session.execute(text("LOCK TABLE generations IN ACCESS SHARE MODE"))
         for change in (empty_database.migrate, empty_database.reset):
-            with pytest.raises(DatabaseUnavailableError, match="others are using its tables; try again when they are"):
+            with pytest.raises(
+                DatabaseUnavailableError,
+                match="others are using its tables; try again when they are",
+            ):
                 await change()
 
     assert await empty_database.revision() == "0001"
@@ -221,13 +228,18 @@ async def test_a_migration_gives_way_to_who_reads_on_and_on(empty_database, read
 async def theirs(empty_database):
     """A database with a table of the caller, and with Alembic's table for the caller's migrations."""
     await run(empty_database, execute("CREATE TABLE theirs (name VARCHAR(20))"))
-    await run(empty_database, execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"))
+    await run(
+        empty_database, execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+    )
     await run(empty_database, execute("INSERT INTO alembic_version VALUES ('ada')"))
     return empty_database
 
 
 async def revision_of_theirs(database):
-    return await run(database, lambda connection: connection.scalar(text("SELECT version_num FROM alembic_version")))
+    return await run(
+        database,
+        lambda connection: connection.scalar(text("SELECT version_num FROM alembic_version")),
+    )
 
 
 async def test_the_callers_tables_and_his_migrations_are_left_alone(theirs):
@@ -257,9 +269,12 @@ async def test_another_role_may_write_to_tables_in_a_schema_of_the_owners(empty_
     async with empty_database.session() as session:
         schema = await session.scalar(text("SELECT current_schema()"))
         await session.execute(text("SET LOCAL ROLE pg_write_all_data"))
-        await session.execute(text(f"INSERT INTO {schema}.prompts (text, text_hash) VALUES ('rain', 'a hash')"))
+        await session.execute(
+            text(f"INSERT INTO {schema}.prompts (text, text_hash) VALUES ('rain', 'a hash')")
+        )
 
-    assert await read_all(empty_database, select(Tally.name)) == ["prompts"] * 2  # the migration's own is of none
+    # the migration's own is of none
+    assert await read_all(empty_database, select(Tally.name)) == ["prompts"] * 2
 
 
 # a server is never migrated silently
@@ -274,19 +289,25 @@ async def behind(request, empty_database):
     return request.param
 
 
-async def test_an_embedded_database_is_migrated_by_its_first_use_and_a_server_is_not(empty_url, empty_database, behind):
+async def test_an_embedded_database_is_migrated_by_its_first_use_and_a_server_is_not(
+    empty_url, empty_database, behind
+):
     if empty_database.is_embedded:
         await init_db(empty_url)
         await close_db()
         assert await empty_database.revision() == SCHEMA_REVISION
         return
-    with pytest.raises(DatabaseNotMigratedError, match=f"is at revision {behind} .* run `dgx-music db migrate`"):
+    with pytest.raises(
+        DatabaseNotMigratedError, match=f"is at revision {behind} .* run `dgx-music db migrate`"
+    ):
         await init_db(empty_url)
     assert (await empty_database.revision() or "none") == behind
 
 
 @pytest.mark.parametrize("empty_url", POSTGRES, indirect=True)
-def test_who_meets_a_server_that_is_not_migrated_is_told_what_to_run(empty_url, monkeypatch, capsys):
+def test_who_meets_a_server_that_is_not_migrated_is_told_what_to_run(
+    empty_url, monkeypatch, capsys
+):
     monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", empty_url)
     with pytest.raises(DatabaseNotMigratedError, match="run `dgx-music db migrate`"):
         enqueue_sync("lofi rain")
@@ -318,13 +339,19 @@ async def test_a_reset_of_a_database_without_tables_makes_them(empty_database):
 def alembic(tmp_path, empty_url):
     """Return a function that runs Alembic's command line in a copy of the repository's root."""
     shutil.copy(ROOT / "alembic.ini", tmp_path)
-    shutil.copytree(ROOT / "migrations", tmp_path / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "migrations", tmp_path / "migrations", ignore=shutil.ignore_patterns("__pycache__")
+    )
     environment = os.environ | {"DATABASE_URL": empty_url}
 
     def call(*commands):
         program = "import sys; from alembic.config import main\nfor line in sys.argv[1:]: main(line.split())"
         done = subprocess.run(
-            [sys.executable, "-c", program, *commands], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [sys.executable, "-c", program, *commands],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -353,10 +380,14 @@ def test_alembic_on_a_database_that_is_away_says_so_in_one_line():
     words = [sys.executable, "-m", "alembic", "-c", str(ROOT / "alembic.ini"), "current"]
     environment = os.environ | {"DGX_MUSIC_DATABASE_URL": "postgresql://postgres@127.0.0.1:1/music"}
 
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("Error: The database postgresql://postgres@127.0.0.1:1/music cannot be used: ")
+    assert done.stderr.startswith(
+        "Error: The database postgresql://postgres@127.0.0.1:1/music cannot be used: "
+    )
 
 
 @ASYNCPG_AND_SQLITE
@@ -372,7 +403,9 @@ def test_migrations_on_paper_are_refused(tmp_path):
     done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True)
 
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "Migrations run on a live database only: leave out --sql."
+    assert (
+        done.stderr.splitlines()[-1] == "Migrations run on a live database only: leave out --sql."
+    )
 
 
 # the wheel
@@ -382,7 +415,16 @@ def test_migrations_on_paper_are_refused(tmp_path):
 def wheel(tmp_path_factory):
     """The wheel, built from the source tree."""
     folder = tmp_path_factory.mktemp("wheel")
-    words = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    words = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(ROOT),
+    ]
     subprocess.run(words, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
     return path
@@ -391,7 +433,9 @@ def wheel(tmp_path_factory):
 @pytest.fixture
 def installed(wheel, tmp_path):
     """The Python of an environment with the wheel, and with what it depends on but not the source tree."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True
+    )
     (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
     subprocess.run([*install, "--target", str(packages), str(wheel)], check=True)
@@ -413,7 +457,9 @@ asyncio.run(main())
 
 def test_the_installed_wheel_migrates_with_its_own_migrations(installed, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    output = subprocess.check_output([installed, "-I", "-c", PROGRAM], cwd=tmp_path / "elsewhere", text=True)
+    output = subprocess.check_output(
+        [installed, "-I", "-c", PROGRAM], cwd=tmp_path / "elsewhere", text=True
+    )
 
     package, folder = map(Path, output.splitlines())
     assert folder == package.parent / "_migrations"
@@ -425,7 +471,9 @@ def test_the_wheel_has_the_migrations_and_the_kernels_and_says_that_it_is_typed(
     names = set(zipfile.ZipFile(wheel).namelist())
 
     versions = [f"versions/{path.name}" for path in (ROOT / "migrations" / "versions").glob("*.py")]
-    assert {f"dgx_music/_migrations/{name}" for name in ("env.py", "script.py.mako", *versions)} <= names
+    assert {
+        f"dgx_music/_migrations/{name}" for name in ("env.py", "script.py.mako", *versions)
+    } <= names
     assert {"dgx_music/py.typed", "dgx_music/inference/musicgen/native.c"} <= names
     assert not any("__pycache__" in name or name.startswith(("tests", "worker")) for name in names)
 
@@ -454,7 +502,10 @@ async def test_clips_come_to_a_table_with_rows_and_go_again_with_those_that_refe
 async def test_workers_of_before_serve_and_a_former_version_hears_of_no_ended_ones(database):
     await run(database, to("0003"))
     columns = "id, host, pid, model_name, models, device, slots, lease_seconds"
-    await run(database, execute(f"INSERT INTO workers ({columns}) VALUES ('w', 'dgx', 1, 'm', '[]', 'cpu', 1, 30)"))
+    await run(
+        database,
+        execute(f"INSERT INTO workers ({columns}) VALUES ('w', 'dgx', 1, 'm', '[]', 'cpu', 1, 30)"),
+    )
 
     await database.migrate()
 
@@ -462,10 +513,14 @@ async def test_workers_of_before_serve_and_a_former_version_hears_of_no_ended_on
     async with database.session() as session:
         await end_worker(session, **DESCRIBED, reason="it was stopped")
     await run(database, to("0003"))
-    assert await run(database, lambda connection: connection.scalars(text("SELECT id FROM workers")).all()) == ["w"]
+    assert await run(
+        database, lambda connection: connection.scalars(text("SELECT id FROM workers")).all()
+    ) == ["w"]
 
 
-async def test_a_finished_row_of_before_keeps_its_status_and_loses_a_flag_that_meant_nothing(database):
+async def test_a_finished_row_of_before_keeps_its_status_and_loses_a_flag_that_meant_nothing(
+    database,
+):
     async with database.session() as session:
         failed = await add_generation(session, status="failed", cancel_requested=True)
         cancelled = await add_generation(session, status="cancelled", cancel_requested=True)
@@ -474,7 +529,10 @@ async def test_a_finished_row_of_before_keeps_its_status_and_loses_a_flag_that_m
     await database.migrate()
 
     rows = [await read(database, row.id) for row in (failed, cancelled)]
-    assert [(row.status, row.cancel_requested) for row in rows] == [("failed", False), ("cancelled", True)]
+    assert [(row.status, row.cancel_requested) for row in rows] == [
+        ("failed", False),
+        ("cancelled", True),
+    ]
 
 
 async def test_a_worker_that_ends_needs_a_time(database):
@@ -506,6 +564,9 @@ async def test_a_step_back_makes_the_index_of_running_rows_again(database):
     former = await run(database, indexes_of_generations)
     await database.migrate()
 
-    assert former == newest | {"ix_generations_processing": True, "ix_generations_completed_at": False}
+    assert former == newest | {
+        "ix_generations_processing": True,
+        "ix_generations_completed_at": False,
+    }
     assert newest["ix_generations_completed_at"]
     assert await run(database, indexes_of_generations) == newest

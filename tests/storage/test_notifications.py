@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import anyio
 import pytest
 
-from dgx_music import cancel_generation, enqueue, pause, resume, retry_generation, wait_for_generation
+from dgx_music import (
+    cancel_generation,
+    enqueue,
+    pause,
+    resume,
+    retry_generation,
+    wait_for_generation,
+)
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.storage import close_db, init_db, queue
@@ -16,7 +23,17 @@ from dgx_music.storage.connection import notifications
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database
 from dgx_music.worker.worker import Worker
-from tests.factories import MODEL, POSTGRES, add_generation, back_date, claim_one, completion_of, on, read, start_one
+from tests.factories import (
+    MODEL,
+    POSTGRES,
+    add_generation,
+    back_date,
+    claim_one,
+    completion_of,
+    on,
+    read,
+    start_one,
+)
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
@@ -112,7 +129,10 @@ async def test_a_request_to_cancel_wakes_the_worker_that_runs_it_and_no_other(da
 async def test_an_end_of_another_generation_wakes_nobody(database):
     async with database.session() as session:
         ids = [(await add_generation(session)).id for _ in range(2)]
-    async with listening(database, Topic.DONE, ids[:1]) as first, listening(database, Topic.DONE, ids[1:]) as second:
+    async with (
+        listening(database, Topic.DONE, ids[:1]) as first,
+        listening(database, Topic.DONE, ids[1:]) as second,
+    ):
         await cancel_in(database, ids[1])
         await second.wait(LONG)
 
@@ -162,7 +182,9 @@ async def until(is_so):
         await anyio.sleep(0.005)
 
 
-async def test_a_connection_that_is_lost_is_made_again_and_its_waiters_look(postgres, database_url, monkeypatch):
+async def test_a_connection_that_is_lost_is_made_again_and_its_waiters_look(
+    postgres, database_url, monkeypatch
+):
     monkeypatch.setattr(notifications, "_RETRY_SECONDS", (0.01,))
     with Proxy(database_url) as proxy:
         database = Database(proxy.url(database_url))
@@ -176,7 +198,9 @@ async def test_a_connection_that_is_lost_is_made_again_and_its_waiters_look(post
         await database.dispose()
 
 
-async def test_a_connection_that_cannot_be_had_is_tried_again_ever_more_slowly(database_url, monkeypatch):
+async def test_a_connection_that_cannot_be_had_is_tried_again_ever_more_slowly(
+    database_url, monkeypatch
+):
     waits = []
 
     async def note(seconds):
@@ -197,7 +221,9 @@ async def test_a_connection_that_has_fallen_silent_is_given_up(database_url, mon
     monkeypatch.setattr(notifications, "_CHECK_SECONDS", 0.05)
     monkeypatch.setattr(notifications, "_RETRY_SECONDS", (0.01,))
     with Proxy(database_url) as proxy:
-        database = Database(proxy.url(database_url), limits=notifications.Limits(command_seconds=0.3))
+        database = Database(
+            proxy.url(database_url), limits=notifications.Limits(command_seconds=0.3)
+        )
         async with listening(database) as subscription:
             proxy.black_hole()
             await until(lambda: proxy.connection_count == 2)
@@ -326,6 +352,9 @@ async def test_who_waits_for_a_generation_is_woken_by_its_end_only(default_datab
     while not (subscriptions := default_database.changes._subscriptions):
         await asyncio.sleep(0.01)
     [subscription] = subscriptions
-    wanted = [subscription.wants(Topic.DONE, generation.id), subscription.wants(Topic.DONE, "another")]
+    wanted = [
+        subscription.wants(Topic.DONE, generation.id),
+        subscription.wants(Topic.DONE, "another"),
+    ]
     waiting.cancel()
     assert [*wanted, subscription.wants(Topic.WORK, MODEL)] == [True, False, False]

@@ -7,7 +7,15 @@ from dgx_music.errors import DatabaseNotMigratedError
 from dgx_music.storage import claims, queue
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.models import Attempt
-from tests.factories import add_generation, back_date, claim_up_to, completion_of, read, read_all, start_one
+from tests.factories import (
+    add_generation,
+    back_date,
+    claim_up_to,
+    completion_of,
+    read,
+    read_all,
+    start_one,
+)
 
 BOTH_WAYS = pytest.mark.parametrize("revision", ["0001", "0003", "9999", "abc"])
 
@@ -24,11 +32,16 @@ async def test_nothing_is_claimed_under_another_schema(database, revision, tenan
         row = await add_generation(session, tenant="a")
     await become(database, revision)
 
-    with pytest.raises(DatabaseNotMigratedError, match=f"at revision {revision} and this version needs"):
+    with pytest.raises(
+        DatabaseNotMigratedError, match=f"at revision {revision} and this version needs"
+    ):
         async with database.session() as session:
             await claim_up_to(session, 2, tenant_limit=tenant_limit)
 
-    assert ((await read(database, row.id)).status, await read_all(database, select(Attempt))) == ("pending", [])
+    assert ((await read(database, row.id)).status, await read_all(database, select(Attempt))) == (
+        "pending",
+        [],
+    )
 
 
 async def test_the_claim_itself_compares_so_that_nothing_slips_in_between(database, monkeypatch):

@@ -61,7 +61,10 @@ async def test_two_claimers_never_wait_for_each_other(database):
         async with database.session() as first, database.session() as second:
             claims = [await claim_up_to(session, 3) for session in (first, second)]
 
-    assert [[claimed.lease.generation_id for claimed in each] for each in claims] == [ids[:3], ids[3:]]
+    assert [[claimed.lease.generation_id for claimed in each] for each in claims] == [
+        ids[:3],
+        ids[3:],
+    ]
 
 
 async def test_two_rescuers_never_wait_for_each_other(database):
@@ -85,12 +88,16 @@ async def test_a_claim_does_not_wait_for_who_only_refers_to_the_row(database):
             assert len(await claim_up_to(claimer, 1)) == 1
 
 
-async def test_claimers_at_once_take_no_more_than_their_limits_and_no_row_twice(database_url, database):
+async def test_claimers_at_once_take_no_more_than_their_limits_and_no_row_twice(
+    database_url, database
+):
     ids = await add_many(database, 100)
     others = [Database(database_url, limits=Limits(pool_size=8)) for _ in range(2)]
 
     async def claim(number):
-        return await others[number % 2].transact(lambda session: claim_up_to(session, 7, f"worker-{number}"))
+        return await others[number % 2].transact(
+            lambda session: claim_up_to(session, 7, f"worker-{number}")
+        )
 
     claims = await asyncio.gather(*[claim(number) for number in range(16)])
     for other in others:
@@ -138,14 +145,20 @@ async def test_who_is_a_deadlocks_victim_is_done_again(database):
         return work
 
     with anyio.fail_after(PATIENCE):
-        await asyncio.gather(database.transact(lock_in_order(*ids)), database.transact(lock_in_order(*ids[::-1])))
+        await asyncio.gather(
+            database.transact(lock_in_order(*ids)), database.transact(lock_in_order(*ids[::-1]))
+        )
 
     assert len(tries) == 3
     assert await read_all(database, select(Generation.priority)) == [2, 2]
 
 
 async def raise_priority(session, generation_id):
-    raised = update(Generation).where(Generation.id == generation_id).values(priority=Generation.priority + 1)
+    raised = (
+        update(Generation)
+        .where(Generation.id == generation_id)
+        .values(priority=Generation.priority + 1)
+    )
     await session.execute(raised)
 
 
@@ -226,7 +239,11 @@ async def crowded(crowded_url):
 async def statement_of(database, work):
     """Return the longest statement of the work, with its values; nothing of it is kept."""
     statements = []
-    event.listen(database.engine.sync_engine, "before_cursor_execute", lambda *call: statements.append(call[2:4]))
+    event.listen(
+        database.engine.sync_engine,
+        "before_cursor_execute",
+        lambda *call: statements.append(call[2:4]),
+    )
     async with database.session() as session:
         await work(session)
         await session.rollback()
@@ -237,7 +254,9 @@ async def run_plan_of(database, work):
     """Return the nodes of the plan by which the work's longest statement was carried out."""
     statement, values = await statement_of(database, work)
     async with database.engine.connect() as connection:
-        rows = await connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", values)
+        rows = await connection.exec_driver_sql(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", values
+        )
         nodes = list(nodes_of(rows.scalar_one()[0]["Plan"]))
         await connection.rollback()
     return nodes
@@ -252,7 +271,10 @@ def nodes_of(plan):
 def rows_read(nodes):
     """Return how many rows came from tables and indexes, those that were read in vain included."""
     scans = [node for node in nodes if "Scan" in node["Node Type"] and "Relation Name" in node]
-    return sum((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in scans)
+    return sum(
+        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+        for node in scans
+    )
 
 
 def runs_of_choice(nodes):
@@ -265,7 +287,11 @@ SLOW = {"Sort", "Incremental Sort", "Seq Scan", "Bitmap Heap Scan"}
 
 def kinds(nodes):
     """Return what is done to the generations."""
-    return {node["Node Type"] for node in nodes if node.get("Relation Name", "generations") == "generations"}
+    return {
+        node["Node Type"]
+        for node in nodes
+        if node.get("Relation Name", "generations") == "generations"
+    }
 
 
 async def claim_three(session):
@@ -274,7 +300,11 @@ async def claim_three(session):
 
 async def claim_three_of_at_most_two_each(session):
     claims = await claim_up_to(session, 3, tenant_limit=2)
-    assert [claimed.lease.generation_id.split("-")[0] for claimed in claims] == ["whale", "whale", "minnow"]
+    assert [claimed.lease.generation_id.split("-")[0] for claimed in claims] == [
+        "whale",
+        "whale",
+        "minnow",
+    ]
 
 
 async def test_a_claim_reads_its_index_in_order_and_sorts_nothing(crowded):
@@ -297,7 +327,9 @@ async def test_a_claim_of_nothing_does_not_walk_what_is_scheduled_for_later(crow
 
 async def test_a_claims_prepared_plan_reads_its_index_as_well(crowded, postgres):
     statement, _ = await statement_of(crowded, claim_three)
-    ((explained,),) = postgres.execute(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {statement}", database="crowded")
+    ((explained,),) = postgres.execute(
+        f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {statement}", database="crowded"
+    )
 
     nodes = list(nodes_of(explained[0]["Plan"]))
     assert "ix_generations_claim" in {node.get("Index Name") for node in nodes}
@@ -336,7 +368,9 @@ async def test_what_is_asked_again_and_again_reads_hardly_anything(crowded, look
 )
 async def test_a_prepared_plan_of_what_is_live_reads_no_finished_row(crowded, postgres, look):
     statement, _ = await statement_of(crowded, look)
-    ((explained,),) = postgres.execute(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {statement}", database="crowded")
+    ((explained,),) = postgres.execute(
+        f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {statement}", database="crowded"
+    )
 
     nodes = list(nodes_of(explained[0]["Plan"]))
     assert "Seq Scan" not in kinds(nodes)
@@ -370,10 +404,19 @@ async def test_renewing_leases_touches_no_index(postgres, database):
 
 
 async def test_a_workers_heartbeat_touches_no_index(postgres, database):
-    values = {"id": "w", "host": "dgx", "pid": 1, "model_name": MODEL, "models": [MODEL], "device": "cpu"}
+    values = {
+        "id": "w",
+        "host": "dgx",
+        "pid": 1,
+        "model_name": MODEL,
+        "models": [MODEL],
+        "device": "cpu",
+    }
     for number in range(31):
         async with database.session() as session:
-            await heartbeat_worker(session, **values, slots=4, lease_seconds=30.0, running_count=number)
+            await heartbeat_worker(
+                session, **values, slots=4, lease_seconds=30.0, running_count=number
+            )
     await database.dispose()
 
     assert await counted(postgres, database, "workers", at_least=30) == (0, 30)
@@ -422,7 +465,9 @@ async def modelled(postgres):
 
 async def test_migrated_tables_are_the_models_to_the_letter(postgres, migrated_template, modelled):
     for query in (COLUMNS, CONSTRAINTS, INDEXES, OPTIONS):
-        migrated, expected = [sorted(postgres.execute(query, database=name)) for name in (migrated_template, modelled)]
+        migrated, expected = [
+            sorted(postgres.execute(query, database=name)) for name in (migrated_template, modelled)
+        ]
         assert migrated == expected
 
 
@@ -462,7 +507,9 @@ async def unavailable():
     """Expect the one error there is for a server that is away, and within a few of the limits."""
     with (
         in_seconds(8),
-        pytest.raises(DatabaseUnavailableError, match=r"^The database postgresql://.*cannot be used: "),
+        pytest.raises(
+            DatabaseUnavailableError, match=r"^The database postgresql://.*cannot be used: "
+        ),
     ):
         yield
 
@@ -476,7 +523,9 @@ def in_seconds(limit):
 
 
 @pytest.mark.parametrize("reset", [False, True])
-async def test_a_connection_that_is_lost_in_a_transaction_is_told_and_the_next_call_works(distant, proxy, reset):
+async def test_a_connection_that_is_lost_in_a_transaction_is_told_and_the_next_call_works(
+    distant, proxy, reset
+):
     async with unavailable(), distant.session() as session:
         await add_one(session)
         proxy.cut(reset=reset)
@@ -509,7 +558,11 @@ async def test_a_server_that_refuses_is_told_and_comes_back(distant, proxy):
 async def test_a_black_hole_is_given_up_within_the_limits_and_heals(distant, proxy):
     assert await works(distant)
     proxy.black_hole()
-    for work in (lambda: distant.transact(add_one), lambda: read_all(distant, select(Prompt)), distant.revision):
+    for work in (
+        lambda: distant.transact(add_one),
+        lambda: read_all(distant, select(Prompt)),
+        distant.revision,
+    ):
         async with unavailable():
             await work()
     proxy.heal()
@@ -561,16 +614,22 @@ async def until_answered(database, work):
 
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("is_done", [True, False])
-async def test_a_completion_whose_commit_was_not_answered_is_said_again(database, distant, proxy, cut, is_done):
+async def test_a_completion_whose_commit_was_not_answered_is_said_again(
+    database, distant, proxy, cut, is_done
+):
     lease = await start_one(database)
     loss = proxy.lose_reply(cut=cut) if is_done else proxy.lose_request(cut=cut)
     async with unavailable():
-        await distant.transact(lambda session: queue.complete(session, [completion_of(lease, file_path="first.wav")]))
+        await distant.transact(
+            lambda session: queue.complete(session, [completion_of(lease, file_path="first.wav")])
+        )
     await loss.wait()
 
     with anyio.fail_after(PATIENCE):
         assert await Completions(distant).write(completion_of(lease, file_path="again.wav"))
-    assert (await read(database, lease.generation_id)).file_path == ("first.wav" if is_done else "again.wav")
+    assert (await read(database, lease.generation_id)).file_path == (
+        "first.wav" if is_done else "again.wav"
+    )
 
 
 async def test_a_statement_that_takes_too_long_is_told_and_the_connection_kept(distant):
@@ -581,7 +640,9 @@ async def test_a_statement_that_takes_too_long_is_told_and_the_connection_kept(d
 
 
 @pytest.mark.parametrize("has_more", [True, False])
-async def test_a_transaction_that_is_idle_for_too_long_is_told_in_words_of_ours(database_url, has_more):
+async def test_a_transaction_that_is_idle_for_too_long_is_told_in_words_of_ours(
+    database_url, has_more
+):
     database = Database(database_url, limits=Limits(idle_seconds=0.5))
 
     async def dawdle(session):
@@ -590,7 +651,9 @@ async def test_a_transaction_that_is_idle_for_too_long_is_told_in_words_of_ours(
         if has_more:
             await add_one(session)
 
-    with pytest.raises(DatabaseUnavailableError, match=r"idle .* 0.5 s.*DGX_MUSIC_IDLE_TRANSACTION_TIMEOUT_SECONDS"):
+    with pytest.raises(
+        DatabaseUnavailableError, match=r"idle .* 0.5 s.*DGX_MUSIC_IDLE_TRANSACTION_TIMEOUT_SECONDS"
+    ):
         await database.transact(dawdle)
     await database.dispose()
 

@@ -31,14 +31,20 @@ async def uses(database):
 
 async def unlinked(database):
     """Return the prompts of the generations that are not linked to theirs."""
-    return sorted(await read_all(database, select(Generation.prompt).where(Generation.prompt_id.is_(None))))
+    return sorted(
+        await read_all(database, select(Generation.prompt).where(Generation.prompt_id.is_(None)))
+    )
 
 
 async def test_repeated_texts_are_counted_as_often_as_they_come(database):
     async with database.session() as session:
         prompts = await count_prompt_uses(session, ["rain", "sun", "rain"])
 
-    assert {prompt.text: prompt.used_count for prompt in prompts} == {"rain": 2, "sun": 1} == await uses(database)
+    assert (
+        {prompt.text: prompt.used_count for prompt in prompts}
+        == {"rain": 2, "sun": 1}
+        == await uses(database)
+    )
 
 
 async def test_counting_nothing_counts_nothing(database):
@@ -163,4 +169,6 @@ async def test_the_empty_prompt_is_counted_as_any_other(default_database):
         assert [prompt.text for prompt in await get_most_used_prompts(session)] == ["", "rain"]
         assert (await get_prompt_by_text(session, "")).used_count == 3
         assert await get_prompt_by_text(session, " ") is None
-        assert [hit.generation.prompt for hit in await search_generations(session, "rain")] == ["rain"]
+        assert [hit.generation.prompt for hit in await search_generations(session, "rain")] == [
+            "rain"
+        ]

@@ -15,11 +15,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
+from dgx_music.statuses import GenerationStatus
 from dgx_music.storage import claims, due, queue, retention, update_generation_status
 from dgx_music.storage.models import Attempt, Generation, Prompt, WorkerInfo
 from dgx_music.storage.queue import Lease, backoff_seconds
 from dgx_music.storage.repository import get_attempts
-from dgx_music.storage.schema import GenerationStatus, UtcDateTime, now, now_plus, with_json_key
+from dgx_music.storage.schema import UtcDateTime, now, now_plus, with_json_key
 from tests.factories import (
     MODEL,
     Program,
@@ -143,7 +144,9 @@ async def test_each_transition_moves_only_the_rows_it_may(database, move, status
     assert found == MOVES[move].get(status, status)
 
 
-@pytest.mark.parametrize(("move", "status"), [(move, status) for move in REFUSED for status in sorted(REFUSED[move])])
+@pytest.mark.parametrize(
+    ("move", "status"), [(move, status) for move in REFUSED for status in sorted(REFUSED[move])]
+)
 async def test_a_refusal_names_both_states(database, move, status):
     async with database.session() as session:
         row = await add_in(session, status)
@@ -151,7 +154,10 @@ async def test_a_refusal_names_both_states(database, move, status):
             await move(session, Lease(row.id, 1))
 
     assert caught.value.current is GenerationStatus(status)
-    assert caught.value.wanted is {cancel: GenerationStatus.CANCELLED, retry: GenerationStatus.PENDING}[move]
+    assert (
+        caught.value.wanted
+        is {cancel: GenerationStatus.CANCELLED, retry: GenerationStatus.PENDING}[move]
+    )
 
 
 @pytest.mark.parametrize("move", [cancel, retry])
@@ -189,7 +195,12 @@ async def test_a_claim_takes_the_row_for_this_worker(database):
         {"seed": 7},
         1,
     )
-    assert (taken.status, taken.attempt, taken.worker_id, taken.progress) == ("processing", 1, "worker-7", 0.0)
+    assert (taken.status, taken.attempt, taken.worker_id, taken.progress) == (
+        "processing",
+        1,
+        "worker-7",
+        0.0,
+    )
     assert timedelta(seconds=59) < taken.lease_expires_at - taken.started_at < timedelta(seconds=61)
 
 
@@ -210,7 +221,9 @@ async def add_due(session, minutes, **overrides):
 
 async def test_of_rows_due_at_the_same_time_the_more_urgent_and_then_the_older_goes_first(database):
     async with database.session() as session:
-        low, *plain, urgent = [await add_due(session, 0, priority=priority) for priority in (-1, 0, 0, 1)]
+        low, *plain, urgent = [
+            await add_due(session, 0, priority=priority) for priority in (-1, 0, 0, 1)
+        ]
         claims = await claim_up_to(session, 10)
 
     assert [claimed.lease.generation_id for claimed in claims] == [urgent, *plain, low]
@@ -228,7 +241,10 @@ async def test_of_rows_alike_the_older_is_claimed_first(database, tenant_limit):
 @pytest.mark.parametrize(("minutes", "goes_first"), [(2.99, "urgent"), (3.01, "waiting")])
 async def test_a_point_of_priority_is_worth_a_minute_of_waiting(database, minutes, goes_first):
     async with database.session() as session:
-        ids = {await add_due(session, 0): "waiting", await add_due(session, minutes, priority=3): "urgent"}
+        ids = {
+            await add_due(session, 0): "waiting",
+            await add_due(session, minutes, priority=3): "urgent",
+        }
         (claimed,) = await claim_up_to(session, 1)
 
     assert ids[claimed.lease.generation_id] == goes_first
@@ -251,7 +267,9 @@ async def test_a_claim_takes_only_the_model_that_is_served(database):
 
 
 @pytest.mark.parametrize(("milliseconds", "count"), [(-1, 1), (0, 1), (1, 0)])
-async def test_a_row_is_due_at_its_run_at_and_not_before(database, stopped_clock, milliseconds, count):
+async def test_a_row_is_due_at_its_run_at_and_not_before(
+    database, stopped_clock, milliseconds, count
+):
     async with database.session() as session:
         await add_generation(session, run_at=NOON + timedelta(milliseconds=milliseconds))
 
@@ -267,14 +285,21 @@ async def test_each_claim_starts_an_attempt(database):
     lease = await start_one(database)
 
     (attempt,) = await attempts_of(database, lease.generation_id)
-    assert (attempt.attempt, attempt.worker_id, attempt.outcome, attempt.finished_at) == (1, "worker-1", None, None)
+    assert (attempt.attempt, attempt.worker_id, attempt.outcome, attempt.finished_at) == (
+        1,
+        "worker-1",
+        None,
+        None,
+    )
     assert abs(attempt.started_at - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 async def test_processes_that_race_claim_every_row_exactly_once(database_url, database):
     async with database.session() as session:
         ids = [(await add_generation(session, prompt=f"rain {number}")).id for number in range(500)]
-    programs = [await Program.start("claim", database_url, f"worker-{number}") for number in range(4)]
+    programs = [
+        await Program.start("claim", database_url, f"worker-{number}") for number in range(4)
+    ]
     for program in programs:
         program.begin()
     claimed = await asyncio.gather(*[program.rest() for program in programs])
@@ -301,9 +326,15 @@ async def test_many_leases_are_renewed_each_with_its_own_progress(database):
         for _ in range(3):
             await add_generation(session)
         leases = [claimed.lease for claimed in await claim_up_to(session, 3)]
-        await queue.renew(session, {lease: n / 4 for n, lease in enumerate(leases)}, lease_seconds=60)
+        await queue.renew(
+            session, {lease: n / 4 for n, lease in enumerate(leases)}, lease_seconds=60
+        )
 
-    assert [(await read(database, lease.generation_id)).progress for lease in leases] == [0.0, 0.25, 0.5]
+    assert [(await read(database, lease.generation_id)).progress for lease in leases] == [
+        0.0,
+        0.25,
+        0.5,
+    ]
 
 
 async def test_a_renewal_brings_the_request_to_cancel(database):
@@ -334,14 +365,26 @@ async def test_renewing_nothing_says_nothing(database):
 
 
 async def test_a_completion_writes_down_what_was_made(database):
-    lease = await start_one(database, metadata={"mine": 1}, file_path="wish.wav", error_message="first time")
+    lease = await start_one(
+        database, metadata={"mine": 1}, file_path="wish.wav", error_message="first time"
+    )
 
     async with database.session() as session:
         assert await queue.complete(session, [completion_of(lease, audio={"peak": 0.9})]) == {lease}
 
     row = (await read(database, lease.generation_id)).to_dict()
-    made = {"file_size_bytes": 1024, "sha256": "ab" * 32, "model_version": "v1", "generation_time_seconds": 1.5}
-    assert row | made | {"file_path": f"{lease.generation_id}-1.wav", "progress": 1.0, "error_message": None} == row
+    made = {
+        "file_size_bytes": 1024,
+        "sha256": "ab" * 32,
+        "model_version": "v1",
+        "generation_time_seconds": 1.5,
+    }
+    assert (
+        row
+        | made
+        | {"file_path": f"{lease.generation_id}-1.wav", "progress": 1.0, "error_message": None}
+        == row
+    )
     assert row | {"status": "completed", "worker_id": None, "lease_expires_at": None} == row
     assert row["metadata"] == {"mine": 1, "audio": {"peak": 0.9}}
 
@@ -355,7 +398,9 @@ async def test_completions_that_are_ready_together_share_a_statement(database):
         done = await queue.complete(session, [completion_of(lease) for lease in [*leases, stale]])
 
     assert done == set(leases)
-    assert (await read(database, leases[2].generation_id)).file_path == f"{leases[2].generation_id}-1.wav"
+    assert (
+        await read(database, leases[2].generation_id)
+    ).file_path == f"{leases[2].generation_id}-1.wav"
 
 
 async def test_a_completion_said_again_after_a_lost_reply_gives_the_same_answer(database):
@@ -397,7 +442,9 @@ async def test_a_completion_after_a_request_to_cancel_is_refused(database):
         (0, 3, None, "failed"),
     ],
 )
-async def test_a_failure_costs_one_of_the_budget(database, failures, max_attempts, retry_in, status):
+async def test_a_failure_costs_one_of_the_budget(
+    database, failures, max_attempts, retry_in, status
+):
     lease = await start_one(database, failures=failures, max_attempts=max_attempts)
 
     async with database.session() as session:
@@ -405,7 +452,11 @@ async def test_a_failure_costs_one_of_the_budget(database, failures, max_attempt
 
     row = await read(database, lease.generation_id)
     assert (row.status, row.failures, row.error_message) == (status, failures + 1, "no GPU")
-    assert (row.worker_id, row.lease_expires_at, row.is_finished) == (None, None, row.completed_at is not None)
+    assert (row.worker_id, row.lease_expires_at, row.is_finished) == (
+        None,
+        None,
+        row.completed_at is not None,
+    )
 
 
 async def test_a_failed_row_waits_for_its_backoff(database, stopped_clock):
@@ -423,14 +474,20 @@ async def test_a_crashing_prompt_runs_out_of_budget(database):
     statuses = []
     async with database.session() as session:
         for number in (1, 2, 3):
-            statuses.append(await queue.fail(session, Lease(lease.generation_id, number), "crash", retry_in_seconds=0))
+            statuses.append(
+                await queue.fail(
+                    session, Lease(lease.generation_id, number), "crash", retry_in_seconds=0
+                )
+            )
             await claim_up_to(session, 1)
 
     assert statuses == ["pending", "pending", "failed"]
     assert (await read(database, lease.generation_id)).attempt == 3
 
 
-@given(st.integers(1, 200), st.just(0.0) | st.floats(0.001, 3600), st.randoms(use_true_random=False))
+@given(
+    st.integers(1, 200), st.just(0.0) | st.floats(0.001, 3600), st.randoms(use_true_random=False)
+)
 def test_backoff_doubles_up_to_an_hour_and_never_waits_less_than_half(failures, base, rng):
     limit = min(3600.0, base * 2.0 ** (failures - 1))
 
@@ -502,7 +559,9 @@ async def test_a_request_to_cancel_survives_whatever_ends_the_attempt(database, 
 
 
 @pytest.mark.parametrize(("milliseconds", "count"), [(-1, 1), (0, 0), (1, 0)])
-async def test_a_lease_is_dead_just_past_its_expiry_and_not_at_it(database, stopped_clock, milliseconds, count):
+async def test_a_lease_is_dead_just_past_its_expiry_and_not_at_it(
+    database, stopped_clock, milliseconds, count
+):
     expiry = NOON + timedelta(milliseconds=milliseconds)
     async with database.session() as session:
         await add_generation(session, worker_id="worker-1", lease_expires_at=expiry)
@@ -519,7 +578,11 @@ async def test_a_rescue_costs_one_of_the_budget(database, failures, status):
         assert await queue.rescue(session) == [queue.Rescued(lease, status)]
 
     row = await read(database, lease.generation_id)
-    assert (row.failures, row.status, row.error_message) == (failures + 1, status, queue.WORKER_LOST)
+    assert (row.failures, row.status, row.error_message) == (
+        failures + 1,
+        status,
+        queue.WORKER_LOST,
+    )
 
 
 async def test_a_rescued_row_is_due_at_once_for_another_attempt(database):
@@ -536,7 +599,10 @@ async def test_a_rescue_goes_in_chunks_the_longest_dead_first(database):
         ids = [(await add_generation(session, worker_id="worker-1")).id for _ in range(3)]
         for seconds, generation_id in enumerate(ids, 1):
             await back_date(session, generation_id, lease_expires_at=seconds)
-        chunks = [[item.lease.generation_id for item in await queue.rescue(session, limit=2)] for _ in range(3)]
+        chunks = [
+            [item.lease.generation_id for item in await queue.rescue(session, limit=2)]
+            for _ in range(3)
+        ]
 
     assert [set(chunk) for chunk in chunks] == [set(ids[1:]), {ids[0]}, set()]
 
@@ -679,11 +745,17 @@ async def test_an_attempt_tells_how_it_ended(database, move, outcome, error, dev
         await move(session, lease)
 
     (attempt,) = await attempts_of(database, lease.generation_id)
-    assert (attempt.outcome, attempt.error_message, attempt.device_seconds) == (outcome, error, device_seconds)
+    assert (attempt.outcome, attempt.error_message, attempt.device_seconds) == (
+        outcome,
+        error,
+        device_seconds,
+    )
     assert attempt.finished_at >= attempt.started_at
 
 
-@pytest.mark.parametrize(("move", "outcome"), [(fail, "cancelled"), (release, "cancelled"), (rescue, "lost")])
+@pytest.mark.parametrize(
+    ("move", "outcome"), [(fail, "cancelled"), (release, "cancelled"), (rescue, "lost")]
+)
 async def test_the_attempt_of_a_cancelled_row_tells_how_it_ended(database, move, outcome):
     lease = await start_one(database)
     async with database.session() as session:
@@ -691,7 +763,9 @@ async def test_the_attempt_of_a_cancelled_row_tells_how_it_ended(database, move,
         await expire(session, lease)
         await move(session, lease)
 
-    assert [attempt.outcome for attempt in await attempts_of(database, lease.generation_id)] == [outcome]
+    assert [attempt.outcome for attempt in await attempts_of(database, lease.generation_id)] == [
+        outcome
+    ]
 
 
 async def test_a_failed_attempt_keeps_its_device_seconds(database):
@@ -699,7 +773,9 @@ async def test_a_failed_attempt_keeps_its_device_seconds(database):
     async with database.session() as session:
         await queue.fail(session, lease, "no GPU", retry_in_seconds=0, device_seconds=2.5)
 
-    assert [attempt.device_seconds for attempt in await attempts_of(database, lease.generation_id)] == [2.5]
+    assert [
+        attempt.device_seconds for attempt in await attempts_of(database, lease.generation_id)
+    ] == [2.5]
 
 
 async def test_the_attempts_of_a_row_are_kept_one_by_one(database):
@@ -724,7 +800,9 @@ async def test_a_late_answer_does_not_rewrite_an_attempt(database):
         await queue.rescue(session)
         await queue.complete(session, [completion_of(lease)])
 
-    assert [attempt.outcome for attempt in await attempts_of(database, lease.generation_id)] == ["lost"]
+    assert [attempt.outcome for attempt in await attempts_of(database, lease.generation_id)] == [
+        "lost"
+    ]
 
 
 # retry, prune
@@ -734,7 +812,13 @@ async def test_a_late_answer_does_not_rewrite_an_attempt(database):
 async def test_a_retry_gives_a_fresh_budget_and_keeps_counting_attempts(database, status):
     async with database.session() as session:
         row = await add_generation(
-            session, status=status, attempt=3, failures=3, cancel_requested=True, progress=0.7, run_at=NOON
+            session,
+            status=status,
+            attempt=3,
+            failures=3,
+            cancel_requested=True,
+            progress=0.7,
+            run_at=NOON,
         )
         await queue.retry(session, row.id)
 
@@ -748,8 +832,12 @@ async def test_a_retry_gives_a_fresh_budget_and_keeps_counting_attempts(database
 async def test_a_row_may_be_pruned_once_it_is_old_enough(database, stopped_clock, seconds, found):
     async with database.session() as session:
         completed_at = NOON - timedelta(seconds=seconds)
-        row = await add_generation(session, status="completed", attempt=2, completed_at=completed_at)
-        leases = await retention.find_prunable(session, status="completed", older_than_seconds=100, limit=10)
+        row = await add_generation(
+            session, status="completed", attempt=2, completed_at=completed_at
+        )
+        leases = await retention.find_prunable(
+            session, status="completed", older_than_seconds=100, limit=10
+        )
 
     assert leases == ([Lease(row.id, 2)] if found else [])
 
@@ -758,7 +846,9 @@ async def test_a_row_may_be_pruned_once_it_is_old_enough(database, stopped_clock
 async def test_only_finished_rows_of_the_status_are_prunable(database, status):
     async with database.session() as session:
         ids = {each: (await add_in(session, each)).id for each in STATUSES}
-        leases = await retention.find_prunable(session, status=status, older_than_seconds=-60, limit=10)
+        leases = await retention.find_prunable(
+            session, status=status, older_than_seconds=-60, limit=10
+        )
 
     is_finished = status in ("completed", "failed", "cancelled")
     assert [lease.generation_id for lease in leases] == ([ids[status]] if is_finished else [])
@@ -767,18 +857,28 @@ async def test_only_finished_rows_of_the_status_are_prunable(database, status):
 async def test_the_oldest_are_pruned_first_and_no_more_than_the_limit(database):
     async with database.session() as session:
         ids = [
-            (await add_generation(session, status="failed", completed_at=NOON - timedelta(days=days))).id
+            (
+                await add_generation(
+                    session, status="failed", completed_at=NOON - timedelta(days=days)
+                )
+            ).id
             for days in (1, 3, 2)
         ]
-        leases = await retention.find_prunable(session, status="failed", older_than_seconds=0, limit=2)
+        leases = await retention.find_prunable(
+            session, status="failed", older_than_seconds=0, limit=2
+        )
 
     assert [lease.generation_id for lease in leases] == [ids[1], ids[2]]
 
 
 async def test_a_row_that_was_retried_meanwhile_is_not_pruned(database):
     async with database.session() as session:
-        kept, gone = [(await add_generation(session, status="failed", attempt=1)).id for _ in range(2)]
-        leases = await retention.find_prunable(session, status="failed", older_than_seconds=0, limit=10)
+        kept, gone = [
+            (await add_generation(session, status="failed", attempt=1)).id for _ in range(2)
+        ]
+        leases = await retention.find_prunable(
+            session, status="failed", older_than_seconds=0, limit=10
+        )
         await queue.retry(session, kept)
         assert await retention.prune(session, leases) == 1
 
@@ -823,7 +923,9 @@ async def test_pruning_takes_the_attempts_along_and_leaves_the_prompt(database):
         ({"status": "failed", "failures": 3}, False),
     ],
 )
-async def test_there_is_work_while_a_row_is_due_waits_for_a_retry_or_is_held(database, overrides, answer):
+async def test_there_is_work_while_a_row_is_due_waits_for_a_retry_or_is_held(
+    database, overrides, answer
+):
     async with database.session() as session:
         await add_generation(session, **overrides)
 
@@ -836,7 +938,9 @@ async def test_the_position_counts_those_that_go_first(database):
         urgent = await add_due(session, 2, priority=3)
         await add_due(session, 0, model_name="musicgen-large")
         await add_generation(session, worker_id="worker-1")
-        positions = [await due.queue_position(session, generation_id) for generation_id in [urgent, *ids]]
+        positions = [
+            await due.queue_position(session, generation_id) for generation_id in [urgent, *ids]
+        ]
 
     assert positions == [1, 4, 2, 3]
 
@@ -853,8 +957,12 @@ async def test_what_is_scheduled_for_later_is_in_nobodys_way(database):
 async def test_the_position_is_the_order_of_the_claims(database):
     rng = random.Random(7)
     async with database.session() as session:
-        ids = [await add_due(session, -rng.randrange(4), priority=rng.randrange(3)) for _ in range(20)]
-        positions = {generation_id: await due.queue_position(session, generation_id) for generation_id in ids}
+        ids = [
+            await add_due(session, -rng.randrange(4), priority=rng.randrange(3)) for _ in range(20)
+        ]
+        positions = {
+            generation_id: await due.queue_position(session, generation_id) for generation_id in ids
+        }
         claims = await claim_up_to(session, 20)
 
     assert [positions[claimed.lease.generation_id] for claimed in claims] == [*range(1, 21)]
@@ -899,7 +1007,13 @@ async def test_the_database_answers(database):
     ],
 )
 async def test_a_generation_that_cannot_be_is_refused(database, impossible):
-    values = {"prompt": "x", "model_name": MODEL, "duration_seconds": 1.0, "sample_rate": 1, "channels": 1}
+    values = {
+        "prompt": "x",
+        "model_name": MODEL,
+        "duration_seconds": 1.0,
+        "sample_rate": 1,
+        "channels": 1,
+    }
     async with database.session() as session:
         session.add(Generation(**values | impossible))
         with pytest.raises(IntegrityError):
@@ -952,7 +1066,10 @@ async def test_a_json_key_is_added_beside_the_others(database, before):
         changed = with_json_key(Generation.metadata_, literal("audio"), value)
         await session.execute(update(Generation).values(metadata_=changed))
 
-    assert (await read(database, row.id)).metadata_ == {**(before or {}), "audio": {"peak": 0.5, "list": [1, 2]}}
+    assert (await read(database, row.id)).metadata_ == {
+        **(before or {}),
+        "audio": {"peak": 0.5, "list": [1, 2]},
+    }
 
 
 @pytest.mark.parametrize("seconds", [-86_400.0, -0.5, 0, 1e-6, 0.25, 30, 3600.0])
@@ -967,7 +1084,9 @@ async def test_the_databases_clock_is_utc_and_adds_seconds(database, seconds):
 
 async def test_times_come_back_in_utc_and_sort_whatever_zone_they_came_in(database):
     async with database.session() as session:
-        row = await add_generation(session, run_at=datetime.fromisoformat("2026-01-31T13:00:00.000001+01:00"))
+        row = await add_generation(
+            session, run_at=datetime.fromisoformat("2026-01-31T13:00:00.000001+01:00")
+        )
         later = select(func.count()).select_from(Generation).where(Generation.run_at > NOON)
         assert await session.scalar(later) == 1
 

@@ -12,7 +12,14 @@ from sqlalchemy import delete, func, select, text
 from dgx_music.cli import main
 from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
-from dgx_music.storage import Database, Generation, close_db, create_generation, get_session, init_db
+from dgx_music.storage import (
+    Database,
+    Generation,
+    close_db,
+    create_generation,
+    get_session,
+    init_db,
+)
 from dgx_music.storage.connection import replica
 from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
@@ -42,7 +49,13 @@ class Standby(OwnServer):
     def _make_data_folder(self):
         os.chown(self.folder, *_user_and_group())
         source = ["-h", "127.0.0.1", "-p", str(self.primary.port), "-U", "postgres"]
-        options = ["-D", self.folder / "data", "--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+        options = [
+            "-D",
+            self.folder / "data",
+            "--write-recovery-conf",
+            "--checkpoint=fast",
+            "--no-sync",
+        ]
         assert self._run("pg_basebackup", *source, *options).wait(60) == 0, self.log()
         with (self.folder / "data" / "postgresql.conf").open("a") as settings:
             settings.write("max_standby_streaming_delay = 0\n")
@@ -101,7 +114,9 @@ async def replicate(database):
     """Return once the standby has applied all that was committed."""
     async with database.session() as session:
         await session.execute(text("SET LOCAL synchronous_commit = remote_apply"))
-        await session.execute(text("SELECT pg_logical_emit_message(true, 'test', 'all until here')"))
+        await session.execute(
+            text("SELECT pg_logical_emit_message(true, 'test', 'all until here')")
+        )
 
 
 async def add(database):
@@ -128,7 +143,9 @@ async def test_a_session_that_may_lag_reads_the_replica_and_no_other_does(databa
         assert not await session.scalar(IS_REPLICA)
 
 
-async def test_a_reading_session_sees_what_was_just_written_while_the_replica_lags(database, standby):
+async def test_a_reading_session_sees_what_was_just_written_while_the_replica_lags(
+    database, standby
+):
     standby.execute("SELECT pg_wal_replay_pause()")
     await add(database)
 
@@ -166,14 +183,18 @@ async def test_the_default_database_has_the_replica_of_the_environment(database,
 # a replica that is of no use
 
 
-async def test_without_the_replica_the_primary_answers_and_says_so_once(database, standby, caplog, impatient):
+async def test_without_the_replica_the_primary_answers_and_says_so_once(
+    database, standby, caplog, impatient
+):
     assert await asks_the_replica(database)
     standby.stop()
 
     answers = [await asks_the_replica(database) for _ in range(3)]
 
     assert answers == [False, False, False]
-    assert [record.message[:35] for record in caplog.records] == ["read replica: left for the primary "]
+    assert [record.message[:35] for record in caplog.records] == [
+        "read replica: left for the primary "
+    ]
 
 
 async def test_a_replica_that_is_back_is_read_again(database, standby, caplog, impatient):
@@ -194,7 +215,9 @@ async def test_a_replica_that_was_of_no_use_is_left_alone_for_a_while(database, 
     assert not await asks_the_replica(database)
 
 
-async def test_only_one_waits_for_a_replica_that_does_not_answer(database, urls, impatient, monkeypatch):
+async def test_only_one_waits_for_a_replica_that_does_not_answer(
+    database, urls, impatient, monkeypatch
+):
     with Proxy(urls[1]) as proxy:
         proxy.black_hole()
         lame = Database(urls[0], replica_url=proxy.url(urls[1]), limits=Limits(connect_seconds=0.2))
@@ -217,7 +240,9 @@ async def test_a_replica_that_has_no_tables_yet_is_left(urls, primary, standby, 
     await database.dispose()
 
 
-async def test_a_replica_with_an_older_schema_is_left_until_it_has_caught_up(database, caplog, impatient):
+async def test_a_replica_with_an_older_schema_is_left_until_it_has_caught_up(
+    database, caplog, impatient
+):
     async with database.session() as session:
         await session.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0001'"))
     await replicate(database)
@@ -231,7 +256,9 @@ async def test_a_replica_with_an_older_schema_is_left_until_it_has_caught_up(dat
 
 
 async def test_a_replica_whose_connections_are_all_in_use_is_busy_but_not_left(urls, caplog):
-    database = Database(urls[0], replica_url=urls[1], limits=Limits(pool_size=1, command_seconds=0.1))
+    database = Database(
+        urls[0], replica_url=urls[1], limits=Limits(pool_size=1, command_seconds=0.1)
+    )
     await database.migrate()
     await replicate(database)
 
@@ -262,7 +289,9 @@ async def remove_everything(database):
     async with database.session() as session:
         await session.execute(delete(Generation))
     async with database.migrating() as engine, engine.connect() as connection:
-        await (await connection.execution_options(isolation_level="AUTOCOMMIT")).exec_driver_sql("VACUUM generations")
+        await (await connection.execution_options(isolation_level="AUTOCOMMIT")).exec_driver_sql(
+            "VACUUM generations"
+        )
     await replicate(database)
 
 

@@ -11,7 +11,11 @@ from dgx_music.storage.schema import Status, new_id, now, now_plus, with_json_ke
 
 
 def test_ids_are_uuids_of_version_7_that_say_when_they_were_made():
-    before, made, after = time.time_ns() // 1_000_000, uuid.UUID(new_id()), time.time_ns() // 1_000_000
+    before, made, after = (
+        time.time_ns() // 1_000_000,
+        uuid.UUID(new_id()),
+        time.time_ns() // 1_000_000,
+    )
 
     assert (made.version, made.variant) == (7, uuid.RFC_4122)
     assert before <= made.int >> 80 <= after

@@ -49,10 +49,16 @@ async def fill(database, texts):
     """Store a generation for each text, at once."""
     shape = {"model_name": MODEL, "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
     numbered = list(enumerate(texts, 1))
-    prompts = [{"id": number, "text": prompt, "text_hash": text_hash(prompt)} for number, prompt in numbered]
+    prompts = [
+        {"id": number, "text": prompt, "text_hash": text_hash(prompt)}
+        for number, prompt in numbered
+    ]
     async with database.session() as session:
         await session.execute(insert(Prompt), prompts)
-        rows = [{"id": f"g-{number}", "prompt": prompt, "prompt_id": number} | shape for number, prompt in numbered]
+        rows = [
+            {"id": f"g-{number}", "prompt": prompt, "prompt_id": number} | shape
+            for number, prompt in numbered
+        ]
         await session.execute(insert(Generation), rows)
     await analyze(database)
 
@@ -60,7 +66,9 @@ async def fill(database, texts):
 async def ask_for(database, *prompts, **values):
     """Store a generation for each prompt, oldest first, and return their ids."""
     async with database.session() as session:
-        made = [await create_generation(session, prompt, MODEL, 8.0, 32_000, 1) for prompt in prompts]
+        made = [
+            await create_generation(session, prompt, MODEL, 8.0, 32_000, 1) for prompt in prompts
+        ]
         for generation in made:
             for name, value in values.items():
                 setattr(generation, name, value)
@@ -70,7 +78,9 @@ async def ask_for(database, *prompts, **values):
 async def found(database, words, **options):
     """Return the prompts found, best first."""
     async with database.session(read_only=True) as session:
-        return [hit.generation.prompt for hit in await search_generations(session, words, **options)]
+        return [
+            hit.generation.prompt for hit in await search_generations(session, words, **options)
+        ]
 
 
 # ranking, and what it costs
@@ -85,9 +95,16 @@ async def test_among_5000_captions_the_obvious_one_is_first(database):
 async def test_among_5000_captions_the_index_finds_them(database):
     await fill(database, [*captions(5_000), *OBVIOUS.values()])
 
-    plan = await plan_of(database, lambda session: search_generations(session, "melancholic glacier", status="pending"))
+    plan = await plan_of(
+        database,
+        lambda session: search_generations(session, "melancholic glacier", status="pending"),
+    )
 
-    words = "prompts_search VIRTUAL TABLE INDEX" if database.is_embedded else "Index Scan on ix_prompts_text_search"
+    words = (
+        "prompts_search VIRTUAL TABLE INDEX"
+        if database.is_embedded
+        else "Index Scan on ix_prompts_text_search"
+    )
     assert words in plan
     assert "ix_generations_prompt_id_created_at" in plan
     assert "Seq Scan" not in plan
@@ -95,7 +112,13 @@ async def test_among_5000_captions_the_index_finds_them(database):
 
 async def test_a_prompt_used_10000_times_is_one_hit_by_its_newest_generation(database):
     await fill(database, ["lofi rain", "lofi rain at night in a city far away"])
-    row = {"model_name": MODEL, "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1, "prompt_id": 1}
+    row = {
+        "model_name": MODEL,
+        "duration_seconds": 8.0,
+        "sample_rate": 32_000,
+        "channels": 1,
+        "prompt_id": 1,
+    }
     async with database.session() as session:
         rows = [{"id": f"new-{number:05}", "prompt": "lofi rain"} | row for number in range(10_000)]
         await session.execute(insert(Generation), rows)
@@ -239,14 +262,36 @@ async def test_a_prompt_and_a_search_of_2000_characters_are_no_trouble(database,
 
 def characters(rng):
     """Return some text of any of Unicode's characters, neighbours in it mostly."""
-    first = rng.choice([0x20, 0xA0, 0x370, 0x590, 0x900, 0xE00, 0x1100, 0x1E00, 0x2000, 0x3000, 0x4E00, 0xAC00, 0xFB00])
-    codes = [first + rng.randrange(256) if rng.random() < 0.9 else rng.randrange(32, 0xD800) for _ in range(40)]
+    first = rng.choice(
+        [
+            0x20,
+            0xA0,
+            0x370,
+            0x590,
+            0x900,
+            0xE00,
+            0x1100,
+            0x1E00,
+            0x2000,
+            0x3000,
+            0x4E00,
+            0xAC00,
+            0xFB00,
+        ]
+    )
+    codes = [
+        first + rng.randrange(256) if rng.random() < 0.9 else rng.randrange(32, 0xD800)
+        for _ in range(40)
+    ]
     return "".join(map(chr, [*codes, rng.randrange(0x1_0000, 0x3_0000)]))
 
 
 async def test_both_databases_split_the_text_at_its_spaces_and_nowhere_else(database):
     rng = random.Random(11)
-    texts = [*{f"w {characters(rng)}" for _ in range(500)}, *["1e5 80s -7 3.5 a/b a_b a.b.com x@y.z &amp; <b> 0x1f"]]
+    texts = [
+        *{f"w {characters(rng)}" for _ in range(500)},
+        *["1e5 80s -7 3.5 a/b a_b a.b.com x@y.z &amp; <b> 0x1f"],
+    ]
     await fill(database, texts)
 
     async with database.session() as session:
@@ -256,7 +301,9 @@ async def test_both_databases_split_the_text_at_its_spaces_and_nowhere_else(data
             await session.execute(text(vocabulary))
             read = "SELECT doc, term FROM temp.vocabulary ORDER BY doc, offset"
         else:
-            read = "SELECT id, token FROM prompts, ts_parse('default', search_text) WHERE tokid <> 12"
+            read = (
+                "SELECT id, token FROM prompts, ts_parse('default', search_text) WHERE tokid <> 12"
+            )
         tokens = defaultdict(list)
         for number, token in (await session.execute(text(read))).all():
             tokens[number].append(token)
@@ -275,7 +322,8 @@ async def test_a_prompts_words_are_written_but_not_read(database):
 
 
 @pytest.mark.parametrize(
-    "operator", ["(rain", "rain)", "^rain", "rain:*", "rain & !", "{rain}", "rain \\", "+rain", "%rain"]
+    "operator",
+    ["(rain", "rain)", "^rain", "rain:*", "rain & !", "{rain}", "rain \\", "+rain", "%rain"],
 )
 async def test_operators_of_either_database_mean_nothing(database, operator):
     await ask_for(database, "rain")
@@ -297,11 +345,20 @@ async def test_hundreds_of_words_are_no_trouble(database, one):
         ("  ", "words is empty; give at least one word to look for."),
         ("x" * 10_000, "words has 10,000 characters; use at most 2,000."),
         ("a\0b", "words has the control character U+0000; use printable characters."),
-        ("\ud800", "words has a lone surrogate, which is not a character; send well-formed Unicode."),
+        (
+            "\ud800",
+            "words has a lone surrogate, which is not a character; send well-formed Unicode.",
+        ),
         (None, "words is missing; use text."),
-        ("\u0301", "words has no character that can be seen on its own; give at least one word to look for."),
+        (
+            "\u0301",
+            "words has no character that can be seen on its own; give at least one word to look for.",
+        ),
         ("-rain", "words only says what to leave out; add one, and not one as frequent as 'the'."),
-        *((words, "words has no word to look for; add one") for words in ('"', '""', "!?", "-", "* & |", "the")),
+        *(
+            (words, "words has no word to look for; add one")
+            for words in ('"', '""', "!?", "-", "* & |", "the")
+        ),
     ],
 )
 async def test_words_that_cannot_be_looked_for_are_refused_in_a_sentence(database, words, sentence):
@@ -315,7 +372,9 @@ async def test_a_database_that_cannot_hold_every_character_is_refused(postgres):
     postgres.execute(f"CREATE DATABASE search_ascii {locale}")
     database = Database(postgres.url("search_ascii"))
 
-    with pytest.raises(DatabaseUnavailableError, match="its encoding is SQL_ASCII; create it with: CREATE DATABASE"):
+    with pytest.raises(
+        DatabaseUnavailableError, match="its encoding is SQL_ASCII; create it with: CREATE DATABASE"
+    ):
         await database.migrate()
     await database.dispose()
     postgres.drop_database("search_ascii")
@@ -331,7 +390,12 @@ async def test_a_database_that_cannot_hold_every_character_is_refused(postgres):
         {"model": "musicgen-large"},
         {"tenant": "acme"},
         {"created_before": "2001-01-01T00:00:00Z"},
-        {"tenant": "acme", "status": "pending", "model": MODEL, "created_from": "2001-01-01T00:00:00Z"},
+        {
+            "tenant": "acme",
+            "status": "pending",
+            "model": MODEL,
+            "created_from": "2001-01-01T00:00:00Z",
+        },
     ],
 )
 async def test_a_filter_that_no_generation_of_the_prompt_fits_hides_it(database, filters):

@@ -13,7 +13,11 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from dgx_music import storage
-from dgx_music.errors import DatabaseNotInitializedError, IllegalTransitionError, InvalidRequestError
+from dgx_music.errors import (
+    DatabaseNotInitializedError,
+    IllegalTransitionError,
+    InvalidRequestError,
+)
 from dgx_music.storage import (
     Attempt,
     Generation,
@@ -140,15 +144,15 @@ def test_statuses_are_the_seeds_and_cancelled(name, value):
 
 
 def test_tables_and_columns_are_the_seeds():
-    columns = (
-        "id prompt model_name model_version duration_seconds sample_rate channels file_path file_size_bytes status"
-    )
+    columns = "id prompt model_name model_version duration_seconds sample_rate channels file_path file_size_bytes status"
     columns += " created_at completed_at generation_time_seconds error_message metadata"
 
     assert Generation.__tablename__ == "generations"
     assert Prompt.__tablename__ == "prompts"
     assert set(columns.split()) <= set(Generation.__table__.columns.keys())
-    assert {"id", "text", "used_count", "first_used_at", "last_used_at"} <= set(Prompt.__table__.columns.keys())
+    assert {"id", "text", "used_count", "first_used_at", "last_used_at"} <= set(
+        Prompt.__table__.columns.keys()
+    )
 
 
 SHAPE = {"prompt": "lofi", "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
@@ -159,7 +163,8 @@ async def fill(database, count):
     """Add completed generations, one a second, and a failed one of another model before them."""
     times = [NOON + timedelta(seconds=number) for number in range(count)]
     done = [
-        SHAPE | {"model_name": "small", "status": "completed", "created_at": at, "completed_at": at} for at in times
+        SHAPE | {"model_name": "small", "status": "completed", "created_at": at, "completed_at": at}
+        for at in times
     ]
     done[0] |= {"model_name": "large", "status": "failed"}
     async with database.session() as session:
@@ -168,13 +173,18 @@ async def fill(database, count):
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("status", "failed"), ("created_at", NOON), ("model_name", "large"), ("completed_at", NOON)]
+    ("column", "value"),
+    [("status", "failed"), ("created_at", NOON), ("model_name", "large"), ("completed_at", NOON)],
 )
 async def test_the_seeds_queries_are_served_by_an_index(database, column, value):
     await fill(database, 2_000)
 
     one = select(Generation).where(getattr(Generation, column) == value)
-    before = select(Generation).where(getattr(Generation, column) <= value).order_by(getattr(Generation, column))
+    before = (
+        select(Generation)
+        .where(getattr(Generation, column) <= value)
+        .order_by(getattr(Generation, column))
+    )
 
     for query in (one, before):
         plan = await plan_of(database, lambda session, given=query: session.execute(given))
@@ -192,7 +202,9 @@ async def test_the_worked_example_runs(database_url, default_database):
         generation = await get_generation(session, generation_id)
         generation.mark_processing()
     async with get_session() as session:
-        await complete_generation(session, generation_id, 18.5, 5_242_880, {"bpm": 140, "key": "Cm"})
+        await complete_generation(
+            session, generation_id, 18.5, 5_242_880, {"bpm": 140, "key": "Cm"}
+        )
     async with get_session() as session:
         generation = await get_generation(session, generation_id)
 
@@ -231,7 +243,8 @@ async def test_a_session_always_closes(default_database):
 
 async def test_a_session_before_init_db_is_refused_in_one_sentence():
     with pytest.raises(
-        DatabaseNotInitializedError, match=r"^The database is not initialized; call `await init_db\(\)`"
+        DatabaseNotInitializedError,
+        match=r"^The database is not initialized; call `await init_db\(\)`",
     ):
         async with get_session():
             pass
@@ -280,7 +293,12 @@ async def test_create_generation_makes_a_pending_row_with_a_uuid(database):
 
     row = (await read(database, made.id)).to_dict()
     assert row == made.to_dict()
-    assert row | WISH | {"status": "pending", "model_version": "v2", "metadata": {"bpm": 140}, "attempt": 0} == row
+    assert (
+        row
+        | WISH
+        | {"status": "pending", "model_version": "v2", "metadata": {"bpm": 140}, "attempt": 0}
+        == row
+    )
     assert str(uuid.UUID(made.id)) == made.id
 
 
@@ -327,7 +345,9 @@ async def test_get_generation_gives_the_row_or_none(database):
         assert await get_generation(session, "unknown") is None
 
 
-@pytest.mark.parametrize(("prefix", "found"), [("ab", 2), ("abc", 1), ("", 2), ("b", 0), ("%", 0), ("a_", 0)])
+@pytest.mark.parametrize(
+    ("prefix", "found"), [("ab", 2), ("abc", 1), ("", 2), ("b", 0), ("%", 0), ("a_", 0)]
+)
 async def test_ids_are_found_by_what_they_start_with(database, prefix, found):
     for generation_id in ("abc", "abd", "xyz"):
         await add_with(database, id=generation_id)
@@ -351,7 +371,9 @@ async def test_generations_are_listed_and_counted_by_status(database, status):
     ids = {each: (await add_with(database, status=each)).id for each in STATUSES}
 
     async with database.session() as session:
-        assert [row.id for row in await get_all_generations(session, status=status)] == [ids[status]]
+        assert [row.id for row in await get_all_generations(session, status=status)] == [
+            ids[status]
+        ]
         assert await count_generations(session, status) == 1
         assert await count_generations(session) == 5
 
@@ -400,7 +422,9 @@ async def test_a_status_is_updated_by_legal_transitions_only(database, current, 
                 await update_generation_status(session, added.id, GenerationStatus(wanted))
             assert caught.value.current is GenerationStatus(current)
             assert caught.value.wanted is GenerationStatus(wanted)
-    assert (await read(database, added.id)).status == (wanted if (current, wanted) in LEGAL else current)
+    assert (await read(database, added.id)).status == (
+        wanted if (current, wanted) in LEGAL else current
+    )
 
 
 @pytest.mark.parametrize("wanted", STATUSES)
@@ -424,7 +448,9 @@ async def test_an_unknown_status_is_refused(database):
     added = await add_with(database)
 
     async with database.session() as session:
-        with pytest.raises(InvalidRequestError, match=r"^status 'done' is not one; use pending, processing"):
+        with pytest.raises(
+            InvalidRequestError, match=r"^status 'done' is not one; use pending, processing"
+        ):
             await update_generation_status(session, added.id, "done")
 
 
@@ -447,7 +473,9 @@ async def test_taking_a_row_by_hand_counts_an_attempt(database):
     assert moved.started_at is not None
 
 
-@pytest.mark.parametrize(("current", "failures"), [("processing", 2), ("failed", 0), ("cancelled", 0)])
+@pytest.mark.parametrize(
+    ("current", "failures"), [("processing", 2), ("failed", 0), ("cancelled", 0)]
+)
 async def test_only_a_finished_row_gets_a_fresh_budget_by_hand(database, current, failures):
     added = await add_with(database, status=current, failures=2, attempt=2)
 
@@ -466,7 +494,9 @@ async def test_a_row_whose_cancel_was_requested_is_not_put_back_by_hand(database
 
 
 async def test_complete_generation_merges_metadata_and_sets_the_time(database):
-    added = await add_with(database, status="processing", metadata={"bpm": 90, "mood": "calm"}, error_message="old")
+    added = await add_with(
+        database, status="processing", metadata={"bpm": 90, "mood": "calm"}, error_message="old"
+    )
 
     async with database.session() as session:
         await complete_generation(session, added.id, 18.5, 5_242_880, {"bpm": 140, "key": "Cm"})
@@ -491,7 +521,9 @@ async def test_only_a_processing_row_is_completed(database, current):
     added = await add_with(database, status=current)
 
     async with database.session() as session:
-        with pytest.raises(IllegalTransitionError, match=f"is {current} and cannot become completed"):
+        with pytest.raises(
+            IllegalTransitionError, match=f"is {current} and cannot become completed"
+        ):
             await complete_generation(session, added.id, 1.0, 1)
 
 
@@ -505,7 +537,12 @@ async def test_a_row_that_a_worker_holds_is_not_completed_by_hand(database):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("generation_time", -1), ("generation_time", float("nan")), ("file_size_bytes", -1), ("metadata", {"x": {1}})],
+    [
+        ("generation_time", -1),
+        ("generation_time", float("nan")),
+        ("file_size_bytes", -1),
+        ("metadata", {"x": {1}}),
+    ],
 )
 async def test_complete_generation_refuses_a_bad_value_and_leaves_the_row(database, field, value):
     added = await add_with(database, status="processing")
@@ -578,8 +615,14 @@ async def test_most_used_prompts_come_first(database):
         for text in ["once", "thrice", "twice", "thrice", "twice", "thrice"]:
             await track_prompt_usage(session, text)
 
-        assert [prompt.text for prompt in await get_most_used_prompts(session)] == ["thrice", "twice", "once"]
-        assert [prompt.used_count for prompt in await get_most_used_prompts(session, limit=1)] == [3]
+        assert [prompt.text for prompt in await get_most_used_prompts(session)] == [
+            "thrice",
+            "twice",
+            "once",
+        ]
+        assert [prompt.used_count for prompt in await get_most_used_prompts(session, limit=1)] == [
+            3
+        ]
 
 
 async def test_a_deleted_prompt_leaves_its_generations(database):
@@ -671,7 +714,11 @@ def test_an_unstored_generation_may_take_any_mark():
     assert generation.completed_at.tzinfo is not None
 
 
-MARKS = {"processing": ("mark_processing",), "completed": ("mark_completed", 1.0), "failed": ("mark_failed", "no GPU")}
+MARKS = {
+    "processing": ("mark_processing",),
+    "completed": ("mark_completed", 1.0),
+    "failed": ("mark_failed", "no GPU"),
+}
 
 
 @pytest.mark.parametrize(("current", "wanted"), [*product(STATUSES, MARKS)])
@@ -684,10 +731,14 @@ async def test_a_stored_generation_is_marked_by_legal_transitions_only(database,
         if (current, wanted) in LEGAL:
             getattr(generation, name)(*arguments)
         else:
-            with pytest.raises(IllegalTransitionError, match=f"is {current} and cannot become {wanted}"):
+            with pytest.raises(
+                IllegalTransitionError, match=f"is {current} and cannot become {wanted}"
+            ):
                 getattr(generation, name)(*arguments)
 
-    assert (await read(database, added.id)).status == (wanted if (current, wanted) in LEGAL else current)
+    assert (await read(database, added.id)).status == (
+        wanted if (current, wanted) in LEGAL else current
+    )
 
 
 async def test_a_generation_that_a_worker_holds_takes_no_mark(database):
@@ -714,11 +765,17 @@ async def test_to_dict_has_a_key_for_every_column_and_is_plain_json(database):
 
 async def _attempts_of(database, lease):
     async with database.session(read_only=True) as session:
-        return list(await session.scalars(select(Attempt).where(Attempt.generation_id == lease.generation_id)))
+        return list(
+            await session.scalars(
+                select(Attempt).where(Attempt.generation_id == lease.generation_id)
+            )
+        )
 
 
 def test_to_dict_has_no_number_that_json_lacks():
-    generation = Generation(**WISH | {"duration_seconds": float("nan")}, status=GenerationStatus.PENDING)
+    generation = Generation(
+        **WISH | {"duration_seconds": float("nan")}, status=GenerationStatus.PENDING
+    )
 
     assert generation.to_dict()["duration_seconds"] is None
     assert type(generation.to_dict()["status"]) is str
@@ -772,7 +829,11 @@ async def test_a_row_whose_cancel_was_acknowledged_is_marked_cancelled_where_it_
         (await get_generation(session, generation_id)).mark_failed("no GPU")
 
     row = await read(database, generation_id)
-    assert (row.status, row.error_message, row.completed_at is not None) == ("cancelled", "no GPU", True)
+    assert (row.status, row.error_message, row.completed_at is not None) == (
+        "cancelled",
+        "no GPU",
+        True,
+    )
 
 
 @asynccontextmanager
@@ -792,12 +853,17 @@ async def test_a_failure_of_who_has_not_heard_of_the_cancel_ends_cancelled(datab
     async with read_before_the_cancel(database) as generation:
         generation.mark_failed("no GPU")
 
-    assert ((await read(database, generation.id)).status, generation.status) == ("cancelled", "cancelled")
+    assert ((await read(database, generation.id)).status, generation.status) == (
+        "cancelled",
+        "cancelled",
+    )
 
 
 DEEDS = {
     "a completion": lambda generation: generation.mark_completed(1.0),
-    "a status written over": lambda generation: vars_of(generation, status="completed", completed_at=datetime.now(UTC)),
+    "a status written over": lambda generation: vars_of(
+        generation, status="completed", completed_at=datetime.now(UTC)
+    ),
     "a release": lambda generation: vars_of(generation, status="pending"),
 }
 

@@ -62,10 +62,14 @@ async def asked(database, setting):
         (setting, "?pgbouncer=true") for setting in SETTINGS if setting != "statement_timeout"
     ],  # the pooler's own business
 )
-async def test_a_setting_of_the_database_makes_no_difference(set_up, database_url, setting, options):
+async def test_a_setting_of_the_database_makes_no_difference(
+    set_up, database_url, setting, options
+):
     set_up(setting, SETTINGS[setting])
     database = Database(database_url + options)
-    lease = await start_one(database, prompt=TEXT, duration_seconds=8.1, metadata_={"a": [0.1, "♫\\"]})
+    lease = await start_one(
+        database, prompt=TEXT, duration_seconds=8.1, metadata_={"a": [0.1, "♫\\"]}
+    )
     row = await read(database, lease.generation_id)
     await database.dispose()
 
@@ -73,10 +77,14 @@ async def test_a_setting_of_the_database_makes_no_difference(set_up, database_ur
     assert (row.lease_expires_at - row.started_at).total_seconds() == pytest.approx(30, abs=1)
 
 
-async def test_a_role_whose_triggers_do_not_fire_is_refused_in_a_sentence(postgres, database_url, database):
+async def test_a_role_whose_triggers_do_not_fire_is_refused_in_a_sentence(
+    postgres, database_url, database
+):
     role = f"alice_{secrets.token_hex(4)}"
     postgres.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
-    postgres.execute(sql.SQL("ALTER ROLE {} SET session_replication_role = replica").format(sql.Identifier(role)))
+    postgres.execute(
+        sql.SQL("ALTER ROLE {} SET session_replication_role = replica").format(sql.Identifier(role))
+    )
     hers = Database(re.sub("//postgres@", f"//{role}@", database_url))
 
     with pytest.raises(DatabaseUnavailableError, match="session_replication_role"):
@@ -91,9 +99,12 @@ async def enqueue_in(database):
 
 @pytest.mark.parametrize("options", ["", "?pgbouncer=true"])
 @pytest.mark.parametrize(
-    ("setting", "value", "right"), [("synchronous_commit", "off", "on"), ("synchronous_commit", "local", "local")]
+    ("setting", "value", "right"),
+    [("synchronous_commit", "off", "on"), ("synchronous_commit", "local", "local")],
 )
-async def test_what_is_acknowledged_is_on_the_servers_disk(set_up, database_url, setting, value, right, options):
+async def test_what_is_acknowledged_is_on_the_servers_disk(
+    set_up, database_url, setting, value, right, options
+):
     set_up(setting, value)
     database = Database(database_url + options)
 
@@ -102,14 +113,20 @@ async def test_what_is_acknowledged_is_on_the_servers_disk(set_up, database_url,
 
 
 @pytest.mark.parametrize("path", ["", '""', "theirs", "theirs, public", '"$user"'])
-async def test_our_tables_are_found_where_they_were_made_and_before_others_of_the_same_name(set_up, database, path):
+async def test_our_tables_are_found_where_they_were_made_and_before_others_of_the_same_name(
+    set_up, database, path
+):
     async with database.session() as session:
         await session.execute(text("CREATE SCHEMA theirs"))
         await session.execute(text("CREATE TABLE theirs.generations (id integer)"))
     await database.dispose()
     set_up("search_path", path)
 
-    assert (await database.transact(lambda session: create_generation(session, TEXT, "m", 8.0, 32_000, 1))).is_pending
+    assert (
+        await database.transact(
+            lambda session: create_generation(session, TEXT, "m", 8.0, 32_000, 1)
+        )
+    ).is_pending
 
 
 async def test_a_database_that_leads_nowhere_is_migrated_into_public(set_up, database):
@@ -125,7 +142,9 @@ async def test_a_database_that_leads_nowhere_is_migrated_into_public(set_up, dat
 
 
 @pytest.mark.parametrize("is_read", [False, True])
-async def test_a_database_that_is_read_only_for_a_while_is_unavailable(set_up, database_url, is_read):
+async def test_a_database_that_is_read_only_for_a_while_is_unavailable(
+    set_up, database_url, is_read
+):
     set_up("default_transaction_read_only", "on")
     database = Database(database_url)
     if is_read:
@@ -136,7 +155,10 @@ async def test_a_database_that_is_read_only_for_a_while_is_unavailable(set_up, d
     await database.dispose()
 
 
-CHANGES = ("generations ALTER COLUMN prompt TYPE varchar(5000)", "prompts ALTER COLUMN text TYPE varchar(5000)")
+CHANGES = (
+    "generations ALTER COLUMN prompt TYPE varchar(5000)",
+    "prompts ALTER COLUMN text TYPE varchar(5000)",
+)
 
 
 async def test_a_producer_does_not_notice_somebody_elses_migration(postgres, database_url):
@@ -147,19 +169,25 @@ async def test_a_producer_does_not_notice_somebody_elses_migration(postgres, dat
     for change in CHANGES:
         postgres.execute(f"ALTER TABLE {change}", database=database.url.database)
     rows = await asyncio.gather(*[enqueue(f"rock {number}") for number in range(8)])
-    found = await database.transact(lambda session: search_generations(session, "rock"), read_only=True)
+    found = await database.transact(
+        lambda session: search_generations(session, "rock"), read_only=True
+    )
     await close_db()
 
     assert (len(rows), len(found)) == (8, 8)
 
 
-async def test_a_session_of_the_callers_own_is_told_once_of_somebody_elses_migration(postgres, database):
+async def test_a_session_of_the_callers_own_is_told_once_of_somebody_elses_migration(
+    postgres, database
+):
     lease = await start_one(database)
     for _ in range(8):
         await read(database, lease.generation_id)
     postgres.execute(f"ALTER TABLE {CHANGES[0]}", database=database.url.database)
 
-    with pytest.raises(DatabaseUnavailableError, match="its tables were changed meanwhile; try again"):
+    with pytest.raises(
+        DatabaseUnavailableError, match="its tables were changed meanwhile; try again"
+    ):
         await read(database, lease.generation_id)
     assert (await read(database, lease.generation_id)).prompt == "lofi rain"
 
@@ -170,7 +198,9 @@ async def test_a_reset_beside_producers_and_workers_disturbs_nobody(database_url
     async def work():
         while not is_over.is_set():
             await enqueue("rain")
-            await database.transact(lambda session: search_generations(session, "rain"), read_only=True)
+            await database.transact(
+                lambda session: search_generations(session, "rain"), read_only=True
+            )
             rounds.append("enqueued and found")
 
     async with anyio.create_task_group() as tasks:
@@ -185,13 +215,18 @@ async def test_a_reset_beside_producers_and_workers_disturbs_nobody(database_url
 
 
 @pytest.mark.parametrize("number", range(2, 14))
-async def test_a_connection_that_is_lost_at_any_moment_of_an_engines_first_is_the_one_typed_error(database_url, number):
+async def test_a_connection_that_is_lost_at_any_moment_of_an_engines_first_is_the_one_typed_error(
+    database_url, number
+):
     """SQLAlchemy asks a server this and that on the first connection, and wraps nothing that the driver raises then."""
     requests = itertools.count(1)
     with Proxy(database_url) as proxy:
-        database = Database(proxy.url(database_url), limits=Limits(connect_seconds=1, command_seconds=1))
+        database = Database(
+            proxy.url(database_url), limits=Limits(connect_seconds=1, command_seconds=1)
+        )
         lost = proxy.lose_reply(to=lambda _request: next(requests) == number)
-        with suppress(DatabaseUnavailableError):  # the last of them may be none of the first connection's
+        # the last of them may be none of the first connection's
+        with suppress(DatabaseUnavailableError):
             await start_one(database)
         assert await database.revision() is not None
         await database.dispose()

@@ -30,7 +30,9 @@ async def lose_connection(database):
 async def test_a_connection_that_is_lost_is_not_asked_to_roll_back(database, monkeypatch):
     asked = []
     rollback = Session.rollback
-    monkeypatch.setattr(Session, "rollback", lambda session: (asked.append(session), rollback(session))[1])
+    monkeypatch.setattr(
+        Session, "rollback", lambda session: (asked.append(session), rollback(session))[1]
+    )
     with pytest.raises(DatabaseUnavailableError):
         await lose_connection(database)
     assert asked == []

@@ -92,7 +92,9 @@ async def test_an_engine_of_the_callers_own_is_set_up(path):
 
 
 @pytest.mark.parametrize(("read_only", "is_locked"), [(False, True), (True, False)])
-async def test_only_a_writing_session_takes_the_write_lock_and_takes_it_at_once(database, path, read_only, is_locked):
+async def test_only_a_writing_session_takes_the_write_lock_and_takes_it_at_once(
+    database, path, read_only, is_locked
+):
     raw = sqlite3.connect(path, timeout=0)
     async with database.session(read_only=read_only) as session:
         await session.scalar(select(func.count()).select_from(Generation))
@@ -109,7 +111,11 @@ async def test_a_foreign_key_is_enforced(database):
     async with database.session() as session:
         assert await session.scalar(text("PRAGMA foreign_key_check")) is None
         with pytest.raises(Exception, match="FOREIGN KEY constraint failed"):
-            await session.execute(text("INSERT INTO attempts (generation_id, attempt, worker_id) VALUES ('x', 1, 'w')"))
+            await session.execute(
+                text(
+                    "INSERT INTO attempts (generation_id, attempt, worker_id) VALUES ('x', 1, 'w')"
+                )
+            )
         await session.rollback()
 
 
@@ -151,7 +157,10 @@ class BusyAtFirst:
     """A connection and its cursor that answer as SQLite does if two switch a new file at once."""
 
     def __init__(self, code):
-        self.answers = [sqlite3.OperationalError("database is locked"), sqlite3.OperationalError("database is locked")]
+        self.answers = [
+            sqlite3.OperationalError("database is locked"),
+            sqlite3.OperationalError("database is locked"),
+        ]
         for error in self.answers:
             error.sqlite_errorcode = code
 
@@ -185,7 +194,9 @@ def test_a_switch_to_wal_that_fails_otherwise_is_not_tried_again():
 
 
 async def test_a_switch_to_wal_is_given_up_in_one_sentence(impatient, tmp_path, read_in_old_mode):
-    assert (await refusal(f"sqlite:///{tmp_path / 'old.db'}")).endswith("cannot be used: database is locked.")
+    assert (await refusal(f"sqlite:///{tmp_path / 'old.db'}")).endswith(
+        "cannot be used: database is locked."
+    )
 
 
 # files
@@ -199,18 +210,27 @@ async def test_the_folders_of_a_new_database_are_created(tmp_path):
     assert (tmp_path / "a" / "b" / "new.db").exists()
 
 
-@pytest.mark.parametrize(("is_private", "folder_mode", "file_mode"), [(True, 0o700, 0o600), (False, 0o755, 0o644)])
-async def test_a_new_database_is_its_owners_or_as_the_umask_says(tmp_path, is_private, folder_mode, file_mode):
+@pytest.mark.parametrize(
+    ("is_private", "folder_mode", "file_mode"), [(True, 0o700, 0o600), (False, 0o755, 0o644)]
+)
+async def test_a_new_database_is_its_owners_or_as_the_umask_says(
+    tmp_path, is_private, folder_mode, file_mode
+):
     before = os.umask(0o022)
     new = Database(f"sqlite:///{tmp_path / 'a' / 'b' / 'new.db'}", is_private=is_private)
     try:
         await new.migrate()
-        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").rglob("*")}
+        modes = {
+            path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").rglob("*")
+        }
     finally:
         os.umask(before)
         await new.dispose()
 
-    assert modes == {"b": folder_mode, **dict.fromkeys(["new.db", "new.db-wal", "new.db-shm"], file_mode)}
+    assert modes == {
+        "b": folder_mode,
+        **dict.fromkeys(["new.db", "new.db-wal", "new.db-shm"], file_mode),
+    }
 
 
 async def test_a_database_that_was_there_keeps_its_mode(database, path):
@@ -239,7 +259,9 @@ async def test_a_folder_that_cannot_be_created_is_one_sentence(tmp_path):
 
 
 async def test_a_folder_in_the_files_place_is_one_sentence(tmp_path):
-    assert (await refusal(f"sqlite:///{tmp_path}")).endswith("cannot be used: unable to open database file.")
+    assert (await refusal(f"sqlite:///{tmp_path}")).endswith(
+        "cannot be used: unable to open database file."
+    )
 
 
 def test_a_file_that_cannot_be_opened_leaves_no_thread_to_complain(tmp_path, monkeypatch):
@@ -253,12 +275,15 @@ def test_a_file_that_cannot_be_opened_leaves_no_thread_to_complain(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "content", [b"this is a text file, and no database at all" * 50, b"SQLite format 3\0" + b"\xff" * 4080]
+    "content",
+    [b"this is a text file, and no database at all" * 50, b"SQLite format 3\0" + b"\xff" * 4080],
 )
 async def test_a_file_that_is_no_database_is_one_sentence(tmp_path, content):
     (tmp_path / "x.db").write_bytes(content)
 
-    assert (await refusal(f"sqlite:///{tmp_path / 'x.db'}")).endswith("cannot be used: file is not a database.")
+    assert (await refusal(f"sqlite:///{tmp_path / 'x.db'}")).endswith(
+        "cannot be used: file is not a database."
+    )
 
 
 async def test_a_damaged_database_is_one_sentence(path, database):
@@ -267,7 +292,9 @@ async def test_a_damaged_database_is_one_sentence(path, database):
     damaged[4096:] = b"\x55" * (len(damaged) - 4096)
     path.write_bytes(damaged)
 
-    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: database disk image is malformed\.$"):
+    with pytest.raises(
+        DatabaseUnavailableError, match=r"cannot be used: database disk image is malformed\.$"
+    ):
         await read_all(database, select(Generation))
 
 
@@ -275,7 +302,9 @@ async def test_a_database_that_cannot_be_written_is_one_sentence(database):
     async with database.engine.connect() as connection:
         await connection.execute(text("PRAGMA query_only = ON"))
 
-    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: attempt to write a readonly database\.$"):
+    with pytest.raises(
+        DatabaseUnavailableError, match=r"cannot be used: attempt to write a readonly database\.$"
+    ):
         await add_one(database)
 
 
@@ -303,14 +332,17 @@ async def test_a_session_inside_another_is_one_sentence(monkeypatch, database):
             await add_one(database)
 
 
-async def test_who_waits_behind_one_that_waits_for_another_process_is_told_so(monkeypatch, database, path):
+async def test_who_waits_behind_one_that_waits_for_another_process_is_told_so(
+    monkeypatch, database, path
+):
     monkeypatch.setattr(database.engine.pool, "_timeout", 0.05)
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
         raw.execute("BEGIN IMMEDIATE")
         first = asyncio.create_task(add_one(database))
         await asyncio.wait([first], timeout=0.1)
         with pytest.raises(
-            DatabaseUnavailableError, match="another process has it locked, and others of this one wait"
+            DatabaseUnavailableError,
+            match="another process has it locked, and others of this one wait",
         ):
             await add_one(database)
         raw.rollback()
@@ -328,7 +360,9 @@ async def test_a_full_disk_is_one_sentence_and_nothing_is_acknowledged(database,
         while True:
             told.append((await add_one(database)).id)
 
-    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: database or disk is full\.$"):
+    with pytest.raises(
+        DatabaseUnavailableError, match=r"cannot be used: database or disk is full\.$"
+    ):
         await add_until_it_is_full()
     async with database.engine.connect() as connection:
         await connection.execute(text("PRAGMA max_page_count = 1000000"))
@@ -337,8 +371,12 @@ async def test_a_full_disk_is_one_sentence_and_nothing_is_acknowledged(database,
     assert (await add_one(database)).is_pending
 
 
-@pytest.mark.parametrize(("free", "why"), [(0, "database or disk is full"), (10**9, "disk I/O error")])
-def test_what_cannot_be_written_on_a_full_disk_is_told_as_a_full_disk(tmp_path, monkeypatch, free, why):
+@pytest.mark.parametrize(
+    ("free", "why"), [(0, "database or disk is full"), (10**9, "disk I/O error")]
+)
+def test_what_cannot_be_written_on_a_full_disk_is_told_as_a_full_disk(
+    tmp_path, monkeypatch, free, why
+):
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=free))
     error = sqlite3.OperationalError("disk I/O error")
     error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
@@ -396,7 +434,9 @@ def test_a_backup_that_fails_leaves_no_file(path, tmp_path, monkeypatch, failing
     assert not [*tmp_path.glob("new.db*")]
 
 
-@pytest.mark.parametrize(("version", "is_warned"), [((3, 40, 1), True), ((3, 51, 2), True), ((3, 51, 3), False)])
+@pytest.mark.parametrize(
+    ("version", "is_warned"), [((3, 40, 1), True), ((3, 51, 2), True), ((3, 51, 3), False)]
+)
 def test_an_old_sqlite_is_warned_of(monkeypatch, version, is_warned):
     monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
 
@@ -409,9 +449,15 @@ def test_an_old_sqlite_is_warned_of(monkeypatch, version, is_warned):
 def schema_of(path):
     """Return what SQLite keeps of the schema: the statements that made it, white space aside."""
     connection = sqlite3.connect(path)
-    rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    rows = connection.execute(
+        "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"
+    ).fetchall()
     connection.close()
-    return {name: " ".join(sql.split()) for name, sql in rows if name not in (VERSION_TABLE, "sqlite_sequence")}
+    return {
+        name: " ".join(sql.split())
+        for name, sql in rows
+        if name not in (VERSION_TABLE, "sqlite_sequence")
+    }
 
 
 def columns_of(path, table):
@@ -454,7 +500,9 @@ def test_migrated_tables_are_the_models_to_the_letter(migrated_file, from_models
 
 def clauses_of(sql):
     """Return the constraints as they are written; foreign keys stand elsewhere in a table that has grown."""
-    return sorted(whole(clause) for clause in sql.split("CONSTRAINT")[1:] if "REFERENCES" not in clause)
+    return sorted(
+        whole(clause) for clause in sql.split("CONSTRAINT")[1:] if "REFERENCES" not in clause
+    )
 
 
 def whole(clause):
@@ -476,10 +524,16 @@ async def plan_of_claim(database, statistics, **options):
     """Return the steps of a claim's plan, with statistics or without."""
     async with database.session() as session:
         for number in range(50):
-            await add_generation(session, tenant="ab"[number % 2], status=["pending", "completed"][number // 2 % 2])
+            await add_generation(
+                session, tenant="ab"[number % 2], status=["pending", "completed"][number // 2 % 2]
+            )
         await session.execute(text(statistics or "SELECT 1"))
     statements = []
-    event.listen(database.engine.sync_engine, "before_cursor_execute", lambda *call: statements.append(call[2:4]))
+    event.listen(
+        database.engine.sync_engine,
+        "before_cursor_execute",
+        lambda *call: statements.append(call[2:4]),
+    )
     async with database.session() as session:
         await claim_up_to(session, 5, **options)
     [(sql, values)] = [(sql, values) for sql, values in statements if "UPDATE" in sql]
@@ -509,7 +563,9 @@ async def test_a_claim_under_a_tenant_limit_reads_each_tenants_own_queue_and_sor
     plan = await plan_of_claim(database, statistics, tenant_limit=2)
 
     queue = "ix_generations_tenant_claim (model_name=? AND tenant>? AND tenant<?)"
-    assert [step for step in plan if step.startswith("SEARCH queue")] == [f"SEARCH queue USING INDEX {queue}"]
+    assert [step for step in plan if step.startswith("SEARCH queue")] == [
+        f"SEARCH queue USING INDEX {queue}"
+    ]
     assert not [step for step in plan if step.startswith("SCAN generations")]
     assert sum("TEMP B-TREE FOR ORDER BY" in step for step in plan) == 1
 
@@ -543,7 +599,9 @@ def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_p
 
 
 @pytest.mark.parametrize("lines", [1, 20, 57])
-async def test_a_writer_killed_in_mid_write_loses_nothing_and_leaves_no_lock(database_url, database, path, lines):
+async def test_a_writer_killed_in_mid_write_loses_nothing_and_leaves_no_lock(
+    database_url, database, path, lines
+):
     program = await Program.start("write", database_url)
     program.begin()
     told = [await program.read_line() for _ in range(lines)]
@@ -592,7 +650,13 @@ async def test_a_reset_refuses_tables_that_are_not_ours(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite:///x.db?timeout=abc", "sqlite:///what?.db", "sqlite:///a\x00b", "sqlite:///" + "a" * 241]
+    "url",
+    [
+        "sqlite:///x.db?timeout=abc",
+        "sqlite:///what?.db",
+        "sqlite:///a\x00b",
+        "sqlite:///" + "a" * 241,
+    ],
 )
 def test_a_url_that_names_no_possible_file_is_refused(url):
     with pytest.raises(ConfigurationError, match="DGX_MUSIC_DATABASE_URL"):

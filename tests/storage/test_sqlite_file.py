@@ -63,7 +63,9 @@ def ids_in(path):
 
 
 @pytest.mark.parametrize("keeps_log", [True, False])
-async def test_a_file_that_is_replaced_by_its_backup_is_opened_anew(database, path, tmp_path, keeps_log):
+async def test_a_file_that_is_replaced_by_its_backup_is_opened_anew(
+    database, path, tmp_path, keeps_log
+):
     first = await add_one(database)
     backup = back_up(path, tmp_path / "backup.db")
     await add_one(database)
@@ -94,7 +96,9 @@ async def test_a_file_that_is_deleted_is_told_and_no_empty_one_made(database, pa
     await add_one(database)
     path.unlink()
     for _ in range(2):
-        with pytest.raises(DatabaseUnavailableError, match="its file is gone; put it back, or make a new one"):
+        with pytest.raises(
+            DatabaseUnavailableError, match="its file is gone; put it back, or make a new one"
+        ):
             await work(database)
 
     assert not path.exists()
@@ -111,14 +115,18 @@ async def test_a_folder_that_is_moved_away_and_back_is_found_again(database, pat
     assert ids_in(path) == {first, second}
 
 
-async def test_what_is_committed_into_a_file_that_is_replaced_meanwhile_is_not_acknowledged(database, path, tmp_path):
+async def test_what_is_committed_into_a_file_that_is_replaced_meanwhile_is_not_acknowledged(
+    database, path, tmp_path
+):
     backup = back_up(path, tmp_path / "backup.db")
 
     async def replace_meanwhile(session):
         await create_generation(session, *WISH)
         backup.replace(path)
 
-    with pytest.raises(DatabaseUnavailableError, match="replaced or deleted meanwhile, and what was being written"):
+    with pytest.raises(
+        DatabaseUnavailableError, match="replaced or deleted meanwhile, and what was being written"
+    ):
         await database.transact(replace_meanwhile)
     again = await add_one(database)
 
@@ -162,16 +170,22 @@ async def test_a_working_folder_that_changes_is_not_a_move(tmp_path, path, monke
 async def test_a_file_that_is_replaced_each_time_it_is_opened_is_told(database, path, monkeypatch):
     await add_one(database)
     monkeypatch.setattr(DatabaseFile, "_is_in_place", lambda *_: False)
-    with pytest.raises(DatabaseUnavailableError, match="its file was replaced or deleted meanwhile"):
+    with pytest.raises(
+        DatabaseUnavailableError, match="its file was replaced or deleted meanwhile"
+    ):
         await count(database)
     monkeypatch.undo()
 
     assert await count(database) == 1
 
 
-async def test_connections_that_are_to_be_closed_are_not_taken_into_use_meanwhile(database, monkeypatch):
+async def test_connections_that_are_to_be_closed_are_not_taken_into_use_meanwhile(
+    database, monkeypatch
+):
     await add_one(database)
-    monkeypatch.setattr(sqlite_file, "_call_soon", lambda opened, _work: closed.append(opened.is_left) or Done())
+    monkeypatch.setattr(
+        sqlite_file, "_call_soon", lambda opened, _work: closed.append(opened.is_left) or Done()
+    )
     closed = []
     database._file.rest()
 
@@ -183,7 +197,9 @@ class Done:
         return True
 
 
-async def test_a_child_is_refused_whose_parent_could_not_close_its_connections(database, monkeypatch):
+async def test_a_child_is_refused_whose_parent_could_not_close_its_connections(
+    database, monkeypatch
+):
     await add_one(database)
     monkeypatch.setattr(sqlite_file, "_call_soon", lambda *_: Done())
     database._file.rest()
@@ -195,7 +211,9 @@ async def test_a_child_is_refused_whose_parent_could_not_close_its_connections(d
 
 @pytest.mark.parametrize("first_use", [add_one, count, Database.check_migrated, Database.revision])
 @pytest.mark.parametrize(("is_private", "mode"), [(True, 0o600), (False, 0o644)])
-async def test_whoever_makes_the_file_makes_it_for_whom_the_settings_say(tmp_path, first_use, is_private, mode):
+async def test_whoever_makes_the_file_makes_it_for_whom_the_settings_say(
+    tmp_path, first_use, is_private, mode
+):
     before = os.umask(0o022)
     new = Database(f"sqlite:///{tmp_path / 'new.db'}", is_private=is_private)
     with suppress(DatabaseError, DriverError):

@@ -12,6 +12,7 @@ from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import IllegalTransitionError
+from dgx_music.statuses import FINISHED, GenerationStatus
 from dgx_music.storage import (
     complete_generation,
     count_generations,
@@ -24,9 +25,17 @@ from dgx_music.storage import (
     update_generation_status,
 )
 from dgx_music.storage.models import Generation, Prompt, Tally
-from dgx_music.storage.schema import FINISHED, GenerationStatus, now_plus
+from dgx_music.storage.schema import now_plus
 from dgx_music.worker.worker import Worker
-from tests.factories import MODEL, POSTGRES, add_generation, claim_up_to, completion_of, on, read_all
+from tests.factories import (
+    MODEL,
+    POSTGRES,
+    add_generation,
+    claim_up_to,
+    completion_of,
+    on,
+    read_all,
+)
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 
@@ -36,7 +45,9 @@ pytestmark = pytest.mark.any_driver
 async def assert_counts_are_true(database):
     async with database.session(read_only=True) as session:
         told = await get_database_stats(session)
-        rows = await session.execute(select(Generation.status, func.count()).group_by(Generation.status))
+        rows = await session.execute(
+            select(Generation.status, func.count()).group_by(Generation.status)
+        )
         counts = {str(status): 0 for status in GenerationStatus} | dict(rows.all())
         prompts = await session.scalar(select(func.count()).select_from(Prompt))
         assert {status: await count_generations(session, status) for status in counts} == counts
@@ -51,11 +62,18 @@ class Walker:
         self.rng = rng
 
     async def some(self, session, status):
-        ids = list(await session.scalars(select(Generation.id).where(Generation.status == status).limit(20)))
+        ids = list(
+            await session.scalars(
+                select(Generation.id).where(Generation.status == status).limit(20)
+            )
+        )
         return self.rng.choice(ids) if ids else None
 
     async def enqueue(self, session):
-        await enqueue_many([f"rain {self.rng.randrange(9)}" for _ in range(self.rng.randrange(1, 4))], session=session)
+        await enqueue_many(
+            [f"rain {self.rng.randrange(9)}" for _ in range(self.rng.randrange(1, 4))],
+            session=session,
+        )
 
     async def enqueue_twice_under_one_key(self, session):
         for _ in range(2):
@@ -68,19 +86,28 @@ class Walker:
         await claim_up_to(session, self.rng.randrange(1, 4))
 
     async def end(self, session):
-        query = select(Generation.id, Generation.attempt).where(Generation.worker_id.is_not(None)).limit(2)
+        query = (
+            select(Generation.id, Generation.attempt)
+            .where(Generation.worker_id.is_not(None))
+            .limit(2)
+        )
         for row in (await session.execute(query)).all():
             lease = queue.Lease(row.id, row.attempt)
             match self.rng.randrange(5):
                 case 0:
                     await queue.complete(session, [completion_of(lease)])
                 case 1:
-                    await queue.fail(session, lease, "no", retry_in_seconds=self.rng.choice([None, 0.0]))
+                    await queue.fail(
+                        session, lease, "no", retry_in_seconds=self.rng.choice([None, 0.0])
+                    )
                 case 2:
                     await queue.release(session, [lease])
                 case 3:
-                    is_held = (Generation.id == lease.generation_id) & Generation.worker_id.is_not(None)
-                    await session.execute(update(Generation).where(is_held).values(lease_expires_at=now_plus(-1.0)))
+                    is_ours = Generation.id == lease.generation_id
+                    is_held = is_ours & Generation.worker_id.is_not(None)
+                    await session.execute(
+                        update(Generation).where(is_held).values(lease_expires_at=now_plus(-1.0))
+                    )
                     await queue.rescue(session)
                 case 4:
                     with suppress(IllegalTransitionError):  # another walker was quicker
@@ -112,7 +139,10 @@ class Walker:
 
     async def prune(self, session):
         leases = await retention.find_prunable(
-            session, status=self.rng.choice(FINISHED), older_than_seconds=0, limit=self.rng.randrange(5)
+            session,
+            status=self.rng.choice(FINISHED),
+            older_than_seconds=0,
+            limit=self.rng.randrange(5),
         )
         await retention.prune(session, leases)
 
@@ -251,7 +281,9 @@ async def test_what_never_finished_leaves_no_tally(database):
 
 
 @on(*POSTGRES)
-@pytest.mark.parametrize("statement", ["TRUNCATE generations CASCADE", "TRUNCATE prompts CASCADE", "TRUNCATE attempts"])
+@pytest.mark.parametrize(
+    "statement", ["TRUNCATE generations CASCADE", "TRUNCATE prompts CASCADE", "TRUNCATE attempts"]
+)
 async def test_counts_stay_true_where_a_table_is_truncated(database, statement):
     async with database.session() as session:
         await create_generation(session, "lofi rain", MODEL, 8.0, 32_000, 1)
@@ -268,7 +300,9 @@ async def test_counts_stay_true_where_a_finished_row_is_taken_up_again_by_raw_sq
     async with database.session() as session:
         await add_generation(session, status=status)
     async with database.session() as session:
-        await session.execute(text("UPDATE generations SET status = 'processing', completed_at = NULL"))
+        await session.execute(
+            text("UPDATE generations SET status = 'processing', completed_at = NULL")
+        )
 
     await assert_counts_are_true(database)
 
@@ -281,8 +315,12 @@ async def test_raw_sql_is_counted_whatever_its_search_path(database, path):
         await add_generation(session, status="completed")
     async with database.session() as session:
         await session.execute(text(f"SET LOCAL search_path = {path}"))
-        await session.execute(text("INSERT INTO public.prompts (text, text_hash) VALUES ('trap beat', 'a hash')"))
-        await session.execute(text("UPDATE public.generations SET status = 'failed' WHERE status = 'completed'"))
+        await session.execute(
+            text("INSERT INTO public.prompts (text, text_hash) VALUES ('trap beat', 'a hash')")
+        )
+        await session.execute(
+            text("UPDATE public.generations SET status = 'failed' WHERE status = 'completed'")
+        )
         await session.execute(text("DELETE FROM public.generations WHERE status = 'pending'"))
 
     await assert_counts_are_true(database)

@@ -14,7 +14,11 @@ from sqlalchemy import text
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
 from dgx_music.storage.connection import urls
 from dgx_music.storage.connection.postgres_drivers import Limits
-from dgx_music.storage.connection.urls import is_pooled_by_transaction, normalise_url, server_address
+from dgx_music.storage.connection.urls import (
+    is_pooled_by_transaction,
+    normalise_url,
+    server_address,
+)
 from dgx_music.storage.database import Database
 from tests.factories import POSTGRES
 from tests.patience import PATIENCE
@@ -29,7 +33,9 @@ def test_a_plain_sqlite_url_gets_the_async_driver(url):
     assert str(normalise_url(url)) == "sqlite+aiosqlite:///data/x.db"
 
 
-@pytest.mark.parametrize("path", ["/a b/x.db", "/%20/x.db", "/100%/x#1.db", "/ü☃+&;/x.db", "x/~/y.db", "/~/x.db"])
+@pytest.mark.parametrize(
+    "path", ["/a b/x.db", "/%20/x.db", "/100%/x#1.db", "/ü☃+&;/x.db", "x/~/y.db", "/~/x.db"]
+)
 def test_a_sqlite_path_is_kept_and_shown_as_it_is(path):
     assert normalise_url(f" sqlite:///{path}\r\n").database == path
     assert str(Database(f"sqlite:///{path}")) == f"sqlite:///{path}"
@@ -40,7 +46,9 @@ def test_a_home_is_found(monkeypatch):
 
     assert normalise_url("sqlite:///~/x.db").database == "/home/ann/x.db"
     assert normalise_url("sqlite:///~root/x.db").database == f"{Path('~root').expanduser()}/x.db"
-    with pytest.raises(ConfigurationError, match="begins with ~nobody-here, whose home is not known"):
+    with pytest.raises(
+        ConfigurationError, match="begins with ~nobody-here, whose home is not known"
+    ):
         normalise_url("sqlite:///~nobody-here/x.db")
 
 
@@ -60,10 +68,17 @@ def test_a_space_in_a_servers_url_is_written_as_in_any_url():
 def test_a_server_may_be_named_in_each_of_its_ways(scheme, driver):
     url = normalise_url(f"{scheme}://ada@host:5433/music")
 
-    assert (url.drivername, url.host, url.port, url.database) == (f"postgresql+{driver}", "host", 5433, "music")
+    assert (url.drivername, url.host, url.port, url.database) == (
+        f"postgresql+{driver}",
+        "host",
+        5433,
+        "music",
+    )
 
 
-@pytest.mark.parametrize(("installed", "driver"), [({"psycopg"}, "psycopg"), ({"asyncpg", "psycopg"}, "asyncpg")])
+@pytest.mark.parametrize(
+    ("installed", "driver"), [({"psycopg"}, "psycopg"), ({"asyncpg", "psycopg"}, "asyncpg")]
+)
 def test_the_driver_that_is_installed_is_chosen(monkeypatch, installed, driver):
     monkeypatch.setattr(urls, "find_spec", lambda name: name if name in installed else None)
 
@@ -73,20 +88,28 @@ def test_the_driver_that_is_installed_is_chosen(monkeypatch, installed, driver):
 @pytest.mark.parametrize(
     ("scheme", "package"), [("postgresql", "asyncpg or psycopg"), ("postgresql+psycopg", "psycopg")]
 )
-def test_a_driver_that_is_not_installed_is_one_sentence_with_the_remedy(monkeypatch, scheme, package):
+def test_a_driver_that_is_not_installed_is_one_sentence_with_the_remedy(
+    monkeypatch, scheme, package
+):
     monkeypatch.setattr(urls, "find_spec", lambda name: None)
 
     with pytest.raises(ConfigurationError) as caught:
         normalise_url(f"{scheme}://host/music")
 
     remedy = "run pip install '.[postgres]' in a checkout of dgx-music"
-    assert str(caught.value) == f"{SETTING} needs the package {package}, which is not installed; {remedy}."
+    assert (
+        str(caught.value)
+        == f"{SETTING} needs the package {package}, which is not installed; {remedy}."
+    )
 
 
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("mysql://u:secret@h/d", "names the database kind 'mysql', which is not supported; use sqlite:///"),
+        (
+            "mysql://u:secret@h/d",
+            "names the database kind 'mysql', which is not supported; use sqlite:///",
+        ),
         ("generations.db", "is not a database URL; use something like sqlite:///data/"),
         ("", "is not a database URL"),
         ("sqlite://generations.db", "names a host, which a SQLite file has not; write sqlite:///"),
@@ -94,24 +117,51 @@ def test_a_driver_that_is_not_installed_is_one_sentence_with_the_remedy(monkeypa
         ("postgresql://u:secret@h", "names no database; write its name behind the host"),
         ("postgresql://u:secret@h/", "names no database"),
         ("postgresql://u:secret@one,two/", "names no database"),
-        ("postgresql+psycopg2://u:secret@h/d", "names the driver 'psycopg2'; use postgresql+asyncpg or "),
+        (
+            "postgresql+psycopg2://u:secret@h/d",
+            "names the driver 'psycopg2'; use postgresql+asyncpg or ",
+        ),
         ("postgresql+pg8000://u:secret@h/d", "names the driver 'pg8000'"),
-        ("postgresql://u:secret@h/d?sslmod=require", "has the unknown option 'sslmod'; use application_name, "),
+        (
+            "postgresql://u:secret@h/d?sslmod=require",
+            "has the unknown option 'sslmod'; use application_name, ",
+        ),
         ("postgresql://u@h/d?password=secret", "has the unknown option 'password'"),
-        ("postgresql://u@h/d?connect_timeout=soon", "has a connect_timeout that is none; use whole seconds"),
-        ("postgresql://u:secret@h/d?sslmode=bogus", "has an sslmode that is none; use disable, allow, prefer, "),
-        ("postgresql://u@h/d?target_session_attrs=rw", "has a target_session_attrs that is none; use any, primary, "),
-        ("postgresql://u:secret@h:99999/d", "has a port that is none; use a number from 1 to 65535"),
+        (
+            "postgresql://u@h/d?connect_timeout=soon",
+            "has a connect_timeout that is none; use whole seconds",
+        ),
+        (
+            "postgresql://u:secret@h/d?sslmode=bogus",
+            "has an sslmode that is none; use disable, allow, prefer, ",
+        ),
+        (
+            "postgresql://u@h/d?target_session_attrs=rw",
+            "has a target_session_attrs that is none; use any, primary, ",
+        ),
+        (
+            "postgresql://u:secret@h:99999/d",
+            "has a port that is none; use a number from 1 to 65535",
+        ),
         ("postgresql://u:secret@one:5432,two:99999/d", "has a port that is none"),
         ("postgresql://u@h:0/d", "has a port that is none"),
         ("postgresql://u@/d?host=h&port=soon", "has a port that is none"),
-        ("postgresql://u@/d?host=one,two,three&port=1,2", "has 2 ports for its 3 hosts; name one for each, or one"),
+        (
+            "postgresql://u@/d?host=one,two,three&port=1,2",
+            "has 2 ports for its 3 hosts; name one for each, or one",
+        ),
         ("postgresql://u@/d?host=one&host=two", "has the option 'host' twice; "),
-        ("postgres://u:secret@secret@h/d", "has an @ in its password or in a name; write it as %40."),
+        (
+            "postgres://u:secret@secret@h/d",
+            "has an @ in its password or in a name; write it as %40.",
+        ),
         ("postgresql+psycopg://u:a/secret@secret@one,two/d", "has an @ in its password"),
         ("postgresql://u:a?b@secret@h/d", "has an @ in its password"),
         ("postgresql://u:a@b/d?secret@h/d", "has an @ in its password"),
-        ("postgresql://u@h/d?pgbouncer=maybe", "has a pgbouncer that is neither true nor false; use pgbouncer=true"),
+        (
+            "postgresql://u@h/d?pgbouncer=maybe",
+            "has a pgbouncer that is neither true nor false; use pgbouncer=true",
+        ),
         ("postgresql://u@h/d?options=-c%20jit%3Don", "has the unknown option 'options'"),
     ],
 )
@@ -140,7 +190,8 @@ def test_several_hosts_are_what_libpq_reads(hosts, host, port):
 
 
 @pytest.mark.parametrize(
-    ("said", "is_pooled"), [("true", True), ("1", True), ("on", True), ("false", False), ("0", False)]
+    ("said", "is_pooled"),
+    [("true", True), ("1", True), ("on", True), ("false", False), ("0", False)],
 )
 def test_a_pooler_is_said_to_us_and_not_to_the_server(said, is_pooled):
     url = normalise_url(f"postgresql://host/music?pgbouncer={said}&sslmode=disable")
@@ -183,9 +234,12 @@ def quoted(password):
 
 @pytest.mark.parametrize("driver", POSTGRES)
 @pytest.mark.parametrize(
-    "password", ["p@ss", "a/b:c", "50%", "%40", "pass word", "a+b", "naïve♫", "a,b", "a?b#c=d&e", "[x]"]
+    "password",
+    ["p@ss", "a/b:c", "50%", "%40", "pass word", "a+b", "naïve♫", "a,b", "a?b#c=d&e", "[x]"],
 )
-async def test_a_password_of_any_characters_reaches_the_server_and_nobody_else(server, driver, password):
+async def test_a_password_of_any_characters_reaches_the_server_and_nobody_else(
+    server, driver, password
+):
     server.execute(sql.SQL("ALTER USER ada PASSWORD {}").format(password))
     url = f"postgresql+{driver}://ada:{quoted(password)}@127.0.0.1:{server.port}/music"
 
@@ -204,7 +258,9 @@ async def test_a_wrong_password_is_one_sentence_that_does_not_show_it(server, dr
 
 
 @pytest.mark.parametrize("driver", POSTGRES)
-@pytest.mark.parametrize("options", ["sslmode=prefer", "sslmode=disable", "sslmode=allow", "connect_timeout=3"])
+@pytest.mark.parametrize(
+    "options", ["sslmode=prefer", "sslmode=disable", "sslmode=allow", "connect_timeout=3"]
+)
 async def test_libpqs_own_options_mean_the_same_with_each_driver(server, driver, options):
     assert await ask(f"postgresql+{driver}://postgres@127.0.0.1:{server.port}/music?{options}") == 1
 
@@ -213,7 +269,9 @@ async def test_libpqs_own_options_mean_the_same_with_each_driver(server, driver,
 async def test_the_url_may_say_how_long_a_connection_is_waited_for(server, driver):
     with Proxy(server.url("music")) as proxy:
         proxy.black_hole()
-        url = proxy.url(f"postgresql+{driver}://postgres@127.0.0.1:{server.port}/music?connect_timeout=1")
+        url = proxy.url(
+            f"postgresql+{driver}://postgres@127.0.0.1:{server.port}/music?connect_timeout=1"
+        )
         with pytest.raises(DatabaseUnavailableError, match="no connection in 1 s"):
             await ask(url, connect_seconds=60)
 
@@ -237,7 +295,12 @@ async def test_of_several_hosts_one_that_is_dead_is_passed_over(server, driver):
         dead.bind(("127.0.0.1", 0))  # bound and not listening: refuses
         hosts = f"127.0.0.1:{dead.getsockname()[1]},127.0.0.1:{server.port}"
 
-        assert await ask(f"postgresql+{driver}://postgres@{hosts}/music?target_session_attrs=read-write") == 1
+        assert (
+            await ask(
+                f"postgresql+{driver}://postgres@{hosts}/music?target_session_attrs=read-write"
+            )
+            == 1
+        )
 
 
 @pytest.fixture
@@ -249,7 +312,9 @@ def silent():
 
 @pytest.mark.parametrize("driver", POSTGRES)
 @pytest.mark.parametrize("wanted", ["read-write", "prefer-standby"])
-async def test_of_several_hosts_one_that_is_silent_is_passed_over_in_time(server, silent, driver, wanted):
+async def test_of_several_hosts_one_that_is_silent_is_passed_over_in_time(
+    server, silent, driver, wanted
+):
     hosts = f"{silent},127.0.0.1:{server.port}"
 
     with anyio.fail_after(PATIENCE):
@@ -283,7 +348,9 @@ async def pooler():
 
 
 @pytest.mark.parametrize(("driver", "parameter"), [("asyncpg", "jit"), ("psycopg", "options")])
-async def test_a_pooler_that_was_not_said_to_be_one_is_told_how_to_be_said(pooler, driver, parameter):
+async def test_a_pooler_that_was_not_said_to_be_one_is_told_how_to_be_said(
+    pooler, driver, parameter
+):
     remedy = rf"unsupported startup parameter: {parameter}; add \?pgbouncer=true to its URL\.$"
     with pytest.raises(DatabaseUnavailableError, match=remedy):
         await ask(f"postgresql+{driver}://postgres@127.0.0.1:{pooler}/music?sslmode=disable")
@@ -294,8 +361,13 @@ async def test_a_role_without_privileges_is_one_sentence(server, driver):
     server.execute("CREATE TABLE IF NOT EXISTS closed ()", database="music")
     server.execute("ALTER USER ada PASSWORD 'secret'")
 
-    with pytest.raises(DatabaseUnavailableError, match=r"cannot be used: permission denied for table closed\.$"):
-        await ask(f"postgresql+{driver}://ada:secret@127.0.0.1:{server.port}/music", "SELECT 1 FROM closed")
+    with pytest.raises(
+        DatabaseUnavailableError, match=r"cannot be used: permission denied for table closed\.$"
+    ):
+        await ask(
+            f"postgresql+{driver}://ada:secret@127.0.0.1:{server.port}/music",
+            "SELECT 1 FROM closed",
+        )
 
 
 @pytest.fixture
@@ -325,7 +397,9 @@ async def test_several_hosts_may_be_of_ipv6(ipv6_door, driver):
 
 
 @pytest.mark.parametrize("driver", POSTGRES)
-@pytest.mark.parametrize(("option", "name"), [("", "dgx-music"), ("?application_name=juke%20box%2B", "juke box+")])
+@pytest.mark.parametrize(
+    ("option", "name"), [("", "dgx-music"), ("?application_name=juke%20box%2B", "juke box+")]
+)
 async def test_the_server_is_told_who_we_are(server, driver, option, name):
     url = f"postgresql+{driver}://postgres@127.0.0.1:{server.port}/music{option}"
 
@@ -337,7 +411,9 @@ async def test_the_server_is_told_how_long_a_statement_may_take(server, driver):
     url = f"postgresql+{driver}://postgres@127.0.0.1:{server.port}/music"
 
     assert await ask(url, "SHOW statement_timeout", statement_seconds=1.5) == "1500ms"
-    assert await ask(f"{url}?pgbouncer=true", "SHOW statement_timeout", statement_seconds=1.5) == "0"
+    assert (
+        await ask(f"{url}?pgbouncer=true", "SHOW statement_timeout", statement_seconds=1.5) == "0"
+    )
 
 
 @pytest.mark.parametrize("driver", POSTGRES)
@@ -345,7 +421,8 @@ async def test_the_server_is_told_how_long_a_statement_may_take(server, driver):
 async def test_a_database_that_is_not_there_is_one_sentence(server, driver, where):
     place = where if where.startswith(":") else f":{server.port}{where}"
     with pytest.raises(
-        DatabaseUnavailableError, match=f"^The database postgresql://127.0.0.1{place} cannot be used: "
+        DatabaseUnavailableError,
+        match=f"^The database postgresql://127.0.0.1{place} cannot be used: ",
     ) as caught:
         await ask(f"postgresql+{driver}://127.0.0.1{place}")
 

@@ -48,7 +48,9 @@ async def is_served(session, model_name):
 async def silence(session, worker_id, seconds):
     """Let the worker's last heartbeat be so many seconds ago."""
     heartbeat_at = now_plus(-float(seconds))
-    await session.execute(update(WorkerInfo).where(WorkerInfo.id == worker_id).values(heartbeat_at=heartbeat_at))
+    await session.execute(
+        update(WorkerInfo).where(WorkerInfo.id == worker_id).values(heartbeat_at=heartbeat_at)
+    )
 
 
 async def test_a_worker_that_registers_is_alive_with_all_it_said(database):
@@ -57,7 +59,9 @@ async def test_a_worker_that_registers_is_alive_with_all_it_said(database):
         (worker,) = await get_workers(session)
 
     assert worker | WORKER | {"running_count": 0, "is_alive": True} == worker
-    assert abs(datetime.fromisoformat(worker["heartbeat_at"]) - datetime.now(UTC)) < timedelta(minutes=1)
+    assert abs(datetime.fromisoformat(worker["heartbeat_at"]) - datetime.now(UTC)) < timedelta(
+        minutes=1
+    )
 
 
 async def test_a_worker_that_registers_again_takes_over_its_row(database):
@@ -81,7 +85,10 @@ async def test_a_heartbeat_tells_how_many_are_in_hand(database):
         await beat(session, running_count=3)
         workers = await get_workers(session)
 
-    assert [(worker["running_count"], worker["is_alive"]) for worker in workers] == [(3, True), (0, True)]
+    assert [(worker["running_count"], worker["is_alive"]) for worker in workers] == [
+        (3, True),
+        (0, True),
+    ]
 
 
 async def test_a_heartbeat_tells_which_model_is_loaded_and_leaves_the_start_as_it_was(database):
@@ -106,7 +113,9 @@ async def test_a_heartbeat_of_a_worker_that_was_removed_adds_it_again(database):
 
 
 @pytest.mark.parametrize(("silent_seconds", "is_alive"), [(29, True), (31, False)])
-async def test_a_worker_silent_for_its_own_lease_is_taken_for_dead(database, silent_seconds, is_alive):
+async def test_a_worker_silent_for_its_own_lease_is_taken_for_dead(
+    database, silent_seconds, is_alive
+):
     async with database.session() as session:
         await register(session)
         await silence(session, "worker-1", silent_seconds)
@@ -161,7 +170,11 @@ async def test_what_a_worker_has_in_hand_is_listed_with_it(database):
         running = {worker["id"]: worker["running"] for worker in await get_workers(session)}
 
     (fact,) = running["worker-1"]
-    assert (fact["id"], fact["model_name"], fact["progress"]) == (lease.generation_id, "musicgen-small", 0.25)
+    assert (fact["id"], fact["model_name"], fact["progress"]) == (
+        lease.generation_id,
+        "musicgen-small",
+        0.25,
+    )
     assert running["worker-2"] == []
 
 
@@ -191,16 +204,29 @@ async def test_workers_are_listed_oldest_first(database):
     async with database.session() as session:
         for worker_id in ("worker-3", "worker-1", "worker-2"):
             await register(session, id=worker_id)
-        await session.execute(update(WorkerInfo).values(started_at=datetime(2026, 1, 31, tzinfo=UTC)))
         await session.execute(
-            update(WorkerInfo).where(WorkerInfo.id == "worker-3").values(started_at=datetime(2026, 1, 30, tzinfo=UTC))
+            update(WorkerInfo).values(started_at=datetime(2026, 1, 31, tzinfo=UTC))
+        )
+        await session.execute(
+            update(WorkerInfo)
+            .where(WorkerInfo.id == "worker-3")
+            .values(started_at=datetime(2026, 1, 30, tzinfo=UTC))
         )
 
-        assert [worker["id"] for worker in await get_workers(session)] == ["worker-3", "worker-1", "worker-2"]
+        assert [worker["id"] for worker in await get_workers(session)] == [
+            "worker-3",
+            "worker-1",
+            "worker-2",
+        ]
 
 
 def ended(worker):
-    return (worker["state"], worker["is_alive"], worker["end_reason"], worker["ended_at"] is not None)
+    return (
+        worker["state"],
+        worker["is_alive"],
+        worker["end_reason"],
+        worker["ended_at"] is not None,
+    )
 
 
 async def test_a_worker_that_ends_leaves_word_of_why(database):
@@ -272,7 +298,11 @@ async def test_who_ended_or_fell_silent_a_day_ago_is_forgotten(database):
 
 async def test_a_worker_that_is_started_again_and_again_does_not_fill_the_table(database):
     async with database.session() as session:
-        await end_worker(session, **WORKER | {"id": "other", "model_name": "musicgen-large"}, reason="it was stopped")
+        await end_worker(
+            session,
+            **WORKER | {"id": "other", "model_name": "musicgen-large"},
+            reason="it was stopped",
+        )
         for number in range(25):
             await end_worker(session, **WORKER | {"id": f"{number:02}"}, reason="no weights")
         ids = {worker["id"] for worker in await get_workers(session)}

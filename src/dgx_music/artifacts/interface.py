@@ -50,7 +50,9 @@ class Artifacts(Protocol):
     publisher at a time: the fence on the row makes sure of that.
     """
 
-    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
+    async def publish(
+        self, generation_id: str, attempt: int, extension: str, data: bytes
+    ) -> Artifact:
         """Store the data in one step: when this returns, the file survives a power cut.
 
         The same data again is the same publication. Other data under a name that is taken raises
@@ -112,7 +114,11 @@ def file_name(generation_id: str, attempt: int, extension: str) -> str:
 
 def file_names(generation_id: str, attempts: Iterable[int]) -> list[str]:
     """Return each name that the files of these attempts can have."""
-    return [file_name(generation_id, attempt, extension) for attempt in attempts for extension in EXTENSIONS]
+    return [
+        file_name(generation_id, attempt, extension)
+        for attempt in attempts
+        for extension in EXTENSIONS
+    ]
 
 
 def parse_name(name: str) -> tuple[str, int] | None:

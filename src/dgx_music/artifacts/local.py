@@ -27,14 +27,15 @@ from dgx_music.artifacts.interface import (
     name_is_taken,
     parse_name,
 )
-from dgx_music.durability import flush, flush_folder, give_name
 from dgx_music.errors import ArtifactError
-from dgx_music.modes import file_mode, make_folders
+from dgx_music.files import file_mode, flush, flush_folder, give_name, make_folders
 
 MIN_FREE_BYTES = 100 * 2**20
 
 _PROBE = ".dgx-music-"
-_NO_LINKS = "has no hard links: after a crash an empty file can be left of audio that was being stored"
+_NO_LINKS = (
+    "has no hard links: after a crash an empty file can be left of audio that was being stored"
+)
 _NO_FLUSH = "does not flush: the audio stored last can be lost when the power fails"
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,9 @@ class LocalArtifacts:
     def __str__(self) -> str:
         return str(self.root)
 
-    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
+    async def publish(
+        self, generation_id: str, attempt: int, extension: str, data: bytes
+    ) -> Artifact:
         """See ``Artifacts.publish``; the path is absolute.
 
         A cancelled scope waits until the thread has written.
@@ -119,7 +122,9 @@ class LocalArtifacts:
                 part.unlink(missing_ok=True)
             self._flush_folder(self.root)
         except OSError as error:
-            raise ArtifactError(f"Audio cannot be stored in {self.root}: {_explain(error)}.") from error
+            raise ArtifactError(
+                f"Audio cannot be stored in {self.root}: {_explain(error)}."
+            ) from error
         return describe(str(target), data)
 
     def _delete(self, names: list[str]) -> int:
@@ -129,7 +134,9 @@ class LocalArtifacts:
             if count:
                 self._flush_folder(self.root)
         except OSError as error:
-            raise ArtifactError(f"Audio cannot be removed from {self.root}: {_explain(error)}.") from error
+            raise ArtifactError(
+                f"Audio cannot be removed from {self.root}: {_explain(error)}."
+            ) from error
         return count
 
     def _scan(self) -> list[StoredFile]:
@@ -139,7 +146,9 @@ class LocalArtifacts:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise ArtifactError(f"The audio in {self.root} cannot be listed: {_explain(error)}.") from error
+            raise ArtifactError(
+                f"The audio in {self.root} cannot be listed: {_explain(error)}."
+            ) from error
 
     def _find_problem(self) -> str | None:
         try:
@@ -246,7 +255,9 @@ def _look_at(entry: os.DirEntry[str]) -> StoredFile | None:
         facts = entry.stat(follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return StoredFile(*named, entry.path, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC))
+    return StoredFile(
+        *named, entry.path, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
+    )
 
 
 def _explain(error: OSError) -> str:

@@ -30,7 +30,9 @@ class MemoryArtifacts:
     def __str__(self) -> str:
         return "memory"
 
-    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
+    async def publish(
+        self, generation_id: str, attempt: int, extension: str, data: bytes
+    ) -> Artifact:
         """See ``Artifacts.publish``; nothing here is durable."""
         name = file_name(generation_id, attempt, extension)
         if self.files.setdefault(name, data) != data:

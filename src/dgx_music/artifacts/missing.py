@@ -61,7 +61,9 @@ class FileInspection:
                 remote[path.rpartition("/")[0]].append(path)
         local = [path for path in sizes if "://" not in path and can_be_looked_for(path)]
         states = dict.fromkeys(sizes, _UNKNOWN)
-        states |= await to_thread.run_sync(lambda: {path: _look_at_local(path, sizes[path]) for path in local})
+        states |= await to_thread.run_sync(
+            lambda: {path: _look_at_local(path, sizes[path]) for path in local}
+        )
         for place, named in remote.items():
             found = await self._list(place, named[0])
             states |= {path: _compare(found.get(path), sizes[path]) for path in named}
@@ -69,7 +71,9 @@ class FileInspection:
 
     async def _list(self, place: str, path: str) -> dict[str, int]:
         if place not in self._listed:
-            self._listed[place] = {file.path: file.size_bytes async for file in open_place_of(path).list_files()}
+            self._listed[place] = {
+                file.path: file.size_bytes async for file in open_place_of(path).list_files()
+            }
         return self._listed[place]
 
 
@@ -92,4 +96,6 @@ def _compare(found_bytes: int | None, size_bytes: int | None) -> FileState:
         return FileState(is_missing=False)
     if found_bytes == size_bytes:
         return FileState(is_missing=False, is_damaged=False)
-    return FileState(is_missing=False, is_damaged=True, damage=f"is {found_bytes:,} bytes and not {size_bytes:,}")
+    return FileState(
+        is_missing=False, is_damaged=True, damage=f"is {found_bytes:,} bytes and not {size_bytes:,}"
+    )

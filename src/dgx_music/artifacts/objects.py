@@ -96,7 +96,9 @@ class ObjectArtifacts:
     def __str__(self) -> str:
         return self.url
 
-    async def publish(self, generation_id: str, attempt: int, extension: str, data: bytes) -> Artifact:
+    async def publish(
+        self, generation_id: str, attempt: int, extension: str, data: bytes
+    ) -> Artifact:
         """See ``Artifacts.publish``; the path is a URL.
 
         A cancelled write may still arrive, as an orphan.
@@ -144,7 +146,9 @@ class ObjectArtifacts:
         seconds = check_between("seconds", seconds, 1, LONGEST_LINK_SECONDS)
         store = cast("SignCapableStore", self._store)
         with self._explained("No link can be signed for"):
-            return await _call(obstore.sign, store, "GET", self._name_of(path), timedelta(seconds=seconds))
+            return await _call(
+                obstore.sign, store, "GET", self._name_of(path), timedelta(seconds=seconds)
+            )
 
     async def list_files(self) -> AsyncIterator[StoredFile]:
         """See ``Artifacts.list_files``; objects below a further prefix are left out."""
@@ -252,7 +256,10 @@ def _is_endpoint(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not _SPACE.search(text)
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and not _SPACE.search(text)
         )
     except ValueError:  # a port that is none, a bracket that is not closed
         return False

@@ -22,10 +22,10 @@ import numpy as np
 import soundfile
 
 from dgx_music import validation
-from dgx_music.audio.containers.decoder import Stream, decode_quietly, open_stream
 from dgx_music.audio.containers.interface import READABLE, DamagedError
 from dgx_music.audio.containers.interface import Source as Container
 from dgx_music.audio.conversion import cancels_out, match_channels, resample
+from dgx_music.audio.decoding import Stream, decode_quietly, open_stream
 from dgx_music.audio.files import encode
 from dgx_music.audio.formats import FORMATS, open_source
 from dgx_music.audio.samples import Audio, Samples
@@ -89,9 +89,13 @@ class Reader:
         self._latest: tuple[Source, bytes] | None = None
         self._bytes = 0
 
-    def read(self, sources: Mapping[str, Source], model: ModelInfo, duration: float) -> dict[str, Clip]:
+    def read(
+        self, sources: Mapping[str, Source], model: ModelInfo, duration: float
+    ) -> dict[str, Clip]:
         """Return the clips of one request by field name; raises ``InvalidRequestError``."""
-        clips = {name: self._read(name, sources[name], model) for name in CLIP_FIELDS if name in sources}
+        clips = {
+            name: self._read(name, sources[name], model) for name in CLIP_FIELDS if name in sources
+        }
         if "continuation" in clips:
             validation.check_continuation(clips["continuation"].duration_seconds, duration)
         if self._bytes > MAX_BATCH_BYTES:
@@ -103,7 +107,9 @@ class Reader:
         channels = 1 if name == "melody" else _channels_of(model)
         key = name, channels, model.sample_rate, self._identify(name, source)
         if key not in self._by_source:
-            self._by_source[key] = self._keep(_make(name, _content(name, source), channels, model.sample_rate))
+            self._by_source[key] = self._keep(
+                _make(name, _content(name, source), channels, model.sample_rate)
+            )
         return self._by_source[key]
 
     def _keep(self, clip: Clip) -> Clip:
@@ -175,7 +181,11 @@ def _decode(name: str, content: bytes) -> Audio:
     longest = WINDOW_SECONDS if name == "melody" else _COUNTED_SECONDS
     try:
         container = open_source(content, longest)
-        if name == "continuation" and container.seconds is not None and container.seconds > WINDOW_SECONDS:
+        if (
+            name == "continuation"
+            and container.seconds is not None
+            and container.seconds > WINDOW_SECONDS
+        ):
             raise _too_long(name, container.seconds)
         audio = _read(name, container, longest)
     except DamagedError as error:
@@ -300,7 +310,9 @@ def _check_form(name: str, file: Stream) -> None:
         problem = f"has a sample rate of {file.samplerate:,} Hz"
         raise InvalidRequestError(name, problem, f"use one of {_MIN_RATE:,} to {_MAX_RATE:,} Hz")
     if file.channels > _MAX_CHANNELS:
-        raise InvalidRequestError(name, f"has {file.channels} channels", f"use at most {_MAX_CHANNELS}")
+        raise InvalidRequestError(
+            name, f"has {file.channels} channels", f"use at most {_MAX_CHANNELS}"
+        )
 
 
 def _content(name: str, source: Source) -> bytes:

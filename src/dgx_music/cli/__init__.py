@@ -37,8 +37,7 @@ from dgx_music import __version__
 from dgx_music.cli.lazy import LazyCommand, group_of
 from dgx_music.cli.streams import lasting_streams
 from dgx_music.early import stand_back
-from dgx_music.errors import DgxMusicError
-from dgx_music.groups import unwrap
+from dgx_music.errors import DgxMusicError, unwrap
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -136,7 +135,9 @@ def _main(argv: list[str] | None) -> int:
         code = _run(argv)
         if (loss := output.find_loss()) is not None:
             rest = "; what was asked for is done all the same." if code == 0 else "."
-            code = _fail(f"Not all could be printed, because of stdout ({loss}){rest}", code or OUTPUT_LOST)
+            code = _fail(
+                f"Not all could be printed, because of stdout ({loss}){rest}", code or OUTPUT_LOST
+            )
         return code
 
 
@@ -159,8 +160,12 @@ def _explain(error: BaseException) -> int:
             return _fail(str(error), error.exit_code)
         case TyperException():
             return _explain_usage(error)
-        case MemoryError() | RuntimeError() if isinstance(error, MemoryError) or str(error) == _NO_THREAD:
-            return _fail(f"There is no memory to go on ({error}); raise the limit (`ulimit -v`).", 1)
+        case MemoryError() | RuntimeError() if (
+            isinstance(error, MemoryError) or str(error) == _NO_THREAD
+        ):
+            return _fail(
+                f"There is no memory to go on ({error}); raise the limit (`ulimit -v`).", 1
+            )
     raise error
 
 
@@ -189,7 +194,9 @@ def _print_version(is_asked: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """A durable queue for AI music generation: enqueue prompts, run workers, collect audio."""

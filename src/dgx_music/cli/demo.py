@@ -19,7 +19,7 @@ from dgx_music.cli.options import at_home
 from dgx_music.cli.output import fail, near, print_line, print_table, print_waveform, tell
 from dgx_music.config import EngineName, load_settings
 from dgx_music.errors import EngineUnavailableError, how_to_install
-from dgx_music.modes import create_file
+from dgx_music.files import create_file
 
 if TYPE_CHECKING:
     import anyio.abc
@@ -36,10 +36,14 @@ _LOG_LINES = 15
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where its database and audio go.", callback=at_home)] = Path("demo"),
+    folder: Annotated[
+        Path, typer.Option(help="Where its database and audio go.", callback=at_home)
+    ] = Path("demo"),
     engine: Annotated[
         EngineName,
-        typer.Option(help="musicgen at toy size, or tone: sine waves, for which torch is not needed."),
+        typer.Option(
+            help="musicgen at toy size, or tone: sine waves, for which torch is not needed."
+        ),
     ] = "musicgen",
 ) -> None:
     """See it work: three prompts, the real worker, audio.
@@ -48,7 +52,9 @@ def demo(
     """
     if engine == "musicgen":
         _check_installed()
-        tell(f"The demo's model is the real MusicGen at toy size with {UNTRAINED_NOTICE}. Every other step is real.")
+        tell(
+            f"The demo's model is the real MusicGen at toy size with {UNTRAINED_NOTICE}. Every other step is real."
+        )
     url = f"sqlite:///{folder / 'generations.db'}"
     worker_code, generations = asyncio.run(_run(folder, url, engine))
     if worker_code != 0:
@@ -65,7 +71,9 @@ def demo(
         fail(problem, 1)
     if problems:
         raise typer.Exit(1)
-    tell("All is well: every row is completed, and every file has the size, the hash and the duration its row says.")
+    tell(
+        "All is well: every row is completed, and every file has the size, the hash and the duration its row says."
+    )
     _print_next_steps(url)
 
 
@@ -81,11 +89,15 @@ def find_problems(generation: Generation) -> list[str]:
     data, duration = path.read_bytes(), soundfile.info(path).duration
     problems = []
     if len(data) != generation.file_size_bytes:
-        problems.append(f"The file {path} has {len(data):,} bytes, not {generation.file_size_bytes:,}.")
+        problems.append(
+            f"The file {path} has {len(data):,} bytes, not {generation.file_size_bytes:,}."
+        )
     if hashlib.sha256(data).hexdigest() != generation.sha256:
         problems.append(f"The file {path} has another hash than its row.")
     if abs(duration - generation.duration_seconds) > _DURATION_TOLERANCE_SECONDS:
-        problems.append(f"The file {path} lasts {duration:g} s, not {generation.duration_seconds:g} s.")
+        problems.append(
+            f"The file {path} lasts {duration:g} s, not {generation.duration_seconds:g} s."
+        )
     return problems
 
 
@@ -95,7 +107,10 @@ async def _run(folder: Path, url: str, engine: EngineName) -> tuple[int, list[Ge
     from dgx_music.client.enqueue import enqueue_many
 
     async with opened(url) as database:
-        requests = [{"prompt": prompt, "duration": duration, "model": MODEL} for prompt, duration in PROMPTS.items()]
+        requests = [
+            {"prompt": prompt, "duration": duration, "model": MODEL}
+            for prompt, duration in PROMPTS.items()
+        ]
         ids = [row.id for row in await enqueue_many(requests)]
         tell(f"Enqueued {len(ids)} prompts; the worker starts, its log is {folder / 'worker.log'}.")
         code = await _work(_worker_command(folder, url, engine), folder / "worker.log", ids)
@@ -122,7 +137,9 @@ async def _work(command: list[str], log: Path, ids: list[str]) -> int:
     with suppress(FileExistsError):
         create_file(log, is_private=load_settings().is_private)
     with log.open("ab") as stream:
-        process = await anyio.open_process(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
+        process = await anyio.open_process(
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(follow, ids, name="progress")
@@ -190,7 +207,9 @@ def _print_next_steps(url: str) -> None:
     tell("Next:")
     tell(f"  {program} list --database-url {url}")
     tell(f"  {program} doctor")
-    tell(f'  {program} enqueue "lofi rain" --duration 10 --wait --out rain.wav     and, in another terminal:')
+    tell(
+        f'  {program} enqueue "lofi rain" --duration 10 --wait --out rain.wav     and, in another terminal:'
+    )
     tell(f"  {program} worker")
 
 
@@ -199,7 +218,11 @@ def _program() -> str:
     if shutil.which("dgx-music"):
         return "dgx-music"
     called = Path(sys.argv[0])
-    return near(str(called)) if called.name == "dgx-music" else f"{near(sys.executable)} -m dgx_music.cli"
+    return (
+        near(str(called))
+        if called.name == "dgx-music"
+        else f"{near(sys.executable)} -m dgx_music.cli"
+    )
 
 
 def _print_end_of(log: Path) -> None:

@@ -47,6 +47,10 @@ def doctor(
     else:
         rows = [(finding.verdict, finding.subject, finding.detail) for finding in findings]
         print_table(("CHECK", "SUBJECT", "DETAIL"), rows, is_cut=False)
-        tell("A worker can run here." if exit_code == 0 else "A worker cannot run here until what failed is mended.")
+        tell(
+            "A worker can run here."
+            if exit_code == 0
+            else "A worker cannot run here until what failed is mended."
+        )
     if exit_code != 0:
         raise typer.Exit(exit_code)

@@ -45,7 +45,9 @@ Out = Annotated[
         rich_help_panel=WAITING,
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Let --out overwrite a file.", rich_help_panel=WAITING)]
+Force = Annotated[
+    bool, typer.Option("--force", help="Let --out overwrite a file.", rich_help_panel=WAITING)
+]
 
 
 @taking(REQUEST_OPTIONS, before="wait")
@@ -70,8 +72,12 @@ def enqueue(
     batch = enqueueing.read(prompt, file, given(**options))
     is_waiting = wait or out is not None
     enqueueing.check_waiting(out, timeout, len(batch.rows), is_waiting=is_waiting, force=force)
-    show = partial(enqueueing.show_json, is_list=file is not None) if as_json else enqueueing.show_ids
-    work = enqueueing.enqueue(batch, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json)
+    show = (
+        partial(enqueueing.show_json, is_list=file is not None) if as_json else enqueueing.show_ids
+    )
+    work = enqueueing.enqueue(
+        batch, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json
+    )
     rows = asyncio.run(work)
     if is_waiting and not tell_outcome(rows):
         raise typer.Exit(1)

@@ -23,7 +23,7 @@ from dgx_music.client.generations import estimate_generation
 from dgx_music.client.requests import Batch, plan, read_clips
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
-from dgx_music.modes import file_mode
+from dgx_music.files import file_mode
 from dgx_music.storage import Database, Generation
 from dgx_music.validation import check_positive
 
@@ -33,7 +33,9 @@ _MAX_IDS_ON_TERMINAL = 20
 def read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> Batch:
     """Return the checked requests of the prompt or of the file; opens and creates nothing else."""
     if "metadata" in options:
-        options = options | {"metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')}
+        options = options | {
+            "metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')
+        }
     if file is not None and prompt is None:
         if "idempotency_key" in options:
             raise InvalidRequestError(
@@ -138,7 +140,9 @@ async def _follow(
     timeout: float | None,
 ) -> list[Generation]:
     try:
-        return await follow([row.id for row in rows], timeout=timeout, teller=ServiceTeller(database, rows))
+        return await follow(
+            [row.id for row in rows], timeout=timeout, teller=ServiceTeller(database, rows)
+        )
     except asyncio.CancelledError:
         tell(f"Stopped waiting, not making; see: dgx-music watch {rows[0].id}")
         raise
@@ -170,7 +174,11 @@ async def _tell_of_queue(rows: list[Generation], *, is_waiting: bool) -> None:
 
 async def _place_in_words(row: Generation) -> str:
     outlook = await estimate_generation(row.id)
-    at = f"Enqueued, place {outlook.position:,} in the queue" if outlook.position else "Enqueued before, and running"
+    at = (
+        f"Enqueued, place {outlook.position:,} in the queue"
+        if outlook.position
+        else "Enqueued before, and running"
+    )
     return ", ".join(part for part in (at, in_words(outlook)) if part)
 
 

@@ -214,7 +214,11 @@ def _examine_answers(settings: Settings) -> Iterator[Finding]:
 
     for name in settings.served_models:
         model = find_model(name)
-        if model is not None and model.repository is not None and not inventory.has_weights(model, settings.revision):
+        if (
+            model is not None
+            and model.repository is not None
+            and not inventory.has_weights(model, settings.revision)
+        ):
             yield Finding(
                 "warning",
                 "answers",
@@ -261,7 +265,10 @@ async def _try_database(database: Database) -> Finding:
 
 async def _try_place_of(database: Database) -> Finding:
     """Look whether a database that is not there yet can be created."""
-    if database.path is not None and (problem := find_folder_problem(database.path.parent)) is not None:
+    if (
+        database.path is not None
+        and (problem := find_folder_problem(database.path.parent)) is not None
+    ):
         return Finding(
             "failed",
             "database",
@@ -286,7 +293,9 @@ async def _examine_files(database: Database) -> Finding:
         await database.dispose()
     problems = {"missing": missing, "damaged": damaged}
     told = [
-        f"{len(paths):,} of {count:,} are {what}, such as {min(paths)}" for what, paths in problems.items() if paths
+        f"{len(paths):,} of {count:,} are {what}, such as {min(paths)}"
+        for what, paths in problems.items()
+        if paths
     ]
     if told:
         return Finding("warning", "files", "; ".join(told))

@@ -21,7 +21,9 @@ _HEADINGS = (
 )
 ModelToPause = Annotated[
     str | None,
-    typer.Option("--model", help="Only this model; default: everything.", autocompletion=complete_model),
+    typer.Option(
+        "--model", help="Only this model; default: everything.", autocompletion=complete_model
+    ),
 ]
 
 
@@ -83,7 +85,9 @@ def _print_pauses(pauses: Sequence[Pause], *, as_json: bool) -> None:
 
 def _as_line(row: dict[str, Any]) -> tuple[object, ...]:
     others = [name for name in row["models"] if name != row["model_name"]]
-    running = (f"{item['id'][:ID_PREFIX_CHARACTERS]} {item['progress']:.0%}" for item in row["running"])
+    running = (
+        f"{item['id'][:ID_PREFIX_CHARACTERS]} {item['progress']:.0%}" for item in row["running"]
+    )
     return (
         state_of(row),
         row["model_name"] + (f" (and {', '.join(others)})" if others else ""),
@@ -99,7 +103,7 @@ def _as_line(row: dict[str, Any]) -> tuple[object, ...]:
 
 def state_of(row: dict[str, Any]) -> str:
     """Return a worker's state in one word: ``alive``, ``loading``, ``silent``, or ``ended``."""
-    from dgx_music.storage.schema import WorkerState
+    from dgx_music.statuses import WorkerState
 
     if row["state"] == WorkerState.ENDED:
         return "ended"

@@ -45,10 +45,14 @@ def list_generations(
     since: Since = None,
     before: Before = None,
     limit: Limit = 20,
-    offset: Annotated[int, typer.Option(min=0, help="Leave out this many of the newest; slow far back.")] = 0,
+    offset: Annotated[
+        int, typer.Option(min=0, help="Leave out this many of the newest; slow far back.")
+    ] = 0,
     after: Annotated[
         str | None,
-        typer.Option(metavar="CURSOR", help="Start after this cursor, which the previous page printed."),
+        typer.Option(
+            metavar="CURSOR", help="Start after this cursor, which the previous page printed."
+        ),
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
@@ -86,7 +90,9 @@ def prompts(limit: Limit = 10, database_url: DatabaseUrl = None, as_json: AsJson
     if as_json:
         print_json([row.to_dict() for row in rows])
     elif rows:
-        lines = [(row.used_count, distance(row.last_used_at), row.text or UNCONDITIONAL) for row in rows]
+        lines = [
+            (row.used_count, distance(row.last_used_at), row.text or UNCONDITIONAL) for row in rows
+        ]
         print_table(("USED", "LAST", "PROMPT"), lines)
     else:
         tell("There are no prompts yet.")
@@ -108,10 +114,16 @@ def _rest_of(
     if after or (shown and not count):
         return None
     if count:
-        return f"{shown:,} of {count:,}; --limit and --offset show others." if shown < count else None
+        return (
+            f"{shown:,} of {count:,}; --limit and --offset show others." if shown < count else None
+        )
     if count is None:
         return "There are no such generations"
-    kind = f"{status} generations" if status else 'generations yet; add one with: dgx-music enqueue "lofi rain"'
+    kind = (
+        f"{status} generations"
+        if status
+        else 'generations yet; add one with: dgx-music enqueue "lofi rain"'
+    )
     return f"There are no {kind}"
 
 

@@ -69,7 +69,11 @@ def taking(
 
     def add(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [
+            each
+            for each in signature.parameters.values()
+            if each.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
         own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
         at = next((index for index, each in enumerate(own) if each.name == before), len(own))
         command.__signature__ = signature.replace(parameters=own[:at] + added + own[at:])  # type: ignore[attr-defined]
@@ -84,7 +88,9 @@ def warn_of_password(parameter: typer.CallbackParam, url: str | None) -> str | N
 
     if url is not None and has_password(url):
         option, variable = parameter.opts[0], SETTINGS[str(parameter.name)].variable
-        warn(f"every user of this machine can read the password in {option}, in `ps`; set {variable} instead.")
+        warn(
+            f"every user of this machine can read the password in {option}, in `ps`; set {variable} instead."
+        )
     return url
 
 
@@ -113,7 +119,9 @@ def filters_of(
     """Return the filters that were given."""
     from dgx_music.storage import Filters, GenerationStatus
 
-    filters = Filters(status=None if status is None else GenerationStatus(status), model=model, tenant=tenant)
+    filters = Filters(
+        status=None if status is None else GenerationStatus(status), model=model, tenant=tenant
+    )
     if since is not None:
         filters["created_from"] = check_run_at(since, "--since")
     if before is not None:
@@ -133,7 +141,9 @@ Timeout = Annotated[
         rich_help_panel=WAITING,
     ),
 ]
-Status = Annotated[StatusName | None, typer.Option("--status", "-s", help="Only those of this status.")]
+Status = Annotated[
+    StatusName | None, typer.Option("--status", "-s", help="Only those of this status.")
+]
 ModelName = Annotated[
     str | None,
     typer.Option("--model", help="Only those of this model.", autocompletion=complete_model),
@@ -141,7 +151,9 @@ ModelName = Annotated[
 Tenant = Annotated[str | None, typer.Option(help="Only those made for this tenant.")]
 Since = Annotated[
     str | None,
-    typer.Option(metavar="TIME", help="Only those created then or later, as in 2026-01-31T12:00:00Z."),
+    typer.Option(
+        metavar="TIME", help="Only those created then or later, as in 2026-01-31T12:00:00Z."
+    ),
 ]
 Before = Annotated[str | None, typer.Option(metavar="TIME", help="Only those created earlier.")]
 GenerationId = Annotated[

@@ -136,12 +136,15 @@ def print_table(
     console = make_console()
     cells = [[Text(heading, style="bold") for heading in headings]]
     cells += [
-        [_cell(heading, value, console.width) for heading, value in zip(headings, row, strict=True)] for row in rows
+        [_cell(heading, value, console.width) for heading, value in zip(headings, row, strict=True)]
+        for row in rows
     ]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
     for row_cells in cells:
         for heading, cell, width in zip(headings, row_cells[:-1], widths, strict=False):
-            cell.pad_left(width - cell.cell_len) if heading in numbers else cell.pad_right(width - cell.cell_len)
+            cell.pad_left(width - cell.cell_len) if heading in numbers else cell.pad_right(
+                width - cell.cell_len
+            )
         _print_row(console, _GAP.join(row_cells[:-1]), row_cells[-1], is_cut=is_cut)
 
 
@@ -156,7 +159,9 @@ def waveform_text(waveform: Sequence[float], width: int = 60) -> str:
     """Return the waveform's peaks (0 to 1) as one line of at most ``width`` blocks."""
     width = min(width, len(waveform))
     starts = [part * len(waveform) // width for part in range(width)]
-    peaks = [max(waveform[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=False)]
+    peaks = [
+        max(waveform[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=False)
+    ]
     return "".join(_BARS[min(int(peak * len(_BARS)), len(_BARS) - 1)] for peak in peaks)
 
 
@@ -203,7 +208,11 @@ def shown(name: str, value: Any, now: datetime) -> str:
     if name == "sample_rate":
         return f"{value:,} Hz"
     if name == "sampling":
-        told = {key: item for key, item in value.items() if item is not None and key != "negative_prompt"}
+        told = {
+            key: item
+            for key, item in value.items()
+            if item is not None and key != "negative_prompt"
+        }
         return ", ".join(f"{label(key)} {item}" for key, item in told.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -233,7 +242,9 @@ def tell_untrained(generations: Iterable[Generation]) -> None:
 
 def label(name: str) -> str:
     """Return a field's name in words, without its unit, which stands with the value."""
-    return _LABELS.get(name) or name.removesuffix("_seconds").removesuffix("_bytes").replace("_", " ")
+    return _LABELS.get(name) or name.removesuffix("_seconds").removesuffix("_bytes").replace(
+        "_", " "
+    )
 
 
 def distance(moment: datetime, now: datetime | None = None) -> str:
@@ -245,7 +256,9 @@ def distance(moment: datetime, now: datetime | None = None) -> str:
 def span(length: timedelta) -> str:
     """Return a length of time in its largest whole unit."""
     seconds = length.total_seconds()
-    unit, unit_seconds = next(((unit, size) for unit, size in _UNITS if seconds >= size), _UNITS[-1])
+    unit, unit_seconds = next(
+        ((unit, size) for unit, size in _UNITS if seconds >= size), _UNITS[-1]
+    )
     return f"{int(seconds // unit_seconds)} {unit}"
 
 

@@ -21,8 +21,8 @@ from dgx_music.cli.output import (
 from dgx_music.cli.service import ServiceTeller
 from dgx_music.client.generations import watch_generation
 from dgx_music.errors import WaitTimeoutError
+from dgx_music.statuses import COMPLETED
 from dgx_music.storage import Generation
-from dgx_music.storage.schema import COMPLETED
 from dgx_music.text import plain
 
 Show = Callable[[Generation], None]
@@ -76,10 +76,16 @@ def board(ids: Sequence[str]) -> Iterator[Show]:
     if not sys.stderr.isatty():
         yield _Lines().show
         return
-    texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[state]")]
+    texts = [
+        TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[state]")
+    ]
     columns = (texts[0], BarColumn(), TaskProgressColumn(), texts[1])
     with Progress(*columns, TimeElapsedColumn(), console=make_console(sys.stderr)) as progress:
-        yield (_Bars(progress, ids).show if len(ids) <= MAX_BARS else _TotalBar(progress, len(ids)).show)
+        yield (
+            _Bars(progress, ids).show
+            if len(ids) <= MAX_BARS
+            else _TotalBar(progress, len(ids)).show
+        )
 
 
 class _Lines:
@@ -100,7 +106,10 @@ class _Bars:
 
     def __init__(self, progress: Progress, ids: Sequence[str]) -> None:
         self._progress = progress
-        self._bars = {key: progress.add_task("", total=1.0, visible=False, state="") for key in dict.fromkeys(ids)}
+        self._bars = {
+            key: progress.add_task("", total=1.0, visible=False, state="")
+            for key in dict.fromkeys(ids)
+        }
 
     def show(self, generation: Generation) -> None:
         self._progress.update(
@@ -133,7 +142,11 @@ def describe(generation: Generation) -> str:
     """Return the state of the generation in a few words."""
     match generation.status:
         case "processing":
-            return "is being cancelled" if generation.cancel_requested else f"processing, attempt {generation.attempt}"
+            return (
+                "is being cancelled"
+                if generation.cancel_requested
+                else f"processing, attempt {generation.attempt}"
+            )
         case "pending" if generation.failures:
             return f"pending after {generation.failures} of {generation.max_attempts} failures: {_error(generation)}"
         case "failed":

@@ -21,20 +21,28 @@ if TYPE_CHECKING:
 _DAY_SECONDS = 86_400
 _LONGEST_DAYS = 36_500
 
+Orphans = Annotated[
+    bool,
+    typer.Option(
+        "--orphans",
+        help="Delete files older than a day that belong to no generation, or to an attempt that "
+        "never completed. Not for two databases that share one output.",
+    ),
+]
+
 
 def prune(
-    completed_days: Annotated[float | None, typer.Option(help="Days to keep completed generations.")] = None,
+    completed_days: Annotated[
+        float | None, typer.Option(help="Days to keep completed generations.")
+    ] = None,
     failed_days: Annotated[float | None, typer.Option(help="Days to keep failed ones.")] = None,
-    cancelled_days: Annotated[float | None, typer.Option(help="Days to keep cancelled ones.")] = None,
-    orphans: Annotated[
-        bool,
-        typer.Option(
-            "--orphans",
-            help="Delete files older than a day that belong to no generation, or to an attempt that never completed. "
-            "Not for two databases that share one output.",
-        ),
+    cancelled_days: Annotated[
+        float | None, typer.Option(help="Days to keep cancelled ones.")
+    ] = None,
+    orphans: Orphans = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only count what would be deleted.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
     yes: Yes = False,
     output: Output = None,
     database_url: DatabaseUrl = None,
@@ -97,10 +105,14 @@ async def _prune(
         counts = await plan.carry_out(database, dry_run=True)
         if dry_run or not any(counts.values()):
             return counts
-        question = f"Delete {_in_words(counts)} from {database}, with their audio in {plan.artifacts}?"
+        question = (
+            f"Delete {_in_words(counts)} from {database}, with their audio in {plan.artifacts}?"
+        )
         confirm(question, is_agreed=is_agreed)
         return await plan.carry_out(database, dry_run=False)
 
 
 def _in_words(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count or what != "clips")
+    return ", ".join(
+        f"{count:,} {what}" for what, count in counts.items() if count or what != "clips"
+    )

@@ -62,7 +62,9 @@ REQUEST_OPTIONS: dict[str, Any] = {
         metavar="FILE",
     ),
     "channels": _music(int, "1 or 2; default: the model's own, 1 for a local folder."),
-    "sample_rate": _music(int, "Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder."),
+    "sample_rate": _music(
+        int, "Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder."
+    ),
     **{each.name: _sampling(each) for each in fields(Sampling)},
     "priority": _queueing(
         int,
@@ -72,7 +74,9 @@ REQUEST_OPTIONS: dict[str, Any] = {
     ),
     "tenant": _queueing(str, "For whom: workers may limit each tenant's share."),
     "run_at": _queueing(str, "Not before this time, such as 2026-01-31T12:00:00Z."),
-    "max_attempts": _queueing(int, "Give up after this many failures, lost workers included; default 10."),
+    "max_attempts": _queueing(
+        int, "Give up after this many failures, lost workers included; default 10."
+    ),
     "idempotency_key": _queueing(str, "The same request under the same key is enqueued only once."),
     "metadata": _queueing(str, "An object of your own to keep with it.", metavar="JSON"),
 }

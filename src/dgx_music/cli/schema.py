@@ -97,7 +97,9 @@ async def _migrate(database_url: str | None) -> None:
     if before == SCHEMA_REVISION:
         tell(f"The database {database} is at revision {SCHEMA_REVISION} already.")
     else:
-        tell(f"The database {database} is now at revision {SCHEMA_REVISION} (was: {before or 'none'}).")
+        tell(
+            f"The database {database} is now at revision {SCHEMA_REVISION} (was: {before or 'none'})."
+        )
 
 
 async def _reset(database_url: str | None, *, is_agreed: bool) -> None:

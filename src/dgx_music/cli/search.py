@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def search(
-    words: Annotated[list[str], typer.Argument(metavar="WORDS...", help="What the prompt is about.")],
+    words: Annotated[
+        list[str], typer.Argument(metavar="WORDS...", help="What the prompt is about.")
+    ],
     status: Status = None,
     model: ModelName = None,
     tenant: Tenant = None,
@@ -50,7 +52,12 @@ def search(
     filters = filters_of(status, model, tenant, since, before)
     hits = asyncio.run(_search(" ".join(words), limit, filters, database_url))
     if as_json:
-        print_json([hit.generation.to_dict() | {"rank": hit.rank, "used_count": hit.used_count} for hit in hits])
+        print_json(
+            [
+                hit.generation.to_dict() | {"rank": hit.rank, "used_count": hit.used_count}
+                for hit in hits
+            ]
+        )
     elif hits:
         headings = ("ID", "STATUS", "USED", "CREATED", "PROMPT")
         print_table(headings, [_as_line(hit) for hit in hits], numbers=["USED"])

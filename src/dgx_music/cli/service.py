@@ -66,7 +66,9 @@ class ServiceTeller:
 def _state_of(service: Service, *, is_paused: bool) -> _State:
     is_served = service.serving_count > 0
     is_loading = service.loading_count > 0 and not is_served
-    return _State(is_served, is_loading, None if is_served or is_loading else service.last_id, is_paused)
+    return _State(
+        is_served, is_loading, None if is_served or is_loading else service.last_id, is_paused
+    )
 
 
 def _changes(model: str, former: _State, state: _State, service: Service) -> Iterable[str]:

@@ -122,7 +122,9 @@ def _queue_lines(known: _Known) -> list[tuple[str, str]]:
 def _audio_facts(facts: object) -> dict[str, Any]:
     """Return the facts that are worth a line; the waveform is drawn instead."""
     named = facts if isinstance(facts, dict) else {"metadata": facts}
-    return {name: value for name, value in named.items() if name != "waveform" and value is not None}
+    return {
+        name: value for name, value in named.items() if name != "waveform" and value is not None
+    }
 
 
 def _print_attempts(attempts: list[dict[str, Any]]) -> None:

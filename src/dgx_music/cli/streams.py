@@ -37,7 +37,9 @@ class _Lasting(io.RawIOBase):
         if self._descriptor is None or self.trouble is None:
             return False
         is_terminal = stat.S_ISCHR(os.fstat(self._descriptor).st_mode)
-        return self.trouble.errno == errno.EPIPE or (is_terminal and self.trouble.errno == errno.EIO)
+        return self.trouble.errno == errno.EPIPE or (
+            is_terminal and self.trouble.errno == errno.EIO
+        )
 
     def writable(self) -> bool:
         return True
@@ -109,7 +111,8 @@ def _open_closed_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+            # it gets the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _is_closed(stream: TextIO | None) -> bool:

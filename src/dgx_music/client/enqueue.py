@@ -79,7 +79,9 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
     there), and what ``enqueue`` raises.
     """
     if _is_in_event_loop():
-        raise RuntimeError("enqueue_sync would block the event loop that runs here; await enqueue(...) instead.")
+        raise RuntimeError(
+            "enqueue_sync would block the event loop that runs here; await enqueue(...) instead."
+        )
     return asyncio.run(_store_alone(read_clips([plan(prompt, cast("Mapping[str, Any]", options))])))
 
 

@@ -30,7 +30,9 @@ async def prune(
     two leaves a row to prune again, never a file without a row.
     """
     work = _count if dry_run else _prune_status
-    return {status: await work(database, artifacts, status, seconds) for status, seconds in keep.items()}
+    return {
+        status: await work(database, artifacts, status, seconds) for status, seconds in keep.items()
+    }
 
 
 async def prune_orphans(
@@ -68,7 +70,9 @@ async def prune_clips(database: Database, *, dry_run: bool = False) -> int:
     return count
 
 
-async def _find_orphans(database: Database, artifacts: Artifacts, safe_age: timedelta) -> list[StoredFile]:
+async def _find_orphans(
+    database: Database, artifacts: Artifacts, safe_age: timedelta
+) -> list[StoredFile]:
     """List first, then read the rows: so no file is of a later attempt than its row.
 
     A dead file stays dead, however long the deletion takes: an attempt that is over never
@@ -131,7 +135,9 @@ async def _count(database: Database, _artifacts: Artifacts, status: str, seconds
     return len(await _find(database, status, seconds, _ALL))
 
 
-async def _prune_status(database: Database, artifacts: Artifacts, status: str, seconds: float) -> int:
+async def _prune_status(
+    database: Database, artifacts: Artifacts, status: str, seconds: float
+) -> int:
     """Prune in short transactions, so that producers and workers never wait long."""
     count = 0
     while leases := await _find(database, status, seconds, CHUNK):
@@ -145,4 +151,6 @@ async def _prune_status(database: Database, artifacts: Artifacts, status: str, s
 
 async def _find(database: Database, status: str, seconds: float, limit: int) -> list[Lease]:
     async with database.session(read_only=True) as session:
-        return await retention.find_prunable(session, status=status, older_than_seconds=seconds, limit=limit)
+        return await retention.find_prunable(
+            session, status=status, older_than_seconds=seconds, limit=limit
+        )

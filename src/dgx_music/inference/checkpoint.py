@@ -90,7 +90,9 @@ def find_snapshot(repository: str, revision: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(repository, revision=revision, allow_patterns=["config.json"], local_files_only=True)
+        found = snapshot_download(
+            repository, revision=revision, allow_patterns=["config.json"], local_files_only=True
+        )
     except OSError:
         return None
     folder = Path(found)
@@ -208,7 +210,9 @@ def _download(repository: str, revision: str, licence: str) -> Path:
     from huggingface_hub import snapshot_download
 
     small, first = _choose_files(repository, revision)
-    logger.warning("Before the first download: %s (https://huggingface.co/%s).", licence, repository)
+    logger.warning(
+        "Before the first download: %s (https://huggingface.co/%s).", licence, repository
+    )
     with _explaining_failures(repository, revision):
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
         check_integrity(list_small_files(folder))

@@ -197,7 +197,9 @@ class Server:
                 self._channel.send(encode(SlotsReduced(model, engine.slots)))
 
     def _failure(self, error: BaseException, message: Generate, run: ChannelRun) -> Failed:
-        if isinstance(error, GenerationCancelledError | GenerationRejectedError | EngineReplacedError):
+        if isinstance(
+            error, GenerationCancelledError | GenerationRejectedError | EngineReplacedError
+        ):
             return Failed.of(run.key, type(error), str(error))
         generation_id = message.fields.get("generation_id")
         if is_out_of_memory(error):

@@ -69,7 +69,9 @@ The Hugging Face hub's own token is allowed: downloads need it.
 class ChildProcess:
     """A running process and the parent's end of its channel; it is started once and ends once."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: _Channel, on_death: OnDeath) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, channel: _Channel, on_death: OnDeath
+    ) -> None:
         self._process = process
         self._channel = channel
         self._on_death = on_death
@@ -77,7 +79,9 @@ class ChildProcess:
         self._reaping = asyncio.create_task(self._reap(), name=f"engine process {self.pid}")
 
     @classmethod
-    async def spawn(cls, settings: EngineSettings, receive: ReceiveMessage, on_death: OnDeath) -> Self:
+    async def spawn(
+        cls, settings: EngineSettings, receive: ReceiveMessage, on_death: OnDeath
+    ) -> Self:
         """Start the process, which loads nothing by itself; ``receive`` gets its messages.
 
         Raises ``EngineUnavailableError`` if it cannot be started.
@@ -169,7 +173,9 @@ class _Channel(asyncio.Protocol):
         self.closed.set_result(None)
 
 
-async def _start_python(channel: socket.socket, settings: EngineSettings) -> asyncio.subprocess.Process:
+async def _start_python(
+    channel: socket.socket, settings: EngineSettings
+) -> asyncio.subprocess.Process:
     arguments = str(channel.fileno()), json.dumps(asdict(settings))
     try:
         return await asyncio.create_subprocess_exec(

@@ -40,7 +40,9 @@ class GenerationRequest(Sampling):
         self._set("prompt", validation.check_prompt(self.prompt))
         self._set("duration", validation.check_duration(self.duration, model.max_duration_seconds))
         self._set("channels", validation.check_integer("channels", self.channels, 1, 2))
-        self._set("sample_rate", validation.check_integer("sample_rate", self.sample_rate, 8_000, 192_000))
+        self._set(
+            "sample_rate", validation.check_integer("sample_rate", self.sample_rate, 8_000, 192_000)
+        )
         super().__post_init__()
         if self.continuation is not None:
             _check_samples("continuation", self.continuation, channels=2)

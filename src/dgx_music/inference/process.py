@@ -92,7 +92,9 @@ class EngineProcess:
         """
         if self._calls is None:
             raise EngineReplacedError(NOT_RUNNING)
-        return await self._calls.generate(request, on_progress, on_slot_free, self._cancel_grace_seconds)
+        return await self._calls.generate(
+            request, on_progress, on_slot_free, self._cancel_grace_seconds
+        )
 
     async def close(self) -> None:
         """Kill the process for good; what still runs in it raises ``EngineReplacedError``.
@@ -105,7 +107,9 @@ class EngineProcess:
                 if self._calls is not None:
                     await self._calls.child.end("was closed")
         if timeout.cancelled_caught:
-            logger.warning("the engine's process was killed and has not ended after %g s", _CLOSE_SECONDS)
+            logger.warning(
+                "the engine's process was killed and has not ended after %g s", _CLOSE_SECONDS
+            )
 
     async def __aenter__(self) -> Self:
         return self

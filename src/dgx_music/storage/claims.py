@@ -11,14 +11,13 @@ from sqlalchemy import insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError
+from dgx_music.statuses import PENDING, PROCESSING
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.due import CLAIM_ORDER, due_rows, take_turns
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_one_of
 from dgx_music.storage.models import attempts
 from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
     dialect_of,
     is_our_schema,
     now,
@@ -67,7 +66,10 @@ async def claim(
     claimed = (await session.execute(statement)).all()
     rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
     if rows and dialect != "postgresql":
-        made = [{"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id} for row in rows]
+        made = [
+            {"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id}
+            for row in rows
+        ]
         await session.execute(insert(attempts), made)
     if not rows:
         await check_schema(session)

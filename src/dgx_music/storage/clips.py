@@ -53,13 +53,17 @@ async def read_clip_seconds(session: AsyncSession, sha256s: Collection[str]) -> 
     return {row.sha256: row.duration_seconds for row in rows.all()}
 
 
-async def count_unused_clips(session: AsyncSession, *, unused_seconds: float = UNUSED_SECONDS) -> int:
+async def count_unused_clips(
+    session: AsyncSession, *, unused_seconds: float = UNUSED_SECONDS
+) -> int:
     """Return how many clips ``prune_clips`` would delete."""
     query = select(func.count()).select_from(Clip).where(_is_unused(unused_seconds))
     return await session.scalar(query) or 0
 
 
-async def prune_clips(session: AsyncSession, *, limit: int, unused_seconds: float = UNUSED_SECONDS) -> int:
+async def prune_clips(
+    session: AsyncSession, *, limit: int, unused_seconds: float = UNUSED_SECONDS
+) -> int:
     """Delete clips without a generation that were last used longer ago; return how many."""
     unused = select(Clip.sha256).where(_is_unused(unused_seconds)).order_by(Clip.sha256)
     unlocked = unused.limit(limit).with_for_update(skip_locked=True)

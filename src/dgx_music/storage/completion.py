@@ -28,13 +28,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import COMPLETED, PROCESSING, AttemptOutcome
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among, is_held_by, is_one_of
 from dgx_music.storage.models import attempts
 from dgx_music.storage.schema import (
-    COMPLETED,
-    PROCESSING,
-    AttemptOutcome,
     HashText,
     Id,
     JsonObject,

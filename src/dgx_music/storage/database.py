@@ -19,7 +19,7 @@ from dgx_music.errors import (
     DatabaseNotMigratedError,
     DatabaseUnavailableError,
 )
-from dgx_music.modes import make_folders
+from dgx_music.files import make_folders
 from dgx_music.storage import schema_changes
 from dgx_music.storage.connection import postgres, postgres_errors, sqlite
 from dgx_music.storage.connection.changes import Changes
@@ -112,7 +112,9 @@ class Database:
             raise DatabaseUnavailableError(str(self), GONE)
 
     @asynccontextmanager
-    async def session(self, *, read_only: bool = False, may_lag: bool = False) -> AsyncIterator[AsyncSession]:
+    async def session(
+        self, *, read_only: bool = False, may_lag: bool = False
+    ) -> AsyncIterator[AsyncSession]:
         """Give a session that commits on success, rolls back on any exception, and always closes.
 
         A writing session holds SQLite's write lock from its first statement on: keep it short. A
@@ -270,7 +272,9 @@ class Database:
         if isinstance(error, DatabaseUnavailableError | NoAnswerError | PoolTimeoutError):
             return True
         if not self.is_embedded:
-            return postgres_errors.is_unavailable(error) or postgres_errors.is_of_another_schema(error, Base.metadata)
+            return postgres_errors.is_unavailable(error) or postgres_errors.is_of_another_schema(
+                error, Base.metadata
+            )
         is_wrapped = isinstance(error, OperationalError) or type(error) is DriverError
         return is_wrapped or sqlite.is_unavailable(error)
 
@@ -278,7 +282,9 @@ class Database:
         """Raise the ``DatabaseUnavailableError`` that this error means."""
         if isinstance(error, DatabaseUnavailableError):
             raise error
-        why = self._known_reason(error) or postgres_errors.message_line(getattr(error, "orig", error))
+        why = self._known_reason(error) or postgres_errors.message_line(
+            getattr(error, "orig", error)
+        )
         if isinstance(error, PoolTimeoutError):
             why = "all its connections are in use; is a session opened inside another one?"
             if self._file is not None and self._file.waits_for_lock:
@@ -369,7 +375,9 @@ async def _open_default() -> Database:
 
 
 @asynccontextmanager
-async def get_session(*, read_only: bool = False, may_lag: bool = False) -> AsyncIterator[AsyncSession]:
+async def get_session(
+    *, read_only: bool = False, may_lag: bool = False
+) -> AsyncIterator[AsyncSession]:
     """Give a session on the default database: commits on success, rolls back on any exception.
 
     It always closes. A ``read_only`` session sees all that was committed before; one that also

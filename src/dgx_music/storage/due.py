@@ -29,17 +29,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import PENDING, PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.models import ALL_MODELS, Pause
-from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
-    claim_order,
-    dialect_of,
-    now,
-    unindexed,
-    written,
-)
+from dgx_music.storage.schema import claim_order, dialect_of, now, unindexed, written
 
 pauses = cast("Table", Pause.__table__)
 
@@ -50,7 +43,9 @@ _ONE_INSERT = literal(timedelta(milliseconds=10), Interval)
 _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 
 
-def due_rows(dialect: str, model_name: str, limit: int, tenant_limit: int | None = None) -> Select[Any]:
+def due_rows(
+    dialect: str, model_name: str, limit: int, tenant_limit: int | None = None
+) -> Select[Any]:
     """Return the query for the ids of up to ``limit`` due generations, most urgent first.
 
     With a ``tenant_limit`` it leaves out what would give a tenant more than this many running; call

@@ -14,20 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import LEAST_MEASURED, Ahead, Range, Slot, earliest_start, latest_start
+from dgx_music.statuses import PENDING, PROCESSING, GenerationStatus, WorkerState
 from dgx_music.storage.due import CLAIM_ORDER, find_waits, is_paused
 from dgx_music.storage.generation import g
 from dgx_music.storage.models import Speed, WorkerInfo
-from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
-    GenerationStatus,
-    WorkerState,
-    dialect_of,
-    insert,
-    now,
-    unindexed,
-    written,
-)
+from dgx_music.storage.schema import dialect_of, insert, now, unindexed, written
 from dgx_music.storage.workers import IS_LIVING, served_models
 
 _ROUNDS = 4
@@ -250,7 +241,9 @@ def _free(server: _Server, model_name: str, speed: Range, running: list[Any]) ->
     """
     if server.loaded != model_name:
         return [_UNKNOWN] * server.slots
-    rests = [_rest(row, speed, server) if row.model_name == model_name else _UNKNOWN for row in running]
+    rests = [
+        _rest(row, speed, server) if row.model_name == model_name else _UNKNOWN for row in running
+    ]
     rests += [Range(0.0, 0.0)] * server.slots
     return sorted(rests, key=lambda rest: (rest.high, rest.low), reverse=True)[: server.slots]
 
@@ -276,7 +269,9 @@ async def _start(session: AsyncSession, own: Row[Any], slots: list[Slot], ahead:
     return Range(max(wait, earliest_start(slots, soonest)), high)
 
 
-async def _latest(session: AsyncSession, own: Row[Any], slots: list[Slot], ahead: Ahead, wait: float) -> float:
+async def _latest(
+    session: AsyncSession, own: Row[Any], slots: list[Slot], ahead: Ahead, wait: float
+) -> float:
     """Return the seconds within which it starts, ``wait`` included.
 
     More may become due in this time and go first: so it looks again until it finds no more, and
@@ -288,16 +283,22 @@ async def _latest(session: AsyncSession, own: Row[Any], slots: list[Slot], ahead
         if more == ahead:
             return high
         ahead = more
-    return wait + latest_start(slots, await _ahead(session, own, _FAR_SECONDS, is_overtaken=wait > 0))
+    return wait + latest_start(
+        slots, await _ahead(session, own, _FAR_SECONDS, is_overtaken=wait > 0)
+    )
 
 
-async def _ahead(session: AsyncSession, own: Row[Any], within: float, *, is_overtaken: bool = False) -> Ahead:
+async def _ahead(
+    session: AsyncSession, own: Row[Any], within: float, *, is_overtaken: bool = False
+) -> Ahead:
     """Return what waits of its model, is due within so many seconds, and comes before it.
 
     If it ``is_overtaken``, also what is due by its own time, whatever its place in the order of
     claims.
     """
-    is_first = and_(own.claim_order >= CLAIM_ORDER, or_(own.claim_order > CLAIM_ORDER, g.id < own.id))
+    is_first = and_(
+        own.claim_order >= CLAIM_ORDER, or_(own.claim_order > CLAIM_ORDER, g.id < own.id)
+    )
     if is_overtaken:
         is_first = or_(is_first, g.run_at <= own.run_at)
     due_by = own.now + timedelta(seconds=min(within, _FAR_SECONDS))

@@ -22,17 +22,19 @@ from sqlalchemy import text as sql
 from sqlalchemy.orm import Mapped, mapped_column, validates
 
 from dgx_music.errors import IllegalTransitionError
-from dgx_music.storage.base import Base
-from dgx_music.storage.schema import (
+from dgx_music.statuses import (
     CANCELLED,
     COMPLETED,
-    DEFAULT_MAX_ATTEMPTS,
     FAILED,
     FINISHED,
     LEGAL_TRANSITIONS,
     PENDING,
     PROCESSING,
     GenerationStatus,
+)
+from dgx_music.storage.base import Base
+from dgx_music.storage.schema import (
+    DEFAULT_MAX_ATTEMPTS,
     HashText,
     Id,
     JsonObject,
@@ -96,7 +98,9 @@ class Generation(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
 
     # Its place in life: moved by the guarded statements that queue.py lists.
-    status: Mapped[GenerationStatus] = mapped_column(Status, default=PENDING, server_default=PENDING)
+    status: Mapped[GenerationStatus] = mapped_column(
+        Status, default=PENDING, server_default=PENDING
+    )
     run_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     """Not claimed before this time: as the caller asked, or after a failure the end of the backoff."""
     attempt: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
@@ -131,7 +135,9 @@ class Generation(Base):
         "version_id_generator": False,
     }
     __table_args__ = (
-        CheckConstraint("status IN ('pending', 'processing', 'completed', 'failed', 'cancelled')", "status"),
+        CheckConstraint(
+            "status IN ('pending', 'processing', 'completed', 'failed', 'cancelled')", "status"
+        ),
         CheckConstraint(f"({_FINISHED_SQL}) = (completed_at IS NOT NULL)", "finished_has_time"),
         CheckConstraint("(worker_id IS NULL) = (lease_expires_at IS NULL)", "claim_has_lease"),
         CheckConstraint("worker_id IS NULL OR status = 'processing'", "only_processing_is_held"),
@@ -171,7 +177,10 @@ class Generation(Base):
         # The newest generation of a prompt: the search shows it.
         Index("ix_generations_prompt_id_created_at", "prompt_id", "created_at", "id"),
         # Whether any generation refers to a clip: pruning and the foreign keys ask.
-        *(Index(f"ix_generations_{name}", name, **_only(f"{name} IS NOT NULL")) for name in CLIP_COLUMNS),
+        *(
+            Index(f"ix_generations_{name}", name, **_only(f"{name} IS NOT NULL"))
+            for name in CLIP_COLUMNS
+        ),
         {"postgresql_with": {"fillfactor": 80}},
     )
 
@@ -186,7 +195,11 @@ class Generation(Base):
     @validates("status")
     def _keep_status(self, _key: str, status: Any) -> Any:
         """Make a known text a ``GenerationStatus``; the database refuses any other text."""
-        return GenerationStatus(status) if isinstance(status, str) and status in LEGAL_TRANSITIONS else status
+        return (
+            GenerationStatus(status)
+            if isinstance(status, str) and status in LEGAL_TRANSITIONS
+            else status
+        )
 
     @property
     def is_pending(self) -> bool:
@@ -251,7 +264,9 @@ class Generation(Base):
         """Change the status by hand; an object that was never stored may take any."""
         if inspect(self).has_identity:
             if self.worker_id is not None:
-                raise IllegalTransitionError(self.id, self.status, wanted, f"worker {self.worker_id} holds it")
+                raise IllegalTransitionError(
+                    self.id, self.status, wanted, f"worker {self.worker_id} holds it"
+                )
             if wanted not in LEGAL_TRANSITIONS[self.status]:
                 raise IllegalTransitionError(self.id, self.status, wanted)
             if self.cancel_requested and wanted == COMPLETED:
@@ -289,4 +304,6 @@ def _heed_cancel(_mapper: object, connection: Connection, generation: Generation
     if is_moved and generation.status == FAILED:
         generation.status = GenerationStatus.CANCELLED
     elif (is_moved and generation.status != CANCELLED) or False in (flag or ()):
-        raise IllegalTransitionError(generation.id, stored.status, generation.status, CANCEL_REQUESTED)
+        raise IllegalTransitionError(
+            generation.id, stored.status, generation.status, CANCEL_REQUESTED
+        )

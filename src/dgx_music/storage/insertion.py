@@ -48,7 +48,9 @@ async def insert_generations(
         by_key |= found
         # The other producer's row is gone again: insert once more.
         fresh = [row for row in raced if row["idempotency_key"] not in found]
-    by_key |= {row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None}
+    by_key |= {
+        row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
+    }
     return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
 
 
@@ -90,10 +92,15 @@ async def _insert_fresh(
     # In one order: two batches must not wait for each other in a circle.
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
     for start in range(0, len(rows), _CHUNK):
-        chunk = [{**row, "prompt_id": prompt_ids.get(row["prompt"])} for row in rows[start : start + _CHUNK]]
+        chunk = [
+            {**row, "prompt_id": prompt_ids.get(row["prompt"])}
+            for row in rows[start : start + _CHUNK]
+        ]
         inserted += await session.scalars(statement, chunk)
     stored = {row.id for row in inserted}
-    raced = [row["prompt"] for row in rows if row["id"] not in stored and row["prompt"] in prompt_ids]
+    raced = [
+        row["prompt"] for row in rows if row["id"] not in stored and row["prompt"] in prompt_ids
+    ]
     await uncount_prompt_uses(session, raced)
     return inserted
 

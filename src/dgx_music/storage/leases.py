@@ -14,9 +14,10 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, Select, and_, case, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.models import WorkerInfo
-from dgx_music.storage.schema import PROCESSING, now_plus, written
+from dgx_music.storage.schema import now_plus, written
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Held:
     """``None`` if the worker has no row of its own."""
 
 
-async def renew(session: AsyncSession, progress: Mapping[Lease, float], *, lease_seconds: float) -> dict[Lease, bool]:
+async def renew(
+    session: AsyncSession, progress: Mapping[Lease, float], *, lease_seconds: float
+) -> dict[Lease, bool]:
     """Extend these leases and store their progress; return those still held.
 
     Each comes with True if a cancel was requested. A lease that is not in the answer is lost: stop
@@ -84,7 +87,9 @@ async def find_leases(session: AsyncSession) -> dict[Lease, Held]:
     query = query.outerjoin(WorkerInfo, own.id == g.worker_id)
     query = query.where(g.status == written(PROCESSING), g.worker_id.is_not(None))
     rows = (await session.execute(query)).all()
-    return {Lease(row.id, row.attempt): Held(row.lease_expires_at, row.lease_seconds) for row in rows}
+    return {
+        Lease(row.id, row.attempt): Held(row.lease_expires_at, row.lease_seconds) for row in rows
+    }
 
 
 def is_held_by(leases: Collection[Lease]) -> ColumnElement[bool]:

@@ -10,6 +10,7 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, 
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Mapped, mapped_column, validates
 
+from dgx_music.statuses import WorkerState
 from dgx_music.storage.base import Base
 from dgx_music.storage.generation import Generation
 from dgx_music.storage.schema import (
@@ -19,7 +20,6 @@ from dgx_music.storage.schema import (
     ShortText,
     StatusText,
     UtcDateTime,
-    WorkerState,
     now,
 )
 from dgx_music.storage.words import search_text
@@ -112,7 +112,9 @@ class Attempt(Base):
 
     __tablename__ = "attempts"
 
-    generation_id: Mapped[str] = mapped_column(ForeignKey("generations.id", ondelete="CASCADE"), primary_key=True)
+    generation_id: Mapped[str] = mapped_column(
+        ForeignKey("generations.id", ondelete="CASCADE"), primary_key=True
+    )
     attempt: Mapped[int] = mapped_column(primary_key=True)
     worker_id: Mapped[str] = mapped_column(ShortText)
     started_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
@@ -122,7 +124,9 @@ class Attempt(Base):
     device_seconds: Mapped[float | None]
 
     __table_args__ = (
-        CheckConstraint("outcome IN ('completed', 'failed', 'released', 'cancelled', 'lost')", "outcome"),
+        CheckConstraint(
+            "outcome IN ('completed', 'failed', 'released', 'cancelled', 'lost')", "outcome"
+        ),
         CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", "finished_has_outcome"),
     )
 
@@ -200,7 +204,9 @@ class Tally(Base):
 
     __tablename__ = "tallies"
 
-    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
+    id: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+    )
     name: Mapped[str] = mapped_column(StatusText)
     """A finished status, or ``prompts``."""
     delta: Mapped[int]

@@ -76,7 +76,11 @@ async def count_overlooked_prompts(session: AsyncSession, limit: int = 500) -> i
     counted = {prompt.text: prompt.id for prompt in prompts}
     for row in rows:
         if row.prompt in counted:
-            linked = update(Generation).where(Generation.id == row.id).values(prompt_id=counted[row.prompt])
+            linked = (
+                update(Generation)
+                .where(Generation.id == row.id)
+                .values(prompt_id=counted[row.prompt])
+            )
             await session.execute(linked, execution_options={"synchronize_session": False})
     return sum(row.prompt in counted for row in rows)
 

@@ -12,10 +12,11 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
+from dgx_music.statuses import PENDING, GenerationStatus
 from dgx_music.storage.listing import limited
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.prompts import count_prompt_uses
-from dgx_music.storage.schema import PENDING, GenerationStatus, check_status, written
+from dgx_music.storage.schema import check_status, written
 
 
 async def create_generation(
@@ -41,8 +42,12 @@ async def create_generation(
         "duration_seconds": validation.check_positive("duration_seconds", duration_seconds),
         "sample_rate": check_integer("sample_rate", sample_rate, 1, 1_000_000),
         "channels": check_integer("channels", channels, 1, 64),
-        "file_path": None if file_path is None else validation.check_path("file_path", str(file_path)),
-        "model_version": None if model_version is None else check_name("model_version", model_version),
+        "file_path": None
+        if file_path is None
+        else validation.check_path("file_path", str(file_path)),
+        "model_version": None
+        if model_version is None
+        else check_name("model_version", model_version),
         "metadata": None if metadata is None else validation.check_metadata(metadata),
     }
     used = await count_prompt_uses(session, [values["prompt"]])

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import COMPLETED, FINISHED, PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among
-from dgx_music.storage.schema import COMPLETED, FINISHED, PROCESSING, now_plus
+from dgx_music.storage.schema import now_plus
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Owner:
         return is_own or (path is not None and path == self.file_path)
 
 
-async def find_prunable(session: AsyncSession, *, status: str, older_than_seconds: float, limit: int) -> list[Lease]:
+async def find_prunable(
+    session: AsyncSession, *, status: str, older_than_seconds: float, limit: int
+) -> list[Lease]:
     """Return finished generations of this status that ended longer ago, as leases."""
     query = (
         select(g.id, g.attempt)
@@ -61,7 +64,10 @@ async def find_owners(session: AsyncSession, generation_ids: Collection[str]) ->
     """Return those of these generations that exist, by id."""
     query = select(g.id, g.attempt, g.status, g.file_path).where(g.id.in_(generation_ids))
     rows = (await session.execute(query)).all()
-    return {row.id: Owner(row.attempt, row.status in (PROCESSING, COMPLETED), row.file_path) for row in rows}
+    return {
+        row.id: Owner(row.attempt, row.status in (PROCESSING, COMPLETED), row.file_path)
+        for row in rows
+    }
 
 
 async def find_completed_files(

@@ -1,4 +1,4 @@
-"""Statuses and their legal transitions, column types, and the database's clock."""
+"""Column types, the parts of statements that differ between databases, and the database's clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 import uuid
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -34,6 +33,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from dgx_music.errors import InvalidRequestError
+from dgx_music.statuses import GenerationStatus
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 
 AGEING_SECONDS = 60
@@ -42,28 +42,6 @@ AGEING_SECONDS = 60
 DEFAULT_MAX_ATTEMPTS = 10
 """Lost workers also count as failures: with fewer attempts, a machine that dies every second would
 make generations fail that are not the cause."""
-
-
-class GenerationStatus(StrEnum):
-    """The place of a generation in its life."""
-
-    PENDING = "pending"
-    PROCESSING = "processing"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = (status.value for status in GenerationStatus)
-FINISHED = (COMPLETED, FAILED, CANCELLED)
-
-LEGAL_TRANSITIONS: dict[str, frozenset[str]] = {
-    PENDING: frozenset({PROCESSING, CANCELLED}),
-    PROCESSING: frozenset({COMPLETED, FAILED, CANCELLED, PENDING}),
-    COMPLETED: frozenset(),
-    FAILED: frozenset({PENDING}),
-    CANCELLED: frozenset({PENDING}),
-}
 
 
 def check_status(status: GenerationStatus | str) -> str:
@@ -75,30 +53,9 @@ def check_status(status: GenerationStatus | str) -> str:
         raise InvalidRequestError("status", f"{status!r} is not one", f"use {known}") from None
 
 
-def sources_of(status: str) -> list[str]:
-    """Return the statuses that may change into this one."""
-    return [source for source, targets in LEGAL_TRANSITIONS.items() if status in targets]
-
-
-class WorkerState(StrEnum):
-    """What a worker says of itself in its row; a silent worker keeps its last state."""
-
-    LOADING = "loading"
-    SERVING = "serving"
-    ENDED = "ended"
-
-
-class AttemptOutcome(StrEnum):
-    """How an attempt ended; a running attempt has no outcome."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    RELEASED = "released"
-    CANCELLED = "cancelled"
-    LOST = "lost"
-
-
-JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(
+    JSONB(none_as_null=True), "postgresql"
+)
 """``jsonb`` on PostgreSQL: plain ``json`` stores text that it cannot read later."""
 
 
@@ -235,7 +192,9 @@ class with_json_key(FunctionElement[dict[str, Any]]):  # noqa: N801 - reads as t
     type: TypeEngine[Any] = JsonObject
     inherit_cache = True
 
-    def __init__(self, column: ColumnElement[Any], key: ColumnElement[str], value: ColumnElement[str]) -> None:
+    def __init__(
+        self, column: ColumnElement[Any], key: ColumnElement[str], value: ColumnElement[str]
+    ) -> None:
         super().__init__(column, key, value)
 
 
@@ -248,7 +207,9 @@ def _with_json_key_sqlite(element: with_json_key, compiler: SQLCompiler, **kwarg
 @compiles(with_json_key, "postgresql")
 def _with_json_key_postgresql(element: with_json_key, compiler: SQLCompiler, **kwargs: Any) -> str:
     column, key, value = (compiler.process(clause, **kwargs) for clause in element.clauses)
-    return f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
+    return (
+        f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
+    )
 
 
 Id = String(36)
@@ -305,7 +266,9 @@ def is_our_schema() -> ColumnElement[bool]:
     It is evaluated once for each statement. An older version does not know all columns of a row, so
     it must not claim one.
     """
-    return select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
+    return (
+        select(_versions.c.version_num).where(_versions.c.version_num == SCHEMA_REVISION).exists()
+    )
 
 
 def schema_revision() -> Select[Any]:

@@ -7,8 +7,9 @@ from collections import Counter
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import FINISHED, GenerationStatus
 from dgx_music.storage.models import Generation, Tally
-from dgx_music.storage.schema import FINISHED, GenerationStatus, check_status, written
+from dgx_music.storage.schema import check_status, written
 
 TALLY_CHUNK = 5_000
 """How many tallies are summed up at a time."""
@@ -27,7 +28,9 @@ async def get_database_stats(session: AsyncSession) -> dict[str, int]:
     return {"total_generations": total, **stats, "total_prompts": tallies.get(_PROMPTS, 0)}
 
 
-async def count_generations(session: AsyncSession, status: GenerationStatus | str | None = None) -> int:
+async def count_generations(
+    session: AsyncSession, status: GenerationStatus | str | None = None
+) -> int:
     """Return the number of generations, of one status if it is given; reads no finished row."""
     if status is None:
         return sum((await _count_by_status(session, *GenerationStatus)).values())
@@ -43,7 +46,9 @@ async def compact_tallies(session: AsyncSession) -> int:
     few = select(Tally.id).limit(_TALLY_ROWS).subquery()
     if (await session.scalar(select(func.count()).select_from(few)) or 0) < _TALLY_ROWS:
         return 0
-    oldest = select(Tally.id).order_by(Tally.id).limit(TALLY_CHUNK).with_for_update(skip_locked=True)
+    oldest = (
+        select(Tally.id).order_by(Tally.id).limit(TALLY_CHUNK).with_for_update(skip_locked=True)
+    )
     # Without MATERIALIZED its LIMIT may be applied again and again.
     chosen = select(oldest.cte("chosen").prefix_with("MATERIALIZED").c.id)
     deleted = delete(Tally).where(Tally.id.in_(chosen)).returning(Tally.name, Tally.delta)

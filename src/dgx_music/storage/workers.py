@@ -16,16 +16,9 @@ from typing import Any
 from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import PROCESSING, WorkerState
 from dgx_music.storage.models import Generation, WorkerInfo
-from dgx_music.storage.schema import (
-    PROCESSING,
-    WorkerState,
-    dialect_of,
-    insert,
-    now,
-    now_plus,
-    written,
-)
+from dgx_music.storage.schema import dialect_of, insert, now, now_plus, written
 
 _FORGET_AFTER_SECONDS = 86_400.0
 _RUNNING_FIELDS = ("id", "model_name", "progress", "started_at")
@@ -56,7 +49,9 @@ class Service:
 async def register_worker(session: AsyncSession, **values: Any) -> None:
     """Add the worker's row, or replace the one with the same id."""
     await heartbeat_worker(session, **values, running_count=0)
-    await session.execute(update(WorkerInfo).where(WorkerInfo.id == values["id"]).values(started_at=now()))
+    await session.execute(
+        update(WorkerInfo).where(WorkerInfo.id == values["id"]).values(started_at=now())
+    )
     await _forget(session)
 
 
@@ -115,13 +110,20 @@ async def get_workers(session: AsyncSession) -> list[dict[str, Any]]:
     query = select(WorkerInfo, IS_LIVING).order_by(WorkerInfo.started_at, WorkerInfo.id)
     rows = (await session.execute(query)).all()
     running = await _find_running(session)
-    return [{**worker.to_dict(), "is_alive": bool(alive), "running": running[worker.id]} for worker, alive in rows]
+    return [
+        {**worker.to_dict(), "is_alive": bool(alive), "running": running[worker.id]}
+        for worker, alive in rows
+    ]
 
 
 async def find_service(session: AsyncSession, model_name: str) -> Service:
     """Return which workers serve this model, and which one did last."""
-    query = select(WorkerInfo, IS_LIVING.label("is_living")).order_by(WorkerInfo.heartbeat_at, WorkerInfo.id)
-    rows = [row for row in await session.execute(query) if model_name in served_models(row.WorkerInfo)]
+    query = select(WorkerInfo, IS_LIVING.label("is_living")).order_by(
+        WorkerInfo.heartbeat_at, WorkerInfo.id
+    )
+    rows = [
+        row for row in await session.execute(query) if model_name in served_models(row.WorkerInfo)
+    ]
     states = [row.WorkerInfo.state for row in rows if row.is_living]
     gone = [row.WorkerInfo for row in rows if not row.is_living]
     last = gone[-1] if gone else None

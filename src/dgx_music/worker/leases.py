@@ -91,6 +91,11 @@ class Leases:
         self._settings = settings
         self._presence = presence
 
+    @property
+    def worker_id(self) -> str:
+        """Whose leases these are."""
+        return self._presence.id
+
     def add(self, claim: Claim) -> Running:
         """Take a claimed generation in hand."""
         running = self.running[claim.lease] = Running(claim)
@@ -130,7 +135,7 @@ class Leases:
                 )
                 await self._presence.count_free_workers(session)
         except DatabaseUnavailableError as error:
-            logger.warning("worker %s: heartbeat missed: %s", self._presence.id, error)
+            logger.warning("worker %s: heartbeat missed: %s", self.worker_id, error)
             return False
         self.renewed_at = time.monotonic()
         for lease in held:
@@ -142,7 +147,7 @@ class Leases:
 
     async def notice_cancels(self) -> None:
         """Look for cancel requests when the database changes, not only at the next heartbeat."""
-        hints = Topic.CANCEL, [self._presence.id]
+        hints = Topic.CANCEL, [self.worker_id]
         with self._database.changes.subscribe(*hints) as changes:
             while True:
                 await changes.wait(self._settings.poll_seconds)
@@ -153,9 +158,9 @@ class Leases:
     async def _stop_cancelled(self) -> None:
         try:
             async with self._database.session(read_only=True) as session:
-                wanted = await queue.find_cancel_requests(session, self._presence.id)
+                wanted = await queue.find_cancel_requests(session, self.worker_id)
         except DatabaseUnavailableError as error:
-            logger.warning("worker %s: cannot look for cancels: %s", self._presence.id, error)
+            logger.warning("worker %s: cannot look for cancels: %s", self.worker_id, error)
             return
         for lease in wanted:
             self._stop(lease, Stop.CANCELLED)

@@ -56,7 +56,11 @@ class _Header:
     def tag_start(self) -> int:
         """Where a tag stands in a frame of layer III, after its side information."""
         is_mono = self.data[3] >> 6 == 3
-        return (4 + 17 if is_mono else 4 + 32) if self.samples == 1152 else (4 + 9 if is_mono else 4 + 17)
+        return (
+            (4 + 17 if is_mono else 4 + 32)
+            if self.samples == 1152
+            else (4 + 9 if is_mono else 4 + 17)
+        )
 
 
 @dataclass
@@ -201,8 +205,14 @@ def _read_header(content: bytes, start: int) -> _Header | None:
     hertz = _RATES[rate] // _RATE_DIVISORS[version]
     bits = _KBITS[is_first_version, layer][kbits] * 1_000
     is_padded = data[2] >> 1 & 1
-    samples = 384 if layer == _LAYER_I else 576 if layer == _LAYER_III and not is_first_version else 1152
-    size = (12 * bits // hertz + is_padded) * 4 if layer == _LAYER_I else samples // 8 * bits // hertz + is_padded
+    samples = (
+        384 if layer == _LAYER_I else 576 if layer == _LAYER_III and not is_first_version else 1152
+    )
+    size = (
+        (12 * bits // hertz + is_padded) * 4
+        if layer == _LAYER_I
+        else samples // 8 * bits // hertz + is_padded
+    )
     return _Header(data, (data[1] & 0xFE, rate, data[3] >> 6 == 3), hertz, size, samples)
 
 
@@ -215,7 +225,9 @@ def _check_count(frames: _Frames) -> None:
     promised = sum(_promised_frames(frames, tag) for tag in frames.tags)
     if frames.are_all and promised > len(frames.parts) + _TAG_FRAMES:
         said = promised * frames.first.samples / frames.first.rate
-        raise DamagedError(f"holds only {frames.seconds:,.2f} s of the {said:,.2f} s that its header promises")
+        raise DamagedError(
+            f"holds only {frames.seconds:,.2f} s of the {said:,.2f} s that its header promises"
+        )
 
 
 def _promised_seconds(frames: _Frames, silence: bytes) -> float | None:
@@ -243,7 +255,13 @@ def _lame_extension(frames: _Frames) -> bytes:
         return b""
     tag = frames.tags[0]
     flags = tag[start + 7]
-    start += 8 + (4 * (flags & 1)) + (4 * (flags >> 1 & 1)) + (100 * (flags >> 2 & 1)) + (4 * (flags >> 3 & 1))
+    start += (
+        8
+        + (4 * (flags & 1))
+        + (4 * (flags >> 1 & 1))
+        + (100 * (flags >> 2 & 1))
+        + (4 * (flags >> 3 & 1))
+    )
     extension = tag[start : start + _LAME_BYTES]
     is_credible = _silent_samples(extension) <= _MOST_SILENT_FRAMES * frames.first.samples
     return extension if is_credible and extension[:4] in (b"LAME", b"Lavf", b"Lavc") else b""
@@ -270,5 +288,7 @@ def _make_tag(frames: _Frames, extension: bytes) -> bytes:
     )
     header = _read_header(data, 0)
     assert header is not None  # noqa: S101
-    words = b"Info" + _HAS_COUNT.to_bytes(4, "big") + len(frames.parts).to_bytes(4, "big") + extension
+    words = (
+        b"Info" + _HAS_COUNT.to_bytes(4, "big") + len(frames.parts).to_bytes(4, "big") + extension
+    )
     return (data + bytes(header.tag_start - 4) + words).ljust(header.size, b"\0")

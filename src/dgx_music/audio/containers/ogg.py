@@ -94,7 +94,11 @@ class _Link:
             raise DamagedError("is cut: its end is missing")
         found = list(self._packets()) if len(self.numbers) == 1 else []
         lengths = packets.lengths([packet for packet, _ in found])
-        return self._move_end() if lengths is None else self._count_anew(lengths, [page for _, page in found])
+        return (
+            self._move_end()
+            if lengths is None
+            else self._count_anew(lengths, [page for _, page in found])
+        )
 
     def _packets(self) -> Iterator[tuple[bytes, int]]:
         """Yield each packet and the number of the page that it ends on."""
@@ -164,7 +168,11 @@ def _walk(content: bytes) -> Iterator[_Page]:
         head = start + _HEADER_BYTES
         sizes = content[head : head + content[head - 1]] if head <= len(content) else b""
         end = start + _HEADER_BYTES + len(sizes) + sum(sizes)
-        if end > len(content) or start + _HEADER_BYTES > len(content) or len(sizes) < content[start + 26]:
+        if (
+            end > len(content)
+            or start + _HEADER_BYTES > len(content)
+            or len(sizes) < content[start + 26]
+        ):
             raise DamagedError("ends in the middle")
         page = _Page(start, content[start:end])
         if not page.is_sound:

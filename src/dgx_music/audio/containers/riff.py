@@ -58,12 +58,16 @@ def find_source(content: bytes, longest_seconds: float) -> Source | None:
     _check_format(fmt, order)
     bytes_per_second = _read(fmt, f"{order}I", 8)
     is_told = bytes_per_second and 0 < size < end - start
-    return Source([_make_file(order, fmt, content[start:end])], size / bytes_per_second if is_told else None)
+    return Source(
+        [_make_file(order, fmt, content[start:end])], size / bytes_per_second if is_told else None
+    )
 
 
 def _check_format(fmt: bytes, order: str) -> None:
     """Raise if the numbers of the format contradict each other: one of them is wrong."""
-    form, channels, rate, per_second, per_frame, bits = struct.unpack(f"{order}HHIIHH", fmt[:16].ljust(16, b"\0"))
+    form, channels, rate, per_second, per_frame, bits = struct.unpack(
+        f"{order}HHIIHH", fmt[:16].ljust(16, b"\0")
+    )
     form = _read(fmt, f"{order}H", 24) if form == _EXTENSIBLE else form
     if form not in _PLAIN:
         return
@@ -137,7 +141,8 @@ def _are_chunks(content: bytes, start: int, order: str) -> bool:
 def _make_file(order: str, fmt: bytes, samples: bytes) -> bytes:
     """Return a file of RIFF's plain kind with nothing but these two chunks."""
     chunks = b"WAVE" + b"".join(
-        name + struct.pack(f"{order}I", len(data)) + data for name, data in ((b"fmt ", fmt), (b"data", samples))
+        name + struct.pack(f"{order}I", len(data)) + data
+        for name, data in ((b"fmt ", fmt), (b"data", samples))
     )
     return (b"RIFX" if order == ">" else b"RIFF") + struct.pack(f"{order}I", len(chunks)) + chunks
 

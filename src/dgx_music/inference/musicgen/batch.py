@@ -99,7 +99,9 @@ class BatchState(NamedTuple):
     ) -> BatchState:
         """Return the state of slots that no row has used yet."""
         return cls(
-            tokens=torch.full((slot_count, max_steps + 2, codebook_count), pad_token, device=device),
+            tokens=torch.full(
+                (slot_count, max_steps + 2, codebook_count), pad_token, device=device
+            ),
             uniforms=torch.zeros(slot_count, max_steps + 1, codebook_count, device=device),
             position=torch.zeros(slot_count, dtype=torch.long, device=device),
             offset=torch.zeros(slot_count, dtype=torch.long, device=device),

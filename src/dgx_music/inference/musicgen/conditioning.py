@@ -58,7 +58,9 @@ class Conditioner:
         """
         if request.melody is not None and self._melody is None:
             other = "musicgen-melody" if self._decoder.channels == 1 else "musicgen-stereo-melody"
-            raise GenerationRejectedError(f"The model {request.model} hears no melody; use {other}.")
+            raise GenerationRejectedError(
+                f"The model {request.model} hears no melody; use {other}."
+            )
         texts = request.prompt, request.negative_prompt or ""
         is_guided = any(texts) or request.melody is not None
         if self._melody is None:
@@ -95,7 +97,9 @@ class Conditioner:
             count = tokens.input_ids.shape[1]
             if self._melody is not None and count > LONGEST_PREFIX_TEXT:
                 problem = f"A text of {count} tokens is too long for a model that hears melodies"
-                raise GenerationRejectedError(f"{problem}; use at most {LONGEST_PREFIX_TEXT} tokens.")
+                raise GenerationRejectedError(
+                    f"{problem}; use at most {LONGEST_PREFIX_TEXT} tokens."
+                )
             states: Tensor = self._text_encoder(**tokens).last_hidden_state[0]
         return states
 

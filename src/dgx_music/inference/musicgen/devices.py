@@ -30,7 +30,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EngineUnavailableError(f"The device {name} was asked for, but torch does not find it; use auto or cpu.")
+        raise EngineUnavailableError(
+            f"The device {name} was asked for, but torch does not find it; use auto or cpu."
+        )
     return device
 
 
@@ -41,7 +43,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if _multiplies_bfloat16() else torch.float32
     with torch.cuda.device(device):  # it asks the current one
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
 
 
 def _multiplies_bfloat16() -> bool:

@@ -53,7 +53,12 @@ def trial_requests(model: str, *, hears_melody: bool) -> list[GenerationRequest]
     ]
     if hears_melody:
         fields.append({"prompt": _PROMPTS[0], "melody": tune})
-    shared: dict[str, Any] = {"generation_id": "trial", "model": model, "duration": 10.0, "seed": _SEED}
+    shared: dict[str, Any] = {
+        "generation_id": "trial",
+        "model": model,
+        "duration": 10.0,
+        "seed": _SEED,
+    }
     return [GenerationRequest(**shared, **own) for own in fields]
 
 

@@ -72,7 +72,9 @@ def build(settings: EngineSettings, kind: type[E]) -> E:
     device = choose_device(settings.device)
     info = find_model(settings.model)
     if info is None:
-        raise EngineUnavailableError(f"The model {settings.model!r} is neither in the catalogue nor an absolute path.")
+        raise EngineUnavailableError(
+            f"The model {settings.model!r} is neither in the catalogue nor an absolute path."
+        )
     weights = load_weights(info, settings.revision, choose_dtype(settings.dtype, device))
     if device.type == "cpu":
         leave_a_core_free()
@@ -109,7 +111,9 @@ class MusicGenEngine:
         max_positions = _prefix_room(model) + max_steps + 1
         projection = getattr(model, "enc_to_dec_proj", None)
         self._decoder = Decoder(model.decoder, projection, max_positions)
-        self._conditioner = Conditioner(model, weights.tokenizer, self._decoder, self._codec.sample_rate)
+        self._conditioner = Conditioner(
+            model, weights.tokenizer, self._decoder, self._codec.sample_rate
+        )
         self._number_facts = self._prepare_decoder(settings)
         slot_count = settings.slots or fitting_slots(self._decoder, settings.model_count)
         self._loop = DecodingLoop(

@@ -51,7 +51,9 @@ def cut(pairs: int, context_length: int) -> tuple[int, int]:
     return _ceil_div(blocks, blocks_each), blocks_each * BLOCK
 
 
-def is_available(device: torch.device | None = None, cache_dtype: torch.dtype = torch.bfloat16) -> bool:
+def is_available(
+    device: torch.device | None = None, cache_dtype: torch.dtype = torch.bfloat16
+) -> bool:
     """True if the device, or else the current CUDA device, can run these kernels with such a cache.
 
     Triton must be installed. It also needs a C compiler (gcc, clang or CC) at its first launch: see
@@ -230,7 +232,10 @@ def store_newest(fresh: Tensor, cache: Tensor, positions: Tensor, passes: int) -
 
     n, _, heads, head_size = fresh.shape
     hidden = heads * head_size
-    is_whole = fresh.stride()[1:] == (hidden, head_size, 1) and cache.stride()[-2:] == (head_size, 1)
+    is_whole = fresh.stride()[1:] == (hidden, head_size, 1) and cache.stride()[-2:] == (
+        head_size,
+        1,
+    )
     has_same_heads = cache.shape[3] == heads and cache.shape[5] == head_size
     if not (is_whole and has_same_heads and n == len(positions) * passes):
         raise ValueError("The keys, values, positions and the cache do not fit together.")
@@ -254,12 +259,18 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, context_l
     """Raise ``ValueError`` if a kernel would read past a tensor or between its numbers."""
     n, heads, head_size = q.shape
     length = keys.shape[2]
-    if keys.shape != (n, heads, length, head_size) or values.shape != keys.shape or positions.shape != (n,):
+    if (
+        keys.shape != (n, heads, length, head_size)
+        or values.shape != keys.shape
+        or positions.shape != (n,)
+    ):
         raise ValueError("The query, keys, values and positions do not fit together.")
     if not 0 < context_length <= length:
         raise ValueError(f"context_length is {context_length}; the cache has {length} positions.")
     if any(tensor.stride(-1) != 1 for tensor in (q, keys, values)) or not positions.is_contiguous():
-        raise ValueError("The last dimension of the query, keys, values and positions must be contiguous.")
+        raise ValueError(
+            "The last dimension of the query, keys, values and positions must be contiguous."
+        )
 
 
 def _warps(hidden: int) -> int:

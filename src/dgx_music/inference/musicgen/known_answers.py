@@ -132,7 +132,11 @@ class AnsweringEngine(MusicGenEngine):
         """Return the first codebook's logits ``[1, V]``, or the samples ``[channel, sample]``."""
         if question.what == "logits":
             return decode(self._decoder, self._row_of(question)).logits[0, 0, :1]
-        codes = self._delayed_codes(question) if question.is_delayed else self._undelayed_codes(question)
+        codes = (
+            self._delayed_codes(question)
+            if question.is_delayed
+            else self._undelayed_codes(question)
+        )
         return self._codec.decode(codes)
 
     def _delayed_codes(self, question: Question) -> Tensor:
@@ -164,7 +168,9 @@ class AnsweringEngine(MusicGenEngine):
         for position in range(question.frame_count):
             spans = (Span(0, 1, position + 1, is_masked=False),)
             positions = torch.tensor([position], device=decoder.device)
-            logits = decoder.forward(tokens, positions, cache, None, passes=1, spans=spans, padded_rows=1)
+            logits = decoder.forward(
+                tokens, positions, cache, None, passes=1, spans=spans, padded_rows=1
+            )
             tokens = logits[:, 0].argmax(-1)  # [1, K]
             codes.append(tokens[0].cpu())
         return torch.stack(codes, dim=1)
@@ -178,7 +184,9 @@ def compare(settings: EngineSettings) -> Iterator[Comparison]:
     questions = [question for question in QUESTIONS if question.model == settings.model]
     if not questions:
         known = " and ".join(sorted({question.model for question in QUESTIONS}))
-        yield Comparison("warning", f"no numbers of {settings.model} are publicly known, but of {known}")
+        yield Comparison(
+            "warning", f"no numbers of {settings.model} are publicly known, but of {known}"
+        )
         return
     settings = replace(settings, weights="full", kv_cache="full", slots=1)
     yield from _check_all(build(replace(settings, dtype="float32"), AnsweringEngine), questions)

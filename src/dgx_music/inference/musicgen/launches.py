@@ -107,7 +107,9 @@ class Launcher(Protocol):
 _idle_streams: defaultdict[tuple[torch.device, int], list[torch.cuda.Stream]] = defaultdict(list)
 
 
-def borrow_stream(owner: object, device: torch.device, priority: int = 0) -> torch.cuda.Stream | None:
+def borrow_stream(
+    owner: object, device: torch.device, priority: int = 0
+) -> torch.cuda.Stream | None:
     """Return a stream for the owner alone, as long as it lives; ``None`` without streams.
 
     torch makes 32 of a kind and then hands out the first again, even if another engine still

@@ -75,14 +75,18 @@ class MelodyReader:
         since the projection has a bias.
         """
         silence = functional.one_hot(torch.zeros(1, dtype=torch.long), PITCH_CLASSES)  # [1, 12]
-        melodies = [self._read_melody(silence if chroma is None else chroma), self._read_melody(silence)]
+        melodies = [
+            self._read_melody(silence if chroma is None else chroma),
+            self._read_melody(silence),
+        ]
         texts = [self._read_text(text), self._read_text(negative)]
         padded = pad_sequence(texts, batch_first=True)  # [2, max(X, Y), hidden]
         return torch.cat([torch.stack(melodies), padded], dim=1)
 
     def _read_melody(self, chroma: Tensor) -> Tensor:
         embeddings = self._project(chroma, self._melody_projection)  # [frame, hidden]
-        return embeddings.repeat(math.ceil(self.melody_length / len(chroma)), 1)[: self.melody_length]
+        rounds = math.ceil(self.melody_length / len(chroma))
+        return embeddings.repeat(rounds, 1)[: self.melody_length]
 
     def _read_text(self, states: Tensor | None) -> Tensor:
         if states is None:

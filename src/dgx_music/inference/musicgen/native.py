@@ -66,11 +66,25 @@ class Native:
         """
         count, heads, positions, size = keys.shape
         if keys.stride() != values.stride() or keys.stride()[2:] != (size, 1):
-            raise ValueError(f"keys of strides {keys.stride()} and values of strides {values.stride()} cannot be read")
+            raise ValueError(
+                f"keys of strides {keys.stride()} and values of strides {values.stride()} cannot be read"
+            )
         out = q.new_empty(count, heads * size)
-        pointers = (q.data_ptr(), keys.data_ptr(), values.data_ptr(), None if mask is None else mask.data_ptr())
-        strides = (q.stride(0), keys.stride(0), keys.stride(1), 0 if mask is None else mask.stride(0))
-        self._attend(*pointers, out.data_ptr(), count, heads, positions, *strides, torch.get_num_threads())
+        pointers = (
+            q.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            None if mask is None else mask.data_ptr(),
+        )
+        strides = (
+            q.stride(0),
+            keys.stride(0),
+            keys.stride(1),
+            0 if mask is None else mask.stride(0),
+        )
+        self._attend(
+            *pointers, out.data_ptr(), count, heads, positions, *strides, torch.get_num_threads()
+        )
         return out
 
     def quantise_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +94,9 @@ class Native:
         """
         x = x.contiguous()
         rounded, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), 1)
-        self._quantise_rows(x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), *x.shape, torch.get_num_threads())
+        self._quantise_rows(
+            x.data_ptr(), rounded.data_ptr(), scales.data_ptr(), *x.shape, torch.get_num_threads()
+        )
         return rounded, scales
 
 
@@ -156,14 +172,20 @@ def _check(native: Native, head_size: int, dtype: torch.dtype) -> None:
     A compiler may optimise too boldly.
     """
     random = torch.Generator().manual_seed(0)
-    q, keys, values = (torch.randn(3, 2, 43, head_size, generator=random).to(dtype) for _ in range(3))
+    q, keys, values = (
+        torch.randn(3, 2, 43, head_size, generator=random).to(dtype) for _ in range(3)
+    )
     mask = torch.zeros(3, 1, 1, 43, dtype=dtype)
     mask[1, ..., 21:] = -math.inf
     q = q[:, :, :1].contiguous()
     keys[2, 0, 5] = math.nan
-    exact = functional.scaled_dot_product_attention(q.float(), keys.float(), values.float(), mask.float())
+    exact = functional.scaled_dot_product_attention(
+        q.float(), keys.float(), values.float(), mask.float()
+    )
     read = native.attend(q, keys, values, mask)
-    is_near = torch.allclose(read.float(), exact.flatten(1), atol=_TOLERANCE, rtol=_TOLERANCE, equal_nan=True)
+    is_near = torch.allclose(
+        read.float(), exact.flatten(1), atol=_TOLERANCE, rtol=_TOLERANCE, equal_nan=True
+    )
     alone = native.attend(q[1:2], keys[1:2], values[1:2], mask[1:2])
     rows = values.flatten(1)
     rounded, scales = native.quantise_rows(rows)

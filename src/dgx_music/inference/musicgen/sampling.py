@@ -59,7 +59,9 @@ def _is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature < _GREEDY_BELOW
 
 
-def sample(logits: Tensor, uniforms: Tensor, sampling: SamplerState, max_top_k: int) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, uniforms: Tensor, sampling: SamplerState, max_top_k: int
+) -> tuple[Tensor, Tensor]:
     """Return the tokens ``[R, K]`` for logits ``[R, pass, K, V]``, and which rows are finite ``[R]``.
 
     Guidance is that of Ho and Salimans 2022: unconditional + scale * (conditional - unconditional).

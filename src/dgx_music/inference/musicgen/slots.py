@@ -92,7 +92,10 @@ class Slots:
             self._write(slot, row)
             if row.prefix is not None or row.given is not None:
                 own = Span(slot, slot + 1, row.text_length, is_masked=True)
-                tokens, text = self._state.tokens[slot, : row.position], self._text(row.text_passes, (own,))
+                tokens, text = (
+                    self._state.tokens[slot, : row.position],
+                    self._text(row.text_passes, (own,)),
+                )
                 self._decoder.prefill(row.prefix, tokens, self._cache[:, slot], text)
             self.rows.append(row)
 
@@ -144,7 +147,9 @@ class Slots:
                     "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
                 )
             tokens = self._state.tokens[slot, 1 : row.step_count + 1]  # [step, K]
-            codes = [tokens[delay : delay + row.frame_count, k] for k, delay in enumerate(self._delays)]
+            codes = [
+                tokens[delay : delay + row.frame_count, k] for k, delay in enumerate(self._delays)
+            ]
             return torch.stack(codes).cpu()  # a copy: the slot gets its next row soon
 
     # --------------------------------------------------------------------------------------- step
@@ -207,12 +212,16 @@ class Slots:
             padded_rows=self._padded_rows,
         )  # [R, pass, K, V]
         uniforms = state.uniforms[slot, state.position]  # [R, K]
-        sampled, is_finite = sample(logits, uniforms, sampling, min(plan.max_top_k, self._decoder.vocabulary))
+        sampled, is_finite = sample(
+            logits, uniforms, sampling, min(plan.max_top_k, self._decoder.vocabulary)
+        )
         frame = state.position[:, None] - self._delay  # [R, K]
         is_in_clip = (frame >= 0) & (frame < state.frame_count[:, None])
         is_given = frame < state.given_count[:, None]
         following = torch.where(is_given, state.tokens[slot, state.position + 1], sampled)
-        state.tokens[slot, state.position + 1] = torch.where(is_in_clip, following, self._decoder.pad_token)
+        state.tokens[slot, state.position + 1] = torch.where(
+            is_in_clip, following, self._decoder.pad_token
+        )
         state.is_finite.logical_and_(is_finite)
         state.position.add_(1).clamp_(max=self._max_steps)  # steps past a row's end do no harm
 
@@ -244,7 +253,10 @@ class Slots:
         texts = self._decoder.empty_text(self.slot_count, room)
         mask = torch.full((self.slot_count, 2, room), -math.inf, dtype=dtype, device=device)
         kept = min(room, self._texts.shape[-2])
-        texts[..., :kept, :], mask[..., :kept] = self._texts[..., :kept, :], self._text_mask[..., :kept]
+        texts[..., :kept, :], mask[..., :kept] = (
+            self._texts[..., :kept, :],
+            self._text_mask[..., :kept],
+        )
         self._launcher.forget()
         self._texts, self._text_mask = texts, mask
 

@@ -54,7 +54,9 @@ def attend_split(
     keys += sequence * stride_kn + head * stride_kh
     values += sequence * stride_vn + head * stride_vh
     query = tl.load(q + sequence * stride_qn + head * stride_qh + d).to(tl.float32) * scale  # [D]
-    peak, total, acc = _attend_positions(query, keys, values, start, end, stride_kt, stride_vt, head_size, block)
+    peak, total, acc = _attend_positions(
+        query, keys, values, start, end, stride_kt, stride_vt, head_size, block
+    )
 
     place = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + split
     tl.store(sums + place * head_size + d, tl.sum(acc, axis=0))

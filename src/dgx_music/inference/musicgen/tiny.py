@@ -38,7 +38,9 @@ def build_tiny(channels: int = 1) -> tuple[MusicgenForConditionalGeneration, ByT
     return model, ByT5Tokenizer(extra_ids=0)
 
 
-def build_tiny_melody(channels: int = 1) -> tuple[MusicgenMelodyForConditionalGeneration, ByT5Tokenizer]:
+def build_tiny_melody(
+    channels: int = 1,
+) -> tuple[MusicgenMelodyForConditionalGeneration, ByT5Tokenizer]:
     """Return the toy of a model that hears melodies, and its tokenizer, as ``build_tiny`` does."""
     config = _config(MusicgenMelodyConfig, MusicgenMelodyDecoderConfig, channels)
     with _seeded():

@@ -36,7 +36,9 @@ from dgx_music.inference.integrity import check_integrity
 from dgx_music.inference.musicgen.tiny import build_tiny
 
 _IN_FLOAT32 = {"text_encoder", "audio_encoder"}
-_HARMLESS = re.compile(r"\.embed_positions\.|(^|\.)position_ids$|^text_encoder\.(decoder|lm_head)\.")
+_HARMLESS = re.compile(
+    r"\.embed_positions\.|(^|\.)position_ids$|^text_encoder\.(decoder|lm_head)\."
+)
 """What older versions stored and nothing needs: tables that are computed, and T5's decoder."""
 _TIED = ("text_encoder.shared.weight", "text_encoder.encoder.embed_tokens.weight")
 
@@ -85,7 +87,9 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedToken
         if not files:
             raise ValueError(NO_WEIGHTS)
         model = _build(kind, config, _read_tensors(files), dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         # transformers does not check this.
         if tokenizer.unk_token_id in tokenizer("music").input_ids:
             raise ValueError("its tokenizer has no vocabulary")
@@ -167,7 +171,11 @@ def _doubts(model: Any, tensors: dict[str, Tensor], report: dict[str, Any]) -> I
 
 def _present_name(name: str) -> str:
     """Return a weight's present name: torch has renamed the two parts of a normalised weight."""
-    return re.sub(r"\.weight_([gv])$", lambda old: f".parametrizations.weight.original{'gv'.index(old[1])}", name)
+    return re.sub(
+        r"\.weight_([gv])$",
+        lambda old: f".parametrizations.weight.original{'gv'.index(old[1])}",
+        name,
+    )
 
 
 def _first_of(names: list[str]) -> str:

@@ -61,7 +61,9 @@ class Changes(ABC):
         self._subscriptions: set[Subscription] = set()
 
     @contextmanager
-    def subscribe(self, topic: Topic | None = None, keys: Collection[str] = ()) -> Iterator[Subscription]:
+    def subscribe(
+        self, topic: Topic | None = None, keys: Collection[str] = ()
+    ) -> Iterator[Subscription]:
         """Give a subscription to a topic's changes while the block runs; no keys mean all."""
         subscription = Subscription(topic, keys)
         is_first = not self._subscriptions

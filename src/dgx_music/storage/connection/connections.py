@@ -42,7 +42,9 @@ _CLOSE_SECONDS = 10.0
 class Connections:
     """The engines of one event loop, its sessions, and its source of changes."""
 
-    def __init__(self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None) -> None:
+    def __init__(
+        self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None
+    ) -> None:
         self.changes: Changes
         if url.get_backend_name() == "sqlite":
             self.engine, self.reading_engine = sqlite.create_engines(url, file)
@@ -52,8 +54,12 @@ class Connections:
             self.changes = Notifications(url, limits)
         self.replica = None if replica_url is None else Replica(replica_url, limits)
         kind = SyncSession if file is None else sqlite_file.session_class(file)
-        self.writing = async_sessionmaker(self.engine, class_=Session, expire_on_commit=False, sync_session_class=kind)
-        self.reading = async_sessionmaker(self.reading_engine, class_=Session, expire_on_commit=False)
+        self.writing = async_sessionmaker(
+            self.engine, class_=Session, expire_on_commit=False, sync_session_class=kind
+        )
+        self.reading = async_sessionmaker(
+            self.reading_engine, class_=Session, expire_on_commit=False
+        )
 
     @property
     def engines(self) -> tuple[AsyncEngine, ...]:
@@ -72,9 +78,13 @@ class Connections:
 class ConnectionsByLoop:
     """The ``Connections`` of each event loop: made at its first need, closed when it ends."""
 
-    def __init__(self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None) -> None:
+    def __init__(
+        self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None
+    ) -> None:
         self._given = (url, replica_url, limits, file)
-        self._by_loop: dict[asyncio.AbstractEventLoop, tuple[Connections, AsyncGenerator[None]]] = {}
+        self._by_loop: dict[
+            asyncio.AbstractEventLoop, tuple[Connections, AsyncGenerator[None]]
+        ] = {}
         _all.add(self)
 
     def here(self) -> Connections:
@@ -100,7 +110,9 @@ class ConnectionsByLoop:
         self._by_loop[loop] = made, closing
         return made
 
-    async def _close_at_the_end(self, loop: asyncio.AbstractEventLoop, made: Connections) -> AsyncGenerator[None]:
+    async def _close_at_the_end(
+        self, loop: asyncio.AbstractEventLoop, made: Connections
+    ) -> AsyncGenerator[None]:
         """Close them on ``aclose``, or when the event loop closes its asynchronous generators.
 
         That is the last thing that an event loop does.
@@ -167,9 +179,12 @@ def _after_fork_in_child() -> None:
         sqlite_changes.after_fork(),
     ]
     inherited += [each.after_fork() for each in snapshot(_all)]
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))  # kept until after the interpreter's end
+    # kept until after the interpreter's end
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 _all: WeakSet[ConnectionsByLoop] = WeakSet()
 _paused: list[FileChanges] = []
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)

@@ -93,7 +93,9 @@ class Notifications(Changes):
 Wake = Callable[[str, str], None]
 
 
-async def _listen_asyncpg(connection: Any, start: Callable[[], None], wake: Wake, answer_seconds: float) -> None:
+async def _listen_asyncpg(
+    connection: Any, start: Callable[[], None], wake: Wake, answer_seconds: float
+) -> None:
     """Listen until the connection is lost."""
     lost = asyncio.Event()
 
@@ -114,7 +116,9 @@ async def _listen_asyncpg(connection: Any, start: Callable[[], None], wake: Wake
         connection.terminate()
 
 
-async def _listen_psycopg(connection: Any, start: Callable[[], None], wake: Wake, answer_seconds: float) -> None:
+async def _listen_psycopg(
+    connection: Any, start: Callable[[], None], wake: Wake, answer_seconds: float
+) -> None:
     """Listen until the connection is lost."""
     try:
         async with asyncio.timeout(answer_seconds):

@@ -50,7 +50,9 @@ class Limits:
     """How long the server keeps an idle transaction: its client may be gone, with its locks."""
 
 
-def creator(url: URL, limits: Limits, *, is_patient: bool = False) -> Callable[..., Coroutine[Any, Any, Any]]:
+def creator(
+    url: URL, limits: Limits, *, is_patient: bool = False
+) -> Callable[..., Coroutine[Any, Any, Any]]:
     """Return a coroutine that connects; ``is_patient``, for migrations, limits no statement.
 
     It raises ``DatabaseUnavailableError``, whichever error the driver raises.
@@ -84,7 +86,9 @@ def _longest(url: URL, limits: Limits) -> float:
 
 def _why_refused(error: Exception) -> str:
     why = message_line(error)
-    return f"{why}; add ?pgbouncer=true to its URL" if "unsupported startup parameter" in why else why
+    return (
+        f"{why}; add ?pgbouncer=true to its URL" if "unsupported startup parameter" in why else why
+    )
 
 
 async def _connect_asyncpg(url: URL, limits: Limits, is_patient: bool) -> Any:
@@ -129,7 +133,11 @@ def _in_order(url: URL) -> list[URL]:
     hosts = _one_by_one(url)
     if len(hosts) == 1 or url.query.get("target_session_attrs") != "prefer-standby":
         return hosts
-    return [host.update_query_dict({"target_session_attrs": kind}) for kind in ("standby", "any") for host in hosts]
+    return [
+        host.update_query_dict({"target_session_attrs": kind})
+        for kind in ("standby", "any")
+        for host in hosts
+    ]
 
 
 async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
@@ -255,7 +263,9 @@ _loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
 
 def hang_up_ended() -> None:
     """Close the connections of event loops that are closed: they cannot say goodbye any more."""
-    for connection in [connection for connection, loop in snapshot(_loops.items()) if loop.is_closed()]:
+    for connection in [
+        connection for connection, loop in snapshot(_loops.items()) if loop.is_closed()
+    ]:
         if _loops.pop(connection, None) is None:  # another thread was faster
             continue
         if hasattr(connection, "pgconn"):

@@ -31,7 +31,9 @@ def is_unavailable(error: BaseException) -> bool:
     if isinstance(error, DBAPIError):
         code = sqlstate(error)
         return error.connection_invalidated or _is_passing(code) or _is_lost(error, code)
-    return _is_drivers_own(error) and (_is_passing(code := getattr(error, "sqlstate", None) or "") or not code)
+    return _is_drivers_own(error) and (
+        _is_passing(code := getattr(error, "sqlstate", None) or "") or not code
+    )
 
 
 def _is_passing(code: str) -> bool:
@@ -66,7 +68,9 @@ def is_worth_repeating(error: BaseException) -> bool:
 
     It was a deadlock's victim, has lost a race, or had a stale plan.
     """
-    return isinstance(error, DBAPIError) and (sqlstate(error) in _WORTH_REPEATING or has_stale_plan(error))
+    return isinstance(error, DBAPIError) and (
+        sqlstate(error) in _WORTH_REPEATING or has_stale_plan(error)
+    )
 
 
 def has_stale_plan(error: BaseException) -> bool:
@@ -78,7 +82,9 @@ def has_stale_plan(error: BaseException) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     told_by = getattr(getattr(error.orig, "diag", None), "source_function", None)
-    return told_by == "RevalidateCachedQuery" or any(words in str(error.orig) for words in _STALE_PLAN)
+    return told_by == "RevalidateCachedQuery" or any(
+        words in str(error.orig) for words in _STALE_PLAN
+    )
 
 
 def is_locked(error: DBAPIError) -> bool:

@@ -91,8 +91,14 @@ def check_replica_url(given: str, primary: URL) -> URL:
     try:
         url = normalise_url(given)
     except ConfigurationError as error:
-        remedy = "use something like postgresql://user@host/name" if "sqlite:" in error.remedy else error.remedy
+        remedy = (
+            "use something like postgresql://user@host/name"
+            if "sqlite:" in error.remedy
+            else error.remedy
+        )
         raise ConfigurationError(_SETTING, error.problem, remedy) from None
     if "sqlite" in (url.get_backend_name(), primary.get_backend_name()):
-        raise ConfigurationError(_SETTING, "needs PostgreSQL", "leave it out: SQLite has no replicas")
+        raise ConfigurationError(
+            _SETTING, "needs PostgreSQL", "leave it out: SQLite has no replicas"
+        )
     return url

@@ -23,8 +23,7 @@ from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
-from dgx_music.durability import flush_folder, give_name
-from dgx_music.modes import create_file
+from dgx_music.files import create_file, flush_folder, give_name
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.connection.sqlite_file import DatabaseFile, waiting
 

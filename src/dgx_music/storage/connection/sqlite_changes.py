@@ -102,7 +102,9 @@ class FileChanges(Changes):
     def _start(self) -> None:
         self._end()
         self._stop = _Stop()
-        self._thread = threading.Thread(target=self._watch, args=(self._stop,), name="dgx-music-changes", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, args=(self._stop,), name="dgx-music-changes", daemon=True
+        )
         self._thread.start()
 
     def _end(self) -> None:
@@ -130,7 +132,9 @@ class FileChanges(Changes):
                 seen = self._look(cursor, seen, log, stop)
                 log.wait(stop)
 
-    def _look(self, cursor: sqlite3.Cursor, seen: int, log: _LogWatch | _NoLogWatch, stop: _Stop) -> int:
+    def _look(
+        self, cursor: sqlite3.Cursor, seen: int, log: _LogWatch | _NoLogWatch, stop: _Stop
+    ) -> int:
         """Wake everybody if the version is not the one seen, and return the version.
 
         Goes on for a while after each write: the log is written first, then flushed to disk, which

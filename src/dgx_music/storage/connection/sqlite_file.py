@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from dgx_music.modes import create_file
+from dgx_music.files import create_file
 from dgx_music.storage.connection import sqlite_changes
 from dgx_music.storage.connection.snapshots import snapshot
 from dgx_music.storage.connection.sqlite_changes import Place, find_place
@@ -36,11 +36,11 @@ _IS_SECOND = "dgx_music_is_second"
 _LEAVE_SECONDS = 5.0
 _CHECKPOINT_SECONDS = 2.0
 GONE = "its file is gone; put it back, or make a new one: dgx-music db init"
-_MOVED = "its file was replaced or deleted meanwhile, and what was being written went with it; try again"
-_IN_THE_WAY = "its file or its log (-wal) was replaced while others use it; stop them all, and start them again"
-_FORKED = (
-    "this process was forked while a transaction was open in it; fork before or after, or start it as a new process"
+_MOVED = (
+    "its file was replaced or deleted meanwhile, and what was being written went with it; try again"
 )
+_IN_THE_WAY = "its file or its log (-wal) was replaced while others use it; stop them all, and start them again"
+_FORKED = "this process was forked while a transaction was open in it; fork before or after, or start it as a new process"
 
 
 @dataclass(eq=False)
@@ -107,7 +107,9 @@ class DatabaseFile:
     def rest(self) -> None:
         """Close every connection that nobody uses, from any thread."""
         with turn:
-            resting = [opened for opened in tuple(self._opened) if not (opened.is_used or opened.is_left)]
+            resting = [
+                opened for opened in tuple(self._opened) if not (opened.is_used or opened.is_left)
+            ]
             for opened in resting:
                 opened.is_left = True
         for done in [_call_soon(opened, opened.close) for opened in resting]:
@@ -117,7 +119,8 @@ class DatabaseFile:
         """Close the connections of event loops that are closed."""
         for opened in [opened for opened in tuple(self._opened) if opened.loop.is_closed()]:
             self._opened.discard(opened)
-            stopping = threading.Thread(target=opened.driver.stop)  # in a separate thread it calls no event loop
+            # in a separate thread it calls no event loop
+            stopping = threading.Thread(target=opened.driver.stop)
             stopping.start()
             stopping.join()
 
@@ -127,7 +130,9 @@ class DatabaseFile:
         self._was_forked_in_use |= not all(opened.is_closed for opened in inherited)
         return inherited
 
-    def _open(self, _dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]) -> None:
+    def _open(
+        self, _dialect: Any, record: Any, arguments: list[Any], options: dict[str, Any]
+    ) -> None:
         """Fail here if the file cannot be opened, not in the driver's thread."""
         if self._was_forked_in_use:
             raise sqlite3.OperationalError(_FORKED)

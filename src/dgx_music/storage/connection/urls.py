@@ -118,7 +118,10 @@ def _take_hosts(rest: str) -> tuple[str, dict[str, str]]:
     """Move several hosts to the query, where every driver reads them; SQLAlchemy reads one."""
     network, slash, path = rest.partition("/")
     user, at, hosts = network.rpartition("@")
-    pairs = [host.rpartition(":") if not host.endswith("]") else (host, "", "") for host in hosts.split(",")]
+    pairs = [
+        host.rpartition(":") if not host.endswith("]") else (host, "", "")
+        for host in hosts.split(",")
+    ]
     names = [unquote(name or port) for name, _, port in pairs]
     ports = [port if name else "5432" for name, _, port in pairs]
     query = {"host": ",".join(names), "port": ",".join(port or "5432" for port in ports)}
@@ -127,7 +130,9 @@ def _take_hosts(rest: str) -> tuple[str, dict[str, str]]:
 
 def _check_file(url: URL, path: str, *, has_options: bool) -> None:
     if url.host is not None:
-        raise _refusal("names a host, which a SQLite file has not", "write sqlite:/// with three slashes")
+        raise _refusal(
+            "names a host, which a SQLite file has not", "write sqlite:/// with three slashes"
+        )
     if has_options:
         raise _refusal("has options behind a ?", "leave them out; none is needed")
     is_short = all(len(part.encode()) <= _LONGEST_NAME_BYTES for part in path.split("/"))
@@ -142,7 +147,9 @@ def _check_server(url: URL) -> None:
         raise _refusal("names no database", remedy)
     unknown = sorted(set(url.query) - set(POSTGRES_OPTIONS))
     if unknown:
-        raise _refusal(f"has the unknown option {unknown[0]!r}", f"use {', '.join(POSTGRES_OPTIONS)}")
+        raise _refusal(
+            f"has the unknown option {unknown[0]!r}", f"use {', '.join(POSTGRES_OPTIONS)}"
+        )
     if not re.fullmatch(r"[1-9]\d{0,3}", str(url.query.get("connect_timeout", 1))):
         raise _refusal("has a connect_timeout that is none", "use whole seconds, from 1 to 9999")
     for name, value in url.query.items():
@@ -150,7 +157,9 @@ def _check_server(url: URL) -> None:
             remedy = "write it once; several hosts have commas between them"
             raise _refusal(f"has the option {name!r} twice", remedy)
         if value not in _WORDS.get(name, (value,)):
-            raise _refusal(f"has {_ARTICLES[name]} {name} that is none", f"use {', '.join(_WORDS[name])}")
+            raise _refusal(
+                f"has {_ARTICLES[name]} {name} that is none", f"use {', '.join(_WORDS[name])}"
+            )
     _check_ports(url)
     if str(url.query.get("pgbouncer", "true")).lower() not in _YES + _NO:
         problem = "has a pgbouncer that is neither true nor false"

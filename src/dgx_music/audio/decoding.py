@@ -82,4 +82,6 @@ def decode_quietly(content: bytes) -> Audio:
     if done.returncode != 0 or len(done.stdout) < _HEADER_BYTES:
         raise DamagedError("cannot be decoded")
     rate, channels = np.frombuffer(done.stdout[:_HEADER_BYTES], np.uint32).tolist()
-    return Audio(np.frombuffer(done.stdout[_HEADER_BYTES:], np.float32).reshape(-1, channels).T, rate)
+    return Audio(
+        np.frombuffer(done.stdout[_HEADER_BYTES:], np.float32).reshape(-1, channels).T, rate
+    )
