@@ -26,6 +26,7 @@ from dgx_music.storage import (
     due,
     migrations,
     queue,
+    retention,
 )
 from dgx_music.storage.connection import sqlite
 from dgx_music.storage.connection.revision import VERSION_TABLE
@@ -585,6 +586,44 @@ async def test_what_runs_is_found_by_the_index_of_statuses(database, look):
 
     assert "ix_generations_status_created_at (status=?)" in plan
     assert "SCAN generations" not in plan
+
+
+async def steps_of(database, work):
+    """Return the steps at the generations of all statements of the work; nothing of it is kept."""
+    statements = []
+    listen_to = database.engine.sync_engine
+    event.listen(listen_to, "before_cursor_execute", lambda *call: statements.append(call[2:4]))
+    async with database.session() as session:
+        await work(session)
+        await session.rollback()
+    with closing(sqlite3.connect(database.path)) as connection:
+        plans = [
+            connection.execute(f"EXPLAIN QUERY PLAN {sql}", values) for sql, values in statements
+        ]
+        return [row[3] for plan in plans for row in plan if " generations" in row[3]]
+
+
+LEASES = [queue.Lease(f"g-{number}", 1) for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda session: queue.renew(session, dict.fromkeys(LEASES, 0.5), lease_seconds=30),
+        lambda session: queue.release(session, LEASES),
+        lambda session: queue.fail(session, LEASES[0], "no", retry_in_seconds=1.0),
+        lambda session: retention.find_files(session, LEASES),
+        lambda session: retention.prune(session, LEASES),
+        lambda session: retention.find_completed_files(session, after_id="", limit=10),
+    ],
+)
+async def test_rows_that_are_known_by_id_are_found_by_id(database, work):
+    steps = await steps_of(database, work)
+
+    assert steps
+    assert {step.partition(" USING ")[2].split()[1] for step in steps} == {
+        "sqlite_autoindex_generations_1"
+    }
 
 
 def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):
