@@ -168,11 +168,11 @@ class Generation(Base):
             *("tenant", "created_at", "id"),
             **_only("tenant <> ''"),
         ),
-        Index("ix_generations_processing", "worker_id", **_only("status = 'processing'")),
+        # Lists of one status, and all that asks for the running rows, which are few.
         Index("ix_generations_status_created_at", "status", "created_at", "id"),
         Index("ix_generations_created_at", "created_at", "id"),
         Index("ix_generations_model_name_created_at", "model_name", "created_at", "id"),
-        Index("ix_generations_completed_at", "completed_at"),
+        Index("ix_generations_completed_at", "completed_at", **_only("completed_at IS NOT NULL")),
         # Whether anything is due at all, however much is scheduled for later.
         Index("ix_generations_due", "model_name", "run_at", **_only("status = 'pending'")),
         # What retention may delete, oldest first.
