@@ -36,6 +36,7 @@ from dgx_music.storage.schema import (
     ShortText,
     dialect_of,
     now,
+    unindexed,
     with_json_key,
 )
 
@@ -83,7 +84,7 @@ async def find_completed(session: AsyncSession, leases: Collection[Lease]) -> se
 
     The answer is exact, since attempt numbers are never used twice.
     """
-    query = select(g.id, g.attempt).where(is_among(leases), g.status == COMPLETED)
+    query = select(g.id, g.attempt).where(is_among(leases), unindexed(g.status) == COMPLETED)
     return await _read_leases(session, query)
 
 
