@@ -103,8 +103,7 @@ def add_cells(cells: Sequence[Cell], options: argparse.Namespace, report: Report
         report.keep("codec_seconds_per_audio_second", codec_seconds)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options; those that are not given have the defaults of the device."""
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,7 +145,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="a file for the numbers")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; those that are not given have the defaults of the device."""
+    options = _make_parser().parse_args(arguments)
     is_gpu = options.device.type == "cuda"
     defaults = {
         "sizes": ["small", "medium", "large"] if is_gpu else ["small"],

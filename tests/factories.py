@@ -15,11 +15,12 @@ import soundfile
 from sqlalchemy import Select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import FINISHED, PENDING, PROCESSING
 from dgx_music.storage import queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.queue import Claim, Completion, Lease
-from dgx_music.storage.schema import FINISHED, PENDING, PROCESSING, now, now_plus
+from dgx_music.storage.schema import now, now_plus
 
 SQLITE, *POSTGRES = DATABASE_KINDS = ["sqlite", "asyncpg", "psycopg"]
 MODEL = "musicgen-small"

@@ -389,9 +389,8 @@ class World:
             self._check_end(error)
 
     def _check_end(self, error: BaseException | None) -> None:
-        if isinstance(
-            error, BaseExceptionGroup
-        ):  # an odd error of a heartbeat or a sweep ends the worker
+        # an odd error of a heartbeat or a sweep ends the worker
+        if isinstance(error, BaseExceptionGroup):
             error = error.split(OddError)[1]
         self.check(
             error is None or isinstance(error, DgxMusicError | OddError),
@@ -599,9 +598,8 @@ class World:
         """Look at one moment of the database and the folder: all that must hold at any time."""
         for living in [each for each in self.workers if each.task.done()]:
             await self.bury(living)
-        cancelled = frozenset(
-            self.cancelled
-        )  # as of now: a transaction beside us may commit while we look
+        # as of now: a transaction beside us may commit while we look
+        cancelled = frozenset(self.cancelled)
         async with self.observer.session(read_only=True) as session:
             rows = {row.id: row for row in await session.scalars(select(Generation))}
             attempts = list(await session.scalars(select(Attempt)))

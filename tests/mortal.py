@@ -37,9 +37,8 @@ _step: ContextVar[list[str] | None] = ContextVar("step", default=None)
 """The step whose statements are being sent, and how many times it was sent one."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [__name__]
-)  # each process is a fork of one that has everything imported
+# each process is a fork of one that has everything imported
+_context.set_forkserver_preload([__name__])
 
 
 async def die_at(point: str, url: str, folder: Path) -> int | None:
@@ -144,9 +143,8 @@ def _watched_call(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 def _half_a_write(write: Callable[..., int]) -> Callable[..., int]:
     def call(descriptor: int, data: Any) -> int:
-        if (
-            _point == "store: in the middle of the write" and len(data) > 1_000
-        ):  # the event loop writes bytes to itself
+        # the event loop writes bytes to itself
+        if _point == "store: in the middle of the write" and len(data) > 1_000:
             write(descriptor, data[: len(data) // 2])
             _reach(_point)
         return write(descriptor, data)

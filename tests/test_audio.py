@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
@@ -350,6 +351,62 @@ def test_five_minutes_of_stereo_survive(audio_format):
 
 
 # Facts and the picture
+
+
+def reference_lufs(samples, rate):
+    if samples.shape[1] < 0.4 * rate:
+        return None
+    return float(pyloudnorm.Meter(rate).integrated_loudness(samples.T))
+
+
+def reference_levels(audio, loudness):
+    """Return the samples at the level asked for, and their loudness as pyloudnorm measures it."""
+    if loudness == "none":
+        samples = np.clip(audio.samples, -1, 1)
+        return samples, reference_lufs(samples, audio.sample_rate)
+    samples = audio.samples * np.float32(PEAK_LIMIT / float(np.abs(audio.samples).max()))
+    lufs = reference_lufs(samples, audio.sample_rate)
+    if loudness == "peak" or lufs is None or lufs < -14:
+        return samples, lufs
+    return samples * np.float32(10 ** ((-14 - lufs) / 20)), -14
+
+
+def reference_file(samples, rate, audio_format):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples.T, rate, format=audio_format, subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def reference_waveform(samples):
+    frames = samples.shape[1]
+    edges = [point * frames // 1_000 for point in range(1_001)]
+    peaks = [float(np.abs(samples[:, start:end]).max()) for start, end in pairwise(edges)]
+    return np.round(peaks, 4).tolist()
+
+
+@pytest.mark.parametrize("loudness", LOUDNESSES)
+@pytest.mark.parametrize("audio_format", ["wav", "flac"])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("seconds", "amplitude"), [(0.08, 0.2), (3, 0.01), (3, 0.5), (2.345, 3)])
+def test_file_and_facts_are_those_of_soundfile_and_pyloudnorm(
+    seconds, amplitude, channels, audio_format, loudness
+):
+    audio = noise(seconds, channels, amplitude)
+    samples, lufs = reference_levels(audio, loudness)
+
+    file = finished(audio, audio_format=audio_format, loudness=loudness)
+
+    assert file.data == reference_file(samples, RATE, audio_format)
+    assert file.facts["peak"] == round(float(np.abs(samples).max()), 4)
+    assert file.facts["loudness_lufs"] == (None if lufs is None else round(lufs, 2))
+    assert file.facts["waveform"] == reference_waveform(samples)
+
+
+def test_finishing_leaves_the_samples_of_the_engine_alone():
+    audio = noise(1, amplitude=3)
+    audio.samples.flags.writeable = False
+
+    assert finished(audio, loudness="none").facts["peak"] == 1
 
 
 def test_the_facts_describe_the_file():

@@ -102,9 +102,8 @@ async def test_living_workers_lose_nothing_when_the_clock_is_set_forward(
 ):
     daemons = [start(script=script({"do": "wait", "seconds": 5.0})) for _ in range(2)]
     await until_registered(database, daemons)
-    await anyio.sleep(
-        2.0
-    )  # until each has looked at the clock: who comes after a jump cannot know of it
+    # until each has looked at the clock: who comes after a jump cannot know of it
+    await anyio.sleep(2.0)
     generation = await add(database)
     await until(database, generation, is_running)
     step(HOUR)

@@ -491,9 +491,8 @@ def test_a_tag_that_claims_frames_is_refused(size: int) -> None:
 
 
 def test_a_tag_full_of_what_looks_like_frames_is_passed_over() -> None:
-    body = b"\xff\xfb\xb4\xc0" * 1_000_000 + bytes(
-        3_000
-    )  # frames of 576 bytes begin at every fourth one
+    # frames of 576 bytes begin at every fourth one
+    body = b"\xff\xfb\xb4\xc0" * 1_000_000 + bytes(3_000)
 
     assert whole(id3(len(body), body) + VBR)
 

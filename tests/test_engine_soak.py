@@ -31,10 +31,10 @@ from dgx_music.audio import files as audio
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import engine as musicgen
+from dgx_music.statuses import COMPLETED, FINISHED, PENDING, PROCESSING
 from dgx_music.storage.clips import read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
-from dgx_music.storage.schema import COMPLETED, FINISHED, PENDING, PROCESSING
 from tests.daemons import Daemon, add, attempts_of, rows_of
 from tests.factories import audio_file, on
 from tests.inference.factories import QuietRun

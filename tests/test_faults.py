@@ -173,10 +173,8 @@ async def test_a_child_killed_from_outside_is_replaced_and_its_generation_retrie
     [child] = daemon.children()
     os.kill(child, signal.SIGKILL)
     row = await until(database, generation, is_finished)
-    assert (row.status, row.failures) == (
-        "completed",
-        1,
-    )  # an attempt given back at no cost may lie between
+    # an attempt given back at no cost may lie between
+    assert (row.status, row.failures) == ("completed", 1)
     assert row.attempt >= 2
     assert daemon.children() != [child]
 
@@ -253,9 +251,8 @@ async def until_nothing_is_left(database):
 async def drain_with_four(database, start, folder, *, count, seconds, script):
     """Let four daemons that have nothing to do share so many generations; return how many attempts each has made."""
     path = script({"do": "wait", "seconds": seconds})
-    daemons = [
-        start(script=path, lease_seconds=30.0) for _ in range(4)
-    ]  # so that no slow machine costs one
+    # so that no slow machine costs one
+    daemons = [start(script=path, lease_seconds=30.0) for _ in range(4)]
     await until_registered(database, daemons)
     await add_many(database, count)
     await until_nothing_is_left(database)

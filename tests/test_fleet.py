@@ -95,18 +95,18 @@ async def test_a_model_that_waits_beyond_the_bound_goes_before_the_loaded_one(
 ):
     worker = make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=60)
     worker._engine.loaded_at -= 3600
-    assert worker._claiming._choose_model({SMALL: 10.0, MEDIUM: 59.0}) == SMALL
-    assert worker._claiming._choose_model({SMALL: 10.0, MEDIUM: 61.0}) == MEDIUM
-    assert worker._claiming._choose_model({SMALL: 9000.0, MEDIUM: 61.0}) == MEDIUM
-    assert worker._claiming._choose_model({MEDIUM: 1.0}) == MEDIUM
+    assert worker._claiming._models.choose({SMALL: 10.0, MEDIUM: 59.0}) == SMALL
+    assert worker._claiming._models.choose({SMALL: 10.0, MEDIUM: 61.0}) == MEDIUM
+    assert worker._claiming._models.choose({SMALL: 9000.0, MEDIUM: 61.0}) == MEDIUM
+    assert worker._claiming._models.choose({MEDIUM: 1.0}) == MEDIUM
 
 
 async def test_two_backlogs_take_turns_and_each_turn_gets_work_done(database, make_worker):
     worker = make_worker(models=f"{SMALL},{MEDIUM}", model_switch_seconds=60)
     waits = {SMALL: 1000.0, MEDIUM: 2000.0}
-    assert worker._claiming._choose_model(waits) == SMALL  # it was loaded a moment ago
+    assert worker._claiming._models.choose(waits) == SMALL  # it was loaded a moment ago
     worker._engine.loaded_at -= 61
-    assert worker._claiming._choose_model(waits) == MEDIUM
+    assert worker._claiming._models.choose(waits) == MEDIUM
 
 
 async def test_a_model_is_switched_only_when_nothing_runs(database, make_worker, engine):

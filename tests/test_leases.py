@@ -383,7 +383,7 @@ async def test_files_that_cannot_be_removed_keep_nobody_from_being_rescued(datab
 async def test_speeds_that_could_not_be_told_are_told_the_next_time(database, monkeypatch):
     worker = new_worker(database)
     for _ in range(5):
-        worker._sweeping._speeds.note(MODEL, 1.0, 2.0)
+        worker._engine.speeds.note(MODEL, 1.0, 2.0)
     with monkeypatch.context() as patched:
         patched.setattr(
             "dgx_music.worker.sweeping.record_speed",

@@ -87,9 +87,8 @@ async def database(server, template, driver):
     """A database of this test, straight to the server; whatever becomes of the server, it runs again at the end."""
     name = f"test_{secrets.token_hex(4)}"
     url = server.create_database(name, template=template)
-    server.execute(
-        "CHECKPOINT"
-    )  # or a crash would set the copy's sequences back, which no original's ever are
+    # or a crash would set the copy's sequences back, which no original's ever are
+    server.execute("CHECKPOINT")
     database = Database(url.replace("postgresql://", f"postgresql+{driver}://"), limits=LIMITS)
     yield database
     await database.dispose()
@@ -299,10 +298,8 @@ async def test_connections_that_a_network_has_forgotten_cost_no_lease(
 ):
     """None of the pool's connections answers ever again: they are all given up before the lease has run out."""
     await add_many(database, 6)
-    settings = QUICK | {
-        "lease_seconds": 6.0,
-        "timeout_seconds": 3.0,
-    }  # half of the lease, as by default
+    # half of the lease, as by default
+    settings = QUICK | {"lease_seconds": 6.0, "timeout_seconds": 3.0}
     daemon = start(url=proxied, script=script({"do": "wait", "seconds": 8.0}), slots=6, **settings)
     await until_in_hand(database, [daemon], 6)
     other = start(**settings)
@@ -464,9 +461,8 @@ async def test_of_connections_that_are_forgotten_together_one_at_most_costs_an_e
             await enqueue("lost", duration=0.1, model=MODEL, session=session)
     async with producer.session() as session:
         await enqueue("after", duration=0.1, model=MODEL, session=session)
-    assert (
-        time.monotonic() - began < 4 * LIMITS.command_seconds
-    )  # one second for each of five, if all were asked
+    # one second for each of five, if all were asked
+    assert time.monotonic() - began < 4 * LIMITS.command_seconds
     assert {"after", "before"} <= {*await prompts_of(database)}
 
 

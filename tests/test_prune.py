@@ -14,8 +14,8 @@ from dgx_music.client import prune as pruning
 from dgx_music.client.prune import prune, prune_orphans
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError
+from dgx_music.statuses import FINISHED
 from dgx_music.storage import Database, count_generations, delete_generation, queue
-from dgx_music.storage.schema import FINISHED
 from dgx_music.worker.worker import Worker
 from tests.factories import (
     MODEL,

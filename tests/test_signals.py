@@ -163,10 +163,8 @@ async def test_a_signal_to_the_whole_process_group_leaves_the_engine_to_its_work
     generation = await add(database)
     daemon = start(script=script({"do": "wait", "seconds": 1.0}))
     await until(database, generation, is_running)
-    for pid in (
-        *daemon.children(),
-        daemon.pid,
-    ):  # as a service manager does, with all that it has started
+    # as a service manager does, with all that it has started
+    for pid in (*daemon.children(), daemon.pid):
         os.kill(pid, signal.SIGTERM)
     assert daemon.wait() == 0
     row = (await rows_of(database))[generation.id]

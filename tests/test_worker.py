@@ -252,6 +252,18 @@ async def test_an_unexpected_error_fails_its_generation_and_not_the_worker(
     ]
 
 
+async def test_only_an_unexpected_error_is_logged_with_its_trace(
+    database, make_worker, engine, caplog
+):
+    errors = [KeyError("surprise"), EngineError("boom"), TimeoutError("slow")]
+    for number, error in enumerate(errors):
+        await add(database, f"prompt {number}", max_attempts=1)
+        engine.script[f"prompt {number}"] = error
+    await make_worker().run(drain=True)
+    assert [type(log.exc_info[1]) for log in caplog.records if log.exc_info] == [KeyError]
+    assert sum(log.levelname == "WARNING" for log in caplog.records) == 3
+
+
 async def test_a_rejected_generation_is_not_retried(database, make_worker, engine):
     generation = await add(database)
     engine.script["lofi rain"] = GenerationRejectedError("not this one")
@@ -440,9 +452,8 @@ async def test_an_engine_that_dies_of_everything_stops_the_worker_and_spares_the
     with pytest.raises(EngineCrashedError):
         await make_worker().run(drain=True)
     failures = [(await read(database, row)).failures for row in rows]
-    assert (
-        BROKEN_AFTER <= sum(failures) <= BROKEN_AFTER + 1
-    )  # one more may have been in the slot already
+    # one more may have been in the slot already
+    assert BROKEN_AFTER <= sum(failures) <= BROKEN_AFTER + 1
     assert failures[-1] == 0
 
 
@@ -798,9 +809,8 @@ async def test_completions_that_are_ready_together_share_a_transaction(
 
     async def counting(session, completions):
         done = await complete(session, completions)
-        sizes.append(
-            len(done)
-        )  # a heartbeat may hold the rows just then: those are written a moment later
+        # a heartbeat may hold the rows just then: those are written a moment later
+        sizes.append(len(done))
         return done
 
     monkeypatch.setattr(queue, "complete", counting)
@@ -836,9 +846,8 @@ async def test_files_of_earlier_attempts_are_removed_before_completion(
     database, make_worker, output, monkeypatch
 ):
     generation = await add(database)
-    async with (
-        database.session() as session
-    ):  # the first attempt's worker ended before it could remove anything
+    # the first attempt's worker ended before it could remove anything
+    async with database.session() as session:
         [claimed] = await queue.claim(
             session, worker_id="former", model_name=MODEL, limit=1, lease_seconds=30
         )

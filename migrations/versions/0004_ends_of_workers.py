@@ -32,9 +32,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    op.execute(
-        "DELETE FROM workers WHERE state = 'ended'"
-    )  # an older version would think that they are silent
+    # an older version would think that they are silent
+    op.execute("DELETE FROM workers WHERE state = 'ended'")
     op.drop_column("workers", "end_reason")
     op.drop_column("workers", "ended_at")
     op.drop_column("workers", "state")

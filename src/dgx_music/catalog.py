@@ -80,10 +80,9 @@ UNTRAINED_NOTICE = "untrained weights: the audio is noise"
 
 def find_model(name: str) -> ModelInfo | None:
     """Return the model of this name or of this local folder (an absolute path), or ``None``."""
-    if PurePath(name).is_absolute():
-        return ModelInfo(
-            str(PurePath(name)), hears_melody=None
-        )  # without the slash that a shell's completion adds
+    if name not in MODELS and PurePath(name).is_absolute():
+        # without the slash that a shell's completion adds
+        return ModelInfo(str(PurePath(name)), hears_melody=None)
     return MODELS.get(name)
 
 

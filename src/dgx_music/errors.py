@@ -23,10 +23,11 @@ DgxMusicError
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from dgx_music.storage.schema import GenerationStatus
+    from dgx_music.statuses import GenerationStatus
 
 
 class DgxMusicError(Exception):
@@ -170,6 +171,7 @@ class DatabaseUnavailableError(DatabaseError):
     def __init__(self, url: str, why: str) -> None:
         super().__init__(f"The database {url} cannot be used: {why}.")
         self.url = url
+        self.why = why
 
 
 class ArtifactError(DgxMusicError):
@@ -215,3 +217,22 @@ def how_to_install(extra: str = "") -> str:
     """
     what = f"'.[{extra}]'" if extra else "."
     return f"run pip install {what} in a checkout of dgx-music"
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """Return the only error in an exception group, or the first if all are ``DgxMusicError``.
+
+    Otherwise returns the group; an error that is no group is returned as it is. Several tasks may
+    notice at once that the database is lost: one message is enough.
+    """
+    leaves = list(_leaves(error))
+    is_told_by_first = len(leaves) == 1 or all(isinstance(leaf, DgxMusicError) for leaf in leaves)
+    return leaves[0] if is_told_by_first else error
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+        return
+    for inner in error.exceptions:
+        yield from _leaves(inner)

@@ -161,31 +161,12 @@ def test_doctor_tells_how_to_install_a_missing_engine(
 def test_doctor_ends_5_where_neither_the_database_nor_the_output_can_be_used(run: Run) -> None:
     Path("notes.txt").write_text("not a database, but long enough to look at" * 50)
 
-    result = run(
-        "doctor",
-        "--engine",
-        "tone",
-        "--database-url",
-        "sqlite:///notes.txt",
-        "--output",
-        "notes.txt/x",
-        "--json",
-    )
+    options = ("--database-url", "sqlite:///notes.txt", "--output", "notes.txt/x")
+    result = run("doctor", "--engine", "tone", *options, "--json")
 
     found = findings(result)
     assert (result.code, found["database"][0], found["output"][0]) == (5, "failed", "failed")
-    assert (
-        run(
-            "worker",
-            "--engine",
-            "tone",
-            "--database-url",
-            "sqlite:///notes.txt",
-            "--output",
-            "notes.txt/x",
-        ).code
-        == 5
-    )
+    assert run("worker", "--engine", "tone", *options).code == 5
 
 
 def test_doctor_ends_7_where_a_worker_would_for_its_output(run: Run, migrated: None) -> None:
@@ -229,9 +210,8 @@ def test_a_wrong_variable_of_the_tone_engine_ends_2(
 
 
 def test_doctor_notices_a_database_that_cannot_be_written(run: Run, migrated: None) -> None:
-    with Path("data/generations.db").open(
-        "r+b"
-    ) as file:  # what SQLite reads as: only later versions may write here
+    # what SQLite reads as: only later versions may write here
+    with Path("data/generations.db").open("r+b") as file:
         file.seek(18)
         file.write(bytes([3]))
 

@@ -135,42 +135,13 @@ def test_prints_the_id_on_stdout_and_all_else_on_stderr(run: Run) -> None:
 
 
 def test_json_is_the_row_with_every_option_that_was_given(run: Run) -> None:
-    row = run(
-        *(
-            "enqueue",
-            "lofi rain",
-            "--json",
-            "--duration",
-            16,
-            "--model",
-            "musicgen-stereo-small",
-            "--seed",
-            7,
-        ),
-        *(
-            "--priority",
-            5,
-            "--max-attempts",
-            1,
-            "--idempotency-key",
-            "k",
-            "--metadata",
-            '{"bpm": 140}',
-        ),
-        *(
-            "--guidance-scale",
-            4,
-            "--temperature",
-            0.5,
-            "--top-k",
-            10,
-            "--top-p",
-            0.9,
-            "--sample-rate",
-            48_000,
-        ),
-        *("--run-at", "2030-01-31T12:00:00+01:00", "--channels", 1),
-    ).json
+    options = (
+        "--duration 16 --model musicgen-stereo-small --seed 7 --priority 5 --max-attempts 1 "
+        "--idempotency-key k --guidance-scale 4 --temperature 0.5 --top-k 10 --top-p 0.9 "
+        "--sample-rate 48000 --channels 1 --run-at 2030-01-31T12:00:00+01:00"
+    )
+    words = (*options.split(), "--metadata", '{"bpm": 140}')
+    row = run("enqueue", "lofi rain", "--json", *words).json
 
     assert (row["duration_seconds"], row["model_name"], row["channels"]) == (
         16.0,

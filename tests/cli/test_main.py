@@ -12,8 +12,7 @@ import dgx_music
 from dgx_music.cli import COMMANDS as LAZY
 from dgx_music.cli import _explain, main
 from dgx_music.cli.lazy import LazyCommand
-from dgx_music.errors import DatabaseUnavailableError, EngineUnavailableError
-from dgx_music.groups import unwrap
+from dgx_music.errors import DatabaseUnavailableError, EngineUnavailableError, unwrap
 from tests.cli.conftest import Run, Spawn, add
 
 COMMANDS = [

@@ -74,16 +74,8 @@ def test_a_terminal_sees_progress_and_gets_its_cursor_back(
 ) -> None:
     run_worker = spawn("worker")
     terminal, theirs = pty.openpty()
-    command = [
-        sys.executable,
-        "-m",
-        "dgx_music.cli",
-        "enqueue",
-        "lofi rain",
-        "--duration",
-        "1",
-        "--wait",
-    ]
+    words = ("enqueue", "lofi rain", "--duration", "1", "--wait")
+    command = [sys.executable, "-m", "dgx_music.cli", *words]
     environment = os.environ | {"TERM": "xterm"}
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
@@ -92,9 +84,8 @@ def test_a_terminal_sees_progress_and_gets_its_cursor_back(
     os.close(theirs)
     seen = b""
     with suppress(OSError):  # which is how a terminal says that there is no more
-        while part := os.read(
-            terminal, 65_536
-        ):  # a part at a time: the more there was to show, the more parts
+        # a part at a time: the more there was to show, the more parts
+        while part := os.read(terminal, 65_536):
             seen += part
     os.close(terminal)
     seen = seen.decode()

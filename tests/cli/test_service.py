@@ -94,9 +94,8 @@ async def test_nothing_is_said_of_what_is_finished(teller, capsys):
 
 def test_who_waits_is_told_that_the_worker_ended_and_why(run: Run, migrated, monkeypatch):
     monkeypatch.setenv("DGX_MUSIC_TONE_SPEED", "slow")  # no such speed: the engine cannot start
-    monkeypatch.setattr(
-        "dgx_music.worker.daemon.tone.check_environment", lambda: None
-    )  # and is the first to see it
+    # and is the first to see it
+    monkeypatch.setattr("dgx_music.worker.daemon.tone.check_environment", lambda: None)
     monkeypatch.setattr("dgx_music.worker.live_engine._ENGINE_STARTS", 1)
     assert run("worker", "--engine", "tone").code == 6
 

@@ -62,9 +62,8 @@ def test_an_output_folder_that_cannot_be_written_ends_7(run: Run, tone: Tone) ->
 
 def test_a_model_that_cannot_be_loaded_ends_6(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgx_music.worker.live_engine._ENGINE_STARTS", 1)
-    monkeypatch.setattr(
-        "dgx_music.worker.daemon.tone.check_environment", lambda: None
-    )  # only the engine finds it
+    # only the engine finds it
+    monkeypatch.setattr("dgx_music.worker.daemon.tone.check_environment", lambda: None)
     monkeypatch.setenv("DGX_MUSIC_TONE_SPEED", "slow")
 
     result = run("worker", "--drain", "--engine", "tone")

@@ -98,10 +98,8 @@ def plain_greedy(
     given = torch.empty(len(delays), 0, dtype=torch.long) if forced is None else forced
     inputs = torch.full((len(delays), 1), PAD)  # [K, position]
     for position in range(frames + delays[-1]):
-        logits = [
-            model.decoder(inputs, encoder_hidden_states=states, use_cache=False).logits[
-                :, -1
-            ]  # [K, V]
+        logits = [  # each [K, V]
+            model.decoder(inputs, encoder_hidden_states=states, use_cache=False).logits[:, -1]
             for states in conditions[: 2 if guidance_scale > 1 else 1]
         ]
         scores = (

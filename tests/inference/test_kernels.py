@@ -429,9 +429,8 @@ def test_a_decoders_tokens_are_the_same_through_the_kernels(
 def test_only_a_call_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.split_kv", raising=False)
-    monkeypatch.setattr(
-        "dgx_music.inference.musicgen.kernels", kernels
-    )  # importing again replaces it
+    # importing again replaces it
+    monkeypatch.setattr("dgx_music.inference.musicgen.kernels", kernels)
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.kernels")
     fresh = importlib.import_module("dgx_music.inference.musicgen.kernels")
     with pytest.raises(ImportError, match="triton"):
@@ -476,13 +475,11 @@ def test_the_kernels_compile_for_a_gpu(
         "values": f"*{cache_type}",
         "scale": "fp32",
     } | workspace
-    assert compile_kernel("attend_split", pointers, {"head_size": 64, "block": BLOCK}, capability)[
-        "cubin"
-    ]
+    steps = {"head_size": 64, "block": BLOCK}
+    assert compile_kernel("attend_split", pointers, steps, capability)["cubin"]
     merged = {"out": "*bf16"} | workspace
-    assert compile_kernel(
-        "merge_splits", merged, {"head_size": 64, "padded_count": 32}, capability
-    )["cubin"]
+    steps = {"head_size": 64, "padded_count": 32}
+    assert compile_kernel("merge_splits", merged, steps, capability)["cubin"]
     pointers = {
         "x": "*bf16",
         "more": "*bf16",

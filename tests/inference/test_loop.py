@@ -138,7 +138,7 @@ def test_a_row_that_cannot_be_admitted_fails_alone(
 def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
     loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = loop._slots
+    first = loop._supply.slots
     break_steps(monkeypatch, lambda slots: slots is first and slots.rows[0].position == 3)
     with (
         caplog.at_level(logging.CRITICAL),
@@ -146,7 +146,7 @@ def test_a_failed_step_fails_its_rows_and_the_next_one_has_fresh_slots(
     ):
         loop.decode(make_row(), QuietRun())
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
-    assert loop._slots is not first
+    assert loop._supply.slots is not first
 
 
 def test_all_rows_of_a_failed_step_get_an_error(
@@ -170,7 +170,7 @@ def test_slots_that_cannot_be_made_again_fail_the_row_that_wanted_one() -> None:
         return slots
 
     loop = DecodingLoop(make, 1)
-    loop._slots = None
+    loop._supply.slots = None
     with pytest.raises(ValueError, match="no slots today"):
         loop.decode(make_row(), QuietRun())
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])

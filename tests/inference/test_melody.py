@@ -136,9 +136,8 @@ class Spectrogram:
         assert self._options | {"center": True, "pad": 0, "normalized": True} == self._options
         size, power = self._options["n_fft"], self._options["power"]
         window = torch.hann_window(self._options["win_length"])
-        padded = torch.nn.functional.pad(samples[:, None], (size // 2, size // 2), mode="reflect")[
-            :, 0
-        ]
+        edges = (size // 2, size // 2)
+        padded = torch.nn.functional.pad(samples[:, None], edges, mode="reflect")[:, 0]
         frames = padded.unfold(-1, size, self._options["hop_length"])  # [batch, frame, size]
         spectrum = torch.fft.rfft(frames * window) / window.square().sum().sqrt()
         return spectrum.abs().pow(power).transpose(1, 2)
@@ -181,9 +180,8 @@ def text_states(prompt: str | None, channels: int = 1) -> Tensor | None:
     model, tokenizer = toy(channels)
     if prompt is None:
         return None
-    return model.text_encoder(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[
-        0
-    ]  # [X, width]
+    encoded = model.text_encoder(**tokenizer(prompt, return_tensors="pt"))
+    return encoded.last_hidden_state[0]  # [X, width]
 
 
 def melody(frame_count: int | None) -> Tensor | None:

@@ -531,9 +531,8 @@ def test_what_an_engine_will_take_is_known_where_its_weights_are_here(
 def test_an_engine_says_what_it_holds(mono: MusicGenEngine) -> None:
     model, _ = build_tiny()
     weights = sum(weight.nbytes for weight in model.parameters())
-    assert (
-        weights < mono.memory_bytes - mono._decoder.slot_bytes < 1.3 * weights
-    )  # positions are in it as well
+    # positions are in it as well
+    assert weights < mono.memory_bytes - mono._decoder.slot_bytes < 1.3 * weights
 
 
 @pytest.mark.parametrize(

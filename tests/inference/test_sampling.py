@@ -66,9 +66,8 @@ def test_tokens_follow_the_exact_distribution(
     deviations = (drawn[common] - count * expected[common]) ** 2 / (count * expected[common])
     chi_square = deviations.sum() + (rare[0] - rare[1]) ** 2 / rare[1].clamp(min=1)
     degrees = int(common.sum())
-    assert (
-        chi_square < degrees + 5 * (2 * degrees) ** 0.5
-    )  # five standard deviations of a chi-square
+    # five standard deviations of a chi-square
+    assert chi_square < degrees + 5 * (2 * degrees) ** 0.5
 
 
 @pytest.mark.parametrize("edge", [0.0, 1 - 2**-24])
@@ -85,9 +84,8 @@ def test_the_extreme_uniforms_take_the_first_and_the_last_token_of_each_rows_own
 
 
 def test_guidance_goes_from_the_unconditional_logits_past_the_conditional_ones() -> None:
-    logits = torch.randn(
-        2, 2, 50, 2048, generator=torch.Generator().manual_seed(4)
-    )  # [row, pass, K, V]
+    # [row, pass, K, V]
+    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))
     uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
     guided = make_sampling(*({"guidance_scale": scale, "top_k": 0} for scale in (4.0, 1.0)))
     tokens, _ = sample(logits, uniforms, guided, 2048)
@@ -97,9 +95,8 @@ def test_guidance_goes_from_the_unconditional_logits_past_the_conditional_ones()
 
 
 def test_a_row_without_guidance_reads_nothing_of_the_unconditional_pass() -> None:
-    logits = torch.randn(
-        2, 2, 50, 2048, generator=torch.Generator().manual_seed(4)
-    )  # [row, pass, K, V]
+    # [row, pass, K, V]
+    logits = torch.randn(2, 2, 50, 2048, generator=torch.Generator().manual_seed(4))
     logits[1, 1] = torch.nan
     uniforms = torch.rand(2, 50, generator=torch.Generator().manual_seed(5))
     sampling = make_sampling({"guidance_scale": 3.0, "top_k": 0}, {"top_k": 0})

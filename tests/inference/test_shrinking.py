@@ -344,7 +344,7 @@ def test_slots_given_up_hold_no_memory(decode: Decode) -> None:
     memory = Memory(stepped=0)
     loop = make_loop(memory, slot_count=1)
     error = decode(loop).exception(20)
-    assert loop._slots is None
+    assert loop._supply.slots is None
     frames = []
     trace = error.__traceback__ if error else None
     while trace is not None:

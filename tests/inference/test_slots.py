@@ -117,9 +117,8 @@ def reference_codes(prompt: str, frames: int, guidance_scale: float, channels: i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.audio_encoder, "decode", listen)
         model.generate(**tokenizer(prompt, return_tensors="pt"), generation_config=config)
-    return (
-        heard[0] if channels == 1 else torch.stack(heard, dim=1).flatten(0, 1)
-    )  # left and right alternate
+    # left and right alternate
+    return heard[0] if channels == 1 else torch.stack(heard, dim=1).flatten(0, 1)
 
 
 def test_the_reference_tells_prompts_and_guidance_apart() -> None:

@@ -212,9 +212,8 @@ def test_a_commit_that_a_slow_disk_holds_up_is_noticed(path, monkeypatch):
     monkeypatch.setattr(
         sqlite_changes.time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds)
     )
-    written = iter(
-        [False, True]
-    )  # the first commit is visible, then the log has the next one, which is not yet
+    # the first commit is visible, then the log has the next one, which is not yet
+    written = iter([False, True])
     log = SimpleNamespace(look_seconds=2.0, drain=lambda: next(written, False))
     cursor = SimpleNamespace(
         execute=lambda _: SimpleNamespace(fetchone=lambda: (1 if clock.now < 0.5 else 2,))

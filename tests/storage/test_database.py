@@ -521,9 +521,8 @@ class Caller:
 
     async def complete(self):
         async def move(session, lease):
-            while lease not in await queue.complete(
-                session, [completion_of(lease)]
-            ):  # a renewal has it locked
+            # a renewal has it locked
+            while lease not in await queue.complete(session, [completion_of(lease)]):
                 await asyncio.sleep(0.01)
 
         await self.end(move, "completed")

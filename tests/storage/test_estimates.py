@@ -8,11 +8,12 @@ from sqlalchemy import insert, select, update
 from dgx_music.client.generations import estimate_generation
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import Measured, Range
+from dgx_music.statuses import FINISHED
 from dgx_music.storage.due import queue_position
 from dgx_music.storage.estimates import estimate, record_speed
 from dgx_music.storage.models import Generation, Speed, WorkerInfo
 from dgx_music.storage.pauses import pause_model
-from dgx_music.storage.schema import FINISHED, now_plus
+from dgx_music.storage.schema import now_plus
 from tests.factories import MODEL, add_generation, back_date, claim_one
 from tests.storage.plans import analyze, plan_of
 
@@ -363,11 +364,8 @@ async def test_what_becomes_due_and_goes_first_while_it_waits_counts_as_late_as_
         await add_fleet(session)
         await add_generation(session, duration_seconds=1000.0)
         own = await add_generation(session)
-        for seconds_until in (
-            1500,
-            3500,
-            8000,
-        ):  # at worst it waits 2000 s, then 4000 s, then 6000 s
+        # at worst it waits 2000 s, then 4000 s, then 6000 s
+        for seconds_until in (1500, 3500, 8000):
             urgent = await add_generation(session, duration_seconds=1000.0, priority=1000)
             await back_date(session, urgent.id, run_at=-seconds_until)
 

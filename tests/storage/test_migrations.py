@@ -273,9 +273,8 @@ async def test_another_role_may_write_to_tables_in_a_schema_of_the_owners(empty_
             text(f"INSERT INTO {schema}.prompts (text, text_hash) VALUES ('rain', 'a hash')")
         )
 
-    assert (
-        await read_all(empty_database, select(Tally.name)) == ["prompts"] * 2
-    )  # the migration's own is of none
+    # the migration's own is of none
+    assert await read_all(empty_database, select(Tally.name)) == ["prompts"] * 2
 
 
 # a server is never migrated silently
@@ -542,3 +541,32 @@ async def test_a_worker_that_ends_needs_a_time(database):
 
     with pytest.raises(IntegrityError):
         await run(database, execute("UPDATE workers SET state = 'ended'"))
+
+
+# fewer index entries
+
+
+def indexes_of_generations(connection):
+    """Return whether each index holds only some rows, by the index's name."""
+    indexes = inspect(connection).get_indexes("generations")
+    option = f"{connection.dialect.name}_where"
+    return {index["name"]: option in index.get("dialect_options", {}) for index in indexes}
+
+
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expr")
+async def test_a_step_back_makes_the_index_of_running_rows_again(database):
+    await start_one(database)
+    async with database.session() as session:
+        await add_generation(session, status="completed")
+    newest = await run(database, indexes_of_generations)
+
+    await run(database, to("0004"))
+    former = await run(database, indexes_of_generations)
+    await database.migrate()
+
+    assert former == newest | {
+        "ix_generations_processing": True,
+        "ix_generations_completed_at": False,
+    }
+    assert newest["ix_generations_completed_at"]
+    assert await run(database, indexes_of_generations) == newest

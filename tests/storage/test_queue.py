@@ -15,11 +15,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
 from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
+from dgx_music.statuses import GenerationStatus
 from dgx_music.storage import claims, due, queue, retention, update_generation_status
 from dgx_music.storage.models import Attempt, Generation, Prompt, WorkerInfo
 from dgx_music.storage.queue import Lease, backoff_seconds
 from dgx_music.storage.repository import get_attempts
-from dgx_music.storage.schema import GenerationStatus, UtcDateTime, now, now_plus, with_json_key
+from dgx_music.storage.schema import UtcDateTime, now, now_plus, with_json_key
 from tests.factories import (
     MODEL,
     Program,

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import product
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 
 from dgx_music import storage
@@ -42,6 +42,7 @@ from dgx_music.storage import (
 )
 from dgx_music.storage.repository import find_generation_ids
 from tests.factories import add_generation, back_date, read, read_all, start_one
+from tests.storage.plans import analyze, plan_of
 
 pytestmark = pytest.mark.any_driver
 
@@ -154,15 +155,40 @@ def test_tables_and_columns_are_the_seeds():
     )
 
 
-@pytest.mark.parametrize("column", ["status", "created_at", "model_name", "completed_at"])
-def test_the_seeds_queries_are_served_by_an_index(column):
-    indexes = [
-        index
-        for index in Generation.__table__.indexes
-        if index.dialect_options["sqlite"]["where"] is None
-    ]
+SHAPE = {"prompt": "lofi", "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
-    assert column in {index.columns[0].name for index in indexes}
+
+async def fill(database, count):
+    """Add completed generations, one a second, and a failed one of another model before them."""
+    times = [NOON + timedelta(seconds=number) for number in range(count)]
+    done = [
+        SHAPE | {"model_name": "small", "status": "completed", "created_at": at, "completed_at": at}
+        for at in times
+    ]
+    done[0] |= {"model_name": "large", "status": "failed"}
+    async with database.session() as session:
+        await session.execute(insert(Generation), done)
+    await analyze(database)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("status", "failed"), ("created_at", NOON), ("model_name", "large"), ("completed_at", NOON)],
+)
+async def test_the_seeds_queries_are_served_by_an_index(database, column, value):
+    await fill(database, 2_000)
+
+    one = select(Generation).where(getattr(Generation, column) == value)
+    before = (
+        select(Generation)
+        .where(getattr(Generation, column) <= value)
+        .order_by(getattr(Generation, column))
+    )
+
+    for query in (one, before):
+        plan = await plan_of(database, lambda session, given=query: session.execute(given))
+        assert f"ix_generations_{column}" in plan, plan
 
 
 # sessions and the database

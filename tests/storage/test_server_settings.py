@@ -225,9 +225,8 @@ async def test_a_connection_that_is_lost_at_any_moment_of_an_engines_first_is_th
             proxy.url(database_url), limits=Limits(connect_seconds=1, command_seconds=1)
         )
         lost = proxy.lose_reply(to=lambda _request: next(requests) == number)
-        with suppress(
-            DatabaseUnavailableError
-        ):  # the last of them may be none of the first connection's
+        # the last of them may be none of the first connection's
+        with suppress(DatabaseUnavailableError):
             await start_one(database)
         assert await database.revision() is not None
         await database.dispose()

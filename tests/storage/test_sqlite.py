@@ -19,13 +19,23 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from dgx_music.config import load_settings
 from dgx_music.errors import ConfigurationError, DatabaseUnavailableError
-from dgx_music.storage import configure_sqlite, create_generation, migrations
+from dgx_music.storage import (
+    configure_sqlite,
+    count_generations,
+    create_generation,
+    due,
+    migrations,
+    queue,
+    retention,
+)
 from dgx_music.storage.connection import sqlite
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Base, Generation
-from tests.factories import Program, add_generation, claim_up_to, read_all
+from dgx_music.storage.workers import get_workers
+from tests.factories import MODEL, Program, add_generation, claim_up_to, read_all
 from tests.patience import PATIENCE
+from tests.storage.plans import plan_of
 
 WISH = ("lofi rain", "musicgen-small", 8.0, 32_000, 1)
 
@@ -64,6 +74,7 @@ async def refusal(url):
         ("foreign_keys", 1),
         ("busy_timeout", 30_000),
         ("mmap_size", 0),
+        ("temp_store", 2),
     ],
 )
 async def test_every_connection_is_set_up(database, pragma, value, read_only):
@@ -558,6 +569,61 @@ async def test_a_claim_under_a_tenant_limit_reads_each_tenants_own_queue_and_sor
     ]
     assert not [step for step in plan if step.startswith("SCAN generations")]
     assert sum("TEMP B-TREE FOR ORDER BY" in step for step in plan) == 1
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda session: due.has_work(session, [MODEL]),
+        lambda session: queue.find_cancel_requests(session, "worker-1"),
+        lambda session: queue.find_leases(session),
+        lambda session: get_workers(session),
+        lambda session: count_generations(session, "processing"),
+    ],
+)
+async def test_what_runs_is_found_by_the_index_of_statuses(database, look):
+    plan = await plan_of(database, look)
+
+    assert "ix_generations_status_created_at (status=?)" in plan
+    assert "SCAN generations" not in plan
+
+
+async def steps_of(database, work):
+    """Return the steps at the generations of all statements of the work; nothing of it is kept."""
+    statements = []
+    listen_to = database.engine.sync_engine
+    event.listen(listen_to, "before_cursor_execute", lambda *call: statements.append(call[2:4]))
+    async with database.session() as session:
+        await work(session)
+        await session.rollback()
+    with closing(sqlite3.connect(database.path)) as connection:
+        plans = [
+            connection.execute(f"EXPLAIN QUERY PLAN {sql}", values) for sql, values in statements
+        ]
+        return [row[3] for plan in plans for row in plan if " generations" in row[3]]
+
+
+LEASES = [queue.Lease(f"g-{number}", 1) for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda session: queue.renew(session, dict.fromkeys(LEASES, 0.5), lease_seconds=30),
+        lambda session: queue.release(session, LEASES),
+        lambda session: queue.fail(session, LEASES[0], "no", retry_in_seconds=1.0),
+        lambda session: retention.find_files(session, LEASES),
+        lambda session: retention.prune(session, LEASES),
+        lambda session: retention.find_completed_files(session, after_id="", limit=10),
+    ],
+)
+async def test_rows_that_are_known_by_id_are_found_by_id(database, work):
+    steps = await steps_of(database, work)
+
+    assert steps
+    assert {step.partition(" USING ")[2].split()[1] for step in steps} == {
+        "sqlite_autoindex_generations_1"
+    }
 
 
 def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):

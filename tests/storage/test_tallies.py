@@ -12,6 +12,7 @@ from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import IllegalTransitionError
+from dgx_music.statuses import FINISHED, GenerationStatus
 from dgx_music.storage import (
     complete_generation,
     count_generations,
@@ -24,7 +25,7 @@ from dgx_music.storage import (
     update_generation_status,
 )
 from dgx_music.storage.models import Generation, Prompt, Tally
-from dgx_music.storage.schema import FINISHED, GenerationStatus, now_plus
+from dgx_music.storage.schema import now_plus
 from dgx_music.worker.worker import Worker
 from tests.factories import (
     MODEL,
@@ -102,9 +103,8 @@ class Walker:
                 case 2:
                     await queue.release(session, [lease])
                 case 3:
-                    is_held = (Generation.id == lease.generation_id) & Generation.worker_id.is_not(
-                        None
-                    )
+                    is_ours = Generation.id == lease.generation_id
+                    is_held = is_ours & Generation.worker_id.is_not(None)
                     await session.execute(
                         update(Generation).where(is_held).values(lease_expires_at=now_plus(-1.0))
                     )

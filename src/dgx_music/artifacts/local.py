@@ -27,9 +27,8 @@ from dgx_music.artifacts.interface import (
     name_is_taken,
     parse_name,
 )
-from dgx_music.durability import flush, flush_folder, give_name
 from dgx_music.errors import ArtifactError
-from dgx_music.modes import file_mode, make_folders
+from dgx_music.files import file_mode, flush, flush_folder, give_name, make_folders
 
 MIN_FREE_BYTES = 100 * 2**20
 

@@ -22,10 +22,10 @@ import numpy as np
 import soundfile
 
 from dgx_music import validation
-from dgx_music.audio.containers.decoder import Stream, decode_quietly, open_stream
 from dgx_music.audio.containers.interface import READABLE, DamagedError
 from dgx_music.audio.containers.interface import Source as Container
 from dgx_music.audio.conversion import cancels_out, match_channels, resample
+from dgx_music.audio.decoding import Stream, decode_quietly, open_stream
 from dgx_music.audio.files import encode
 from dgx_music.audio.formats import FORMATS, open_source
 from dgx_music.audio.samples import Audio, Samples

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import io
 import math
-import mmap
-import os
-import sys
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 
+from dgx_music.audio import loudness as meter
+from dgx_music.audio import wav
 from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
 from dgx_music.audio.formats import FORMATS
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.config import AudioFormat, Loudness
-from dgx_music.errors import ArtifactError, EngineError, GenerationRejectedError
+from dgx_music.errors import EngineError, GenerationRejectedError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,14 +34,6 @@ _BLOCK_FRAMES = 65_536
 _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overflows on much more
 _SILENCE_PEAK = 10 ** (-70 / 20)
 """BS.1770 counts nothing below -70 LUFS, and gain does not turn such noise into music."""
-_SHORTEST_MEASURED_SECONDS = 0.4  # one gating block of BS.1770
-_METER_BYTES = 192 * 2**20
-_BLAS_THREAD_BYTES = 64 * 2**20
-"""Address space that the import of pyloudnorm takes, with a margin: 107 MiB were measured, and 40
-MiB for each thread."""
-_MOST_BLAS_THREADS = 64
-_METER_LOCK = threading.Lock()
-"""pyloudnorm uses ``warnings.catch_warnings``, which is not safe in threads."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ def warm_up() -> None:
 
     Raises ``ArtifactError`` if there is no memory for it.
     """
-    _import_meter()
+    meter.import_filters()
 
 
 def _check_samples(samples: Samples) -> Samples:
@@ -101,9 +91,15 @@ def _check_samples(samples: Samples) -> Samples:
         raise EngineError(
             f"The engine's audio has the shape {samples.shape}; it must be [1 or 2 channels, frames]."
         )
-    if not np.isfinite(samples).all():
+    peak = _peak_of(samples)
+    if not math.isfinite(peak):
         raise EngineError("The engine's audio holds NaN or infinite samples and cannot be stored.")
-    return np.clip(samples, -_CEILING, _CEILING)
+    return samples if peak <= _CEILING else np.clip(samples, -_CEILING, _CEILING)
+
+
+def _peak_of(samples: Samples) -> float:
+    """Return the highest amplitude; NaN if a sample is NaN."""
+    return max(float(samples.max()), -float(samples.min()))
 
 
 def _normalise(
@@ -116,57 +112,25 @@ def _normalise(
     """
     if loudness == "none":
         clipped = np.clip(samples, -1, 1)
-        return clipped, _measure_lufs(clipped, sample_rate)
-    peak = float(np.abs(samples).max())
+        return clipped, meter.measure(clipped, sample_rate)
+    peak = _peak_of(samples)
     if peak < _SILENCE_PEAK:
         return samples, None
     scaled = samples * np.float32(PEAK_LIMIT / peak)
-    lufs = _measure_lufs(scaled, sample_rate)
+    lufs = meter.measure(scaled, sample_rate)
     if loudness == "peak" or lufs is None or lufs <= TARGET_LUFS:
         return scaled, lufs
     return scaled * np.float32(10 ** ((TARGET_LUFS - lufs) / 20)), TARGET_LUFS
 
 
-def _measure_lufs(samples: Samples, sample_rate: int) -> float | None:
-    """Return the loudness by ITU-R BS.1770-4; ``None`` for silence, and if it is too short."""
-    if samples.shape[1] < _SHORTEST_MEASURED_SECONDS * sample_rate:
-        return None
-    meter = _import_meter()
-    with _METER_LOCK:
-        lufs = float(meter.Meter(sample_rate).integrated_loudness(samples.T))
-    return lufs if math.isfinite(lufs) else None
-
-
-def _import_meter() -> Any:
-    """Return pyloudnorm; raises ``ArtifactError`` if there is no memory to import it.
-
-    Without enough memory, scipy's OpenBLAS asks for it in an endless loop that nothing can
-    interrupt. So this checks first that there is enough.
-    """
-    if "pyloudnorm" not in sys.modules:
-        threads = min(os.cpu_count() or 1, _MOST_BLAS_THREADS)
-        try:
-            mmap.mmap(
-                -1,
-                _METER_BYTES + threads * _BLAS_THREAD_BYTES,
-                flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-            ).close()
-        except OSError:
-            raise ArtifactError(
-                "There is no memory for the loudness meter; raise the limit (`ulimit -v`)."
-            ) from None
-    import pyloudnorm
-
-    return pyloudnorm
-
-
 def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -> bytes:
-    """Return the samples, float32 or int16, as a file's content."""
+    """Return the samples as a file's content: float32, or int16 for a format other than WAV."""
+    encoding = FORMATS[audio_format].encoding
+    if encoding is None:
+        return wav.encode(samples, sample_rate)
     frames = samples.T  # [frame, channel]
     buffer = io.BytesIO()
-    with soundfile.SoundFile(
-        buffer, "w", sample_rate, frames.shape[1], **FORMATS[audio_format].encoding
-    ) as file:
+    with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **encoding) as file:
         for start in range(0, len(frames), _BLOCK_FRAMES):
             file.write(frames[start : start + _BLOCK_FRAMES])
     return buffer.getvalue()
@@ -176,23 +140,22 @@ def _describe(
     samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None
 ) -> AudioFacts:
     channels, frames = samples.shape
-    envelope = np.abs(samples).max(axis=0)  # [frame]
+    points = _points_of(samples, WAVEFORM_POINTS)
     return AudioFacts(
         duration_seconds=frames / sample_rate,
         sample_rate=sample_rate,
         channels=channels,
         format=audio_format,
-        peak=round(float(envelope.max()), 4),
+        peak=round(float(points.max()), 4),
         loudness_lufs=None if lufs is None else round(lufs, 2),
-        waveform=_peaks(envelope, WAVEFORM_POINTS),
+        waveform=points.round(4).tolist(),
     )
 
 
-def _peaks(envelope: Samples, points: int) -> list[float]:
-    """Return the peak of each of at most ``points`` equal parts, rounded to 4 decimals."""
+def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
+    """Return the peak of each of at most ``points`` equal parts."""
+    envelope = np.abs(samples).max(axis=0)  # [frame]
     points = min(points, len(envelope))
     starts = np.arange(points) * len(envelope) // points
     # As float64: 0.1 of float32 would print as 0.10000000149.
-    peaks = np.maximum.reduceat(envelope, starts).astype(np.float64)
-    rounded: list[float] = np.round(peaks, 4).tolist()
-    return rounded
+    return np.maximum.reduceat(envelope, starts).astype(np.float64)

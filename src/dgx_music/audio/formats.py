@@ -28,16 +28,14 @@ class Format:
     find_source: FindSource
     names: tuple[str, ...]
     """What libsndfile calls its files; none if a process of its own decodes them."""
-    encoding: Mapping[str, str | float]
-    """What libsndfile is told to write one."""
+    encoding: Mapping[str, str | float] | None
+    """What libsndfile is told to write one; ``None`` for WAV, which ``wav`` writes."""
     sample_rates: tuple[int, ...] | None = None
     """In Hz; ``None`` if a file can have any."""
 
 
 FORMATS: Mapping[AudioFormat, Format] = {
-    "wav": Format(
-        riff.find_source, ("WAV", "WAVEX", "RF64"), {"format": "WAV", "subtype": "PCM_16"}
-    ),
+    "wav": Format(riff.find_source, ("WAV", "WAVEX", "RF64"), None),
     "flac": Format(flac.find_source, ("FLAC",), {"format": "FLAC", "subtype": "PCM_16"}),
     "ogg": Format(ogg.find_source, ("OGG",), {"format": "OGG", "subtype": "VORBIS"}),
     "mp3": Format(  # the last one: it searches the file for frames

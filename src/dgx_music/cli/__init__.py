@@ -37,8 +37,7 @@ from dgx_music import __version__
 from dgx_music.cli.lazy import LazyCommand, group_of
 from dgx_music.cli.streams import lasting_streams
 from dgx_music.early import stand_back
-from dgx_music.errors import DgxMusicError
-from dgx_music.groups import unwrap
+from dgx_music.errors import DgxMusicError, unwrap
 
 __all__ = ["COMMANDS", "app", "main"]
 

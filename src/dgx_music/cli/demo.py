@@ -19,7 +19,7 @@ from dgx_music.cli.options import at_home
 from dgx_music.cli.output import fail, near, print_line, print_table, print_waveform, tell
 from dgx_music.config import EngineName, load_settings
 from dgx_music.errors import EngineUnavailableError, how_to_install
-from dgx_music.modes import create_file
+from dgx_music.files import create_file
 
 if TYPE_CHECKING:
     import anyio.abc

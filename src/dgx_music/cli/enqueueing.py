@@ -23,7 +23,7 @@ from dgx_music.client.generations import estimate_generation
 from dgx_music.client.requests import Batch, plan, read_clips
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
-from dgx_music.modes import file_mode
+from dgx_music.files import file_mode
 from dgx_music.storage import Database, Generation
 from dgx_music.validation import check_positive
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from dgx_music.forecast import Range
+from dgx_music.statuses import PENDING
 from dgx_music.storage.estimates import Estimate
-from dgx_music.storage.schema import PENDING
 
 _STEPS = ((20, 1, 1, "s"), (120, 10, 1, "s"), (7_200, 60, 60, "min"), (172_800, 3_600, 3_600, "h"))
 _LONGEST_STEP = (math.inf, 86_400, 86_400, "d")

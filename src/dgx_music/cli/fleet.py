@@ -103,7 +103,7 @@ def _as_line(row: dict[str, Any]) -> tuple[object, ...]:
 
 def state_of(row: dict[str, Any]) -> str:
     """Return a worker's state in one word: ``alive``, ``loading``, ``silent``, or ``ended``."""
-    from dgx_music.storage.schema import WorkerState
+    from dgx_music.statuses import WorkerState
 
     if row["state"] == WorkerState.ENDED:
         return "ended"

@@ -21,8 +21,8 @@ from dgx_music.cli.output import (
 from dgx_music.cli.service import ServiceTeller
 from dgx_music.client.generations import watch_generation
 from dgx_music.errors import WaitTimeoutError
+from dgx_music.statuses import COMPLETED
 from dgx_music.storage import Generation
-from dgx_music.storage.schema import COMPLETED
 from dgx_music.text import plain
 
 Show = Callable[[Generation], None]

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 _DAY_SECONDS = 86_400
 _LONGEST_DAYS = 36_500
 
+Orphans = Annotated[
+    bool,
+    typer.Option(
+        "--orphans",
+        help="Delete files older than a day that belong to no generation, or to an attempt that "
+        "never completed. Not for two databases that share one output.",
+    ),
+]
+
 
 def prune(
     completed_days: Annotated[
@@ -30,14 +39,7 @@ def prune(
     cancelled_days: Annotated[
         float | None, typer.Option(help="Days to keep cancelled ones.")
     ] = None,
-    orphans: Annotated[
-        bool,
-        typer.Option(
-            "--orphans",
-            help="Delete files older than a day that belong to no generation, or to an attempt that never completed. "
-            "Not for two databases that share one output.",
-        ),
-    ] = False,
+    orphans: Orphans = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only count what would be deleted.")
     ] = False,

@@ -111,9 +111,8 @@ def _open_closed_descriptors() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(
-                os.open(os.devnull, os.O_RDWR), True
-            )  # it gets the lowest free number
+            # it gets the lowest free number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
 def _is_closed(stream: TextIO | None) -> bool:

@@ -22,7 +22,7 @@ from dgx_music.client.requests import (
 from dgx_music.client.transactions import transact
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
-from dgx_music.storage.database import Database
+from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.insertion import insert_generations
 from dgx_music.storage.models import Generation
 
@@ -87,6 +87,8 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
 
 async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
     """Add the generations of a batch in one transaction, all or none, and return their rows."""
+    if session is None:
+        return await (await ensure_database()).insert(batch.rows, batch.clips)
     return await transact(session, partial(_insert, batch))
 
 
@@ -98,7 +100,7 @@ async def _store_alone(batch: Batch) -> Generation:
     database = Database.from_settings(load_settings())
     try:
         await database.prepare()
-        return (await database.transact(partial(_insert, batch)))[0]
+        return (await database.insert(batch.rows, batch.clips))[0]
     finally:
         await database.dispose()
 

@@ -15,12 +15,12 @@ from dgx_music import validation
 from dgx_music.audio.facts import AudioFacts
 from dgx_music.client.transactions import transact
 from dgx_music.errors import GenerationNotFoundError, WaitTimeoutError
+from dgx_music.statuses import GenerationStatus
 from dgx_music.storage import due, queue, repository
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.estimates import Estimate, estimate
 from dgx_music.storage.models import Generation
-from dgx_music.storage.schema import GenerationStatus
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession

@@ -1,5 +1,6 @@
 """The storage service: sessions, generations, prompts, statistics. Only this package knows SQL."""
 
+from dgx_music.statuses import AttemptOutcome, GenerationStatus
 from dgx_music.storage.by_hand import complete_generation, update_generation_status
 from dgx_music.storage.connection.sqlite import configure_sqlite
 from dgx_music.storage.database import (
@@ -33,7 +34,6 @@ from dgx_music.storage.repository import (
     get_generation,
     get_pending_generations,
 )
-from dgx_music.storage.schema import AttemptOutcome, GenerationStatus
 from dgx_music.storage.search import SearchHit, search_generations
 from dgx_music.storage.statistics import count_generations, get_database_stats
 

@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import MetaData, inspect
 from sqlalchemy.orm import DeclarativeBase
 
-from dgx_music.storage.schema import GenerationStatus, Real
+from dgx_music.statuses import GenerationStatus
+from dgx_music.storage.schema import Real
 
 
 class Base(DeclarativeBase):

@@ -14,8 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
-from dgx_music.storage.generation import CANCEL_REQUESTED, Generation, g, generations
-from dgx_music.storage.schema import (
+from dgx_music.statuses import (
     CANCELLED,
     COMPLETED,
     FAILED,
@@ -23,10 +22,10 @@ from dgx_music.storage.schema import (
     PENDING,
     PROCESSING,
     GenerationStatus,
-    check_status,
-    now,
     sources_of,
 )
+from dgx_music.storage.generation import CANCEL_REQUESTED, Generation, g, generations
+from dgx_music.storage.schema import check_status, now
 
 
 async def cancel(session: AsyncSession, generation_id: str) -> str:

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import insert, literal, select, update
+from sqlalchemy import Integer, bindparam, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError
+from dgx_music.statuses import PENDING, PROCESSING
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.due import CLAIM_ORDER, due_rows, take_turns
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_one_of
 from dgx_music.storage.models import attempts
+from dgx_music.storage.prepared import Prepared
 from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
     dialect_of,
     is_our_schema,
     now,
@@ -64,14 +64,14 @@ async def claim(
         await take_turns(session)
     dialect = dialect_of(session)
     statement = _claim_statement(dialect, worker_id, model_name, limit, lease_seconds, tenant_limit)
-    claimed = (await session.execute(statement)).all()
+    claimed = await statement.rows(session, {})
     rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
     if rows and dialect != "postgresql":
         made = [
             {"generation_id": row.id, "attempt": row.attempt, "worker_id": worker_id}
             for row in rows
         ]
-        await session.execute(insert(attempts), made)
+        await _ADD_ATTEMPT.run_each(session, made)
     if not rows:
         await check_schema(session)
     return [_as_claim(row) for row in rows]
@@ -93,15 +93,17 @@ def _claim_statement(
     dialect: str,
     worker_id: str,
     model_name: str,
-    limit: int,
+    limit: int | None,
     lease_seconds: float,
     tenant_limit: int | None,
-) -> Any:
+) -> Prepared:
     """Return the statement that claims; cached, since a worker uses the same few again and again.
 
+    Without a ``limit`` its parameter ``most`` is one.
     On PostgreSQL it also adds the attempts, in the same round trip; on SQLite it cannot.
     """
-    due = due_rows(dialect, model_name, limit, tenant_limit)
+    most = bindparam("most", type_=Integer) if limit is None else limit
+    due = due_rows(dialect, model_name, most, tenant_limit)
     claimed = (
         update(generations)
         .where(is_one_of(due), g.status == written(PENDING), is_our_schema())
@@ -115,7 +117,7 @@ def _claim_statement(
         )
         .returning(*_CLAIMED)
     )
-    return _with_attempts(claimed, worker_id) if dialect == "postgresql" else claimed
+    return Prepared(_with_attempts(claimed, worker_id) if dialect == "postgresql" else claimed)
 
 
 def _with_attempts(claimed: Any, worker_id: str) -> Any:
@@ -125,6 +127,11 @@ def _with_attempts(claimed: Any, worker_id: str) -> Any:
     return select(taken).add_cte(insert(attempts).from_select(columns, made).cte("made"))
 
 
+_ADD_ATTEMPT = Prepared(
+    insert(attempts).values(
+        {name: bindparam(name) for name in ("generation_id", "attempt", "worker_id")}
+    )
+)
 _CLAIMED = (
     g.id,
     g.attempt,

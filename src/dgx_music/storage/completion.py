@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from pydantic_core import to_json
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
@@ -15,26 +14,21 @@ from sqlalchemy import (
     Integer,
     and_,
     bindparam,
-    cast,
     column,
-    func,
     literal,
     not_,
     null,
     select,
-    tuple_,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import COMPLETED, PROCESSING, AttemptOutcome
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among, is_held_by, is_one_of
 from dgx_music.storage.models import attempts
+from dgx_music.storage.prepared import Prepared, as_json, json_rows
 from dgx_music.storage.schema import (
-    COMPLETED,
-    PROCESSING,
-    AttemptOutcome,
     HashText,
     Id,
     JsonObject,
@@ -42,6 +36,7 @@ from dgx_music.storage.schema import (
     ShortText,
     dialect_of,
     now,
+    unindexed,
     with_json_key,
 )
 
@@ -74,11 +69,13 @@ async def complete(session: AsyncSession, completions: Sequence[Completion]) -> 
         return set()
     # In the order in which renewals lock them.
     completions = sorted(completions, key=lambda completion: completion.lease.generation_id)
-    done = await _complete(session, completions)
+    rows = [_values(completion) for completion in completions]
+    if dialect_of(session) == "postgresql":
+        done = _leases(await _COMPLETE_TOGETHER.rows(session, {"completions": as_json(rows)}))
+    else:
+        done = await _complete_each(session, rows)
     if len(done) < len(completions):  # lost, or completed by an earlier call
-        done = await find_completed(session, [completion.lease for completion in completions])
-    if done:
-        await session.execute(_end_attempts(done))
+        done |= await find_completed(session, [completion.lease for completion in completions])
     return done
 
 
@@ -87,7 +84,7 @@ async def find_completed(session: AsyncSession, leases: Collection[Lease]) -> se
 
     The answer is exact, since attempt numbers are never used twice.
     """
-    query = select(g.id, g.attempt).where(is_among(leases), g.status == COMPLETED)
+    query = select(g.id, g.attempt).where(is_among(leases), unindexed(g.status) == COMPLETED)
     return await _read_leases(session, query)
 
 
@@ -102,17 +99,21 @@ async def find_completable(session: AsyncSession, leases: Collection[Lease]) -> 
     return await _read_leases(session, query)
 
 
-async def _complete(session: AsyncSession, completions: Sequence[Completion]) -> set[Lease]:
-    """Complete what can be completed and return it; on SQLite return nothing."""
-    rows = [_values(completion) for completion in completions]
-    if dialect_of(session) == "postgresql":
-        return await _read_leases(session, _COMPLETE_TOGETHER, {"completions": _as_json(rows)})
-    await session.execute(_COMPLETE, [row | {"audio": _as_json(row["audio"])} for row in rows])
-    return set()
+async def _complete_each(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> set[Lease]:
+    done: set[Lease] = set()
+    for row in rows:
+        moved = await _COMPLETE.rows(session, {**row, "audio": as_json(row["audio"])})
+        done |= {Lease(each.id, each.attempt) for each in moved}
+    ended = [row for row in rows if Lease(row["lease_id"], row["lease_attempt"]) in done]
+    await _END_ATTEMPT.run_each(session, ended)
+    return done
 
 
-async def _read_leases(session: AsyncSession, statement: Any, values: Any = None) -> set[Lease]:
-    rows = (await session.execute(statement, values)).all()
+async def _read_leases(session: AsyncSession, statement: Any) -> set[Lease]:
+    return _leases((await session.execute(statement)).all())
+
+
+def _leases(rows: Sequence[Any]) -> set[Lease]:
     return {Lease(row.id, row.attempt) for row in rows}
 
 
@@ -135,6 +136,7 @@ def _complete_with(values: Any) -> Any:
             generation_time_seconds=values.seconds,
             metadata=with_json_key(g.metadata, literal(AUDIO_KEY), values.audio),
         )
+        .returning(g.id, g.attempt, g.completed_at, g.generation_time_seconds)
     )
 
 
@@ -144,17 +146,31 @@ def _is_completable(values: Any) -> ColumnElement[bool]:
     return and_(g.id == values.lease_id, g.attempt == values.lease_attempt, is_held)
 
 
-def _complete_together() -> Any:
-    """Return PostgreSQL's UPDATE of many rows at once; it locks them in the order of their ids.
+def _end_attempt(completed: Any) -> Any:
+    """Return the UPDATE that ends the attempts of completed rows, with the rows' own values."""
+    return (
+        update(attempts)
+        .where(
+            attempts.c.generation_id == completed.id,
+            attempts.c.attempt == completed.attempt,
+            attempts.c.outcome.is_(None),
+        )
+        .values(
+            finished_at=completed.completed_at,
+            outcome=AttemptOutcome.COMPLETED.value,
+            device_seconds=completed.generation_time_seconds,
+        )
+    )
 
-    Their values are in one JSON text.
-    """
-    rows = func.jsonb_to_recordset(cast(bindparam("completions", type_=LongText), JSONB))
-    values = rows.table_valued(*_COLUMNS, name="given").render_derived(with_types=True)
-    given = select(values).cte("given").prefix_with("MATERIALIZED")
+
+def _complete_together() -> Any:
+    """Return PostgreSQL's UPDATE of many rows and their attempts; it locks in the order of ids."""
+    given = json_rows("completions", _COLUMNS)
     free = select(g.id).where(_is_completable(given.c)).order_by(g.id)
     free = free.with_for_update(of=generations, skip_locked=True, key_share=True)
-    return _complete_with(given.c).where(is_one_of(free)).returning(g.id, g.attempt)
+    completed = _complete_with(given.c).where(is_one_of(free)).cte("completed")
+    ended = _end_attempt(completed.c).cte("ended")
+    return select(completed.c.id, completed.c.attempt).add_cte(ended)
 
 
 _COLUMNS = (
@@ -167,8 +183,13 @@ _COLUMNS = (
     column("seconds", Double),
     column("audio", JsonObject),
 )
-_COMPLETE = _complete_with(SimpleNamespace(**{c.name: bindparam(c.name) for c in _COLUMNS}))
-_COMPLETE_TOGETHER = _complete_together()
+_COMPLETE = Prepared(
+    _complete_with(SimpleNamespace(**{c.name: bindparam(c.name) for c in _COLUMNS}))
+)
+_END_ATTEMPT = Prepared(
+    _end_attempt(g).where(g.id == bindparam("lease_id"), g.attempt == bindparam("lease_attempt"))
+)
+_COMPLETE_TOGETHER = Prepared(_complete_together())
 
 
 def _values(completion: Completion) -> dict[str, Any]:
@@ -182,26 +203,3 @@ def _values(completion: Completion) -> dict[str, Any]:
         "seconds": completion.generation_time_seconds,
         "audio": completion.audio,
     }
-
-
-def _as_json(value: Any) -> str:
-    """Return the value as JSON, with null for NaN; ``json`` takes four times as long."""
-    return to_json(value, inf_nan_mode="null").decode()
-
-
-def _end_attempts(leases: Collection[Lease]) -> Any:
-    """Return the UPDATE that ends the attempts of completed rows, with the rows' own values."""
-    named = [(lease.generation_id, lease.attempt) for lease in leases]
-    return (
-        update(attempts)
-        .where(
-            tuple_(attempts.c.generation_id, attempts.c.attempt).in_(named),
-            attempts.c.outcome.is_(None),
-            g.id == attempts.c.generation_id,
-        )
-        .values(
-            finished_at=g.completed_at,
-            outcome=AttemptOutcome.COMPLETED.value,
-            device_seconds=g.generation_time_seconds,
-        )
-    )

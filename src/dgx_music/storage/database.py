@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,7 +20,7 @@ from dgx_music.errors import (
     DatabaseNotMigratedError,
     DatabaseUnavailableError,
 )
-from dgx_music.modes import make_folders
+from dgx_music.files import make_folders
 from dgx_music.storage import schema_changes
 from dgx_music.storage.connection import postgres, postgres_errors, sqlite
 from dgx_music.storage.connection.changes import Changes
@@ -30,6 +31,9 @@ from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.connection.sessions import NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
+from dgx_music.storage.gathering import Gathering, insert_all
+from dgx_music.storage.generation import Generation
+from dgx_music.storage.insertion import Row, is_single
 from dgx_music.storage.models import Base
 
 T = TypeVar("T")
@@ -125,7 +129,14 @@ class Database:
         PostgreSQL ends a session whose transaction is idle for ``Limits.idle_seconds``: do nothing
         slow in it.
         """
-        session = await self._begin(read_only=read_only, may_lag=may_lag)
+        begun = await self._begin(read_only=read_only, may_lag=may_lag)
+        async with self._ending(begun, read_only=read_only) as session:
+            yield session
+
+    @asynccontextmanager
+    async def _ending(
+        self, session: AsyncSession, *, read_only: bool
+    ) -> AsyncIterator[AsyncSession]:
         try:
             yield session
             await session.commit()
@@ -148,11 +159,15 @@ class Database:
                 raise
             await session.invalidate()
 
-    async def _begin(self, *, read_only: bool, may_lag: bool) -> AsyncSession:
+    async def _begin(
+        self, *, read_only: bool, may_lag: bool, is_single: bool = False
+    ) -> AsyncSession:
         if may_lag and not read_only:
             raise ValueError("a session that writes cannot lag; add read_only=True")
         here = self._connections.here()
         at_replica = await here.replica.begin() if may_lag and here.replica is not None else None
+        if is_single:
+            return here.writing_once()
         return at_replica or (here.reading() if read_only else here.writing())
 
     async def transact(
@@ -161,15 +176,21 @@ class Database:
         *,
         read_only: bool = False,
         may_lag: bool = False,
+        is_single: bool = False,
     ) -> T:
         """Return what ``work`` returns, done in its own transaction, which a cancel does not stop.
 
-        It is repeated if it was a deadlock's victim, and repeated on the primary if the read
-        replica fails: a replica also ends a query that delays what it copies.
+        The work may only await the calls of its session. It is repeated if it was a deadlock's
+        victim, and repeated on the primary if the read replica fails: a replica also ends a query
+        that delays what it copies. A transaction that ``is_single`` writes with one statement, so
+        that PostgreSQL needs no BEGIN and no COMMIT.
         """
 
         async def run(*, may_lag: bool) -> T:
-            async with self.session(read_only=read_only, may_lag=may_lag) as session:
+            if self.is_embedded:
+                return await self._run_on_thread(work, read_only=read_only)
+            begun = await self._begin(read_only=read_only, may_lag=may_lag, is_single=is_single)
+            async with self._ending(begun, read_only=read_only) as session:
                 return await work(session)
 
         for _ in range(_REPEATS - 1):
@@ -181,6 +202,36 @@ class Database:
                     raise
                 may_lag = False
         return await finish(run(may_lag=may_lag))
+
+    async def insert(
+        self, rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]]
+    ) -> list[Generation]:
+        """Insert generations in a transaction, which calls at the same time share; return them.
+
+        See ``insert_generations`` for the rows and the clips. On PostgreSQL what may have to wait
+        for another transaction, with its key or its clip, shares none: the others would wait too.
+        """
+        if not (self.is_embedded or is_single(rows)):
+            return await self.transact(partial(insert_all, rows, clips))
+        here = self._connections.here()
+        if here.inserts is None:
+            here.inserts = Gathering(self.transact)
+        made: list[Generation] = await here.inserts.insert(rows, clips)
+        return made
+
+    async def _run_on_thread(
+        self, work: Callable[[AsyncSession], Awaitable[T]], *, read_only: bool
+    ) -> T:
+        def must_drop(error: BaseException) -> bool:
+            return self._is_unavailable(error) and not (read_only and _is_refused_write(error))
+
+        try:
+            here = self._connections.here()
+            return await here.run_on_thread(work, read_only=read_only, must_drop=must_drop)
+        except BaseException as error:
+            if must_drop(error):
+                self._explain(error)
+            raise
 
     async def prepare(self) -> None:
         """Make the database ready for use: migrate a SQLite file, only check a server.

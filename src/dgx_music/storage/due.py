@@ -29,17 +29,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import PENDING, PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.models import ALL_MODELS, Pause
-from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
-    claim_order,
-    dialect_of,
-    now,
-    unindexed,
-    written,
-)
+from dgx_music.storage.schema import claim_order, dialect_of, now, unindexed, written
 
 pauses = cast("Table", Pause.__table__)
 
@@ -51,12 +44,12 @@ _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 
 
 def due_rows(
-    dialect: str, model_name: str, limit: int, tenant_limit: int | None = None
+    dialect: str, model_name: str, limit: Any, tenant_limit: int | None = None
 ) -> Select[Any]:
     """Return the query for the ids of up to ``limit`` due generations, most urgent first.
 
-    With a ``tenant_limit`` it leaves out what would give a tenant more than this many running; call
-    ``take_turns`` first.
+    The limit is a number, or a parameter for one. With a ``tenant_limit`` it leaves out what would
+    give a tenant more than this many running; call ``take_turns`` first.
     """
     if tenant_limit is None:
         most_urgent = select(g.id).where(*_is_due(model_name)).order_by(CLAIM_ORDER, g.id)
@@ -164,7 +157,7 @@ def overtaken(dialect: str, model_name: str) -> ColumnElement[bool]:
 
 def is_paused(model_name: str) -> ColumnElement[bool]:
     """Return the condition that nothing of this model may be claimed now."""
-    names = [model_name, ALL_MODELS]
+    names = [literal(model_name), literal(ALL_MODELS)]  # a list that has its length for good
     return select(pauses.c.model_name).where(pauses.c.model_name.in_(names)).exists()
 
 

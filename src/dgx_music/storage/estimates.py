@@ -14,20 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import GenerationNotFoundError
 from dgx_music.forecast import LEAST_MEASURED, Ahead, Range, Slot, earliest_start, latest_start
+from dgx_music.statuses import PENDING, PROCESSING, GenerationStatus, WorkerState
 from dgx_music.storage.due import CLAIM_ORDER, find_waits, is_paused
 from dgx_music.storage.generation import g
 from dgx_music.storage.models import Speed, WorkerInfo
-from dgx_music.storage.schema import (
-    PENDING,
-    PROCESSING,
-    GenerationStatus,
-    WorkerState,
-    dialect_of,
-    insert,
-    now,
-    unindexed,
-    written,
-)
+from dgx_music.storage.schema import dialect_of, insert, now, unindexed, written
 from dgx_music.storage.workers import IS_LIVING, served_models
 
 _ROUNDS = 4

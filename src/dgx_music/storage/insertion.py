@@ -7,22 +7,31 @@ key inserts nothing and gives the row that is there already.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import DefaultClause, bindparam, column, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
+from dgx_music.statuses import PENDING
 from dgx_music.storage.clips import keep_clips
-from dgx_music.storage.generation import CLIP_COLUMNS, Generation
-from dgx_music.storage.prompts import count_prompt_uses, uncount_prompt_uses
-from dgx_music.storage.schema import UtcDateTime, dialect_of, insert, now
+from dgx_music.storage.connection.direct import DirectSession
+from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
+from dgx_music.storage.models import text_hash
+from dgx_music.storage.prepared import Prepared, as_json, json_rows
+from dgx_music.storage.prompts import (
+    count_on_sqlite,
+    counted_prompts,
+    uncount_prompt_uses,
+    uses_of,
+)
+from dgx_music.storage.schema import HashText, UtcDateTime, dialect_of, now, written
 
 Row = Mapping[str, Any]
 """The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once."""
 
-_CHUNK = 500
+_CHUNK = 1_000
 
 
 async def insert_generations(
@@ -52,6 +61,12 @@ async def insert_generations(
         row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
     }
     return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
+
+
+def is_single(rows: Sequence[Row]) -> bool:
+    """Return True if PostgreSQL inserts these rows with one statement, and nothing beside it."""
+    has_more = any(row[name] for row in rows for name in ("idempotency_key", *CLIP_COLUMNS))
+    return len(rows) <= _CHUNK and not has_more
 
 
 def _without_repeats(rows: Sequence[Row], by_key: Mapping[str, Generation]) -> list[Row]:
@@ -85,31 +100,122 @@ async def _insert_fresh(
     used = {row[name] for row in rows for name in CLIP_COLUMNS} - {None}
     if used:
         await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
-    prompts = await count_prompt_uses(session, [row["prompt"] for row in rows])
-    prompt_ids = {prompt.text: prompt.id for prompt in prompts}
-    statement = _insert_statement(dialect_of(session))
-    inserted: list[Generation] = []
     # In one order: two batches must not wait for each other in a circle.
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
-    for start in range(0, len(rows), _CHUNK):
-        chunk = [
-            {**row, "prompt_id": prompt_ids.get(row["prompt"])}
-            for row in rows[start : start + _CHUNK]
-        ]
-        inserted += await session.scalars(statement, chunk)
-    stored = {row.id for row in inserted}
-    raced = [
-        row["prompt"] for row in rows if row["id"] not in stored and row["prompt"] in prompt_ids
-    ]
-    await uncount_prompt_uses(session, raced)
+    insert = _insert_on_postgres if dialect_of(session) == "postgresql" else _insert_on_sqlite
+    inserted = await insert(session, rows)
+    if isinstance(session, DirectSession):  # of our own, and about to close
+        return inserted
+    session.add_all(inserted)
     return inserted
 
 
-@cache
-def _insert_statement(dialect: str) -> Any:
+async def _insert_on_sqlite(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+    prompt_ids = await count_on_sqlite(session, [row["prompt"] for row in rows])
+    at = (await _CLOCK.rows(session, {}))[0].now
+    wanted = [
+        {
+            **row,
+            "prompt_id": prompt_ids[row["prompt"]],
+            "created_at": at,
+            "run_at": row["wanted_run_at"] or at,
+        }
+        for row in rows
+    ]
+    await _INSERT_ON_SQLITE.run_each(session, wanted)
+    raced = await _find_raced(session, rows)
+    await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
+    return [_as_inserted(row) for row in wanted if row["id"] not in raced]
+
+
+async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
+    """Return the ids that were not inserted: another producer was faster with the same key."""
+    ids = {row["id"] for row in rows if row["idempotency_key"] is not None}
+    if not ids:
+        return set()
+    return ids - set(await session.scalars(select(g.id).where(g.id.in_(ids))))
+
+
+async def _insert_on_postgres(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+    inserted: list[Generation] = []
+    for start in range(0, len(rows), _CHUNK):
+        inserted += await _insert_chunk(session, rows[start : start + _CHUNK])
+    return inserted
+
+
+async def _insert_chunk(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+    hashed = [{**row, "text_hash": text_hash(row["prompt"])} for row in rows]
+    values = {"rows": as_json(hashed), "texts": as_json(uses_of(row["prompt"] for row in rows))}
+    made = {row.id: row for row in await _INSERT_ON_POSTGRES.rows(session, values)}
+    raced = [row["prompt"] for row in rows if row["id"] not in made]
+    if raced:
+        await uncount_prompt_uses(session, raced)
+    inserted = [(row, made[row["id"]]) for row in rows if row["id"] in made]
+    return [
+        _as_inserted(
+            {**row, "prompt_id": at.prompt_id, "created_at": at.created_at, "run_at": at.run_at}
+        )
+        for row, at in inserted
+    ]
+
+
+def _as_inserted(row: Row) -> Generation:
+    return as_inserted({name: row[name] for name in _ATTRIBUTES})
+
+
+_GIVEN = (
+    *("id", "prompt", "model_name", "duration_seconds", "sample_rate", "channels", "sampling"),
+    *CLIP_COLUMNS,
+    *("priority", "tenant", "max_attempts", "idempotency_key", "request_hash", "metadata"),
+)
+"""The columns that a request gives; the database adds the others."""
+_ATTRIBUTES = (
+    *(name for name in _GIVEN if name != "metadata"),
+    "metadata_",
+    "prompt_id",
+    "created_at",
+    "run_at",
+)
+
+
+def _insert_on_sqlite_statement() -> Any:
+    values: dict[str, Any] = {
+        name: bindparam(name, type_=g[name].type) for name in _ATTRIBUTES if name in g
+    }
+    values["metadata"] = bindparam("metadata_", type_=g.metadata.type)
+    # Else SQLAlchemy would expect a parameter for each of them.
+    rest = (each for each in g if each.default and each.name not in values)
+    defaults = {each.name: cast("DefaultClause", each.server_default).arg for each in rest}
+    values |= defaults | {"status": written(PENDING)}
     return (
-        insert(dialect, Generation)
-        .values(run_at=func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now()))
+        sqlite.insert(generations)
+        .values(values)
         .on_conflict_do_nothing(index_elements=["idempotency_key"])
-        .returning(Generation)
     )
+
+
+def _insert_on_postgres_statement() -> Any:
+    """Return PostgreSQL's INSERT of any number of rows, which counts their prompts as well."""
+    names = {name: "metadata_" if name == "metadata" else name for name in _GIVEN}
+    columns = [column(name, g[each].type) for each, name in names.items()]
+    extra = [column("wanted_run_at", UtcDateTime), column("text_hash", HashText)]
+    given = json_rows("rows", [*columns, *extra])
+    counted = counted_prompts()
+    chosen = (
+        select(
+            *(given.c[name] for name in names.values()),
+            counted.c.id,
+            func.coalesce(given.c.wanted_run_at, now()),
+        )
+        .select_from(given.outerjoin(counted, counted.c.text_hash == given.c.text_hash))
+        .order_by(given.c.idempotency_key, given.c.id)
+    )
+    into = [*names, "prompt_id", "run_at"]
+    statement = postgresql.insert(generations).from_select(into, chosen, include_defaults=False)
+    statement = statement.on_conflict_do_nothing(index_elements=["idempotency_key"])
+    return statement.returning(g.id, g.prompt_id, g.created_at, g.run_at)
+
+
+_INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement())
+_INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement())
+_CLOCK = Prepared(select(now().label("now")))

@@ -12,20 +12,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, bindparam, case, literal, not_, null, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import CANCELLED, FAILED, FINISHED, PENDING, PROCESSING, AttemptOutcome
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among, is_held_by
 from dgx_music.storage.models import attempts
-from dgx_music.storage.schema import (
-    CANCELLED,
-    FAILED,
-    FINISHED,
-    PENDING,
-    PROCESSING,
-    AttemptOutcome,
-    now,
-    now_plus,
-    written,
-)
+from dgx_music.storage.schema import now, now_plus, written
 
 _BACKOFF_LIMIT_SECONDS = 3600.0
 

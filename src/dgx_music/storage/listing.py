@@ -17,14 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.errors import InvalidRequestError
+from dgx_music.statuses import COMPLETED, GenerationStatus
 from dgx_music.storage.models import Generation
-from dgx_music.storage.schema import (
-    COMPLETED,
-    GenerationStatus,
-    UtcDateTime,
-    check_status,
-    unindexed,
-)
+from dgx_music.storage.schema import UtcDateTime, check_status, unindexed
 
 MAX_ROWS = 2**31 - 1
 

@@ -9,12 +9,10 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
-import dgx_music
-
 
 def folder() -> Path:
     """Return the folder of the migrations: the wheel's copy, else the source tree's."""
-    package = Path(dgx_music.__file__).parent
+    package = Path(__file__).parents[1]
     shipped = package / "_migrations"
     return shipped if shipped.is_dir() else package.parents[1] / "migrations"
 

@@ -10,6 +10,7 @@ from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, Integer, 
 from sqlalchemy import text as sql
 from sqlalchemy.orm import Mapped, mapped_column, validates
 
+from dgx_music.statuses import WorkerState
 from dgx_music.storage.base import Base
 from dgx_music.storage.generation import Generation
 from dgx_music.storage.schema import (
@@ -19,7 +20,6 @@ from dgx_music.storage.schema import (
     ShortText,
     StatusText,
     UtcDateTime,
-    WorkerState,
     now,
 )
 from dgx_music.storage.words import search_text

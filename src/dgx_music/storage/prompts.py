@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Integer, and_, bindparam, func, select, update
+from sqlalchemy import CTE, Integer, Select, Table, and_, bindparam, column, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.storage.listing import limited
 from dgx_music.storage.models import Generation, Prompt, text_hash
+from dgx_music.storage.prepared import Prepared, json_rows
 from dgx_music.storage.schema import dialect_of, insert, now
+from dgx_music.storage.words import search_text
 
 _COUNT_LOCK = 0x6467_7870  # "dgxp": the first half of advisory locks' numbers
 
@@ -115,9 +118,72 @@ async def _count(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
 
 @cache
 def _count_statement(dialect: str) -> Any:
-    upsert = insert(dialect, Prompt)
+    return _counting(insert(dialect, Prompt)).returning(Prompt)
+
+
+def _counting(upsert: Any) -> Any:
+    """Return the INSERT so that a text that is there already is counted instead."""
     used_count = Prompt.used_count + upsert.excluded.used_count
     return upsert.on_conflict_do_update(
         index_elements=["text_hash"],
         set_={"used_count": used_count, "last_used_at": now()},
-    ).returning(Prompt)
+    )
+
+
+# ------------------------------------------------------------------ as a part of the INSERT of rows
+
+
+async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[str, int]:
+    """Count one use for each text given, and return the id of each one's prompt."""
+    counted = {}
+    for values in uses_of(texts):
+        counted[values["text"]] = (await _COUNT_ON_SQLITE.rows(session, values))[0].id
+    return counted
+
+
+def uses_of(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the columns of a prompt's row for each text, with the number of its uses here."""
+    return [
+        {
+            "text": text,
+            "text_hash": text_hash(text),
+            "search_text": search_text(text),
+            "used_count": count,
+        }
+        for text, count in sorted(Counter(texts).items())
+    ]
+
+
+def counted_prompts() -> CTE:
+    """Return the part of PostgreSQL's INSERT that counts prompts, as ``count_prompt_uses`` does.
+
+    Its parameter ``texts`` is the JSON of ``uses_of``; it returns ids and hashes of what it counted.
+    """
+    columns = (_p.text, _p.text_hash, _p.search_text, _p.used_count)
+    uses = json_rows("texts", [column(each.name, each.type) for each in columns])
+    bucket = func.get_byte(func.decode(uses.c.text_hash, "hex"), 0)
+    is_usual = func.current_setting("transaction_isolation") == "read committed"
+    buckets = _once(select(bucket.label("bucket")).distinct().where(is_usual), "buckets")
+    is_free = func.pg_try_advisory_xact_lock(_COUNT_LOCK, buckets.c.bucket)
+    free = _once(select(buckets.c.bucket).where(is_free), "free")
+    # In the order of the texts: two transactions with different orders would deadlock.
+    counted = select(uses).where(bucket.in_(select(free.c.bucket))).order_by(uses.c.text)
+    upsert = postgresql.insert(_prompts).from_select(
+        [each.name for each in columns], counted, include_defaults=False
+    )
+    return cast("CTE", _counting(upsert).returning(_p.id, _p.text_hash).cte("counted"))
+
+
+def _once(query: Select[Any], name: str) -> CTE:
+    return query.cte(name).prefix_with("MATERIALIZED")
+
+
+_prompts = cast("Table", Prompt.__table__)
+_p = _prompts.c
+_COUNT_ON_SQLITE = Prepared(
+    _counting(
+        sqlite.insert(_prompts).values(
+            {name: bindparam(name) for name in ("text", "text_hash", "search_text", "used_count")}
+        )
+    ).returning(_p.id)
+)

@@ -12,10 +12,11 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
+from dgx_music.statuses import PENDING, GenerationStatus
 from dgx_music.storage.listing import limited
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.prompts import count_prompt_uses
-from dgx_music.storage.schema import PENDING, GenerationStatus, check_status, written
+from dgx_music.storage.schema import check_status, written
 
 
 async def create_generation(

@@ -9,21 +9,12 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, and_, case, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import CANCELLED, FAILED, PENDING, PROCESSING, AttemptOutcome
 from dgx_music.storage.due import overtaken
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.lease_end import END_ATTEMPT, attempt_end, let_go
 from dgx_music.storage.leases import Lease, is_one_of
-from dgx_music.storage.schema import (
-    CANCELLED,
-    FAILED,
-    PENDING,
-    PROCESSING,
-    AttemptOutcome,
-    dialect_of,
-    is_our_schema,
-    now,
-    written,
-)
+from dgx_music.storage.schema import dialect_of, is_our_schema, now, written
 
 RESCUE_CHUNK = 100
 WORKER_LOST = "worker lost: it stopped renewing its lease"

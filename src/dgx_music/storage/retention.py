@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import COMPLETED, FINISHED, PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among
-from dgx_music.storage.schema import COMPLETED, FINISHED, PROCESSING, now_plus
+from dgx_music.storage.schema import now_plus, unindexed
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ async def find_files(session: AsyncSession, leases: Collection[Lease]) -> list[s
 
 async def prune(session: AsyncSession, leases: Collection[Lease]) -> int:
     """Delete these rows if they are still finished; return how many. Delete their files first."""
-    statement = delete(generations).where(is_among(leases), g.status.in_(FINISHED)).returning(g.id)
+    is_finished = unindexed(g.status).in_(FINISHED)
+    statement = delete(generations).where(is_among(leases), is_finished).returning(g.id)
     return len((await session.execute(statement)).all())
 
 
@@ -77,6 +79,7 @@ async def find_completed_files(
     Those without a file are left out.
     """
     query = select(g.id, g.file_path, g.file_size_bytes)
-    query = query.where(g.status == COMPLETED, g.id > after_id, g.file_path.is_not(None))
+    is_completed = unindexed(g.status) == COMPLETED
+    query = query.where(is_completed, g.id > after_id, g.file_path.is_not(None))
     rows = await session.execute(query.order_by(g.id).limit(limit))
     return [(row.id, str(row.file_path), row.file_size_bytes) for row in rows]

@@ -1,4 +1,4 @@
-"""Statuses and their legal transitions, column types, and the database's clock."""
+"""Column types, the parts of statements that differ between databases, and the database's clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 import uuid
 from datetime import UTC, datetime
-from enum import StrEnum
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -34,6 +33,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from dgx_music.errors import InvalidRequestError
+from dgx_music.statuses import GenerationStatus
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 
 AGEING_SECONDS = 60
@@ -44,28 +44,6 @@ DEFAULT_MAX_ATTEMPTS = 10
 make generations fail that are not the cause."""
 
 
-class GenerationStatus(StrEnum):
-    """The place of a generation in its life."""
-
-    PENDING = "pending"
-    PROCESSING = "processing"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = (status.value for status in GenerationStatus)
-FINISHED = (COMPLETED, FAILED, CANCELLED)
-
-LEGAL_TRANSITIONS: dict[str, frozenset[str]] = {
-    PENDING: frozenset({PROCESSING, CANCELLED}),
-    PROCESSING: frozenset({COMPLETED, FAILED, CANCELLED, PENDING}),
-    COMPLETED: frozenset(),
-    FAILED: frozenset({PENDING}),
-    CANCELLED: frozenset({PENDING}),
-}
-
-
 def check_status(status: GenerationStatus | str) -> str:
     """Return the status as text, or raise ``InvalidRequestError``."""
     try:
@@ -73,29 +51,6 @@ def check_status(status: GenerationStatus | str) -> str:
     except ValueError:
         known = ", ".join(GenerationStatus)
         raise InvalidRequestError("status", f"{status!r} is not one", f"use {known}") from None
-
-
-def sources_of(status: str) -> list[str]:
-    """Return the statuses that may change into this one."""
-    return [source for source, targets in LEGAL_TRANSITIONS.items() if status in targets]
-
-
-class WorkerState(StrEnum):
-    """What a worker says of itself in its row; a silent worker keeps its last state."""
-
-    LOADING = "loading"
-    SERVING = "serving"
-    ENDED = "ended"
-
-
-class AttemptOutcome(StrEnum):
-    """How an attempt ended; a running attempt has no outcome."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    RELEASED = "released"
-    CANCELLED = "cancelled"
-    LOST = "lost"
 
 
 JsonObject: TypeEngine[Any] = JSON(none_as_null=True).with_variant(

@@ -7,8 +7,9 @@ from collections import Counter
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import FINISHED, GenerationStatus
 from dgx_music.storage.models import Generation, Tally
-from dgx_music.storage.schema import FINISHED, GenerationStatus, check_status, written
+from dgx_music.storage.schema import check_status, written
 
 TALLY_CHUNK = 5_000
 """How many tallies are summed up at a time."""

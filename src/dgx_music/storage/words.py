@@ -14,7 +14,8 @@ _MARKS = re.compile(
     "\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"  # accents
     "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"  # Hebrew points
     "\u0640\u064b-\u065f\u0670"  # Arabic vowels and elongation
-    "\u00ad\u034f\u200c\u200d\u2060\ufe00-\ufe0f\ufeff"  # soft hyphens, joiners, variation selectors
+    # soft hyphens, joiners, variation selectors
+    "\u00ad\u034f\u200c\u200d\u2060\ufe00-\ufe0f\ufeff"
     "]+"
 )
 """Marks that are often not written. Marks of other scripts (Hindi vowels) are letters."""

@@ -16,16 +16,9 @@ from typing import Any
 from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.statuses import PROCESSING, WorkerState
 from dgx_music.storage.models import Generation, WorkerInfo
-from dgx_music.storage.schema import (
-    PROCESSING,
-    WorkerState,
-    dialect_of,
-    insert,
-    now,
-    now_plus,
-    written,
-)
+from dgx_music.storage.schema import dialect_of, insert, now, now_plus, written
 
 _FORGET_AFTER_SECONDS = 86_400.0
 _RUNNING_FIELDS = ("id", "model_name", "progress", "started_at")

@@ -1,14 +1,17 @@
-"""What to claim, of which model, and how long to wait before the next claim."""
+"""The claim loop: what to claim, of which model, and how long to wait before the next claim."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
 
 from dgx_music.config import Settings
 from dgx_music.errors import (
@@ -19,20 +22,55 @@ from dgx_music.errors import (
 from dgx_music.storage import due, queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim
-from dgx_music.worker.leases import Leases
+from dgx_music.worker.leases import Leases, Running
 from dgx_music.worker.live_engine import LiveEngine
+from dgx_music.worker.model_choice import ModelChoice
 from dgx_music.worker.presence import Presence
 from dgx_music.worker.stopping import Stopping
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
+Perform = Callable[[Running], Coroutine[Any, Any, None]]
+
 logger = logging.getLogger(__name__)
 
-_GATHER_SECONDS = 0.002
-"""For the slots that are about to be free: one claim of many rows costs hardly more than of one."""
-_SKIP_SECONDS = 1.0
+_GATHER_TURNS = 3
+"""Of the event loop, for the slots that are about to be free: one claim of many rows costs hardly
+more than of one."""
 _SPREAD_SECONDS = 0.05
+
+
+class Doubt:
+    """Whether this worker may hold rows that it does not know of.
+
+    - *None*: every claim was answered.
+    - *Unanswered*: a claim raised, which does not say whether it was committed.
+    - *Late*: the rows were given back, but the commit may still be on its way and take them again.
+    """
+
+    def __init__(self) -> None:
+        self._is_unanswered = False
+        self._late_until = -math.inf
+
+    @property
+    def is_open(self) -> bool:
+        """True if a claim is unanswered, or may be late."""
+        return self._is_unanswered or time.monotonic() < self._late_until
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Open the doubt for one claim, and close it if the block raises nothing."""
+        self._is_unanswered = True
+        yield
+        # Not reached if the claim raised or was cancelled: nobody knows then what it took.
+        self._is_unanswered = False
+
+    def note_given_back(self, lease_seconds: float) -> None:
+        """Note that the unknown rows were given back: the commit may be late by a whole lease."""
+        if self._is_unanswered:
+            self._is_unanswered = False
+            self._late_until = time.monotonic() + lease_seconds
 
 
 class Claiming:
@@ -55,21 +93,32 @@ class Claiming:
         self._stopping = stopping
         self._found_fewer = False
         """True if the last claim found fewer than there were free slots."""
-        self._skip_until: dict[str, float] = {}
-        self._in_doubt_until = -math.inf
+        self._models = ModelChoice(database, settings, engine)
+        self._doubt = Doubt()
         self._file_gone_since: float | None = None
 
-    async def claim(self) -> list[Claim]:
+    async def run(self, tasks: TaskGroup, perform: Perform, *, drain: bool) -> None:
+        """Claim and start performing until stopped, or with ``drain`` until no work is left."""
+        while not self._stopping.is_requested:
+            claims = await self._claim()
+            for claim in claims:
+                name = f"generation {claim.lease.generation_id}"
+                tasks.start_soon(perform, self._leases.add(claim), name=name)
+            if drain and not self._leases.running and not await self._has_work():
+                return
+            await self._pause(claims)
+
+    async def _claim(self) -> list[Claim]:
         """Return what was claimed: nothing if no slot is free, or database or engine is away."""
         self._notice_lost_file()
-        if self._leases.running and self._engine.info.slots > 1:
-            await anyio.sleep(_GATHER_SECONDS)
+        for _ in range(_GATHER_TURNS if self._leases.running else 0):
+            await anyio.lowlevel.checkpoint()
         free = self.free_slots()
         claims = await self._try_to_claim(free) if free else []
         self._found_fewer = len(claims) < free
         return claims
 
-    async def pause(self, claims: list[Claim]) -> None:
+    async def _pause(self, claims: list[Claim]) -> None:
         """Wait before the next claim, given what the last one returned."""
         if not claims:
             await self._wait_for_work()
@@ -77,11 +126,12 @@ class Claiming:
             # The rest is the other workers' share, and they are waking up.
             await self._stopping.wait(_SPREAD_SECONDS)
 
-    async def has_work(self) -> bool:
+    async def _has_work(self) -> bool:
         """Return True while work of the served models is left, or if the database is away."""
         try:
-            async with self._database.session(read_only=True) as session:
-                return await due.has_work(session, self._engine.models)
+            return await self._database.transact(
+                lambda session: due.has_work(session, self._engine.models), read_only=True
+            )
         except DatabaseUnavailableError:
             return True
 
@@ -97,9 +147,9 @@ class Claiming:
     async def _try_to_claim(self, limit: int) -> list[Claim]:
         try:
             await self._engine.start()
-            if time.monotonic() < self._in_doubt_until:
+            if self._doubt.is_open:
                 await self._give_back_unknown()
-            if self._stopping.is_requested or not await self._is_ready_for_work():
+            if self._stopping.is_requested or not await self._load_wanted():
                 return []
             free = min(limit, self.free_slots())  # the engine may have fewer by now
             return await self._claim_up_to(free) if free > 0 else []
@@ -124,29 +174,24 @@ class Claiming:
                 tenant_limit=self._settings.tenant_limit,
             )
 
-        former, self._in_doubt_until = self._in_doubt_until, math.inf
-        claims = await self._database.transact(work)
-        self._in_doubt_until = former
-        if len(self._engine.models) > 1:
-            self._skip_until[model] = -math.inf if claims else time.monotonic() + _SKIP_SECONDS
+        is_single = self._settings.tenant_limit is None
+        with self._doubt.asking():
+            claims = await self._database.transact(work, is_single=is_single)
+        self._models.note_claim(model, is_empty=not claims)
         return claims
 
     async def _give_back_unknown(self) -> None:
-        """Give back what a claim whose commit was not answered may have taken.
-
-        Else it would wait for a rescue. For a whole lease: the commit may still be on its way.
-        """
+        """Give back what an unanswered claim may have taken; else it would wait for a rescue."""
         known = self._leases.undecided | self._leases.running.keys()
         await self._database.transact(
             lambda session: queue.release_all(session, self._presence.id, keep=known),
         )
-        lease_end = time.monotonic() + self._settings.lease_seconds
-        self._in_doubt_until = min(self._in_doubt_until, lease_end)
+        self._doubt.note_given_back(self._settings.lease_seconds)
 
     # ----------------------------------------------------------------------- of which model
 
-    async def _is_ready_for_work(self) -> bool:
-        """Return True if the loaded model is the one to claim; load another if it is its turn.
+    async def _load_wanted(self) -> bool:
+        """Have the model loaded whose turn it is; return False if there is nothing to claim now.
 
         A worker that found all there was looks first: on SQLite each commit of another process
         wakes it, and a claim that finds nothing would take the write lock each time.
@@ -154,58 +199,30 @@ class Claiming:
         has_to_look = self._found_fewer and self._database.is_embedded
         if len(self._engine.models) == 1 and not has_to_look:
             return True
-        waits = await self._database.transact(self._find_waits, read_only=True)
-        skipped = {model for model in waits if self._seconds_to_skip(model)}
-        wanted = self._choose_model({m: wait for m, wait in waits.items() if m not in skipped})
-        if wanted is None or wanted == self._engine.model:
-            return wanted is not None
-        if self._leases.running:  # they finish first, and nothing more is claimed meanwhile
+        waits = await self._models.find_waits()
+        wanted = self._models.choose(waits)
+        if wanted is None:
             return False
+        # What runs finishes before a switch, and nothing more is claimed meanwhile.
+        if wanted != self._engine.model and not self._leases.running:
+            await self._switch(wanted, waits[wanted])
+        return self._engine.model == wanted and not self._stopping.is_requested
+
+    async def _switch(self, model: str, waited_seconds: float) -> None:
         logger.info(
             "worker %s: loads %s, which has waited %.0f s",
             self._presence.id,
-            wanted,
-            waits[wanted],
+            model,
+            waited_seconds,
         )
-        await self._engine.switch(wanted)
-        # A stop may have come while the model was loaded.
-        return self._engine.model == wanted and not self._stopping.is_requested
-
-    async def _find_waits(self, session: AsyncSession) -> dict[str, float]:
-        # An idle worker may not claim for days, and is counted on meanwhile.
-        await queue.check_schema(session)
-        return await due.find_waits(session, self._engine.models)
-
-    def _choose_model(self, waits: Mapping[str, float]) -> str | None:
-        """Return the model to claim next, given for how many seconds each has waited.
-
-        That is the loaded one, unless it has nothing due or another has waited too long. A model
-        just loaded is served for as long as another may have to wait, or a worker with two backlogs
-        would do nothing but load.
-        """
-        if not waits:
-            return None
-        loaded, bound = self._engine.model, self._settings.model_switch_seconds
-        overdue = [model for model, wait in waits.items() if model != loaded and wait > bound]
-        if overdue and time.monotonic() - self._engine.loaded_at > bound:
-            return max(overdue, key=lambda model: waits[model])
-        return loaded if loaded in waits else max(waits, key=lambda model: waits[model])
-
-    def _seconds_to_skip(self, model: str) -> float:
-        """Return for how many seconds the other models go first.
-
-        This one has due rows, and a claim found none to take: its tenants may have enough in hand,
-        or somebody has the rows locked.
-        """
-        return max(0.0, self._skip_until.get(model, -math.inf) - time.monotonic())
+        await self._engine.switch(model)
 
     # ----------------------------------------------------------------------- waiting, and giving up
 
     async def _wait_for_work(self) -> None:
         """Wait for a change of the database, a free slot or a stop, at most the poll interval."""
         if not self._stopping.is_requested:
-            skips = map(self._seconds_to_skip, self._engine.models)
-            seconds = min([self._settings.poll_seconds, *filter(None, skips)])
+            seconds = min(self._settings.poll_seconds, self._models.shortest_skip())
             await self._stopping.wait_for_change(seconds)
 
     async def _notice_another_schema(self) -> None:

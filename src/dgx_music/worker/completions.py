@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.retrying import for_ever, keep_trying
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GATHER_SECONDS = 0.002
-"""For those that are about to arrive; see PostgreSQL's ``commit_delay``."""
 _LOCKED_SECONDS = 0.2
 _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0, 5.0)
 
@@ -56,7 +55,7 @@ class Completions:
         while entry.is_open:
             async with self._turn:
                 if entry.is_open:  # no earlier turn has written it
-                    await anyio.sleep(_GATHER_SECONDS)
+                    await anyio.lowlevel.checkpoint()  # others may be ready in this moment
                     await self._write_waiting()
             if entry.is_open:  # its row is locked: the others go on without it
                 await anyio.sleep(_LOCKED_SECONDS)
@@ -122,7 +121,7 @@ class Completions:
             logger.warning("completions: %d wait %.1f s for the database: %s", count, wait, error)
 
         return await keep_trying(
-            lambda: self._database.transact(work),
+            lambda: self._database.transact(work, is_single=True),
             on=DatabaseUnavailableError,
             waits=for_ever(*_RETRY_SECONDS),
             note=note,

@@ -9,6 +9,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -19,6 +20,9 @@ from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Lease
 from dgx_music.worker.presence import Presence
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +95,11 @@ class Leases:
         self._settings = settings
         self._presence = presence
 
+    @property
+    def worker_id(self) -> str:
+        """Whose leases these are."""
+        return self._presence.id
+
     def add(self, claim: Claim) -> Running:
         """Take a claimed generation in hand."""
         running = self.running[claim.lease] = Running(claim)
@@ -120,17 +129,21 @@ class Leases:
     async def renew(self) -> bool:
         """Renew, and stop what was lost or cancelled; return False if the database was away."""
         held = {lease: running.progress for lease, running in self.running.items()}
+
+        async def work(session: AsyncSession) -> dict[Lease, bool]:
+            await self._presence.renew(session, running_count=len(held))
+            renewed = await queue.renew(
+                session,
+                held,
+                lease_seconds=self._settings.lease_seconds,
+            )
+            await self._presence.count_free_workers(session)
+            return renewed
+
         try:
-            async with self._database.session() as session:
-                await self._presence.renew(session, running_count=len(held))
-                renewed = await queue.renew(
-                    session,
-                    held,
-                    lease_seconds=self._settings.lease_seconds,
-                )
-                await self._presence.count_free_workers(session)
+            renewed = await self._database.transact(work)
         except DatabaseUnavailableError as error:
-            logger.warning("worker %s: heartbeat missed: %s", self._presence.id, error)
+            logger.warning("worker %s: heartbeat missed: %s", self.worker_id, error)
             return False
         self.renewed_at = time.monotonic()
         for lease in held:
@@ -142,7 +155,7 @@ class Leases:
 
     async def notice_cancels(self) -> None:
         """Look for cancel requests when the database changes, not only at the next heartbeat."""
-        hints = Topic.CANCEL, [self._presence.id]
+        hints = Topic.CANCEL, [self.worker_id]
         with self._database.changes.subscribe(*hints) as changes:
             while True:
                 await changes.wait(self._settings.poll_seconds)
@@ -153,9 +166,9 @@ class Leases:
     async def _stop_cancelled(self) -> None:
         try:
             async with self._database.session(read_only=True) as session:
-                wanted = await queue.find_cancel_requests(session, self._presence.id)
+                wanted = await queue.find_cancel_requests(session, self.worker_id)
         except DatabaseUnavailableError as error:
-            logger.warning("worker %s: cannot look for cancels: %s", self._presence.id, error)
+            logger.warning("worker %s: cannot look for cancels: %s", self.worker_id, error)
             return
         for lease in wanted:
             self._stop(lease, Stop.CANCELLED)

@@ -12,10 +12,11 @@ import anyio
 
 from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineUnavailableError
+from dgx_music.forecast import Speedometer
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.messages import EngineInfo
 from dgx_music.retrying import keep_trying
-from dgx_music.storage.schema import WorkerState
+from dgx_music.statuses import WorkerState
 from dgx_music.worker.engine_deaths import EngineDeaths
 from dgx_music.worker.stopping import Stopping
 
@@ -64,6 +65,7 @@ class LiveEngine:
         self.info = _NOT_LOADED
         self.loaded_at = time.monotonic()
         self.deaths = EngineDeaths(stopping)
+        self.speeds = Speedometer()
         self._host = host
         self._stopping = stopping
         self._worker_id = worker_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,8 @@ from dgx_music.errors import (
     DatabaseUnavailableError,
     EngineCrashedError,
     EngineError,
-    EngineReplacedError,
-    GenerationRejectedError,
     InvalidRequestError,
 )
-from dgx_music.forecast import Speedometer
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.retrying import for_ever, keep_trying
 from dgx_music.sampling import Sampling
@@ -35,23 +32,20 @@ from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.storage.retention import find_owners
-from dgx_music.validation import tidy_text
 from dgx_music.worker.completions import Completions
 from dgx_music.worker.files import drop_files
 from dgx_music.worker.leases import Leases, Running, Stop
 from dgx_music.worker.live_engine import LiveEngine
+from dgx_music.worker.outcomes import Completed, Failed, Released, outcome_of
 from dgx_music.worker.stopping import Stopping
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    Write = Callable[[AsyncSession], Awaitable[str | None]]
-    """Ends a claim, and returns the row's new status; ``None`` if the lease was lost."""
-
 logger = logging.getLogger(__name__)
 
 _SHORT_SECONDS = 0.4
-"""Finishing so short a clip takes a tenth of a millisecond: that is faster than a thread hop."""
+"""A WAV file of so short a clip takes a tenth of a millisecond, hardly more than a thread hop."""
 _CLIP_RETRY_SECONDS = 1.0
 
 
@@ -65,54 +59,42 @@ class Performing:
         settings: Settings,
         engine: LiveEngine,
         leases: Leases,
-        speeds: Speedometer,
         stopping: Stopping,
         rng: random.Random,
-        worker_id: str,
     ) -> None:
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
         self._engine = engine
         self._leases = leases
-        self._speeds = speeds
         self._stopping = stopping
         self._rng = rng
-        self._worker_id = worker_id
         self._completions = Completions(database)
 
     async def run(self, running: Running) -> None:
         """Perform one generation, and turn whatever else happens into one storage call."""
         logger.info("%s: started", running.lease)
         try:
-            with running.scope:
-                await self._perform(running)
-        except EngineReplacedError as error:
-            await self._release(running, str(error))
-        except ArtifactError as error:  # the next one's audio would be lost as well
-            await self._release(running, str(error))
-            self._stopping.give_up(error)
-        except (GenerationRejectedError, InvalidRequestError) as error:
-            await self._fail(running, error, is_final=True)
-        except EngineCrashedError as error:
-            await self._fail(running, error)
-            self._engine.deaths.on_engine_death(running.lease.generation_id, error)
-        except Exception as error:
-            await self._fail(running, error)
-            if not isinstance(error, EngineError | TimeoutError):
-                logger.error("%s: unexpected", running.lease, exc_info=error)
-        except BaseException:  # the worker itself is cancelled
-            if running.is_completing:  # nobody knows what becomes of it
-                self._leases.leave_undecided(running.lease)
-            else:
-                await self._release(running, Stop.RELEASED.value)
-            raise
-        else:
-            if running.stopped_for is not None:
-                await self._release(running, running.stopped_for.value)
+            outcome = await self._attempt(running)
+            if not isinstance(outcome, Completed):
+                await self._end_lease(running, outcome)
+                self._note_trouble(running.lease, outcome.error)
         finally:
             self._leases.remove(running.lease)
-            self._free_slot(running)
+            self._stopping.wake()
+
+    async def _attempt(self, running: Running) -> Completed | Released | Failed:
+        """Perform it, and return how that ended; raises only if the worker itself is cancelled."""
+        try:
+            with running.scope:  # a stop ends the block without an error
+                await self._perform(running)
+        except Exception as error:
+            return outcome_of(error)
+        except BaseException:
+            await self._give_back(running)
+            raise
+        stop = running.stopped_for
+        return Completed() if stop is None else Released(stop.value)
 
     async def _perform(self, running: Running) -> None:
         """Infer, store, complete."""
@@ -120,7 +102,7 @@ class Performing:
         made = await self._infer(running)
         device_seconds = time.monotonic() - started
         claim = running.claim
-        self._speeds.note(claim.model_name, device_seconds, claim.duration_seconds)
+        self._engine.speeds.note(claim.model_name, device_seconds, claim.duration_seconds)
         artifact, facts = await self._store(running, made)
         await self._complete(running, artifact, facts, device_seconds)
 
@@ -142,8 +124,9 @@ class Performing:
             self._free_slot(running)
 
     def _free_slot(self, running: Running) -> None:
-        running.free_slot()
-        self._stopping.wake()
+        if running.has_slot:
+            running.free_slot()
+            self._stopping.wake()
 
     async def _read_clips(self, claim: Claim) -> dict[str, Audio]:
         """Return the clips of a claimed row by the names of their fields.
@@ -153,20 +136,20 @@ class Performing:
         wanted = clips_of(claim)
         if not wanted:
             return {}
-        found = await self._find_clips(wanted.values())
+        found = await self._find_clips(claim.lease, wanted.values())
         return {
             name: await anyio.to_thread.run_sync(clips.load, name, found.get(sha256, b""), sha256)
             for name, sha256 in wanted.items()
         }
 
-    async def _find_clips(self, sha256s: Collection[str]) -> dict[str, bytes]:
+    async def _find_clips(self, lease: Lease, sha256s: Collection[str]) -> dict[str, bytes]:
         """Return the stored clips; a lost lease or a stop ends the wait for a database."""
 
         async def work(session: AsyncSession) -> dict[str, bytes]:
             return await read_clips(session, sha256s)
 
         def note(error: DatabaseUnavailableError, _wait: float | None) -> None:
-            logger.warning("worker %s: cannot read clips: %s", self._worker_id, error)
+            logger.warning("%s: cannot read clips: %s", lease, error)
 
         return await keep_trying(
             lambda: self._database.transact(work, read_only=True),
@@ -188,8 +171,8 @@ class Performing:
             audio_format=self._settings.audio_format,
             loudness=self._settings.loudness,
         )
-        is_short = made.duration < _SHORT_SECONDS
-        finished = finish() if is_short else await anyio.to_thread.run_sync(finish)
+        is_quick = self._settings.audio_format == "wav" and made.duration < _SHORT_SECONDS
+        finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)
         # Files of these names were never completed and never can be: this attempt holds the claim.
         await drop_files(self._artifacts, lease, range(1, lease.attempt + 1))
         artifact = await self._artifacts.publish(
@@ -229,51 +212,54 @@ class Performing:
 
     # ----------------------------------------------------------------------- fail, or release
 
-    async def _fail(self, running: Running, error: Exception, *, is_final: bool = False) -> None:
-        """Count a failure: the generation waits for its next attempt, or has failed for good."""
-        message = tidy_text(str(error) or type(error).__name__)
-        failures, base = running.claim.failures + 1, self._settings.backoff_base_seconds
-        wait = queue.backoff_seconds(failures, base, self._rng)
+    async def _give_back(self, running: Running) -> None:
+        """Release it, unless its completion is being written: nobody knows what becomes of that."""
+        if running.is_completing:
+            self._leases.leave_undecided(running.lease)
+        else:
+            await self._end_lease(running, Released(Stop.RELEASED.value))
 
-        async def fail(session: AsyncSession) -> str | None:
-            return await queue.fail(
-                session,
-                running.lease,
-                message,
-                retry_in_seconds=None if is_final else wait,
-                device_seconds=time.monotonic() - running.started,
-            )
-
-        await self._let_go(running.lease, fail, message, logging.WARNING)
-
-    async def _release(self, running: Running, why: str) -> None:
-        """Give the row back if it is still ours, cancelled if that was requested."""
-        lease = running.lease
-
-        async def release(session: AsyncSession) -> str | None:
-            return (await queue.release(session, [lease])).get(lease)
-
-        await self._let_go(lease, release, why, logging.INFO)
-
-    async def _let_go(self, lease: Lease, write: Write, why: str, level: int) -> None:
-        """End the claim by this write, and drop the file of an attempt that can never complete.
+    async def _end_lease(self, running: Running, outcome: Released | Failed) -> None:
+        """Write the outcome, and drop the file of an attempt that can never complete.
 
         Raises nothing: if the write fails, the lease runs out and a rescue does the rest. A write
         that raised may have been committed all the same: so the row itself is read to find out
         whether to delete the file.
         """
+        lease = running.lease
         with anyio.CancelScope(shield=True):
             try:
                 async with self._database.session() as session:
-                    status = await write(session) or "lease lost"
+                    status = await self._write(session, running, outcome) or "lease lost"
             except DatabaseUnavailableError as error:
                 status = str(error)
             except Exception as error:
                 logger.exception("%s: unexpected", lease)
                 status = str(error) or type(error).__name__
-            logger.log(level, "%s: %s: %s", lease, status, why)
+            level = logging.WARNING if isinstance(outcome, Failed) else logging.INFO
+            logger.log(level, "%s: %s: %s", lease, status, outcome.why)
             if await self._is_over(lease):
                 await drop_files(self._artifacts, lease, [lease.attempt])
+
+    async def _write(
+        self,
+        session: AsyncSession,
+        running: Running,
+        outcome: Released | Failed,
+    ) -> str | None:
+        """Return the row's new status; ``None`` if the lease was lost."""
+        lease = running.lease
+        if isinstance(outcome, Released):
+            return (await queue.release(session, [lease])).get(lease)
+        failures, base = running.claim.failures + 1, self._settings.backoff_base_seconds
+        wait = queue.backoff_seconds(failures, base, self._rng)
+        return await queue.fail(
+            session,
+            lease,
+            outcome.why,
+            retry_in_seconds=None if outcome.is_final else wait,
+            device_seconds=time.monotonic() - running.started,
+        )
 
     async def _is_over(self, lease: Lease) -> bool:
         """Return True if this attempt has no file and can get none.
@@ -289,6 +275,15 @@ class Performing:
             return False
         owner = owners.get(lease.generation_id)
         return owner is None or not owner.may_have(lease.attempt)
+
+    def _note_trouble(self, lease: Lease, error: Exception | None) -> None:
+        """Stop the worker if its output or its engine is at fault; log what nobody expects."""
+        if isinstance(error, ArtifactError):  # the next one's audio would be lost as well
+            self._stopping.give_up(error)
+        elif isinstance(error, EngineCrashedError):
+            self._engine.deaths.on_engine_death(lease.generation_id, error)
+        elif not isinstance(error, EngineError | InvalidRequestError | TimeoutError | None):
+            logger.error("%s: unexpected", lease, exc_info=error)
 
 
 def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:

@@ -7,8 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from dgx_music.config import Settings
-from dgx_music.errors import DgxMusicError
-from dgx_music.groups import unwrap
+from dgx_music.errors import DgxMusicError, unwrap
 from dgx_music.storage import workers
 from dgx_music.validation import tidy_text
 from dgx_music.worker.live_engine import LiveEngine

@@ -18,7 +18,6 @@ import anyio
 from dgx_music.artifacts import Artifacts
 from dgx_music.config import Settings
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.forecast import Speedometer
 from dgx_music.storage import due, prompts, queue, statistics, workers
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import record_speed
@@ -89,18 +88,14 @@ class Sweeping:
         settings: Settings,
         engine: LiveEngine,
         leases: Leases,
-        speeds: Speedometer,
         rng: random.Random,
-        worker_id: str,
     ) -> None:
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
         self._engine = engine
         self._leases = leases
-        self._speeds = speeds
         self._rng = rng
-        self._worker_id = worker_id
         self._watch = Watch(settings.lease_seconds)
         self._looked_at: float | None = None
         self._last_now: datetime | None = None
@@ -115,7 +110,7 @@ class Sweeping:
                 await self.rescue()
                 await self.tidy()
             except DatabaseUnavailableError as error:
-                logger.warning("worker %s: cannot rescue: %s", self._worker_id, error)
+                logger.warning("worker %s: cannot rescue: %s", self._leases.worker_id, error)
             clock = time.monotonic()
             pause = self._settings.lease_seconds / 4 * self._rng.uniform(0.8, 1.2)
             next_lapse = self._watch.next_after(clock) - clock
@@ -127,14 +122,14 @@ class Sweeping:
         Never with the heartbeat: no other worker's write may hold that up.
         """
         device = self._engine.info.device
-        news = self._speeds.take()
+        news = self._engine.speeds.take()
         try:
             for model in [*news]:
                 async with self._database.session() as session:
                     await record_speed(session, model, device, *news[model])
                 del news[model]
         finally:
-            self._speeds.put_back(news)
+            self._engine.speeds.put_back(news)
 
     async def hasten(self) -> None:
         """Make due what was due at once before the database's clock went back.
@@ -149,7 +144,7 @@ class Sweeping:
         for model in overtaken:
             logger.warning(
                 "worker %s: the database's clock has gone back; what waited of %s is due",
-                self._worker_id,
+                self._leases.worker_id,
                 model,
             )
             while await self._hasten(model) == queue.RESCUE_CHUNK:
@@ -211,7 +206,7 @@ class Sweeping:
         The workers hear of a server that is back one after another: one of them may have renewed
         its leases already while the others have not had the time to.
         """
-        since = await workers.longest_silent(session, other_than=self._worker_id)
+        since = await workers.longest_silent(session, other_than=self._leases.worker_id)
         if since is not None:
             self._last_now = since
 

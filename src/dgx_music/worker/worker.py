@@ -1,6 +1,6 @@
 """The worker: claims generations, has an engine make them, stores the audio, completes the rows.
 
-``Worker.run`` is the table of contents. What to claim is in ``claiming``, one generation's life in
+``Worker.run`` is the table of contents. The claim loop is in ``claiming``, one generation's life in
 ``performing``, the engine's in ``live_engine``. This process holds the database, the heartbeats and
 the files; the engine is in a child process, so that a crash costs one child and never a lease.
 """
@@ -15,7 +15,6 @@ import socket
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.abc import TaskGroup
 
 from dgx_music.artifacts import Artifacts
 from dgx_music.config import Settings
@@ -25,7 +24,6 @@ from dgx_music.errors import (
     DgxMusicError,
     EngineUnavailableError,
 )
-from dgx_music.forecast import Speedometer
 from dgx_music.storage import queue
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database
@@ -60,7 +58,6 @@ class Worker:
     ) -> None:
         self.id = f"{socket.gethostname()[:150]}-{os.getpid()}-{secrets.token_hex(3)}"
         rng = rng or random.Random()  # noqa: S311 - spreads retries, guards nothing
-        speeds = Speedometer()
         self._database = database
         self._artifacts = artifacts
         self._settings = settings
@@ -69,27 +66,8 @@ class Worker:
         presence = self._presence = Presence(self.id, settings, live)
         leases = self._leases = Leases(database, settings, presence)
         self._claiming = Claiming(database, settings, live, leases, presence, stopping)
-        self._performing = Performing(
-            database,
-            artifacts,
-            settings,
-            engine=live,
-            leases=leases,
-            speeds=speeds,
-            stopping=stopping,
-            rng=rng,
-            worker_id=self.id,
-        )
-        self._sweeping = Sweeping(
-            database,
-            artifacts,
-            settings,
-            engine=live,
-            leases=leases,
-            speeds=speeds,
-            rng=rng,
-            worker_id=self.id,
-        )
+        self._performing = Performing(database, artifacts, settings, live, leases, stopping, rng)
+        self._sweeping = Sweeping(database, artifacts, settings, live, leases, rng)
 
     async def run(self, *, drain: bool = False) -> None:
         """Serve until stopped, or with ``drain`` until every generation of the models is finished.
@@ -186,19 +164,9 @@ class Worker:
             async with anyio.create_task_group() as tasks:
                 for loop in loops:
                     tasks.start_soon(loop, name=loop.__qualname__)
-                await self._claim_until_stopped(tasks, drain)
+                await self._claiming.run(tasks, self._performing.run, drain=drain)
                 await self._finish()
                 tasks.cancel_scope.cancel()
-
-    async def _claim_until_stopped(self, tasks: TaskGroup, drain: bool) -> None:
-        while not self._stopping.is_requested:
-            claims = await self._claiming.claim()
-            for claim in claims:
-                name = f"generation {claim.lease.generation_id}"
-                tasks.start_soon(self._performing.run, self._leases.add(claim), name=name)
-            if drain and not self._leases.running and not await self._claiming.has_work():
-                return
-            await self._claiming.pause(claims)
 
     # ----------------------------------------------------------------------- finish
 

@@ -165,9 +165,8 @@ class Attention:
             store_newest(fresh, cache, context.positions, context.passes)
             return
         fresh = self.to_cache(fresh)
-        if (
-            context.is_exact
-        ):  # a copy for each segment: on a CPU several times as fast as by indices
+        # a copy for each segment: on a CPU several times as fast as by indices
+        if context.is_exact:
             for segment in context.segments:
                 segment.newest[index].copy_(_select(segment, fresh))
         else:

@@ -13,15 +13,14 @@ that a prefill reads at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dgx_music.inference.musicgen.attention import Attention, Text
+from dgx_music.inference.musicgen.attention import Attention, Context, Segment, Text
 from dgx_music.inference.musicgen.embedding import Embedding
 from dgx_music.inference.musicgen.kernels import add_norm
 from dgx_music.inference.musicgen.launches import Span, borrow_stream
@@ -45,6 +44,20 @@ _PREFILL_POSITIONS = 256
 
 Enough to make reading the weights cheap, few enough for the memory that attention needs.
 """
+
+
+class _Step(NamedTuple):
+    """What all layers share in one decode step."""
+
+    context: Context
+    texts: tuple[Segment, ...]  # none if no row has a text
+    text_every: int
+    """2 if only every second sequence reads a text, else 1.
+
+    The unconditional pass may have none. Its text states would then be zero, and so would be what
+    cross-attention reads from them.
+    """
+    padded_rows: int
 
 
 class Decoder:
@@ -109,10 +122,6 @@ class Decoder:
     @property
     def _hidden_size(self) -> int:
         return self.attention.head_count * self.attention.head_size
-
-    def _layers_with(self, cache: Tensor) -> Iterator[tuple[Layer, Tensor]]:
-        """Return each layer with its part of the cache."""
-        return zip(self.layers, cache.unbind(0), strict=True)
 
     # ------------------------------------------------------------------------------------- setup
 
@@ -202,32 +211,36 @@ class Decoder:
         the same to the last bit in any batch.
         """
         context = self.attention.context(positions, cache, passes, spans)
-        texts = () if text is None else text.segments()
+        texts, text_every = ((), 1) if text is None else (text.segments(), passes // text.passes)
+        step = _Step(context, texts, text_every, padded_rows)
         x = self._embedding.of_tokens(tokens) + self._embedding.positions[positions]
         x = x.repeat_interleave(passes, dim=0)  # [N, hidden]; both passes read the same tokens
-        # The unconditional pass may have no text. Its text states are then zero, and so is what
-        # cross-attention would read from them: only every second sequence needs it.
-        every = 1 if text is None else passes // text.passes
-        next_norms = [*(layer.self_norm for layer in self.layers[1:]), self._final_norm]
         normed = self.layers[0].self_norm(x)
-        for index, (layer, layer_cache) in enumerate(self._layers_with(cache)):
-            read = self.attention.attend_self(
-                layer,
-                index,
-                normed,
-                layer_cache,
-                context,
-                padded_rows,
-            )
-            if layer.cross is not None and text is not None:
-                normed = self._add(x, read, layer.cross.norm, read_every=every)
-                read = self.attention.attend_cross(layer.cross, index, normed, texts, padded_rows)
-                normed = self._add(x, read, layer.mlp_norm, added_every=every)
-            else:
-                normed = self._add(x, read, layer.mlp_norm)
-            normed = self._add(x, _mlp(layer, normed, padded_rows), next_norms[index])
+        for index, layer_cache in enumerate(cache.unbind(0)):
+            normed = self._step_layer(index, x, normed, layer_cache, step)
         logits = linear(normed, self._heads, padded_rows).float()  # [N, K * V]
         return logits.view(len(tokens), passes, self.codebook_count, -1)
+
+    def _step_layer(
+        self, index: int, x: Tensor, normed: Tensor, cache: Tensor, step: _Step
+    ) -> Tensor:
+        """Add one layer's results to x ``[N, hidden]``, in place.
+
+        ``normed`` is x, normalised for this layer; returns x, normalised for the next one.
+        """
+        layer, padded_rows = self.layers[index], step.padded_rows
+        read = self.attention.attend_self(layer, index, normed, cache, step.context, padded_rows)
+        if layer.cross is not None and step.texts:
+            normed = self._add(x, read, layer.cross.norm, read_every=step.text_every)
+            read = self.attention.attend_cross(layer.cross, index, normed, step.texts, padded_rows)
+            normed = self._add(x, read, layer.mlp_norm, added_every=step.text_every)
+        else:
+            normed = self._add(x, read, layer.mlp_norm)
+        return self._add(x, _mlp(layer, normed, padded_rows), self._norm_after(index))
+
+    def _norm_after(self, index: int) -> Norm:
+        is_last = index + 1 == len(self.layers)
+        return self._final_norm if is_last else self.layers[index + 1].self_norm
 
     def _add(
         self,
@@ -271,7 +284,9 @@ class Decoder:
         position = torch.arange(start + x.shape[1], device=self.device)
         is_visible = position <= position[start:, None]  # [C, start + C]
         texts = () if text is None else text.segments()  # one or none
-        for index, (layer, layer_cache) in enumerate(self._layers_with(cache)):
+        for index, (layer, layer_cache) in enumerate(
+            zip(self.layers, cache.unbind(0), strict=True)
+        ):
             normed = layer.self_norm(x)
             x = x + self.attention.prefill_self(layer, normed, start, layer_cache, is_visible)
             if layer.cross is not None and text is not None:

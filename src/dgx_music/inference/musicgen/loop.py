@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,8 @@ from dgx_music.errors import EngineError, EngineReplacedError
 from dgx_music.inference.engine import Run
 from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.slots import Slots
-from dgx_music.inference.trouble import first_line, give_back_memory, is_out_of_memory
+from dgx_music.inference.musicgen.supply import SlotSupply
+from dgx_music.inference.trouble import first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,13 @@ class _Ticket:
     row: Row
     run: Run
     codes: Future[Tensor] = field(default_factory=Future)
+
+    def answer(self, ending: Tensor | BaseException) -> None:
+        """Give the caller its codes, or have it raise the error."""
+        if isinstance(ending, BaseException):
+            self.codes.set_exception(ending)
+        else:
+            self.codes.set_result(ending)
 
 
 class DecodingLoop:
@@ -51,16 +59,18 @@ class DecodingLoop:
         *,
         guard: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
     ) -> None:
-        self.slot_count = slot_count
-        """How many rows fit into memory; may shrink, never grows."""
-        self._make_slots = make_slots
         self._guard = guard  # no gradients: inference mode costs least, but cannot be compiled
         self._admitted: list[_Ticket] = []  # for the decoding thread only
         # Only the decoding thread removes rows from those that wait.
         self._waiting: deque[_Ticket] = deque()
         self._is_running = False
         self._lock = threading.Lock()  # for the two above
-        self._slots: Slots | None = self._make_fresh_slots()  # None after they are given up
+        self._supply = SlotSupply(make_slots, slot_count, self._give_back_surplus)
+
+    @property
+    def slot_count(self) -> int:
+        """How many rows fit into memory; may shrink, never grows."""
+        return self._supply.slot_count
 
     def decode(self, row: Row, run: Run) -> Tensor:
         """Wait until the row has been through a slot; return its codes ``[K, frame]``.
@@ -72,9 +82,8 @@ class DecodingLoop:
         ticket = _Ticket(row, run)
         with self._lock:
             if not self._is_running:
-                threading.Thread(
-                    target=self._work, name="decoding"
-                ).start()  # it waits for the lock
+                # it waits for the lock
+                threading.Thread(target=self._work, name="decoding").start()
                 self._is_running = True
             self._waiting.append(ticket)
         return ticket.codes.result()
@@ -85,15 +94,15 @@ class DecodingLoop:
                 while self._has_work():
                     self._drop_cancelled()
                     self._admit()
-                    if self._slots is not None:
-                        self._advance(self._slots)
+                    if self._supply.slots is not None:
+                        self._advance(self._supply.slots)
         except BaseException as error:
             logger.exception("the decoding thread ends")
             self._fail_all(error)
 
     def _fail_all(self, error: BaseException) -> None:
         """Fail all rows, as their thread ends; the next row starts a new one, with fresh slots."""
-        self._give_up_slots()
+        self._supply.give_up()
         with self._lock:
             tickets = [*self._admitted, *self._waiting]
             self._admitted.clear()
@@ -101,7 +110,7 @@ class DecodingLoop:
             self._is_running = False
         for ticket in tickets:
             if not ticket.codes.done():
-                ticket.codes.set_exception(_failed_step(error, len(tickets)))
+                ticket.answer(_failed_step(error, len(tickets)))
 
     def _has_work(self) -> bool:
         with self._lock:
@@ -118,77 +127,36 @@ class DecodingLoop:
             except BaseException as error:
                 with self._lock:
                     self._waiting.remove(ticket)
-                ticket.codes.set_exception(error)
+                ticket.answer(error)
 
     def _admit(self) -> None:
-        while self._waiting and self._has_room():
+        """Put waiting rows into free slots, in order."""
+        while self._waiting and self._supply.has_room():
             ticket = self._waiting[0]
             try:
-                if self._slots is None:
-                    give_back_memory()  # of the slots that were given up
-                    self._slots = self._make_fresh_slots()
-                self._slots.admit(ticket.row)
+                self._supply.get().admit(ticket.row)
             except BaseException as error:  # without an answer the caller would wait for ever
                 self._refuse(ticket, error)
             else:
                 self._admitted.append(self._waiting.popleft())
 
-    def _has_room(self) -> bool:
-        """Return whether one more row may be admitted.
-
-        Gives up the slots if they are empty and have become too many.
-        """
-        is_too_large = self._slots is not None and self._slots.slot_count > self.slot_count
-        if is_too_large and not self._admitted:
-            self._give_up_slots()
-        return self._slots is None or (
-            len(self._admitted) < self.slot_count and self._slots.has_room
-        )
-
-    def _give_up_slots(self) -> None:
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            with suppress(Exception):  # if the device is lost, this fails as well
-                slots.close()
-
-    def _make_fresh_slots(self) -> Slots:
-        """Return as many empty slots as fit into memory. Raises the error if no single one fits."""
-        while True:
-            try:
-                return self._make_slots(self.slot_count)
-            except Exception as error:
-                if self.slot_count == 1 or not is_out_of_memory(error):
-                    raise
-                give_back_memory(error)
-                self._shrink(self.slot_count // 2, error)
-
     def _refuse(self, ticket: _Ticket, error: BaseException) -> None:
-        """Answer the first waiting row, or free memory and let it try again."""
-        if is_out_of_memory(error):
-            give_back_memory(error)
-            if ticket.run.make_room():
-                return
-            if self.slot_count > 1:
-                self._shrink(len(self._admitted) or self.slot_count // 2, error)
-                return
-            self._give_up_slots()
-        self._waiting.popleft()
-        ticket.codes.set_exception(error)
+        """Answer the first waiting row, unless memory was freed: then it is tried again.
 
-    def _shrink(self, slot_count: int, error: BaseException) -> None:
-        """Continue with so many slots; give back the waiting rows that are too many for them."""
-        logger.warning(
-            "no memory for %d slots, %d from now on: %s",
-            self.slot_count,
-            slot_count,
-            first_line(error),
-        )
-        self.slot_count = slot_count
+        If there are fewer slots now, it may already be one of the rows that were given back.
+        """
+        if is_out_of_memory(error) and self._supply.make_room(ticket.run, error):
+            return
+        self._waiting.popleft()
+        ticket.answer(error)
+
+    def _give_back_surplus(self, slot_count: int, error: BaseException) -> None:
+        """Give back the waiting rows that are too many for the slots that remain."""
         with self._lock:
             kept = slot_count - len(self._admitted)
             surplus = [self._waiting.pop() for _ in range(len(self._waiting) - kept)]
         for ticket in surplus:
-            ticket.codes.set_exception(_no_room(error))
+            ticket.answer(_no_room(error))
 
     def _advance(self, slots: Slots) -> None:
         """Retire the rows that have ended, and make one step with the others."""
@@ -201,46 +169,38 @@ class DecodingLoop:
             self._fail(error)
 
     def _retire_if_ended(self, slots: Slots, ticket: _Ticket) -> None:
-        """Report a row's progress; if it is over, free its slot and answer its caller."""
-        row = ticket.row
-        codes: Tensor | None = None
-        failure: BaseException | None = None
-        try:
-            if row.position:
-                # The audio is the last step; a device may be ahead of the row's last step.
-                ticket.run.report_progress(min(1.0, row.position / (row.step_count + 1)))
-            ticket.run.check_cancelled()
-            codes = slots.codes(row) if row.is_done else None
-        except BaseException as error:
-            failure = error
-        if codes is None and failure is None:
-            return
-        slots.retire(row)
-        self._admitted.remove(ticket)
-        if codes is not None:
-            ticket.codes.set_result(codes)
-        else:
-            ticket.codes.set_exception(failure)
+        """Free the slot of a row that has ended, and answer its caller."""
+        ending = _ending_of(ticket, slots)
+        if ending is not None:
+            slots.retire(ticket.row)
+            self._admitted.remove(ticket)
+            ticket.answer(ending)
 
     def _fail(self, error: BaseException) -> None:
+        """Answer all rows of a failed step, and free memory if that was the trouble."""
         failed, self._admitted = self._admitted, []
         logger.error("decoding step failed with %d generations in it", len(failed), exc_info=error)
-        self._give_up_slots()
-        has_room = is_out_of_memory(error) and self._make_room(failed, error)
+        self._supply.give_up()
+        has_room = is_out_of_memory(error) and self._supply.make_room(failed[0].run, error)
         error.__traceback__ = None  # it holds the slots
         for ticket in failed:  # one error each: a thread that raises an error writes to it
-            own = _no_room(error) if has_room else _failed_step(error, len(failed))
-            ticket.codes.set_exception(own)
+            ticket.answer(_no_room(error) if has_room else _failed_step(error, len(failed)))
 
-    def _make_room(self, failed: list[_Ticket], error: BaseException) -> bool:
-        """Free memory after a step ran out of it; return whether there was anything to free."""
-        give_back_memory(error)
-        if failed[0].run.make_room():
-            return True
-        if self.slot_count == 1:
-            return False
-        self._shrink(self.slot_count // 2, error)
-        return True
+
+def _ending_of(ticket: _Ticket, slots: Slots) -> Tensor | BaseException | None:
+    """Report a row's progress; return its codes if it is done, or the error that ends it.
+
+    Returns ``None`` if it goes on.
+    """
+    row = ticket.row
+    try:
+        if row.position:
+            # The audio is the last step; a device may be ahead of the row's last step.
+            ticket.run.report_progress(min(1.0, row.position / (row.step_count + 1)))
+        ticket.run.check_cancelled()
+        return slots.codes(row) if row.is_done else None
+    except BaseException as error:
+        return error
 
 
 def _failed_step(error: BaseException, count: int) -> BaseException:

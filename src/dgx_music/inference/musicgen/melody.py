@@ -85,9 +85,8 @@ class MelodyReader:
 
     def _read_melody(self, chroma: Tensor) -> Tensor:
         embeddings = self._project(chroma, self._melody_projection)  # [frame, hidden]
-        return embeddings.repeat(math.ceil(self.melody_length / len(chroma)), 1)[
-            : self.melody_length
-        ]
+        rounds = math.ceil(self.melody_length / len(chroma))
+        return embeddings.repeat(rounds, 1)[: self.melody_length]
 
     def _read_text(self, states: Tensor | None) -> Tensor:
         if states is None:

@@ -45,7 +45,8 @@ class Subscription:
 
     def wake(self) -> None:
         """Wake the waiter; from any thread."""
-        self._loop.call_soon_threadsafe(self._changed.set)
+        if not self._changed.is_set():  # else it will look, and see this change as well
+            self._loop.call_soon_threadsafe(self._changed.set)
 
     async def wait(self, timeout_seconds: float) -> None:
         """Wait for a change since the last call returned, at most this long."""

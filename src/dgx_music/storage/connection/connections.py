@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import URL
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session as SyncSession
 
 from dgx_music.storage.connection import (
@@ -28,6 +29,7 @@ from dgx_music.storage.connection import (
     sqlite_file,
 )
 from dgx_music.storage.connection.changes import Changes
+from dgx_music.storage.connection.direct import AsyncpgSession
 from dgx_music.storage.connection.notifications import Notifications
 from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.replica import Replica
@@ -35,6 +37,9 @@ from dgx_music.storage.connection.sessions import Session, finish
 from dgx_music.storage.connection.snapshots import snapshot
 from dgx_music.storage.connection.sqlite_changes import FileChanges
 from dgx_music.storage.connection.sqlite_file import DatabaseFile
+from dgx_music.storage.connection.sqlite_thread import Work, run_on_thread
+
+T = TypeVar("T")
 
 _CLOSE_SECONDS = 10.0
 
@@ -46,20 +51,25 @@ class Connections:
         self, url: URL, replica_url: URL | None, limits: Limits, file: DatabaseFile | None
     ) -> None:
         self.changes: Changes
+        self._file = file
         if url.get_backend_name() == "sqlite":
             self.engine, self.reading_engine = sqlite.create_engines(url, file)
+            single = self.engine
             self.changes = FileChanges(None if file is None else file.path)
         else:
             self.engine, self.reading_engine = postgres.create_engines(url, limits)
+            single = postgres.without_transactions(self.engine, url)
             self.changes = Notifications(url, limits)
         self.replica = None if replica_url is None else Replica(replica_url, limits)
         kind = SyncSession if file is None else sqlite_file.session_class(file)
-        self.writing = async_sessionmaker(
-            self.engine, class_=Session, expire_on_commit=False, sync_session_class=kind
-        )
-        self.reading = async_sessionmaker(
-            self.reading_engine, class_=Session, expire_on_commit=False
-        )
+        self.writing = _sessions(self.engine, kind)
+        self.writing_once: Callable[[], AsyncSession] = _sessions(single, kind)
+        """Sessions in which each statement is a transaction; behind a pooler they have one each."""
+        if single is not self.engine and single.dialect.driver == "asyncpg":
+            self.writing_once = partial(AsyncpgSession, single)
+        self.reading = _sessions(self.reading_engine, SyncSession)
+        self.inserts: Any = None
+        """What gathers the inserts of this event loop."""
 
     @property
     def engines(self) -> tuple[AsyncEngine, ...]:
@@ -68,11 +78,26 @@ class Connections:
         own = (self.engine,) if is_shared else (self.engine, self.reading_engine)
         return own if self.replica is None else (*own, self.replica.engine)
 
+    async def run_on_thread(
+        self, work: Work[T], *, read_only: bool, must_drop: Callable[[BaseException], bool]
+    ) -> T:
+        """Do the work in one transaction on the thread of a SQLite connection."""
+        engine = self.reading_engine if read_only else self.engine
+        return await run_on_thread(
+            engine, self._file, work, read_only=read_only, must_drop=must_drop
+        )
+
     async def close(self) -> None:
         """Close every connection, on the event loop that they belong to."""
         await self.changes.close()
         for engine in self.engines:
             await finish(engine.dispose())
+
+
+def _sessions(engine: AsyncEngine, kind: type[SyncSession]) -> async_sessionmaker[Session]:
+    return async_sessionmaker(
+        engine, class_=Session, expire_on_commit=False, sync_session_class=kind
+    )
 
 
 class ConnectionsByLoop:

@@ -37,6 +37,16 @@ def create_engines(url: URL, limits: Limits) -> tuple[AsyncEngine, AsyncEngine]:
     return engine, reading
 
 
+def without_transactions(engine: AsyncEngine, url: URL) -> AsyncEngine:
+    """Return the engine for transactions of one statement, which need no BEGIN and no COMMIT.
+
+    Behind a pooler each transaction begins with our settings, so there it is the same engine.
+    """
+    if is_pooled_by_transaction(url):
+        return engine
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
 def _dialect_options(url: URL) -> dict[str, Any]:
     """Behind a pooler, prepare nothing: the next transaction may get another server session."""
     if url.get_driver_name() != "asyncpg" or not is_pooled_by_transaction(url):

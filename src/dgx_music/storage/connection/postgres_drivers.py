@@ -146,7 +146,7 @@ async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
     connection = await _bounded_psycopg().connect(
         server_address(url),
         connect_timeout=_psycopg_timeout(limits),
-        options=" ".join(f"-c {setting}={value}" for setting, value in settings.items()),
+        options=" ".join(f"-c {name}={_escaped(value)}" for name, value in settings.items()),
         prepare_threshold=None if is_pooled_by_transaction(url) else 2,
         client_encoding="utf8",
         **({"application_name": name} if name else {}),
@@ -155,6 +155,10 @@ async def _connect_psycopg(url: URL, limits: Limits, is_patient: bool) -> Any:
     if settings:
         await _or_hang_up(_set_up_psycopg(connection), connection.pgconn.finish)
     return connection
+
+
+def _escaped(value: str) -> str:
+    return value.replace(" ", "\\ ")
 
 
 def _psycopg_timeout(limits: Limits) -> int:
@@ -184,6 +188,8 @@ def _server_settings(url: URL, limits: Limits, is_patient: bool) -> dict[str, st
     statement_ms = 0 if is_patient else limits.statement_seconds * 1000
     idle_ms = 0 if is_patient else limits.idle_seconds * 1000
     settings["statement_timeout"] = f"{statement_ms:.0f}"
+    # Transactions say this themselves; a statement without a transaction cannot.
+    settings["default_transaction_isolation"] = "read committed"
     settings["idle_in_transaction_session_timeout"] = f"{idle_ms:.0f}"
     return settings
 
@@ -202,6 +208,9 @@ def _bounded_asyncpg() -> Any:
 
         async def execute(self, *arguments: Any, **options: Any) -> Any:
             return await self._bounded(super().execute(*arguments, **options))
+
+        async def fetch(self, *arguments: Any, **options: Any) -> Any:
+            return await self._bounded(super().fetch(*arguments, **options))
 
         async def fetchrow(self, *arguments: Any, **options: Any) -> Any:
             return await self._bounded(super().fetchrow(*arguments, **options))

@@ -45,9 +45,7 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     """
     if _is_finishing.get():
         return await work
-    task = asyncio.get_running_loop().create_task(_finishing(work))
-    # Not in ``all_tasks``, which a shutdown cancels all; the caller's task is in it.
-    asyncio._unregister_task(task)
+    task = start_to_finish(work)
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -59,6 +57,14 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     if cancelled is not None:
         raise cancelled from (None if task.cancelled() else task.exception())
     return task.result()
+
+
+def start_to_finish(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start the work as a task that nobody cancels; inside it ``finish`` is a plain await."""
+    task = asyncio.get_running_loop().create_task(_finishing(work))
+    # Not in ``all_tasks``, which a shutdown cancels all; the caller's task is in it.
+    asyncio._unregister_task(task)
+    return task
 
 
 async def _finishing(work: Coroutine[Any, Any, T]) -> T:

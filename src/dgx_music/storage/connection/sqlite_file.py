@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from dgx_music.modes import create_file
+from dgx_music.files import create_file
 from dgx_music.storage.connection import sqlite_changes
 from dgx_music.storage.connection.snapshots import snapshot
 from dgx_music.storage.connection.sqlite_changes import Place, find_place
@@ -231,9 +231,9 @@ class _Checkpoint:
 
 
 @contextmanager
-def waiting(connection: Connection) -> Iterator[None]:
+def waiting(connection_info: dict[str, Any]) -> Iterator[None]:
     """Note that the connection waits for the lock while the block runs."""
-    opened = connection.info.get(_OPENED)
+    opened = connection_info.get(_OPENED)
     if not isinstance(opened, _Opened):  # an engine of the caller's own
         yield
         return

@@ -1,12 +1,15 @@
-"""Files that outlive a crash, also on file systems that cannot do all that this takes."""
+"""Making files and folders: who may read them, and how they outlive a crash.
+
+Only the owner may read them, unless ``DGX_MUSIC_FILE_ACCESS`` says otherwise. The umask can only
+take rights away, and folders that exist already keep theirs. If a file system cannot flush or has
+no hard links, the functions do without and say so.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
-
-from dgx_music.modes import create_file
 
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {
@@ -21,6 +24,27 @@ _CANNOT_FLUSH_FOLDER = _CANNOT_FLUSH | {
 A broken disk gives other errors.
 """
 _NOT_OF_LINKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE}
+
+
+def file_mode(*, is_private: bool) -> int:
+    """Return the mode to create a file with."""
+    return 0o600 if is_private else 0o666
+
+
+def make_folders(folder: Path, *, is_private: bool) -> list[Path]:
+    """Make the folder and those above it if they are missing.
+
+    Returns the folders that it made, the uppermost first.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    for path in missing:
+        path.mkdir(0o700 if is_private else 0o777, exist_ok=True)
+    return missing
+
+
+def create_file(file: Path, *, is_private: bool) -> None:
+    """Make an empty file; raises ``FileExistsError`` if there is one, which it leaves alone."""
+    os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file_mode(is_private=is_private)))
 
 
 def flush(descriptor: int) -> bool:

@@ -1,0 +1,103 @@
+"""Sessions through which a ``Prepared`` statement reaches the driver without SQLAlchemy's layers.
+
+They are sessions in full: for whatever else the work asks, SQLAlchemy's own session is made.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Dialect, Engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session as SyncSession
+from sqlalchemy.util import greenlet_spawn
+
+from dgx_music.storage.connection.sessions import Session
+
+
+class DirectSession(Session):
+    """See above; ``engine`` is the one of SQLAlchemy's own session."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._made: SyncSession | None = None
+
+    @property
+    def sync_session(self) -> SyncSession:  # type: ignore[override]  # there it is an attribute
+        """SQLAlchemy's own session."""
+        if self._made is None:
+            self._made = SyncSession(self._engine, expire_on_commit=False)
+        return self._made
+
+    _proxied = sync_session
+
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect of the statements."""
+        return self._engine.dialect
+
+    def get_bind(self, *_arguments: Any, **_options: Any) -> Engine:
+        """Return the engine, whatever is asked for: there is one."""
+        return self._engine
+
+    @abstractmethod
+    async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Execute the text, and return its rows as the driver gives them."""
+
+    @abstractmethod
+    async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute the text once for each of these parameters; it returns no rows."""
+
+
+class AsyncpgSession(DirectSession):
+    """Each statement is a transaction of its own, on a connection of the pool."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        super().__init__(engine.sync_engine)
+
+    async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Execute the text, and return its rows as the driver gives them."""
+
+        def run() -> Sequence[Sequence[Any]]:
+            connection = self._engine.raw_connection()
+            driver: Any = connection.dbapi_connection
+            try:
+                found: Any = driver.run_async(lambda raw: raw.fetch(statement, *parameters))
+            except Exception as error:
+                is_lost = driver.driver_connection.is_closed()
+                if is_lost:
+                    connection.invalidate()
+                raise DBAPIError(statement, None, error, connection_invalidated=is_lost) from error
+            finally:
+                connection.close()
+            return found  # type: ignore[no-any-return]
+
+        return await greenlet_spawn(run)
+
+    async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute the text once for each of these parameters; it returns no rows."""
+        for parameters in rows:
+            await self.fetch(statement, parameters)
+
+    async def commit(self) -> None:
+        """Commit what SQLAlchemy's own session has begun."""
+        if self._made is not None:
+            await super().commit()
+
+    async def rollback(self) -> None:
+        """Roll back what SQLAlchemy's own session has begun."""
+        if self._made is not None:
+            await super().rollback()
+
+    async def close(self) -> None:
+        """Close SQLAlchemy's own session."""
+        if self._made is not None:
+            await super().close()
+
+    async def invalidate(self) -> None:
+        """Drop the connection of SQLAlchemy's own session."""
+        if self._made is not None:
+            await super().invalidate()

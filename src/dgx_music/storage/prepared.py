@@ -1,0 +1,104 @@
+"""Statements that are compiled once, and go straight to the driver in sessions of our own.
+
+SQLAlchemy's way from a statement to the driver and back takes several times as long as the database
+itself. Only what a burst of requests or a worker repeats for each generation is worth this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from pydantic_core import to_json
+from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dgx_music.storage.connection.direct import DirectSession
+
+_FLOAT8 = 701
+"""PostgreSQL's number of the type of doubles; SQLAlchemy asks for it where it reads numbers."""
+
+
+class Prepared:
+    """One Core statement without lists of unknown length; its parameters are given by name."""
+
+    def __init__(self, statement: Any) -> None:
+        self.statement = statement
+        self._compiled: dict[str, _Compiled] = {}
+
+    async def rows(self, session: AsyncSession, values: Mapping[str, Any]) -> Sequence[Any]:
+        """Execute it and return the rows; their columns are attributes."""
+        if not isinstance(session, DirectSession):
+            return (await session.execute(self.statement, values)).all()
+        compiled = self._for(session.dialect)
+        rows = await session.fetch(compiled.text, compiled.parameters(values))
+        return [compiled.row(row) for row in rows]
+
+    async def run_each(self, session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Execute it once for each of these values, if there are any; it returns no rows."""
+        if isinstance(session, DirectSession):
+            compiled = self._for(session.dialect)
+            await session.fetch_none(compiled.text, [compiled.parameters(row) for row in rows])
+        elif rows:
+            await session.execute(self.statement, rows)
+
+    def _for(self, dialect: Dialect) -> _Compiled:
+        if (found := self._compiled.get(dialect.driver)) is None:
+            found = self._compiled[dialect.driver] = _Compiled(self.statement, dialect)
+        return found
+
+
+class _Compiled:
+    """The statement as one driver takes it."""
+
+    def __init__(self, statement: Any, dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self.text = str(compiled)
+        self._parameters = [
+            (name, compiled.params[name], _to_driver(compiled.binds[name].type, dialect))
+            for name in compiled.positiontup
+        ]
+        self._columns = [
+            (column.key, _from_driver(column.type, dialect))
+            for column in statement.exported_columns
+        ]
+
+    def parameters(self, values: Mapping[str, Any]) -> list[Any]:
+        """Return the parameters in their order, as the driver takes them."""
+        found = ((values.get(name, default), to) for name, default, to in self._parameters)
+        return [value if to is None else to(value) for value, to in found]
+
+    def row(self, values: Sequence[Any]) -> SimpleNamespace:
+        """Return a row of the driver with its columns as attributes."""
+        pairs = zip(self._columns, values, strict=True)
+        return SimpleNamespace(
+            **{name: value if to is None else to(value) for (name, to), value in pairs}
+        )
+
+
+def json_rows(parameter: str, columns: Sequence[Any]) -> CTE:
+    """Return PostgreSQL's rows of these columns that one parameter holds, as a JSON array.
+
+    One parameter serves any number of rows, so there is one prepared statement for all of them.
+    """
+    rows = func.jsonb_to_recordset(cast(bindparam(parameter, type_=Text), JSONB))
+    given = rows.table_valued(*columns, name="given").render_derived(with_types=True)
+    return select(given).cte(f"given_{parameter}").prefix_with("MATERIALIZED")
+
+
+def as_json(value: Any) -> str:
+    """Return the value as JSON, with null for NaN; ``json`` takes four times as long."""
+    return to_json(value, inf_nan_mode="null").decode()
+
+
+def _to_driver(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
+    found: Callable[[Any], Any] | None = kind.dialect_impl(dialect).bind_processor(dialect)
+    return found
+
+
+def _from_driver(kind: Any, dialect: Dialect) -> Callable[[Any], Any] | None:
+    found: Callable[[Any], Any] | None
+    found = kind.dialect_impl(dialect).result_processor(dialect, _FLOAT8)
+    return found

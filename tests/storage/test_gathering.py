@@ -1,0 +1,168 @@
+"""Inserts at the same time share a transaction; each keeps its own fate."""
+
+import asyncio
+
+import pytest
+from sqlalchemy import select
+
+from dgx_music import enqueue, enqueue_many
+from dgx_music.errors import DatabaseUnavailableError, IdempotencyConflictError
+from dgx_music.storage import gathering
+from dgx_music.storage.models import Generation, Prompt
+from tests.factories import on, read_all
+
+pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
+
+
+@pytest.fixture
+def database(default_database):
+    return default_database
+
+
+@pytest.fixture
+def transactions(database, monkeypatch):
+    """How many rows each transaction of inserts had; ``hold`` stops them before they begin."""
+
+    class Transactions(list):
+        hold = asyncio.Event()
+        begun = asyncio.Event()
+        error = None
+
+    seen, transact = Transactions(), database.transact
+    seen.hold.set()
+
+    async def noted(work, **options):
+        seen.append(len(work.args[0]))
+        seen.begun.set()
+        await seen.hold.wait()
+        if seen.error is not None:
+            raise seen.error
+        return await transact(work, **options)
+
+    monkeypatch.setattr(database, "transact", noted)
+    return seen
+
+
+async def prompts(database):
+    return sorted(await read_all(database, select(Generation.prompt)))
+
+
+async def test_those_that_arrive_while_one_is_written_share_the_next(database, transactions):
+    made = await asyncio.gather(*[enqueue(f"p{number}") for number in range(16)])
+
+    assert sum(transactions) == 16
+    assert len(transactions) <= 2
+    assert [each.prompt for each in made] == [f"p{number}" for number in range(16)]
+    assert len(await prompts(database)) == 16
+
+
+async def test_one_alone_waits_for_nobody(transactions):
+    await enqueue("rain")
+    await enqueue("sun")
+
+    assert transactions == [1, 1]
+
+
+async def test_each_call_gets_its_own_rows(transactions):
+    made = await asyncio.gather(
+        enqueue_many(["a", "b"]), enqueue("c"), enqueue_many(["d", "e", "f"]), enqueue_many([])
+    )
+
+    first, second, third, fourth = made
+    assert [each.prompt for each in first] == ["a", "b"]
+    assert second.prompt == "c"
+    assert [each.prompt for each in third] == ["d", "e", "f"]
+    assert fourth == []
+    assert sum(transactions) == 6
+
+
+async def test_a_conflict_of_keys_fails_alone(database, transactions):
+    await enqueue("rain", idempotency_key="k")
+
+    made = await asyncio.gather(
+        enqueue("sun"),
+        enqueue("snow", idempotency_key="k"),
+        enqueue("wind"),
+        return_exceptions=True,
+    )
+
+    assert [type(each) for each in made] == [Generation, IdempotencyConflictError, Generation]
+    assert await prompts(database) == ["rain", "sun", "wind"]
+    used = await read_all(database, select(Prompt.used_count))
+    assert used == [1, 1, 1]
+
+
+async def test_two_that_say_the_same_under_one_key_get_one_row(database):
+    made = await asyncio.gather(*[enqueue("rain", idempotency_key="k") for _ in range(5)])
+
+    assert len({each.id for each in made}) == 1
+    assert await prompts(database) == ["rain"]
+
+
+async def test_an_unreachable_database_is_told_to_each(transactions):
+    transactions.error = DatabaseUnavailableError("sqlite:///x", "it is away")
+
+    made = await asyncio.gather(enqueue("a"), enqueue("b"), return_exceptions=True)
+
+    assert [str(each) for each in made] == [str(transactions.error)] * 2
+    assert made[0] is not made[1]
+    assert transactions == [2]
+
+
+async def test_a_cancelled_call_that_waits_leaves_nothing(database, transactions):
+    transactions.hold.clear()
+    first = asyncio.create_task(enqueue("first"))
+    await transactions.begun.wait()
+    late, other = asyncio.create_task(enqueue("late")), asyncio.create_task(enqueue("other"))
+    while len(waiting(database)) < 2:
+        await asyncio.sleep(0)
+
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    transactions.hold.set()
+    await asyncio.gather(first, other)
+
+    assert await prompts(database) == ["first", "other"]
+
+
+async def test_a_cancelled_call_that_is_being_written_ends_first(database, transactions):
+    transactions.hold.clear()
+    first, second = asyncio.create_task(enqueue("first")), asyncio.create_task(enqueue("second"))
+    await transactions.begun.wait()
+
+    first.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not first.done()
+    transactions.hold.set()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second
+
+    assert await prompts(database) == ["first", "second"]
+
+
+@on("asyncpg", "psycopg")
+async def test_what_waits_for_another_producers_key_holds_up_nobody_else(database):
+    async with database.session() as session:
+        await enqueue("rain", idempotency_key="k", session=session)
+        keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
+        made = await enqueue("sun")
+        assert not keyed.done()
+
+    assert (await keyed).id != made.id
+    assert await prompts(database) == ["rain", "sun"]
+
+
+async def test_a_long_batch_does_not_hold_up_a_short_one_behind_it(database, monkeypatch):
+    monkeypatch.setattr(gathering, "_MOST_ROWS", 3)
+
+    made = await asyncio.gather(enqueue("a"), enqueue_many(["b", "c", "d"]), enqueue("e"))
+
+    assert [each.prompt for each in made[1]] == ["b", "c", "d"]
+    assert await prompts(database) == ["a", "b", "c", "d", "e"]
+
+
+def waiting(database):
+    return database._connections.here().inserts._waiting
