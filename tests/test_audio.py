@@ -200,7 +200,7 @@ def test_audio_of_another_shape_is_refused(shape):
         finished(audio, channels=1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     samples=arrays(
         np.float32,
@@ -272,7 +272,7 @@ def test_a_tenth_of_the_music_may_be_lost_in_the_average(opposite_seconds, peak)
     assert peak_of(finished(audio, channels=1, loudness="none")) == pytest.approx(peak, abs=1e-3)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     frames=st.integers(1, 20_000),
     from_rate=SAMPLE_RATES,

@@ -61,7 +61,7 @@ def test_silence_has_no_loudness():
     assert loudness.measure(np.zeros((2, 32_000), np.float32), 32_000) is None
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     levels=st.lists(st.integers(-80, 3), min_size=1, max_size=12),
     frames=st.integers(3_200, 9_000),

@@ -8,14 +8,13 @@ from enum import IntEnum
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dgx_music import validation
 from dgx_music.catalog import MODELS
 from dgx_music.errors import InvalidRequestError
 
-quick = settings(deadline=None)
 any_text = st.text(st.characters(exclude_categories=())) | st.text()
 anything = st.one_of(
     any_text,
@@ -171,7 +170,6 @@ def test_tab_and_newline_are_the_only_control_characters(code: int) -> None:
     )
 
 
-@quick
 @given(anything)
 def test_an_accepted_prompt_survives_every_encoding_and_a_second_check(value: object) -> None:
     prompt = accepted(validation.check_prompt, value)
@@ -249,7 +247,6 @@ def test_a_name_is_refused(name: object, problem: str) -> None:
     )
 
 
-@quick
 @given(anything)
 def test_an_accepted_name_survives_every_encoding(value: object) -> None:
     name = accepted(validation.check_name, "name", value)
@@ -269,7 +266,6 @@ def test_a_path_is_refused(path: object) -> None:
     assert refused(validation.check_path, "file_path", path).startswith("file_path ")
 
 
-@quick
 @given(any_text)
 def test_a_tidy_text_is_one_that_every_database_keeps(message: str) -> None:
     text = validation.tidy_text(message)
@@ -383,7 +379,6 @@ def test_zero_and_below_is_not_positive(value: float) -> None:
     assert refused(validation.check_positive, "speed", value).startswith("speed is ")
 
 
-@quick
 @given(st.floats(), st.floats(-5, 5), st.floats(0, 5))
 def test_a_number_is_accepted_just_when_it_lies_between(
     value: float, low: float, width: float
@@ -395,7 +390,6 @@ def test_a_number_is_accepted_just_when_it_lies_between(
     )
 
 
-@quick
 @given(st.integers(), st.integers(-50, 50), st.integers(0, 50))
 def test_a_whole_number_is_accepted_just_when_it_lies_between(
     value: int, low: int, width: int
@@ -462,7 +456,6 @@ def test_a_moment_is_refused(value: object, problem: str) -> None:
     assert refused(validation.check_run_at, value).startswith(f"run_at {problem}")
 
 
-@quick
 @given(st.datetimes(timezones=st.timezones()))
 def test_an_accepted_moment_is_the_same_moment(value: datetime) -> None:
     moment = accepted(validation.check_run_at, value)
@@ -480,7 +473,6 @@ json_like = st.recursive(
 )
 
 
-@quick
 @given(st.dictionaries(any_text, json_like, max_size=4))
 def test_accepted_metadata_survives_json_and_utf8(value: dict[str, Any]) -> None:
     metadata = accepted(validation.check_metadata, value)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dgx_music.audio.samples import Audio
@@ -29,7 +29,6 @@ messages_of_all_shapes = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(messages_of_all_shapes), st.integers(1, 40))
 def test_messages_survive_a_stream_that_is_cut_anywhere(messages: list[Message], size: int) -> None:
     stream = b"".join(map(encode, messages))

@@ -24,7 +24,7 @@ from tests.inference.factories import QuietRun, make_request, make_settings
 INSTANT = ToneEngine(1, None, None)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(0.08, 3), st.integers(8_000, 48_000), st.integers(1, 2))
 def test_the_audio_has_the_frames_and_channels_asked_for(
     duration: float, sample_rate: int, channels: int
