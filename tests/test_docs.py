@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import pytest
 
 from dgx_music.config import PREFIX, SETTINGS
+from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from tests.factories import ROOT
 
 PATHS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -96,3 +97,7 @@ def test_every_document_can_be_reached_from_the_readme():
     linked = {name.partition("#")[0] for name in LINK.findall(text_of("README.md"))}
 
     assert set(DOCUMENTS) - linked == {"README.md"}
+
+
+def test_the_recipe_for_a_column_names_the_next_migration():
+    assert f"--rev-id {int(SCHEMA_REVISION) + 1:04}" in text_of("CONTRIBUTING.md")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Integer, bindparam, insert, literal, select, update
+from sqlalchemy import Integer, Select, bindparam, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError
@@ -63,8 +63,12 @@ async def claim(
     if tenant_limit is not None:
         await take_turns(session)
     dialect = dialect_of(session)
-    statement = _claim_statement(dialect, worker_id, model_name, limit, lease_seconds, tenant_limit)
-    claimed = await statement.rows(session, {})
+    if tenant_limit is None:
+        statement = _claim_statement(dialect, worker_id, model_name, lease_seconds)
+    else:
+        due = due_rows(dialect, model_name, limit, tenant_limit)
+        statement = _claim(dialect, due, worker_id, lease_seconds)
+    claimed = await statement.rows(session, {"most": limit})
     rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
     if rows and dialect != "postgresql":
         made = [
@@ -90,20 +94,18 @@ async def check_schema(session: AsyncSession) -> None:
 
 @lru_cache
 def _claim_statement(
-    dialect: str,
-    worker_id: str,
-    model_name: str,
-    limit: int | None,
-    lease_seconds: float,
-    tenant_limit: int | None,
+    dialect: str, worker_id: str, model_name: str, lease_seconds: float
 ) -> Prepared:
-    """Return the statement that claims; cached, since a worker uses the same few again and again.
+    """Return the statement that claims at most ``most``, which is its parameter; made once."""
+    due = due_rows(dialect, model_name, bindparam("most", type_=Integer))
+    return _claim(dialect, due, worker_id, lease_seconds)
 
-    Without a ``limit`` its parameter ``most`` is one.
+
+def _claim(dialect: str, due: Select[Any], worker_id: str, lease_seconds: float) -> Prepared:
+    """Return the statement that claims these rows.
+
     On PostgreSQL it also adds the attempts, in the same round trip; on SQLite it cannot.
     """
-    most = bindparam("most", type_=Integer) if limit is None else limit
-    due = due_rows(dialect, model_name, most, tenant_limit)
     claimed = (
         update(generations)
         .where(is_one_of(due), g.status == written(PENDING), is_our_schema())
@@ -132,32 +134,11 @@ _ADD_ATTEMPT = Prepared(
         {name: bindparam(name) for name in ("generation_id", "attempt", "worker_id")}
     )
 )
-_CLAIMED = (
-    g.id,
-    g.attempt,
-    g.prompt,
-    g.model_name,
-    g.duration_seconds,
-    g.sample_rate,
-    g.channels,
-    g.sampling,
-    g.failures,
-    g.continuation_sha256,
-    g.melody_sha256,
-    CLAIM_ORDER.label("claim_order"),
-)
+_COLUMNS = tuple(each.name for each in fields(Claim) if each.name != "lease")
+"""A claim has the row's own names, so a new column is one field of ``Claim``."""
+_CLAIMED = (g.id, g.attempt, *(g[name] for name in _COLUMNS), CLAIM_ORDER.label("claim_order"))
 
 
 def _as_claim(row: Any) -> Claim:
-    return Claim(
-        lease=Lease(row.id, row.attempt),
-        prompt=row.prompt,
-        model_name=row.model_name,
-        duration_seconds=row.duration_seconds,
-        sample_rate=row.sample_rate,
-        channels=row.channels,
-        sampling=row.sampling or {},
-        failures=row.failures,
-        continuation_sha256=row.continuation_sha256,
-        melody_sha256=row.melody_sha256,
-    )
+    values = {name: getattr(row, name) for name in _COLUMNS}
+    return Claim(lease=Lease(row.id, row.attempt), **values | {"sampling": row.sampling or {}})

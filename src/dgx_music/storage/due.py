@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Interval,
     Select,
@@ -44,18 +45,21 @@ _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 
 
 def due_rows(
-    dialect: str, model_name: str, limit: Any, tenant_limit: int | None = None
+    dialect: str,
+    model_name: str,
+    limit: int | BindParameter[int],
+    tenant_limit: int | None = None,
 ) -> Select[Any]:
     """Return the query for the ids of up to ``limit`` due generations, most urgent first.
 
-    The limit is a number, or a parameter for one. With a ``tenant_limit`` it leaves out what would
-    give a tenant more than this many running; call ``take_turns`` first.
+    With a ``tenant_limit`` it leaves out what would give a tenant more than this many running; call
+    ``take_turns`` first.
     """
     if tenant_limit is None:
         most_urgent = select(g.id).where(*_is_due(model_name)).order_by(CLAIM_ORDER, g.id)
         chosen = most_urgent.limit(limit).with_for_update(skip_locked=True, key_share=True)
     else:
-        chosen = _due_by_tenant(dialect, model_name, limit, tenant_limit)
+        chosen = _due_by_tenant(dialect, model_name, cast("int", limit), tenant_limit)
     return chosen.where(_is_anything_due(model_name)) if dialect == "postgresql" else chosen
 
 
