@@ -229,6 +229,26 @@ def crowded_url(postgres, migrated_template):
     postgres.drop_database("crowded")
 
 
+@pytest.fixture(scope="module")
+def surprised_url(postgres, migrated_template):
+    """The same, but whose statistics were made while nothing waited."""
+    url = postgres.create_database("surprised", template=migrated_template)
+    done, *waiting = MANY.split(";\n")[:2], MANY.split(";\n")[2]
+    postgres.execute("ALTER TABLE generations SET (autovacuum_enabled = off)", database="surprised")
+    postgres.execute(";\n".join(done), database="surprised")
+    postgres.execute("VACUUM ANALYZE generations", database="surprised")
+    postgres.execute(";\n".join([MANY.split(";\n")[0], *waiting]), database="surprised")
+    yield url
+    postgres.drop_database("surprised")
+
+
+@pytest.fixture
+async def surprised(surprised_url):
+    database = Database(surprised_url)
+    yield database
+    await database.dispose()
+
+
 @pytest.fixture
 async def crowded(crowded_url):
     database = Database(crowded_url)
@@ -334,6 +354,22 @@ async def test_a_claims_prepared_plan_reads_its_index_as_well(crowded, postgres)
     nodes = list(nodes_of(explained[0]["Plan"]))
     assert "ix_generations_claim" in {node.get("Index Name") for node in nodes}
     assert not kinds(nodes) & {"Sort", "Incremental Sort"}
+
+
+async def test_a_burst_that_the_statistics_do_not_know_makes_no_claim_walk_it(surprised):
+    nodes = await run_plan_of(surprised, claim_three)
+
+    assert "ix_generations_claim" in {node.get("Index Name") for node in nodes}
+    assert rows_read(nodes) < 10
+
+
+async def test_running_rows_that_the_statistics_do_not_know_make_no_completion_walk_them(surprised):
+    async def complete_three(session):
+        claims = await claim_up_to(session, 500)
+        done = [completion_of(claimed.lease) for claimed in claims[:3]]
+        assert len(await queue.complete(session, done)) == 3
+
+    assert rows_read(await run_plan_of(surprised, complete_three)) < 30
 
 
 async def test_a_tenant_with_20000_waiting_is_not_walked_through_for_anothers_claim(crowded):

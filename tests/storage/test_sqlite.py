@@ -629,7 +629,7 @@ async def test_rows_that_are_known_by_id_are_found_by_id(database, work):
 def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):
     assert (migrations.folder() / "versions" / "0001_first_tables.py").exists()
     (tmp_path / "_migrations").mkdir()
-    monkeypatch.setattr(migrations.dgx_music, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(migrations, "__file__", str(tmp_path / "storage" / "migrations.py"))
 
     assert migrations.folder() == tmp_path / "_migrations"
 

@@ -22,6 +22,7 @@ from sqlalchemy import (
     exists,
     func,
     literal,
+    literal_column,
     not_,
     or_,
     select,
@@ -94,7 +95,7 @@ async def find_waits(session: AsyncSession, models: Collection[str]) -> dict[str
     """
     waits: dict[str, float] = {}
     for model in models:
-        is_waiting = (g.status == _PENDING, g.model_name == model, not_(is_paused(model)))
+        is_waiting = (waits_by_time(g, model), not_(is_paused(model)))
         first = select(func.min(g.run_at)).where(*is_waiting).scalar_subquery()
         row = (await session.execute(select(first.label("run_at"), now().label("now")))).one()
         if row.run_at is not None and row.run_at <= row.now:
@@ -119,7 +120,7 @@ async def has_work(session: AsyncSession, models: Collection[str]) -> bool:
     """
     for model in models:
         # In the order of an index, or PostgreSQL would search all finished rows.
-        waiting = select(g.run_at).where(g.status == _PENDING, g.model_name == model)
+        waiting = select(g.run_at).where(waits_by_time(g, model))
         waiting = waiting.order_by(g.run_at).limit(1)
         is_due = waiting.scalar_subquery() <= now()
         is_to_retry = waiting.where(g.failures > 0).scalar_subquery().is_not(None)
@@ -156,7 +157,13 @@ def overtaken(dialect: str, model_name: str) -> ColumnElement[bool]:
     made_at = g.created_at + _ONE_INSERT if is_postgres else g.created_at
     is_later = g.run_at > (func.statement_timestamp() if is_postgres else now())
     was_due = or_(g.run_at <= made_at, g.run_at <= g.started_at)
-    return and_(g.status == _PENDING, g.model_name == model_name, is_later, was_due)
+    return and_(waits_by_time(g, model_name), is_later, was_due)
+
+
+def waits_by_time(columns: Any, model_name: str) -> ColumnElement[bool]:
+    """Return the condition that a row of this model waits, for a search in the order of time."""
+    is_in_index = columns.attempt >= literal_column("0")  # as the index by time says it
+    return and_(columns.status == _PENDING, columns.model_name == model_name, is_in_index)
 
 
 def is_paused(model_name: str) -> ColumnElement[bool]:
@@ -183,7 +190,7 @@ def _is_anything_due(model_name: str) -> ColumnElement[bool]:
     """
     others = generations.alias("others").c
     first = select(func.min(others.run_at))
-    first = first.where(others.status == written(PENDING), others.model_name == model_name)
+    first = first.where(waits_by_time(others, model_name))
     return first.scalar_subquery() <= func.statement_timestamp()
 
 

@@ -173,8 +173,13 @@ class Generation(Base):
         Index("ix_generations_created_at", "created_at", "id"),
         Index("ix_generations_model_name_created_at", "model_name", "created_at", "id"),
         Index("ix_generations_completed_at", "completed_at", **_only("completed_at IS NOT NULL")),
-        # Whether anything is due at all, however much is scheduled for later.
-        Index("ix_generations_due", "model_name", "run_at", **_only("status = 'pending'")),
+        # Whether anything is due at all, however much is scheduled for later. The attempt in its
+        # condition, which is always true, keeps claims away: they would have to sort its rows.
+        Index(
+            "ix_generations_due",
+            *("model_name", "run_at"),
+            **_only("status = 'pending' AND attempt >= 0"),
+        ),
         # What retention may delete, oldest first.
         Index(
             "ix_generations_finished",

@@ -135,9 +135,11 @@ def _now_postgresql(element: now, compiler: SQLCompiler, **kwargs: Any) -> str:
 
 
 class unindexed(FunctionElement[Any]):  # noqa: N801 - reads as the SQL term it is
-    """A column in a condition by which SQLite must not choose an index.
+    """A column in a condition by which the database must not choose an index.
 
-    SQLite writes it ``+column`` (sqlite.org/optoverview.html).
+    SQLite writes it ``+column`` (sqlite.org/optoverview.html). On PostgreSQL a text gets nothing
+    appended; without that, old statistics can make it walk all rows of a status for the few that
+    are meant. What else is compared with the clock there, no index serves anyway.
     """
 
     inherit_cache = True
@@ -154,7 +156,9 @@ def _unindexed_sqlite(element: unindexed, compiler: SQLCompiler, **kwargs: Any) 
 
 @compiles(unindexed, "postgresql")
 def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kwargs: Any) -> str:
-    return compiler.process(element.clauses, **kwargs)
+    column = compiler.process(element.clauses, **kwargs)
+    is_text = isinstance(getattr(element.type, "impl_instance", element.type), String)
+    return f"({column} || '')" if is_text else column
 
 
 class claim_order(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
