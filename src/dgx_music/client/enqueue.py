@@ -23,7 +23,7 @@ from dgx_music.client.transactions import transact
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.database import Database, ensure_database
-from dgx_music.storage.insertion import insert_generations
+from dgx_music.storage.insertion import insert_all
 from dgx_music.storage.models import Generation
 
 if TYPE_CHECKING:
@@ -89,11 +89,7 @@ async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Ge
     """Add the generations of a batch in one transaction, all or none, and return their rows."""
     if session is None:
         return await (await ensure_database()).insert(batch.rows, batch.clips)
-    return await transact(session, partial(_insert, batch))
-
-
-async def _insert(batch: Batch, session: AsyncSession) -> list[Generation]:
-    return await insert_generations(session, batch.rows, batch.clips)
+    return await transact(session, partial(insert_all, batch.rows, batch.clips))
 
 
 async def _store_alone(batch: Batch) -> Generation:

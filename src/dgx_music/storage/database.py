@@ -31,9 +31,9 @@ from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.connection.sessions import NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
-from dgx_music.storage.gathering import Gathering, insert_all
+from dgx_music.storage.gathering import Gathering
 from dgx_music.storage.generation import Generation
-from dgx_music.storage.insertion import Row, is_single
+from dgx_music.storage.insertion import Row, insert_all, is_single
 from dgx_music.storage.models import Base
 
 T = TypeVar("T")
@@ -145,7 +145,9 @@ class Database:
                 await self._roll_back(session)
                 raise
             await session.invalidate()  # on a dead connection a rollback would wait as long again
-            at_replica = self.replica is not None and session.bind is self.replica.engine
+            at_replica = (
+                self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
+            )
             self._explain(error, at_replica=at_replica)
         finally:
             await session.close()
@@ -180,10 +182,11 @@ class Database:
     ) -> T:
         """Return what ``work`` returns, done in its own transaction, which a cancel does not stop.
 
-        The work may only await the calls of its session. It is repeated if it was a deadlock's
+        The work may only await the calls of its session, and leaves commit and rollback to us. It is
+        repeated if it was a deadlock's
         victim, and repeated on the primary if the read replica fails: a replica also ends a query
-        that delays what it copies. A transaction that ``is_single`` writes with one statement, so
-        that PostgreSQL needs no BEGIN and no COMMIT.
+        that delays what it copies. A transaction that ``is_single`` writes with one statement:
+        PostgreSQL then needs no BEGIN and no COMMIT, and an error undoes nothing else.
         """
 
         async def run(*, may_lag: bool) -> T:

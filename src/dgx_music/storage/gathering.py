@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from itertools import islice
+from typing import TypeVar
 
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.storage.connection.sessions import finish, start_to_finish
-from dgx_music.storage.generation import Generation
-from dgx_music.storage.insertion import Row, insert_generations, is_single
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+from dgx_music.storage.connection.postgres_errors import is_of_one_statement
+from dgx_music.storage.connection.sessions import NoAnswerError, finish, start_to_finish
+from dgx_music.storage.generation import Generation, copy_of
+from dgx_music.storage.insertion import Row, insert_all, is_single
 
 T = TypeVar("T")
 
@@ -58,7 +58,8 @@ class Gathering:
         insert = _Insert(rows, clips)
         self._waiting.append(insert)
         if self._writing is None:
-            self._writing = start_to_finish(self._write_all())
+            # In a context of its own: it writes for all callers, not only for this one.
+            self._writing = start_to_finish(self._write_all(), Context())
         try:
             await asyncio.wait([insert.done])
         except asyncio.CancelledError as cancelled:
@@ -69,10 +70,23 @@ class Gathering:
             raise cancelled from insert.done.exception()
         return insert.done.result()
 
+    async def close(self) -> None:
+        """Return when everything is written."""
+        while self._writing is not None:
+            await asyncio.wait([self._writing])
+
     async def _write_all(self) -> None:
+        taken: list[_Insert] = []
         try:
             while self._waiting:
-                await self._write(self._take())
+                taken = self._take()
+                await self._write(taken)
+        except BaseException:  # not an error of the database: nobody else would tell them
+            unwritten, self._waiting = [*taken, *self._waiting], []
+            for insert in unwritten:
+                if not insert.done.done():
+                    insert.done.set_exception(NoAnswerError("its writer was stopped"))
+            raise
         finally:
             self._writing = None
 
@@ -88,22 +102,33 @@ class Gathering:
         return taken
 
     async def _write(self, inserts: list[_Insert]) -> None:
-        """Write them together; if one of them cannot be stored, each alone."""
+        """Write them together; if one of them cannot be stored, in halves, until it is alone."""
         try:
             made = await self._insert(inserts)
         except DatabaseUnavailableError as error:
+            if len(inserts) > 1 and is_of_one_statement(error.__cause__):
+                inserts = await self._write_until_two_fail(inserts)
             for insert in inserts:
                 insert.done.set_exception(_copy(error))
         except Exception as error:
             if len(inserts) == 1:
                 inserts[0].done.set_exception(error)
                 return
-            for insert in inserts:
-                await self._write([insert])
+            half = len(inserts) // 2
+            await self._write(inserts[:half])
+            await self._write(inserts[half:])
         else:
-            for insert in inserts:
-                insert.done.set_result(made[: len(insert.rows)])
-                made = made[len(insert.rows) :]
+            _hand_out(made, inserts)
+
+    async def _write_until_two_fail(self, inserts: list[_Insert]) -> list[_Insert]:
+        """Write each alone; return the rest after two failures: then it is not one of them."""
+        failed = 0
+        for number, insert in enumerate(inserts, 1):
+            await self._write([insert])
+            failed += insert.done.exception() is not None
+            if failed == 2:
+                return inserts[number:]
+        return []
 
     async def _insert(self, inserts: Sequence[_Insert]) -> list[Generation]:
         rows = [row for insert in inserts for row in insert.rows]
@@ -112,11 +137,13 @@ class Gathering:
         return await self._transact(work, is_single=is_single(rows))
 
 
-async def insert_all(
-    rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]], session: AsyncSession
-) -> list[Generation]:
-    """Do ``insert_generations`` as the work of a transaction."""
-    return await insert_generations(session, rows, clips)
+def _hand_out(made: Sequence[Generation], inserts: Sequence[_Insert]) -> None:
+    """Give each call its rows; two calls under one key get an object each."""
+    rows, seen = iter(made), set[int]()
+    for insert in inserts:
+        own = list(islice(rows, len(insert.rows)))
+        insert.done.set_result([copy_of(row) if id(row) in seen else row for row in own])
+        seen.update(map(id, own))
 
 
 async def _end_of(done: asyncio.Future[T]) -> None:

@@ -316,6 +316,12 @@ def as_inserted(values: Mapping[str, Any]) -> Generation:
     return generation
 
 
+def copy_of(generation: Generation) -> Generation:
+    """Return another object of the same row, detached, with the same values."""
+    names = _FRESH.keys() & generation.__dict__.keys()
+    return as_inserted({name: generation.__dict__[name] for name in names})
+
+
 @event.listens_for(Generation, "before_update")
 def _heed_cancel(_mapper: object, connection: Connection, generation: Generation) -> None:
     """Restrict an ORM write to a row whose cancel was requested, maybe after the object was read.

@@ -63,6 +63,13 @@ async def insert_generations(
     return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
 
 
+async def insert_all(
+    rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]], session: AsyncSession
+) -> list[Generation]:
+    """Do ``insert_generations`` as the work of a transaction."""
+    return await insert_generations(session, rows, clips)
+
+
 def is_single(rows: Sequence[Row]) -> bool:
     """Return True if PostgreSQL inserts these rows with one statement, and nothing beside it."""
     has_more = any(row[name] for row in rows for name in ("idempotency_key", *CLIP_COLUMNS))
@@ -130,10 +137,12 @@ async def _insert_on_sqlite(session: AsyncSession, rows: list[Row]) -> list[Gene
 
 async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
     """Return the ids that were not inserted: another producer was faster with the same key."""
-    ids = {row["id"] for row in rows if row["idempotency_key"] is not None}
-    if not ids:
-        return set()
-    return ids - set(await session.scalars(select(g.id).where(g.id.in_(ids))))
+    ids = [row["id"] for row in rows if row["idempotency_key"] is not None]
+    found: set[str] = set()
+    for start in range(0, len(ids), _CHUNK):
+        query = select(g.id).where(g.id.in_(ids[start : start + _CHUNK]))
+        found.update(await session.scalars(query))
+    return {*ids} - found
 
 
 async def _insert_on_postgres(session: AsyncSession, rows: list[Row]) -> list[Generation]:
@@ -147,15 +156,16 @@ async def _insert_chunk(session: AsyncSession, rows: list[Row]) -> list[Generati
     hashed = [{**row, "text_hash": text_hash(row["prompt"])} for row in rows]
     values = {"rows": as_json(hashed), "texts": as_json(uses_of(row["prompt"] for row in rows))}
     made = {row.id: row for row in await _INSERT_ON_POSTGRES.rows(session, values)}
-    raced = [row["prompt"] for row in rows if row["id"] not in made]
-    if raced:
-        await uncount_prompt_uses(session, raced)
-    inserted = [(row, made[row["id"]]) for row in rows if row["id"] in made]
+    raced = [row for row in rows if made[row["id"]].created_at is None]
+    counted = [row["prompt"] for row in raced if made[row["id"]].prompt_id is not None]
+    if counted:
+        await uncount_prompt_uses(session, counted)
+    fresh = [(row, made[row["id"]]) for row in rows if row not in raced]
     return [
         _as_inserted(
             {**row, "prompt_id": at.prompt_id, "created_at": at.created_at, "run_at": at.run_at}
         )
-        for row, at in inserted
+        for row, at in fresh
     ]
 
 
@@ -195,7 +205,10 @@ def _insert_on_sqlite_statement() -> Any:
 
 
 def _insert_on_postgres_statement() -> Any:
-    """Return PostgreSQL's INSERT of any number of rows, which counts their prompts as well."""
+    """Return PostgreSQL's INSERT of any number of rows, which counts their prompts as well.
+
+    It returns all of them: with ``prompt_id`` what was counted, with times what was inserted.
+    """
     names = {name: "metadata_" if name == "metadata" else name for name in _GIVEN}
     columns = [column(name, g[each].type) for each, name in names.items()]
     extra = [column("wanted_run_at", UtcDateTime), column("text_hash", HashText)]
@@ -213,7 +226,17 @@ def _insert_on_postgres_statement() -> Any:
     into = [*names, "prompt_id", "run_at"]
     statement = postgresql.insert(generations).from_select(into, chosen, include_defaults=False)
     statement = statement.on_conflict_do_nothing(index_elements=["idempotency_key"])
-    return statement.returning(g.id, g.prompt_id, g.created_at, g.run_at)
+    inserted = statement.returning(g.id, g.created_at, g.run_at).cte("inserted")
+    return select(
+        given.c.id,
+        counted.c.id.label("prompt_id"),
+        inserted.c.created_at,
+        inserted.c.run_at,
+    ).select_from(
+        given.outerjoin(counted, counted.c.text_hash == given.c.text_hash).outerjoin(
+            inserted, inserted.c.id == given.c.id
+        )
+    )
 
 
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement())

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from pydantic_core import to_json
 from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.connection.direct import DirectSession
 
+_NEEDED = object()
+"""Stands for the default of a parameter that has none."""
 _FLOAT8 = 701
 """PostgreSQL's number of the type of doubles; SQLAlchemy asks for it where it reads numbers."""
 
@@ -57,7 +58,11 @@ class _Compiled:
         compiled = statement.compile(dialect=dialect)
         self.text = str(compiled)
         self._parameters = [
-            (name, compiled.params[name], _to_driver(compiled.binds[name].type, dialect))
+            (
+                name,
+                _NEEDED if compiled.binds[name].required else compiled.params[name],
+                _to_driver(compiled.binds[name].type, dialect),
+            )
             for name in compiled.positiontup
         ]
         self._columns = [
@@ -67,7 +72,10 @@ class _Compiled:
 
     def parameters(self, values: Mapping[str, Any]) -> list[Any]:
         """Return the parameters in their order, as the driver takes them."""
-        found = ((values.get(name, default), to) for name, default, to in self._parameters)
+        found = (
+            (values[name] if default is _NEEDED else values.get(name, default), to)
+            for name, default, to in self._parameters
+        )
         return [value if to is None else to(value) for value, to in found]
 
     def row(self, values: Sequence[Any]) -> SimpleNamespace:
@@ -90,6 +98,8 @@ def json_rows(parameter: str, columns: Sequence[Any]) -> CTE:
 
 def as_json(value: Any) -> str:
     """Return the value as JSON, with null for NaN; ``json`` takes four times as long."""
+    from pydantic_core import to_json  # not for commands that only read
+
     return to_json(value, inf_nan_mode="null").decode()
 
 

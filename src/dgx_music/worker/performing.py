@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHORT_SECONDS = 0.4
-"""A WAV file of so short a clip takes a tenth of a millisecond, hardly more than a thread hop."""
+"""A WAV file of so short a clip takes a tenth of a millisecond, hardly more than the way to a thread."""
 _CLIP_RETRY_SECONDS = 1.0
 
 

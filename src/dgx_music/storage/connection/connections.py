@@ -89,6 +89,8 @@ class Connections:
 
     async def close(self) -> None:
         """Close every connection, on the event loop that they belong to."""
+        if self.inserts is not None:
+            await self.inserts.close()
         await self.changes.close()
         for engine in self.engines:
             await finish(engine.dispose())

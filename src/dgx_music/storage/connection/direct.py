@@ -1,6 +1,7 @@
 """Sessions through which a ``Prepared`` statement reaches the driver without SQLAlchemy's layers.
 
-They are sessions in full: for whatever else the work asks, SQLAlchemy's own session is made.
+For whatever else the work asks, they make SQLAlchemy's own session. Whoever opened them commits:
+the work does not.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.util import greenlet_spawn
 
+from dgx_music.storage.connection.postgres_errors import is_unavailable
 from dgx_music.storage.connection.sessions import Session
 
 
 class DirectSession(Session):
-    """See above; ``engine`` is the one of SQLAlchemy's own session."""
+    """A session with a way to the driver; ``engine`` is the one of SQLAlchemy's own session."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -53,13 +55,17 @@ class DirectSession(Session):
 
 
 class AsyncpgSession(DirectSession):
-    """Each statement is a transaction of its own, on a connection of the pool."""
+    """Each statement is a transaction of its own, on a connection of the pool.
+
+    So an error undoes nothing that was executed before it.
+    """
 
     def __init__(self, engine: AsyncEngine) -> None:
         super().__init__(engine.sync_engine)
 
     async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Execute the text, and return its rows as the driver gives them."""
+        await self.commit()  # or SQLAlchemy's own session would keep a second connection
 
         def run() -> Sequence[Sequence[Any]]:
             connection = self._engine.raw_connection()
@@ -68,9 +74,11 @@ class AsyncpgSession(DirectSession):
                 found: Any = driver.run_async(lambda raw: raw.fetch(statement, *parameters))
             except Exception as error:
                 is_lost = driver.driver_connection.is_closed()
-                if is_lost:
+                told = DBAPIError(statement, None, error, connection_invalidated=is_lost)
+                # Also one to a server that has become a replica, or that forgot a statement.
+                if is_unavailable(told):
                     connection.invalidate()
-                raise DBAPIError(statement, None, error, connection_invalidated=is_lost) from error
+                raise told from error
             finally:
                 connection.close()
             return found  # type: ignore[no-any-return]

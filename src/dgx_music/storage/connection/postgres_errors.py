@@ -87,6 +87,11 @@ def has_stale_plan(error: BaseException) -> bool:
     )
 
 
+def is_of_one_statement(error: BaseException | None) -> bool:
+    """Return True if the server ended one statement for its own sake: it waited too long."""
+    return isinstance(error, DBAPIError) and sqlstate(error) in ("57014", "55P03")
+
+
 def is_locked(error: DBAPIError) -> bool:
     """Return True if a lock was not free in time."""
     return sqlstate(error) == _LOCK_NOT_HAD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import Any, TypeVar
 
 import anyio
@@ -59,9 +59,14 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-def start_to_finish(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Start the work as a task that nobody cancels; inside it ``finish`` is a plain await."""
-    task = asyncio.get_running_loop().create_task(_finishing(work))
+def start_to_finish(
+    work: Coroutine[Any, Any, T], context: Context | None = None
+) -> asyncio.Task[T]:
+    """Start the work as a task that nobody cancels; inside it ``finish`` is a plain await.
+
+    It runs in the given context, or else in a copy of the caller's.
+    """
+    task = asyncio.get_running_loop().create_task(_finishing(work), context=context)
     # Not in ``all_tasks``, which a shutdown cancels all; the caller's task is in it.
     asyncio._unregister_task(task)
     return task

@@ -1,4 +1,4 @@
-"""Whole transactions on the thread of a SQLite connection: one hop there and back for each.
+"""Whole transactions on the thread of a SQLite connection: one trip to the thread for each.
 
 The driver, aiosqlite, has a thread for each connection. A session of the event loop waits for that
 thread several times for each statement; a transaction of our own runs there from BEGIN to COMMIT.
@@ -50,13 +50,28 @@ class ThreadSession(DirectSession):
 
     async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Execute the text, and return its rows as the driver gives them."""
+        self._check_begun()
         with _as_sqlalchemys(statement):
             return self._driver.execute(statement, parameters).fetchall()
 
     async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the text once for each of these parameters; it returns no rows."""
+        self._check_begun()
         with _as_sqlalchemys(statement):
             self._driver.executemany(statement, rows)
+
+    async def commit(self) -> None:
+        """Raise ``RuntimeError``: the transaction is committed when its work has ended."""
+        raise RuntimeError("Database.transact commits when its work returns")
+
+    async def rollback(self) -> None:
+        """Raise ``RuntimeError``: the transaction is rolled back if its work raises."""
+        raise RuntimeError("Database.transact rolls back when its work raises")
+
+    def _check_begun(self) -> None:
+        """Raise if an error of SQLAlchemy's own session has rolled back the transaction."""
+        if not self._driver.in_transaction:
+            raise RuntimeError("the transaction was rolled back by an earlier error in it")
 
     def commit_now(self) -> None:
         """Write what the session still holds, and commit."""
