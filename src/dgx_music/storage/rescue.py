@@ -1,4 +1,7 @@
-"""Rows that would stay behind: those of lost workers, and those that a clock has postponed."""
+"""Rows that would never run.
+
+Those of lost workers, and those whose ``run_at`` moved into the future because the clock went back.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +65,9 @@ async def rescue(
 
 
 async def hasten(session: AsyncSession, model_name: str, *, limit: int = RESCUE_CHUNK) -> int:
-    """Make rows due now whose time has become later because the database's clock went back.
+    """Set ``run_at`` to now for rows that were due before the database's clock went back.
 
-    They were due when they were stored. Returns how many.
+    Returns how many.
     """
     is_late = overtaken(dialect_of(session), model_name)
     late = select(g.id).where(is_late).order_by(g.run_at).limit(limit)

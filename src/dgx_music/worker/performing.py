@@ -72,7 +72,7 @@ class Performing:
         self._completions = Completions(database)
 
     async def run(self, running: Running) -> None:
-        """Perform one generation, and turn whatever else happens into one storage call."""
+        """Perform one generation; write any other outcome with one call of the storage."""
         logger.info("%s: started", running.lease)
         try:
             outcome = await self._attempt(running)
