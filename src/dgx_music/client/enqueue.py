@@ -55,7 +55,7 @@ async def enqueue_many(
     requests: Iterable[str | Mapping[str, Any]],
     *,
     session: AsyncSession | None = None,
-    **defaults: Unpack[RequestOptions],
+    **options: Unpack[RequestOptions],
 ) -> list[Generation]:
     """Add many generations in one transaction, all or none; return their rows in the same order.
 
@@ -66,8 +66,8 @@ async def enqueue_many(
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         remedy = "send a list of prompts, or call enqueue for one"
         raise InvalidRequestError("requests", "are not a list", remedy)
-    shared = cast("Mapping[str, Any]", defaults)
-    plans = [plan_numbered(number, request, shared) for number, request in enumerate(requests, 1)]
+    defaults = cast("Mapping[str, Any]", options)
+    plans = [plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
     return await store(await _read_clips(plans), session=session)
 
 
