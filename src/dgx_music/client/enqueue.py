@@ -88,6 +88,7 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
 async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
     """Add the generations of a batch in one transaction, all or none, and return their rows."""
     if session is None:
+        # ends in storage/insertion.py: insert_generations
         return await (await ensure_database()).insert(batch.rows, batch.clips)
     return await transact(session, partial(_insert, batch))
 
