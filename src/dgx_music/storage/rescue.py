@@ -12,7 +12,14 @@ from datetime import datetime
 from sqlalchemy import ColumnElement, and_, case, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.statuses import CANCELLED, FAILED, PENDING, PROCESSING, AttemptOutcome
+from dgx_music.statuses import (
+    CANCELLED,
+    FAILED,
+    PENDING,
+    PROCESSING,
+    AttemptOutcome,
+    GenerationStatus,
+)
 from dgx_music.storage.due import overtaken
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.lease_end import END_ATTEMPT, attempt_end, let_go
@@ -28,7 +35,7 @@ class Rescued:
     """A row taken from a lost worker: the lease that ended, and the status that the row has now."""
 
     lease: Lease
-    status: str
+    status: GenerationStatus
 
 
 async def rescue(
@@ -57,7 +64,7 @@ async def rescue(
     due_at = case((g.started_at < now(), g.started_at), else_=now())
     changes = {"failures": g.failures + 1, "error_message": WORKER_LOST, "run_at": due_at}
     rows = (await session.execute(statement.values(changes))).all()
-    rescued = [Rescued(Lease(row.id, row.attempt), row.status) for row in rows]
+    rescued = [Rescued(Lease(row.id, row.attempt), GenerationStatus(row.status)) for row in rows]
     ends = [attempt_end(item.lease, AttemptOutcome.LOST, WORKER_LOST) for item in rescued]
     if ends:
         await session.execute(END_ATTEMPT, ends)

@@ -27,6 +27,7 @@ from dgx_music.errors import (
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.retrying import for_ever, keep_trying
 from dgx_music.sampling import Sampling
+from dgx_music.statuses import GenerationStatus
 from dgx_music.storage import queue
 from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.database import Database
@@ -246,7 +247,7 @@ class Performing:
         session: AsyncSession,
         running: Running,
         outcome: Released | Failed,
-    ) -> str | None:
+    ) -> GenerationStatus | None:
         """Return the row's new status; ``None`` if the lease was lost."""
         lease = running.lease
         if isinstance(outcome, Released):
