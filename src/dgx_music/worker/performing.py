@@ -34,9 +34,9 @@ from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.storage.retention import find_owners
 from dgx_music.worker.completions import Completions
-from dgx_music.worker.files import drop_files
 from dgx_music.worker.leases import Leases, Running, Stop
 from dgx_music.worker.live_engine import LiveEngine
+from dgx_music.worker.lost_files import drop_files
 from dgx_music.worker.outcomes import Completed, Failed, Released, outcome_of
 from dgx_music.worker.stopping import Stopping
 

@@ -22,9 +22,9 @@ from dgx_music.storage import due, prompts, queue, statistics, workers
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import record_speed
 from dgx_music.storage.queue import Held, Lease
-from dgx_music.worker.files import drop_files
 from dgx_music.worker.leases import Leases
 from dgx_music.worker.live_engine import LiveEngine
+from dgx_music.worker.lost_files import drop_files
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
