@@ -34,10 +34,10 @@ def worker(
     from dgx_music.worker.daemon import configure_logging, run_worker
 
     configure_logging(loaded.log_level)
-    asyncio.run(_see_through(run_worker(loaded, drain=drain)))
+    asyncio.run(_run_then_ignore_signals(run_worker(loaded, drain=drain)))
 
 
-async def _see_through(work: Coroutine[Any, Any, None]) -> None:
+async def _run_then_ignore_signals(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work
     finally:
