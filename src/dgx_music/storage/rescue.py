@@ -38,23 +38,18 @@ class Rescued:
     status: GenerationStatus
 
 
-async def rescue(
-    session: AsyncSession,
-    lapsed: Mapping[Lease, datetime] | None = None,
-    *,
-    limit: int = RESCUE_CHUNK,
-) -> list[Rescued]:
+async def rescue(session: AsyncSession, lapsed: Mapping[Lease, datetime]) -> list[Rescued]:
     """Take rows from lost workers; return what was taken.
 
     ``lapsed`` names leases, each with its end: if a lease ends at another time now, its worker
-    lives. Without it, up to ``limit`` leases are taken that have expired by the database's clock.
+    lives.
 
     Counts a failure for each row: a generation that kills its workers must run out of attempts. If
     the schema is not this version's any more, nothing is taken: this version does not know all of a
     row.
     """
     is_lost = and_(g.status == written(PROCESSING), g.worker_id.is_not(None), _has_lapsed(lapsed))
-    lost = select(g.id).where(is_lost).order_by(g.lease_expires_at).limit(limit)
+    lost = select(g.id).where(is_lost).order_by(g.id)
     lost = lost.with_for_update(skip_locked=True, key_share=True)
     spent = g.failures + 1 >= g.max_attempts
     status = case((g.cancel_requested, CANCELLED), (spent, FAILED), else_=PENDING)
@@ -88,8 +83,6 @@ async def read_clock(session: AsyncSession) -> datetime:
     return (await session.execute(select(now()))).scalar_one()
 
 
-def _has_lapsed(lapsed: Mapping[Lease, datetime] | None) -> ColumnElement[bool]:
-    if lapsed is None:
-        return g.lease_expires_at < now()
+def _has_lapsed(lapsed: Mapping[Lease, datetime]) -> ColumnElement[bool]:
     named = [(lease.generation_id, lease.attempt, end) for lease, end in lapsed.items()]
     return tuple_(g.id, g.attempt, g.lease_expires_at).in_(named)
