@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,17 @@ async def start_one(database: Database, **overrides: Any) -> Lease:
     async with database.session() as session:
         await add_generation(session, **overrides)
         return await claim_one(session)
+
+
+async def find_lapsed(session: AsyncSession) -> dict[Lease, datetime]:
+    """Return the leases that have expired by the database's clock, each with its end."""
+    clock, held = await queue.read_clock(session), await queue.find_leases(session)
+    return {lease: each.expires_at for lease, each in held.items() if each.expires_at < clock}
+
+
+async def rescue_lapsed(session: AsyncSession) -> list[queue.Rescued]:
+    """Rescue what has expired by the database's clock; return what was taken."""
+    return await queue.rescue(session, await find_lapsed(session))
 
 
 def completion_of(lease: Lease, **overrides: Any) -> Completion:

@@ -175,17 +175,17 @@ def test_a_wav_with_two_blocks_of_samples_is_refused(first: bytes) -> None:
             28,
             "<I",
             44_100,
-            "says 44,100 bytes a second, where its sample rate and frame size give 88,200",
+            "says 44,100 bytes a second, but its sample rate and frame size give 88,200",
         ),
         (
             24,
             "<I",
             48_000,
-            "says 88,200 bytes a second, where its sample rate and frame size give 96,000",
+            "says 88,200 bytes a second, but its sample rate and frame size give 96,000",
         ),
-        (32, "<H", 4, "says 4 bytes a frame, where its channels and bits give 2"),
-        (22, "<H", 2, "says 2 bytes a frame, where its channels and bits give 4"),
-        (34, "<H", 8, "says 2 bytes a frame, where its channels and bits give 1"),
+        (32, "<H", 4, "says 4 bytes a frame, but its channels and bits give 2"),
+        (22, "<H", 2, "says 2 bytes a frame, but its channels and bits give 4"),
+        (34, "<H", 8, "says 2 bytes a frame, but its channels and bits give 1"),
     ],
 )
 def test_a_wav_whose_header_contradicts_itself_is_refused(

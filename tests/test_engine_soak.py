@@ -112,7 +112,7 @@ def make_requests(
 class Fire:
     """What is done to a worker at work: requests keep coming, some are cancelled, its engine is killed over and over.
 
-    A kill waits until something was completed since the last one and something else is in hand: a worker whose engine dies
+    A kill waits until something was completed since the last one and something else runs: a worker whose engine dies
     of one generation after another without any success rightly stops.
     """
 

@@ -104,7 +104,7 @@ async def test_a_worker_cancelled_in_its_completion_leaves_the_row_to_the_lease(
 
 
 async def test_deaths_of_the_engine_count_from_its_last_success(database, make_worker, engine):
-    """Else a worker of many months would stop one day, since now and then one prompt or another kills its engine."""
+    """Else a worker of many months would stop one day, since from time to time some prompt kills its engine."""
     for number in range(2 * BROKEN_AFTER - 1):
         await add(database, f"prompt {number}", max_attempts=1)
         if number != BROKEN_AFTER - 1:

@@ -29,7 +29,15 @@ from dgx_music.storage.queue import Held, Lease
 from dgx_music.storage.schema import now_plus
 from dgx_music.worker.sweeping import Watch
 from dgx_music.worker.worker import Worker
-from tests.factories import MODEL, add_generation, back_date, claim_one, read, start_one
+from tests.factories import (
+    MODEL,
+    add_generation,
+    back_date,
+    claim_one,
+    read,
+    rescue_lapsed,
+    start_one,
+)
 from tests.fakes import FakeEngine
 
 pytestmark = pytest.mark.any_driver
@@ -305,7 +313,7 @@ async def test_what_was_given_back_before_the_clock_went_back_is_made_at_once(da
             await queue.release(session, [lease])
         else:
             await back_date(session, lease.generation_id, lease_expires_at=1)
-            await queue.rescue(session)
+            await rescue_lapsed(session)
     await shift(database, 3600, "run_at", "started_at")
     await make_worker(database, FakeEngine()).run(drain=True)
     assert (await read(database, lease.generation_id)).status == "completed"

@@ -13,8 +13,8 @@ from obstore.store import from_url
 
 from dgx_music.artifacts import LocalArtifacts, objects, open_output, open_place_of
 from dgx_music.artifacts.interface import LONGEST_LINK_SECONDS
-from dgx_music.cli.enqueueing import copy_audio
 from dgx_music.cli.examination import examine
+from dgx_music.cli.prompt_to_audio import copy_audio
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, ConfigurationError, InvalidRequestError
 from dgx_music.storage import Generation

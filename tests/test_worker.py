@@ -33,7 +33,7 @@ from dgx_music.worker import performing
 from dgx_music.worker.engine_deaths import BROKEN_AFTER
 from dgx_music.worker.leases import Stop
 from dgx_music.worker.worker import Worker
-from tests.factories import MODEL, SQLITE, audio_file, back_date, on
+from tests.factories import MODEL, SQLITE, audio_file, back_date, on, rescue_lapsed
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
 
@@ -356,7 +356,7 @@ async def test_a_lost_lease_stops_the_generation_and_leaves_the_successor_alone(
         await engine.started["lofi rain"].wait()
         async with database.session() as session:
             await back_date(session, generation.id, lease_expires_at=1)
-            await queue.rescue(session)
+            await rescue_lapsed(session)
             await queue.claim(
                 session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60
             )
@@ -373,7 +373,7 @@ async def test_audio_of_a_lost_lease_is_dropped(database, make_worker, output):
             artifact = await super().publish(*args)
             async with database.session() as session:
                 await back_date(session, generation.id, lease_expires_at=1)
-                await queue.rescue(session)
+                await rescue_lapsed(session)
                 await queue.claim(
                     session, worker_id="rival", model_name=MODEL, limit=1, lease_seconds=60
                 )

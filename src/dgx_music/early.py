@@ -28,20 +28,20 @@ def stopping_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in STOPPING if number != signal.SIGHUP or not is_ignored)
 
 
-def stand_back() -> None:
+def restore_ctrl_c() -> None:
     """Let Ctrl-C raise ``KeyboardInterrupt`` again: from now on it is caught."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def see_it_through() -> None:
+def ignore_stop_signals() -> None:
     """Ignore signals while a worker that has stopped ends, so that it returns its exit code."""
     if _program() in _PROGRAMS:
         for number in stopping_signals():
             signal.signal(number, signal.SIG_IGN)
 
 
-def _stand_by() -> None:
+def _set_handlers() -> None:
     program = _program()
     if program == _ENGINE:
         for number in STOPPING:
@@ -63,4 +63,4 @@ def _program() -> str:
     return sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
 
 
-_stand_by()
+_set_handlers()

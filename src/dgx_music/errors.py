@@ -140,7 +140,10 @@ class DatabaseNotInitializedError(DatabaseError, RuntimeError):
 
 
 def is_newer(found: str | None, needed: str) -> bool:
-    """Return True if the tables are of a newer version, or of no version, of this library: do not migrate."""
+    """Return True if the tables were made by a newer version, or not by this library.
+
+    Such tables are not migrated.
+    """
     return found is not None and (found > needed or not _is_ours(found))
 
 

@@ -48,12 +48,18 @@ def create_file(file: Path, *, is_private: bool) -> None:
 
 
 def flush(descriptor: int) -> bool:
-    """Have the file's content outlive a power cut; return ``False`` if its file system has no such thing."""
+    """Flush the file to disk, so that it survives a power cut.
+
+    Returns ``False`` if its file system cannot do that.
+    """
     return _flush(descriptor, _CANNOT_FLUSH)
 
 
 def flush_folder(folder: Path) -> bool:
-    """Have the folder's names outlive a power cut; return ``False`` if its file system has no such thing."""
+    """Flush the folder to disk, so that the names in it survive a power cut.
+
+    Returns ``False`` if its file system cannot do that.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

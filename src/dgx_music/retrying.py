@@ -1,4 +1,4 @@
-"""Trying again what failed for a while: the loop of all work that ends with a result.
+"""Retries work that fails for a limited time. All work that returns a result uses this loop.
 
 The listener of ``storage.connection.notifications`` has a loop of its own: its work never ends with
 a result, and each connection that it makes starts its waits again.

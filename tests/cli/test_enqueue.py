@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from dgx_music.audio import clips
-from dgx_music.cli import enqueueing as command
+from dgx_music.cli import prompt_to_audio as command
 from dgx_music.errors import DatabaseUnavailableError
 from tests.cli.conftest import Run, Spawn, add, count_rows
 from tests.factories import audio_file
@@ -305,7 +305,7 @@ async def fail(*_arguments: object, **_options: object) -> None:
 def test_advice_that_cannot_be_had_does_not_fail_what_is_enqueued(
     run: Run, monkeypatch: pytest.MonkeyPatch, advice: str
 ) -> None:
-    monkeypatch.setattr(f"dgx_music.cli.enqueueing.{advice}", fail)
+    monkeypatch.setattr(f"dgx_music.cli.prompt_to_audio.{advice}", fail)
 
     as_id, as_json = run("enqueue", "lofi rain"), run("enqueue", "trap beat", "--json")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from dgx_music.cli.enqueueing import _removed_on_failure, copy_audio
+from dgx_music.cli.prompt_to_audio import _removed_on_failure, copy_audio
 from dgx_music.config import SETTINGS
 from dgx_music.errors import ArtifactError
 from dgx_music.storage import Generation

@@ -44,6 +44,7 @@ from tests.factories import (
     completion_of,
     on,
     read_all,
+    rescue_lapsed,
 )
 from tests.patience import PATIENCE
 
@@ -555,7 +556,7 @@ class Caller:
         async with self.database.session() as session:
             await back_date(session, generation_id, lease_expires_at=1)
         async with self.database.session() as session:
-            await queue.rescue(session)
+            await rescue_lapsed(session)
         self.statuses[generation_id] = "pending"
 
 

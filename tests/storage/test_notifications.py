@@ -32,6 +32,7 @@ from tests.factories import (
     completion_of,
     on,
     read,
+    rescue_lapsed,
     start_one,
 )
 from tests.fakes import FakeEngine
@@ -76,7 +77,7 @@ async def retry_one(session):
 async def rescue_one(session):
     lease = await claim_one(session)
     await back_date(session, lease.generation_id, lease_expires_at=1)
-    await queue.rescue(session)
+    await rescue_lapsed(session)
 
 
 @pytest.mark.parametrize("move", [enqueue_one, release_one, retry_one, rescue_one])

@@ -14,6 +14,7 @@ from tests.factories import (
     completion_of,
     read,
     read_all,
+    rescue_lapsed,
     start_one,
 )
 
@@ -65,7 +66,7 @@ async def test_what_a_lost_worker_left_is_for_those_who_know_the_schema(database
     await become(database, "9999")
 
     async with database.session() as session:
-        assert await queue.rescue(session) == []
+        assert await rescue_lapsed(session) == []
 
 
 async def test_a_database_at_no_revision_is_only_empty_for_now(database):

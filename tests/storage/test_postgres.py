@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 
 import anyio
@@ -31,6 +31,7 @@ from tests.factories import (
     claim_one,
     claim_up_to,
     completion_of,
+    find_lapsed,
     read,
     read_all,
     start_one,
@@ -73,7 +74,9 @@ async def test_two_rescuers_never_wait_for_each_other(database):
             await back_date(session, generation_id, lease_expires_at=1)
     with anyio.fail_after(PATIENCE):
         async with database.session() as first, database.session() as second:
-            rescued = [await queue.rescue(session, limit=2) for session in (first, second)]
+            lapsed = await find_lapsed(first)
+            rescued = [await queue.rescue(first, dict(list(lapsed.items())[:2]))]
+            rescued.append(await queue.rescue(second, lapsed))
 
     assert list(map(len, rescued)) == [2, 2]
     assert len({item.lease for item in chain(*rescued)}) == 4
@@ -385,7 +388,7 @@ async def test_a_tenant_with_20000_waiting_is_not_walked_through_for_anothers_cl
         lambda session: due.find_waits(session, [MODEL]),
         lambda session: due.has_work(session, [MODEL]),
         lambda session: due.fair_share(session, MODEL, 4, 5),
-        lambda session: queue.rescue(session),
+        lambda session: queue.rescue(session, {queue.Lease("lost", 1): datetime.now(UTC)}),
         lambda session: queue.find_cancel_requests(session, "worker-1"),
     ],
 )

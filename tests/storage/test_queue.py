@@ -31,6 +31,7 @@ from tests.factories import (
     completion_of,
     read,
     read_all,
+    rescue_lapsed,
     start_one,
 )
 
@@ -91,7 +92,7 @@ async def release(session, lease):
 
 
 async def rescue(session, lease):
-    await queue.rescue(session)
+    await rescue_lapsed(session)
 
 
 async def cancel(session, lease):
@@ -353,7 +354,7 @@ async def test_an_expired_lease_that_nobody_rescued_is_revived(database):
     async with database.session() as session:
         await expire(session, lease)
         assert await queue.renew(session, {lease: 0.5}, lease_seconds=60) == {lease: False}
-        assert await queue.rescue(session) == []
+        assert await rescue_lapsed(session) == []
 
 
 async def test_renewing_nothing_says_nothing(database):
@@ -558,24 +559,13 @@ async def test_a_request_to_cancel_survives_whatever_ends_the_attempt(database, 
 # rescue
 
 
-@pytest.mark.parametrize(("milliseconds", "count"), [(-1, 1), (0, 0), (1, 0)])
-async def test_a_lease_is_dead_just_past_its_expiry_and_not_at_it(
-    database, stopped_clock, milliseconds, count
-):
-    expiry = NOON + timedelta(milliseconds=milliseconds)
-    async with database.session() as session:
-        await add_generation(session, worker_id="worker-1", lease_expires_at=expiry)
-
-        assert len(await queue.rescue(session)) == count
-
-
 @pytest.mark.parametrize(("failures", "status"), [(0, "pending"), (1, "pending"), (2, "failed")])
 async def test_a_rescue_costs_one_of_the_budget(database, failures, status):
     lease = await start_one(database, failures=failures, max_attempts=3)
 
     async with database.session() as session:
         await expire(session, lease)
-        assert await queue.rescue(session) == [queue.Rescued(lease, status)]
+        assert await rescue_lapsed(session) == [queue.Rescued(lease, status)]
 
     row = await read(database, lease.generation_id)
     assert (row.failures, row.status, row.error_message) == (
@@ -590,21 +580,8 @@ async def test_a_rescued_row_is_due_at_once_for_another_attempt(database):
 
     async with database.session() as session:
         await expire(session, lease)
-        await queue.rescue(session)
+        await rescue_lapsed(session)
         assert await claim_one(session, "worker-2") == Lease(lease.generation_id, 2)
-
-
-async def test_a_rescue_goes_in_chunks_the_longest_dead_first(database):
-    async with database.session() as session:
-        ids = [(await add_generation(session, worker_id="worker-1")).id for _ in range(3)]
-        for seconds, generation_id in enumerate(ids, 1):
-            await back_date(session, generation_id, lease_expires_at=seconds)
-        chunks = [
-            [item.lease.generation_id for item in await queue.rescue(session, limit=2)]
-            for _ in range(3)
-        ]
-
-    assert [set(chunk) for chunk in chunks] == [set(ids[1:]), {ids[0]}, set()]
 
 
 async def test_one_of_two_rescuers_takes_the_row(database):
@@ -614,7 +591,7 @@ async def test_one_of_two_rescuers_takes_the_row(database):
 
     async def sweep():
         async with database.session() as session:
-            return await queue.rescue(session)
+            return await rescue_lapsed(session)
 
     assert sorted(map(len, await asyncio.gather(sweep(), sweep()))) == [0, 1]
     assert (await read(database, lease.generation_id)).failures == 1
@@ -627,7 +604,7 @@ async def successor(session, lease, how):
     """Let the row go on to its second attempt in one of the ways it can."""
     if how == "rescue":
         await expire(session, lease)
-        await queue.rescue(session)
+        await rescue_lapsed(session)
     elif how == "release":
         await queue.release(session, [lease])
     elif how == "fail":
@@ -668,7 +645,7 @@ async def test_a_stale_attempt_can_do_nothing_to_a_row_that_waits_again(database
     stale = await start_one(database)
     async with database.session() as session:
         await expire(session, stale)
-        await queue.rescue(session)
+        await rescue_lapsed(session)
     before = (await read(database, stale.generation_id)).to_dict()
 
     async with database.session() as session:
@@ -797,7 +774,7 @@ async def test_a_late_answer_does_not_rewrite_an_attempt(database):
     lease = await start_one(database)
     async with database.session() as session:
         await expire(session, lease)
-        await queue.rescue(session)
+        await rescue_lapsed(session)
         await queue.complete(session, [completion_of(lease)])
 
     assert [attempt.outcome for attempt in await attempts_of(database, lease.generation_id)] == [

@@ -35,6 +35,7 @@ from tests.factories import (
     completion_of,
     on,
     read_all,
+    rescue_lapsed,
 )
 from tests.fakes import FakeEngine
 from tests.patience import PATIENCE
@@ -108,7 +109,7 @@ class Walker:
                     await session.execute(
                         update(Generation).where(is_held).values(lease_expires_at=now_plus(-1.0))
                     )
-                    await queue.rescue(session)
+                    await rescue_lapsed(session)
                 case 4:
                     with suppress(IllegalTransitionError):  # another walker was quicker
                         await queue.cancel(session, lease.generation_id)

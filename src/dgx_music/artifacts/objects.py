@@ -129,7 +129,7 @@ class ObjectArtifacts:
             return True
 
     async def stream(self, path: str) -> AsyncIterator[bytes]:
-        """See ``Artifacts.stream``; each chunk is one request: a slow reader meets no timeout."""
+        """See ``Artifacts.stream``; each chunk is a request, so a slow reader causes no timeout."""
         check_held(self, path)
         name = self._name_of(path)
         with self._explained(f"{name} cannot be read from"):

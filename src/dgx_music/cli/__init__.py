@@ -36,7 +36,7 @@ from typer.exceptions import TyperException
 from dgx_music import __version__
 from dgx_music.cli.lazy import LazyCommand, group_of
 from dgx_music.cli.streams import lasting_streams
-from dgx_music.early import stand_back
+from dgx_music.early import restore_ctrl_c
 from dgx_music.errors import DgxMusicError, unwrap
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["worker"]:  # its signals wait until it is there, and it runs for long
         return _main(argv)
-    stand_back()
+    restore_ctrl_c()
     if argv is not None:
         return _main(argv)
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)

@@ -66,20 +66,22 @@ def enqueue(
 
     Prints the ids on stdout.
     """
-    from dgx_music.cli import enqueueing
+    from dgx_music.cli import prompt_to_audio
     from dgx_music.cli.progress import tell_outcome
 
-    batch = enqueueing.read(prompt, file, given(**options))
+    batch = prompt_to_audio.read(prompt, file, given(**options))
     is_waiting = wait or out is not None
-    enqueueing.check_waiting(out, timeout, len(batch.rows), is_waiting=is_waiting, force=force)
+    prompt_to_audio.check_waiting(out, timeout, len(batch.rows), is_waiting=is_waiting, force=force)
     show = (
-        partial(enqueueing.show_json, is_list=file is not None) if as_json else enqueueing.show_ids
+        partial(prompt_to_audio.show_json, is_list=file is not None)
+        if as_json
+        else prompt_to_audio.show_ids
     )
-    work = enqueueing.enqueue(
+    work = prompt_to_audio.enqueue(
         batch, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json
     )
     rows = asyncio.run(work)
     if is_waiting and not tell_outcome(rows):
         raise typer.Exit(1)
     if out is not None:
-        enqueueing.copy_audio(rows[0], out, force=force)
+        prompt_to_audio.copy_audio(rows[0], out, force=force)

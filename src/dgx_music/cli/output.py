@@ -195,7 +195,10 @@ def _cell(heading: str, value: object, width: int) -> Text:
 
 
 def shown(name: str, value: Any, now: datetime) -> str:
-    """Return the value of a row's field in words; the end of its name says what it is."""
+    """Return the value of a row's field in words.
+
+    The end of the field's name (``_at``, ``_bytes``) decides how it is shown.
+    """
     if name.endswith("_at"):
         moment = datetime.fromisoformat(value)
         return f"{moment:%Y-%m-%d %H:%M:%S} UTC ({distance(moment, now)})"

@@ -11,7 +11,7 @@ import typer
 from dgx_music.cli import EXIT_CODES
 from dgx_music.cli.options import given, setting_options, taking
 from dgx_music.config import SETTINGS, load_settings
-from dgx_music.early import see_it_through
+from dgx_music.early import ignore_stop_signals
 
 app = typer.Typer(add_completion=False)
 
@@ -34,11 +34,11 @@ def worker(
     from dgx_music.worker.daemon import configure_logging, run_worker
 
     configure_logging(loaded.log_level)
-    asyncio.run(_see_through(run_worker(loaded, drain=drain)))
+    asyncio.run(_run_then_ignore_signals(run_worker(loaded, drain=drain)))
 
 
-async def _see_through(work: Coroutine[Any, Any, None]) -> None:
+async def _run_then_ignore_signals(work: Coroutine[Any, Any, None]) -> None:
     try:
         await work
     finally:
-        see_it_through()
+        ignore_stop_signals()

@@ -55,7 +55,7 @@ async def enqueue_many(
     requests: Iterable[str | Mapping[str, Any]],
     *,
     session: AsyncSession | None = None,
-    **defaults: Unpack[RequestOptions],
+    **options: Unpack[RequestOptions],
 ) -> list[Generation]:
     """Add many generations in one transaction, all or none; return their rows in the same order.
 
@@ -66,8 +66,8 @@ async def enqueue_many(
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         remedy = "send a list of prompts, or call enqueue for one"
         raise InvalidRequestError("requests", "are not a list", remedy)
-    shared = cast("Mapping[str, Any]", defaults)
-    plans = [plan_numbered(number, request, shared) for number, request in enumerate(requests, 1)]
+    defaults = cast("Mapping[str, Any]", options)
+    plans = [plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
     return await store(await _read_clips(plans), session=session)
 
 
@@ -88,6 +88,7 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
 async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
     """Add the generations of a batch in one transaction, all or none, and return their rows."""
     if session is None:
+        # ends in storage/insertion.py: insert_generations
         return await (await ensure_database()).insert(batch.rows, batch.clips)
     return await transact(session, partial(insert_all, batch.rows, batch.clips))
 

@@ -40,8 +40,7 @@ async def cancel_generation(
     already completed or failed.
     """
     validation.check_name("generation_id", generation_id)
-    status = await transact(session, lambda current: queue.cancel(current, generation_id))
-    return GenerationStatus(status)
+    return await transact(session, lambda current: queue.cancel(current, generation_id))
 
 
 async def retry_generation(generation_id: str, *, session: AsyncSession | None = None) -> None:

@@ -128,10 +128,10 @@ def _in_lines(text: str) -> str:
 class Plan:
     """A checked request: all of its row, except for what depends on its clips."""
 
-    row: dict[str, Any]
+    identity: dict[str, Any]
     """The columns that identify the request; its hash is made of them."""
-    rest: dict[str, Any]
-    """The other columns."""
+    circumstances: dict[str, Any]
+    """The columns that say when and how urgently, and the ids; without the hash."""
     model: ModelInfo
     sources: Mapping[str, Any]
     """The clips as they were given, by the names of their fields."""
@@ -214,7 +214,7 @@ def read_clips(plans: Sequence[Plan]) -> Batch:
 
     def read(plan: Plan) -> dict[str, Any]:
         with naming(plan.name):
-            clips = reader.read(plan.sources, plan.model, plan.row["duration_seconds"])
+            clips = reader.read(plan.sources, plan.model, plan.identity["duration_seconds"])
         sources = {name: clip.source_sha256 for name, clip in clips.items()}
         return _row(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
 
@@ -275,9 +275,11 @@ def _row(
 ) -> dict[str, Any]:
     """Return the columns of a row; ``sources`` and ``clips`` are hashes, by field."""
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
-    return plan.rest | plan.row | columns | {"request_hash": _hash({**plan.row, **sources})}
+    request_hash = _hash({**plan.identity, **sources})
+    return plan.circumstances | plan.identity | columns | {"request_hash": request_hash}
 
 
-def _hash(row: Mapping[str, Any]) -> str:
+def _hash(identity: Mapping[str, Any]) -> str:
     """Identify what was asked for, not when or how urgently: the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

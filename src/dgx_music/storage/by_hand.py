@@ -7,7 +7,7 @@ is given and leaves the commit to whoever opened it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy import ColumnElement, case, not_, null, or_, select, true, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -28,7 +28,7 @@ from dgx_music.storage.generation import CANCEL_REQUESTED, Generation, g, genera
 from dgx_music.storage.schema import check_status, now
 
 
-async def cancel(session: AsyncSession, generation_id: str) -> str:
+async def cancel(session: AsyncSession, generation_id: str) -> GenerationStatus:
     """Cancel a pending generation, or ask the worker of a running one to stop; return its status.
 
     ``processing`` means that the request is noted: the row ends cancelled, whatever its attempt
@@ -47,7 +47,9 @@ async def cancel(session: AsyncSession, generation_id: str) -> str:
         .returning(g.status)
     )
     status = await session.scalar(statement)
-    return str(status) if status is not None else await _refuse(session, generation_id, CANCELLED)
+    if status is None:
+        await _refuse(session, generation_id, CANCELLED)
+    return GenerationStatus(status)
 
 
 async def retry(session: AsyncSession, generation_id: str) -> None:
@@ -175,7 +177,7 @@ async def _refuse_by_hand(session: AsyncSession, generation_id: str, wanted: str
     raise IllegalTransitionError(generation_id, current.status, GenerationStatus(wanted), reason)
 
 
-async def _refuse(session: AsyncSession, generation_id: str, wanted: str) -> Any:
+async def _refuse(session: AsyncSession, generation_id: str, wanted: str) -> NoReturn:
     current = await session.scalar(select(g.status).where(g.id == generation_id))
     if current is None:
         raise GenerationNotFoundError(generation_id)

@@ -41,13 +41,13 @@ async def keep_clips(session: AsyncSession, clips: Mapping[str, tuple[bytes, flo
 
 
 async def read_clips(session: AsyncSession, sha256s: Collection[str]) -> dict[str, bytes]:
-    """Return the content of those of these clips that are stored, by ``sha256``."""
+    """Return the content of each of these clips that is stored, by ``sha256``."""
     rows = await session.execute(select(Clip.sha256, Clip.data).where(Clip.sha256.in_(sha256s)))
     return {row.sha256: row.data for row in rows.all()}
 
 
 async def read_clip_seconds(session: AsyncSession, sha256s: Collection[str]) -> dict[str, float]:
-    """Return the seconds of those of these clips that are stored, by ``sha256``."""
+    """Return the length in seconds of each of these clips that is stored, by ``sha256``."""
     query = select(Clip.sha256, Clip.duration_seconds).where(Clip.sha256.in_(sha256s))
     rows = await session.execute(query)
     return {row.sha256: row.duration_seconds for row in rows.all()}

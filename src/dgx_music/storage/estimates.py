@@ -223,7 +223,7 @@ async def _slots(session: AsyncSession, model_name: str) -> list[Slot]:
 
 
 async def _running(session: AsyncSession, servers: Iterable[_Server]) -> dict[str, list[Any]]:
-    """Return what each of these workers has in hand."""
+    """Return the rows that each of these workers holds."""
     query = select(g.worker_id, g.model_name, g.duration_seconds, g.progress, g.cancel_requested)
     ids = [server.id for server in servers]
     is_theirs = and_(g.status == written(PROCESSING), g.worker_id.in_(ids))

@@ -12,7 +12,15 @@ from typing import Any
 from sqlalchemy import ColumnElement, bindparam, case, literal, not_, null, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.statuses import CANCELLED, FAILED, FINISHED, PENDING, PROCESSING, AttemptOutcome
+from dgx_music.statuses import (
+    CANCELLED,
+    FAILED,
+    FINISHED,
+    PENDING,
+    PROCESSING,
+    AttemptOutcome,
+    GenerationStatus,
+)
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among, is_held_by
 from dgx_music.storage.models import attempts
@@ -39,7 +47,7 @@ async def fail(
     *,
     retry_in_seconds: float | None,
     device_seconds: float | None = None,
-) -> str | None:
+) -> GenerationStatus | None:
     """Count a failure: pending again after a wait, or failed for good if no failures are left.
 
     ``retry_in_seconds`` is ``None`` if no retry can help. Returns the new status (cancelled if that
@@ -55,10 +63,12 @@ async def fail(
         return None
     outcome = AttemptOutcome.CANCELLED if moved.status == CANCELLED else AttemptOutcome.FAILED
     await session.execute(END_ATTEMPT, [attempt_end(lease, outcome, error, device_seconds)])
-    return str(moved.status)
+    return GenerationStatus(moved.status)
 
 
-async def release(session: AsyncSession, leases: Collection[Lease]) -> dict[Lease, str]:
+async def release(
+    session: AsyncSession, leases: Collection[Lease]
+) -> dict[Lease, GenerationStatus]:
     """Give generations back, due at once, without a failure; return the new status of those held.
 
     If the cancel of one was requested, it becomes cancelled instead: so a worker confirms a cancel.
@@ -74,17 +84,19 @@ async def release_all(session: AsyncSession, worker_id: str, *, keep: Collection
     return len(await _release(session, is_own & not_(is_among(keep))))
 
 
-async def _release(session: AsyncSession, is_meant: ColumnElement[bool]) -> dict[Lease, str]:
+async def _release(
+    session: AsyncSession, is_meant: ColumnElement[bool]
+) -> dict[Lease, GenerationStatus]:
     statement = let_go(case((g.cancel_requested, CANCELLED), else_=PENDING)).where(is_meant)
     rows = (await session.execute(statement)).all()
-    moved = {Lease(row.id, row.attempt): str(row.status) for row in rows}
+    moved = {Lease(row.id, row.attempt): GenerationStatus(row.status) for row in rows}
     ends = [attempt_end(lease, _released(status)) for lease, status in moved.items()]
     if ends:
         await session.execute(END_ATTEMPT, ends)
     return moved
 
 
-def _released(status: str) -> AttemptOutcome:
+def _released(status: GenerationStatus) -> AttemptOutcome:
     return AttemptOutcome.CANCELLED if status == CANCELLED else AttemptOutcome.RELEASED
 
 

@@ -1,4 +1,4 @@
-"""One generation's row: create, get, delete; and the contract's plain lists.
+"""One generation's row: create, get, delete; and the plain lists of the storage API.
 
 Every coroutine works in the session that it is given and leaves the commit to whoever opened it.
 The transitions that a worker makes are in queue.py, those made by hand in by_hand.py.

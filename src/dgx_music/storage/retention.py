@@ -1,4 +1,7 @@
-"""Which rows may be deleted, and who owns a file: what pruning and the checks of the output ask."""
+"""Which rows may be deleted, and which generation owns a file.
+
+Pruning and ``doctor --files`` use it.
+"""
 
 from __future__ import annotations
 

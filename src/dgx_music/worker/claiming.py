@@ -191,7 +191,7 @@ class Claiming:
     # ----------------------------------------------------------------------- of which model
 
     async def _load_wanted(self) -> bool:
-        """Have the model loaded whose turn it is; return False if there is nothing to claim now.
+        """Load the model that is next; return False if there is nothing to claim now.
 
         A worker that found all there was looks first: on SQLite each commit of another process
         wakes it, and a claim that finds nothing would take the write lock each time.

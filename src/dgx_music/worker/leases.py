@@ -41,7 +41,7 @@ class Stop(Enum):
 
 @dataclass
 class Running:
-    """One generation in hand."""
+    """One generation that this worker runs."""
 
     claim: Claim
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -83,12 +83,15 @@ class Running:
 
 
 class Leases:
-    """What one worker has in hand, by lease, and the loops that look after it."""
+    """What one worker runs, by lease, and the loops that look after it."""
 
     def __init__(self, database: Database, settings: Settings, presence: Presence) -> None:
         self.running: dict[Lease, Running] = {}
         self.undecided: set[Lease] = set()
-        """Those whose completion was cut off: it may still be committed, so they run out."""
+        """Leases whose completion was cancelled while it was written.
+
+        It may still be committed, so they are never released; they expire.
+        """
         self.renewed_at: float | None = None
         """When the last renewal succeeded, on this process's clock."""
         self._database = database
@@ -101,16 +104,16 @@ class Leases:
         return self._presence.id
 
     def add(self, claim: Claim) -> Running:
-        """Take a claimed generation in hand."""
+        """Add a claimed generation."""
         running = self.running[claim.lease] = Running(claim)
         return running
 
     def remove(self, lease: Lease) -> None:
-        """Put down a generation that has ended here."""
+        """Remove a generation that has ended here."""
         del self.running[lease]
 
     def leave_undecided(self, lease: Lease) -> None:
-        """Never give this lease back; see ``undecided``."""
+        """Never release this lease; see ``undecided``."""
         self.undecided.add(lease)
 
     async def beat(self) -> None:

@@ -65,7 +65,7 @@ class ModelChoice:
     def _seconds_to_skip(self, model: str) -> float:
         """Return for how many seconds the other models go first.
 
-        This one has due rows, and a claim found none to take: its tenants may have enough in hand,
-        or somebody has the rows locked.
+        This one has due rows, and a claim found none to take: its tenants may have reached their
+        limits, or somebody has the rows locked.
         """
         return max(0.0, self._skip_until.get(model, -math.inf) - time.monotonic())

@@ -27,15 +27,16 @@ from dgx_music.errors import (
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.retrying import for_ever, keep_trying
 from dgx_music.sampling import Sampling
+from dgx_music.statuses import GenerationStatus
 from dgx_music.storage import queue
 from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.storage.retention import find_owners
 from dgx_music.worker.completions import Completions
-from dgx_music.worker.files import drop_files
 from dgx_music.worker.leases import Leases, Running, Stop
 from dgx_music.worker.live_engine import LiveEngine
+from dgx_music.worker.lost_files import drop_files
 from dgx_music.worker.outcomes import Completed, Failed, Released, outcome_of
 from dgx_music.worker.stopping import Stopping
 
@@ -72,7 +73,7 @@ class Performing:
         self._completions = Completions(database)
 
     async def run(self, running: Running) -> None:
-        """Perform one generation, and turn whatever else happens into one storage call."""
+        """Perform one generation; write any other outcome with one call of the storage."""
         logger.info("%s: started", running.lease)
         try:
             outcome = await self._attempt(running)
@@ -246,7 +247,7 @@ class Performing:
         session: AsyncSession,
         running: Running,
         outcome: Released | Failed,
-    ) -> str | None:
+    ) -> GenerationStatus | None:
         """Return the row's new status; ``None`` if the lease was lost."""
         lease = running.lease
         if isinstance(outcome, Released):

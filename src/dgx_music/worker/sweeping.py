@@ -1,4 +1,4 @@
-"""What a worker does now and then for the whole fleet: rescue, tell speeds, tidy.
+"""What a worker does from time to time for the whole fleet: rescue, record measured speeds, tidy.
 
 One loop beside the work; a step that finds no database leaves the rest to the next sweep.
 """
@@ -22,9 +22,9 @@ from dgx_music.storage import due, prompts, queue, statistics, workers
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import record_speed
 from dgx_music.storage.queue import Held, Lease
-from dgx_music.worker.files import drop_files
 from dgx_music.worker.leases import Leases
 from dgx_music.worker.live_engine import LiveEngine
+from dgx_music.worker.lost_files import drop_files
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -64,7 +64,7 @@ class Watch:
         return {lease: end for (lease, end), until in self._until.items() if until <= clock}
 
     def forget(self) -> None:
-        """Have every lease seen anew: the living could not renew theirs."""
+        """Forget all leases: live workers could not renew theirs."""
         self._until.clear()
 
     def next_after(self, clock: float) -> float:
@@ -79,7 +79,7 @@ class Watch:
 
 
 class Sweeping:
-    """The loop that rescues what lost workers left, tells this worker's speeds, and tidies."""
+    """The loop that rescues what lost workers left, records this worker's speeds, and tidies."""
 
     def __init__(
         self,

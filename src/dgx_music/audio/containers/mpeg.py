@@ -152,7 +152,7 @@ def _check_end(content: bytes, start: int, frames: _Frames) -> None:
     if OTHER_AUDIO.search(content, start, end):
         raise DamagedError("holds something else after its audio")
     if end == start + _LONGEST_REST:
-        raise DamagedError("holds too much that is no audio after its end")
+        raise DamagedError("has too many bytes after the end of its audio")
     if content.startswith(b"\xff", start) and end - start < 4:
         raise DamagedError(f"is damaged {frames.seconds:.2f} s after its start")
 

@@ -128,7 +128,10 @@ class _Link:
         )
 
     def _silence_after(self, counted: list[int], longest: int) -> int:
-        """Return how much the encoder added to fill the last packet, by the last position."""
+        """Return how many samples the encoder added to the last packet.
+
+        That is computed from the last page's position.
+        """
         shifts = Counter(
             page.position - count
             for page, count in zip(self.pages[:-1], counted, strict=False)

@@ -73,10 +73,10 @@ def _check_format(fmt: bytes, order: str) -> None:
         return
     given = channels * ((bits + 7) // 8)
     if per_frame != given:
-        problem = f"says {per_frame:,} bytes a frame, where its channels and bits give {given:,}"
+        problem = f"says {per_frame:,} bytes a frame, but its channels and bits give {given:,}"
         raise DamagedError(problem, "use a file whose header is right")
     if per_second != rate * per_frame:
-        wanted = f"where its sample rate and frame size give {rate * per_frame:,}"
+        wanted = f"but its sample rate and frame size give {rate * per_frame:,}"
         problem = f"says {per_second:,} bytes a second, {wanted}"
         raise DamagedError(problem, "use a file whose header is right")
 

@@ -119,7 +119,7 @@ def divergence(exact: Tensor, other: Tensor) -> Tensor:
 class _RecordingDecoder:
     """A decoder of one row that keeps all logits, and can force which tokens are drawn.
 
-    It works on the device alone, by position: if a launch is recorded and replayed, so is this.
+    All its work is on the device, so it also works inside a recorded CUDA graph.
     """
 
     def __init__(self, decoder: Decoder, row: Row, codes: Tensor | None) -> None:

@@ -256,7 +256,7 @@ def bucket(plan: Plan, slot_count: int, max_positions: int) -> Plan:
 
 
 def text_room(length: int) -> int:
-    """Return how much room to make for texts of that many tokens: 32, 64, 128 and so on."""
+    """Return the padded length for a text of so many tokens: 32, 64, 128 and so on."""
     return max(TEXT_STEP, _power_of_two(length)) if length else 0
 
 

@@ -80,7 +80,7 @@ class Layer:
         return CrossAttention(norm_of(norm), text.q_proj.weight, keys_values, text.out_proj.weight)
 
     def quantise(self, native: Native | None) -> Layer:
-        """Return the layer with all weights in 8 bits that every step reads."""
+        """Return the layer with 8-bit versions of all weights that every step reads."""
         cross = self.cross
         if cross is not None:
             cross = replace(cross, q=quantise(cross.q, native), out=quantise(cross.out, native))

@@ -169,7 +169,7 @@ def _first_openmp_runtimes() -> set[str]:
 def _check(native: Native, head_size: int, dtype: torch.dtype) -> None:
     """Raise ``ValueError`` if the kernels do not agree with torch or with themselves.
 
-    A compiler may optimise too boldly.
+    A compiler's optimisations may change the numbers.
     """
     random = torch.Generator().manual_seed(0)
     q, keys, values = (

@@ -21,7 +21,7 @@ _TRUSTED_SECONDS = 30.0
 
 
 def create_engines(url: URL, limits: Limits) -> tuple[AsyncEngine, AsyncEngine]:
-    """Return the engine of writing sessions, and the same with the options of reading ones."""
+    """Return two engines on one pool: for writing sessions and for reading sessions."""
     engine = create_async_engine(
         url.set(query={}),
         pool_size=limits.pool_size,

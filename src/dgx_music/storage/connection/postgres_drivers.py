@@ -202,8 +202,8 @@ def _bounded_asyncpg() -> Any:
         """A connection that is dropped if the server does not answer; asyncpg would keep it.
 
         SQLAlchemy begins, pings, commits and prepares with these methods, and makes its whole pool
-        anew after a lost connection. After a timeout asyncpg would first say goodbye, and wait two
-        seconds for the answer.
+        anew after a lost connection. After a timeout asyncpg would first send a closing message and
+        wait two seconds for the answer.
         """
 
         async def execute(self, *arguments: Any, **options: Any) -> Any:
@@ -271,7 +271,7 @@ _loops: WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = WeakKeyDictionary()
 
 
 def hang_up_ended() -> None:
-    """Close the connections of event loops that are closed: they cannot say goodbye any more."""
+    """Close the connections of closed event loops: they cannot send a closing message any more."""
     for connection in [
         connection for connection, loop in snapshot(_loops.items()) if loop.is_closed()
     ]:

@@ -97,7 +97,7 @@ def _finished(method: Any) -> Any:
 
 
 def as_no_answer(error: OSError | EOFError) -> NoAnswerError:
-    """Return what this error of a driver means."""
+    """Return the ``NoAnswerError`` for a driver's timeout or lost connection."""
     if isinstance(error, TimeoutError):  # of asyncpg; SQLAlchemy has its own classes
         return NoAnswerError()
     return NoAnswerError(f"the connection was lost ({error})")

@@ -72,7 +72,7 @@ def is_unavailable(error: BaseException) -> bool:
 
 
 def known_reason(error: BaseException, path: Path) -> str | None:
-    """Return the words for a full disk if SQLite says only that it cannot write."""
+    """Return "database or disk is full" if a full disk caused this write error, else ``None``."""
     code = getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)
     if code & 0xFF != sqlite3.SQLITE_IOERR or _find_free_bytes(path.parent) >= _LEAST_FREE_BYTES:
         return None

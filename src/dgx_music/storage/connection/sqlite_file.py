@@ -126,7 +126,7 @@ class DatabaseFile:
             stopping.join()
 
     def after_fork(self) -> list[Any]:
-        """In the child: forget all connections and return them; nobody must ever touch them."""
+        """In the child: forget all connections and return them; they must never be used again."""
         inherited, self._opened = list(self._opened), set()
         self._was_forked_in_use |= not all(opened.is_closed for opened in inherited)
         return inherited

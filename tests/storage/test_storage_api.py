@@ -1,4 +1,4 @@
-"""The seed's contract, row by row: names, signatures, behaviour. On every database."""
+"""The storage API: names, signatures, behaviour. On every database."""
 
 import asyncio
 import inspect
@@ -106,7 +106,7 @@ async def create_and_raise(error):
         ("get_most_used_prompts", ["session", "limit"]),
     ],
 )
-def test_every_coroutine_has_the_seeds_name_and_parameters(name, parameters):
+def test_every_coroutine_keeps_its_name_and_parameters(name, parameters):
     function = getattr(storage, name)
 
     assert inspect.iscoroutinefunction(function)
@@ -129,7 +129,7 @@ def test_every_coroutine_has_the_seeds_name_and_parameters(name, parameters):
         ("get_most_used_prompts", "limit", 10),
     ],
 )
-def test_every_default_is_the_seeds(name, parameter, default):
+def test_every_default_is_kept(name, parameter, default):
     assert inspect.signature(getattr(storage, name)).parameters[parameter].default == default
 
 
@@ -138,12 +138,12 @@ def test_all_public_names_exist():
 
 
 @pytest.mark.parametrize(("name", "value"), [(status.upper(), status) for status in STATUSES])
-def test_statuses_are_the_seeds_and_cancelled(name, value):
+def test_there_are_these_statuses_and_no_others(name, value):
     assert GenerationStatus[name] == value
     assert len(GenerationStatus) == len(STATUSES)
 
 
-def test_tables_and_columns_are_the_seeds():
+def test_tables_and_columns_keep_their_names():
     columns = "id prompt model_name model_version duration_seconds sample_rate channels file_path file_size_bytes status"
     columns += " created_at completed_at generation_time_seconds error_message metadata"
 
@@ -176,7 +176,7 @@ async def fill(database, count):
     ("column", "value"),
     [("status", "failed"), ("created_at", NOON), ("model_name", "large"), ("completed_at", NOON)],
 )
-async def test_the_seeds_queries_are_served_by_an_index(database, column, value):
+async def test_a_query_of_one_column_is_served_by_an_index(database, column, value):
     await fill(database, 2_000)
 
     one = select(Generation).where(getattr(Generation, column) == value)
