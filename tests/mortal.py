@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 
 from dgx_music import artifacts
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import EngineError, EngineReplacedError
 from dgx_music.storage import queue
 from dgx_music.storage.connection import sessions
+from dgx_music.storage.connection.direct import AsyncpgSession
+from dgx_music.storage.connection.sqlite_thread import ThreadSession
 from dgx_music.storage.database import Database
 from dgx_music.worker import worker
 from tests.fakes import FakeEngine
@@ -79,6 +81,10 @@ def _live(point: str, url: str, folder: Path) -> None:
     for step in STEPS:
         setattr(queue, step, _watched(step, getattr(queue, step)))
     sessions.Session.commit = _watched_commit(sessions.Session.commit)  # type: ignore[method-assign]
+    ThreadSession.commit_now = _watched_end(ThreadSession.commit_now)  # type: ignore[method-assign]
+    for kind in (ThreadSession, AsyncpgSession):
+        for name in ("fetch", "fetch_none"):
+            setattr(kind, name, _watched_fetch(getattr(kind, name)))
     FakeEngine.generate = _watched_call("infer", FakeEngine.generate)  # type: ignore[method-assign]
     artifacts.LocalArtifacts.publish = _watched_call("store", artifacts.LocalArtifacts.publish)  # type: ignore[method-assign]
     artifacts.LocalArtifacts.delete = _watched_call("delete", artifacts.LocalArtifacts.delete)  # type: ignore[method-assign]
@@ -92,8 +98,7 @@ def _live(point: str, url: str, folder: Path) -> None:
 
 async def _serve(url: str, folder: Path) -> None:
     database = Database(url)
-    for engine in database.engines:
-        event.listen(engine.sync_engine, "before_cursor_execute", _note_statement)
+    event.listen(Engine, "before_cursor_execute", _note_statement)
     await make_worker(database, folder).run()
 
 
@@ -127,6 +132,22 @@ def _watched_commit(commit: Callable[..., Any]) -> Callable[..., Any]:
     async def call(session: Any) -> None:
         await commit(session)
         _reach(f"{session.info.get('step')}: after the commit")
+
+    return call
+
+
+def _watched_end(commit: Callable[..., None]) -> Callable[..., None]:
+    def call(session: Any) -> None:
+        commit(session)
+        _reach(f"{session.info.get('step')}: after the commit")
+
+    return call
+
+
+def _watched_fetch(fetch: Callable[..., Any]) -> Callable[..., Any]:
+    async def call(*arguments: Any) -> Any:
+        _note_statement()
+        return await fetch(*arguments)
 
     return call
 

@@ -25,7 +25,6 @@ POINTS = [
     "store: after the link",
     "store: after",
     "complete: before statement 1",
-    "complete: before statement 2",
     "complete: before the commit",
     "complete: after the commit",
     "fail: before statement 1",
@@ -41,7 +40,7 @@ POINTS = [
     "rescue: before the commit",
     "rescue: after the commit",
 ]
-SQLITES = ["claim: before statement 2", "complete: before statement 3"]
+SQLITES = ["claim: before statement 2", "complete: before statement 2"]
 """PostgreSQL needs one statement fewer for each."""
 
 

@@ -1,6 +1,7 @@
 """A worker's rare moments: what comes between audio and completion, and deaths of the engine with successes between."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import anyio
@@ -10,6 +11,7 @@ from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import EngineCrashedError
 from dgx_music.storage import queue
+from dgx_music.storage.connection.sqlite_thread import ThreadSession
 from dgx_music.worker.engine_deaths import BROKEN_AFTER
 from dgx_music.worker.worker import Worker
 from tests.daemons import add, attempts_of, is_finished, rows_of, until
@@ -86,11 +88,14 @@ async def test_a_worker_cancelled_in_its_completion_leaves_the_row_to_the_lease(
 ):
     """Its commit may still be on its way: only the lease tells when it cannot come any more."""
     await add(database)
-    completing = asyncio.Event()
+    completing, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    async def complete(_session, _completions):
-        completing.set()
-        await asyncio.sleep(0.05)
+    async def complete(session, _completions):
+        loop.call_soon_threadsafe(completing.set)
+        if isinstance(session, ThreadSession):
+            time.sleep(0.05)
+        else:
+            await asyncio.sleep(0.05)
         raise asyncio.CancelledError
 
     monkeypatch.setattr(queue, "complete", complete)

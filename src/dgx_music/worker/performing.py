@@ -78,8 +78,9 @@ class Performing:
         try:
             outcome = await self._attempt(running)
             if not isinstance(outcome, Completed):
-                await self._end_lease(running, outcome)
+                # First: while the outcome is written, a broken worker must not claim the next one.
                 self._note_trouble(running.lease, outcome.error)
+                await self._end_lease(running, outcome)
         finally:
             self._leases.remove(running.lease)
             self._stopping.wake()

@@ -61,17 +61,19 @@ class ThreadSession(DirectSession):
             self._driver.executemany(statement, rows)
 
     async def commit(self) -> None:
-        """Raise ``RuntimeError``: the transaction is committed when its work has ended."""
-        raise RuntimeError("Database.transact commits when its work returns")
+        """Commit; the session executes nothing after that."""
+        self.commit_now()
 
     async def rollback(self) -> None:
-        """Raise ``RuntimeError``: the transaction is rolled back if its work raises."""
-        raise RuntimeError("Database.transact rolls back when its work raises")
+        """Roll back; the session executes nothing after that."""
+        if self._made is not None:
+            self._made.rollback()
+        self._driver.rollback()
 
     def _check_begun(self) -> None:
-        """Raise if an error of SQLAlchemy's own session has rolled back the transaction."""
+        """Raise if the transaction has ended, by a call of the work or by an error in it."""
         if not self._driver.in_transaction:
-            raise RuntimeError("the transaction was rolled back by an earlier error in it")
+            raise RuntimeError("the transaction has ended: it was committed or rolled back")
 
     def commit_now(self) -> None:
         """Write what the session still holds, and commit."""
