@@ -5,8 +5,8 @@ import sqlite3
 from contextvars import ContextVar
 
 import pytest
-from sqlalchemy import select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Integer, bindparam, event, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError, StatementError
 
 from dgx_music.client.requests import plan, read_clips
 from dgx_music.errors import DatabaseUnavailableError
@@ -15,6 +15,7 @@ from dgx_music.storage.connection.direct import AsyncpgSession, DirectSession
 from dgx_music.storage.connection.sqlite_thread import ThreadSession
 from dgx_music.storage.insertion import insert_generations
 from dgx_music.storage.models import Generation, Prompt
+from dgx_music.storage.prepared import Prepared
 from tests.factories import SQLITE, add_generation, completion_of, on, read, read_all
 
 WISH = {
@@ -152,9 +153,8 @@ async def test_many_rows_are_claimed_in_their_order(database, way):
     assert await way(database, claim()) == []
 
 
-@WAYS
-async def test_a_claim_within_a_tenants_limit(database, way):
-    await way(database, insert(rows_of("a", "b", "c", tenant="x")))
+async def test_a_claim_within_a_tenants_limit(database):
+    await database.transact(insert(rows_of("a", "b", "c", tenant="x")))
 
     assert len(await database.transact(claim(tenant_limit=2))) == 2
     assert await database.transact(claim(tenant_limit=2)) == []
@@ -198,13 +198,48 @@ async def test_an_error_of_the_work_undoes_it(database):
 
 
 async def test_a_mistake_in_a_statement_is_the_callers_and_the_connection_stays(database):
-    async def work(session):
-        await session.execute(text("INSERT INTO prompts (text) VALUES (NULL)"))
+    dropped = []
+    event.listen(database.engine.sync_engine, "invalidate", lambda *call: dropped.append(call))
+    wrong = [{**row, "model_name": None} for row in rows_of("rain")]
 
-    with pytest.raises(Exception, match=r"(?i)null"):
+    with pytest.raises(DBAPIError, match=r"(?i)null"):
+        await database.transact(insert(wrong), is_single=True)
+
+    assert dropped == []
+    assert len(await database.transact(insert(rows_of("rain")))) == 1
+
+
+@on("asyncpg", "psycopg")
+async def test_a_server_that_only_reads_now_costs_the_connection(database):
+    dropped = []
+    event.listen(database.engine.sync_engine, "invalidate", lambda *call: dropped.append(call))
+
+    async with database.session() as session:
+        await session.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+    with pytest.raises(DatabaseUnavailableError):
+        await database.transact(insert(rows_of("rain")), is_single=True)
+
+    assert len(dropped) == 1
+
+
+@on(SQLITE)
+async def test_a_transaction_that_has_ended_executes_nothing_more(database):
+    async def work(session):
+        await insert(rows_of("rain"))(session)
+        await session.rollback()
+        await insert(rows_of("sun"))(session)
+
+    with pytest.raises(RuntimeError, match="the transaction has ended"):
         await database.transact(work)
 
-    assert len(await database.transact(insert(rows_of("rain")))) == 1
+    assert await read_all(database, select(Generation.id)) == []
+
+
+async def test_a_parameter_that_is_forgotten_is_an_error(database):
+    statement = Prepared(select(bindparam("needed", type_=Integer).label("needed")))
+
+    with pytest.raises((KeyError, StatementError)):
+        await database.transact(lambda session: statement.rows(session, {}), is_single=True)
 
 
 @on(SQLITE)
@@ -254,7 +289,11 @@ async def test_a_lost_connection_is_told_and_replaced(database):
         assert isinstance(session, AsyncpgSession)
         return await session.fetch("SELECT pg_terminate_backend(pg_backend_pid())", [])
 
-    with pytest.raises(DatabaseUnavailableError):
+    dropped = []
+    event.listen(database.engine.sync_engine, "invalidate", lambda *call: dropped.append(call))
+    with pytest.raises(DatabaseUnavailableError) as told:
         await database.transact(work, is_single=True)
 
+    assert told.value.__cause__.connection_invalidated
+    assert len(dropped) == 1
     assert len(await database.transact(insert(rows_of("rain")), is_single=True)) == 1

@@ -1,6 +1,7 @@
 """Inserts at the same time share a transaction; each keeps its own fate."""
 
 import asyncio
+from contextvars import ContextVar
 
 import pytest
 from sqlalchemy import select
@@ -8,6 +9,9 @@ from sqlalchemy import select
 from dgx_music import enqueue, enqueue_many
 from dgx_music.errors import DatabaseUnavailableError, IdempotencyConflictError
 from dgx_music.storage import gathering
+from dgx_music.storage.connection.sessions import NoAnswerError
+from dgx_music.storage.generation import CLIP_COLUMNS
+from dgx_music.storage.insertion import is_single
 from dgx_music.storage.models import Generation, Prompt
 from tests.factories import on, read_all
 
@@ -155,13 +159,78 @@ async def test_what_waits_for_another_producers_key_holds_up_nobody_else(databas
     assert await prompts(database) == ["rain", "sun"]
 
 
-async def test_a_long_batch_does_not_hold_up_a_short_one_behind_it(database, monkeypatch):
+async def test_only_so_many_rows_share_a_transaction(database, transactions, monkeypatch):
     monkeypatch.setattr(gathering, "_MOST_ROWS", 3)
 
     made = await asyncio.gather(enqueue("a"), enqueue_many(["b", "c", "d"]), enqueue("e"))
 
     assert [each.prompt for each in made[1]] == ["b", "c", "d"]
     assert await prompts(database) == ["a", "b", "c", "d", "e"]
+    assert transactions == [1, 3, 1]
+
+
+async def test_one_conflict_costs_the_others_few_transactions(transactions):
+    await enqueue("rain", idempotency_key="k")
+    transactions.clear()
+
+    made = await asyncio.gather(
+        *[enqueue(f"p{number}") for number in range(32)],
+        enqueue("snow", idempotency_key="k"),
+        return_exceptions=True,
+    )
+
+    assert [type(each) for each in made] == [Generation] * 32 + [IdempotencyConflictError]
+    assert len(transactions) <= 14  # of halves, and not one for each
+
+
+async def test_two_calls_under_one_key_get_an_object_each(database):
+    first, second = await asyncio.gather(*[enqueue("rain", idempotency_key="k") for _ in range(2)])
+
+    assert first is not second
+    assert first.to_dict() == second.to_dict()
+
+
+async def test_a_writer_that_is_stopped_leaves_nobody_waiting(transactions):
+    transactions.error = asyncio.CancelledError()
+    calls = [asyncio.create_task(enqueue(f"p{number}")) for number in range(3)]
+
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(each) for each in done] == [NoAnswerError] * 3
+
+
+async def test_a_closed_database_has_written_all(database, transactions):
+    transactions.hold.clear()
+    call = asyncio.create_task(enqueue("rain"))
+    await transactions.begun.wait()
+    closing = asyncio.create_task(database.dispose())
+    await asyncio.sleep(0)
+    transactions.hold.set()
+    await closing
+
+    assert call.done() or (await call).prompt == "rain"
+
+
+async def test_the_writer_does_not_run_in_its_first_callers_context(transactions, monkeypatch):
+    name, seen = ContextVar("name", default="nobody"), []
+    name.set("a caller")
+    take = gathering.Gathering._take
+
+    def noted(self):
+        seen.append(name.get())
+        return take(self)
+
+    monkeypatch.setattr(gathering.Gathering, "_take", noted)
+    await enqueue("rain")
+
+    assert seen == ["nobody"]
+
+
+@pytest.mark.parametrize("name", ["idempotency_key", *CLIP_COLUMNS])
+def test_a_key_or_a_clip_needs_more_than_one_statement(name):
+    row = dict.fromkeys(["idempotency_key", *CLIP_COLUMNS])
+
+    assert is_single([row])
+    assert not is_single([row, {**row, name: "x"}])
 
 
 def waiting(database):

@@ -44,8 +44,12 @@ class Subscription:
         return is_own and self._topic in (None, topic)
 
     def wake(self) -> None:
-        """Wake the waiter; from any thread."""
-        if not self._changed.is_set():  # else it will look, and see this change as well
+        """Wake the waiter; from any thread.
+
+        Raises ``RuntimeError`` if its event loop has closed.
+        """
+        # Else it is about to look, and will see this change as well.
+        if not self._changed.is_set() or self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def wait(self, timeout_seconds: float) -> None:
