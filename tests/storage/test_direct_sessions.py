@@ -5,17 +5,19 @@ import sqlite3
 from contextvars import ContextVar
 
 import pytest
-from sqlalchemy import Integer, bindparam, event, select, text
+from sqlalchemy import Integer, bindparam, event, func, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError, StatementError
 
 from dgx_music.client.requests import plan, read_clips
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.storage import queue, repository
+from dgx_music.storage import Database, due, queue, repository
 from dgx_music.storage.connection.direct import AsyncpgSession, DirectSession
+from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.connection.sqlite_thread import ThreadSession
 from dgx_music.storage.insertion import insert_generations
 from dgx_music.storage.models import Generation, Prompt
 from dgx_music.storage.prepared import Prepared
+from dgx_music.storage.prompts import count_overlooked_prompts
 from tests.factories import SQLITE, add_generation, completion_of, on, read, read_all
 
 WISH = {
@@ -297,3 +299,61 @@ async def test_a_lost_connection_is_told_and_replaced(database):
     assert told.value.__cause__.connection_invalidated
     assert len(dropped) == 1
     assert len(await database.transact(insert(rows_of("rain")), is_single=True)) == 1
+
+
+async def test_one_connection_is_enough_for_a_claim_that_looks_first(database_url):
+    database = Database(database_url, limits=Limits(pool_size=1, command_seconds=3))
+    await database.transact(insert(rows_of("rain", "sun")))
+
+    async def work(session):
+        share = await due.fair_share(session, "musicgen-small", 2, workers=2)
+        return share, await claim()(session)
+
+    share, claims = await database.transact(work, is_single=True)
+    await database.dispose()
+
+    assert (share, len(claims)) == (1, 2)
+
+
+@on("asyncpg", "psycopg")
+async def test_an_error_with_a_replica_is_told_as_without_one(database_url):
+    limits = Limits(statement_seconds=0.2)
+    database = Database(database_url, replica_url=f"{database_url}_replica", limits=limits)
+
+    async def work(session):
+        return await Prepared(select(func.pg_sleep(5).label("slept"))).rows(session, {})
+
+    with pytest.raises(DatabaseUnavailableError, match="statement timeout"):
+        await database.transact(work, is_single=True)
+    await database.dispose()
+
+
+@on("asyncpg", "psycopg")
+async def test_a_prompt_that_one_caller_has_to_wait_for_fails_that_caller_alone(database_url):
+    database = Database(database_url, limits=Limits(statement_seconds=1))
+    async with database.session() as session:
+        session.add(Prompt(text="rain"))
+        await session.flush()
+        prompts = ("sun", "rain", "snow", "wind")
+        calls = [database.insert(rows_of(prompt), {}) for prompt in prompts]
+        made = await asyncio.gather(*calls, return_exceptions=True)
+        await session.rollback()
+    stored = sorted(await read_all(database, select(Generation.prompt)))
+    await database.dispose()
+
+    assert [isinstance(each, list) for each in made] == [True, False, True, True]
+    assert isinstance(made[1], DatabaseUnavailableError)
+    assert stored == ["snow", "sun", "wind"]
+
+
+@on("asyncpg", "psycopg")
+async def test_a_race_of_keys_takes_back_only_what_it_counted(database):
+    await database.transact(insert(rows_of("rain", "rain", "rain")))
+    async with database.session() as session:
+        await insert(rows_of("rain", idempotency_key="k"))(session)
+        second = asyncio.create_task(database.insert(rows_of("rain", idempotency_key="k"), {}))
+        await asyncio.sleep(0.2)
+    await second
+    await database.transact(count_overlooked_prompts)
+
+    assert await read_all(database, select(Prompt.used_count)) == [4]
