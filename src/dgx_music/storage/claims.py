@@ -23,8 +23,8 @@ from dgx_music.storage.schema import (
     is_our_schema,
     now,
     now_plus,
+    rechecked,
     schema_revision,
-    unindexed,
     written,
 )
 
@@ -109,7 +109,7 @@ def _claim(dialect: str, due: Select[Any], worker_id: str, lease_seconds: float)
     """
     claimed = (
         update(generations)
-        .where(is_one_of(due), unindexed(g.status) == written(PENDING), is_our_schema())
+        .where(is_one_of(due), rechecked(g.status) == written(PENDING), is_our_schema())
         .values(
             status=PROCESSING,
             attempt=g.attempt + 1,

@@ -36,6 +36,7 @@ from dgx_music.storage.schema import (
     ShortText,
     dialect_of,
     now,
+    rechecked,
     unindexed,
     with_json_key,
 )
@@ -142,7 +143,7 @@ def _complete_with(values: Any) -> Any:
 
 def _is_completable(values: Any) -> ColumnElement[bool]:
     """Return the fence: the attempt itself holds the row, and no cancel is requested."""
-    is_processing = unindexed(g.status) == PROCESSING
+    is_processing = rechecked(g.status) == PROCESSING
     is_held = and_(is_processing, g.worker_id.is_not(None), not_(g.cancel_requested))
     return and_(g.id == values.lease_id, g.attempt == values.lease_attempt, is_held)
 

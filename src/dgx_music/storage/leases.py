@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dgx_music.statuses import PROCESSING
 from dgx_music.storage.generation import g, generations
 from dgx_music.storage.models import WorkerInfo
-from dgx_music.storage.schema import now_plus, unindexed, written
+from dgx_music.storage.schema import now_plus, rechecked, written
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ async def find_leases(session: AsyncSession) -> dict[Lease, Held]:
 
 def is_held_by(leases: Collection[Lease]) -> ColumnElement[bool]:
     """Return the fence: the row is still processing under the very attempt that was claimed."""
-    is_held = and_(unindexed(g.status) == PROCESSING, g.worker_id.is_not(None))
+    is_held = and_(rechecked(g.status) == PROCESSING, g.worker_id.is_not(None))
     return and_(is_among(leases), is_held)
 
 
@@ -102,7 +102,7 @@ def is_among(leases: Collection[Lease]) -> ColumnElement[bool]:
     """Return the condition that the row's last attempt is one of these, whatever its status is.
 
     It names the ids twice: SQLite finds no row by pairs and would read the whole table. A condition
-    beside it, on a column that leads an index, must be ``unindexed``.
+    beside it, on a column that leads an index, must be ``rechecked``.
     """
     pairs = [(lease.generation_id, lease.attempt) for lease in leases]
     return and_(g.id.in_([each for each, _ in pairs]), tuple_(g.id, g.attempt).in_(pairs))

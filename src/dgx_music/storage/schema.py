@@ -135,11 +135,9 @@ def _now_postgresql(element: now, compiler: SQLCompiler, **kwargs: Any) -> str:
 
 
 class unindexed(FunctionElement[Any]):  # noqa: N801 - reads as the SQL term it is
-    """A column in a condition by which the database must not choose an index.
+    """A column in a condition by which SQLite must not choose an index.
 
-    SQLite writes it ``+column`` (sqlite.org/optoverview.html). On PostgreSQL a text gets nothing
-    appended; without that, old statistics can make it walk all rows of a status for the few that
-    are meant. What else is compared with the clock there, no index serves anyway.
+    SQLite writes it ``+column`` (sqlite.org/optoverview.html).
     """
 
     inherit_cache = True
@@ -156,9 +154,22 @@ def _unindexed_sqlite(element: unindexed, compiler: SQLCompiler, **kwargs: Any) 
 
 @compiles(unindexed, "postgresql")
 def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kwargs: Any) -> str:
-    column = compiler.process(element.clauses, **kwargs)
-    is_text = isinstance(getattr(element.type, "impl_instance", element.type), String)
-    return f"({column} || '')" if is_text else column
+    return compiler.process(element.clauses, **kwargs)
+
+
+class rechecked(unindexed):  # noqa: N801 - reads as the SQL term it is
+    """A text in the condition of a statement that finds its rows by their ids, on both databases.
+
+    On PostgreSQL nothing is appended to the text. Without that, old statistics can make it read all
+    rows of a status for the few that are meant.
+    """
+
+    inherit_cache = True
+
+
+@compiles(rechecked, "postgresql")
+def _rechecked_postgresql(element: rechecked, compiler: SQLCompiler, **kwargs: Any) -> str:
+    return f"({compiler.process(element.clauses, **kwargs)} || '')"
 
 
 class claim_order(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
