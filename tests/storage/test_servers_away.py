@@ -6,7 +6,7 @@ from sqlalchemy import text
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import queue
 from dgx_music.storage.connection.sessions import Session
-from tests.factories import POSTGRES, add_generation, back_date, on, start_one
+from tests.factories import POSTGRES, add_generation, back_date, on, rescue_lapsed, start_one
 
 
 async def write_where_nobody_may(database):
@@ -61,5 +61,5 @@ async def test_a_rescue_passes_over_a_row_that_a_caller_has_locked(database):
             await back_date(session, row.id, lease_expires_at=1)
     async with database.session() as caller:
         await queue.cancel(caller, rows[0].id)
-        rescued = await database.transact(queue.rescue)
+        rescued = await database.transact(rescue_lapsed)
     assert [item.lease.generation_id for item in rescued] == [rows[1].id]
