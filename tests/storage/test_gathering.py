@@ -207,7 +207,8 @@ async def test_a_closed_database_has_written_all(database, transactions):
     transactions.hold.set()
     await closing
 
-    assert call.done() or (await call).prompt == "rain"
+    assert (await call).prompt == "rain"
+    assert database._connections._by_loop == {}  # nobody has opened a connection behind it
 
 
 async def test_the_writer_does_not_run_in_its_first_callers_context(transactions, monkeypatch):

@@ -87,10 +87,13 @@ class Connections:
             engine, self._file, work, read_only=read_only, must_drop=must_drop
         )
 
-    async def close(self) -> None:
-        """Close every connection, on the event loop that they belong to."""
+    async def finish_inserts(self) -> None:
+        """Return when what has been handed in is written."""
         if self.inserts is not None:
             await self.inserts.close()
+
+    async def close(self) -> None:
+        """Close every connection, on the event loop that they belong to."""
         await self.changes.close()
         for engine in self.engines:
             await finish(engine.dispose())
@@ -124,6 +127,8 @@ class ConnectionsByLoop:
         """Close those of every event loop; those of one that does not run, when it runs again."""
         self._forget_ended()
         own = asyncio.get_running_loop()
+        if (found := self._by_loop.get(own)) is not None:
+            await found[0].finish_inserts()  # while they are known: it needs them
         taken, self._by_loop = self._by_loop, {}
         for loop, (_, closing) in taken.items():
             await (closing.aclose() if loop is own else _close_elsewhere(loop, closing))
@@ -147,6 +152,7 @@ class ConnectionsByLoop:
         try:
             yield
         finally:
+            await made.finish_inserts()
             if (found := self._by_loop.get(loop)) is not None and found[0] is made:
                 del self._by_loop[loop]
             await made.close()
