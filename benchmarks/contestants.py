@@ -51,9 +51,9 @@ class Queue(ABC):
         """Enqueue one so that an idle worker notices, if that takes more than ``enqueue``."""
         await self.enqueue(prompt)
 
-    @abstractmethod
     async def enqueue_many(self, prompts: Sequence[str]) -> None:
-        """Enqueue all in one transaction."""
+        """Enqueue all: in one transaction if it ``has_bulk``, else from several tasks at once."""
+        await enqueue_at_once(self, prompts)
 
     @abstractmethod
     async def work(self, slots: int, arrived: Arrived) -> None:
@@ -128,11 +128,3 @@ async def enqueue_at_once(queue: Queue, prompts: Sequence[str]) -> None:
     """Enqueue one by one from several tasks at once."""
     parts = [prompts[first::PRODUCERS] for first in range(PRODUCERS)]
     await asyncio.gather(*[enqueue_each(queue, part) for part in parts])
-
-
-async def fill(queue: Queue, prompts: Sequence[str]) -> None:
-    """Enqueue all, the quickest way that the queue has; not timed."""
-    if queue.has_bulk:
-        await queue.enqueue_many(prompts)
-    else:
-        await enqueue_at_once(queue, prompts)

@@ -18,7 +18,6 @@ from benchmarks.contestants import (
     Queue,
     enqueue_at_once,
     enqueue_each,
-    fill,
 )
 from benchmarks.places import Place, PostgresPlace
 
@@ -135,7 +134,7 @@ async def working(queue: Queue, slots: int, arrivals: Arrivals) -> AsyncIterator
 async def measure_drain(place: Place, kind: type[Queue], count: int, slots: int) -> Measured:
     """Measure one worker process, between the first and the last call of its handler."""
     async with opened(place, kind) as queue:
-        await fill(queue, prompts(WARM_UP + count))
+        await queue.enqueue_many(prompts(WARM_UP + count))
         arrivals = Arrivals(WARM_UP + count)
         async with working(queue, slots, arrivals):
             pass
@@ -153,7 +152,7 @@ async def measure_processes(
     location = await place.fresh(kind)
     started = [await processes.start("work", kind, location, str(slots)) for _ in range(workers)]
     queue = await kind.open(location)
-    await fill(queue, prompts(count))
+    await queue.enqueue_many(prompts(count))
     await queue.close()
     for process in started:
         processes.begin(process)
@@ -232,7 +231,7 @@ async def open_kept(
 ) -> ClaimingQueue:
     queue = await kind.open(location)
     await queue.add_finished(finished)
-    await fill(queue, prompts(waiting))
+    await queue.enqueue_many(prompts(waiting))
     await time_claims(queue)  # compiles statements and fills the page cache
     return queue
 

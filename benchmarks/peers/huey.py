@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
 from typing import Self
 
 from huey import SqliteHuey
@@ -43,9 +42,6 @@ class Peer(Queue):
 
     async def enqueue(self, prompt: str) -> None:
         self._task(prompt, MODEL, DURATION)
-
-    async def enqueue_many(self, prompts: Sequence[str]) -> None:
-        raise NotImplementedError
 
     async def work(self, slots: int, arrived: Arrived) -> None:
         self._arrived = arrived

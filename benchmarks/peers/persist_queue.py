@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -39,9 +38,6 @@ class Peer(BlockingQueue):
 
     async def enqueue(self, prompt: str) -> None:
         self._queue.put(payload(prompt))
-
-    async def enqueue_many(self, prompts: Sequence[str]) -> None:
-        raise NotImplementedError
 
     def serve_one(self, arrived: Arrived) -> bool:
         try:

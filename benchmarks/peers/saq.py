@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any, Self
 
 from psycopg_pool import AsyncConnectionPool
@@ -43,9 +42,6 @@ class Peer(Queue):
 
     async def enqueue(self, prompt: str) -> None:
         await self._queue.enqueue("generate", **payload(prompt))
-
-    async def enqueue_many(self, prompts: Sequence[str]) -> None:
-        raise NotImplementedError
 
     async def work(self, slots: int, arrived: Arrived) -> None:
         async def generate(_: Any, *, prompt: str, **__: Any) -> None:
