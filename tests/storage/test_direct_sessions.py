@@ -238,7 +238,7 @@ async def test_a_transaction_that_has_ended_executes_nothing_more(database):
 
 
 async def test_a_parameter_that_is_forgotten_is_an_error(database):
-    statement = Prepared(select(bindparam("needed", type_=Integer).label("needed")))
+    statement = Prepared(lambda: select(bindparam("needed", type_=Integer).label("needed")))
 
     with pytest.raises((KeyError, StatementError)):
         await database.transact(lambda session: statement.rows(session, {}), is_single=True)
@@ -321,7 +321,7 @@ async def test_an_error_with_a_replica_is_told_as_without_one(database_url):
     database = Database(database_url, replica_url=f"{database_url}_replica", limits=limits)
 
     async def work(session):
-        return await Prepared(select(func.pg_sleep(5).label("slept"))).rows(session, {})
+        return await Prepared(lambda: select(func.pg_sleep(5).label("slept"))).rows(session, {})
 
     with pytest.raises(DatabaseUnavailableError, match="statement timeout"):
         await database.transact(work, is_single=True)

@@ -120,7 +120,8 @@ def _claim(dialect: str, due: Select[Any], worker_id: str, lease_seconds: float)
         )
         .returning(*_CLAIMED)
     )
-    return Prepared(_with_attempts(claimed, worker_id) if dialect == "postgresql" else claimed)
+    statement = _with_attempts(claimed, worker_id) if dialect == "postgresql" else claimed
+    return Prepared(lambda: statement)
 
 
 def _with_attempts(claimed: Any, worker_id: str) -> Any:
@@ -131,7 +132,7 @@ def _with_attempts(claimed: Any, worker_id: str) -> Any:
 
 
 _ADD_ATTEMPT = Prepared(
-    insert(attempts).values(
+    lambda: insert(attempts).values(
         {name: bindparam(name) for name in ("generation_id", "attempt", "worker_id")}
     )
 )

@@ -186,12 +186,14 @@ _COLUMNS = (
     column("audio", JsonObject),
 )
 _COMPLETE = Prepared(
-    _complete_with(SimpleNamespace(**{c.name: bindparam(c.name) for c in _COLUMNS}))
+    lambda: _complete_with(SimpleNamespace(**{c.name: bindparam(c.name) for c in _COLUMNS}))
 )
 _END_ATTEMPT = Prepared(
-    _end_attempt(g).where(g.id == bindparam("lease_id"), g.attempt == bindparam("lease_attempt"))
+    lambda: _end_attempt(g).where(
+        g.id == bindparam("lease_id"), g.attempt == bindparam("lease_attempt")
+    )
 )
-_COMPLETE_TOGETHER = Prepared(_complete_together())
+_COMPLETE_TOGETHER = Prepared(_complete_together)
 
 
 def _values(completion: Completion) -> dict[str, Any]:

@@ -156,16 +156,16 @@ async def _insert_chunk(session: AsyncSession, rows: list[Row]) -> list[Generati
     hashed = [{**row, "text_hash": text_hash(row["prompt"])} for row in rows]
     values = {"rows": as_json(hashed), "texts": as_json(uses_of(row["prompt"] for row in rows))}
     made = {row.id: row for row in await _INSERT_ON_POSTGRES.rows(session, values)}
-    raced = [row for row in rows if made[row["id"]].created_at is None]
-    counted = [row["prompt"] for row in raced if made[row["id"]].prompt_id is not None]
-    if counted:
-        await uncount_prompt_uses(session, counted)
-    fresh = [(row, made[row["id"]]) for row in rows if row not in raced]
+    found = [(row, made[row["id"]]) for row in rows]
+    raced = [(row, at) for row, at in found if at.created_at is None]
+    counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
+    await uncount_prompt_uses(session, counted)
     return [
         _as_inserted(
             {**row, "prompt_id": at.prompt_id, "created_at": at.created_at, "run_at": at.run_at}
         )
-        for row, at in fresh
+        for row, at in found
+        if at.created_at is not None
     ]
 
 
@@ -239,6 +239,6 @@ def _insert_on_postgres_statement() -> Any:
     )
 
 
-_INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement())
-_INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement())
-_CLOCK = Prepared(select(now().label("now")))
+_INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
+_INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement)
+_CLOCK = Prepared(lambda: select(now().label("now")))

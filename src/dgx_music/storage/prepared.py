@@ -7,6 +7,7 @@ itself. Only what a burst of requests or a worker repeats for each generation is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +24,19 @@ _FLOAT8 = 701
 
 
 class Prepared:
-    """One Core statement without lists of unknown length; its parameters are given by name."""
+    """One Core statement without lists of unknown length; its parameters are given by name.
 
-    def __init__(self, statement: Any) -> None:
-        self.statement = statement
+    ``make`` returns it. It is called at the first use, since most commands use few statements.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
         self._compiled: dict[str, _Compiled] = {}
+
+    @cached_property
+    def statement(self) -> Any:
+        """The statement."""
+        return self._make()
 
     async def rows(self, session: AsyncSession, values: Mapping[str, Any]) -> Sequence[Any]:
         """Execute it and return the rows; their columns are attributes."""

@@ -181,7 +181,7 @@ def _once(query: Select[Any], name: str) -> CTE:
 _prompts = cast("Table", Prompt.__table__)
 _p = _prompts.c
 _COUNT_ON_SQLITE = Prepared(
-    _counting(
+    lambda: _counting(
         sqlite.insert(_prompts).values(
             {name: bindparam(name) for name in ("text", "text_hash", "search_text", "used_count")}
         )
