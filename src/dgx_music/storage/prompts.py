@@ -107,13 +107,9 @@ def _bucket(text: str) -> int:
 
 async def _count(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
     """Count in the order of the texts: two transactions with different orders would deadlock."""
-    rows = [
-        {"text": text, "text_hash": text_hash(text), "used_count": count}
-        for text, count in sorted(Counter(texts).items())
-    ]
     statement = _count_statement(dialect_of(session))
     options = {"populate_existing": True}
-    return list(await session.scalars(statement, rows, execution_options=options))
+    return list(await session.scalars(statement, uses_of(texts), execution_options=options))
 
 
 @cache
