@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+from contextlib import AsyncExitStack
 from contextvars import ContextVar
 
 import pytest
@@ -209,6 +210,29 @@ async def test_a_mistake_in_a_statement_is_the_callers_and_the_connection_stays(
 
     assert dropped == []
     assert len(await database.transact(insert(rows_of("rain")))) == 1
+
+
+@on("asyncpg")
+async def test_a_lost_connection_costs_all_that_are_as_old(database):
+    """One network has lost them all: each would take a whole timeout to find that out."""
+    async with AsyncExitStack() as stack:
+        for _ in range(3):
+            session = await stack.enter_async_context(database.session())
+            await session.execute(text("SELECT 1"))
+    made = []
+    event.listen(database.engine.sync_engine, "connect", lambda *call: made.append(call))
+
+    async def work(session):
+        return await session.fetch("SELECT pg_terminate_backend(pg_backend_pid())", [])
+
+    with pytest.raises(DatabaseUnavailableError):
+        await database.transact(work, is_single=True)
+    async with AsyncExitStack() as stack:
+        for _ in range(3):
+            session = await stack.enter_async_context(database.session())
+            await session.execute(text("SELECT 1"))
+
+    assert len(made) == 3
 
 
 @on("asyncpg", "psycopg")

@@ -75,8 +75,9 @@ class AsyncpgSession(DirectSession):
             except Exception as error:
                 is_lost = driver.driver_connection.is_closed()
                 told = DBAPIError(statement, None, error, connection_invalidated=is_lost)
-                # Also one to a server that has become a replica, or that forgot a statement.
-                if is_unavailable(told):
+                if is_lost:  # as SQLAlchemy does: the others are not to be trusted either
+                    self._engine.pool._invalidate(connection, error)
+                elif is_unavailable(told):  # the server is a replica now, or forgot a statement
                     connection.invalidate()
                 raise told from error
             finally:
