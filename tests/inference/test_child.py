@@ -464,6 +464,7 @@ def test_a_generation_without_memory_unloads_idle_engines_and_is_tried_once_more
     parent = connect(need_room)
     parent.make_engine = lambda settings: idle
     parent.load("musicgen-medium")
+    parent.load("musicgen-small")  # one thread loads: medium is not in use by it any more
     parent.generate()
 
     assert parent.receive() == Unloaded("musicgen-medium")
