@@ -22,6 +22,7 @@ def our_tables(name: str | None, kind: str, _parents: object) -> bool:
 NOT_COMPARED = {
     "ix_generations_claim",
     "ix_generations_tenant_claim",
+    "ix_generations_text_search",
     "ix_prompts_text_search",
     "text_search",
 }

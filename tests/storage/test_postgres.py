@@ -480,8 +480,8 @@ FROM information_schema.columns WHERE table_schema = 'public' AND column_name <>
 AND table_name <> 'dgx_music_alembic_version'
 """
 INDEXES = """
-SELECT indexname, indexdef FROM pg_indexes
-WHERE schemaname = 'public' AND indexname NOT IN ('ix_prompts_text_search', 'dgx_music_alembic_version_pkc')
+SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+AND indexname NOT LIKE '%_text_search' AND indexname <> 'dgx_music_alembic_version_pkc'
 """
 OPTIONS = """
 SELECT relname, (SELECT array_agg(o ORDER BY o) FROM unnest(reloptions) AS o WHERE o LIKE 'fillfactor%')

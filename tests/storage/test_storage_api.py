@@ -755,7 +755,8 @@ async def test_to_dict_has_a_key_for_every_column_and_is_plain_json(database):
     row = await read(database, lease.generation_id)
     (attempt,) = await _attempts_of(database, lease)
 
-    assert list(row.to_dict()) == list(Generation.__table__.columns.keys())
+    columns = Generation.__table__.columns.keys()
+    assert list(row.to_dict()) == [name for name in columns if name != "search_text"]
     assert row.to_dict()["created_at"].endswith("+00:00")
     assert json.loads(json.dumps([row.to_dict(), attempt.to_dict()], allow_nan=False)) == [
         row.to_dict(),

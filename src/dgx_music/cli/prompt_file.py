@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dgx_music.client.requests import Batch, naming, plan, read_clips
+from dgx_music.client.requests import CheckedRequests, naming, plan, read_clips
 from dgx_music.errors import InvalidRequestError
 from dgx_music.validation import CLIP_FIELDS, shown
 
@@ -16,7 +16,7 @@ _JSON_LINES = {".jsonl", ".ndjson"}
 _STDIN = Path("-")
 
 
-def read_requests(file: Path, defaults: Mapping[str, Any]) -> Batch:
+def read_requests(file: Path, defaults: Mapping[str, Any]) -> CheckedRequests:
     """Return the file's checked requests, each with the defaults that it does not override.
 
     Blank lines are skipped. A line that starts with ``{`` is JSON, and so is each line of a file

@@ -20,7 +20,7 @@ from dgx_music.cli.prompt_file import parse_object, read_requests
 from dgx_music.cli.service import ServiceTeller
 from dgx_music.client.enqueue import store
 from dgx_music.client.generations import estimate_generation
-from dgx_music.client.requests import Batch, plan, read_clips
+from dgx_music.client.requests import CheckedRequests, plan, read_clips
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
 from dgx_music.files import file_mode
@@ -30,7 +30,7 @@ from dgx_music.validation import check_positive
 _MAX_IDS_ON_TERMINAL = 20
 
 
-def read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> Batch:
+def read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> CheckedRequests:
     """Return the checked requests of the prompt or of the file; opens and creates nothing else."""
     if "metadata" in options:
         options = options | {
@@ -95,7 +95,7 @@ def check_waiting(
 
 
 async def enqueue(
-    batch: Batch,
+    batch: CheckedRequests,
     database_url: str | None,
     show: Callable[[list[Generation]], None],
     *,

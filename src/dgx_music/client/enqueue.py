@@ -11,7 +11,7 @@ import anyio.to_thread
 from typing_extensions import Unpack
 
 from dgx_music.client.requests import (
-    Batch,
+    CheckedRequests,
     Plan,
     RequestOptions,
     plan,
@@ -85,7 +85,7 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
     return asyncio.run(_store_alone(read_clips([plan(prompt, cast("Mapping[str, Any]", options))])))
 
 
-async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Generation]:
+async def store(batch: CheckedRequests, *, session: AsyncSession | None = None) -> list[Generation]:
     """Add the generations of a batch in one transaction, all or none, and return their rows."""
     if session is None:
         # ends in storage/insertion.py: insert_generations
@@ -93,7 +93,7 @@ async def store(batch: Batch, *, session: AsyncSession | None = None) -> list[Ge
     return await transact(session, partial(insert_all, batch.rows, batch.clips))
 
 
-async def _store_alone(batch: Batch) -> Generation:
+async def _store_alone(batch: CheckedRequests) -> Generation:
     database = Database.from_settings(load_settings())
     try:
         await database.prepare()
@@ -102,7 +102,7 @@ async def _store_alone(batch: Batch) -> Generation:
         await database.dispose()
 
 
-async def _read_clips(plans: Sequence[Plan]) -> Batch:
+async def _read_clips(plans: Sequence[Plan]) -> CheckedRequests:
     """Read clips in a thread; without any, the thread would only take time."""
     read = partial(read_clips, plans)
     return await anyio.to_thread.run_sync(read) if any(plan.sources for plan in plans) else read()

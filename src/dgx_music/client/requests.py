@@ -30,6 +30,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_BATCH = 10_000
 _AUDIO = ("channels", "sample_rate")
+_OPTIONAL: dict[str, Any] = dict.fromkeys(
+    (
+        *("audio_format", "batch_id", "take", "parent_id"),
+        *("title", "notes", "tags", "search_text"),
+    )
+)
+"""The columns of a row that most requests leave empty."""
 
 
 class MusicOptions(TypedDict, total=False):
@@ -140,7 +147,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CheckedRequests:
     """Checked requests: rows to insert, and their clips (content and seconds by ``sha256``)."""
 
     rows: list[dict[str, Any]]
@@ -197,7 +204,7 @@ def plan_numbered(number: int, request: object, defaults: Mapping[str, Any]) -> 
         return plan(options["prompt"], {**defaults, **given}, name)
 
 
-def read_clips(plans: Sequence[Plan]) -> Batch:
+def read_clips(plans: Sequence[Plan]) -> CheckedRequests:
     """Return the batch of these plans, with their clips read.
 
     Raises ``InvalidRequestError`` if there are too many, or for the first one whose clips cannot be
@@ -207,7 +214,7 @@ def read_clips(plans: Sequence[Plan]) -> Batch:
         remedy = f"send at most {MAX_BATCH:,} at a time"
         raise InvalidRequestError("requests", f"are {len(plans):,}", remedy)
     if not any(plan.sources for plan in plans):
-        return Batch([_row(plan) for plan in plans], {})
+        return CheckedRequests([_row(plan) for plan in plans], {})
     from dgx_music.audio.clips import Reader  # imports NumPy
 
     reader = Reader()
@@ -218,7 +225,7 @@ def read_clips(plans: Sequence[Plan]) -> Batch:
         sources = {name: clip.source_sha256 for name, clip in clips.items()}
         return _row(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
 
-    return Batch([read(plan) for plan in plans], reader.data)
+    return CheckedRequests([read(plan) for plan in plans], reader.data)
 
 
 def _check_names(options: Mapping[Any, Any]) -> None:
@@ -276,7 +283,13 @@ def _row(
     """Return the columns of a row; ``sources`` and ``clips`` are hashes, by field."""
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
     request_hash = _hash({**plan.identity, **sources})
-    return plan.circumstances | plan.identity | columns | {"request_hash": request_hash}
+    return {
+        **_OPTIONAL,
+        **plan.circumstances,
+        **plan.identity,
+        **columns,
+        "request_hash": request_hash,
+    }
 
 
 def _hash(identity: Mapping[str, Any]) -> str:

@@ -91,6 +91,14 @@ class Generation(Base):
     """The clip that the music starts with; the duration counts from its start."""
     melody_sha256: Mapped[str | None] = mapped_column(ForeignKey("clips.sha256"))
     """The clip whose tune the music follows."""
+    audio_format: Mapped[str | None] = mapped_column(ShortText)
+    """The format of the file; null means the worker's own setting."""
+    batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"))
+    """The batch that it was enqueued with."""
+    take: Mapped[int | None]
+    """From 1, among the variations of one request; null if it has none."""
+    parent_id: Mapped[str | None] = mapped_column(Id)
+    """The generation that it repeats or continues; that one may be deleted by now."""
     priority: Mapped[int] = mapped_column(default=0, server_default=sql("0"))
     """Higher goes first; a point is worth ``AGEING_SECONDS`` of waiting."""
     tenant: Mapped[str] = mapped_column(ShortText, default="", server_default="")
@@ -136,6 +144,21 @@ class Generation(Base):
     error_message: Mapped[str | None] = mapped_column(LongText)
     """Why the last attempt failed; kept while the next one runs, null when it has completed."""
     metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JsonObject)
+    bpm: Mapped[float | None]
+    """The tempo that was measured, in beats per minute; null if none is sure enough."""
+    musical_key: Mapped[str | None] = mapped_column(ShortText)
+    """The key that was measured, such as ``F#m``; null if none is sure enough."""
+
+    # What people say about it: may change at any time, whatever its status.
+    title: Mapped[str | None] = mapped_column(ShortText)
+    notes: Mapped[str | None] = mapped_column(LongText)
+    tags: Mapped[list[str] | None] = mapped_column(JsonObject)
+    """In alphabetical order; null if there are none. A trigger copies them to ``Tag``."""
+    is_starred: Mapped[bool] = mapped_column(default=False, server_default=false())
+    search_text: Mapped[str | None] = mapped_column(
+        LongText, deferred=True, deferred_raiseload=True
+    )
+    """The words of title, notes and tags, by the rules of ``words.py``; the databases index it."""
 
     __mapper_args__ = {  # noqa: RUF012 - SQLAlchemy's interface
         "version_id_col": attempt,
@@ -188,6 +211,20 @@ class Generation(Base):
         ),
         # The newest generation of a prompt: the search shows it.
         Index("ix_generations_prompt_id_created_at", "prompt_id", "created_at", "id"),
+        # What people chose, newest first.
+        Index("ix_generations_starred", "created_at", "id", **_only("is_starred")),
+        Index(
+            "ix_generations_batch",
+            *("batch_id", "created_at", "id"),
+            **_only("batch_id IS NOT NULL"),
+        ),
+        Index("ix_generations_parent_id", "parent_id", **_only("parent_id IS NOT NULL")),
+        Index("ix_generations_bpm", "bpm", **_only("bpm IS NOT NULL")),
+        Index(
+            "ix_generations_musical_key",
+            *("musical_key", "created_at", "id"),
+            **_only("musical_key IS NOT NULL"),
+        ),
         # Whether any generation refers to a clip: pruning and the foreign keys ask.
         *(
             Index(f"ix_generations_{name}", name, **_only(f"{name} IS NOT NULL"))
@@ -198,7 +235,7 @@ class Generation(Base):
 
     def __init__(self, **values: Any) -> None:
         metadata = values.pop("metadata", None)
-        fresh = {"attempt": 0, "failures": 0, "cancel_requested": False}
+        fresh = {"attempt": 0, "failures": 0, "cancel_requested": False, "is_starred": False}
         own = {"id": new_id(), "status": GenerationStatus.PENDING, **fresh}
         super().__init__(**own | values)
         if metadata is not None:
@@ -302,6 +339,7 @@ _FRESH: dict[str, Any] = {
     "failures": 0,
     "progress": 0.0,
     "cancel_requested": False,
+    "is_starred": False,
 }
 
 

@@ -177,6 +177,8 @@ _GIVEN = (
     *("id", "prompt", "model_name", "duration_seconds", "sample_rate", "channels", "sampling"),
     *CLIP_COLUMNS,
     *("priority", "tenant", "max_attempts", "idempotency_key", "request_hash", "metadata"),
+    *("audio_format", "batch_id", "take", "parent_id"),
+    *("title", "notes", "tags", "search_text"),
 )
 """The columns that a request gives; the database adds the others."""
 _ATTRIBUTES = (

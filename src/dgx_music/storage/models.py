@@ -1,4 +1,4 @@
-"""The tables: generations, their prompts, clips and attempts, the workers, and others."""
+"""The tables: generations, their batches, prompts, clips and attempts, the workers, and others."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from dgx_music.storage.base import Base
 from dgx_music.storage.generation import Generation
 from dgx_music.storage.schema import (
     HashText,
+    Id,
     JsonObject,
     LongText,
     ShortText,
     StatusText,
     UtcDateTime,
+    new_id,
     now,
 )
 from dgx_music.storage.words import search_text
@@ -28,11 +30,13 @@ __all__ = [
     "ALL_MODELS",
     "Attempt",
     "Base",
+    "Batch",
     "Clip",
     "Generation",
     "Pause",
     "Prompt",
     "Speed",
+    "Tag",
     "Tally",
     "WorkerInfo",
     "attempts",
@@ -91,6 +95,29 @@ def text_hash(text: str) -> str:
     Text that cannot be stored also gets a hash, so that a look-up finds nothing.
     """
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+class Batch(Base):
+    """Generations that were enqueued together, and are watched and changed together."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True, default=new_id)
+    name: Mapped[str | None] = mapped_column(ShortText)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+
+
+class Tag(Base):
+    """One tag of one generation: a copy of ``Generation.tags``, made by triggers, to filter by."""
+
+    __tablename__ = "tags"
+
+    generation_id: Mapped[str] = mapped_column(
+        ForeignKey("generations.id", ondelete="CASCADE"), primary_key=True
+    )
+    name: Mapped[str] = mapped_column(ShortText, primary_key=True)
+
+    __table_args__ = (Index("ix_tags_name", "name", "generation_id"),)
 
 
 class Clip(Base):
