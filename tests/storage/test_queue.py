@@ -365,6 +365,18 @@ async def test_renewing_nothing_says_nothing(database):
 # complete
 
 
+async def test_completion_keeps_tempo_and_key_in_columns_too(database):
+    lease = await start_one(database)
+    audio = {"bpm": 138.2, "bpm_confidence": 0.8, "key": "F#m", "key_confidence": None}
+
+    async with database.session() as session:
+        await queue.complete(session, [completion_of(lease, audio=audio)])
+
+    row = await read(database, lease.generation_id)
+    assert (row.bpm, row.musical_key) == (138.2, "F#m")
+    assert row.get_metadata()["audio"] == audio
+
+
 async def test_a_completion_writes_down_what_was_made(database):
     lease = await start_one(
         database, metadata={"mine": 1}, file_path="wish.wav", error_message="first time"

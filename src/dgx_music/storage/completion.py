@@ -56,7 +56,7 @@ class Completion:
     model_version: str
     generation_time_seconds: float
     audio: Mapping[str, Any]
-    """Goes into the row's metadata under the key ``audio``."""
+    """Goes into the row's metadata under the key ``audio``; ``bpm`` and ``key`` into columns too."""
 
 
 async def complete(session: AsyncSession, completions: Sequence[Completion]) -> set[Lease]:
@@ -136,6 +136,8 @@ def _complete_with(values: Any) -> Any:
             model_version=values.version,
             generation_time_seconds=values.seconds,
             metadata=with_json_key(g.metadata, literal(AUDIO_KEY), values.audio),
+            bpm=values.bpm,
+            musical_key=values.musical_key,
         )
         .returning(g.id, g.attempt, g.completed_at, g.generation_time_seconds)
     )
@@ -184,6 +186,8 @@ _COLUMNS = (
     column("version", ShortText),
     column("seconds", Double),
     column("audio", JsonObject),
+    column("bpm", Double),
+    column("musical_key", ShortText),
 )
 _COMPLETE = Prepared(
     lambda: _complete_with(SimpleNamespace(**{c.name: bindparam(c.name) for c in _COLUMNS}))
@@ -206,4 +210,6 @@ def _values(completion: Completion) -> dict[str, Any]:
         "version": completion.model_version,
         "seconds": completion.generation_time_seconds,
         "audio": completion.audio,
+        "bpm": completion.audio.get("bpm"),
+        "musical_key": completion.audio.get("key"),
     }
