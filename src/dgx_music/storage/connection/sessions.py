@@ -9,10 +9,12 @@ from contextvars import Context, ContextVar
 from typing import Any, TypeVar
 
 import anyio
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_scoped_session
 from sqlalchemy.orm import Session as SyncSession
 
 from dgx_music.errors import InvalidRequestError
+from dgx_music.storage.connection.postgres_errors import has_stale_plan
 
 T = TypeVar("T")
 
@@ -96,6 +98,28 @@ def _finished(method: Any) -> Any:
     return call
 
 
+def _repeated(method: Any) -> Any:
+    """Return the coroutine method so that it is called again if a migration made its plan stale.
+
+    That is possible only at the start of a transaction, in a session that holds no objects: the
+    rollback in between undoes nothing and expires nothing.
+    """
+
+    @functools.wraps(method)
+    async def call(session: AsyncSession, *args: Any, **kwargs: Any) -> Any:
+        begins = not session.in_transaction()
+        try:
+            return await method(session, *args, **kwargs)
+        except DBAPIError as error:
+            is_empty = not (session.new or session.identity_map)
+            if not (begins and is_empty and has_stale_plan(error)):
+                raise
+        await session.rollback()
+        return await method(session, *args, **kwargs)
+
+    return call
+
+
 def as_no_answer(error: OSError | EOFError) -> NoAnswerError:
     """Return the ``NoAnswerError`` for a driver's timeout or lost connection."""
     if isinstance(error, TimeoutError):  # of asyncpg; SQLAlchemy has its own classes
@@ -136,10 +160,10 @@ class _Transaction(AsyncSessionTransaction):
 class Session(AsyncSession):
     """An ``AsyncSession`` whose calls run to their end; not those on a stream or connection."""
 
-    execute = _finished(AsyncSession.execute)
-    scalar = _finished(AsyncSession.scalar)
-    get = _finished(AsyncSession.get)
-    get_one = _finished(AsyncSession.get_one)
+    execute = _finished(_repeated(AsyncSession.execute))
+    scalar = _finished(_repeated(AsyncSession.scalar))
+    get = _finished(_repeated(AsyncSession.get))
+    get_one = _finished(_repeated(AsyncSession.get_one))
     refresh = _finished(AsyncSession.refresh)
     merge = _finished(AsyncSession.merge)
     merge_all = _finished(AsyncSession.merge_all)
