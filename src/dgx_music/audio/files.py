@@ -20,6 +20,7 @@ from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
 from dgx_music.audio.formats import FORMATS
 from dgx_music.audio.samples import Audio, Samples
+from dgx_music.audio.tags import Tags
 from dgx_music.config import AudioFormat, Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
 
@@ -46,7 +47,13 @@ class FinishedAudio:
 
 
 def finish(
-    audio: Audio, *, sample_rate: int, channels: int, audio_format: AudioFormat, loudness: Loudness
+    audio: Audio,
+    *,
+    sample_rate: int,
+    channels: int,
+    audio_format: AudioFormat,
+    loudness: Loudness,
+    tags: Tags | None = None,
 ) -> FinishedAudio:
     """Return the audio as a file of 1 or 2 ``channels`` at ``sample_rate`` Hz.
 
@@ -60,7 +67,7 @@ def finish(
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
     samples, lufs = _normalise(samples, sample_rate, loudness)
-    data = encode(samples, sample_rate, audio_format)
+    data = encode(samples, sample_rate, audio_format, tags)
     facts = _describe(samples, sample_rate, audio_format, lufs)
     return FinishedAudio(data, audio_format, facts.to_dict())
 
@@ -123,17 +130,22 @@ def _normalise(
     return scaled * np.float32(10 ** ((TARGET_LUFS - lufs) / 20)), TARGET_LUFS
 
 
-def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -> bytes:
+def encode(
+    samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat, tags: Tags | None = None
+) -> bytes:
     """Return the samples as a file's content: float32, or int16 for a format other than WAV."""
     encoding = FORMATS[audio_format].encoding
     if encoding is None:
-        return wav.encode(samples, sample_rate)
+        return wav.encode(samples, sample_rate, tags.riff() if tags else b"")
     frames = samples.T  # [frame, channel]
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **encoding) as file:
+        if tags and audio_format != "mp3":
+            for name, text in tags.vorbis().items():
+                setattr(file, name, text)
         for start in range(0, len(frames), _BLOCK_FRAMES):
             file.write(frames[start : start + _BLOCK_FRAMES])
-    return buffer.getvalue()
+    return (tags.id3() if tags and audio_format == "mp3" else b"") + buffer.getvalue()
 
 
 def _describe(

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from dgx_music.artifacts import Artifact, Artifacts
 from dgx_music.audio import clips
 from dgx_music.audio import files as audio
 from dgx_music.audio.samples import Audio
+from dgx_music.audio.tags import Tags, tags_of
 from dgx_music.config import Settings
 from dgx_music.errors import (
     ArtifactError,
@@ -172,6 +174,7 @@ class Performing:
             channels=claim.channels,
             audio_format=self._settings.audio_format,
             loudness=self._settings.loudness,
+            tags=_tags_of(claim, made),
         )
         is_quick = self._settings.audio_format == "wav" and made.duration < _SHORT_SECONDS
         finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)
@@ -286,6 +289,16 @@ class Performing:
             self._engine.deaths.on_engine_death(lease.generation_id, error)
         elif not isinstance(error, EngineError | InvalidRequestError | TimeoutError | None):
             logger.error("%s: unexpected", lease, exc_info=error)
+
+
+def _tags_of(claim: Claim, made: Audio) -> Tags:
+    return tags_of(
+        generation_id=claim.lease.generation_id,
+        prompt=claim.prompt,
+        model_name=claim.model_name,
+        made_at=datetime.now(UTC),
+        facts=made.facts,
+    )
 
 
 def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:
