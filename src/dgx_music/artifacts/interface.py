@@ -7,13 +7,12 @@ import re
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol, get_args
+from typing import Protocol
 
-from dgx_music.config import AudioFormat
 from dgx_music.errors import ArtifactError, InvalidRequestError
-from dgx_music.validation import check_integer
+from dgx_music.validation import AUDIO_FORMATS, check_integer
 
-EXTENSIONS: tuple[str, ...] = get_args(AudioFormat)
+EXTENSIONS: tuple[str, ...] = AUDIO_FORMATS
 PART = ".part"
 """The suffix of a half-written file."""
 CHUNK_BYTES = 4 * 2**20

@@ -18,11 +18,12 @@ from dgx_music.audio import loudness as meter
 from dgx_music.audio import wav
 from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
-from dgx_music.audio.formats import FORMATS
+from dgx_music.audio.formats import FORMATS, find_rate_problem
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.audio.tags import Tags
-from dgx_music.config import AudioFormat, Loudness
+from dgx_music.config import Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
+from dgx_music.validation import AudioFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,14 +76,21 @@ def finish(
 def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
     """Raise ``GenerationRejectedError`` if the format cannot hold the sample rate.
 
-    Ask before inference.
+    Raises ``EngineError`` if only this machine cannot write the format. Ask before inference.
     """
-    rates = FORMATS[audio_format].sample_rates
-    if rates is not None and sample_rate not in rates:
-        known = ", ".join(f"{rate:,}" for rate in rates)
-        raise GenerationRejectedError(
-            f"{audio_format.upper()} cannot hold {sample_rate:,} Hz; use one of {known} Hz, or another audio format."
+    problem = find_rate_problem(audio_format, sample_rate)
+    if problem is not None:
+        raise GenerationRejectedError(f"{audio_format.upper()} {problem[0]}; {problem[1]}.")
+    if not is_writable(audio_format):
+        raise EngineError(
+            f"This machine's libsndfile cannot write {audio_format.upper()}; update it, or use WAV."
         )
+
+
+def is_writable(audio_format: AudioFormat) -> bool:
+    """Return whether this machine can write the format: a libsndfile may lack some."""
+    encoding = FORMATS[audio_format].encoding
+    return encoding is None or encoding["format"] in soundfile.available_formats()
 
 
 def warm_up() -> None:

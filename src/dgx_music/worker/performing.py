@@ -35,6 +35,7 @@ from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.storage.retention import find_owners
+from dgx_music.validation import AudioFormat, check_audio_format
 from dgx_music.worker.completions import Completions
 from dgx_music.worker.leases import Leases, Running, Stop
 from dgx_music.worker.live_engine import LiveEngine
@@ -114,7 +115,7 @@ class Performing:
 
     async def _infer(self, running: Running) -> Audio:
         request = _as_request(running.claim, await self._read_clips(running.claim))
-        audio.check_format(self._settings.audio_format, request.sample_rate)
+        audio.check_format(self._format_of(running.claim), request.sample_rate)
         settings = self._settings
         deadline = settings.deadline_floor_seconds + settings.deadline_factor * request.duration
         try:
@@ -167,16 +168,17 @@ class Performing:
     async def _store(self, running: Running, made: Audio) -> tuple[Artifact, dict[str, object]]:
         """Return the published file, and what is known of its audio."""
         claim, lease = running.claim, running.lease
+        audio_format = self._format_of(claim)
         finish = partial(
             audio.finish,
             made,
             sample_rate=claim.sample_rate,
             channels=claim.channels,
-            audio_format=self._settings.audio_format,
+            audio_format=audio_format,
             loudness=self._settings.loudness,
             tags=_tags_of(claim, made),
         )
-        is_quick = self._settings.audio_format == "wav" and made.duration < _SHORT_SECONDS
+        is_quick = audio_format == "wav" and made.duration < _SHORT_SECONDS
         finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)
         # Files of these names were never completed and never can be: this attempt holds the claim.
         await drop_files(self._artifacts, lease, range(1, lease.attempt + 1))
@@ -187,6 +189,12 @@ class Performing:
             finished.data,
         )
         return artifact, {**finished.facts, **made.facts}
+
+    def _format_of(self, claim: Claim) -> AudioFormat:
+        """Return the format that the request asks for, or this worker's own."""
+        if claim.audio_format is None:
+            return self._settings.audio_format
+        return check_audio_format(claim.audio_format)
 
     # ----------------------------------------------------------------------- complete
 
@@ -296,6 +304,7 @@ def _tags_of(claim: Claim, made: Audio) -> Tags:
         generation_id=claim.lease.generation_id,
         prompt=claim.prompt,
         model_name=claim.model_name,
+        title=claim.title,
         made_at=datetime.now(UTC),
         facts=made.facts,
     )
