@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -73,13 +73,16 @@ class Artifacts(Protocol):
         Raises ``ArtifactError`` if that cannot be found out, or if the path is of another place.
         """
 
-    def stream(self, path: str, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+    def stream(
+        self, path: str, start: int = 0, length: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the content of a published file in chunks of some megabytes.
 
         ``path`` is the ``file_path`` of its row. With ``start`` and ``length`` only these bytes of
-        it are read, and fewer if the file ends before. Raises ``ArtifactError`` if the file is not
-        there, cannot be read, or is of another place: so a web application that streams by rows can
-        serve no other file. Raises ``InvalidRequestError`` for a negative number.
+        it are read, and fewer if the file ends before. A reader that leaves early closes it. Raises
+        ``ArtifactError`` if the file is not there, cannot be read, or is of another place: so a web
+        application that streams by rows can serve no other file. Raises ``InvalidRequestError`` for
+        a negative number.
         """
 
     async def link(self, path: str, seconds: float) -> str | None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -81,7 +81,7 @@ class LocalArtifacts:
 
     async def stream(
         self, path: str, start: int = 0, length: int | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """See ``Artifacts.stream``; a file deleted meanwhile is read to its end."""
         check_held(self, path)
         place, end = check_range(start, length)

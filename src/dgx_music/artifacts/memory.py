@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import UTC, datetime
 
 from dgx_music.artifacts.interface import (
@@ -59,7 +59,7 @@ class MemoryArtifacts:
 
     async def stream(
         self, path: str, start: int = 0, length: int | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """See ``Artifacts.stream``; one chunk."""
         check_held(self, path)
         start, end = check_range(start, length)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -131,7 +131,7 @@ class ObjectArtifacts:
 
     async def stream(
         self, path: str, start: int = 0, length: int | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """See ``Artifacts.stream``; each chunk is a request, so a slow reader causes no timeout."""
         check_held(self, path)
         first, last = check_range(start, length)
