@@ -21,8 +21,8 @@ from dgx_music.audio.facts import AudioFacts
 from dgx_music.audio.formats import FORMATS, find_rate_problem
 from dgx_music.audio.samples import Audio, Samples
 from dgx_music.audio.tags import Tags
-from dgx_music.config import Loudness
-from dgx_music.errors import EngineError, GenerationRejectedError
+from dgx_music.config import PREFIX, Loudness
+from dgx_music.errors import ConfigurationError, EngineError, GenerationRejectedError
 from dgx_music.validation import AudioFormat
 
 if TYPE_CHECKING:
@@ -91,6 +91,13 @@ def is_writable(audio_format: AudioFormat) -> bool:
     """Return whether this machine can write the format: a libsndfile may lack some."""
     encoding = FORMATS[audio_format].encoding
     return encoding is None or encoding["format"] in soundfile.available_formats()
+
+
+def check_setting(audio_format: AudioFormat) -> None:
+    """Raise ``ConfigurationError`` if no worker with this format could write its audio here."""
+    if not is_writable(audio_format):
+        problem = f"is {audio_format}, which this machine's libsndfile cannot write"
+        raise ConfigurationError(f"{PREFIX}AUDIO_FORMAT", problem, "update it, or use wav")
 
 
 def warm_up() -> None:

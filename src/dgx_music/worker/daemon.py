@@ -12,9 +12,9 @@ import anyio
 from dgx_music import logs
 from dgx_music.artifacts import open_output
 from dgx_music.audio import files as audio
-from dgx_music.config import PREFIX, Settings
+from dgx_music.config import Settings
 from dgx_music.early import stopping_signals
-from dgx_music.errors import ArtifactError, ConfigurationError, DgxMusicError
+from dgx_music.errors import ArtifactError, DgxMusicError
 from dgx_music.inference import tone
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.process import EngineProcess
@@ -31,7 +31,7 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     second releases them at once. Embedded SQLite is migrated first. Raises what ``Worker.run``
     raises, and ``ConfigurationError`` before anything is started.
     """
-    _check_format(settings)
+    audio.check_setting(settings.audio_format)
     if settings.engine == "tone":
         tone.check_environment()
     database = Database.from_settings(within_lease(settings))
@@ -56,12 +56,6 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
             await database.dispose()
     if trouble is not None:
         raise trouble
-
-
-def _check_format(settings: Settings) -> None:
-    if not audio.is_writable(settings.audio_format):
-        problem = f"is {settings.audio_format}, which this machine's libsndfile cannot write"
-        raise ConfigurationError(f"{PREFIX}AUDIO_FORMAT", problem, "update it, or use wav")
 
 
 def within_lease(settings: Settings) -> Settings:
