@@ -1,6 +1,7 @@
 """File names from patterns: pure, so laws are tried on any text."""
 
 import unicodedata
+from contextlib import suppress
 
 import pytest
 from hypothesis import example, given
@@ -118,6 +119,15 @@ def test_any_values_make_names_that_every_file_system_takes(values, pattern, num
         assert not any(unicodedata.category(each) in ("Cc", "Cs", "Zl", "Zp") for each in part)
         assert unicodedata.is_normalized("NFC", part)
         assert part.partition(".")[0].rstrip().upper() not in map(str.upper, RESERVED)
+
+
+@given(st.text("{}title/._- aA~", min_size=1, max_size=30))
+def test_any_text_is_a_pattern_or_is_refused(text):
+    with suppress(InvalidRequestError):
+        path = Pattern(text).fill(VALUES, ".wav")
+
+        assert path.name.endswith(".wav")
+        assert path.is_absolute() == text.startswith("/")
 
 
 @given(present=st.sets(st.sampled_from(["title", "key", "bpm", "take"])))

@@ -87,7 +87,7 @@ def test_get_goes_on_after_a_refusal_and_ends_with_the_first_ones_code(run: Run)
 
     assert (result.code, result.out) == (4, "lofi rain.wav\n")
     first, second, summary = result.err.splitlines()
-    assert first == f"Error: {pending}: Generation {pending} is pending and has no audio yet."
+    assert first == f"Error: Generation {pending} is pending and has no audio yet."
     assert "There is no generation '01a2021d-nope'" in second
     assert summary == "1 of 3 saved."
 

@@ -20,7 +20,7 @@ SOFTWARE = f"dgx-music {__version__}"
 UNTITLED = "untitled"
 
 _LONGEST_TITLE = 200
-_LONGEST_LINE = 2_500
+_LONGEST_PROMPT = 2_500
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]+")
 _UTF_8 = b"\x03"
 _LATIN_LANGUAGE = b"eng"
@@ -94,14 +94,15 @@ def tags_of(
 
     A local folder is named without the folders above it: the file may go to strangers.
     """
-    model = short_name(model_name)
+    model = one_line(short_name(model_name), _LONGEST_TITLE)
+    described = one_line(prompt, _LONGEST_PROMPT)
     is_tone = facts.get("engine") == "tone"
     licence = "" if is_tone else _licence_of(model_name)
     notes = [TONE_NOTICE] if is_tone else []
     if facts.get("is_untrained", is_untrained(model_name) and not is_tone):
         notes.append(UNTRAINED_NOTICE)
     lines = {
-        "Prompt": prompt,
+        "Prompt": described,
         "Model": model,
         "Seed": facts.get("seed"),
         "Generation": generation_id,
@@ -110,22 +111,21 @@ def tags_of(
     }
     told = [f"{name}: {value}" for name, value in lines.items() if value not in (None, "")]
     return Tags(
-        title=title_of(title, prompt),
-        artist=one_line(model, _LONGEST_TITLE),
+        title=one_line(title or "", _LONGEST_TITLE) or shorten(described) or UNTITLED,
+        artist=model,
         date=made_at.astimezone(UTC).date().isoformat(),
-        comment="\n".join(one_line(line, _LONGEST_LINE) for line in told),
+        comment="\n".join(told),
         licence=licence,
     )
 
 
-def title_of(title: str | None, prompt: str) -> str:
-    """Return the title on one line; without one the prompt's beginning, or else ``untitled``."""
-    return one_line(title or "", _LONGEST_TITLE) or one_line(prompt, _LONGEST_TITLE) or UNTITLED
-
-
 def one_line(text: str, longest: int) -> str:
     """Return the text on one line without control characters, of at most so many characters."""
-    line = " ".join(_UNPRINTABLE.sub(" ", text).split())
+    return shorten(" ".join(_UNPRINTABLE.sub(" ", text).split()), longest)
+
+
+def shorten(line: str, longest: int = _LONGEST_TITLE) -> str:
+    """Return at most so many characters of the line; if some are missing, the last one is ``…``."""
     return line if len(line) <= longest else f"{line[: longest - 1].rstrip()}…"
 
 

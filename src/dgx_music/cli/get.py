@@ -194,7 +194,8 @@ def _tell_refused(outcome: _Outcome) -> int:
     """Say what was refused and why; return the exit code of the first one."""
     is_alone = len(outcome.refused) + len(outcome.saved) == 1
     for wanted, error in outcome.refused.items():
-        fail(str(error) if is_alone else f"{wanted}: {error}", error.exit_code)
+        is_said = is_alone or wanted in str(error)
+        fail(str(error) if is_said else f"{wanted}: {error}", error.exit_code)
     if not is_alone:
         count = len(outcome.refused) + len(outcome.saved)
         tell(f"{len(outcome.saved):,} of {count:,} saved.")

@@ -16,6 +16,7 @@ from anyio import to_thread
 from dgx_music import validation
 from dgx_music.artifacts import open_place_of
 from dgx_music.audio.formats import find_rate_problem
+from dgx_music.audio.tags import UNTITLED, tags_of
 from dgx_music.catalog import short_name
 from dgx_music.client.names import first_words
 from dgx_music.client.transactions import transact
@@ -87,7 +88,7 @@ def values_of(row: Generation) -> dict[str, str]:
     seed = (row.sampling or {}).get("seed")
     made_at = row.completed_at or row.created_at
     values = {
-        "title": (row.title or "").strip() or first_words(row.prompt) or "untitled",
+        "title": (row.title or "").strip() or first_words(row.prompt) or UNTITLED,
         "prompt": row.prompt,
         "bpm": None if row.bpm is None else round(row.bpm),
         "key": row.musical_key,
@@ -125,8 +126,7 @@ def check_convertible(row: Generation, audio_format: AudioFormat) -> None:
 
 
 def _convert(row: Generation, data: bytes, audio_format: AudioFormat) -> bytes:
-    from dgx_music.audio.tags import tags_of
-    from dgx_music.audio.transcoding import transcode
+    from dgx_music.audio.transcoding import transcode  # imports NumPy
 
     tags = tags_of(
         generation_id=row.id,
