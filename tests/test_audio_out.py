@@ -299,6 +299,45 @@ async def test_each_format_becomes_each_other_one_with_the_rows_tags(store, plac
         assert (found.title, "Seed: 7" in found.comment) == ("Rain", True)
 
 
+@pytest.mark.parametrize(("stored", "wanted"), [("wav", "flac"), ("flac", "wav")])
+async def test_no_sample_changes_between_lossless_formats(store, place, stored, wanted):
+    every = np.arange(-(2**15), 2**15, dtype=np.int16)
+    file = io.BytesIO()
+    soundfile.write(file, every, 32_000, format=stored.upper())
+    row = await made(store, file.getvalue(), stored)
+
+    path = await save_audio(row.id, "song", format=wanted)
+
+    np.testing.assert_array_equal(soundfile.read(path, dtype="int16")[0], every)
+
+
+async def test_what_a_lossy_decoder_makes_too_loud_is_clipped_and_never_wraps(store, place):
+    square = np.where(np.arange(32_000) // 40 % 2, 1.0, -1.0)
+    file = io.BytesIO()
+    soundfile.write(file, square, 32_000, format="OGG")
+    row = await made(store, file.getvalue(), "ogg")
+
+    path = await save_audio(row.id, "song", format="wav")
+
+    decoded = soundfile.read(io.BytesIO(file.getvalue()))[0]
+    assert np.abs(decoded).max() > 1
+    np.testing.assert_allclose(soundfile.read(path)[0], np.clip(decoded, -1, 1), atol=2**-15)
+
+
+async def test_a_format_that_this_machine_cannot_write_can_still_be_copied(
+    store, place, monkeypatch
+):
+    monkeypatch.setattr(soundfile, "available_formats", dict)
+    row = await made(store, audio_file(0.5, kind="FLAC"), "flac")
+
+    assert (await save_audio(row.id, "a", format="flac")).name == "a.flac"
+    with pytest.raises(InvalidRequestError) as caught:
+        await save_audio(row.id, "a", format="ogg")
+    assert str(caught.value) == (
+        "format 'ogg' cannot be written by this machine's libsndfile; update it, or use wav."
+    )
+
+
 async def test_the_suffix_of_the_name_is_a_wish_too(store, place):
     row = await made(store)
 

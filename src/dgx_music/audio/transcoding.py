@@ -12,8 +12,6 @@ from dgx_music.audio.tags import Tags
 from dgx_music.errors import ArtifactError
 from dgx_music.validation import AudioFormat
 
-_LOSSLESS = ("wav", "flac")
-
 
 def transcode(data: bytes, source: str, audio_format: AudioFormat, tags: Tags) -> bytes:
     """Return a file's content in another format, at the same rate and with the same channels.
@@ -21,13 +19,9 @@ def transcode(data: bytes, source: str, audio_format: AudioFormat, tags: Tags) -
     From one lossless format to another, no sample changes. Call this in a thread. Raises
     ``ArtifactError`` if the content is not audio.
     """
-    is_exact = source in _LOSSLESS and audio_format != "wav"
     try:
-        samples, sample_rate = soundfile.read(
-            io.BytesIO(data), dtype="int16" if is_exact else "float32", always_2d=True
-        )
+        samples, sample_rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ArtifactError(f"The stored {source.upper()} file cannot be decoded.") from error
-    if not is_exact:  # a lossy decoder may pass full scale
-        np.clip(samples, -1, 1, out=samples)
+    np.clip(samples, -1, 1, out=samples)  # a lossy decoder may pass full scale
     return encode(samples.T, sample_rate, audio_format, tags)
