@@ -15,6 +15,7 @@ import dgx_music.early  # noqa: F401 - handles signals while the slow imports ru
 if TYPE_CHECKING:
     from dgx_music.artifacts import Artifacts, open_output, open_place_of
     from dgx_music.audio.facts import AudioFacts
+    from dgx_music.client.audio_out import save_audio, stream_audio
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
     from dgx_music.client.fleet import pause, resume
     from dgx_music.client.generations import (
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         IdempotencyConflictError,
         IllegalTransitionError,
         InvalidRequestError,
+        NoAudioError,
         WaitTimeoutError,
     )
     from dgx_music.storage import (
@@ -82,6 +84,7 @@ __all__ = [
     "IdempotencyConflictError",
     "IllegalTransitionError",
     "InvalidRequestError",
+    "NoAudioError",
     "Page",
     "Pause",
     "RequestOptions",
@@ -107,7 +110,9 @@ __all__ = [
     "queue_position",
     "resume",
     "retry_generation",
+    "save_audio",
     "search_generations",
+    "stream_audio",
     "wait_for_generation",
     "watch_generation",
 ]
@@ -115,6 +120,7 @@ __all__ = [
 _MODULES = {
     "artifacts": "Artifacts open_output open_place_of",
     "audio.facts": "AudioFacts",
+    "client.audio_out": "save_audio stream_audio",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
     "client.fleet": "pause resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
@@ -122,7 +128,8 @@ _MODULES = {
     "client.requests": "RequestOptions",
     "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError "
     "DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError GenerationNotFoundError "
-    "IdempotencyConflictError IllegalTransitionError InvalidRequestError WaitTimeoutError",
+    "IdempotencyConflictError IllegalTransitionError InvalidRequestError NoAudioError "
+    "WaitTimeoutError",
     "storage": "Database Filters Generation GenerationStatus Page Pause SearchHit close_db "
     "configure_sqlite count_generations get_database_stats get_generation get_session init_db "
     "list_generations search_generations",

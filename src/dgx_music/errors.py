@@ -5,6 +5,7 @@ DgxMusicError
 ├── ConfigurationError                    one setting is unacceptable
 ├── GenerationNotFoundError               no such row
 ├── IllegalTransitionError                the row's status does not allow it
+├── NoAudioError                          the generation is not completed
 ├── IdempotencyConflictError              the key was used for another request
 ├── WaitTimeoutError (TimeoutError)       the generation did not finish in time
 ├── DatabaseError
@@ -91,6 +92,18 @@ class IllegalTransitionError(DgxMusicError):
         self.generation_id = generation_id
         self.current = current
         self.wanted = wanted
+
+
+class NoAudioError(DgxMusicError):
+    """The generation has no audio: it is not completed."""
+
+    exit_code = 4
+
+    def __init__(self, generation_id: str, status: GenerationStatus) -> None:
+        yet = " yet" if status in ("pending", "processing") else ""
+        super().__init__(f"Generation {generation_id} is {status} and has no audio{yet}.")
+        self.generation_id = generation_id
+        self.status = status
 
 
 class IdempotencyConflictError(DgxMusicError):

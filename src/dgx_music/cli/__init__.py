@@ -66,6 +66,7 @@ COMMANDS = {
         "Find prompts by their words, best first, each by its newest generation.",
     ),
     "show": (_QUEUE, "show:show", "Show all of one generation: fields, attempts, waveform."),
+    "get": (_QUEUE, "get:get", "Save the audio of generations to files."),
     "watch": (_QUEUE, "watch:watch", "Watch a generation until it is finished."),
     "cancel": (_QUEUE, "transitions:cancel", "Cancel a generation."),
     "retry": (
