@@ -118,6 +118,9 @@ async def test_if_nothing_is_due_the_longest_one_that_runs_is_the_last(session):
     await add_fleet(session, slots=2)
     await add_generation(session, worker_id="worker-1", duration_seconds=300.0)
     await add_generation(session, worker_id="worker-1", duration_seconds=300.0, progress=0.9)
+    await add_generation(
+        session, worker_id="worker-1", duration_seconds=900.0, cancel_requested=True
+    )
 
     (model,) = (await look(session)).models
 

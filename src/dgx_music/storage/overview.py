@@ -237,10 +237,18 @@ async def _last_id(session: AsyncSession, model_name: str, at: datetime) -> str 
 
 
 def _longest_left(model_name: str, running: Sequence[QueueEntry]) -> str | None:
-    """Return which running generation of this model has the most audio still to make."""
+    """Return which running generation of this model has the most audio still to make.
+
+    One that is being cancelled, or was taken by hand, is the answer only if there is no other:
+    nobody knows when it ends.
+    """
+
+    def order(entry: QueueEntry) -> tuple[bool, float]:
+        is_known = entry.worker_id is not None and not entry.cancel_requested
+        return is_known, entry.duration_seconds * (1 - entry.progress)
+
     own = [entry for entry in running if entry.model_name == model_name]
-    left = {entry.id: entry.duration_seconds * (1 - entry.progress) for entry in own}
-    return max(left, key=left.__getitem__, default=None)
+    return max(own, key=order).id if own else None
 
 
 async def _next(session: AsyncSession, models: Sequence[str], limit: int) -> list[QueueEntry]:
