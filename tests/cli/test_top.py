@@ -24,6 +24,7 @@ from dgx_music import close_db, init_db, queue_overview
 from dgx_music.storage.pauses import get_pauses
 from tests.cli.conftest import URL, Run, Spawn, add, opened_default
 from tests.patience import PATIENCE
+from tests.proxy import Proxy
 
 pytestmark = pytest.mark.usefixtures("migrated")
 
@@ -69,11 +70,12 @@ class Terminal:
 
     def until(self, words: str) -> str:
         """Return what is shown once it has these words."""
-        end = time.monotonic() + PATIENCE
-        while words not in (shown := self._shown()):
-            assert select.select([self._end], [], [], end - time.monotonic())[0], shown
-            self.seen += os.read(self._end, 65_536)
-        return shown
+        self._read_until(lambda: words in self._shown())
+        return self._shown()
+
+    def until_raw(self, sequence: bytes) -> None:
+        """Return once the terminal was sent this."""
+        self._read_until(lambda: sequence in self.seen)
 
     def wait(self) -> int:
         """Return the exit code, once all that was shown is read."""
@@ -100,6 +102,13 @@ class Terminal:
         self.process.wait(PATIENCE)
         os.close(self._theirs)
         os.close(self._end)
+
+    def _read_until(self, is_so: Callable[[], bool]) -> None:
+        end = time.monotonic() + PATIENCE
+        while not is_so():
+            rest = max(0.0, end - time.monotonic())
+            assert select.select([self._end], [], [], rest)[0], self._shown()
+            self.seen += os.read(self._end, 65_536)
 
     def _shown(self) -> str:
         return _SEQUENCE.sub(b"", self.seen[self._from :]).decode(errors="ignore")
@@ -290,6 +299,42 @@ def test_keys_work_while_the_database_is_away(start: Start) -> None:
     terminal.until("Choose a generation first")
     terminal.press("q")
 
+    assert (terminal.wait(), terminal.is_restored()) == (0, True)
+
+
+@pytest.fixture
+def proxy(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """What stands between ``top`` and a server that is the default database."""
+    with Proxy(postgres_url) as proxy:
+        monkeypatch.setenv("DGX_MUSIC_DATABASE_URL", proxy.url(postgres_url))
+        yield proxy
+
+
+def test_a_server_that_is_back_is_used_again(
+    start: Start, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DGX_MUSIC_COMMAND_TIMEOUT_SECONDS", "1")
+    terminal = start()
+    terminal.until("q quit")
+
+    proxy.black_hole()
+    terminal.until("Trying again.")
+    proxy.heal()
+    terminal.press("p")
+
+    terminal.until("EVERYTHING IS PAUSED")
+
+
+def test_a_server_that_does_not_answer_keeps_nobody_in_it(start: Start, proxy: Proxy) -> None:
+    terminal = start()
+    terminal.until("q quit")
+    proxy.black_hole()
+
+    terminal.press("q")
+    terminal.until_raw(b"\x1b[?1049l")
+
+    assert terminal.modes == terminal.former
+    proxy.heal()
     assert (terminal.wait(), terminal.is_restored()) == (0, True)
 
 
