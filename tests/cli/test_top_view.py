@@ -189,6 +189,10 @@ def test_without_a_worker_it_says_how_to_start_one() -> None:
             | {"done_in": None},
             "nothing to do",
         ),
+        (
+            {"waiting_count": 1, "running_count": 0, "scheduled_count": 1, "done_in": None},
+            "nothing is due yet",
+        ),
     ],
 )
 def test_a_models_queue_says_when_it_is_done(changes: dict[str, Any], words: str) -> None:
@@ -303,6 +307,10 @@ def test_the_chosen_one_is_always_seen(width: int, height: int, number: int) -> 
 
 def test_a_list_that_is_cut_says_which_part_is_seen() -> None:
     assert "PROMPT 15-24/32" in text_of(view(chosen_id=entry(20).id), 80, 24)
+
+
+def test_how_many_are_finished_is_not_counted() -> None:
+    assert line_with("FINISHED", text_of(view(), 80, 24)).rstrip().endswith("PROMPT")
 
 
 def test_the_keys_say_what_a_pause_would_pause() -> None:

@@ -87,6 +87,7 @@ class _Section(NamedTuple):
     columns: Sequence[_Column]
     rows: Sequence[Sequence[Text]]
     total: int
+    """How many rows there would be with all that was left out; 0: nobody has counted."""
     if_empty: str
     at: int = 0
     """The row that must be seen."""
@@ -245,7 +246,8 @@ def _done(model: ModelQueue) -> Text:
         return Text("paused", style="bold yellow")
     if model.done_in is not None:
         return Text(moment_in_words(model.done_in))
-    return _text(model.unknown_because or "nothing to do")
+    idle = "nothing is due yet" if model.waiting_count else "nothing to do"
+    return _text(model.unknown_because or idle)
 
 
 def _queue(view: View, width: int) -> _Section:
@@ -307,7 +309,7 @@ def _finished(view: View) -> _Section:
         _Column("PROMPT", least=12),
     )
     rows = [_finished_cells(entry, view.now) for entry in view.overview.finished]
-    return _Section(columns, rows, len(rows), "Nothing is finished yet.")
+    return _Section(columns, rows, 0, "Nothing is finished yet.")
 
 
 def _finished_cells(entry: QueueEntry, now: datetime) -> list[Text]:
