@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dgx_music.audio.facts import AudioFacts
     from dgx_music.client.audio_out import save_audio, stream_audio
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
-    from dgx_music.client.fleet import pause, resume
+    from dgx_music.client.fleet import pause, queue_overview, resume
     from dgx_music.client.generations import (
         audio_facts,
         cancel_generation,
@@ -62,6 +62,13 @@ if TYPE_CHECKING:
         search_generations,
     )
     from dgx_music.storage.estimates import Estimate
+    from dgx_music.storage.overview import (
+        ModelQueue,
+        QueueEntry,
+        QueueOverview,
+        QueueRates,
+        WorkerOverview,
+    )
 
 __version__ = "0.1.0"
 
@@ -84,12 +91,17 @@ __all__ = [
     "IdempotencyConflictError",
     "IllegalTransitionError",
     "InvalidRequestError",
+    "ModelQueue",
     "NoAudioError",
     "Page",
     "Pause",
+    "QueueEntry",
+    "QueueOverview",
+    "QueueRates",
     "RequestOptions",
     "SearchHit",
     "WaitTimeoutError",
+    "WorkerOverview",
     "audio_facts",
     "cancel_generation",
     "close_db",
@@ -107,6 +119,7 @@ __all__ = [
     "open_output",
     "open_place_of",
     "pause",
+    "queue_overview",
     "queue_position",
     "resume",
     "retry_generation",
@@ -122,7 +135,7 @@ _MODULES = {
     "audio.facts": "AudioFacts",
     "client.audio_out": "save_audio stream_audio",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
-    "client.fleet": "pause resume",
+    "client.fleet": "pause queue_overview resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
     "client.requests": "RequestOptions",
@@ -134,6 +147,7 @@ _MODULES = {
     "configure_sqlite count_generations get_database_stats get_generation get_session init_db "
     "list_generations search_generations",
     "storage.estimates": "Estimate",
+    "storage.overview": "ModelQueue QueueEntry QueueOverview QueueRates WorkerOverview",
 }
 _MODULE_OF = {
     name: f"dgx_music.{module}" for module, names in _MODULES.items() for name in names.split()

@@ -21,10 +21,13 @@ def in_words(estimate: Estimate) -> str | None:
     if estimate.unknown_because is not None:
         return f"{'start' if estimate.status == PENDING else 'end'} unknown: {estimate.unknown_because}"
     ranges = (("starts", estimate.starts_in), ("done", estimate.done_in))
-    return ", ".join(f"{what} {_moment(each)}" for what, each in ranges if each is not None) or None
+    return (
+        ", ".join(f"{what} {moment_in_words(each)}" for what, each in ranges if each is not None)
+        or None
+    )
 
 
-def _moment(each: Range) -> str:
+def moment_in_words(each: Range) -> str:
     """Return the range in words, in the unit that fits its end."""
     if each.high < _AT_ONCE_SECONDS:
         return "at once"
