@@ -24,6 +24,7 @@ COMMANDS = [
     "retry",
     "stats",
     "prompts",
+    "analyse",
     "worker",
     "workers",
 ]

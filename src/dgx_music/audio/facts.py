@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 
@@ -23,13 +23,25 @@ class AudioFacts:
     """Integrated loudness by ITU-R BS.1770-4; ``None`` for silence and for less than 0.4 s."""
     waveform: Sequence[float]
     """The peak of each of at most 1,000 equal parts, first to last; full scale is 1."""
+    bpm: float | None = None
+    """Beats per minute, or half or twice as many; ``None`` if there is no clear beat."""
+    bpm_confidence: float | None = None
+    """How like itself the rhythm is from beat to beat, up to 1."""
+    key: str | None = None
+    """``C`` is C major, ``F#m`` is F sharp minor; ``None`` if there is no clear key."""
+    key_confidence: float | None = None
+    """How far the key is ahead of the others, up to 1."""
 
     @classmethod
     def read(cls, stored: object) -> AudioFacts | None:
-        """Return the facts from what ``to_dict`` gave, or ``None`` if one of them is missing."""
-        names = [each.name for each in fields(cls)]
-        if not isinstance(stored, Mapping) or not stored.keys() >= {*names}:
+        """Return the facts from what ``to_dict`` gave, or ``None`` if one of them is missing.
+
+        Tempo and key may be missing: older versions did not measure them.
+        """
+        needed = {each.name for each in fields(cls) if each.default is MISSING}
+        if not isinstance(stored, Mapping) or not stored.keys() >= needed:
             return None
+        names = [each.name for each in fields(cls) if each.name in stored]
         return cls(**{name: stored[name] for name in names})
 
     def to_dict(self) -> dict[str, Any]:

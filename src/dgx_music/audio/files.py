@@ -16,6 +16,7 @@ import soundfile
 
 from dgx_music.audio import loudness as meter
 from dgx_music.audio import wav
+from dgx_music.audio.analysis import Analysis, analyse
 from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
 from dgx_music.audio.formats import FORMATS, find_rate_problem
@@ -34,8 +35,6 @@ WAVEFORM_POINTS = 1_000
 _BLOCK_FRAMES = 65_536
 """libsndfile overflows the stack on a long OGG file that is written in one call."""
 _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overflows on much more
-_SILENCE_PEAK = 10 ** (-70 / 20)
-"""BS.1770 counts nothing below -70 LUFS, and gain does not turn such noise into music."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,20 @@ def finish(
     """Return the audio as a file of 1 or 2 ``channels`` at ``sample_rate`` Hz.
 
     A lossless file has 16 bits, and exactly the frames of the audio, or ``round(frames *
-    sample_rate / audio.sample_rate)`` of them. The facts describe the samples that were encoded.
-    Raises ``EngineError`` if the audio is empty or not finite, and ``GenerationRejectedError`` if
-    the format cannot hold the sample rate.
+    sample_rate / audio.sample_rate)`` of them. The facts describe the samples that were encoded;
+    the noise of untrained weights has no tempo and no key. Raises ``EngineError`` if the audio is
+    empty or not finite, and ``GenerationRejectedError`` if the format cannot hold the sample rate.
     """
     check_format(audio_format, sample_rate)
     samples = _check_samples(audio.samples)
+    analysis = (
+        Analysis() if audio.facts.get("is_untrained") else analyse(samples, audio.sample_rate)
+    )
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
     samples, lufs = _normalise(samples, sample_rate, loudness)
     data = encode(samples, sample_rate, audio_format, tags)
-    facts = _describe(samples, sample_rate, audio_format, lufs)
+    facts = _describe(samples, sample_rate, audio_format, lufs, analysis)
     return FinishedAudio(data, audio_format, facts.to_dict())
 
 
@@ -136,7 +138,7 @@ def _normalise(
         clipped = np.clip(samples, -1, 1)
         return clipped, meter.measure(clipped, sample_rate)
     peak = _peak_of(samples)
-    if peak < _SILENCE_PEAK:
+    if peak < meter.SILENCE_PEAK:
         return samples, None
     scaled = samples * np.float32(PEAK_LIMIT / peak)
     lufs = meter.measure(scaled, sample_rate)
@@ -164,7 +166,11 @@ def encode(
 
 
 def _describe(
-    samples: Samples, sample_rate: int, audio_format: AudioFormat, lufs: float | None
+    samples: Samples,
+    sample_rate: int,
+    audio_format: AudioFormat,
+    lufs: float | None,
+    analysis: Analysis,
 ) -> AudioFacts:
     channels, frames = samples.shape
     points = _points_of(samples, WAVEFORM_POINTS)
@@ -176,6 +182,7 @@ def _describe(
         peak=round(float(points.max()), 4),
         loudness_lufs=None if lufs is None else round(lufs, 2),
         waveform=points.round(4).tolist(),
+        **vars(analysis),
     )
 
 

@@ -24,6 +24,8 @@ BLOCK_SECONDS = 0.4
 _STEP = 0.25
 """From the start of one block to the next, in blocks."""
 _ABSOLUTE_GATE = -70.0
+SILENCE_PEAK = 10 ** (_ABSOLUTE_GATE / 20)
+"""BS.1770 counts nothing below -70 LUFS, and gain does not turn such noise into music."""
 _RELATIVE_GATE = -10.0
 """Below the loudness of all blocks that pass the absolute gate."""
 _PART_FRAMES = 32_768

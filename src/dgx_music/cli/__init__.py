@@ -76,6 +76,11 @@ COMMANDS = {
     ),
     "stats": (_QUEUE, "generations:stats", "Count generations by status, and distinct prompts."),
     "prompts": (_QUEUE, "generations:prompts", "List the prompts that are used most."),
+    "analyse": (
+        _QUEUE,
+        "analyse:analyse",
+        "Measure audio files: length, peak, loudness, tempo and key.",
+    ),
     "worker": (_WORK, "worker:app", "Run the daemon that makes the queue's music."),
     "workers": (
         _WORK,
