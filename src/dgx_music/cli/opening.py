@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from dgx_music.cli.options import given
-from dgx_music.cli.output import tell
+from dgx_music.cli.output import is_bounded, tell
 from dgx_music.config import load_settings
 from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.storage import Database, Generation, close_db, get_generation, init_db
 from dgx_music.storage.connection.urls import file_of, normalise_url
-from dgx_music.storage.repository import find_batch_ids, find_generation_ids
+from dgx_music.storage.repository import count_end_characters, find_batch_ids, find_generation_ids
 from dgx_music.validation import check_name
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 SHORTEST_PART = 4
 """The fewest characters of an id that are looked for in all ids."""
 _MOST_NAMED = 3
+_MOST_SHORTENED = 1_000
 
 
 @asynccontextmanager
@@ -67,6 +72,16 @@ async def find_batch_id(database: Database, wanted: str) -> str:
     if found is None or len(part) < SHORTEST_PART:
         raise InvalidRequestError("--batch", f"is {wanted!r}", "give the id of a batch")
     return found
+
+
+async def id_characters(session: AsyncSession, rows: Sequence[Generation]) -> int | None:
+    """Return how many last characters of their ids mean these rows; ``None``: show the whole ids.
+
+    Programs get whole ids.
+    """
+    if not rows or len(rows) > _MOST_SHORTENED or not is_bounded():
+        return None
+    return await count_end_characters(session, [row.id for row in rows], SHORTEST_PART)
 
 
 def the_one_meant(part: str, ids: Sequence[str], field: str = "ID") -> str | None:

@@ -6,9 +6,10 @@ The transitions that a worker makes are in queue.py, those made by hand in by_ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import case, delete, select
+from sqlalchemy import case, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
@@ -16,7 +17,7 @@ from dgx_music.statuses import PENDING, GenerationStatus
 from dgx_music.storage.listing import limited
 from dgx_music.storage.models import Attempt, Batch, Generation
 from dgx_music.storage.prompts import count_prompt_uses
-from dgx_music.storage.schema import check_status, written
+from dgx_music.storage.schema import check_status, dialect_of, written
 
 
 async def create_generation(
@@ -76,6 +77,28 @@ async def find_generation_ids(session: AsyncSession, part: str, limit: int = 20)
 async def find_batch_ids(session: AsyncSession, part: str, limit: int = 20) -> list[str]:
     """Return at most ``limit`` ids of batches that hold this text, as ``find_generation_ids``."""
     return await _find_ids(session, Batch.id, part, limit)
+
+
+async def count_end_characters(session: AsyncSession, ids: Sequence[str], least: int) -> int:
+    """Return how many last characters tell each of these ids from all others; at least ``least``.
+
+    Reads the whole index of ids.
+    """
+    ending = func.right if dialect_of(session) == "postgresql" else _last_on_sqlite
+    ends = {each[-least:] for each in ids}
+    alike = await session.scalars(
+        select(Generation.id).where(ending(Generation.id, least).in_(ends))
+    )
+    needed = least
+    for other in {*alike, *ids}:
+        for each in ids:
+            while each != other and each[-needed:] == other[-needed:]:
+                needed += 1
+    return needed
+
+
+def _last_on_sqlite(column: Any, count: int) -> Any:
+    return func.substr(column, -count)
 
 
 async def _find_ids(session: AsyncSession, column: Any, part: str, limit: int) -> list[str]:
