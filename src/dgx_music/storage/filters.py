@@ -113,9 +113,7 @@ def choices(
     leaders = {"bpm": set[str](), "finished": {"status"}}.get(sort, {"status", "model"})
     may_lead = [not is_found and (each.name in {*leaders, _RARE}) for each in wanted]
     leader = may_lead.index(True) if True in may_lead else None
-    # A wide range of tempo would have to be sorted.
-    is_narrow = asked.bpm_from is not None and asked.bpm_to is not None
-    is_led_by_tempo = not is_found and (sort == "bpm" or (leader is None and is_narrow))
+    is_led_by_tempo = not is_found and (sort == "bpm" or (leader is None and _is_narrow(asked)))
     return [
         *(each.leading if at == leader else each.plain for at, each in enumerate(wanted)),
         *_tempo(asked, row.bpm if is_led_by_tempo else unindexed(row.bpm)),
@@ -144,6 +142,7 @@ class _Choice(NamedTuple):
 
 
 _RARE = "rare"
+_NARROW_BPM = 10
 
 
 def _rare(asked: CheckedFilters, row: Any) -> list[_Choice]:
@@ -190,6 +189,12 @@ def _tagged(row: Any, name: str) -> _Choice:
 
 def _starred(row: Any) -> _Choice:
     return _Choice(_RARE, as_condition(row.is_starred), as_condition(unindexed(row.is_starred)))
+
+
+def _is_narrow(asked: CheckedFilters) -> bool:
+    """Return True if few rows have such a tempo: those of a wide range would have to be sorted."""
+    low, high = asked.bpm_from, asked.bpm_to
+    return low is not None and high is not None and high - low <= _NARROW_BPM
 
 
 def _tempo(asked: CheckedFilters, bpm: Any) -> Iterator[ColumnElement[bool]]:
