@@ -46,7 +46,7 @@ def test_one_argument_may_hold_phrases_and_excluded_words(run: Run) -> None:
 def test_search_that_finds_nothing_says_so(run: Run) -> None:
     result = run("search", "rain")
 
-    assert (result.code, result.out, result.err) == (0, "", "No prompt was found.\n")
+    assert (result.code, result.out, result.err) == (0, "", "Nothing was found.\n")
 
 
 @pytest.mark.parametrize("words", ["", "!?", "x" * 10_000, "a\x07b"])
@@ -103,15 +103,19 @@ def test_a_filtered_page_tells_the_next_one_without_counting(run: Run) -> None:
     [
         (
             ["--offset", 1, "--after", "x"],
-            "--offset goes with --status and --limit only; leave it out and go on with",
+            "--offset goes with one --status and --limit only; leave it out and go on with",
         ),
         (
             ["--offset", 1, "--tenant", "x"],
-            "--offset goes with --status and --limit only; leave it out and go on with",
+            "--offset goes with one --status and --limit only; leave it out and go on with",
         ),
         (["--after", "x"], "after is not a page's cursor; give the next page's"),
-        (["--since", "yesterday"], "--since is 'yesterday'; use a time such as"),
-        (["--before", "2026-01-31T12:00:00"], "--before has no time zone; add one"),
+        (["--since", "tomorrow"], "--since is 'tomorrow'; use yesterday, 2h, 3d, 2026-01-31 or"),
+        (["--until", "0001-01-01T00:00:00+14:00"], "--until is 0001-01-01"),
+        (["--meta", "order"], "--meta is 'order'; use KEY=VALUE"),
+        (["--tag", " "], "tag is only white space; use tags of"),
+        (["--batch", "nothing"], "--batch is 'nothing'; give the id of a batch"),
+        (["--key", "H"], "key is 'H'; use a key such as"),
         (["--model", ""], "model is empty"),
     ],
 )

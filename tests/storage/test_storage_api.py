@@ -346,14 +346,22 @@ async def test_get_generation_gives_the_row_or_none(database):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "found"), [("ab", 2), ("abc", 1), ("", 2), ("b", 0), ("%", 0), ("a_", 0)]
+    ("part", "found"),
+    [
+        ("ab", ["xyab", "abc", "abd", "zabz"]),
+        ("abc", ["abc"]),
+        ("y", ["xyab"]),
+        ("q", []),
+        ("%", []),
+        ("a_", []),
+    ],
 )
-async def test_ids_are_found_by_what_they_start_with(database, prefix, found):
-    for generation_id in ("abc", "abd", "xyz"):
+async def test_ids_are_found_by_their_end_then_their_start_then_any_part(database, part, found):
+    for generation_id in ("zabz", "abd", "abc", "xyab"):
         await add_with(database, id=generation_id)
 
     async with database.session() as session:
-        assert await find_generation_ids(session, prefix) == ["abc", "abd"][:found]
+        assert await find_generation_ids(session, part) == found
 
 
 async def test_all_generations_come_newest_first_in_pages(database):
@@ -697,6 +705,14 @@ def test_metadata_is_read_and_replaced_as_a_copy():
 def test_a_generation_without_metadata_has_an_empty_one():
     assert Generation(**WISH).get_metadata() == {}
     assert Generation(**WISH).to_dict()["metadata"] is None
+
+
+def test_a_row_as_json_has_the_waveform_only_if_asked():
+    facts = {"audio": {"peak": 0.5, "waveform": [0.5] * 1_000}, "order": 7}
+    generation = Generation(**WISH, metadata=facts)
+
+    assert generation.to_dict()["metadata"] == {"audio": {"peak": 0.5}, "order": 7}
+    assert generation.to_dict(with_waveform=True)["metadata"] == facts == generation.get_metadata()
 
 
 def test_an_unstored_generation_may_take_any_mark():

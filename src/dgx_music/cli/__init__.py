@@ -63,10 +63,16 @@ COMMANDS = {
     "search": (
         _QUEUE,
         "search:search",
-        "Find prompts by their words, best first, each by its newest generation.",
+        "Find words in prompts, titles, notes and tags, best first.",
     ),
-    "show": (_QUEUE, "show:show", "Show all of one generation: fields, attempts, waveform."),
+    "show": (
+        _QUEUE,
+        "show:show",
+        "Show all of one generation: fields, labels, attempts, waveform.",
+    ),
     "get": (_QUEUE, "get:get", "Save the audio of generations to files."),
+    "title": (_QUEUE, "labels:title", "Give a generation a title."),
+    "note": (_QUEUE, "labels:note", "Keep a note with a generation."),
     "watch": (_QUEUE, "watch:watch", "Watch a generation until it is finished."),
     "cancel": (_QUEUE, "transitions:cancel", "Cancel a generation."),
     "retry": (

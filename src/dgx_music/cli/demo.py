@@ -16,7 +16,15 @@ import typer
 
 from dgx_music.catalog import UNTRAINED_NOTICE
 from dgx_music.cli.options import at_home
-from dgx_music.cli.output import fail, near, print_line, print_table, print_waveform, tell
+from dgx_music.cli.output import (
+    end_of_id,
+    fail,
+    near,
+    print_line,
+    print_table,
+    print_waveform,
+    tell,
+)
 from dgx_music.config import EngineName, load_settings
 from dgx_music.errors import EngineUnavailableError, how_to_install
 from dgx_music.files import create_file
@@ -193,7 +201,7 @@ def _as_line(row: Generation) -> tuple[object, ...]:
     seconds = row.generation_time_seconds or 0.0
     rtf = seconds / row.duration_seconds
     return (
-        row.id,
+        end_of_id(row.id),
         f"{row.duration_seconds:g} s",
         row.attempt,
         f"{seconds:.2f} s",

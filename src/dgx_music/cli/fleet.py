@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dgx_music.cli.options import AsJson, DatabaseUrl, complete_model
-from dgx_music.cli.output import ID_PREFIX_CHARACTERS, distance, print_json, print_table, tell
+from dgx_music.cli.output import distance, end_of_id, print_json, print_table, tell
 
 if TYPE_CHECKING:
     from dgx_music.storage import Pause
@@ -85,9 +85,7 @@ def _print_pauses(pauses: Sequence[Pause], *, as_json: bool) -> None:
 
 def _as_line(row: dict[str, Any]) -> tuple[object, ...]:
     others = [name for name in row["models"] if name != row["model_name"]]
-    running = (
-        f"{item['id'][:ID_PREFIX_CHARACTERS]} {item['progress']:.0%}" for item in row["running"]
-    )
+    running = (f"{end_of_id(item['id'])} {item['progress']:.0%}" for item in row["running"])
     return (
         state_of(row),
         row["model_name"] + (f" (and {', '.join(others)})" if others else ""),

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from dgx_music.cli.options import (
-    AsJson,
-    Before,
-    DatabaseUrl,
-    Limit,
-    ModelName,
-    Since,
-    Status,
-    StatusName,
-    Tenant,
-    filters_of,
-)
+from dgx_music.cli.columns import COLUMNS, print_generations, read_columns
+from dgx_music.cli.filter_options import FILTER_OPTIONS, filters_of, find_filters
+from dgx_music.cli.options import AsJson, DatabaseUrl, Limit, taking
 from dgx_music.cli.output import (
     UNCONDITIONAL,
     distance,
     print_fields,
     print_json,
+    print_json_rows,
     print_table,
-    prompt_in_words,
-    status_in_words,
     tell,
     tell_untrained,
 )
@@ -35,16 +26,29 @@ from dgx_music.errors import InvalidRequestError
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from dgx_music.storage import Filters, Generation, Page, Prompt
+    from dgx_music.storage import Filters, Page, Prompt
 
 
+Order = Literal["created", "finished", "duration", "bpm", "run-time"]
+
+
+@taking(FILTER_OPTIONS, before="limit")
 def list_generations(
-    status: Status = None,
-    model: ModelName = None,
-    tenant: Tenant = None,
-    since: Since = None,
-    before: Before = None,
     limit: Limit = 20,
+    sort: Annotated[
+        Order | None,
+        typer.Option(
+            help="By what to sort, the largest first; default created. Those without a time of "
+            "end, a tempo or a run time are left out.",
+        ),
+    ] = None,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", "-r", help="Turn the order round: oldest, shortest first.")
+    ] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help=f"Show these columns, of {', '.join(COLUMNS)}."),
+    ] = None,
     offset: Annotated[
         int, typer.Option(min=0, help="Leave out this many of the newest; slow far back.")
     ] = 0,
@@ -56,23 +60,64 @@ def list_generations(
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
-    """List generations, newest first."""
-    if offset and any(value is not None for value in (after, model, tenant, since, before)):
-        problem = "goes with --status and --limit only"
-        raise InvalidRequestError("--offset", problem, "leave it out and go on with --after")
-    filters = filters_of(status, model, tenant, since, before)
-    page, count = asyncio.run(_list(filters, limit, offset, after, database_url))
-    rows = page.generations
+    """List generations, newest first.
+
+    The filters go together: dgx-music list -s completed --starred --tag ambient --since yesterday
+
+    On a terminal an id is shown as its shortest end that means it alone; commands take any such
+    part of an id, of 4 characters or more.
+    """
+    names = read_columns(columns)
+    wanted = _Wanted(filters_of(options), limit, offset, after, sort or "created", reverse)
+    wanted.check()
+    listed = asyncio.run(_list(wanted, database_url))
+    rows = listed.page.generations
     if as_json:
-        print_json([row.to_dict() for row in rows])
+        print_json_rows(row.to_dict() for row in rows)
     elif rows:
-        headings = ("ID", "STATUS", "DURATION", "CREATED", "PROMPT")
-        print_table(headings, [_as_line(row) for row in rows], numbers=["DURATION"])
-    rest = _rest_of(page, count, after, status)
+        print_generations(rows, names, listed.id_characters)
+    rest = _rest_of(listed.page, listed.total, after, wanted.statuses)
     if rest:
         tell(rest)
     tell_untrained(rows)
+
+
+class _Wanted(NamedTuple):
+    """What to list."""
+
+    filters: Filters
+    limit: int
+    offset: int
+    after: str | None
+    sort: Order
+    reverse: bool
+
+    @property
+    def statuses(self) -> Sequence[str]:
+        return self.filters.get("status") or ()
+
+    @property
+    def is_counted(self) -> bool:
+        """True if the number of such generations is known without reading each."""
+        is_complete = self.sort in ("created", "duration")
+        return is_complete and not self.filters.keys() - {"status"}
+
+    def check(self) -> None:
+        is_plain = self.is_counted and (self.sort, self.reverse) == ("created", False)
+        if self.offset and (self.after or not is_plain or len(self.statuses) > 1):
+            problem = "goes with one --status and --limit only"
+            raise InvalidRequestError("--offset", problem, "leave it out and go on with --after")
+
+
+class _Listed(NamedTuple):
+    """What there is of it."""
+
+    page: Page
+    total: int | None
+    """Of all such generations; ``None`` if they were not counted."""
+    id_characters: int | None
 
 
 def stats(database_url: DatabaseUrl = None, as_json: AsJson = False) -> None:
@@ -102,7 +147,7 @@ def _rest_of(
     page: Page,
     count: int | None,
     after: str | None,
-    status: StatusName | None,
+    statuses: Sequence[str],
 ) -> str | None:
     """Return what to say of the generations that are not on the page.
 
@@ -120,37 +165,42 @@ def _rest_of(
     if count is None:
         return "There are no such generations"
     kind = (
-        f"{status} generations"
-        if status
+        f"{' or '.join(statuses)} generations"
+        if statuses
         else 'generations yet; add one with: dgx-music enqueue "lofi rain"'
     )
     return f"There are no {kind}"
 
 
-def _as_line(row: Generation) -> tuple[object, ...]:
-    seconds, age = f"{row.duration_seconds:g} s", distance(row.created_at)
-    return row.id, status_in_words(row), seconds, age, prompt_in_words(row)
+async def _list(wanted: _Wanted, database_url: str | None) -> _Listed:
+    from dgx_music.cli.opening import id_characters, opened
 
-
-async def _list(
-    filters: Filters, limit: int, offset: int, after: str | None, database_url: str | None
-) -> tuple[Page, int | None]:
-    """Return a page, and the number of all generations if it is known without reading each."""
-    from dgx_music.cli.opening import opened
-    from dgx_music.storage import Page, count_generations, get_all_generations, list_generations
-
-    status = filters.get("status")
-    is_counted = not any(value for name, value in filters.items() if name != "status")
-
-    async def read(session: AsyncSession) -> tuple[Page, int | None]:
-        if offset:
-            page = Page(await get_all_generations(session, limit, offset, status), None)
-        else:
-            page = await list_generations(session, limit=limit, after=after, **filters)
-        return page, await count_generations(session, status) if is_counted else None
+    async def read(session: AsyncSession) -> _Listed:
+        page = await _page(session, wanted._replace(filters=found))
+        total = await _count(session, wanted) if wanted.is_counted else None
+        return _Listed(page, total, await id_characters(session, page.generations))
 
     async with opened(database_url) as database:
+        found = await find_filters(database, wanted.filters)
         return await database.transact(read, read_only=True, may_lag=True)
+
+
+async def _page(session: AsyncSession, wanted: _Wanted) -> Page:
+    from dgx_music.storage import Page, get_all_generations, list_generations
+
+    _, limit, offset, after, sort, reverse = wanted
+    if offset:
+        status = next(iter(wanted.statuses), None)
+        return Page(await get_all_generations(session, limit, offset, status), None)
+    return await list_generations(
+        session, limit=limit, after=after, sort=sort, reverse=reverse, **wanted.filters
+    )
+
+
+async def _count(session: AsyncSession, wanted: _Wanted) -> int:
+    from dgx_music.storage import count_generations
+
+    return sum([await count_generations(session, each) for each in wanted.statuses or (None,)])
 
 
 async def _stats(database_url: str | None) -> dict[str, int]:

@@ -30,15 +30,19 @@ if TYPE_CHECKING:
 WAVEFORM_WIDTH = 72
 UNCONDITIONAL = "(unconditional)"
 """Shown instead of an empty prompt."""
-ID_PREFIX_CHARACTERS = 18
-"""A UUIDv7's time, to a quarter of a microsecond: enough to tell two ids apart."""
+ID_END_CHARACTERS = 12
+"""The last group of a UUIDv7, which is random: enough to tell ids apart without a look at all."""
 
 _BARS = "▁▂▃▄▅▆▇█"
-_NARROW = 110
 _PIPE_WIDTH = 10_000
 _LEAST_ROOM = 12
 _GAP = Text("  ")
-_LABELS = {"device_seconds": "device time"}
+_LABELS = {
+    "device_seconds": "device time",
+    "bpm": "tempo",
+    "musical_key": "key",
+    "is_starred": "starred",
+}
 _STATES = {"STATUS", "OUTCOME", "STATE", "CHECK"}
 STYLES = {
     "pending": "yellow",
@@ -105,8 +109,18 @@ def has_password(url: str) -> bool:
 
 def print_json(value: object, indent: int | None = 2) -> None:
     """Print the value as JSON on stdout, in ASCII if stdout is not UTF-8."""
-    is_unicode = str(sys.stdout.encoding).lower().replace("-", "") == "utf8"
-    typer.echo(plain_json(json.dumps(value, indent=indent, ensure_ascii=not is_unicode)))
+    typer.echo(plain_json(json.dumps(value, indent=indent, ensure_ascii=not _is_utf8())))
+
+
+def print_json_rows(rows: Iterable[dict[str, Any]]) -> None:
+    """Print a JSON array on stdout with one line for each row, without spaces in it."""
+    is_ascii, separators = not _is_utf8(), (",", ":")
+    lines = [json.dumps(row, separators=separators, ensure_ascii=is_ascii) for row in rows]
+    typer.echo(plain_json("[" + ",\n".join(lines) + "]"))
+
+
+def _is_utf8() -> bool:
+    return str(sys.stdout.encoding).lower().replace("-", "") == "utf8"
 
 
 def print_line(text: str = "") -> None:
@@ -120,9 +134,18 @@ def make_console(file: TextIO | None = None) -> Console:
     It is as wide as the terminal, or as COLUMNS says; in a pipe it is so wide that nothing is cut.
     """
     stream = file or sys.stdout
-    is_bounded = stream.isatty() or "COLUMNS" in os.environ
-    width = None if is_bounded else _PIPE_WIDTH
+    width = None if is_bounded(stream) else _PIPE_WIDTH
     return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+
+def is_bounded(stream: TextIO | None = None) -> bool:
+    """Return True if stdout, or another stream, has a width: long text is cut for people."""
+    return (stream or sys.stdout).isatty() or "COLUMNS" in os.environ
+
+
+def end_of_id(whole: str | None) -> str:
+    """Return the end of an id on a terminal, and all of it for programs."""
+    return (whole or "")[-ID_END_CHARACTERS:] if is_bounded() else whole or ""
 
 
 def print_table(
@@ -136,7 +159,7 @@ def print_table(
     console = make_console()
     cells = [[Text(heading, style="bold") for heading in headings]]
     cells += [
-        [_cell(heading, value, console.width) for heading, value in zip(headings, row, strict=True)]
+        [_cell(heading, value) for heading, value in zip(headings, row, strict=True)]
         for row in rows
     ]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
@@ -187,10 +210,8 @@ def _print_row(console: Console, start: Text, last: Text, *, is_cut: bool) -> No
         console.print(Text(" " * indent) + line, soft_wrap=True)
 
 
-def _cell(heading: str, value: object, width: int) -> Text:
+def _cell(heading: str, value: object) -> Text:
     text = plain(one_line(str(value)))
-    if heading == "ID" and width < _NARROW:
-        text = text[:ID_PREFIX_CHARACTERS]
     return Text(text, style=STYLES.get(text.partition(" ")[0], "") if heading in _STATES else "")
 
 
@@ -206,6 +227,10 @@ def shown(name: str, value: Any, now: datetime) -> str:
         return size(value)
     if name.endswith("_seconds"):
         return f"{value:.3f}".rstrip("0").rstrip(".") + " s"
+    if name == "bpm":
+        return f"{value:.1f} bpm"
+    if name == "tags":
+        return ", ".join(value)
     if name == "progress":
         return f"{value:.0%}"
     if name == "sample_rate":

@@ -46,10 +46,13 @@ def show(
     play: Annotated[
         bool, typer.Option("--play", help="Play it too: by ffplay, mpv, aplay or afplay.")
     ] = False,
+    waveform: Annotated[
+        bool, typer.Option("--waveform", help="With --json: keep the waveform, about 7 kB.")
+    ] = False,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show all of one generation: fields, attempts, waveform.
+    """Show all of one generation: fields, labels, attempts, waveform.
 
     While it waits or runs, it also shows when it will start and be done, as far as that is known.
     With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a
@@ -59,7 +62,7 @@ def show(
     """
     known = asyncio.run(_read(generation_id, database_url))
     if as_json:
-        print_json(_as_json(known))
+        print_json(_as_json(known, with_waveform=waveform))
     else:
         _print(known)
     if play:
@@ -76,7 +79,7 @@ def _print(known: _Known) -> None:
     sys.stdout.flush()  # before somebody listens to it
 
 
-def _as_json(known: _Known) -> dict[str, Any]:
+def _as_json(known: _Known, *, with_waveform: bool) -> dict[str, Any]:
     file, outlook = known.file, known.estimate
     states = {"file_is_missing": file.is_missing, "file_is_damaged": file.is_damaged}
     more = {
@@ -84,7 +87,8 @@ def _as_json(known: _Known) -> dict[str, Any]:
         "queue_position": outlook.position,
         "estimate": outlook.to_dict(),
     }
-    return {**known.generation.to_dict(), **states, **more}
+    row = known.generation.to_dict(with_waveform=with_waveform)
+    return {**row, **states, **more}
 
 
 def _lines(known: _Known) -> list[tuple[str, str]]:
@@ -105,6 +109,7 @@ def _fields(known: _Known) -> dict[str, Any]:
     """Return the row's fields that are worth a line, with clips in words instead of hashes."""
     row = known.generation
     told = row.to_dict() | {"prompt": row.prompt or UNCONDITIONAL}
+    told |= {"is_starred": row.is_starred or None}
     told |= {"negative_prompt": (row.sampling or {}).get("negative_prompt")}
     for name, text in known.clips.items():
         told |= {f"{name}_sha256": None, name: text}

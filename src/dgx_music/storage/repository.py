@@ -6,17 +6,18 @@ The transitions that a worker makes are in queue.py, those made by hand in by_ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import case, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.statuses import PENDING, GenerationStatus
 from dgx_music.storage.listing import limited
-from dgx_music.storage.models import Attempt, Generation
+from dgx_music.storage.models import Attempt, Batch, Generation
 from dgx_music.storage.prompts import count_prompt_uses
-from dgx_music.storage.schema import check_status, written
+from dgx_music.storage.schema import check_status, dialect_of, written
 
 
 async def create_generation(
@@ -64,10 +65,49 @@ async def get_generation(session: AsyncSession, generation_id: str) -> Generatio
     return await session.get(Generation, generation_id)
 
 
-async def find_generation_ids(session: AsyncSession, prefix: str, limit: int = 2) -> list[str]:
-    """Return at most ``limit`` ids that start with this prefix; reads the whole index of ids."""
-    is_meant = Generation.id.startswith(prefix, autoescape=True)
-    query = select(Generation.id).where(is_meant).order_by(Generation.id)
+async def find_generation_ids(session: AsyncSession, part: str, limit: int = 20) -> list[str]:
+    """Return at most ``limit`` ids that hold this text; reads the whole index of ids.
+
+    First those that end with it, then those that start with it: the end of an id is random, and its
+    start is a time.
+    """
+    return await _find_ids(session, Generation.id, part, limit)
+
+
+async def find_batch_ids(session: AsyncSession, part: str, limit: int = 20) -> list[str]:
+    """Return at most ``limit`` ids of batches that hold this text, as ``find_generation_ids``."""
+    return await _find_ids(session, Batch.id, part, limit)
+
+
+async def count_end_characters(session: AsyncSession, ids: Sequence[str], least: int) -> int:
+    """Return how many last characters tell each of these ids from all others; at least ``least``.
+
+    Reads the whole index of ids.
+    """
+    ending = func.right if dialect_of(session) == "postgresql" else _last_on_sqlite
+    ends = {each[-least:] for each in ids}
+    alike = await session.scalars(
+        select(Generation.id).where(ending(Generation.id, least).in_(ends))
+    )
+    needed = least
+    for other in {*alike, *ids}:
+        for each in ids:
+            while each != other and each[-needed:] == other[-needed:]:
+                needed += 1
+    return needed
+
+
+def _last_on_sqlite(column: Any, count: int) -> Any:
+    return func.substr(column, -count)
+
+
+async def _find_ids(session: AsyncSession, column: Any, part: str, limit: int) -> list[str]:
+    rank = case(
+        (column.endswith(part, autoescape=True), 0),
+        (column.startswith(part, autoescape=True), 1),
+        else_=2,
+    )
+    query = select(column).where(column.contains(part, autoescape=True)).order_by(rank, column)
     return list(await session.scalars(limited(query, limit)))
 
 
