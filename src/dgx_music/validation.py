@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +22,9 @@ from dgx_music.text import says_something
 
 MAX_PROMPT_CHARACTERS = 2_000
 MAX_NAME_CHARACTERS = 200
+MAX_NOTES_CHARACTERS = 10_000
+MAX_TAGS = 20
+MAX_TAG_CHARACTERS = 50
 MAX_PATH_CHARACTERS = 4_096
 MAX_MESSAGE_CHARACTERS = 2_000
 MAX_METADATA_BYTES = 16_384
@@ -33,6 +37,8 @@ CLIP_FIELDS = ("continuation", "melody")
 """The fields of a request that take audio; its row refers to each clip as ``<field>_sha256``."""
 CLIP_REMEDY = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} seconds"
 
+_KEY = re.compile(r"([A-G])([#♯b♭]?) *(m|min|minor|maj|major)?", re.IGNORECASE)
+_KEY_NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SURROGATE_OF_A_BYTE = range(0xDC80, 0xDD00)
@@ -91,6 +97,55 @@ def check_name(field: str, value: object) -> str:
     _check_says_something(field, text, remedy)
     _check_length(field, text, MAX_NAME_CHARACTERS)
     return text
+
+
+def check_title(value: object, field: str = "title") -> str:
+    """Return the title stripped: 1 to 200 characters on one line."""
+    return check_name(field, value).strip()
+
+
+def check_notes(value: object, field: str = "notes") -> str:
+    """Return the notes stripped: 1 to 10,000 characters of clean text."""
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n")
+    remedy = "newlines and tabs are the only control characters allowed"
+    text = _clean_text(field, value, remedy).strip()
+    _check_says_something(field, text, "write something, or leave it out")
+    _check_length(field, text, MAX_NOTES_CHARACTERS)
+    return text
+
+
+def check_tags(value: object, field: str = "tags") -> list[str]:
+    """Return the tags, given as one or as a list: lower case, each once, in alphabetical order.
+
+    At most 20, each of 1 to 50 characters on one line.
+    """
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple | set | frozenset):
+        raise InvalidRequestError(field, f"is {shown(value)}", "use a list of texts")
+    tags = sorted({_check_tag(field, each) for each in given})
+    if len(tags) > MAX_TAGS:
+        raise InvalidRequestError(field, f"has {len(tags):,} tags", f"use at most {MAX_TAGS}")
+    return tags
+
+
+def _check_tag(field: str, value: object) -> str:
+    text = unicodedata.normalize("NFC", _one_line(field, value).strip().lower())
+    _check_says_something(field, text, f"use tags of 1 to {MAX_TAG_CHARACTERS} characters")
+    _check_length(field, text, MAX_TAG_CHARACTERS)
+    return text
+
+
+def check_musical_key(value: object, field: str = "key") -> str:
+    """Return a key as it is stored, such as ``F#m`` or ``C``: flats become sharps."""
+    found = _KEY.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None:
+        remedy = "use a key such as C, F#m or Bb minor"
+        raise InvalidRequestError(field, f"is {shown(value)}", remedy)
+    note, accidental, mode = found[1].upper(), found[2].lower(), found[3] or ""
+    shift = {"": 0, "#": 1, "♯": 1}.get(accidental, -1)
+    name = _KEY_NAMES[(_KEY_NAMES.index(note) + shift) % len(_KEY_NAMES)]
+    return name + ("m" if mode == "m" or mode.lower() in ("min", "minor") else "")
 
 
 def check_path(field: str, value: object) -> str:

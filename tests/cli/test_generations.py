@@ -123,11 +123,21 @@ def test_an_id_that_cannot_be_one_ends_2(run: Run, command: str, given: str) -> 
     assert run(command, given).code == 2
 
 
-def test_the_first_characters_of_an_id_are_enough(run: Run) -> None:
+def test_any_part_of_an_id_is_enough(run: Run) -> None:
     (generation_id,) = add("lofi rain")
 
-    assert run("show", generation_id[:18].upper(), "--json").json["id"] == generation_id
-    assert run("show", generation_id[:7]).code == 3
+    for part in (generation_id[:18].upper(), generation_id[-4:], generation_id[20:27]):
+        assert run("show", part, "--json").json["id"] == generation_id
+    assert run("show", generation_id[-3:]).code == 3
+
+
+def test_the_end_of_an_id_means_more_than_its_start_or_middle(run: Run) -> None:
+    add("a", id="aaaa-1111-bbbb")
+    add("b", id="bbbb-aaaa-cccc")
+
+    assert run("show", "bbbb", "--json").json["prompt"] == "a"
+    assert run("show", "aaaa", "--json").json["prompt"] == "a"
+    assert run("show", "cccc", "--json").json["prompt"] == "b"
 
 
 def test_first_characters_that_fit_two_ids_are_refused(run: Run) -> None:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 
-from dgx_music.cli.options import StatusName
 from dgx_music.cli.request_options import REQUEST_OPTIONS
 from dgx_music.client.requests import DEFAULTS, OPTIONS
 from dgx_music.sampling import SamplingOptions
-from dgx_music.storage import GenerationStatus
-
-
-def test_the_statuses_are_those_of_the_library() -> None:
-    assert [*get_args(StatusName)] == [status.value for status in GenerationStatus]
 
 
 def test_enqueue_has_each_option_of_the_library() -> None:

@@ -103,15 +103,19 @@ def test_a_filtered_page_tells_the_next_one_without_counting(run: Run) -> None:
     [
         (
             ["--offset", 1, "--after", "x"],
-            "--offset goes with --status and --limit only; leave it out and go on with",
+            "--offset goes with one --status and --limit only; leave it out and go on with",
         ),
         (
             ["--offset", 1, "--tenant", "x"],
-            "--offset goes with --status and --limit only; leave it out and go on with",
+            "--offset goes with one --status and --limit only; leave it out and go on with",
         ),
         (["--after", "x"], "after is not a page's cursor; give the next page's"),
-        (["--since", "yesterday"], "--since is 'yesterday'; use a time such as"),
-        (["--before", "2026-01-31T12:00:00"], "--before has no time zone; add one"),
+        (["--since", "tomorrow"], "--since is 'tomorrow'; use yesterday, 2h, 3d, 2026-01-31 or"),
+        (["--until", "0001-01-01T00:00:00+14:00"], "--until is 0001-01-01"),
+        (["--meta", "order"], "--meta is 'order'; use KEY=VALUE"),
+        (["--tag", " "], "tag is only white space; use tags of"),
+        (["--batch", "nothing"], "--batch is 'nothing'; give the id of a batch"),
+        (["--key", "H"], "key is 'H'; use a key such as"),
         (["--model", ""], "model is empty"),
     ],
 )

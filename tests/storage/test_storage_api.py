@@ -346,14 +346,22 @@ async def test_get_generation_gives_the_row_or_none(database):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "found"), [("ab", 2), ("abc", 1), ("", 2), ("b", 0), ("%", 0), ("a_", 0)]
+    ("part", "found"),
+    [
+        ("ab", ["xyab", "abc", "abd", "zabz"]),
+        ("abc", ["abc"]),
+        ("y", ["xyab"]),
+        ("q", []),
+        ("%", []),
+        ("a_", []),
+    ],
 )
-async def test_ids_are_found_by_what_they_start_with(database, prefix, found):
-    for generation_id in ("abc", "abd", "xyz"):
+async def test_ids_are_found_by_their_end_then_their_start_then_any_part(database, part, found):
+    for generation_id in ("zabz", "abd", "abc", "xyab"):
         await add_with(database, id=generation_id)
 
     async with database.session() as session:
-        assert await find_generation_ids(session, prefix) == ["abc", "abd"][:found]
+        assert await find_generation_ids(session, part) == found
 
 
 async def test_all_generations_come_newest_first_in_pages(database):

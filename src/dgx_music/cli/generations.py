@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgx_music.cli.options import (
-    AsJson,
-    Before,
-    DatabaseUrl,
-    Limit,
-    ModelName,
-    Since,
-    Status,
-    StatusName,
-    Tenant,
-    filters_of,
-)
+from dgx_music.cli.filter_options import FILTER_OPTIONS, filters_of, find_filters
+from dgx_music.cli.options import AsJson, DatabaseUrl, Limit, taking
 from dgx_music.cli.output import (
     UNCONDITIONAL,
     distance,
@@ -38,12 +29,8 @@ if TYPE_CHECKING:
     from dgx_music.storage import Filters, Generation, Page, Prompt
 
 
+@taking(FILTER_OPTIONS, before="limit")
 def list_generations(
-    status: Status = None,
-    model: ModelName = None,
-    tenant: Tenant = None,
-    since: Since = None,
-    before: Before = None,
     limit: Limit = 20,
     offset: Annotated[
         int, typer.Option(min=0, help="Leave out this many of the newest; slow far back.")
@@ -56,20 +43,22 @@ def list_generations(
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
     """List generations, newest first."""
-    if offset and any(value is not None for value in (after, model, tenant, since, before)):
-        problem = "goes with --status and --limit only"
+    filters = filters_of(options)
+    statuses = options.get("status") or []
+    if offset and (after or filters.keys() - {"status"} or len(statuses) > 1):
+        problem = "goes with one --status and --limit only"
         raise InvalidRequestError("--offset", problem, "leave it out and go on with --after")
-    filters = filters_of(status, model, tenant, since, before)
-    page, count = asyncio.run(_list(filters, limit, offset, after, database_url))
+    page, count = asyncio.run(_list(filters, statuses, limit, offset, after, database_url))
     rows = page.generations
     if as_json:
         print_json([row.to_dict() for row in rows])
     elif rows:
         headings = ("ID", "STATUS", "DURATION", "CREATED", "PROMPT")
         print_table(headings, [_as_line(row) for row in rows], numbers=["DURATION"])
-    rest = _rest_of(page, count, after, status)
+    rest = _rest_of(page, count, after, statuses)
     if rest:
         tell(rest)
     tell_untrained(rows)
@@ -102,7 +91,7 @@ def _rest_of(
     page: Page,
     count: int | None,
     after: str | None,
-    status: StatusName | None,
+    statuses: Sequence[str],
 ) -> str | None:
     """Return what to say of the generations that are not on the page.
 
@@ -120,8 +109,8 @@ def _rest_of(
     if count is None:
         return "There are no such generations"
     kind = (
-        f"{status} generations"
-        if status
+        f"{' or '.join(statuses)} generations"
+        if statuses
         else 'generations yet; add one with: dgx-music enqueue "lofi rain"'
     )
     return f"There are no {kind}"
@@ -133,23 +122,32 @@ def _as_line(row: Generation) -> tuple[object, ...]:
 
 
 async def _list(
-    filters: Filters, limit: int, offset: int, after: str | None, database_url: str | None
+    filters: Filters,
+    statuses: Sequence[str],
+    limit: int,
+    offset: int,
+    after: str | None,
+    database_url: str | None,
 ) -> tuple[Page, int | None]:
     """Return a page, and the number of all generations if it is known without reading each."""
     from dgx_music.cli.opening import opened
     from dgx_music.storage import Page, count_generations, get_all_generations, list_generations
 
-    status = filters.get("status")
-    is_counted = not any(value for name, value in filters.items() if name != "status")
+    is_counted = not filters.keys() - {"status"}
 
     async def read(session: AsyncSession) -> tuple[Page, int | None]:
         if offset:
+            status = statuses[0] if statuses else None
             page = Page(await get_all_generations(session, limit, offset, status), None)
         else:
-            page = await list_generations(session, limit=limit, after=after, **filters)
-        return page, await count_generations(session, status) if is_counted else None
+            page = await list_generations(session, limit=limit, after=after, **found)
+        if not is_counted:
+            return page, None
+        counts = [await count_generations(session, each) for each in statuses or (None,)]
+        return page, sum(counts)
 
     async with opened(database_url) as database:
+        found = await find_filters(database, filters)
         return await database.transact(read, read_only=True, may_lag=True)
 
 

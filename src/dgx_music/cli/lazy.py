@@ -74,8 +74,12 @@ class _Conversion:
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return the value in the parameter's type; raises typer's ``BadParameter``."""
         is_single = not param.multiple and param.nargs == 1
-        if is_single and (value is None or type(value) is self._type):
+        if value is None:
+            return None if is_single else ()
+        if is_single and type(value) is self._type:
             return value
+        if self._type == list[str] and all(type(each) is str for each in value):
+            return list(value)
         return self._build().coerce(value, param=param, ctx=ctx)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from dgx_music.cli.options import given
@@ -11,10 +11,12 @@ from dgx_music.config import load_settings
 from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.storage import Database, Generation, close_db, get_generation, init_db
 from dgx_music.storage.connection.urls import file_of, normalise_url
-from dgx_music.storage.repository import find_generation_ids
+from dgx_music.storage.repository import find_batch_ids, find_generation_ids
 from dgx_music.validation import check_name
 
-_SHORTEST_PREFIX = 8
+SHORTEST_PART = 4
+"""The fewest characters of an id that are looked for in all ids."""
+_MOST_NAMED = 3
 
 
 @asynccontextmanager
@@ -38,22 +40,47 @@ def exists(database: Database) -> bool:
 
 
 async def find_generation(database: Database, wanted: str) -> Generation:
-    """Return the generation with this id, or the only one whose id starts with this text.
+    """Return the generation with this id, or the one that this part of an id means.
 
-    Raises ``GenerationNotFoundError``, or ``InvalidRequestError`` if several ids start so.
+    Raises ``GenerationNotFoundError``, or ``InvalidRequestError`` if the part fits several.
     """
-    start = check_name("ID", wanted).lower()
+    part = check_name("ID", wanted).lower()
     async with database.session(read_only=True) as session:
-        generation = await get_generation(session, start)
-        if generation is None and len(start) >= _SHORTEST_PREFIX:
-            ids = await find_generation_ids(session, start)
-            if len(ids) > 1:
-                raise InvalidRequestError(
-                    "ID",
-                    f"{wanted!r} fits more than one generation",
-                    "give more of it",
-                )
-            generation = await get_generation(session, ids[0]) if ids else None
+        generation = await get_generation(session, part)
+        if generation is None and len(part) >= SHORTEST_PART:
+            found = the_one_meant(wanted, await find_generation_ids(session, part))
+            generation = await get_generation(session, found) if found else None
     if generation is None:
         raise GenerationNotFoundError(wanted)
     return generation
+
+
+async def find_batch_id(database: Database, wanted: str) -> str:
+    """Return the id of the batch with this id, or that this part of an id means.
+
+    Raises ``InvalidRequestError`` if it fits none or several.
+    """
+    part = check_name("batch", wanted).lower()
+    async with database.session(read_only=True) as session:
+        ids = await find_batch_ids(session, part)
+    found = part if part in ids else the_one_meant(wanted, ids, "--batch")
+    if found is None or len(part) < SHORTEST_PART:
+        raise InvalidRequestError("--batch", f"is {wanted!r}", "give the id of a batch")
+    return found
+
+
+def the_one_meant(part: str, ids: Sequence[str], field: str = "ID") -> str | None:
+    """Return the one id that ends with this part, else the one that starts with it, or holds it.
+
+    ``None`` if there is none. Raises ``InvalidRequestError`` if there are several.
+    """
+    low = part.lower()
+    ends, starts = (
+        [each for each in ids if is_so(each, low)] for is_so in (str.endswith, str.startswith)
+    )
+    fitting = ends or starts or ids
+    if len(fitting) > 1:
+        several = ", ".join(fitting[:_MOST_NAMED]) + (", …" if len(fitting) > _MOST_NAMED else "")
+        problem = f"{part!r} fits more than one"
+        raise InvalidRequestError(field, problem, f"give more of it ({several})")
+    return fitting[0] if fitting else None

@@ -5,21 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 import typer
 
 from dgx_music import validation
 from dgx_music.catalog import MODELS
 from dgx_music.config import SETTINGS
-from dgx_music.validation import check_run_at
-
-if TYPE_CHECKING:
-    from dgx_music.storage import Filters
 
 WAITING = "Waiting"
 
-StatusName = Literal["pending", "processing", "completed", "failed", "cancelled"]
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -109,26 +104,6 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in MODELS if name.startswith(incomplete)]
 
 
-def filters_of(
-    status: StatusName | None,
-    model: str | None,
-    tenant: str | None,
-    since: str | None,
-    before: str | None,
-) -> Filters:
-    """Return the filters that were given."""
-    from dgx_music.storage import Filters, GenerationStatus
-
-    filters = Filters(
-        status=None if status is None else GenerationStatus(status), model=model, tenant=tenant
-    )
-    if since is not None:
-        filters["created_from"] = check_run_at(since, "--since")
-    if before is not None:
-        filters["created_before"] = check_run_at(before, "--before")
-    return filters
-
-
 DatabaseUrl = Annotated[str | None, setting("database_url")]
 Output = Annotated[str | None, setting("output")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
@@ -141,22 +116,9 @@ Timeout = Annotated[
         rich_help_panel=WAITING,
     ),
 ]
-Status = Annotated[
-    StatusName | None, typer.Option("--status", "-s", help="Only those of this status.")
-]
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="Only those of this model.", autocompletion=complete_model),
-]
-Tenant = Annotated[str | None, typer.Option(help="Only those made for this tenant.")]
-Since = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME", help="Only those created then or later, as in 2026-01-31T12:00:00Z."
-    ),
-]
-Before = Annotated[str | None, typer.Option(metavar="TIME", help="Only those created earlier.")]
 GenerationId = Annotated[
     str,
-    typer.Argument(metavar="ID", help="The generation's id, or its first characters (8 or more)."),
+    typer.Argument(
+        metavar="ID", help="The generation's id, or a part of it (4 characters or more)."
+    ),
 ]

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgx_music.cli.options import (
-    AsJson,
-    Before,
-    DatabaseUrl,
-    ModelName,
-    Since,
-    Status,
-    Tenant,
-    filters_of,
-)
+from dgx_music.cli.filter_options import FILTER_OPTIONS, filters_of, find_filters
+from dgx_music.cli.options import AsJson, DatabaseUrl, taking
 from dgx_music.cli.output import (
     distance,
     print_json,
@@ -31,25 +23,22 @@ if TYPE_CHECKING:
     from dgx_music.storage import Filters, SearchHit
 
 
+@taking(FILTER_OPTIONS, before="limit")
 def search(
     words: Annotated[
         list[str], typer.Argument(metavar="WORDS...", help="What the prompt is about.")
     ],
-    status: Status = None,
-    model: ModelName = None,
-    tenant: Tenant = None,
-    since: Since = None,
-    before: Before = None,
     limit: Annotated[int, typer.Option(min=0, help="How many to print at most.")] = 20,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
     """Find prompts by their words, best first, each by its newest generation.
 
     In one argument, "quoted words" must follow one another and -words must not be there:
     dgx-music search '"lofi rain" -vocals'
     """
-    filters = filters_of(status, model, tenant, since, before)
+    filters = filters_of(options)
     hits = asyncio.run(_search(" ".join(words), limit, filters, database_url))
     if as_json:
         print_json(
@@ -87,8 +76,9 @@ async def _search(
     from dgx_music.storage import search_generations
 
     async with opened(database_url) as database:
+        found = await find_filters(database, filters)
         return await database.transact(
-            lambda session: search_generations(session, words, limit=limit, **filters),
+            lambda session: search_generations(session, words, limit=limit, **found),
             read_only=True,
             may_lag=True,
         )

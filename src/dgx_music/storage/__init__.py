@@ -11,7 +11,8 @@ from dgx_music.storage.database import (
     init_db,
     reset_database,
 )
-from dgx_music.storage.listing import Filters, Page, list_generations
+from dgx_music.storage.filters import Filters
+from dgx_music.storage.listing import Page, list_generations
 from dgx_music.storage.models import (
     Attempt,
     Base,

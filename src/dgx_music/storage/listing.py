@@ -8,35 +8,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack, cast, get_args
 
-from sqlalchemy import ColumnElement, literal, literal_column, select, tuple_
+from sqlalchemy import ColumnElement, Select, literal, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from dgx_music import validation
 from dgx_music.errors import InvalidRequestError
-from dgx_music.statuses import COMPLETED, GenerationStatus
+from dgx_music.storage.filters import CheckedFilters, Filters, Sort, check_filters, choices, moments
 from dgx_music.storage.models import Generation
-from dgx_music.storage.schema import UtcDateTime, check_status, unindexed
 
 MAX_ROWS = 2**31 - 1
 
 _MAX_CURSOR_CHARACTERS = 400
-
-
-class Filters(TypedDict, total=False):
-    """Which generations: those that fit all filters given; ``None`` is not a filter."""
-
-    status: GenerationStatus | str | None
-    model: str | None
-    tenant: str | None
-    """If empty: generations without a tenant."""
-    created_from: datetime | str | None
-    """Created at this moment or later; a datetime with a time zone, or ISO 8601 text."""
-    created_before: datetime | str | None
-    """Created earlier than this moment."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +35,99 @@ class Page:
     """The cursor to give as ``after``; ``None`` if there are no more."""
 
 
+class _Order(NamedTuple):
+    """By which value a list is sorted, and in which direction."""
+
+    sort: Sort
+    is_reversed: bool
+
+    @property
+    def column(self) -> Any:
+        return self.value_of(Generation)
+
+    def value_of(self, row: Any) -> Any:
+        return getattr(row, _COLUMNS[self.sort])
+
+    @property
+    def prefix(self) -> str:
+        """What a cursor begins with; empty for the usual order, newest first."""
+        if self == ("created", False):
+            return ""
+        return f"{'reverse ' if self.is_reversed else ''}{self.sort} "
+
+    def by(self, row: Any = Generation) -> list[ColumnElement[Any]]:
+        """Return what to sort by; the id decides between equal values."""
+        keys = (self.value_of(row), row.id)
+        return [key.asc() if self.is_reversed else key.desc() for key in keys]
+
+    def after(self, cursor: _Cursor) -> ColumnElement[bool]:
+        """Return the condition on the rows that come later in the list."""
+        here = tuple_(self.column, Generation.id)
+        place = tuple_(literal(cursor.value, self.column.type), literal(cursor.id))
+        return here > place if self.is_reversed else here < place
+
+
+_COLUMNS: dict[str, str] = {
+    "created": "created_at",
+    "finished": "completed_at",
+    "duration": "duration_seconds",
+    "bpm": "bpm",
+    "run-time": "generation_time_seconds",
+}
+
+
 async def list_generations(
     session: AsyncSession,
     *,
     limit: int = 100,
     after: str | None = None,
+    sort: Sort = "created",
+    reverse: bool = False,
     **filters: Unpack[Filters],
 ) -> Page:
-    """Return a page of at most ``limit`` generations, newest first, that fit the filters.
+    """Return a page of at most ``limit`` generations that fit the filters, newest first.
 
-    ``after`` is the ``next`` of an earlier page, to be used with the same filters. The rows are
-    read from an index in order; nothing is sorted. Raises ``InvalidRequestError``.
+    ``after`` is the ``next`` of an earlier page, to be used with the same filters and order. Other
+    orders: ``sort`` by ``finished`` (the time), ``duration``, ``bpm`` or ``run-time``, the largest
+    value first; a generation without such a value is left out. ``reverse`` turns any order round.
+
+    By ``created``, ``finished`` and ``bpm`` the rows are read from an index in order; by
+    ``duration`` and ``run-time`` all that fit are read and sorted. Raises ``InvalidRequestError``.
     """
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
-    start = None if after is None else _Cursor.parse(after)
-    equalities, bounds = (
-        _equalities(filters, Generation, is_found=False),
-        _bounds(filters, start, Generation),
-    )
-    newest_first = (Generation.created_at.desc(), Generation.id.desc())
-    query = select(Generation).where(*equalities, *bounds).order_by(*newest_first).limit(limit + 1)
-    rows = list(await session.scalars(query))
+    order = _Order(_check_sort(sort), reverse)
+    start = None if after is None else _Cursor.parse(after, order)
+    query = _page_query(check_filters(filters), order, start, limit + 1)
+    rows: list[Generation] = list(await session.scalars(query))
     page = rows[:limit]
     has_more = len(rows) > limit > 0
-    return Page(page, str(_Cursor(page[-1].created_at, page[-1].id)) if has_more else None)
+    return Page(page, _Cursor.at(page[-1], order).text(order) if has_more else None)
 
 
-def conditions(filters: Filters, row: Any) -> list[ColumnElement[bool]]:
-    """Return the filters' conditions on a row that another condition finds.
+def _page_query(
+    asked: CheckedFilters, order: _Order, start: _Cursor | None, limit: int
+) -> Select[Any]:
+    """Return the query of a page, read from an index in order.
 
-    Raises ``InvalidRequestError``.
+    Several statuses are not next to each other in an index: each has a query of its own.
     """
-    return [*_equalities(filters, row, is_found=True), *_bounds(filters, None, row)]
+    if not asked.are_statuses_split or order.sort == "bpm":
+        return _ordered(select(Generation), asked, order, start, limit)
+    parts = [
+        _ordered(select(Generation), replace(asked, statuses=(each,)), order, start, limit)
+        for each in asked.statuses
+    ]
+    found = aliased(Generation, union_all(*(select(part.subquery()) for part in parts)).subquery())
+    return select(found).order_by(*order.by(found)).limit(limit)
+
+
+def _ordered(
+    query: Select[Any], asked: CheckedFilters, order: _Order, start: _Cursor | None, limit: int
+) -> Select[Any]:
+    fitting = [*choices(asked, Generation, sort=order.sort), *_bounds(asked, order, start)]
+    if order.column.nullable:
+        fitting.append(order.column.is_not(None))
+    return query.where(*fitting).order_by(*order.by()).limit(limit)
 
 
 def limited(query: Any, limit: int, offset: int = 0) -> Any:
@@ -92,68 +140,74 @@ def limited(query: Any, limit: int, offset: int = 0) -> Any:
 class _Cursor(NamedTuple):
     """The last row of a page; callers see it as opaque text."""
 
-    created_at: datetime
+    value: datetime | float
     id: str
 
-    def __str__(self) -> str:
-        plain = f"{self.created_at.isoformat()} {self.id}"
+    @classmethod
+    def at(cls, row: Generation, order: _Order) -> _Cursor:
+        return cls(order.value_of(row), row.id)
+
+    def text(self, order: _Order) -> str:
+        value = self.value.isoformat() if isinstance(self.value, datetime) else repr(self.value)
+        plain = f"{order.prefix}{value} {self.id}"
         return base64.urlsafe_b64encode(plain.encode()).decode().rstrip("=")
 
     @classmethod
-    def parse(cls, text: str) -> _Cursor:
+    def parse(cls, text: str, order: _Order) -> _Cursor:
         try:
             if len(text) > _MAX_CURSOR_CHARACTERS:
                 raise ValueError
             padded = text + "=" * (-len(text) % 4)
             plain = base64.b64decode(padded, altchars=b"-_", validate=True).decode()
-            moment, _, generation_id = plain.partition(" ")
-            return cls(validation.check_run_at(moment), validation.check_name("id", generation_id))
+            return cls._read(plain, order)
         except (TypeError, ValueError, binascii.Error):
-            remedy = "give the next page's as an earlier page returned it, or none to begin with the newest"
+            remedy = (
+                "give the next page's as an earlier page of the same order returned it, or none "
+                "to begin with the first"
+            )
             raise InvalidRequestError("after", "is not a page's cursor", remedy) from None
 
+    @classmethod
+    def _read(cls, plain: str, order: _Order) -> _Cursor:
+        if not plain.startswith(order.prefix):
+            raise ValueError
+        value, _, generation_id = plain.removeprefix(order.prefix).partition(" ")
+        is_moment = order.sort in ("created", "finished")
+        return cls(
+            validation.check_run_at(value) if is_moment else _finite(value),
+            validation.check_name("id", generation_id),
+        )
 
-def _equalities(filters: Filters, row: Any, *, is_found: bool) -> list[ColumnElement[bool]]:
-    """Return the conditions that a column equals a value.
 
-    Unless the rows are found by another condition, the first one may choose an index. PostgreSQL
-    has statistics of the values and chooses by them. SQLite has none, so the condition that is
-    likely to fit the fewest rows comes first here: a tenant, a status other than completed, a
-    model.
+def _finite(text: str) -> float:
+    return validation.check_between("value", float(text), -1e300, 1e300)
+
+
+def _check_sort(value: object) -> Sort:
+    if value not in get_args(Sort):
+        remedy = f"use {', '.join(get_args(Sort))}"
+        raise InvalidRequestError("sort", f"is {validation.shown(value)}", remedy)
+    return cast("Sort", value)
+
+
+def _bounds(
+    asked: CheckedFilters, order: _Order, start: _Cursor | None
+) -> list[ColumnElement[bool]]:
+    """Return the conditions on the time of creation, and on the place of the page.
+
+    Of two bounds on one side only the narrower one is used, since an index may be entered at the
+    other.
     """
-    for name in filters.keys() - Filters.__annotations__.keys():
-        raise TypeError(f"there is no filter {name!r}; use {', '.join(Filters.__annotations__)}")
-    tenant, model, status = filters.get("tenant"), filters.get("model"), filters.get("status")
-    status = None if status is None else check_status(status)
-    wanted = [
-        (row.tenant, validation.check_name("tenant", tenant) if tenant else None),
-        (row.status, status if status != COMPLETED else None),
-        (row.model_name, None if model is None else validation.check_name("model", model)),
-        (row.status, status if status == COMPLETED else None),
-    ]
-    asked = [(column, value) for column, value in wanted if value is not None]
-    equal = [column == value for column, value in asked[: not is_found]]
-    equal += [unindexed(column) == value for column, value in asked[not is_found :]]
-    if tenant and not is_found:
-        equal.append(row.tenant != literal_column("''"))  # the index has no empty ones
-    if tenant == "":
-        equal.append(unindexed(row.tenant) == "")
-    return equal
-
-
-def _bounds(filters: Filters, after: _Cursor | None, row: Any) -> list[ColumnElement[bool]]:
-    """Return the conditions on the time of creation.
-
-    Of two upper ends only the lower one is used, since an index may be entered at the other.
-    """
-    start, end = filters.get("created_from"), filters.get("created_before")
-    asked: list[ColumnElement[bool]] = []
-    if start is not None:
-        asked.append(row.created_at >= validation.check_run_at(start, "created_from"))
-    last = None if end is None else validation.check_run_at(end, "created_before")
-    if last is not None and (after is None or last <= after.created_at):
-        asked.append(row.created_at < last)
-    elif after is not None:
-        place = tuple_(literal(after.created_at, UtcDateTime), literal(after.id))
-        asked.append(tuple_(row.created_at, row.id) < place)
-    return asked
+    if start is None:
+        return moments(asked, Generation)
+    if order.sort != "created":
+        return [*moments(asked, Generation), order.after(start)]
+    first, end = asked.created_from, asked.created_before
+    at = cast("datetime", start.value)
+    if order.is_reversed:
+        is_first_used = first is not None and first > at
+        asked = asked if is_first_used else replace(asked, created_from=None)
+        return [*moments(asked, Generation), *([] if is_first_used else [order.after(start)])]
+    is_end_used = end is not None and end <= at
+    asked = asked if is_end_used else replace(asked, created_before=None)
+    return [*moments(asked, Generation), *([] if is_end_used else [order.after(start)])]

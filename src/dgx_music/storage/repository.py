@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import case, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
 from dgx_music.statuses import PENDING, GenerationStatus
 from dgx_music.storage.listing import limited
-from dgx_music.storage.models import Attempt, Generation
+from dgx_music.storage.models import Attempt, Batch, Generation
 from dgx_music.storage.prompts import count_prompt_uses
 from dgx_music.storage.schema import check_status, written
 
@@ -64,10 +64,27 @@ async def get_generation(session: AsyncSession, generation_id: str) -> Generatio
     return await session.get(Generation, generation_id)
 
 
-async def find_generation_ids(session: AsyncSession, prefix: str, limit: int = 2) -> list[str]:
-    """Return at most ``limit`` ids that start with this prefix; reads the whole index of ids."""
-    is_meant = Generation.id.startswith(prefix, autoescape=True)
-    query = select(Generation.id).where(is_meant).order_by(Generation.id)
+async def find_generation_ids(session: AsyncSession, part: str, limit: int = 20) -> list[str]:
+    """Return at most ``limit`` ids that hold this text; reads the whole index of ids.
+
+    First those that end with it, then those that start with it: the end of an id is random, and its
+    start is a time.
+    """
+    return await _find_ids(session, Generation.id, part, limit)
+
+
+async def find_batch_ids(session: AsyncSession, part: str, limit: int = 20) -> list[str]:
+    """Return at most ``limit`` ids of batches that hold this text, as ``find_generation_ids``."""
+    return await _find_ids(session, Batch.id, part, limit)
+
+
+async def _find_ids(session: AsyncSession, column: Any, part: str, limit: int) -> list[str]:
+    rank = case(
+        (column.endswith(part, autoescape=True), 0),
+        (column.startswith(part, autoescape=True), 1),
+        else_=2,
+    )
+    query = select(column).where(column.contains(part, autoescape=True)).order_by(rank, column)
     return list(await session.scalars(limited(query, limit)))
 
 

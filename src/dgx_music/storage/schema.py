@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 import uuid
@@ -10,6 +12,7 @@ from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
+    Boolean,
     ColumnElement,
     DateTime,
     Dialect,
@@ -30,7 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import NULLTYPE, TypeDecorator, TypeEngine
 
 from dgx_music.errors import InvalidRequestError
 from dgx_music.statuses import GenerationStatus
@@ -157,6 +160,25 @@ def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kwargs: A
     return compiler.process(element.clauses, **kwargs)
 
 
+class as_condition(unindexed):  # noqa: N801 - reads as the SQL term it is
+    """A boolean column as a condition.
+
+    On SQLite, SQLAlchemy writes ``column = 1`` for what has the type of a boolean, which does not
+    fit the condition of an index.
+    """
+
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any]) -> None:
+        super().__init__(column)
+        self.type = NULLTYPE
+
+
+@compiles(as_condition)
+def _as_condition(element: as_condition, compiler: SQLCompiler, **kwargs: Any) -> str:
+    return compiler.process(element.clauses, **kwargs)
+
+
 class rechecked(unindexed):  # noqa: N801 - reads as the SQL term it is
     """A text in the condition of a statement that finds its rows by their ids, on both databases.
 
@@ -225,6 +247,58 @@ def _with_json_key_postgresql(element: with_json_key, compiler: SQLCompiler, **k
     return (
         f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
     )
+
+
+class has_json_value(FunctionElement[bool]):  # noqa: N801 - reads as the SQL term it is
+    """Whether a JSON object has this value under a top-level key.
+
+    The value is text, and means the text itself, and also the number, true, false or null that
+    is written so. Numbers are compared by value: ``1.50`` is 1.5.
+    """
+
+    type = Boolean()
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any], key: str, text: str) -> None:
+        single = literal(json_of(text), Text)
+        super().__init__(column, literal(key, Text), literal(text, Text), single)
+
+
+def json_of(text: str) -> str | None:
+    """Return the JSON of the number, true, false or null that the text is; ``None`` if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    is_too_large = isinstance(value, int) and abs(value) >= 2**63
+    is_single = (
+        value is None
+        or isinstance(value, int)
+        or (isinstance(value, float) and math.isfinite(value))
+    )
+    return json.dumps(value) if is_single and not is_too_large else None
+
+
+@compiles(has_json_value, "sqlite")
+def _has_json_value_sqlite(element: has_json_value, compiler: SQLCompiler, **kwargs: Any) -> str:
+    column, key, text, single = (compiler.process(each, **kwargs) for each in element.clauses)
+    is_number = "IN ('integer', 'real')"
+    is_equal = (
+        f"CASE WHEN entry.type = 'text' THEN entry.value = {text} WHEN entry.type {is_number}"
+        f" THEN json_type({single}) {is_number} AND entry.value = json_extract({single}, '$')"
+        f" WHEN entry.type IN ('true', 'false', 'null') THEN entry.type = {single} END"
+    )
+    # A path of json_extract cannot name every key.
+    entries = f"SELECT 1 FROM json_each({column}) AS entry"  # noqa: S608 - compiled columns
+    return f"EXISTS ({entries} WHERE entry.key = {key} AND {is_equal})"
+
+
+@compiles(has_json_value, "postgresql")
+def _has_json_value_postgresql(
+    element: has_json_value, compiler: SQLCompiler, **kwargs: Any
+) -> str:
+    column, key, text, single = (compiler.process(each, **kwargs) for each in element.clauses)
+    return f"(({column} -> {key}) IN (to_jsonb({text}::text), ({single})::jsonb))"
 
 
 Id = String(36)

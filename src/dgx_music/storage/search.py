@@ -19,7 +19,8 @@ from sqlalchemy.orm import aliased
 
 from dgx_music import validation
 from dgx_music.errors import InvalidRequestError
-from dgx_music.storage.listing import MAX_ROWS, Filters, conditions
+from dgx_music.storage.filters import Filters, conditions
+from dgx_music.storage.listing import MAX_ROWS
 from dgx_music.storage.models import Generation, Prompt
 from dgx_music.storage.schema import dialect_of
 from dgx_music.storage.words import words_of
