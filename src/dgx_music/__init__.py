@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         wait_for_generation,
         watch_generation,
     )
+    from dgx_music.client.labels import label_generation
     from dgx_music.client.requests import RequestOptions
     from dgx_music.errors import (
         ArtifactError,
@@ -100,6 +101,7 @@ __all__ = [
     "get_generation",
     "get_session",
     "init_db",
+    "label_generation",
     "list_generations",
     "open_output",
     "open_place_of",
@@ -119,6 +121,7 @@ _MODULES = {
     "client.fleet": "pause resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
+    "client.labels": "label_generation",
     "client.requests": "RequestOptions",
     "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError "
     "DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError GenerationNotFoundError "

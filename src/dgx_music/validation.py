@@ -264,6 +264,13 @@ def check_integer(field: str, value: object, low: int, high: int) -> int:
     return int(value)
 
 
+def check_boolean(field: str, value: object) -> bool:
+    """Return True or False; nothing else is taken for one of them."""
+    if not isinstance(value, bool):
+        raise InvalidRequestError(field, f"is {shown(value)}", "use true or false")
+    return value
+
+
 def check_seed(value: object, field: str = "seed") -> int:
     """Return the seed, at most 63 bits; the error says how to ask for a random one."""
     try:

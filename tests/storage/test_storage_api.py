@@ -707,6 +707,14 @@ def test_a_generation_without_metadata_has_an_empty_one():
     assert Generation(**WISH).to_dict()["metadata"] is None
 
 
+def test_a_row_as_json_has_the_waveform_only_if_asked():
+    facts = {"audio": {"peak": 0.5, "waveform": [0.5] * 1_000}, "order": 7}
+    generation = Generation(**WISH, metadata=facts)
+
+    assert generation.to_dict()["metadata"] == {"audio": {"peak": 0.5}, "order": 7}
+    assert generation.to_dict(with_waveform=True)["metadata"] == facts == generation.get_metadata()
+
+
 def test_an_unstored_generation_may_take_any_mark():
     generation = Generation(**WISH)
     generation.mark_failed("no GPU")

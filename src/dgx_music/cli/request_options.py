@@ -27,6 +27,10 @@ def _queueing(kind: Any, help: str, *names: str, **more: Any) -> Any:  # noqa: A
     return _option(kind, help, *names, panel="Queueing", **more)
 
 
+def _label(kind: Any, help: str, *names: str, **more: Any) -> Any:  # noqa: A002
+    return _option(kind, help, *names, panel="Labels", **more)
+
+
 def _sampling(each: Field[Any]) -> Any:
     """Return the annotation of a sampling field: its type, meaning and default are the library's."""
     hint = _SAMPLING[each.name]
@@ -77,6 +81,10 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "max_attempts": _queueing(
         int, "Give up after this many failures, lost workers included; default 10."
     ),
+    "title": _label(str, "What you call it."),
+    "notes": _label(str, "What you want to say about it."),
+    "tags": _label(list[str], "A word to find it by; give it again for more.", "--tags", "--tag"),
+    "starred": _label(bool, "Give it a star.", "--starred", "--star"),
     "idempotency_key": _queueing(str, "The same request under the same key is enqueued only once."),
     "metadata": _queueing(str, "An object of your own to keep with it.", metavar="JSON"),
 }

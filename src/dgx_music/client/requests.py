@@ -22,7 +22,8 @@ from dgx_music.config import default_model
 from dgx_music.errors import InvalidRequestError
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.sampling import Sampling, SamplingOptions
-from dgx_music.storage.queue import AUDIO_KEY
+from dgx_music.storage.generation import AUDIO_KEY, words_of_labels
+from dgx_music.storage.labels import checked_labels
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
 from dgx_music.validation import CLIP_FIELDS
 
@@ -35,7 +36,7 @@ _OPTIONAL: dict[str, Any] = dict.fromkeys(
         *("audio_format", "batch_id", "take", "parent_id"),
         *("title", "notes", "tags", "search_text"),
     )
-)
+) | {"is_starred": False}
 """The columns of a row that most requests leave empty."""
 
 
@@ -85,6 +86,22 @@ class RequestOptions(MusicOptions, SamplingOptions, total=False):
     max_attempts: Annotated[
         int,
         "After this many failures the generation has failed; lost workers count; at most 25.",
+    ]
+    title: Annotated[
+        str | None,
+        "What people call it: one line, at most 200 characters.",
+    ]
+    notes: Annotated[
+        str | None,
+        "What people say about it: at most 10,000 characters.",
+    ]
+    tags: Annotated[
+        list[str] | None,
+        "Words to find it by: at most 20, each of at most 50 characters; kept in lower case.",
+    ]
+    starred: Annotated[
+        bool | None,
+        "Whether it has a star.",
     ]
     idempotency_key: Annotated[
         str | None,
@@ -272,7 +289,18 @@ def _circumstances(request: GenerationRequest, options: Mapping[str, Any]) -> di
         "priority": validation.check_integer("priority", priority, -limit, limit),
         "max_attempts": validation.check_integer("max_attempts", attempts, 1, most),
         "wanted_run_at": None if run_at is None else validation.check_run_at(run_at),
+        **_labels(options),
     }
+
+
+def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of title, notes, tags and star, if any is given, and their words."""
+    given = _given(options, ("title", "notes", "tags", "starred"))
+    if not given:
+        return {}
+    labels = checked_labels(given)
+    words = words_of_labels(*(labels.get(name) for name in ("title", "notes", "tags")))
+    return {**labels, "search_text": words}
 
 
 def _row(

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.statuses import COMPLETED, PROCESSING, AttemptOutcome
-from dgx_music.storage.generation import g, generations
+from dgx_music.storage.generation import AUDIO_KEY, g, generations
 from dgx_music.storage.leases import Lease, is_among, is_held_by, is_one_of
 from dgx_music.storage.models import attempts
 from dgx_music.storage.prepared import Prepared, as_json, json_rows
@@ -40,9 +40,6 @@ from dgx_music.storage.schema import (
     unindexed,
     with_json_key,
 )
-
-AUDIO_KEY = "audio"
-"""The key that completion adds to a row's metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,12 +222,6 @@ def _check_statuses(value: Any) -> tuple[str, ...]:
     return () if len(statuses) == len(GenerationStatus) else statuses
 
 
-def _check_starred(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidRequestError("starred", f"is {validation.shown(value)}", "use True or False")
-    return value
-
-
 def _check_bpm(field: str) -> Callable[[object], float]:
     return lambda value: validation.check_between(field, value, 0, 10_000)
 
@@ -258,7 +252,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "tenant": ("tenant", lambda name: validation.check_name("tenant", name) if name else ""),
     "batch": ("batch", _check_named("batch")),
     "parent": ("parent", _check_named("parent")),
-    "starred": ("starred", _check_starred),
+    "starred": ("starred", lambda value: validation.check_boolean("starred", value)),
     "tag": ("tags", lambda tags: tuple(validation.check_tags(tags, "tag"))),
     "bpm_from": ("bpm_from", _check_bpm("bpm_from")),
     "bpm_to": ("bpm_to", _check_bpm("bpm_to")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -53,9 +53,12 @@ from dgx_music.storage.schema import (
     new_id,
     now,
 )
+from dgx_music.storage.words import search_text
 from dgx_music.validation import CLIP_FIELDS
 
 CLIP_COLUMNS = tuple(f"{name}_sha256" for name in CLIP_FIELDS)
+AUDIO_KEY = "audio"
+"""The key in the metadata under which completion writes the facts of the audio."""
 CANCEL_REQUESTED = "its cancellation was requested"
 
 _CLAIM_ORDER = claim_order(column("run_at"), column("priority"))
@@ -284,6 +287,19 @@ class Generation(Base):
         """Return a copy of the metadata; empty if there is none."""
         return dict(self.metadata_ or {})
 
+    def to_dict(self, *, with_waveform: bool = False) -> dict[str, Any]:
+        """Return the row as plain JSON values, times in ISO 8601.
+
+        The waveform in ``metadata.audio`` is 7 kB: it is left out unless it is asked for.
+        """
+        row = super().to_dict()
+        metadata = row["metadata"]
+        audio = metadata.get(AUDIO_KEY) if isinstance(metadata, dict) else None
+        if not with_waveform and isinstance(audio, dict):
+            rest = {name: value for name, value in audio.items() if name != "waveform"}
+            row["metadata"] = {**metadata, AUDIO_KEY: rest}
+        return row
+
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         """Replace the metadata."""
         self.metadata_ = dict(metadata)
@@ -343,6 +359,11 @@ _FRESH: dict[str, Any] = {
 }
 
 
+def words_of_labels(title: str | None, notes: str | None, tags: Iterable[str] | None) -> str | None:
+    """Return the ``search_text`` of these labels; ``None`` if they have no word."""
+    return search_text(" ".join([title or "", notes or "", *(tags or ())])) or None
+
+
 def as_inserted(values: Mapping[str, Any]) -> Generation:
     """Return the object of a pending row that was just inserted with these values of attributes.
 
@@ -383,3 +404,28 @@ def _heed_cancel(_mapper: object, connection: Connection, generation: Generation
         raise IllegalTransitionError(
             generation.id, stored.status, generation.status, CANCEL_REQUESTED
         )
+
+
+@event.listens_for(Generation, "before_insert")
+def _add_words(_mapper: object, _connection: Connection, generation: Generation) -> None:
+    """Keep the words of the labels of an object that is added."""
+    if generation.title or generation.notes or generation.tags:
+        labels = (generation.title, generation.notes, generation.tags)
+        generation.search_text = words_of_labels(*labels)
+
+
+@event.listens_for(Generation, "before_update")
+def _change_words(_mapper: object, connection: Connection, generation: Generation) -> None:
+    """Keep the words of changed labels; others may have changed since the object was read."""
+    attributes = inspect(generation).attrs
+    changed = {
+        name: getattr(generation, name)
+        for name in ("title", "notes", "tags")
+        if attributes[name].history.has_changes()
+    }
+    if not changed:
+        return
+    query = select(g.title, g.notes, g.tags).where(g.id == generation.id)
+    stored = connection.execute(query.with_for_update(key_share=True)).one_or_none()
+    if stored is not None:
+        generation.search_text = words_of_labels(**{**stored._mapping, **changed})

@@ -178,7 +178,7 @@ _GIVEN = (
     *CLIP_COLUMNS,
     *("priority", "tenant", "max_attempts", "idempotency_key", "request_hash", "metadata"),
     *("audio_format", "batch_id", "take", "parent_id"),
-    *("title", "notes", "tags", "search_text"),
+    *("title", "notes", "tags", "is_starred", "search_text"),
 )
 """The columns that a request gives; the database adds the others."""
 _ATTRIBUTES = (

@@ -17,12 +17,12 @@ given and leaves the commit to whoever opened it.
 from dgx_music.storage.by_hand import cancel, retry
 from dgx_music.storage.claims import Claim, check_schema, claim
 from dgx_music.storage.completion import (
-    AUDIO_KEY,
     Completion,
     complete,
     find_completable,
     find_completed,
 )
+from dgx_music.storage.generation import AUDIO_KEY
 from dgx_music.storage.lease_end import backoff_seconds, fail, release, release_all
 from dgx_music.storage.leases import Held, Lease, find_cancel_requests, find_leases, renew
 from dgx_music.storage.rescue import RESCUE_CHUNK, WORKER_LOST, Rescued, hasten, read_clock, rescue
