@@ -46,7 +46,7 @@ def test_one_argument_may_hold_phrases_and_excluded_words(run: Run) -> None:
 def test_search_that_finds_nothing_says_so(run: Run) -> None:
     result = run("search", "rain")
 
-    assert (result.code, result.out, result.err) == (0, "", "No prompt was found.\n")
+    assert (result.code, result.out, result.err) == (0, "", "Nothing was found.\n")
 
 
 @pytest.mark.parametrize("words", ["", "!?", "x" * 10_000, "a\x07b"])

@@ -10,7 +10,10 @@ from sqlalchemy import insert, inspect, select, text
 
 from dgx_music.errors import DatabaseUnavailableError, InvalidRequestError
 from dgx_music.storage import Database, create_generation, search_generations, track_prompt_usage
+from dgx_music.storage.labels import checked_labels
+from dgx_music.storage.labels import label as store_labels
 from dgx_music.storage.models import Generation, Prompt, text_hash
+from dgx_music.storage.search import _ON_POSTGRESQL, _ON_SQLITE, _parse
 from dgx_music.storage.words import search_text
 from tests.factories import MODEL, back_date
 from tests.storage.plans import analyze, plan_of
@@ -432,3 +435,128 @@ async def test_a_changed_prompt_is_found_by_its_new_words_only(database):
 
     assert await found(database, "rain") == []
     assert await found(database, "snow") == ["lofi rain"]
+
+
+# titles, notes and tags
+
+
+async def label(database, generation_id, **labels):
+    await database.transact(
+        lambda session: store_labels(session, generation_id, checked_labels(labels))
+    )
+
+
+async def hits(database, words, **options):
+    """Return the ids found, best first."""
+    async with database.session(read_only=True) as session:
+        return [hit.generation.id for hit in await search_generations(session, words, **options)]
+
+
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        ("drum", {"title": "Drums at night"}),
+        ("cafe", {"notes": "for the\ncafé scene"}),
+        ("ambient", {"tags": ["warm", "ambient"]}),
+        ("night warm", {"title": "night", "tags": ["warm"]}),
+        ('"café scene" -vocals', {"notes": "the cafe scene"}),
+        ("тихий", {"title": "тихий час"}),
+        ("安静", {"tags": ["安静的"]}),
+    ],
+)
+async def test_words_of_title_notes_and_tags_find_the_generation(database, words, labels):
+    one, _ = await ask_for(database, "something", "something")
+    await label(database, one, **labels)
+
+    assert await hits(database, words) == [one]
+
+
+@pytest.mark.parametrize("words", ["night rain", "-warm drive", '"drive night"', "dri"])
+async def test_words_that_are_not_all_in_the_labels_do_not_find_it(database, words):
+    (one,) = await ask_for(database, "rain")
+    await label(database, one, title="night drive", tags=["warm"])
+
+    assert await hits(database, words) == []
+
+
+async def test_a_generation_found_by_its_labels_and_by_its_prompt_is_one_hit(database):
+    first, other = await ask_for(database, "rain", "snow")
+    await label(database, first, title="rain", notes="more rain", tags=["rain"])
+
+    assert await hits(database, "rain") == [first]
+    await label(database, other, title="Rain song")
+    assert {*await hits(database, "rain")} == {first, other}
+
+
+async def test_an_older_take_with_a_title_is_a_hit_beside_the_newest_of_its_prompt(database):
+    older, _, newest = await ask_for(database, "rain", "rain", "rain")
+    await label(database, older, title="rain")
+
+    assert await hits(database, "rain") == [older, newest]
+
+
+async def test_the_best_labels_and_the_best_prompt_have_rank_1(database):
+    await ask_for(database, "rain", "soft rain on a long road by the sea")
+    (titled,) = await ask_for(database, "snow")
+    await label(database, titled, title="a rain that falls all night and all day")
+
+    async with database.session(read_only=True) as session:
+        found = await search_generations(session, "rain")
+    assert [hit.rank for hit in found][:2] == [1, 1]
+    assert found[2].rank < 1
+    assert found[0].generation.id == titled
+
+
+async def test_changed_and_deleted_labels_are_not_found_by_their_old_words(database):
+    one, other = await ask_for(database, "snow", "snow")
+    await label(database, one, title="rain")
+    await label(database, one, title="hail")
+    await label(database, other, title="rain")
+    async with database.session() as session:
+        await session.delete(await session.get_one(Generation, other))
+
+    assert await hits(database, "rain") == []
+    assert await hits(database, "hail") == [one]
+
+
+async def test_filters_and_the_limit_count_for_labels(database):
+    made = await ask_for(database, *["snow"] * 5)
+    for generation_id in made:
+        await label(database, generation_id, title="rain")
+    await label(database, made[0], starred=True, tags=["keep"])
+
+    assert await hits(database, "rain", limit=2) == made[:2:-1]
+    assert await hits(database, "rain", starred=True, tag="keep") == [made[0]]
+    assert await hits(database, "rain", status="failed") == []
+
+
+@pytest.mark.parametrize("part", ["a", "я", "ﬃ", "я ", "".join(map(chr, range(0x4E00, 0x4E40)))])
+async def test_notes_of_10000_characters_are_no_trouble(database, part):
+    (one,) = await ask_for(database, "snow")
+    await label(database, one, notes=(part * 9_995)[:9_995] + " rain")
+
+    assert await hits(database, "rain") == [one]
+
+
+async def test_among_5000_notes_the_index_finds_them(database):
+    rows = [
+        {"id": f"t-{number}", "notes": text, "search_text": search_text(text), "prompt": ""}
+        | {"model_name": MODEL, "duration_seconds": 8.0, "sample_rate": 32_000, "channels": 1}
+        for number, text in enumerate([*captions(5_000), *OBVIOUS.values()])
+    ]
+    async with database.session() as session:
+        await session.execute(insert(Generation), rows)
+    await analyze(database)
+
+    find = (_ON_SQLITE if database.is_embedded else _ON_POSTGRESQL)[0]
+    query = find(_parse("melancholic glacier"), {"status": "pending"}).limit(20)
+    plan = await plan_of(database, lambda session: session.execute(query))
+
+    words = (
+        "generations_search VIRTUAL TABLE INDEX"
+        if database.is_embedded
+        else "ix_generations_text_search"
+    )
+    assert words in plan
+    assert "Seq Scan on generations" not in plan
+    assert await hits(database, "melancholic glacier") == ["t-5002"]

@@ -63,7 +63,7 @@ COMMANDS = {
     "search": (
         _QUEUE,
         "search:search",
-        "Find prompts by their words, best first, each by its newest generation.",
+        "Find words in prompts, titles, notes and tags, best first.",
     ),
     "show": (_QUEUE, "show:show", "Show all of one generation: fields, attempts, waveform."),
     "watch": (_QUEUE, "watch:watch", "Watch a generation until it is finished."),

@@ -1,4 +1,4 @@
-"""``dgx-music search``: prompts by their words."""
+"""``dgx-music search``: generations by the words of prompts, titles, notes and tags."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @taking(FILTER_OPTIONS, before="limit")
 def search(
-    words: Annotated[
-        list[str], typer.Argument(metavar="WORDS...", help="What the prompt is about.")
-    ],
+    words: Annotated[list[str], typer.Argument(metavar="WORDS...", help="What it is about.")],
     limit: Annotated[int, typer.Option(min=0, help="How many to print at most.")] = 20,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Find prompts by their words, best first, each by its newest generation.
+    """Find words in prompts, titles, notes and tags, best first.
+
+    A prompt is shown once, by its newest generation.
 
     In one argument, "quoted words" must follow one another and -words must not be there:
     dgx-music search '"lofi rain" -vocals'
@@ -51,7 +51,7 @@ def search(
         headings = ("ID", "STATUS", "USED", "CREATED", "PROMPT")
         print_table(headings, [_as_line(hit) for hit in hits], numbers=["USED"])
     else:
-        tell("No prompt was found.")
+        tell("Nothing was found.")
     tell_untrained([hit.generation for hit in hits])
 
 

@@ -1,4 +1,4 @@
-"""Full-text search in the prompts: the same results by SQLite's FTS5 and PostgreSQL's tsvector.
+"""Full-text search in prompts, titles, notes and tags: the same results by SQLite's FTS5 and PostgreSQL's tsvector.
 
 What a user types is only words. They are parsed here, in one way for both databases, and written
 again in each one's query language. So no operator and no open quote of the user's text reaches a
@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
-from sqlalchemy import ColumnElement, Select, column, func, join, literal_column, select, table
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    and_,
+    column,
+    func,
+    join,
+    literal_column,
+    select,
+    table,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
@@ -37,18 +47,19 @@ own same so than too very s t can will just don should now
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 """Words that PostgreSQL's 'english' does not index; SQLite does, so they are left out here."""
 
+_ENGLISH: ColumnElement[Any] = literal_column("'english'::regconfig")
 _BY_LENGTH = 2
 """Normalisation of ts_rank_cd: by the number of words, so that short prompts come first."""
 
 
 @dataclass(frozen=True)
 class SearchHit:
-    """A prompt that was found, with its newest generation."""
+    """A prompt that was found, with its newest generation; or a generation found by its labels."""
 
     generation: Generation
-    """The newest generation of this prompt that fits the filters."""
+    """It has the words in its title, notes and tags, or is the newest one of a prompt with them."""
     rank: float
-    """How well the prompt fits: higher is better; comparable only within one search."""
+    """How well it fits, from 0 to 1 for the best prompt and for the best labels of this search."""
     used_count: int
     """How often the prompt was asked for in total."""
 
@@ -63,39 +74,85 @@ class _Terms(NamedTuple):
 async def search_generations(
     session: AsyncSession, words: str, *, limit: int = 20, **filters: Unpack[Filters]
 ) -> list[SearchHit]:
-    """Return at most ``limit`` prompts that hold all the words, best first.
+    """Return at most ``limit`` hits that hold all the words, best first.
 
-    A prompt is one hit however often it was used; of equally good hits the one used last comes
-    first. Words match in any form (``drum`` finds ``drums``); case and accents do not count. Words
-    ``"in quotes"`` must follow one another, and ``-words`` must be absent. In a script without
-    spaces between words (Chinese, Japanese, Thai) any part is found. The filters are those of
+    A prompt is one hit however often it was used: its newest generation. A generation whose title,
+    notes and tags hold all the words is a hit of its own; it comes before equally good prompts, and
+    of these the one used last comes first. Words match in any form (``drum`` finds ``drums``); case
+    and accents do not count. Words ``"in quotes"`` must follow one another, and ``-words`` must be
+    absent from the prompt or the labels that hold the others. In a script without spaces between
+    words (Chinese, Japanese, Thai) any part is found. The filters are those of
     ``list_generations``. A generation without ``prompt_id`` (added by hand, or with a prompt that
-    is not counted yet) is not found. Raises ``InvalidRequestError``.
+    is not counted yet) is found only by its labels. Raises ``InvalidRequestError``.
     """
     terms = _parse(validation.check_search(words))
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
-    find = _find_postgresql if dialect_of(session) == "postgresql" else _find_sqlite
-    rows = await session.execute(find(terms, filters).limit(limit))
-    return [SearchHit(generation, rank, used_count) for generation, rank, used_count in rows.all()]
+    is_postgresql = dialect_of(session) == "postgresql"
+    finds = _ON_POSTGRESQL if is_postgresql else _ON_SQLITE
+    hits: dict[str, SearchHit] = {}
+    for find in finds:
+        rows = (await session.execute(find(terms, filters).limit(limit))).all()
+        for generation, rank, used_count in rows:
+            hit = SearchHit(generation, rank / rows[0].rank, used_count)
+            known = hits.setdefault(generation.id, hit)
+            if known.rank < hit.rank:
+                hits[generation.id] = hit
+    return sorted(hits.values(), key=lambda hit: hit.rank, reverse=True)[:limit]
 
 
-def _find_postgresql(terms: _Terms, filters: Filters) -> Select[Any]:
-    asked = " ".join([*_quoted(terms.wanted), *(f"-{term}" for term in _quoted(terms.excluded))])
-    query = func.websearch_to_tsquery(literal_column("'english'::regconfig"), asked)
+def _find_prompts_on_postgresql(terms: _Terms, filters: Filters) -> Select[Any]:
+    query = _postgresql_query(terms)
     # The model does not have this column, since nobody reads it.
     text: ColumnElement[Any] = literal_column("prompts.text_search")
     rank = func.ts_rank_cd(text, query, _BY_LENGTH)
     return _newest_of(Prompt, rank, filters).where(text.op("@@")(query))
 
 
-def _find_sqlite(terms: _Terms, filters: Filters) -> Select[Any]:
-    asked = " AND ".join(_quoted(terms.wanted))
-    if terms.excluded:
-        asked = f"({asked}) NOT ({' OR '.join(_quoted(terms.excluded))})"
+def _find_labels_on_postgresql(terms: _Terms, filters: Filters) -> Select[Any]:
+    query = _postgresql_query(terms)
+    text = func.to_tsvector(_ENGLISH, Generation.search_text)  # as the index has it
+    rank = func.ts_rank_cd(text, query, _BY_LENGTH)
+    is_match = and_(Generation.search_text.is_not(None), text.op("@@")(query))
+    return _labelled(Generation, rank, filters).where(is_match)
+
+
+def _postgresql_query(terms: _Terms) -> ColumnElement[Any]:
+    asked = " ".join([*_quoted(terms.wanted), *(f"-{term}" for term in _quoted(terms.excluded))])
+    return func.websearch_to_tsquery(_ENGLISH, asked)
+
+
+def _find_prompts_on_sqlite(terms: _Terms, filters: Filters) -> Select[Any]:
     index = table("prompts_search", column("rowid"), column("rank"))
     found = join(index, Prompt, Prompt.id == index.c.rowid)
-    is_match = literal_column("prompts_search").op("MATCH")(asked)
+    is_match = literal_column("prompts_search").op("MATCH")(_sqlite_query(terms))
     return _newest_of(found, -index.c.rank, filters).where(is_match)
+
+
+def _find_labels_on_sqlite(terms: _Terms, filters: Filters) -> Select[Any]:
+    index = table("generations_search", column("rowid"), column("rank"))
+    words = table("generations_words", column("id"), column("generation_id"))
+    found = join(index, words, words.c.id == index.c.rowid)
+    found = join(found, Generation, Generation.id == words.c.generation_id)
+    is_match = literal_column("generations_search").op("MATCH")(_sqlite_query(terms))
+    return _labelled(found, -index.c.rank, filters).where(is_match)
+
+
+def _sqlite_query(terms: _Terms) -> str:
+    asked = " AND ".join(_quoted(terms.wanted))
+    return f"({asked}) NOT ({' OR '.join(_quoted(terms.excluded))})" if terms.excluded else asked
+
+
+_ON_POSTGRESQL = (_find_labels_on_postgresql, _find_prompts_on_postgresql)
+_ON_SQLITE = (_find_labels_on_sqlite, _find_prompts_on_sqlite)
+
+
+def _labelled(found: Any, rank: ColumnElement[Any], filters: Filters) -> Select[Any]:
+    """Return the generations found by their labels that fit, best first, as ``_newest_of``."""
+    used_count = func.coalesce(Prompt.used_count, 1)
+    query = select(Generation, rank.label("rank"), used_count).select_from(found)
+    query = query.outerjoin(Prompt, Prompt.id == Generation.prompt_id)
+    newest_first = (Generation.created_at.desc(), Generation.id.desc())
+    return query.where(*conditions(filters, Generation)).order_by(rank.desc(), *newest_first)
 
 
 def _newest_of(found: Any, rank: ColumnElement[Any], filters: Filters) -> Select[Any]:
@@ -107,7 +164,8 @@ def _newest_of(found: Any, rank: ColumnElement[Any], filters: Filters) -> Select
     newest = select(other.id).where(other.prompt_id == Prompt.id, *conditions(filters, other))
     newest = newest.order_by(other.created_at.desc(), other.id.desc()).limit(1)
     chosen = Generation.id == newest.correlate(Prompt).scalar_subquery()
-    query = select(Generation, rank, Prompt.used_count).select_from(found).join(Generation, chosen)
+    query = select(Generation, rank.label("rank"), Prompt.used_count).select_from(found)
+    query = query.join(Generation, chosen)
     return query.order_by(rank.desc(), Prompt.last_used_at.desc(), Prompt.id.desc())
 
 
