@@ -15,6 +15,8 @@ import dgx_music.early  # noqa: F401 - handles signals while the slow imports ru
 if TYPE_CHECKING:
     from dgx_music.artifacts import Artifacts, open_output, open_place_of
     from dgx_music.audio.facts import AudioFacts
+    from dgx_music.client.again import Continuation, again_generation, continue_generation
+    from dgx_music.client.batches import get_batch, list_batches, watch_batch
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
     from dgx_music.client.fleet import pause, resume
     from dgx_music.client.generations import (
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from dgx_music.client.requests import RequestOptions
     from dgx_music.errors import (
         ArtifactError,
+        BatchNotFoundError,
         ConfigurationError,
         DatabaseError,
         DatabaseNotInitializedError,
@@ -40,10 +43,12 @@ if TYPE_CHECKING:
         IdempotencyConflictError,
         IllegalTransitionError,
         InvalidRequestError,
+        NoAudioError,
         WaitTimeoutError,
     )
     from dgx_music.storage import (
         Database,
+        Family,
         Filters,
         Generation,
         GenerationStatus,
@@ -54,12 +59,14 @@ if TYPE_CHECKING:
         configure_sqlite,
         count_generations,
         get_database_stats,
+        get_family,
         get_generation,
         get_session,
         init_db,
         list_generations,
         search_generations,
     )
+    from dgx_music.storage.batch_progress import BatchPage, BatchProgress
     from dgx_music.storage.estimates import Estimate
 
 __version__ = "0.1.0"
@@ -68,7 +75,11 @@ __all__ = [
     "ArtifactError",
     "Artifacts",
     "AudioFacts",
+    "BatchNotFoundError",
+    "BatchPage",
+    "BatchProgress",
     "ConfigurationError",
+    "Continuation",
     "Database",
     "DatabaseError",
     "DatabaseNotInitializedError",
@@ -76,6 +87,7 @@ __all__ = [
     "DatabaseUnavailableError",
     "DgxMusicError",
     "Estimate",
+    "Family",
     "Filters",
     "Generation",
     "GenerationNotFoundError",
@@ -83,25 +95,31 @@ __all__ = [
     "IdempotencyConflictError",
     "IllegalTransitionError",
     "InvalidRequestError",
+    "NoAudioError",
     "Page",
     "Pause",
     "RequestOptions",
     "SearchHit",
     "WaitTimeoutError",
+    "again_generation",
     "audio_facts",
     "cancel_generation",
     "close_db",
     "configure_sqlite",
+    "continue_generation",
     "count_generations",
     "enqueue",
     "enqueue_many",
     "enqueue_sync",
     "estimate_generation",
+    "get_batch",
     "get_database_stats",
+    "get_family",
     "get_generation",
     "get_session",
     "init_db",
     "label_generation",
+    "list_batches",
     "list_generations",
     "open_output",
     "open_place_of",
@@ -111,24 +129,29 @@ __all__ = [
     "retry_generation",
     "search_generations",
     "wait_for_generation",
+    "watch_batch",
     "watch_generation",
 ]
 
 _MODULES = {
     "artifacts": "Artifacts open_output open_place_of",
     "audio.facts": "AudioFacts",
+    "client.again": "Continuation again_generation continue_generation",
+    "client.batches": "get_batch list_batches watch_batch",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
     "client.fleet": "pause resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
     "client.labels": "label_generation",
     "client.requests": "RequestOptions",
-    "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError "
-    "DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError GenerationNotFoundError "
-    "IdempotencyConflictError IllegalTransitionError InvalidRequestError WaitTimeoutError",
-    "storage": "Database Filters Generation GenerationStatus Page Pause SearchHit close_db "
-    "configure_sqlite count_generations get_database_stats get_generation get_session init_db "
-    "list_generations search_generations",
+    "errors": "ArtifactError BatchNotFoundError ConfigurationError DatabaseError "
+    "DatabaseNotInitializedError DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError "
+    "GenerationNotFoundError IdempotencyConflictError IllegalTransitionError InvalidRequestError "
+    "NoAudioError WaitTimeoutError",
+    "storage": "Database Family Filters Generation GenerationStatus Page Pause SearchHit close_db "
+    "configure_sqlite count_generations get_database_stats get_family get_generation get_session "
+    "init_db list_generations search_generations",
+    "storage.batch_progress": "BatchPage BatchProgress",
     "storage.estimates": "Estimate",
 }
 _MODULE_OF = {

@@ -4,7 +4,9 @@ DgxMusicError
 ├── InvalidRequestError (ValueError)      one field of a request is unacceptable
 ├── ConfigurationError                    one setting is unacceptable
 ├── GenerationNotFoundError               no such row
+├── BatchNotFoundError                    no such batch
 ├── IllegalTransitionError                the row's status does not allow it
+├── NoAudioError                          the generation is not completed
 ├── IdempotencyConflictError              the key was used for another request
 ├── WaitTimeoutError (TimeoutError)       the generation did not finish in time
 ├── DatabaseError
@@ -72,6 +74,18 @@ class GenerationNotFoundError(DgxMusicError):
         self.generation_id = generation_id
 
 
+class BatchNotFoundError(DgxMusicError):
+    """No batch has this id."""
+
+    exit_code = 3
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(
+            f"There is no batch {batch_id!r}; `dgx-music batches` shows those that exist."
+        )
+        self.batch_id = batch_id
+
+
 class IllegalTransitionError(DgxMusicError):
     """The generation's status does not allow the change: names both states."""
 
@@ -91,6 +105,17 @@ class IllegalTransitionError(DgxMusicError):
         self.generation_id = generation_id
         self.current = current
         self.wanted = wanted
+
+
+class NoAudioError(DgxMusicError):
+    """The generation has no audio: it is not completed."""
+
+    exit_code = 4
+
+    def __init__(self, generation_id: str, status: GenerationStatus) -> None:
+        super().__init__(f"Generation {generation_id} is {status} and has no audio.")
+        self.generation_id = generation_id
+        self.status = status
 
 
 class IdempotencyConflictError(DgxMusicError):

@@ -24,6 +24,13 @@ def in_words(estimate: Estimate) -> str | None:
     return ", ".join(f"{what} {_moment(each)}" for what, each in ranges if each is not None) or None
 
 
+def left_in_words(done_in: Range) -> str:
+    """Return how long something still takes: ``about 10 to 12 min left``."""
+    if done_in.high < _AT_ONCE_SECONDS:
+        return "almost done"
+    return f"{_moment(done_in).removeprefix('in ').replace('within', 'at most')} left"
+
+
 def _moment(each: Range) -> str:
     """Return the range in words, in the unit that fits its end."""
     if each.high < _AT_ONCE_SECONDS:

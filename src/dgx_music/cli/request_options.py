@@ -70,6 +70,10 @@ REQUEST_OPTIONS: dict[str, Any] = {
         int, "Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder."
     ),
     **{each.name: _sampling(each) for each in fields(Sampling)},
+    "variations": _music(
+        int,
+        "So many takes, at most 16: seed, seed + 1, and so on, or seeds chosen for them; default 1.",
+    ),
     "priority": _queueing(
         int,
         "Higher goes first; a point is worth a minute of waiting; default 0.",

@@ -12,7 +12,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
 
@@ -21,7 +21,7 @@ from dgx_music.catalog import ModelInfo
 from dgx_music.config import default_model
 from dgx_music.errors import InvalidRequestError
 from dgx_music.inference.engine import GenerationRequest
-from dgx_music.sampling import Sampling, SamplingOptions
+from dgx_music.sampling import CHOSEN_SEED_BITS, Sampling, SamplingOptions
 from dgx_music.storage.generation import AUDIO_KEY, words_of_labels
 from dgx_music.storage.labels import checked_labels
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
@@ -30,14 +30,15 @@ from dgx_music.validation import CLIP_FIELDS
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_BATCH = 10_000
+MAX_VARIATIONS = 16
 _AUDIO = ("channels", "sample_rate")
 _OPTIONAL: dict[str, Any] = dict.fromkeys(
     (
-        *("audio_format", "batch_id", "take", "parent_id"),
+        *("audio_format", "batch_id", "batch_name", "take", "parent_id"),
         *("title", "notes", "tags", "search_text"),
     )
 ) | {"is_starred": False}
-"""The columns of a row that most requests leave empty."""
+"""The columns of a row that most requests leave empty; ``batch_name`` is one of its batch."""
 
 
 class MusicOptions(TypedDict, total=False):
@@ -71,6 +72,11 @@ class MusicOptions(TypedDict, total=False):
 class RequestOptions(MusicOptions, SamplingOptions, total=False):
     """The options of one request besides its prompt; each has a default."""
 
+    variations: Annotated[
+        int,
+        "So many takes of the same request, at most 16: seed, seed + 1, and so on, or seeds that "
+        "are chosen for them.",
+    ]
     priority: Annotated[
         int,
         "Higher goes first; a point is worth a minute of waiting; from -1,000 to 1,000.",
@@ -119,6 +125,7 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(OPTIONS),
     **asdict(Sampling()),
     "duration": 10.0,
+    "variations": 1,
     "priority": 0,
     "max_attempts": DEFAULT_MAX_ATTEMPTS,
 }
@@ -149,8 +156,17 @@ def _in_lines(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The generation that a request repeats or continues, and what it takes over unread."""
+
+    parent_id: str
+    clips: Mapping[str, str]
+    """The ``sha256`` of each stored clip that is used again, by the name of its field."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A checked request: all of its row, except for what depends on its clips."""
+    """A checked request: all of its rows, except for what depends on its clips."""
 
     identity: dict[str, Any]
     """The columns that identify the request; its hash is made of them."""
@@ -161,6 +177,8 @@ class Plan:
     """The clips as they were given, by the names of their fields."""
     name: str
     """What an error calls the request if it is one of many, such as ``line 7``; else empty."""
+    variations: int
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,19 @@ class CheckedRequests:
 
     rows: list[dict[str, Any]]
     clips: Mapping[str, tuple[bytes, float]]
+
+    def in_batch(self, name: str | None = None) -> CheckedRequests:
+        """Return them as a new batch; without this they are in none.
+
+        Raises ``InvalidRequestError`` if the name is none.
+        """
+        checked = None if name is None else validation.check_name("batch", name)
+        batch = {"batch_id": new_id(), "batch_name": checked}
+        return replace(self, rows=[{**row, **batch} for row in self.rows])
+
+    def in_batch_if_many(self) -> CheckedRequests:
+        """Return them as a new batch without a name, or as they are if there is one row."""
+        return self if len(self.rows) == 1 else self.in_batch()
 
 
 @contextmanager
@@ -182,7 +213,9 @@ def naming(name: str) -> Iterator[None]:
         raise InvalidRequestError(f"{name}: {error.field}", error.problem, error.remedy) from None
 
 
-def plan(prompt: object, options: Mapping[str, Any], name: str = "") -> Plan:
+def plan(
+    prompt: object, options: Mapping[str, Any], name: str = "", origin: Origin | None = None
+) -> Plan:
     """Return the plan of one request; raises ``InvalidRequestError`` on the first bad field.
 
     Its clips are not read yet: that takes a while.
@@ -202,9 +235,14 @@ def plan(prompt: object, options: Mapping[str, Any], name: str = "") -> Plan:
         **audio,
         **Sampling.pick(options),
     )
-    if "melody" in sources:
+    if "melody" in sources or (origin is not None and "melody" in origin.clips):
         validation.check_hears_melody(model)
-    return Plan(_identity(request, options), _circumstances(request, options), model, sources, name)
+    identity, circumstances = _identity(request, options), _circumstances(request, options)
+    wanted_count = options.get("variations", DEFAULTS["variations"])
+    variations = validation.check_integer("variations", wanted_count, 1, MAX_VARIATIONS)
+    if variations > 1:
+        _check_variations(variations, request, circumstances["idempotency_key"])
+    return Plan(identity, circumstances, model, sources, name, variations, origin)
 
 
 def plan_numbered(number: int, request: object, defaults: Mapping[str, Any]) -> Plan:
@@ -227,22 +265,23 @@ def read_clips(plans: Sequence[Plan]) -> CheckedRequests:
     Raises ``InvalidRequestError`` if there are too many, or for the first one whose clips cannot be
     read. Reading clips takes a while: if there are any, call this in a thread.
     """
-    if len(plans) > MAX_BATCH:
+    count = sum(plan.variations for plan in plans)
+    if count > MAX_BATCH:
         remedy = f"send at most {MAX_BATCH:,} at a time"
-        raise InvalidRequestError("requests", f"are {len(plans):,}", remedy)
+        raise InvalidRequestError("requests", f"are {count:,}", remedy)
     if not any(plan.sources for plan in plans):
-        return CheckedRequests([_row(plan) for plan in plans], {})
+        return CheckedRequests([row for plan in plans for row in _rows(plan)], {})
     from dgx_music.audio.clips import Reader  # imports NumPy
 
     reader = Reader()
 
-    def read(plan: Plan) -> dict[str, Any]:
+    def read(plan: Plan) -> list[dict[str, Any]]:
         with naming(plan.name):
             clips = reader.read(plan.sources, plan.model, plan.identity["duration_seconds"])
         sources = {name: clip.source_sha256 for name, clip in clips.items()}
-        return _row(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
+        return _rows(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
 
-    return CheckedRequests([read(plan) for plan in plans], reader.data)
+    return CheckedRequests([row for plan in plans for row in read(plan)], reader.data)
 
 
 def _check_names(options: Mapping[Any, Any]) -> None:
@@ -303,21 +342,66 @@ def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**labels, "search_text": words}
 
 
-def _row(
+def _check_variations(count: int, request: GenerationRequest, key: str | None) -> None:
+    """Refuse variations that would all be the same, or whose seeds or keys are too long."""
+    if request.temperature == 0:
+        problem = "would all be the same with a temperature of 0"
+        raise InvalidRequestError("variations", problem, "raise it, or leave variations out")
+    if request.seed is not None:
+        validation.check_seed(request.seed + count - 1, "the last variation's seed")
+    if key is not None:
+        validation.check_name("idempotency_key", _key_of(key, count))
+
+
+def _rows(
     plan: Plan,
     sources: Mapping[str, str] = {},
     clips: Mapping[str, str] = {},
-) -> dict[str, Any]:
-    """Return the columns of a row; ``sources`` and ``clips`` are hashes, by field."""
+) -> list[dict[str, Any]]:
+    """Return the columns of each row; ``sources`` and ``clips`` are hashes, by field."""
+    asked: dict[str, Any] = {**plan.identity, **sources}
+    parent = {}
+    if plan.origin is not None:
+        parent = {"parent_id": plan.origin.parent_id}
+        asked |= {**parent, **plan.origin.clips}
+        clips = {**plan.origin.clips, **clips}
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
-    request_hash = _hash({**plan.identity, **sources})
-    return {
-        **_OPTIONAL,
-        **plan.circumstances,
-        **plan.identity,
-        **columns,
-        "request_hash": request_hash,
-    }
+    row = {**_OPTIONAL, **plan.circumstances, **plan.identity, **columns, **parent}
+    if plan.variations == 1:
+        row["request_hash"] = _hash(asked)
+        return [row]
+    return _takes(row, asked, plan.variations)
+
+
+def _takes(row: Mapping[str, Any], asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return the rows of the takes of one request.
+
+    Their hashes are of the seed that was asked for: so a repeated request has the same ones, also
+    if the seeds are chosen here.
+    """
+    seed, key = row["sampling"]["seed"], row["idempotency_key"]
+    first = _new_seed(count) if seed is None else seed
+    return [
+        {
+            **row,
+            "id": row["id"] if take == 1 else new_id(),
+            "take": take,
+            "sampling": {**row["sampling"], "seed": first + take - 1},
+            "idempotency_key": None if key is None else _key_of(key, take),
+            "request_hash": _hash({**asked, "variations": count, "take": take}),
+        }
+        for take in range(1, count + 1)
+    ]
+
+
+def _key_of(key: str, take: int) -> str:
+    """Return the idempotency key of a take; the first one has that of the request."""
+    return key if take == 1 else f"{key}#{take}"
+
+
+def _new_seed(count: int) -> int:
+    """Return a random seed; it and the next ones, ``count`` in all, are below 2**53."""
+    return int.from_bytes(os.urandom(8), "big") % ((1 << CHOSEN_SEED_BITS) - count + 1)
 
 
 def _hash(identity: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The first transition of a row's life: into the queue, in the caller's own transaction.
 
-One call keeps the clips, counts the prompts, and inserts the generations. A repeated idempotency
-key inserts nothing and gives the row that is there already.
+One call keeps the clips, adds the batches, counts the prompts, and inserts the generations. A
+repeated idempotency key inserts nothing and gives the row that is there already.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
 from dgx_music.statuses import PENDING
-from dgx_music.storage.clips import keep_clips
+from dgx_music.storage.batches import add_batches, drop_batches
+from dgx_music.storage.clips import hold_clips, keep_clips
 from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
 from dgx_music.storage.models import text_hash
@@ -29,9 +30,14 @@ from dgx_music.storage.prompts import (
 from dgx_music.storage.schema import HashText, UtcDateTime, dialect_of, now, written
 
 Row = Mapping[str, Any]
-"""The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once."""
+"""The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once.
+
+``batch_name`` is the name of the batch that ``batch_id`` identifies.
+"""
 
 _CHUNK = 1_000
+_MORE = ("idempotency_key", "batch_id", *CLIP_COLUMNS)
+"""What a row may refer to, each of which takes a statement of its own."""
 
 
 async def insert_generations(
@@ -39,12 +45,15 @@ async def insert_generations(
 ) -> list[Generation]:
     """Insert these rows and return the generations in the same order.
 
-    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``. A
-    row whose idempotency key exists is not inserted: the existing generation is returned in its
-    place. Raises ``IdempotencyConflictError`` if that one belongs to a different request.
+    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``; a
+    clip that is not among them must be stored already. A row whose idempotency key exists is not
+    inserted: the existing generation is returned in its place. A batch is added with its first row.
+    Raises ``IdempotencyConflictError`` if an existing row belongs to a different request.
     """
     by_key = await _find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
+    batches = {row["batch_id"]: row["batch_name"] for row in fresh if row["batch_id"]}
+    await add_batches(session, batches)
     inserted: dict[str, Generation] = {}
     while fresh:
         inserted |= {row.id: row for row in await _insert_fresh(session, fresh, clips)}
@@ -57,6 +66,7 @@ async def insert_generations(
         by_key |= found
         # The other producer's row is gone again: insert once more.
         fresh = [row for row in raced if row["idempotency_key"] not in found]
+    await drop_batches(session, batches.keys() - {row.batch_id for row in inserted.values()})
     by_key |= {
         row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
     }
@@ -72,7 +82,7 @@ async def insert_all(
 
 def is_single(rows: Sequence[Row]) -> bool:
     """Return True if PostgreSQL inserts these rows with one statement, and nothing beside it."""
-    has_more = any(row[name] for row in rows for name in ("idempotency_key", *CLIP_COLUMNS))
+    has_more = any(row[name] for row in rows for name in _MORE)
     return len(rows) <= _CHUNK and not has_more
 
 
@@ -106,7 +116,8 @@ async def _insert_fresh(
     """Keep the rows' clips, count their prompts, insert them; return those whose key was free."""
     used = {row[name] for row in rows for name in CLIP_COLUMNS} - {None}
     if used:
-        await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
+        await keep_clips(session, {sha256: clips[sha256] for sha256 in used & clips.keys()})
+        await hold_clips(session, used - clips.keys())
     # In one order: two batches must not wait for each other in a circle.
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
     insert = _insert_on_postgres if dialect_of(session) == "postgresql" else _insert_on_sqlite
