@@ -113,7 +113,8 @@ class NoAudioError(DgxMusicError):
     exit_code = 4
 
     def __init__(self, generation_id: str, status: GenerationStatus) -> None:
-        super().__init__(f"Generation {generation_id} is {status} and has no audio.")
+        yet = " yet" if status in ("pending", "processing") else ""
+        super().__init__(f"Generation {generation_id} is {status} and has no audio{yet}.")
         self.generation_id = generation_id
         self.status = status
 

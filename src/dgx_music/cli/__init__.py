@@ -66,6 +66,16 @@ COMMANDS = {
         "Find words in prompts, titles, notes and tags, best first.",
     ),
     "show": (_QUEUE, "show:show", "Show all of one generation: fields, attempts, waveform."),
+    "again": (
+        _QUEUE,
+        "again:again",
+        "Make a generation again, with another seed or other options.",
+    ),
+    "continue": (
+        _QUEUE,
+        "again:continue_",
+        "Make music that goes on from a completed generation.",
+    ),
     "watch": (_QUEUE, "watch:watch", "Watch a generation or a batch until it is finished."),
     "batches": (_QUEUE, "batches:batches", "List batches, newest first, and how far each is."),
     "cancel": (_QUEUE, "transitions:cancel", "Cancel a generation."),

@@ -50,6 +50,13 @@ def name_of(file: Path) -> str | None:
         return None
 
 
+def parse_metadata(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with the metadata, if it is given, as an object instead of JSON text."""
+    if "metadata" not in options:
+        return {**options}
+    return {**options, "metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')}
+
+
 def parse_object(field: str, text: str, example: str) -> dict[str, Any]:
     """Return a JSON object; raises ``InvalidRequestError`` with the field and the example."""
     remedy = f"use an object such as {example}"

@@ -16,7 +16,7 @@ from dgx_music.cli.estimates import in_words
 from dgx_music.cli.opening import opened
 from dgx_music.cli.output import print_json, print_line, tell, tell_untrained
 from dgx_music.cli.progress import describe, follow
-from dgx_music.cli.prompt_file import name_of, parse_object, read_requests
+from dgx_music.cli.prompt_file import name_of, parse_metadata, read_requests
 from dgx_music.cli.service import ServiceTeller
 from dgx_music.client.enqueue import store
 from dgx_music.client.generations import estimate_generation
@@ -37,10 +37,7 @@ def read(
 
     Those of a file are a batch, by default named after the file.
     """
-    if "metadata" in options:
-        options = options | {
-            "metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')
-        }
+    options = parse_metadata(options)
     if file is not None and prompt is None:
         if "idempotency_key" in options:
             raise InvalidRequestError(
@@ -150,7 +147,7 @@ async def _follow(
             [row.id for row in rows], timeout=timeout, teller=ServiceTeller(database, rows)
         )
     except asyncio.CancelledError:
-        tell(f"Stopped waiting, not making; see: {_how_to_follow(rows)}")
+        tell(f"Stopped waiting, not making; see: {how_to_follow(rows)}")
         raise
 
 
@@ -171,14 +168,14 @@ def show_ids(rows: list[Generation]) -> None:
 async def _tell_of_queue(rows: list[Generation], *, is_waiting: bool) -> None:
     tell_untrained(rows)
     if len(rows) > 1:
-        tell(f"{len(rows):,} generations enqueued; follow them with: {_how_to_follow(rows)}")
+        tell(f"{len(rows):,} generations enqueued; follow them with: {how_to_follow(rows)}")
     elif rows[0].is_finished:  # the row of an idempotency key
         tell(f"It was made before: {describe(rows[0])}")
     elif not is_waiting:
-        tell(f"{await _place_in_words(rows[0])}; follow it with: {_how_to_follow(rows)}")
+        tell(f"{await _place_in_words(rows[0])}; follow it with: {how_to_follow(rows)}")
 
 
-def _how_to_follow(rows: list[Generation]) -> str:
+def how_to_follow(rows: list[Generation]) -> str:
     """Return the command that watches the only one, or the batch that all are in."""
     if len(rows) == 1:
         return f"dgx-music watch {rows[0].id}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import copy
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -93,3 +94,19 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "metadata": _queueing(str, "An object of your own to keep with it.", metavar="JSON"),
 }
 """Each option's annotation, by the name that ``dgx_music.enqueue`` has for it."""
+
+
+def _without_default(option: Any) -> Any:
+    """Return the option with a help that says no default."""
+    described = copy(option.__metadata__[0])
+    described.help = f"{described.help.partition('; default')[0].removesuffix('.')}."
+    return Annotated[option.__origin__, described]
+
+
+_CIRCUMSTANCES = ("priority", "run_at", "max_attempts", "idempotency_key")
+CHANGE_OPTIONS: dict[str, Any] = {
+    name: option if name in _CIRCUMSTANCES else _without_default(option)
+    for name, option in REQUEST_OPTIONS.items()
+    if name not in ("seed", "variations")
+}
+"""The options of a request that is made again: without them most are as they were."""

@@ -143,7 +143,8 @@ async def _enqueue_from(
     changes = {**changes, **wanted}
     kept = {name: sha256 for name, sha256 in clips_of(parent).items() if name not in changes}
     options = {**_options_of(parent, changes), **changes}
-    planned = plan(options.pop("prompt"), options, origin=Origin(parent.id, kept))
+    origin = Origin(parent.id, kept, parent.audio_format)
+    planned = plan(options.pop("prompt"), options, origin=origin)
     if "continuation" in kept:
         await _check_length(kept["continuation"], planned.identity["duration_seconds"], session)
     checked = await read_clips_beside([planned])

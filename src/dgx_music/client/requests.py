@@ -162,6 +162,8 @@ class Origin:
     parent_id: str
     clips: Mapping[str, str]
     """The ``sha256`` of each stored clip that is used again, by the name of its field."""
+    audio_format: str | None
+    """That of the file, unless the request names one."""
 
 
 @dataclass(frozen=True)
@@ -360,13 +362,14 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Return the columns of each row; ``sources`` and ``clips`` are hashes, by field."""
     asked: dict[str, Any] = {**plan.identity, **sources}
-    parent = {}
-    if plan.origin is not None:
-        parent = {"parent_id": plan.origin.parent_id}
-        asked |= {**parent, **plan.origin.clips}
-        clips = {**plan.origin.clips, **clips}
+    optional = _OPTIONAL
+    if (origin := plan.origin) is not None:
+        asked |= {"parent_id": origin.parent_id, **origin.clips}
+        clips = {**origin.clips, **clips}
+        own = {"parent_id": origin.parent_id, "audio_format": origin.audio_format}
+        optional = {**_OPTIONAL, **own}
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
-    row = {**_OPTIONAL, **plan.circumstances, **plan.identity, **columns, **parent}
+    row = {**optional, **plan.circumstances, **plan.identity, **columns}
     if plan.variations == 1:
         row["request_hash"] = _hash(asked)
         return [row]
