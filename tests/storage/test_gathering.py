@@ -162,16 +162,6 @@ async def test_what_waits_for_another_producers_key_holds_up_nobody_else(databas
 async def test_only_so_many_rows_share_a_transaction(database, transactions, monkeypatch):
     monkeypatch.setattr(gathering, "_MOST_ROWS", 3)
 
-    await asyncio.gather(*[enqueue(prompt) for prompt in "abcde"])
-
-    assert await prompts(database) == [*"abcde"]
-    assert transactions == [3, 2]
-
-
-@on("sqlite")
-async def test_a_call_with_many_rows_is_never_divided(database, transactions, monkeypatch):
-    monkeypatch.setattr(gathering, "_MOST_ROWS", 3)
-
     made = await asyncio.gather(enqueue("a"), enqueue_many(["b", "c", "d"]), enqueue("e"))
 
     assert [each.prompt for each in made[1]] == ["b", "c", "d"]
@@ -236,9 +226,9 @@ async def test_the_writer_does_not_run_in_its_first_callers_context(transactions
     assert seen == ["nobody"]
 
 
-@pytest.mark.parametrize("name", ["idempotency_key", "batch_id", *CLIP_COLUMNS])
-def test_a_key_a_batch_or_a_clip_needs_more_than_one_statement(name):
-    row = dict.fromkeys(["idempotency_key", "batch_id", *CLIP_COLUMNS])
+@pytest.mark.parametrize("name", ["idempotency_key", *CLIP_COLUMNS])
+def test_a_key_or_a_clip_needs_more_than_one_statement(name):
+    row = dict.fromkeys(["idempotency_key", *CLIP_COLUMNS])
 
     assert is_single([row])
     assert not is_single([row, {**row, name: "x"}])

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from sqlalchemy import ColumnElement, delete, exists, func, insert, not_, select
+from sqlalchemy import CTE, ColumnElement, column, delete, exists, func, insert, not_, select
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.generation import g
 from dgx_music.storage.models import Batch
+from dgx_music.storage.prepared import json_rows
+from dgx_music.storage.schema import Id, ShortText
 
 
 async def add_batches(session: AsyncSession, names: Mapping[str, str | None]) -> None:
     """Add a batch for each of these ids, with its name."""
     if names:
         await session.execute(insert(Batch), [{"id": key, "name": names[key]} for key in names])
+
+
+def added_batches() -> CTE:
+    """Return PostgreSQL's INSERT of the batches in the parameter ``batches``, for a statement.
+
+    That statement may add their generations too: it checks its references at its end.
+    """
+    given = json_rows("batches", [column("id", Id), column("name", ShortText)])
+    chosen = select(given.c.id, given.c.name)
+    added = postgresql.insert(Batch).from_select(["id", "name"], chosen, include_defaults=False)
+    return added.cte("added_batches")
 
 
 async def drop_batches(session: AsyncSession, ids: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
 from dgx_music.statuses import PENDING
-from dgx_music.storage.batches import add_batches, drop_batches
+from dgx_music.storage.batches import add_batches, added_batches, drop_batches
 from dgx_music.storage.clips import hold_clips, keep_clips
 from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
@@ -36,8 +36,6 @@ Row = Mapping[str, Any]
 """
 
 _CHUNK = 1_000
-_MORE = ("idempotency_key", "batch_id", *CLIP_COLUMNS)
-"""What a row may refer to, each of which takes a statement of its own."""
 
 
 async def insert_generations(
@@ -53,10 +51,11 @@ async def insert_generations(
     by_key = await _find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
     batches = {row["batch_id"]: row["batch_name"] for row in fresh if row["batch_id"]}
-    await add_batches(session, batches)
+    to_add: Mapping[str, str | None] = batches
     inserted: dict[str, Generation] = {}
     while fresh:
-        inserted |= {row.id: row for row in await _insert_fresh(session, fresh, clips)}
+        inserted |= {row.id: row for row in await _insert_fresh(session, fresh, clips, to_add)}
+        to_add = {}
         # Another producer was faster with the same key.
         raced = [row for row in fresh if row["id"] not in inserted]
         found = await _find_by_key(session, raced)
@@ -66,7 +65,8 @@ async def insert_generations(
         by_key |= found
         # The other producer's row is gone again: insert once more.
         fresh = [row for row in raced if row["idempotency_key"] not in found]
-    await drop_batches(session, batches.keys() - {row.batch_id for row in inserted.values()})
+    if batches:
+        await drop_batches(session, batches.keys() - {row.batch_id for row in inserted.values()})
     by_key |= {
         row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
     }
@@ -82,7 +82,7 @@ async def insert_all(
 
 def is_single(rows: Sequence[Row]) -> bool:
     """Return True if PostgreSQL inserts these rows with one statement, and nothing beside it."""
-    has_more = any(row[name] for row in rows for name in _MORE)
+    has_more = any(row[name] for row in rows for name in ("idempotency_key", *CLIP_COLUMNS))
     return len(rows) <= _CHUNK and not has_more
 
 
@@ -111,9 +111,15 @@ async def _find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, 
 
 
 async def _insert_fresh(
-    session: AsyncSession, rows: list[Row], clips: Mapping[str, tuple[bytes, float]]
+    session: AsyncSession,
+    rows: list[Row],
+    clips: Mapping[str, tuple[bytes, float]],
+    batches: Mapping[str, str | None],
 ) -> list[Generation]:
-    """Keep the rows' clips, count their prompts, insert them; return those whose key was free."""
+    """Keep the rows' clips, count their prompts, insert them; return those whose key was free.
+
+    ``batches`` are added before them.
+    """
     used = {row[name] for row in rows for name in CLIP_COLUMNS} - {None}
     if used:
         await keep_clips(session, {sha256: clips[sha256] for sha256 in used & clips.keys()})
@@ -121,14 +127,17 @@ async def _insert_fresh(
     # In one order: two batches must not wait for each other in a circle.
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
     insert = _insert_on_postgres if dialect_of(session) == "postgresql" else _insert_on_sqlite
-    inserted = await insert(session, rows)
+    inserted = await insert(session, rows, batches)
     if isinstance(session, DirectSession):  # of our own, and about to close
         return inserted
     session.add_all(inserted)
     return inserted
 
 
-async def _insert_on_sqlite(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+async def _insert_on_sqlite(
+    session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
+    await add_batches(session, batches)
     prompt_ids = await count_on_sqlite(session, [row["prompt"] for row in rows])
     at = (await _CLOCK.rows(session, {}))[0].now
     wanted = [
@@ -156,17 +165,26 @@ async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
     return {*ids} - found
 
 
-async def _insert_on_postgres(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+async def _insert_on_postgres(
+    session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
     inserted: list[Generation] = []
     for start in range(0, len(rows), _CHUNK):
-        inserted += await _insert_chunk(session, rows[start : start + _CHUNK])
+        inserted += await _insert_chunk(session, rows[start : start + _CHUNK], batches)
+        batches = {}
     return inserted
 
 
-async def _insert_chunk(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+async def _insert_chunk(
+    session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
     hashed = [{**row, "text_hash": text_hash(row["prompt"])} for row in rows]
     values = {"rows": as_json(hashed), "texts": as_json(uses_of(row["prompt"] for row in rows))}
-    made = {row.id: row for row in await _INSERT_ON_POSTGRES.rows(session, values)}
+    statement = _INSERT_ON_POSTGRES
+    if batches:
+        statement = _INSERT_WITH_BATCHES
+        values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
+    made = {row.id: row for row in await statement.rows(session, values)}
     found = [(row, made[row["id"]]) for row in rows]
     raced = [(row, at) for row, at in found if at.created_at is None]
     counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
@@ -254,4 +272,5 @@ def _insert_on_postgres_statement() -> Any:
 
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
 _INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement)
+_INSERT_WITH_BATCHES = Prepared(lambda: _insert_on_postgres_statement().add_cte(added_batches()))
 _CLOCK = Prepared(lambda: select(now().label("now")))
