@@ -21,12 +21,14 @@ from dgx_music.client import requests
 from dgx_music.client.prune import prune_batches
 from dgx_music.errors import IdempotencyConflictError, InvalidRequestError
 from dgx_music.forecast import LEAST_MEASURED
-from dgx_music.storage import delete_generation
+from dgx_music.storage import batch_progress, delete_generation
+from dgx_music.storage.batches import count_empty_batches
 from dgx_music.storage.estimates import record_speed
 from dgx_music.storage.models import Batch, Clip, Generation, WorkerInfo
 from dgx_music.storage.schema import new_id
 from dgx_music.validation import MAX_SEED
 from tests.factories import MODEL, SQLITE, add_generation, audio_file, on, read, read_all
+from tests.storage.plans import analyze, plan_of
 
 pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
 
@@ -340,6 +342,29 @@ async def test_batches_are_listed_newest_first_page_by_page(database):
         after = page.next
     assert pages == [ids[:2:-1], ids[2:0:-1], ids[:1]]
     assert [batch.total for batch in (await list_batches()).batches] == [1] * 5
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        batch_progress._find_last,
+        lambda session, batch_id: batch_progress._count(session, [batch_id, "another"]),
+    ],
+)
+async def test_a_batch_is_read_by_its_index_however_many_others_there_are(database, read):
+    rows = [(await enqueue_many(["a"] * 150))[0] for _ in range(20)]
+    await analyze(database)
+
+    plan = await plan_of(database, lambda session: read(session, rows[7].batch_id))
+    assert "ix_generations_batch" in plan
+
+
+async def test_empty_batches_are_found_by_that_index_too(database):
+    for _ in range(20):
+        await enqueue_many(["a"] * 150)
+    await analyze(database)
+
+    assert "ix_generations_batch" in await plan_of(database, count_empty_batches)
 
 
 @on(SQLITE)
