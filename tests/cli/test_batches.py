@@ -9,7 +9,7 @@ import pytest
 from dgx_music.cli.batch_progress import board, in_words
 from dgx_music.forecast import Range
 from dgx_music.storage.batch_progress import BatchProgress
-from tests.cli.conftest import Run, Spawn, count_rows
+from tests.cli.conftest import Run, Spawn, add, count_rows
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -250,3 +250,12 @@ def test_a_batch_that_is_made_ends_0(spawn: Spawn, run: Run, tone: Any) -> None:
     result = run("watch", "prompts.txt", "--timeout", PATIENCE)
 
     assert (result.code, result.err.splitlines()[-1]) == (0, "2 of 2 completed.")
+
+
+def test_a_batch_is_a_filter_by_its_id_and_by_its_name(run: Run, monday: dict[str, str]) -> None:
+    add("another")
+
+    for wanted in (monday["id"], monday["id"][-6:], "Monday, first"):
+        rows = run("list", "--batch", wanted, "--json").json
+        assert sorted(row["prompt"] for row in rows) == ["a", "b"]
+    assert run("list", "--batch", "tuesday").code == 2
