@@ -9,9 +9,10 @@ INSTALLED := $(VENV)/.installed
 DEVELOPING := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
+WITH_COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=90
 CHECK_DATABASE := $(VENV)/check.db
 
-.PHONY: help demo test check install format lint migrations build coverage soak \
+.PHONY: help demo test check install format lint migrations build soak \
 	db-init db-migrate db-reset clean
 
 help: ## list the targets
@@ -21,9 +22,10 @@ demo: $(INSTALLED) ## make the first audio: enqueue three prompts, run the real 
 	@$(BIN)/dgx-music demo
 
 test: $(DEVELOPING) ## run the tests, on SQLite and on a PostgreSQL that is installed with them
-	$(PYTEST)
+	$(PYTEST) $(COVERAGE)
 
-check: lint migrations test build ## run all that CI runs
+check: COVERAGE := $(WITH_COVERAGE)
+check: lint migrations test build ## run all that CI runs: the tests with coverage, 90 % at least
 
 install: $(DEVELOPING) ## install what tests and checks need
 
@@ -45,9 +47,6 @@ build: $(DEVELOPING) ## build sdist and wheel into dist/ and check their metadat
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
-
-coverage: $(DEVELOPING) ## run the tests with coverage, which takes twice as long; 90 % is the least
-	$(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 soak: $(DEVELOPING) ## run the long tests: worker processes that are killed again and again
 	$(BIN)/pytest -m "soak or any_driver" --both-drivers --timeout=900

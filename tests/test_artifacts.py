@@ -25,6 +25,7 @@ from dgx_music.artifacts import (
     open_output,
 )
 from dgx_music.artifacts import local as local_module
+from dgx_music.artifacts import objects as objects_module
 from dgx_music.artifacts.interface import CHUNK_BYTES
 from dgx_music.errors import ArtifactError, InvalidRequestError
 from tests.object_store import s3_fixture, s3_port_fixture  # noqa: F401
@@ -50,8 +51,8 @@ def artifacts(request, root):
     return open_output(root if request.param == "local" else request.getfixturevalue("s3"))
 
 
-async def read(artifacts, path):
-    return b"".join([chunk async for chunk in artifacts.stream(path)])
+async def read(artifacts, path, *part):
+    return b"".join([chunk async for chunk in artifacts.stream(path, *part)])
 
 
 async def listed(artifacts):
@@ -198,6 +199,32 @@ async def test_what_is_published_streams_back(artifacts, size):
     artifact = await artifacts.publish("song", 1, "wav", data)
 
     assert await read(artifacts, artifact.path) == data
+
+
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [(0, None), (0, 0), (7, 5), (3, 60_000), (99_999, 500), (100_000, 1), (2**40, None)],
+)
+async def test_a_part_of_a_file_streams_as_its_bytes_would_be_cut(
+    artifacts, monkeypatch, start, length
+):
+    for module in (local_module, objects_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 30_000)
+    data = bytes(range(250)) * 400
+    path = (await artifacts.publish("song", 1, "wav", data)).path
+
+    end = None if length is None else start + length
+    assert await read(artifacts, path, start, length) == data[start:end]
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "field"), [(-1, None, "start"), (0, -1, "length"), (0.5, None, "start")]
+)
+async def test_a_part_that_no_file_has_is_refused(artifacts, start, length, field):
+    path = (await artifacts.publish("song", 1, "wav", DATA)).path
+
+    with pytest.raises(InvalidRequestError, match=f"^{field} is "):
+        await read(artifacts, path, start, length)
 
 
 async def test_what_is_not_there_does_not_stream(artifacts):

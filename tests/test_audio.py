@@ -19,8 +19,9 @@ from dgx_music.audio.files import PEAK_LIMIT, check_format, finish, warm_up
 from dgx_music.audio.formats import FORMATS
 from dgx_music.audio.samples import Audio
 from dgx_music.cli.output import waveform_text
-from dgx_music.config import AudioFormat, Loudness
+from dgx_music.config import Loudness
 from dgx_music.errors import EngineError, GenerationRejectedError
+from dgx_music.validation import AudioFormat
 
 RATE = 32_000
 LOUDNESSES = get_args(Loudness)

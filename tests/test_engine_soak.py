@@ -7,6 +7,7 @@ generation, and the row says what it asked for.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import random
@@ -300,9 +301,19 @@ async def check_same_as_undisturbed(database: Database, rows: list[Generation]) 
     others = [
         row.id
         for row in rows
-        if hashlib.sha256(make_alone(engine, row, contents)).hexdigest() != row.sha256
+        if samples_of(make_alone(engine, row, contents)) != samples_of(await file_of(row))
     ]
     assert others == []
+
+
+async def file_of(row: Generation) -> bytes:
+    return await anyio.Path(str(row.file_path)).read_bytes()
+
+
+def samples_of(file: bytes) -> bytes:
+    """Return the samples alone: the tags before them have the day on which they were made."""
+    samples, _rate = soundfile.read(io.BytesIO(file), dtype="int16")
+    return bytes(samples.tobytes())
 
 
 def make_alone(engine: Engine, row: Generation, contents: dict[str, bytes]) -> bytes:

@@ -437,7 +437,7 @@ async def test_bad_input_in_a_batch_is_refused_by_its_place_and_nothing_stored(
 async def test_an_unknown_option_is_refused_by_its_name(database):
     with pytest.raises(
         InvalidRequestError,
-        match=r"^lenght is not an option; use channels, continuation, duration, ",
+        match=r"^lenght is not an option; use audio_format, .*channels, continuation, ",
     ):
         await enqueue("lofi rain", lenght=16)
 
@@ -1039,6 +1039,34 @@ async def test_a_request_without_news_has_the_hash_that_it_always_had(database):
     row = await enqueue("lofi rain", model="musicgen-small", duration=16, seed=7)
 
     assert row.request_hash == "f8ae04fb4fa169055e20d5c4d246a69b22e94e4e8b1be7938d336f964fa50717"
+
+
+async def test_a_format_is_stored_and_makes_it_another_request():
+    plain, flac = await enqueue("lofi rain"), await enqueue("lofi rain", audio_format="flac")
+
+    assert (plain.audio_format, flac.audio_format) == (None, "flac")
+    assert plain.request_hash != flac.request_hash
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"audio_format": "aac"}, "audio_format is 'aac'; use wav, flac, mp3 or ogg."),
+        ({"audio_format": 3}, "audio_format is 3; use wav, flac, mp3 or ogg."),
+        ({"audio_format": ""}, "audio_format is ''; use wav, flac, mp3 or ogg."),
+        (
+            {"audio_format": "mp3", "sample_rate": 96_000},
+            "audio_format 'mp3' cannot hold 96,000 Hz; use one of 8,000, 11,025, 12,000, 16,000, "
+            "22,050, 24,000, 32,000, 44,100, 48,000 Hz, or another audio format.",
+        ),
+    ],
+)
+@on(SQLITE)
+async def test_a_format_that_no_worker_can_write_is_refused(options, message):
+    with pytest.raises(InvalidRequestError) as caught:
+        await enqueue("lofi rain", **options)
+
+    assert str(caught.value) == message
 
 
 async def test_clips_are_stored_with_the_row_and_shown_by_their_hashes(database, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import soundfile
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import InterfaceError, InternalError
 
@@ -16,6 +17,7 @@ from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts
 from dgx_music.config import load_settings
 from dgx_music.errors import (
     ArtifactError,
+    ConfigurationError,
     DatabaseNotMigratedError,
     DatabaseUnavailableError,
     EngineCrashedError,
@@ -30,6 +32,7 @@ from dgx_music.storage.models import Attempt, Clip, Generation, WorkerInfo
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import now_plus
 from dgx_music.worker import performing
+from dgx_music.worker.daemon import run_worker
 from dgx_music.worker.engine_deaths import BROKEN_AFTER
 from dgx_music.worker.leases import Stop
 from dgx_music.worker.worker import Worker
@@ -290,6 +293,46 @@ async def test_a_format_that_cannot_hold_the_sample_rate_is_refused_before_the_e
     await make_worker(audio_format="mp3").run(drain=True)
     assert (await read(database, generation)).status == "failed"
     assert not engine.started
+
+
+async def test_a_request_may_have_a_format_of_its_own(database, make_worker):
+    generation = await add(database, audio_format="flac")
+    await make_worker(audio_format="mp3").run(drain=True)
+
+    row = await read(database, generation)
+    assert (row.file_path[-5:], row.get_metadata()["audio"]["format"]) == (".flac", "flac")
+
+
+async def test_the_file_has_the_title_that_the_row_has_when_it_is_claimed(database, make_worker):
+    generation = await add(database)
+    async with database.session() as session:
+        (await session.get(Generation, generation.id)).title = "Rain"
+    await make_worker().run(drain=True)
+
+    with soundfile.SoundFile((await read(database, generation)).file_path) as file:
+        assert (file.title, file.artist) == ("Rain", MODEL)
+        assert f"Generation: {generation.id}" in file.comment
+
+
+async def test_a_format_that_this_machine_cannot_write_costs_a_failure_and_no_inference(
+    database, make_worker, engine, monkeypatch
+):
+    monkeypatch.setattr("soundfile.available_formats", lambda: {"FLAC": "", "OGG": ""})
+    generation = await add(database, audio_format="mp3", max_attempts=1)
+    await make_worker().run(drain=True)
+
+    row = await read(database, generation)
+    assert (row.status, row.error_message) == (
+        "failed",
+        "This machine's libsndfile cannot write MP3; update it, or use WAV.",
+    )
+    assert not engine.started
+
+
+async def test_a_worker_whose_own_format_cannot_be_written_does_not_start(monkeypatch, tmp_path):
+    monkeypatch.setattr("soundfile.available_formats", dict)
+    with pytest.raises(ConfigurationError, match=r"^DGX_MUSIC_AUDIO_FORMAT is ogg, which this"):
+        await run_worker(load_settings(audio_format="ogg", output=str(tmp_path)))
 
 
 async def test_a_replaced_engine_costs_no_budget(database, make_worker, engine):

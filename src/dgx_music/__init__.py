@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dgx_music.artifacts import Artifacts, open_output, open_place_of
     from dgx_music.audio.facts import AudioFacts
     from dgx_music.client.again import Continuation, again_generation, continue_generation
+    from dgx_music.client.audio_out import save_audio, stream_audio
     from dgx_music.client.batches import get_batch, list_batches, watch_batch
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
     from dgx_music.client.fleet import pause, resume
@@ -127,7 +128,9 @@ __all__ = [
     "queue_position",
     "resume",
     "retry_generation",
+    "save_audio",
     "search_generations",
+    "stream_audio",
     "wait_for_generation",
     "watch_batch",
     "watch_generation",
@@ -137,6 +140,7 @@ _MODULES = {
     "artifacts": "Artifacts open_output open_place_of",
     "audio.facts": "AudioFacts",
     "client.again": "Continuation again_generation continue_generation",
+    "client.audio_out": "save_audio stream_audio",
     "client.batches": "get_batch list_batches watch_batch",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
     "client.fleet": "pause resume",

@@ -76,6 +76,7 @@ MODELS: dict[str, ModelInfo] = {
 
 DEFAULT_MODEL = "musicgen-small"
 UNTRAINED_NOTICE = "untrained weights: the audio is noise"
+TONE_NOTICE = "tone engine: sine waves for tests, not music"
 
 
 def find_model(name: str) -> ModelInfo | None:
@@ -84,6 +85,11 @@ def find_model(name: str) -> ModelInfo | None:
         # without the slash that a shell's completion adds
         return ModelInfo(str(PurePath(name)), hears_melody=None)
     return MODELS.get(name)
+
+
+def short_name(name: str) -> str:
+    """Return the name of a model, or of a local folder without the folders above it."""
+    return PurePath(name).name or name
 
 
 def is_untrained(name: str) -> bool:

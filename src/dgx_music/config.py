@@ -24,7 +24,7 @@ from dgx_music import validation
 from dgx_music.catalog import DEFAULT_MODEL, MODELS, find_model
 from dgx_music.errors import ConfigurationError, InvalidRequestError
 from dgx_music.setting import Setting, declared, tidy
-from dgx_music.validation import exactly, shown
+from dgx_music.validation import AudioFormat, exactly, shown
 
 DEFAULT_DATABASE_URL = "sqlite:///data/generations.db"
 PREFIX = "DGX_MUSIC_"
@@ -44,7 +44,6 @@ _STORE_SCHEMES = ("s3", "gs", "az")
 _STORE_PLACE = re.compile(r"/[A-Za-z0-9][A-Za-z0-9._-]*(/(?!\.{1,2}(/|$))[A-Za-z0-9._=-]+)*/?")
 _MODEL, _AUDIO, _TIMING, _SERVER = "Model", "Audio", "Timing", "PostgreSQL"
 
-AudioFormat = Literal["wav", "flac", "mp3", "ogg"]
 Loudness = Literal["lufs", "peak", "none"]
 EngineName = Literal["musicgen", "tone"]
 

@@ -13,13 +13,16 @@ import math
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from dgx_music.catalog import MIN_DURATION_SECONDS, MODELS, WINDOW_SECONDS, ModelInfo, find_model
 from dgx_music.errors import InvalidRequestError
 from dgx_music.text import says_something
 
+AudioFormat: TypeAlias = Literal["wav", "flac", "mp3", "ogg"]
+AUDIO_FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
 MAX_PROMPT_CHARACTERS = 2_000
 MAX_NAME_CHARACTERS = 200
 MAX_NOTES_CHARACTERS = 10_000
@@ -181,6 +184,19 @@ def check_model(value: object, field: str = "model") -> ModelInfo:
         remedy = f"use {', '.join(MODELS)}, or a local folder's absolute path"
         raise InvalidRequestError(field, f"{name!r} is not known", remedy)
     return model
+
+
+def check_audio_format(value: object, field: str = "audio_format") -> AudioFormat:
+    """Return the format of a file: ``wav``, ``flac``, ``mp3`` or ``ogg``."""
+    for known in AUDIO_FORMATS:
+        if value == known:
+            return known
+    raise InvalidRequestError(field, f"is {shown(value)}", f"use {one_of(AUDIO_FORMATS)}")
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Return the names as a list that ends with ``or``."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def check_duration(value: object, longest: float, field: str = "duration") -> float:

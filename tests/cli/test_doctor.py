@@ -416,3 +416,15 @@ def test_a_file_system_without_links_is_a_warning(
     (output,) = [finding for finding in result.json["findings"] if finding["subject"] == "output"]
     assert (result.code, output["verdict"]) == (0, "warning")
     assert "has no hard links" in output["detail"]
+
+
+def test_a_format_that_cannot_be_written_here_is_a_wrong_setting(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soundfile.available_formats", lambda: {"FLAC": ""})
+    monkeypatch.setenv("DGX_MUSIC_AUDIO_FORMAT", "mp3")
+
+    result = run("doctor", "--engine", "tone")
+
+    assert result.code == 2
+    assert "DGX_MUSIC_AUDIO_FORMAT is mp3, which this machine's libsndfile cannot" in result.out

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dgx_music.audio.samples import Audio
+from dgx_music.catalog import TONE_NOTICE
 from dgx_music.errors import (
     EngineCrashedError,
     EngineError,
@@ -26,7 +27,7 @@ from dgx_music.inference import child_process
 from dgx_music.inference import process as process_module
 from dgx_music.inference.messages import EngineInfo, Finished, Unloaded
 from dgx_music.inference.process import EngineProcess
-from dgx_music.inference.tone import NOTICE, SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
+from dgx_music.inference.tone import SCRIPT_VARIABLE, SPEED_VARIABLE, ToneEngine
 from tests.inference.conftest import WriteScript
 from tests.inference.factories import QuietRun, begin, ignore, make_process, make_request
 from tests.patience import PATIENCE
@@ -80,7 +81,12 @@ async def begin_start(process: EngineProcess) -> asyncio.Task[EngineInfo]:
 async def test_start_says_what_was_loaded(process: EngineProcess) -> None:
     info = await process.start()
 
-    assert (info.slots, info.device, info.model_version, info.notice) == (4, "cpu", "tone", NOTICE)
+    assert (info.slots, info.device, info.model_version, info.notice) == (
+        4,
+        "cpu",
+        "tone",
+        TONE_NOTICE,
+    )
     assert info.pid == process.pid != os.getpid()
 
 

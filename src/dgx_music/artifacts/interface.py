@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol, get_args
+from typing import Protocol
 
-from dgx_music.config import AudioFormat
 from dgx_music.errors import ArtifactError, InvalidRequestError
+from dgx_music.validation import AUDIO_FORMATS, check_integer
 
-EXTENSIONS: tuple[str, ...] = get_args(AudioFormat)
+EXTENSIONS: tuple[str, ...] = AUDIO_FORMATS
 PART = ".part"
 """The suffix of a half-written file."""
 CHUNK_BYTES = 4 * 2**20
+MAX_BYTES = 2**63 - 1
+"""No file is larger."""
 LONGEST_LINK_SECONDS = 7 * 86_400
 """S3 honours no link for longer."""
 
@@ -71,12 +73,16 @@ class Artifacts(Protocol):
         Raises ``ArtifactError`` if that cannot be found out, or if the path is of another place.
         """
 
-    def stream(self, path: str) -> AsyncIterator[bytes]:
+    def stream(
+        self, path: str, start: int = 0, length: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the content of a published file in chunks of some megabytes.
 
-        ``path`` is the ``file_path`` of its row. Raises ``ArtifactError`` if the file is not there,
-        cannot be read, or is of another place: so a web application that streams by rows can serve
-        no other file.
+        ``path`` is the ``file_path`` of its row. With ``start`` and ``length`` only these bytes of
+        it are read, and fewer if the file ends before. A reader that leaves early closes it. Raises
+        ``ArtifactError`` if the file is not there, cannot be read, or is of another place: so a web
+        application that streams by rows can serve no other file. Raises ``InvalidRequestError`` for
+        a negative number.
         """
 
     async def link(self, path: str, seconds: float) -> str | None:
@@ -130,6 +136,13 @@ def parse_name(name: str) -> tuple[str, int] | None:
 def describe(path: str, data: bytes) -> Artifact:
     """Return what the row of this data will say."""
     return Artifact(path, len(data), hashlib.sha256(data).hexdigest())
+
+
+def check_range(start: int, length: int | None) -> tuple[int, int]:
+    """Return the first byte, and the one after the last; raises ``InvalidRequestError``."""
+    start = check_integer("start", start, 0, MAX_BYTES)
+    most = MAX_BYTES - start
+    return start, start + (most if length is None else check_integer("length", length, 0, most))
 
 
 def check_held(place: Artifacts, path: str) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -21,6 +21,7 @@ from dgx_music.artifacts.interface import (
     Artifact,
     StoredFile,
     check_held,
+    check_range,
     describe,
     file_name,
     file_names,
@@ -78,12 +79,17 @@ class LocalArtifacts:
         check_held(self, path)
         return await to_thread.run_sync(Path(path).is_file)
 
-    async def stream(self, path: str) -> AsyncIterator[bytes]:
+    async def stream(
+        self, path: str, start: int = 0, length: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """See ``Artifacts.stream``; a file deleted meanwhile is read to its end."""
         check_held(self, path)
+        place, end = check_range(start, length)
         try:
             async with wrap_file(await to_thread.run_sync(_open_regular, Path(path))) as file:
-                while chunk := await file.read(CHUNK_BYTES):
+                await file.seek(place)
+                while chunk := await file.read(min(CHUNK_BYTES, end - place)):
+                    place += len(chunk)
                     yield chunk
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {_explain(error)}.") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from datetime import UTC, datetime
 
 from dgx_music.artifacts.interface import (
     Artifact,
     StoredFile,
     check_held,
+    check_range,
     describe,
     file_name,
     file_names,
@@ -56,13 +57,16 @@ class MemoryArtifacts:
         check_held(self, path)
         return path.removeprefix(_SCHEME) in self.files
 
-    async def stream(self, path: str) -> AsyncIterator[bytes]:
+    async def stream(
+        self, path: str, start: int = 0, length: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """See ``Artifacts.stream``; one chunk."""
         check_held(self, path)
+        start, end = check_range(start, length)
         data = self.files.get(path.removeprefix(_SCHEME))
         if data is None:
             raise ArtifactError(f"{path} is not there.")
-        yield data
+        yield data[start:end]
 
     async def link(self, path: str, seconds: float) -> None:
         """Return ``None``: no other process can read this memory."""

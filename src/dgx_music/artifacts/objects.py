@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -31,6 +31,7 @@ from dgx_music.artifacts.interface import (
     Artifact,
     StoredFile,
     check_held,
+    check_range,
     describe,
     file_name,
     file_names,
@@ -128,16 +129,20 @@ class ObjectArtifacts:
                 return False
             return True
 
-    async def stream(self, path: str) -> AsyncIterator[bytes]:
+    async def stream(
+        self, path: str, start: int = 0, length: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """See ``Artifacts.stream``; each chunk is a request, so a slow reader causes no timeout."""
         check_held(self, path)
+        first, last = check_range(start, length)
         name = self._name_of(path)
         with self._explained(f"{name} cannot be read from"):
             size = (await _call(obstore.head, self._store, name))["size"]
-        for start in range(0, size, CHUNK_BYTES):
+        last = min(last, size)
+        for place in range(first, last, CHUNK_BYTES):
             with self._explained(f"{name} cannot be read from"):
-                end = min(start + CHUNK_BYTES, size)
-                chunk = await _call(obstore.get_range, self._store, name, start=start, end=end)
+                end = min(place + CHUNK_BYTES, last)
+                chunk = await _call(obstore.get_range, self._store, name, start=place, end=end)
             yield bytes(chunk)
 
     async def link(self, path: str, seconds: float) -> str:

@@ -18,10 +18,12 @@ from dgx_music.audio import loudness as meter
 from dgx_music.audio import wav
 from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.facts import AudioFacts
-from dgx_music.audio.formats import FORMATS
+from dgx_music.audio.formats import FORMATS, find_rate_problem
 from dgx_music.audio.samples import Audio, Samples
-from dgx_music.config import AudioFormat, Loudness
-from dgx_music.errors import EngineError, GenerationRejectedError
+from dgx_music.audio.tags import Tags
+from dgx_music.config import PREFIX, Loudness
+from dgx_music.errors import ConfigurationError, EngineError, GenerationRejectedError
+from dgx_music.validation import AudioFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +48,13 @@ class FinishedAudio:
 
 
 def finish(
-    audio: Audio, *, sample_rate: int, channels: int, audio_format: AudioFormat, loudness: Loudness
+    audio: Audio,
+    *,
+    sample_rate: int,
+    channels: int,
+    audio_format: AudioFormat,
+    loudness: Loudness,
+    tags: Tags | None = None,
 ) -> FinishedAudio:
     """Return the audio as a file of 1 or 2 ``channels`` at ``sample_rate`` Hz.
 
@@ -60,7 +68,7 @@ def finish(
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
     samples, lufs = _normalise(samples, sample_rate, loudness)
-    data = encode(samples, sample_rate, audio_format)
+    data = encode(samples, sample_rate, audio_format, tags)
     facts = _describe(samples, sample_rate, audio_format, lufs)
     return FinishedAudio(data, audio_format, facts.to_dict())
 
@@ -68,14 +76,28 @@ def finish(
 def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
     """Raise ``GenerationRejectedError`` if the format cannot hold the sample rate.
 
-    Ask before inference.
+    Raises ``EngineError`` if only this machine cannot write the format. Ask before inference.
     """
-    rates = FORMATS[audio_format].sample_rates
-    if rates is not None and sample_rate not in rates:
-        known = ", ".join(f"{rate:,}" for rate in rates)
-        raise GenerationRejectedError(
-            f"{audio_format.upper()} cannot hold {sample_rate:,} Hz; use one of {known} Hz, or another audio format."
+    problem = find_rate_problem(audio_format, sample_rate)
+    if problem is not None:
+        raise GenerationRejectedError(f"{audio_format.upper()} {problem[0]}; {problem[1]}.")
+    if not is_writable(audio_format):
+        raise EngineError(
+            f"This machine's libsndfile cannot write {audio_format.upper()}; update it, or use WAV."
         )
+
+
+def is_writable(audio_format: AudioFormat) -> bool:
+    """Return whether this machine can write the format: a libsndfile may lack some."""
+    encoding = FORMATS[audio_format].encoding
+    return encoding is None or encoding["format"] in soundfile.available_formats()
+
+
+def check_setting(audio_format: AudioFormat) -> None:
+    """Raise ``ConfigurationError`` if no worker with this format could write its audio here."""
+    if not is_writable(audio_format):
+        problem = f"is {audio_format}, which this machine's libsndfile cannot write"
+        raise ConfigurationError(f"{PREFIX}AUDIO_FORMAT", problem, "update it, or use wav")
 
 
 def warm_up() -> None:
@@ -123,17 +145,22 @@ def _normalise(
     return scaled * np.float32(10 ** ((TARGET_LUFS - lufs) / 20)), TARGET_LUFS
 
 
-def encode(samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat) -> bytes:
+def encode(
+    samples: NDArray[Any], sample_rate: int, audio_format: AudioFormat, tags: Tags | None = None
+) -> bytes:
     """Return the samples as a file's content: float32, or int16 for a format other than WAV."""
     encoding = FORMATS[audio_format].encoding
     if encoding is None:
-        return wav.encode(samples, sample_rate)
+        return wav.encode(samples, sample_rate, tags.riff() if tags else b"")
     frames = samples.T  # [frame, channel]
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **encoding) as file:
+        if tags and audio_format != "mp3":
+            for name, text in tags.vorbis().items():
+                setattr(file, name, text)
         for start in range(0, len(frames), _BLOCK_FRAMES):
             file.write(frames[start : start + _BLOCK_FRAMES])
-    return buffer.getvalue()
+    return (tags.id3() if tags and audio_format == "mp3" else b"") + buffer.getvalue()
 
 
 def _describe(

@@ -1,6 +1,6 @@
 """The formats of audio files: for each, how it is recognised, read and written.
 
-A new format needs an entry in ``FORMATS``, its name in ``config.AudioFormat``, and a module in
+A new format needs an entry in ``FORMATS``, its name in ``validation.AudioFormat``, and a module in
 ``containers/`` that follows its files to their true ends.
 """
 
@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from dgx_music.audio.containers import flac, mpeg, ogg, riff
 from dgx_music.audio.containers.interface import READABLE, DamagedError, Source, find_tags
-from dgx_music.config import AudioFormat
+from dgx_music.validation import AudioFormat
 
 FindSource: TypeAlias = Callable[[bytes, float], Source | None]
 """Returns what a decoder should get of a file's content, of at least the first so many seconds.
@@ -54,6 +54,15 @@ FORMATS: Mapping[AudioFormat, Format] = {
 
 _TAKEN_FOR_MPEG = (b"\xff", b"ID3")
 """libsndfile would hand such a file to libmpg123, which writes to stderr that it is no MP3."""
+
+
+def find_rate_problem(audio_format: AudioFormat, sample_rate: int) -> tuple[str, str] | None:
+    """Return the problem and the remedy if the format cannot hold this rate in Hz."""
+    rates = FORMATS[audio_format].sample_rates
+    if rates is None or sample_rate in rates:
+        return None
+    known = ", ".join(f"{rate:,}" for rate in rates)
+    return f"cannot hold {sample_rate:,} Hz", f"use one of {known} Hz, or another audio format"
 
 
 def open_source(content: bytes, longest_seconds: float) -> Source:

@@ -12,9 +12,10 @@ from dgx_music.audio.samples import Samples
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_HEADER = struct.Struct("<4sI4s 4sIHHIIHH 4sI")
+_HEADER = struct.Struct("<4sI4s 4sIHHIIHH")
+_DATA_HEADER = struct.Struct("<4sI")
 _BYTES_AFTER_SIZE = 36
-"""What the header holds after the size of the whole."""
+"""What the two headers hold after the size of the whole."""
 _PCM = 1
 _SAMPLE_BYTES = 2
 _FULL_SCALE = np.float32(2**31)
@@ -22,12 +23,15 @@ _LARGEST = np.float32(2**31 - 2**7)
 """The float32 before full scale, which int32 cannot hold."""
 
 
-def encode(samples: Samples, sample_rate: int) -> bytes:
-    """Return samples within ±1 as a file's content: the bytes that libsndfile writes."""
+def encode(samples: Samples, sample_rate: int, tags: bytes = b"") -> bytes:
+    """Return samples within ±1 as a file's content: the bytes that libsndfile writes.
+
+    ``tags`` is a chunk to put before the samples.
+    """
     pcm = np.empty(samples.shape[::-1], "<i2")  # [frame, channel]
     for channel, column in zip(samples, pcm.T, strict=True):
         column[:] = _to_16_bits(channel)
-    return _header(sample_rate, len(samples), pcm.nbytes) + pcm.tobytes()
+    return _header(sample_rate, len(samples), pcm.nbytes, tags) + pcm.tobytes()
 
 
 def _to_16_bits(channel: Samples) -> NDArray[Any]:
@@ -38,9 +42,9 @@ def _to_16_bits(channel: Samples) -> NDArray[Any]:
     return scaled.astype(np.int32) >> 16
 
 
-def _header(sample_rate: int, channels: int, size: int) -> bytes:
+def _header(sample_rate: int, channels: int, size: int, tags: bytes) -> bytes:
     frame_bytes = channels * _SAMPLE_BYTES
     form = _PCM, channels, sample_rate, sample_rate * frame_bytes, frame_bytes, 8 * _SAMPLE_BYTES
-    return _HEADER.pack(
-        b"RIFF", _BYTES_AFTER_SIZE + size, b"WAVE", b"fmt ", 16, *form, b"data", size
-    )
+    whole = _BYTES_AFTER_SIZE + len(tags) + size
+    start = _HEADER.pack(b"RIFF", whole, b"WAVE", b"fmt ", 16, *form)
+    return start + tags + _DATA_HEADER.pack(b"data", size)

@@ -66,6 +66,7 @@ COMMANDS = {
         "Find words in prompts, titles, notes and tags, best first.",
     ),
     "show": (_QUEUE, "show:show", "Show all of one generation: fields, attempts, waveform."),
+    "get": (_QUEUE, "get:get", "Save the audio of generations to files."),
     "again": (
         _QUEUE,
         "again:again",

@@ -82,9 +82,12 @@ def examine(
 ) -> Iterator[Finding]:
     """Yield the findings, the most basic first; a wrong setting ends them early."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform(terse=True)}")
-    yield _examine_packages("packages", PACKAGES, how_to_install())
+    packages = _examine_packages("packages", PACKAGES, how_to_install())
+    yield packages
     try:
         settings = load_settings(**options)
+        if packages.verdict == "ok":
+            _check_format(settings)
         database = Database.from_settings(settings)
     except ConfigurationError as error:
         yield Finding("failed", "settings", str(error))
@@ -98,6 +101,12 @@ def examine(
     yield asyncio.run(_examine_output(settings.output))
     if are_files_counted:
         yield asyncio.run(_examine_files(Database.from_settings(settings)))
+
+
+def _check_format(settings: Settings) -> None:
+    from dgx_music.audio.files import check_setting  # imports packages that may be missing
+
+    check_setting(settings.audio_format)
 
 
 def _examine_packages(subject: str, names: tuple[str, ...], remedy: str) -> Finding:

@@ -12,6 +12,7 @@ import typer
 
 from dgx_music.cli.options import complete_model
 from dgx_music.sampling import Sampling, SamplingOptions
+from dgx_music.validation import AudioFormat
 
 _SAMPLING = get_type_hints(SamplingOptions, include_extras=True)
 
@@ -70,6 +71,7 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "sample_rate": _music(
         int, "Hz in the file, 8000 to 192000; default: the model's own, 32000 for a local folder."
     ),
+    "audio_format": _music(AudioFormat, "Of the file; default: the worker's own setting."),
     **{each.name: _sampling(each) for each in fields(Sampling)},
     "variations": _music(
         int,

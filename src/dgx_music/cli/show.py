@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
 from dgx_music.cli.output import (
@@ -41,6 +44,9 @@ class _Known(NamedTuple):
 
 def show(
     generation_id: GenerationId,
+    play: Annotated[
+        bool, typer.Option("--play", help="Play it too: by ffplay, mpv, aplay or afplay.")
+    ] = False,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,11 +62,20 @@ def show(
     known = asyncio.run(_read(generation_id, database_url))
     if as_json:
         print_json(_as_json(known))
-        return
+    else:
+        _print(known)
+    if play:
+        from dgx_music.cli import play as player
+
+        player.play(known.generation)
+
+
+def _print(known: _Known) -> None:
     print_fields(_lines(known))
     print_waveform(known.generation)
     _print_attempts(known.attempts)
     tell_untrained([known.generation])
+    sys.stdout.flush()  # before somebody listens to it
 
 
 def _as_json(known: _Known) -> dict[str, Any]:

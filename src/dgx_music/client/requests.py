@@ -57,6 +57,10 @@ class MusicOptions(TypedDict, total=False):
         int | None,
         "In Hz, of the file; the model's own if not given, and 32,000 for a local folder.",
     ]
+    audio_format: Annotated[
+        str | None,
+        "Of the file: wav, flac, mp3 or ogg; the worker's own setting if not given.",
+    ]
     continuation: Annotated[
         os.PathLike[str] | bytes | None,
         "The music starts with this audio, 0.08 to 30 s long, and the duration counts from its "
@@ -302,6 +306,8 @@ def _identity(request: GenerationRequest, options: Mapping[str, Any]) -> dict[st
     """Return the columns that identify the request; its hash is made of them."""
     metadata, tenant = options.get("metadata"), options.get("tenant")
     named = {} if tenant is None else {"tenant": validation.check_name("tenant", tenant)}
+    if (wanted := options.get("audio_format")) is not None:
+        named["audio_format"] = _check_audio_format(wanted, request.sample_rate)
     if isinstance(metadata, dict) and AUDIO_KEY in metadata:
         problem = f"has the key {AUDIO_KEY!r}, which completion writes"
         raise InvalidRequestError("metadata", problem, "use another key")
@@ -315,6 +321,17 @@ def _identity(request: GenerationRequest, options: Mapping[str, Any]) -> dict[st
         "metadata_": None if metadata is None else validation.check_metadata(metadata),
         **named,
     }
+
+
+def _check_audio_format(wanted: object, sample_rate: int) -> str:
+    """Return the format of the file, if it can hold the sample rate."""
+    from dgx_music.audio.formats import find_rate_problem
+
+    audio_format = validation.check_audio_format(wanted)
+    problem = find_rate_problem(audio_format, sample_rate)
+    if problem is not None:
+        raise InvalidRequestError("audio_format", f"{audio_format!r} {problem[0]}", problem[1])
+    return audio_format
 
 
 def _circumstances(request: GenerationRequest, options: Mapping[str, Any]) -> dict[str, Any]:

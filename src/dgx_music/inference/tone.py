@@ -49,6 +49,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dgx_music.audio.samples import Audio, Samples
+from dgx_music.catalog import TONE_NOTICE
 from dgx_music.errors import (
     ConfigurationError,
     EngineReplacedError,
@@ -59,7 +60,6 @@ from dgx_music.inference.engine import EngineSettings, GenerationRequest, Run
 
 SPEED_VARIABLE = "DGX_MUSIC_TONE_SPEED"
 SCRIPT_VARIABLE = "DGX_MUSIC_TONE_SCRIPT"
-NOTICE = "tone engine: sine waves for tests, not music"
 
 _AMPLITUDE = 0.5
 _LOWEST_HZ, _HIGHEST_HZ = 110.0, 880.0
@@ -98,7 +98,7 @@ class ToneEngine:
 
     device = "cpu"
     model_version = "tone"
-    notice: str | None = NOTICE
+    notice: str | None = TONE_NOTICE
 
     def __init__(self, slots: int, speed: float | None, script: Path | None) -> None:
         self.slots = slots

@@ -43,6 +43,8 @@ class Claim:
     failures: int
     continuation_sha256: str | None = None
     melody_sha256: str | None = None
+    audio_format: str | None = None
+    title: str | None = None
 
 
 async def claim(

@@ -31,6 +31,7 @@ async def run_worker(settings: Settings, *, drain: bool = False) -> None:
     second releases them at once. Embedded SQLite is migrated first. Raises what ``Worker.run``
     raises, and ``ConfigurationError`` before anything is started.
     """
+    audio.check_setting(settings.audio_format)
     if settings.engine == "tone":
         tone.check_environment()
     database = Database.from_settings(within_lease(settings))

@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from dgx_music.artifacts import Artifact, Artifacts
 from dgx_music.audio import clips
 from dgx_music.audio import files as audio
 from dgx_music.audio.samples import Audio
+from dgx_music.audio.tags import Tags, tags_of
 from dgx_music.config import Settings
 from dgx_music.errors import (
     ArtifactError,
@@ -33,6 +35,7 @@ from dgx_music.storage.clips import clips_of, read_clips
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Claim, Completion, Lease
 from dgx_music.storage.retention import find_owners
+from dgx_music.validation import AudioFormat, check_audio_format
 from dgx_music.worker.completions import Completions
 from dgx_music.worker.leases import Leases, Running, Stop
 from dgx_music.worker.live_engine import LiveEngine
@@ -112,7 +115,7 @@ class Performing:
 
     async def _infer(self, running: Running) -> Audio:
         request = _as_request(running.claim, await self._read_clips(running.claim))
-        audio.check_format(self._settings.audio_format, request.sample_rate)
+        audio.check_format(self._format_of(running.claim), request.sample_rate)
         settings = self._settings
         deadline = settings.deadline_floor_seconds + settings.deadline_factor * request.duration
         try:
@@ -165,15 +168,17 @@ class Performing:
     async def _store(self, running: Running, made: Audio) -> tuple[Artifact, dict[str, object]]:
         """Return the published file, and what is known of its audio."""
         claim, lease = running.claim, running.lease
+        audio_format = self._format_of(claim)
         finish = partial(
             audio.finish,
             made,
             sample_rate=claim.sample_rate,
             channels=claim.channels,
-            audio_format=self._settings.audio_format,
+            audio_format=audio_format,
             loudness=self._settings.loudness,
+            tags=_tags_of(claim, made),
         )
-        is_quick = self._settings.audio_format == "wav" and made.duration < _SHORT_SECONDS
+        is_quick = audio_format == "wav" and made.duration < _SHORT_SECONDS
         finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)
         # Files of these names were never completed and never can be: this attempt holds the claim.
         await drop_files(self._artifacts, lease, range(1, lease.attempt + 1))
@@ -184,6 +189,12 @@ class Performing:
             finished.data,
         )
         return artifact, {**finished.facts, **made.facts}
+
+    def _format_of(self, claim: Claim) -> AudioFormat:
+        """Return the format that the request asks for, or this worker's own."""
+        if claim.audio_format is None:
+            return self._settings.audio_format
+        return check_audio_format(claim.audio_format)
 
     # ----------------------------------------------------------------------- complete
 
@@ -286,6 +297,17 @@ class Performing:
             self._engine.deaths.on_engine_death(lease.generation_id, error)
         elif not isinstance(error, EngineError | InvalidRequestError | TimeoutError | None):
             logger.error("%s: unexpected", lease, exc_info=error)
+
+
+def _tags_of(claim: Claim, made: Audio) -> Tags:
+    return tags_of(
+        generation_id=claim.lease.generation_id,
+        prompt=claim.prompt,
+        model_name=claim.model_name,
+        title=claim.title,
+        made_at=datetime.now(UTC),
+        facts=made.facts,
+    )
 
 
 def _as_request(claim: Claim, given: Mapping[str, Any]) -> GenerationRequest:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import get_args
 
-from dgx_music.config import AudioFormat
+from dgx_music.validation import AUDIO_FORMATS, one_of
 
-*_OTHERS, _LAST = (name.upper() for name in get_args(AudioFormat))
-READABLE = f"use {', '.join(_OTHERS)} or {_LAST}"
+READABLE = f"use {one_of([name.upper() for name in AUDIO_FORMATS])}"
 
 OTHER_AUDIO = re.compile(
     rb"fLaC\0|OggS\0|(?:RIFF|RIFX|RF64|FORM)....(?:WAVE|AIF[FC])|riff\x2e\x91\xcf\x11|caff\0\x01|\.snd\0\0|....ftyp",

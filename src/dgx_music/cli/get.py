@@ -1,0 +1,202 @@
+"""``dgx-music get``: the audio of finished generations, as files with names of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dgx_music.cli.options import AsJson, DatabaseUrl
+from dgx_music.cli.output import fail, near, print_json, print_line, tell, tell_untrained
+from dgx_music.errors import DgxMusicError, InvalidRequestError
+from dgx_music.validation import AudioFormat, at_home
+
+if TYPE_CHECKING:
+    from dgx_music.client.audio_out import Saved, Saving
+    from dgx_music.storage import Database, Generation
+
+_STDOUT = "-"
+
+Ids = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ID", help="The generations' ids, or their first characters (8 or more)."
+    ),
+]
+Out = Annotated[
+    str,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="PATTERN",
+        help="A folder that exists, or a name with {title}, {prompt}, {bpm}, {key}, {seed}, {take}, "
+        "{id}, {short_id}, {date}, {model}; with the suffix of a format it converts. `-` is stdout. "
+        "Default: {title}_take{take}_{key}_{bpm}bpm_{short_id}, here.",
+        show_default=False,
+    ),
+]
+Format = Annotated[
+    AudioFormat | None,
+    typer.Option("--format", help="Convert to this format; default: as it is stored."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
+
+
+@dataclass
+class _Outcome:
+    """What became of each generation that was asked for."""
+
+    rows: list[Generation] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    """The files, in the order of the rows."""
+    refused: dict[str, DgxMusicError] = field(default_factory=dict)
+    """Why there is no file, by what was asked for."""
+
+
+def get(
+    ids: Ids,
+    out: Out = ".",
+    audio_format: Format = None,
+    force: Force = False,
+    database_url: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Save the audio of generations to files.
+
+    A name says what the file is, and is safe on every file system. Placeholders without a value
+    leave nothing behind, and files that would have the same name are numbered. Prints the paths on
+    stdout.
+
+    If some are refused, the others are saved all the same; the exit code is that of the first
+    refusal.
+    """
+    if out == _STDOUT:
+        _check_stdout(ids, is_json=as_json)
+        asyncio.run(_write_to_stdout(ids[0], audio_format, database_url))
+        return
+    from dgx_music.client.audio_out import Saving
+
+    saving = Saving(at_home("--out", out), audio_format=audio_format, force=force, field="--out")
+    outcome = _Outcome()
+    try:
+        asyncio.run(_save_all(ids, saving, database_url, outcome))
+    finally:
+        _show(outcome, as_json=as_json)
+    if outcome.refused:
+        raise typer.Exit(_tell_refused(outcome))
+
+
+def _check_stdout(ids: list[str], *, is_json: bool) -> None:
+    """Refuse what stdout cannot take."""
+    if len(ids) > 1:
+        problem = f"is stdout, and there are {len(ids):,} generations"
+        raise InvalidRequestError("--out", problem, "give one id, or a folder")
+    if is_json:
+        raise InvalidRequestError(
+            "--json", "is given, and the audio goes to stdout", "leave it out"
+        )
+    if sys.stdout.isatty():
+        problem = "is stdout, which is a terminal"
+        raise InvalidRequestError("--out", problem, "send it to a file or to a player")
+
+
+async def _write_to_stdout(
+    wanted: str, audio_format: AudioFormat | None, database_url: str | None
+) -> None:
+    from dgx_music.cli.opening import find_generation, opened
+    from dgx_music.client.content import check_convertible, content_of, path_of
+
+    async with opened(database_url) as database:
+        row = await find_generation(database, wanted)
+    path_of(row)
+    if audio_format is not None:
+        check_convertible(row, audio_format)
+    async for chunk in content_of(row, audio_format):
+        sys.stdout.buffer.write(chunk)
+    sys.stdout.buffer.flush()
+    tell_untrained([row])
+
+
+async def _save_all(
+    ids: list[str], saving: Saving, database_url: str | None, outcome: _Outcome
+) -> None:
+    from dgx_music.cli.opening import opened
+
+    async with opened(database_url) as database:
+        with _bar(len(ids)) as step:
+            for wanted in dict.fromkeys(ids):
+                try:
+                    await _save(database, wanted, saving, outcome)
+                except DgxMusicError as error:
+                    outcome.refused[wanted] = error
+                step()
+
+
+async def _save(database: Database, wanted: str, saving: Saving, outcome: _Outcome) -> None:
+    from dgx_music.cli.opening import find_generation
+
+    row = await find_generation(database, wanted)
+    if any(row.id == done.id for done in outcome.rows):
+        return
+    saved = await saving.save(row)
+    outcome.rows.append(row)
+    outcome.saved.append(saved)
+
+
+@contextmanager
+def _bar(count: int) -> Iterator[Callable[[], object]]:
+    """Give the function to call after each file; on a terminal it moves a bar."""
+    if count == 1 or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from dgx_music.cli.output import make_console
+
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=make_console(sys.stderr), transient=True) as progress:
+        bar = progress.add_task("files", total=count)
+        yield lambda: progress.advance(bar)
+
+
+def _show(outcome: _Outcome, *, as_json: bool) -> None:
+    if as_json:
+        print_json(_as_json(outcome))
+    else:
+        for saved in outcome.saved:
+            print_line(near(str(saved.path)))
+    tell_untrained(outcome.rows)
+
+
+def _as_json(outcome: _Outcome) -> dict[str, Any]:
+    return {
+        "saved": [
+            {
+                "id": row.id,
+                "path": str(saved.path),
+                "format": saved.audio_format,
+                "size_bytes": saved.size_bytes,
+            }
+            for row, saved in zip(outcome.rows, outcome.saved, strict=True)
+        ],
+        "refused": [
+            {"id": wanted, "error": str(error)} for wanted, error in outcome.refused.items()
+        ],
+    }
+
+
+def _tell_refused(outcome: _Outcome) -> int:
+    """Say what was refused and why; return the exit code of the first one."""
+    is_alone = len(outcome.refused) + len(outcome.saved) == 1
+    for wanted, error in outcome.refused.items():
+        is_said = is_alone or wanted in str(error)
+        fail(str(error) if is_said else f"{wanted}: {error}", error.exit_code)
+    if not is_alone:
+        count = len(outcome.refused) + len(outcome.saved)
+        tell(f"{len(outcome.saved):,} of {count:,} saved.")
+    return next(iter(outcome.refused.values())).exit_code

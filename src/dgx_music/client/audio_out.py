@@ -1,0 +1,174 @@
+"""Finished audio on its way out: streamed, or saved under a name that says what it is.
+
+A file gets its final name when it is whole, and never replaces another one unasked.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+from anyio import to_thread
+
+from dgx_music import validation
+from dgx_music.client.content import (
+    check_convertible,
+    content_of,
+    find_completed,
+    path_of,
+    stored_format,
+    stream_row,
+    values_of,
+)
+from dgx_music.client.names import DistinctNames, Pattern
+from dgx_music.config import load_settings
+from dgx_music.errors import ArtifactError, InvalidRequestError
+from dgx_music.files import file_mode, flush, flush_folder, give_name, make_folders
+from dgx_music.storage.models import Generation
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+
+async def save_audio(
+    generation_id: str,
+    path_or_pattern: str | os.PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002 - what users call it
+    force: bool = False,
+    session: AsyncSession | None = None,
+) -> Path:
+    """Write the audio of a completed generation to a file, and return the file's absolute path.
+
+    The name may have placeholders such as ``{title}`` and ``{bpm}``; for a folder the default
+    pattern is used in it. Missing folders are made. ``format``, or the suffix of the name, converts
+    the audio; else the file has the bytes that are stored.
+
+    Raises ``NoAudioError`` unless the generation is completed, ``ArtifactError`` if its audio is
+    not there or cannot be written, and ``InvalidRequestError`` for a pattern or a format that is
+    unacceptable, and for a name that is taken, unless ``force`` is given.
+    """
+    saving = Saving(path_or_pattern, audio_format=format, force=force)
+    return (await saving.save(await find_completed(generation_id, session))).path
+
+
+async def stream_audio(
+    generation_id: str,
+    start: int = 0,
+    length: int | None = None,
+) -> AsyncGenerator[bytes, None]:
+    """Yield the stored audio of a completed generation in chunks, from wherever it lives.
+
+    With ``start`` and ``length`` only these bytes are read, and fewer if the file ends before.
+    Raises ``GenerationNotFoundError``, ``NoAudioError`` unless the generation is completed, and
+    ``ArtifactError`` if its audio is not there.
+    """
+    async with aclosing(stream_row(await find_completed(generation_id), start, length)) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file that was written: its absolute path, its format and its size."""
+
+    path: Path
+    audio_format: str
+    size_bytes: int
+
+
+class Saving:
+    """Writes the files of one call: by one pattern, in one format, under names that differ."""
+
+    def __init__(
+        self,
+        path_or_pattern: str | os.PathLike[str],
+        *,
+        audio_format: str | None = None,
+        force: bool = False,
+        field: str = "path_or_pattern",
+    ) -> None:
+        """Check the pattern and the format; raises ``InvalidRequestError``."""
+        pattern = Pattern(_in_folder(os.fspath(path_or_pattern)), field)
+        wanted = audio_format and validation.check_audio_format(audio_format, "format")
+        if wanted and pattern.audio_format and wanted != pattern.audio_format:
+            problem = f"ends with .{pattern.audio_format}, and the format is {wanted}"
+            raise InvalidRequestError(field, problem, "leave one of them out")
+        self._audio_format = wanted or pattern.audio_format
+        self._names = DistinctNames(pattern)
+        self._is_forced = force
+        self._field = field
+        self._is_private = load_settings().is_private
+
+    async def save(self, row: Generation) -> Saved:
+        """Write the audio of this row, and return its file; raises what ``save_audio`` raises."""
+        path_of(row)
+        audio_format = self._audio_format
+        if audio_format is not None:
+            check_convertible(row, audio_format)
+        suffix = audio_format or stored_format(row)
+        target = Path.cwd() / self._names.path_for(values_of(row), f".{suffix}")
+        try:
+            if not self._is_forced:
+                await to_thread.run_sync(_check_free, target)
+            async with aclosing(content_of(row, audio_format)) as chunks:
+                size = await self._write(target, chunks)
+        except FileExistsError:
+            problem = f"is {target}, which exists already"
+            remedy = "choose another name, or force it to be replaced"
+            raise InvalidRequestError(self._field, problem, remedy) from None
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise ArtifactError(f"{target} cannot be written: {why}.") from error
+        return Saved(target, suffix, size)
+
+    async def _write(self, target: Path, chunks: AsyncIterator[bytes]) -> int:
+        """Write a file beside the target, give it the target's name, and return its size."""
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
+        descriptor = await to_thread.run_sync(self._open, part)
+        try:
+            size = await _fill(descriptor, chunks)
+            await to_thread.run_sync(self._give_name, part, target)
+        finally:
+            part.unlink(missing_ok=True)
+        return size
+
+    def _open(self, part: Path) -> int:
+        make_folders(part.parent, is_private=self._is_private)
+        mode = file_mode(is_private=self._is_private)
+        return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+
+    def _give_name(self, part: Path, target: Path) -> None:
+        if self._is_forced:
+            part.replace(target)
+        else:
+            give_name(part, target, is_private=self._is_private)
+        flush_folder(target.parent)
+
+
+def _in_folder(text: str) -> str:
+    """Return the pattern; a folder that exists gets a slash at its end."""
+    return f"{text}/" if os.path.isdir(text) else text  # noqa: PTH112 - pathlib raises
+
+
+def _check_free(target: Path) -> None:
+    if os.path.lexists(target):
+        raise FileExistsError
+
+
+async def _fill(descriptor: int, chunks: AsyncIterator[bytes]) -> int:
+    """Write the chunks durably, close the file, and return its size."""
+    size = 0
+    with os.fdopen(descriptor, "wb") as plain:
+        file = anyio.wrap_file(plain)
+        async for chunk in chunks:
+            size += await file.write(chunk)
+        await file.flush()
+        await to_thread.run_sync(flush, descriptor)
+    return size
