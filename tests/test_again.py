@@ -2,6 +2,7 @@
 
 import io
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,8 @@ async def finished(database, tmp_path):
         async with database.session() as session:
             lease = await claim_one(session, model_name=row.model_name)
             audio = {"seed": 2**62, "peak": 0.5}
-            completion = completion_of(lease, file_path=str(path), audio=audio)
-            await queue.complete(session, [completion])
+            file = {"file_path": str(path), "sha256": sha256(content).hexdigest()}
+            await queue.complete(session, [completion_of(lease, audio=audio, **file)])
         return await read(database, row.id)
 
     return finish
@@ -98,14 +99,15 @@ async def test_a_generation_is_made_again_with_all_that_was_asked_for(database):
     assert (new.priority, new.batch_id, new.take) == (0, None, None)
 
 
-async def test_what_completion_wrote_is_not_repeated_but_the_format_is(finished, database):
-    old = await finished(metadata={"order": 1})
-    async with database.session() as session:
-        await session.execute(update(Generation).values(audio_format="flac", title="Rain"))
+async def test_what_completion_and_people_wrote_is_not_repeated(finished):
+    old = await finished(metadata={"order": 1}, audio_format="flac", title="Rain", tags=["x"])
 
     (new,) = await again_generation(old.id)
+    (titled,) = await again_generation(old.id, title="Rain, again", audio_format="ogg")
 
     assert (new.get_metadata(), new.audio_format, new.title) == ({"order": 1}, "flac", None)
+    assert (new.tags, new.is_starred) == (None, False)
+    assert (titled.title, titled.audio_format) == ("Rain, again", "ogg")
 
 
 async def test_several_are_a_batch_of_takes_with_seeds_that_follow_each_other(database):

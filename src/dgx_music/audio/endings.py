@@ -53,7 +53,8 @@ def end_of(content: bytes, path: str) -> Ending:
         raise ArtifactError(f"{path} holds no audio.")
     rate = kept[0].sample_rate
     samples = np.concatenate([block.samples for block in kept], axis=1)  # [channel, frame]
-    samples = samples[:, -round(WINDOW_SECONDS * rate) :]
+    # A lossy decoder may pass full scale.
+    samples = np.clip(samples[:, -round(WINDOW_SECONDS * rate) :], -1, 1)
     return Ending(wav.encode(samples, rate), samples.shape[1] / rate, count / rate)
 
 

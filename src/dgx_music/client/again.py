@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio.to_thread
 
 from dgx_music import validation
-from dgx_music.artifacts import open_place_of
 from dgx_music.catalog import find_model
+from dgx_music.client.content import content_of, find_completed
 from dgx_music.client.enqueue import read_clips_beside, store
 from dgx_music.client.requests import MAX_VARIATIONS, Origin, plan
 from dgx_music.client.transactions import transact
-from dgx_music.errors import GenerationNotFoundError, InvalidRequestError, NoAudioError
+from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.inference.engine import seed_of
 from dgx_music.sampling import Sampling
 from dgx_music.storage import repository
@@ -99,10 +99,8 @@ async def continue_generation(
     Raises ``GenerationNotFoundError``, ``NoAudioError`` if it is not completed, ``ArtifactError``
     if its audio cannot be read, and what ``enqueue`` raises.
     """
-    parent = await _read(generation_id, session)
-    if not parent.is_complete or parent.file_path is None:
-        raise NoAudioError(parent.id, parent.status)
-    ending = await _end_of_audio(parent.file_path)
+    parent = await find_completed(generation_id, session)
+    ending = await _end_of_audio(parent)
     wanted = {
         "seed": _seed(parent, seed),
         "variations": count,
@@ -123,11 +121,11 @@ async def _read(generation_id: str, session: AsyncSession | None) -> Generation:
     return generation
 
 
-async def _end_of_audio(path: str) -> Ending:
+async def _end_of_audio(row: Generation) -> Ending:
     from dgx_music.audio.endings import end_of
 
-    content = b"".join([chunk async for chunk in open_place_of(path).stream(path)])
-    return await anyio.to_thread.run_sync(end_of, content, path)
+    content = b"".join([chunk async for chunk in content_of(row)])
+    return await anyio.to_thread.run_sync(end_of, content, str(row.file_path))
 
 
 async def _enqueue_from(
@@ -143,8 +141,7 @@ async def _enqueue_from(
     changes = {**changes, **wanted}
     kept = {name: sha256 for name, sha256 in clips_of(parent).items() if name not in changes}
     options = {**_options_of(parent, changes), **changes}
-    origin = Origin(parent.id, kept, parent.audio_format)
-    planned = plan(options.pop("prompt"), options, origin=origin)
+    planned = plan(options.pop("prompt"), options, origin=Origin(parent.id, kept))
     if "continuation" in kept:
         await _check_length(kept["continuation"], planned.identity["duration_seconds"], session)
     checked = await read_clips_beside([planned])
@@ -160,6 +157,7 @@ def _options_of(parent: Generation, changes: Mapping[str, Any]) -> dict[str, Any
         "duration": parent.duration_seconds,
         **_form_of(parent, changes.get("model")),
         **Sampling.pick(parent.sampling or {}),
+        "audio_format": parent.audio_format,
         "tenant": parent.tenant or None,
         "metadata": metadata or None,
     }

@@ -166,8 +166,6 @@ class Origin:
     parent_id: str
     clips: Mapping[str, str]
     """The ``sha256`` of each stored clip that is used again, by the name of its field."""
-    audio_format: str | None
-    """That of the file, unless the request names one."""
 
 
 @dataclass(frozen=True)
@@ -383,8 +381,7 @@ def _rows(
     if (origin := plan.origin) is not None:
         asked |= {"parent_id": origin.parent_id, **origin.clips}
         clips = {**origin.clips, **clips}
-        own = {"parent_id": origin.parent_id, "audio_format": origin.audio_format}
-        optional = {**_OPTIONAL, **own}
+        optional = {**_OPTIONAL, "parent_id": origin.parent_id}
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
     row = {**optional, **plan.circumstances, **plan.identity, **columns}
     if plan.variations == 1:
