@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dgx_music.client.audio_out import save_audio, stream_audio
     from dgx_music.client.batches import get_batch, list_batches, watch_batch
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
-    from dgx_music.client.fleet import pause, resume
+    from dgx_music.client.fleet import pause, queue_overview, resume
     from dgx_music.client.generations import (
         audio_facts,
         cancel_generation,
@@ -69,6 +69,13 @@ if TYPE_CHECKING:
     )
     from dgx_music.storage.batch_progress import BatchPage, BatchProgress
     from dgx_music.storage.estimates import Estimate
+    from dgx_music.storage.overview import (
+        ModelQueue,
+        QueueEntry,
+        QueueOverview,
+        QueueRates,
+        WorkerOverview,
+    )
 
 __version__ = "0.1.0"
 
@@ -96,12 +103,17 @@ __all__ = [
     "IdempotencyConflictError",
     "IllegalTransitionError",
     "InvalidRequestError",
+    "ModelQueue",
     "NoAudioError",
     "Page",
     "Pause",
+    "QueueEntry",
+    "QueueOverview",
+    "QueueRates",
     "RequestOptions",
     "SearchHit",
     "WaitTimeoutError",
+    "WorkerOverview",
     "again_generation",
     "audio_facts",
     "cancel_generation",
@@ -125,6 +137,7 @@ __all__ = [
     "open_output",
     "open_place_of",
     "pause",
+    "queue_overview",
     "queue_position",
     "resume",
     "retry_generation",
@@ -143,7 +156,7 @@ _MODULES = {
     "client.audio_out": "save_audio stream_audio",
     "client.batches": "get_batch list_batches watch_batch",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
-    "client.fleet": "pause resume",
+    "client.fleet": "pause queue_overview resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
     "client.labels": "label_generation",
@@ -157,6 +170,7 @@ _MODULES = {
     "init_db list_generations search_generations",
     "storage.batch_progress": "BatchPage BatchProgress",
     "storage.estimates": "Estimate",
+    "storage.overview": "ModelQueue QueueEntry QueueOverview QueueRates WorkerOverview",
 }
 _MODULE_OF = {
     name: f"dgx_music.{module}" for module, names in _MODULES.items() for name in names.split()

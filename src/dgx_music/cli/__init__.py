@@ -93,6 +93,11 @@ COMMANDS = {
         "fleet:workers",
         "List the workers: which are alive, on which host and device, and what they run.",
     ),
+    "top": (
+        _WORK,
+        "top:top",
+        "Show workers, queue and rates live; keys cancel, pause and resume.",
+    ),
     "pause": (_WORK, "fleet:pause", "Let no worker claim anything, or anything of one model."),
     "resume": (
         _WORK,

@@ -21,17 +21,20 @@ def in_words(estimate: Estimate) -> str | None:
     if estimate.unknown_because is not None:
         return f"{'start' if estimate.status == PENDING else 'end'} unknown: {estimate.unknown_because}"
     ranges = (("starts", estimate.starts_in), ("done", estimate.done_in))
-    return ", ".join(f"{what} {_moment(each)}" for what, each in ranges if each is not None) or None
+    return (
+        ", ".join(f"{what} {moment_in_words(each)}" for what, each in ranges if each is not None)
+        or None
+    )
 
 
 def left_in_words(done_in: Range) -> str:
     """Return how long something still takes: ``about 10 to 12 min left``."""
     if done_in.high < _AT_ONCE_SECONDS:
         return "almost done"
-    return f"{_moment(done_in).removeprefix('in ').replace('within', 'at most')} left"
+    return f"{moment_in_words(done_in).removeprefix('in ').replace('within', 'at most')} left"
 
 
-def _moment(each: Range) -> str:
+def moment_in_words(each: Range) -> str:
     """Return the range in words, in the unit that fits its end."""
     if each.high < _AT_ONCE_SECONDS:
         return "at once"

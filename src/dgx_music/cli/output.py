@@ -40,7 +40,7 @@ _LEAST_ROOM = 12
 _GAP = Text("  ")
 _LABELS = {"device_seconds": "device time"}
 _STATES = {"STATUS", "OUTCOME", "STATE", "CHECK"}
-_STYLES = {
+STYLES = {
     "pending": "yellow",
     "processing": "cyan",
     "completed": "green",
@@ -172,7 +172,7 @@ def print_fields(fields: Iterable[tuple[str, object]]) -> None:
     for name, value in lines:
         parts = str(value).expandtabs(4).split("\n")
         text = ("\n" + " " * (width + _GAP.cell_len)).join(plain(part) for part in parts)
-        line = Text.assemble((f"{name:{width}}", "bold"), _GAP, (text, _STYLES.get(text, "")))
+        line = Text.assemble((f"{name:{width}}", "bold"), _GAP, (text, STYLES.get(text, "")))
         console.print(line, soft_wrap=True)
 
 
@@ -191,7 +191,7 @@ def _cell(heading: str, value: object, width: int) -> Text:
     text = plain(one_line(str(value)))
     if heading == "ID" and width < _NARROW:
         text = text[:ID_PREFIX_CHARACTERS]
-    return Text(text, style=_STYLES.get(text.partition(" ")[0], "") if heading in _STATES else "")
+    return Text(text, style=STYLES.get(text.partition(" ")[0], "") if heading in _STATES else "")
 
 
 def shown(name: str, value: Any, now: datetime) -> str:
