@@ -256,7 +256,8 @@ def test_a_script_gets_the_first_take(default_database, database_url, monkeypatc
 
 async def add_worker(session, **overrides):
     values = {"host": "dgx", "pid": 1, "model_name": MODEL, "models": [MODEL], "device": "cuda"}
-    session.add(WorkerInfo(id="worker-1", slots=1, lease_seconds=30.0, **values | overrides))
+    values |= {"slots": 1, "lease_seconds": 30.0}
+    session.add(WorkerInfo(id="worker-1", **values | overrides))
     await record_speed(session, MODEL, "cuda", 1.0, 1.5, 2.0, LEAST_MEASURED)
 
 
@@ -298,6 +299,19 @@ async def test_of_a_batch_that_only_runs_what_is_left_is_known(database):
     async with database.session() as session:
         await add_worker(session)
     wanted = await add_batch(database, "completed", "processing", progress=0.5)
+
+    done_in = (await get_batch(wanted)).done_in
+
+    assert (done_in.low, done_in.high) == pytest.approx((5, 10), abs=2)
+
+
+async def test_one_that_is_being_cancelled_leaves_the_end_of_the_others_known(database):
+    async with database.session() as session:
+        await add_worker(session, slots=2)
+    wanted = await add_batch(database, "processing", progress=0.5)
+    async with database.session() as session:
+        cancelled = {"worker_id": "worker-1", "cancel_requested": True, "duration_seconds": 90.0}
+        await add_generation(session, batch_id=wanted, **cancelled)
 
     done_in = (await get_batch(wanted)).done_in
 

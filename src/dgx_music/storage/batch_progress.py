@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import case, func, select
+from sqlalchemy import and_, case, func, not_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music import validation
@@ -129,10 +129,12 @@ async def _find_last(session: AsyncSession, batch_id: str) -> list[str]:
     """Return one unfinished generation of each model, the one that is likely to end last."""
     is_unfinished = (g.batch_id == batch_id, unindexed(g.status).not_in(FINISHED))
     models = await session.scalars(select(g.model_name).where(*is_unfinished).distinct())
-    # What waits comes after what runs; among what runs, the one of which most is left.
+    # What waits comes after what runs; among what runs, the one of which most is left. Of one that
+    # is being cancelled, or was taken by hand, nobody knows when it ends.
     is_waiting = g.status == written(PENDING)
     place = case((is_waiting, CLAIM_ORDER), else_=g.duration_seconds * (1 - g.progress))
-    last_first = (is_waiting.desc(), place.desc(), g.id.desc())
+    is_known = and_(g.worker_id.is_not(None), not_(g.cancel_requested))
+    last_first = (is_waiting.desc(), is_known.desc(), place.desc(), g.id.desc())
     queries = [
         select(g.id)
         .where(*is_unfinished, unindexed(g.model_name) == model)
