@@ -17,7 +17,7 @@ from dgx_music import (
     watch_batch,
 )
 from dgx_music.client import batches as watching
-from dgx_music.client import requests
+from dgx_music.client import variations
 from dgx_music.client.prune import prune_batches
 from dgx_music.errors import IdempotencyConflictError, InvalidRequestError
 from dgx_music.forecast import LEAST_MEASURED
@@ -170,9 +170,9 @@ async def test_seeds_that_are_chosen_are_stored_and_kept_by_a_browser():
 @on(SQLITE)
 async def test_the_last_of_the_chosen_seeds_is_below_the_limit_too(monkeypatch):
     chosen = (2**53 - 16).to_bytes(8, "big")
-    monkeypatch.setattr("dgx_music.client.requests.os.urandom", lambda _count: chosen)
+    monkeypatch.setattr("dgx_music.client.variations.os.urandom", lambda _count: chosen)
 
-    assert requests._new_seed(16) + 15 == 2**53 - 1
+    assert variations.new_seed(16) + 15 == 2**53 - 1
 
 
 async def test_each_request_of_many_has_takes_of_its_own():

@@ -16,8 +16,9 @@ from dgx_music import validation
 from dgx_music.catalog import find_model
 from dgx_music.client.content import content_of, find_completed
 from dgx_music.client.enqueue import read_clips_beside, store
-from dgx_music.client.requests import MAX_VARIATIONS, Origin, plan
+from dgx_music.client.requests import Origin, plan
 from dgx_music.client.transactions import transact
+from dgx_music.client.variations import MAX_VARIATIONS
 from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.inference.engine import seed_of
 from dgx_music.sampling import Sampling

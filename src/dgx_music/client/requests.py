@@ -18,10 +18,11 @@ from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
 
 from dgx_music import validation
 from dgx_music.catalog import ModelInfo
+from dgx_music.client.variations import MAX_VARIATIONS, check_variations, takes_of
 from dgx_music.config import default_model
 from dgx_music.errors import InvalidRequestError
 from dgx_music.inference.engine import GenerationRequest
-from dgx_music.sampling import CHOSEN_SEED_BITS, Sampling, SamplingOptions
+from dgx_music.sampling import Sampling, SamplingOptions
 from dgx_music.storage.generation import AUDIO_KEY, words_of_labels
 from dgx_music.storage.labels import checked_labels
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
@@ -30,7 +31,6 @@ from dgx_music.validation import CLIP_FIELDS
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_BATCH = 10_000
-MAX_VARIATIONS = 16
 _AUDIO = ("channels", "sample_rate")
 _OPTIONAL: dict[str, Any] = dict.fromkeys(
     (
@@ -245,7 +245,7 @@ def plan(
     wanted_count = options.get("variations", DEFAULTS["variations"])
     variations = validation.check_integer("variations", wanted_count, 1, MAX_VARIATIONS)
     if variations > 1:
-        _check_variations(variations, request, circumstances["idempotency_key"])
+        check_variations(variations, request, circumstances["idempotency_key"])
     return Plan(identity, circumstances, model, sources, name, variations, origin)
 
 
@@ -359,23 +359,16 @@ def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**labels, "search_text": words}
 
 
-def _check_variations(count: int, request: GenerationRequest, key: str | None) -> None:
-    """Refuse variations that would all be the same, or whose seeds or keys are too long."""
-    if request.temperature == 0:
-        problem = "would all be the same with a temperature of 0"
-        raise InvalidRequestError("variations", problem, "raise it, or leave variations out")
-    if request.seed is not None:
-        validation.check_seed(request.seed + count - 1, "the last variation's seed")
-    if key is not None:
-        validation.check_name("idempotency_key", _key_of(key, count))
-
-
 def _rows(
     plan: Plan,
     sources: Mapping[str, str] = {},
     clips: Mapping[str, str] = {},
 ) -> list[dict[str, Any]]:
-    """Return the columns of each row; ``sources`` and ``clips`` are hashes, by field."""
+    """Return the columns of each row; ``sources`` and ``clips`` are hashes, by field.
+
+    The hashes of takes are of the seed that was asked for: so a repeated request has the same ones,
+    also if the seeds are chosen here.
+    """
     asked: dict[str, Any] = {**plan.identity, **sources}
     optional = _OPTIONAL
     if (origin := plan.origin) is not None:
@@ -387,38 +380,11 @@ def _rows(
     if plan.variations == 1:
         row["request_hash"] = _hash(asked)
         return [row]
-    return _takes(row, asked, plan.variations)
-
-
-def _takes(row: Mapping[str, Any], asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return the rows of the takes of one request.
-
-    Their hashes are of the seed that was asked for: so a repeated request has the same ones, also
-    if the seeds are chosen here.
-    """
-    seed, key = row["sampling"]["seed"], row["idempotency_key"]
-    first = _new_seed(count) if seed is None else seed
+    takes = takes_of(row, plan.variations)
+    count = {"variations": plan.variations}
     return [
-        {
-            **row,
-            "id": row["id"] if take == 1 else new_id(),
-            "take": take,
-            "sampling": {**row["sampling"], "seed": first + take - 1},
-            "idempotency_key": None if key is None else _key_of(key, take),
-            "request_hash": _hash({**asked, "variations": count, "take": take}),
-        }
-        for take in range(1, count + 1)
+        {**take, "request_hash": _hash({**asked, **count, "take": take["take"]})} for take in takes
     ]
-
-
-def _key_of(key: str, take: int) -> str:
-    """Return the idempotency key of a take; the first one has that of the request."""
-    return key if take == 1 else f"{key}#{take}"
-
-
-def _new_seed(count: int) -> int:
-    """Return a random seed; it and the next ones, ``count`` in all, are below 2**53."""
-    return int.from_bytes(os.urandom(8), "big") % ((1 << CHOSEN_SEED_BITS) - count + 1)
 
 
 def _hash(identity: Mapping[str, Any]) -> str:
