@@ -15,7 +15,9 @@ import dgx_music.early  # noqa: F401 - handles signals while the slow imports ru
 if TYPE_CHECKING:
     from dgx_music.artifacts import Artifacts, open_output, open_place_of
     from dgx_music.audio.facts import AudioFacts
+    from dgx_music.client.again import Continuation, again_generation, continue_generation
     from dgx_music.client.audio_out import save_audio, stream_audio
+    from dgx_music.client.batches import get_batch, list_batches, watch_batch
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
     from dgx_music.client.fleet import pause, queue_overview, resume
     from dgx_music.client.generations import (
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from dgx_music.client.requests import RequestOptions
     from dgx_music.errors import (
         ArtifactError,
+        BatchNotFoundError,
         ConfigurationError,
         DatabaseError,
         DatabaseNotInitializedError,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     )
     from dgx_music.storage import (
         Database,
+        Family,
         Filters,
         Generation,
         GenerationStatus,
@@ -56,12 +60,14 @@ if TYPE_CHECKING:
         configure_sqlite,
         count_generations,
         get_database_stats,
+        get_family,
         get_generation,
         get_session,
         init_db,
         list_generations,
         search_generations,
     )
+    from dgx_music.storage.batch_progress import BatchPage, BatchProgress
     from dgx_music.storage.estimates import Estimate
     from dgx_music.storage.overview import (
         ModelQueue,
@@ -77,7 +83,11 @@ __all__ = [
     "ArtifactError",
     "Artifacts",
     "AudioFacts",
+    "BatchNotFoundError",
+    "BatchPage",
+    "BatchProgress",
     "ConfigurationError",
+    "Continuation",
     "Database",
     "DatabaseError",
     "DatabaseNotInitializedError",
@@ -85,6 +95,7 @@ __all__ = [
     "DatabaseUnavailableError",
     "DgxMusicError",
     "Estimate",
+    "Family",
     "Filters",
     "Generation",
     "GenerationNotFoundError",
@@ -103,20 +114,25 @@ __all__ = [
     "SearchHit",
     "WaitTimeoutError",
     "WorkerOverview",
+    "again_generation",
     "audio_facts",
     "cancel_generation",
     "close_db",
     "configure_sqlite",
+    "continue_generation",
     "count_generations",
     "enqueue",
     "enqueue_many",
     "enqueue_sync",
     "estimate_generation",
+    "get_batch",
     "get_database_stats",
+    "get_family",
     "get_generation",
     "get_session",
     "init_db",
     "label_generation",
+    "list_batches",
     "list_generations",
     "open_output",
     "open_place_of",
@@ -129,26 +145,30 @@ __all__ = [
     "search_generations",
     "stream_audio",
     "wait_for_generation",
+    "watch_batch",
     "watch_generation",
 ]
 
 _MODULES = {
     "artifacts": "Artifacts open_output open_place_of",
     "audio.facts": "AudioFacts",
+    "client.again": "Continuation again_generation continue_generation",
     "client.audio_out": "save_audio stream_audio",
+    "client.batches": "get_batch list_batches watch_batch",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
     "client.fleet": "pause queue_overview resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
     "client.labels": "label_generation",
     "client.requests": "RequestOptions",
-    "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError "
-    "DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError GenerationNotFoundError "
-    "IdempotencyConflictError IllegalTransitionError InvalidRequestError NoAudioError "
-    "WaitTimeoutError",
-    "storage": "Database Filters Generation GenerationStatus Page Pause SearchHit close_db "
-    "configure_sqlite count_generations get_database_stats get_generation get_session init_db "
-    "list_generations search_generations",
+    "errors": "ArtifactError BatchNotFoundError ConfigurationError DatabaseError "
+    "DatabaseNotInitializedError DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError "
+    "GenerationNotFoundError IdempotencyConflictError IllegalTransitionError InvalidRequestError "
+    "NoAudioError WaitTimeoutError",
+    "storage": "Database Family Filters Generation GenerationStatus Page Pause SearchHit close_db "
+    "configure_sqlite count_generations get_database_stats get_family get_generation get_session "
+    "init_db list_generations search_generations",
+    "storage.batch_progress": "BatchPage BatchProgress",
     "storage.estimates": "Estimate",
     "storage.overview": "ModelQueue QueueEntry QueueOverview QueueRates WorkerOverview",
 }

@@ -4,6 +4,7 @@ DgxMusicError
 ├── InvalidRequestError (ValueError)      one field of a request is unacceptable
 ├── ConfigurationError                    one setting is unacceptable
 ├── GenerationNotFoundError               no such row
+├── BatchNotFoundError                    no such batch
 ├── IllegalTransitionError                the row's status does not allow it
 ├── NoAudioError                          the generation is not completed
 ├── IdempotencyConflictError              the key was used for another request
@@ -71,6 +72,18 @@ class GenerationNotFoundError(DgxMusicError):
             f"There is no generation {generation_id!r}; `dgx-music list` shows those that exist."
         )
         self.generation_id = generation_id
+
+
+class BatchNotFoundError(DgxMusicError):
+    """No batch has this id."""
+
+    exit_code = 3
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(
+            f"There is no batch {batch_id!r}; `dgx-music batches` shows those that exist."
+        )
+        self.batch_id = batch_id
 
 
 class IllegalTransitionError(DgxMusicError):

@@ -19,6 +19,9 @@ from dgx_music.validation import (
     check_seed,
 )
 
+CHOSEN_SEED_BITS = 53
+"""Of a seed that nobody gave: JavaScript, and so a browser, keeps no larger whole number exactly."""
+
 
 class SamplingOptions(TypedDict, total=False):
     """The sampling fields as options of a request, each with its meaning."""

@@ -33,7 +33,11 @@ def test_days_that_are_no_length_of_time_end_2(run: Run, days: str) -> None:
 def test_a_dry_run_only_counts(run: Run) -> None:
     add("a", "b", status="failed")
 
-    assert run("prune", "--failed-days", 0, "--dry-run", "--json").json == {"failed": 2, "clips": 0}
+    assert run("prune", "--failed-days", 0, "--dry-run", "--json").json == {
+        "failed": 2,
+        "clips": 0,
+        "batches": 0,
+    }
     assert "Would delete 2 failed" in run("prune", "--failed-days", 0, "--dry-run").err
     assert count_rows() == 2
 
@@ -49,7 +53,7 @@ def test_what_is_older_goes_with_its_audio_and_the_rest_stays(run: Run) -> None:
         "prune", "--completed-days", 0, "--failed-days", 0, "--output", "audio", "--yes", "--json"
     )
 
-    assert result.json == {"completed": 1, "failed": 0, "clips": 0}
+    assert result.json == {"completed": 1, "failed": 0, "clips": 0, "batches": 0}
     assert (file.exists(), count_rows()) == (False, 1)
 
 
@@ -94,19 +98,23 @@ def test_orphans_go_where_that_is_agreed(run: Run) -> None:
     options = ("prune", "--orphans", "--output", "audio")
 
     assert run(*options).code == 2
-    assert run(*options, "--dry-run", "--json").json == {"orphans": 1, "clips": 0}
+    assert run(*options, "--dry-run", "--json").json == {"orphans": 1, "clips": 0, "batches": 0}
     assert "Deleted 1 orphans." in run(*options, "--yes").err
     assert [file.exists() for file in files] == [True, False]
 
 
 def test_where_nothing_is_an_orphan_nobody_has_to_agree(run: Run) -> None:
-    assert run("prune", "--orphans", "--json").json == {"orphans": 0, "clips": 0}
+    assert run("prune", "--orphans", "--json").json == {"orphans": 0, "clips": 0, "batches": 0}
 
 
 def test_clips_that_nobody_has_used_for_a_day_go_too(run: Run) -> None:
     keep_old_clip()
 
-    assert run("prune", "--failed-days", 1, "--dry-run", "--json").json == {"failed": 0, "clips": 1}
+    assert run("prune", "--failed-days", 1, "--dry-run", "--json").json == {
+        "failed": 0,
+        "clips": 1,
+        "batches": 0,
+    }
     assert "Deleted 0 failed, 1 clips." in run("prune", "--failed-days", 1, "--yes").err
     assert "clips" not in run("prune", "--failed-days", 1).err
 
@@ -118,3 +126,14 @@ def keep_old_clip() -> None:
             await session.execute(update(Clip).values(last_used_at=now_plus(-1e6)))
 
     asyncio.run(keep())
+
+
+def test_a_batch_goes_with_its_last_generation(run: Run) -> None:
+    Path("prompts.txt").write_text("a\nb\n")
+    for generation_id in run("enqueue", "--file", "prompts.txt").out.split():
+        run("cancel", generation_id)
+
+    result = run("prune", "--cancelled-days", 0, "--yes", "--json")
+
+    assert result.json == {"cancelled": 2, "clips": 0, "batches": 1}
+    assert run("batches", "--json").json == []

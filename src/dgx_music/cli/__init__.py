@@ -7,7 +7,7 @@ Data goes to stdout, all talk to stderr. Exit codes:
     1  a generation failed or was cancelled (enqueue --wait, watch, demo), a question was answered
        with no (prune, db reset), packages are missing (doctor), or an unexpected error
     2  bad input or a bad setting; nothing was stored
-    3  no such generation
+    3  no such generation or batch
     4  the generation's status does not allow it, or the idempotency key is another request's
     5  the database cannot be used, or is another version's
     6  the engine cannot be used
@@ -47,7 +47,7 @@ OUTPUT_LOST = 74
 EXIT_CODES = (
     "Exit codes: 0 all is well · 1 a generation failed or was cancelled, a question was answered "
     "with no, packages are missing (doctor), or an unexpected error · 2 bad input or setting · "
-    "3 no such generation · 4 its status does not allow it · 5 database · 6 engine · "
+    "3 no such generation or batch · 4 its status does not allow it · 5 database · 6 engine · "
     "7 output folder or disk · 74 done, but stdout is full · 124 timeout · 130 interrupted"
 )
 _LONG_QUOTE = re.compile(r"'[^']{80,}'")
@@ -73,7 +73,18 @@ COMMANDS = {
     "get": (_QUEUE, "get:get", "Save the audio of generations to files."),
     "title": (_QUEUE, "labels:title", "Give a generation a title."),
     "note": (_QUEUE, "labels:note", "Keep a note with a generation."),
-    "watch": (_QUEUE, "watch:watch", "Watch a generation until it is finished."),
+    "again": (
+        _QUEUE,
+        "again:again",
+        "Make a generation again, with another seed or other options.",
+    ),
+    "continue": (
+        _QUEUE,
+        "again:continue_",
+        "Make music that goes on from a completed generation.",
+    ),
+    "watch": (_QUEUE, "watch:watch", "Watch a generation or a batch until it is finished."),
+    "batches": (_QUEUE, "batches:batches", "List batches, newest first, and how far each is."),
     "cancel": (_QUEUE, "transitions:cancel", "Cancel a generation."),
     "retry": (
         _QUEUE,

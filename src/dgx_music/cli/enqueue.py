@@ -22,9 +22,14 @@ PromptFile = Annotated[
         "--file",
         "-f",
         help="Enqueue every line of a file, all or none: a prompt, or a JSON object with `prompt` and any of "
-        "the options below (with _ for -; paths from here). `-` is stdin.",
+        "the options below (with _ for -; paths from here). `-` is stdin. A line that begins with # and a "
+        "space is a comment. The generations are a batch.",
         callback=at_home,
     ),
+]
+BatchName = Annotated[
+    str | None,
+    typer.Option("--batch", help="The name of their batch; default: that of the file."),
 ]
 Wait = Annotated[
     bool,
@@ -54,6 +59,7 @@ Force = Annotated[
 def enqueue(
     prompt: Prompt = None,
     file: PromptFile = None,
+    batch: BatchName = None,
     wait: Wait = False,
     timeout: Timeout = None,
     out: Out = None,
@@ -64,21 +70,23 @@ def enqueue(
 ) -> None:
     """Add a prompt, or a file of prompts, to the queue.
 
-    Prints the ids on stdout.
+    Prints the ids on stdout. A file of prompts, and the takes of --variations, are a batch:
+    `dgx-music watch BATCH` shows how far it is.
     """
     from dgx_music.cli import prompt_to_audio
     from dgx_music.cli.progress import tell_outcome
 
-    batch = prompt_to_audio.read(prompt, file, given(**options))
+    checked = prompt_to_audio.read(prompt, file, batch, given(**options))
     is_waiting = wait or out is not None
-    prompt_to_audio.check_waiting(out, timeout, len(batch.rows), is_waiting=is_waiting, force=force)
+    count = len(checked.rows)
+    prompt_to_audio.check_waiting(out, timeout, count, is_waiting=is_waiting, force=force)
     show = (
-        partial(prompt_to_audio.show_json, is_list=file is not None)
+        partial(prompt_to_audio.show_json, is_list=file is not None or count > 1)
         if as_json
         else prompt_to_audio.show_ids
     )
     work = prompt_to_audio.enqueue(
-        batch, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json
+        checked, database_url, show, is_waiting=is_waiting, timeout=timeout, as_json=as_json
     )
     rows = asyncio.run(work)
     if is_waiting and not tell_outcome(rows):

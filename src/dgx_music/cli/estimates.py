@@ -27,6 +27,13 @@ def in_words(estimate: Estimate) -> str | None:
     )
 
 
+def left_in_words(done_in: Range) -> str:
+    """Return how long something still takes: ``about 10 to 12 min left``."""
+    if done_in.high < _AT_ONCE_SECONDS:
+        return "almost done"
+    return f"{moment_in_words(done_in).removeprefix('in ').replace('within', 'at most')} left"
+
+
 def moment_in_words(each: Range) -> str:
     """Return the range in words, in the unit that fits its end."""
     if each.high < _AT_ONCE_SECONDS:

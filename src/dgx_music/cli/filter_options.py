@@ -36,7 +36,7 @@ FILTER_OPTIONS: dict[str, Any] = {
         "-s",
     ),
     "batch": _option(
-        str, "Only those of this batch: its id, or a part of it.", "--batch", metavar="ID"
+        str, "Only those of this batch: its id, a part of it, or its name.", "--batch", metavar="ID"
     ),
     "parent": _option(str, "Only those made from this generation.", "--parent", metavar="ID"),
     "tag": _option(

@@ -11,6 +11,7 @@ from dgx_music.cli.output import is_bounded, tell
 from dgx_music.config import load_settings
 from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.storage import Database, Generation, close_db, get_generation, init_db
+from dgx_music.storage.batches import find_named_batches
 from dgx_music.storage.connection.urls import file_of, normalise_url
 from dgx_music.storage.repository import count_end_characters, find_batch_ids, find_generation_ids
 from dgx_music.validation import check_name
@@ -61,17 +62,41 @@ async def find_generation(database: Database, wanted: str) -> Generation:
 
 
 async def find_batch_id(database: Database, wanted: str) -> str:
-    """Return the id of the batch with this id, or that this part of an id means.
+    """Return the id of the batch with this id or name, or that this part of an id means.
 
     Raises ``InvalidRequestError`` if it fits none or several.
     """
-    part = check_name("batch", wanted).lower()
-    async with database.session(read_only=True) as session:
-        ids = await find_batch_ids(session, part)
-    found = part if part in ids else the_one_meant(wanted, ids, "--batch")
-    if found is None or len(part) < SHORTEST_PART:
-        raise InvalidRequestError("--batch", f"is {wanted!r}", "give the id of a batch")
+    found = await look_for_batch(database, wanted, "--batch")
+    if found is None:
+        raise InvalidRequestError("--batch", f"is {wanted!r}", "give the id or name of a batch")
     return found
+
+
+async def look_for_batch(database: Database, wanted: str, field: str) -> str | None:
+    """Return the id of the batch that this id, name, or part of an id means; ``None`` if none.
+
+    Raises ``InvalidRequestError`` if there are several.
+    """
+    name = check_name(field, wanted)
+    async with database.session(read_only=True) as session:
+        ids = await find_named_batches(session, name)
+        if not ids and len(name) >= SHORTEST_PART:
+            ids = await find_batch_ids(session, name.lower())
+    return the_one_meant(name, ids, field)
+
+
+async def find_generation_or_batch(database: Database, wanted: str) -> Generation | str:
+    """Return the generation that this means, or else the id of the batch that it means.
+
+    Raises what ``find_generation`` raises.
+    """
+    try:
+        return await find_generation(database, wanted)
+    except GenerationNotFoundError:
+        batch_id = await look_for_batch(database, wanted, "ID")
+        if batch_id is None:
+            raise
+        return batch_id
 
 
 async def id_characters(session: AsyncSession, rows: Sequence[Generation]) -> int | None:

@@ -10,18 +10,19 @@ from typing import Any
 
 from dgx_music.client.requests import CheckedRequests, naming, plan, read_clips
 from dgx_music.errors import InvalidRequestError
-from dgx_music.validation import CLIP_FIELDS, shown
+from dgx_music.validation import CLIP_FIELDS, MAX_NAME_CHARACTERS, check_name, shown, tidy_text
 
 _JSON_LINES = {".jsonl", ".ndjson"}
 _STDIN = Path("-")
+_COMMENT = "# "
 
 
 def read_requests(file: Path, defaults: Mapping[str, Any]) -> CheckedRequests:
     """Return the file's checked requests, each with the defaults that it does not override.
 
-    Blank lines are skipped. A line that starts with ``{`` is JSON, and so is each line of a file
-    whose name ends in ``.jsonl`` or ``.ndjson``. Raises ``InvalidRequestError`` that names the
-    first line that cannot be enqueued.
+    Blank lines are skipped, and comments, which begin with ``#`` and a space. A line that starts
+    with ``{`` is JSON, and so is each line of a file whose name ends in ``.jsonl`` or ``.ndjson``.
+    Raises ``InvalidRequestError`` that names the first line that cannot be enqueued.
     """
     plans = []
     for number, line in _read_lines(file):
@@ -36,6 +37,24 @@ def read_requests(file: Path, defaults: Mapping[str, Any]) -> CheckedRequests:
             "write one in each line",
         )
     return read_clips(plans)
+
+
+def name_of(file: Path) -> str | None:
+    """Return the name of a file as that of a batch; ``None`` for stdin, and if it is no name."""
+    words = file.name.split()
+    if file == _STDIN or not words:
+        return None
+    try:
+        return check_name("name", tidy_text(" ".join(words))[:MAX_NAME_CHARACTERS])
+    except InvalidRequestError:
+        return None
+
+
+def parse_metadata(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with the metadata, if it is given, as an object instead of JSON text."""
+    if "metadata" not in options:
+        return {**options}
+    return {**options, "metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')}
 
 
 def parse_object(field: str, text: str, example: str) -> dict[str, Any]:
@@ -72,18 +91,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their numbers, from 1."""
+    """Yield the lines that are neither blank nor comments, with their numbers, from 1."""
     for number, line in enumerate(_read(file).splitlines(), 1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").lstrip()
         except UnicodeDecodeError:
             raise InvalidRequestError(
                 f"line {number}",
                 "is not UTF-8 text",
                 "save the file as UTF-8",
             ) from None
-        if text:
-            yield number, text
+        if text and not text.startswith(_COMMENT):
+            yield number, text.rstrip()
 
 
 def _read(file: Path) -> bytes:

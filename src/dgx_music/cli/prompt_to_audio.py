@@ -16,7 +16,7 @@ from dgx_music.cli.estimates import in_words
 from dgx_music.cli.opening import opened
 from dgx_music.cli.output import print_json, print_line, tell, tell_untrained
 from dgx_music.cli.progress import describe, follow
-from dgx_music.cli.prompt_file import parse_object, read_requests
+from dgx_music.cli.prompt_file import name_of, parse_metadata, read_requests
 from dgx_music.cli.service import ServiceTeller
 from dgx_music.client.enqueue import store
 from dgx_music.client.generations import estimate_generation
@@ -30,12 +30,14 @@ from dgx_music.validation import check_positive
 _MAX_IDS_ON_TERMINAL = 20
 
 
-def read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> CheckedRequests:
-    """Return the checked requests of the prompt or of the file; opens and creates nothing else."""
-    if "metadata" in options:
-        options = options | {
-            "metadata": parse_object("metadata", options["metadata"], '{"bpm": 140}')
-        }
+def read(
+    prompt: str | None, file: Path | None, batch: str | None, options: dict[str, Any]
+) -> CheckedRequests:
+    """Return the checked requests of the prompt or of the file; opens and creates nothing else.
+
+    Those of a file are a batch, by default named after the file.
+    """
+    options = parse_metadata(options)
     if file is not None and prompt is None:
         if "idempotency_key" in options:
             raise InvalidRequestError(
@@ -43,9 +45,10 @@ def read(prompt: str | None, file: Path | None, options: dict[str, Any]) -> Chec
                 "is for one prompt",
                 "give each line of the file its own",
             )
-        return read_requests(file, options)
+        return read_requests(file, options).in_batch(name_of(file) if batch is None else batch)
     if prompt is not None and file is None:
-        return read_clips([plan(prompt, options)])
+        checked = read_clips([plan(prompt, options)])
+        return checked.in_batch_if_many() if batch is None else checked.in_batch(batch)
     problem = "is missing" if prompt is None else "and --file are given together"
     raise InvalidRequestError(
         "PROMPT",
@@ -76,7 +79,7 @@ def check_waiting(
     if count > 1:
         raise InvalidRequestError(
             "--out",
-            f"is one file and there are {count:,} prompts",
+            f"is one file and there are {count:,} generations",
             "use --wait and `dgx-music show`",
         )
     if out.is_dir() or not out.absolute().parent.is_dir():
@@ -95,7 +98,7 @@ def check_waiting(
 
 
 async def enqueue(
-    batch: CheckedRequests,
+    checked: CheckedRequests,
     database_url: str | None,
     show: Callable[[list[Generation]], None],
     *,
@@ -108,7 +111,7 @@ async def enqueue(
     JSON is shown after the wait, also if that fails: the caller must not lose what it has enqueued.
     """
     async with opened(database_url) as database:
-        rows = await store(batch)
+        rows = await store(checked)
         if not (is_waiting and as_json):
             show(rows)
         try:
@@ -144,7 +147,7 @@ async def _follow(
             [row.id for row in rows], timeout=timeout, teller=ServiceTeller(database, rows)
         )
     except asyncio.CancelledError:
-        tell(f"Stopped waiting, not making; see: dgx-music watch {rows[0].id}")
+        tell(f"Stopped waiting, not making; see: {how_to_follow(rows)}")
         raise
 
 
@@ -165,11 +168,19 @@ def show_ids(rows: list[Generation]) -> None:
 async def _tell_of_queue(rows: list[Generation], *, is_waiting: bool) -> None:
     tell_untrained(rows)
     if len(rows) > 1:
-        tell(f"{len(rows):,} generations enqueued; `dgx-music list` shows them.")
+        tell(f"{len(rows):,} generations enqueued; follow them with: {how_to_follow(rows)}")
     elif rows[0].is_finished:  # the row of an idempotency key
         tell(f"It was made before: {describe(rows[0])}")
     elif not is_waiting:
-        tell(f"{await _place_in_words(rows[0])}; follow it with: dgx-music watch {rows[0].id}")
+        tell(f"{await _place_in_words(rows[0])}; follow it with: {how_to_follow(rows)}")
+
+
+def how_to_follow(rows: list[Generation]) -> str:
+    """Return the command that watches the only one, or the batch that all are in."""
+    if len(rows) == 1:
+        return f"dgx-music watch {rows[0].id}"
+    batch_id, *others = {row.batch_id for row in rows}
+    return "dgx-music list" if others or batch_id is None else f"dgx-music watch {batch_id}"
 
 
 async def _place_in_words(row: Generation) -> str:

@@ -51,8 +51,8 @@ def prune(
     """Delete old generations and their audio, and clips that nobody uses.
 
     A finished generation is kept for the days given for its status, or for ever if none are given;
-    a clip for a day after its last use. On a terminal it asks first; elsewhere it needs --yes if
-    there is something to delete.
+    a clip for a day after its last use; a batch while it has a generation. On a terminal it asks
+    first; elsewhere it needs --yes if there is something to delete.
     """
     from dgx_music.artifacts import open_output
 
@@ -83,12 +83,13 @@ class _Plan:
 
     async def carry_out(self, database: Database, *, dry_run: bool) -> dict[str, int]:
         """Delete, or only count, and return the numbers."""
-        from dgx_music.client.prune import prune, prune_clips, prune_orphans
+        from dgx_music.client.prune import prune, prune_batches, prune_clips, prune_orphans
 
         counts = await prune(database, self.artifacts, self.keep, dry_run=dry_run)
         if self.has_orphans:
             counts["orphans"] = await prune_orphans(database, self.artifacts, dry_run=dry_run)
         counts["clips"] = await prune_clips(database, dry_run=dry_run)
+        counts["batches"] = await prune_batches(database, dry_run=dry_run)
         return counts
 
 
@@ -114,5 +115,7 @@ async def _prune(
 
 def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(
-        f"{count:,} {what}" for what, count in counts.items() if count or what != "clips"
+        f"{count:,} {what}"
+        for what, count in counts.items()
+        if count or what not in ("clips", "batches")
     )

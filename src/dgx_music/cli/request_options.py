@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import copy
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -72,6 +73,10 @@ REQUEST_OPTIONS: dict[str, Any] = {
     ),
     "audio_format": _music(AudioFormat, "Of the file; default: the worker's own setting."),
     **{each.name: _sampling(each) for each in fields(Sampling)},
+    "variations": _music(
+        int,
+        "So many takes, at most 16: seed, seed + 1, and so on, or seeds chosen for them; default 1.",
+    ),
     "priority": _queueing(
         int,
         "Higher goes first; a point is worth a minute of waiting; default 0.",
@@ -91,3 +96,19 @@ REQUEST_OPTIONS: dict[str, Any] = {
     "metadata": _queueing(str, "An object of your own to keep with it.", metavar="JSON"),
 }
 """Each option's annotation, by the name that ``dgx_music.enqueue`` has for it."""
+
+
+def _without_default(option: Any) -> Any:
+    """Return the option with a help that says no default."""
+    described = copy(option.__metadata__[0])
+    described.help = f"{described.help.partition('; default')[0].removesuffix('.')}."
+    return Annotated[option.__origin__, described]
+
+
+_CIRCUMSTANCES = ("priority", "run_at", "max_attempts", "idempotency_key")
+CHANGE_OPTIONS: dict[str, Any] = {
+    name: option if name in _CIRCUMSTANCES else _without_default(option)
+    for name, option in REQUEST_OPTIONS.items()
+    if name not in ("seed", "variations")
+}
+"""The options of a request that is made again: without them most are as they were."""

@@ -26,7 +26,7 @@ from dgx_music.cli.output import (
 
 if TYPE_CHECKING:
     from dgx_music.artifacts import FileState
-    from dgx_music.storage import Generation
+    from dgx_music.storage import Family, Generation
     from dgx_music.storage.estimates import Estimate
 
 
@@ -39,6 +39,7 @@ class _Known(NamedTuple):
     clips: dict[str, str]
     """What was given as ``continuation`` or ``melody``, in words."""
     file: FileState
+    family: Family
 
 
 def show(
@@ -58,7 +59,8 @@ def show(
     With --json that is `estimate`: `starts_in_seconds` and `done_in_seconds` are null or have a
     `low` and a `high`, which about 8 of 10 generations keep to, and `unknown_because` says why they
     are null. `file_is_missing` is null if there is no file yet, or if it cannot be seen from here;
-    `file_is_damaged` says whether its size has changed, and is null in the same cases.
+    `file_is_damaged` says whether its size has changed, and is null in the same cases. `family` has
+    the generation that it was made from, and those that were made from it.
     """
     known = asyncio.run(_read(generation_id, database_url))
     if as_json:
@@ -86,6 +88,7 @@ def _as_json(known: _Known, *, with_waveform: bool) -> dict[str, Any]:
         "attempts": known.attempts,
         "queue_position": outlook.position,
         "estimate": outlook.to_dict(),
+        "family": known.family.to_dict(),
     }
     row = known.generation.to_dict(with_waveform=with_waveform)
     return {**row, **states, **more}
@@ -98,6 +101,7 @@ def _lines(known: _Known) -> list[tuple[str, str]]:
     facts = _audio_facts(metadata.pop("audio", {}))
     return [
         *((label(name), shown(name, value, now)) for name, value in _fields(known).items()),
+        *_family_lines(known.family),
         *_file_lines(known.file),
         *_queue_lines(known),
         *((f"audio {label(name)}", shown(name, value, now)) for name, value in facts.items()),
@@ -109,11 +113,26 @@ def _fields(known: _Known) -> dict[str, Any]:
     """Return the row's fields that are worth a line, with clips in words instead of hashes."""
     row = known.generation
     told = row.to_dict() | {"prompt": row.prompt or UNCONDITIONAL}
-    told |= {"is_starred": row.is_starred or None}
+    told |= {"is_starred": row.is_starred or None, "parent_id": None}
     told |= {"negative_prompt": (row.sampling or {}).get("negative_prompt")}
     for name, text in known.clips.items():
         told |= {f"{name}_sha256": None, name: text}
     return {name: value for name, value in told.items() if value is not None and name != "metadata"}
+
+
+def _family_lines(family: Family) -> list[tuple[str, str]]:
+    lines = [("child", _relative(child)) for child in family.children]
+    if family.is_parent_deleted:
+        lines.insert(0, ("parent", f"{family.parent_id} (deleted)"))
+    elif family.parent is not None:
+        lines.insert(0, ("parent", _relative(family.parent)))
+    return lines
+
+
+def _relative(row: Generation) -> str:
+    seed = (row.sampling or {}).get("seed")
+    told = [row.status, f"{row.duration_seconds:g} s", *([] if seed is None else [f"seed {seed}"])]
+    return f"{row.id} ({', '.join(told)})"
 
 
 def _file_lines(file: FileState) -> list[tuple[str, str]]:
@@ -172,6 +191,7 @@ async def _read(wanted: str, database_url: str | None) -> _Known:
     from dgx_music.cli.opening import find_generation, opened
     from dgx_music.storage.clips import clips_of, read_clip_seconds
     from dgx_music.storage.estimates import estimate
+    from dgx_music.storage.families import get_family
     from dgx_music.storage.repository import get_attempts
 
     async with opened(database_url) as database:
@@ -179,9 +199,11 @@ async def _read(wanted: str, database_url: str | None) -> _Known:
         async with database.session(read_only=True) as session:
             attempts = await get_attempts(session, generation.id)
             outlook = await estimate(session, generation.id)
+            family = await get_family(session, generation.id)
             hashes = clips_of(generation)
             seconds = await read_clip_seconds(session, hashes.values())
     clips = {name: f"{seconds.get(sha, 0):.4g} s, clip {sha[:12]}" for name, sha in hashes.items()}
     path = generation.file_path if generation.is_complete else None
     file = await look_at_file(path, generation.file_size_bytes) if path else FileState(None)
-    return _Known(generation, [attempt.to_dict() for attempt in attempts], outlook, clips, file)
+    told = [attempt.to_dict() for attempt in attempts]
+    return _Known(generation, told, outlook, clips, file, family)

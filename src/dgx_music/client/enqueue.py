@@ -41,19 +41,22 @@ async def enqueue(
 
     An empty prompt asks for unconditional music. With the caller's ``session`` the row is part of
     the caller's transaction: workers see it after the commit, and it is gone after a rollback.
-    Without one it is committed at once.
+    Without one it is committed at once. With ``variations`` the takes are a batch, and the first
+    one is returned: its ``batch_id`` leads to the others. To get all of them, call ``enqueue_many``
+    with a list of one prompt.
 
     Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` if
     the key belongs to a different request.
     """
-    batch = await _read_clips([plan(prompt, cast("Mapping[str, Any]", options))])
-    return (await store(batch, session=session))[0]
+    checked = await read_clips_beside([plan(prompt, cast("Mapping[str, Any]", options))])
+    return (await store(checked.in_batch_if_many(), session=session))[0]
 
 
 @takes_options
 async def enqueue_many(
     requests: Iterable[str | Mapping[str, Any]],
     *,
+    batch: str | None = None,
     session: AsyncSession | None = None,
     **options: Unpack[RequestOptions],
 ) -> list[Generation]:
@@ -62,13 +65,16 @@ async def enqueue_many(
     Each request is a prompt, or a mapping with ``prompt`` and any of the options below. The options
     given as keywords apply to each request that does not have its own. An ``InvalidRequestError``
     names the request by its place, from 1.
+
+    The new rows are a batch, also a single one; ``batch`` is its name. A row that exists under its
+    idempotency key stays in the batch that it is in.
     """
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         remedy = "send a list of prompts, or call enqueue for one"
         raise InvalidRequestError("requests", "are not a list", remedy)
     defaults = cast("Mapping[str, Any]", options)
     plans = [plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
-    return await store(await _read_clips(plans), session=session)
+    return await store((await read_clips_beside(plans)).in_batch(batch), session=session)
 
 
 @takes_options
@@ -82,27 +88,30 @@ def enqueue_sync(prompt: str, **options: Unpack[RequestOptions]) -> Generation:
         raise RuntimeError(
             "enqueue_sync would block the event loop that runs here; await enqueue(...) instead."
         )
-    return asyncio.run(_store_alone(read_clips([plan(prompt, cast("Mapping[str, Any]", options))])))
+    checked = read_clips([plan(prompt, cast("Mapping[str, Any]", options))])
+    return asyncio.run(_store_alone(checked.in_batch_if_many()))
 
 
-async def store(batch: CheckedRequests, *, session: AsyncSession | None = None) -> list[Generation]:
-    """Add the generations of a batch in one transaction, all or none, and return their rows."""
+async def store(
+    checked: CheckedRequests, *, session: AsyncSession | None = None
+) -> list[Generation]:
+    """Add the generations of requests in one transaction, all or none, and return their rows."""
     if session is None:
         # ends in storage/insertion.py: insert_generations
-        return await (await ensure_database()).insert(batch.rows, batch.clips)
-    return await transact(session, partial(insert_all, batch.rows, batch.clips))
+        return await (await ensure_database()).insert(checked.rows, checked.clips)
+    return await transact(session, partial(insert_all, checked.rows, checked.clips))
 
 
-async def _store_alone(batch: CheckedRequests) -> Generation:
+async def _store_alone(checked: CheckedRequests) -> Generation:
     database = Database.from_settings(load_settings())
     try:
         await database.prepare()
-        return (await database.insert(batch.rows, batch.clips))[0]
+        return (await database.insert(checked.rows, checked.clips))[0]
     finally:
         await database.dispose()
 
 
-async def _read_clips(plans: Sequence[Plan]) -> CheckedRequests:
+async def read_clips_beside(plans: Sequence[Plan]) -> CheckedRequests:
     """Read clips in a thread; without any, the thread would only take time."""
     read = partial(read_clips, plans)
     return await anyio.to_thread.run_sync(read) if any(plan.sources for plan in plans) else read()

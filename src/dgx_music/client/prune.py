@@ -1,4 +1,4 @@
-"""Retention: delete old generations with their audio, orphaned files, and unused clips."""
+"""Retention: delete old generations with their audio, orphaned files, unused clips, empty batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uuid import UUID
 
 from dgx_music.artifacts import Artifacts, StoredFile
 from dgx_music.errors import ArtifactError
-from dgx_music.storage import clips, retention
+from dgx_music.storage import batches, clips, retention
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.retention import Owner, find_owners
@@ -68,6 +68,17 @@ async def prune_clips(database: Database, *, dry_run: bool = False) -> int:
     while gone := await database.transact(lambda session: clips.prune_clips(session, limit=CHUNK)):
         count += gone
     return count
+
+
+async def prune_batches(database: Database, *, dry_run: bool = False) -> int:
+    """Delete batches that have no generation left; return how many.
+
+    With ``dry_run`` nothing is deleted, and the batches of generations that would be pruned do not
+    count.
+    """
+    if dry_run:
+        return await database.transact(batches.count_empty_batches, read_only=True)
+    return await database.transact(batches.prune_batches)
 
 
 async def _find_orphans(

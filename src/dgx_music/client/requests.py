@@ -12,12 +12,13 @@ import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any, TypedDict, TypeVar, cast, get_type_hints
 
 from dgx_music import validation
 from dgx_music.catalog import ModelInfo
+from dgx_music.client.variations import MAX_VARIATIONS, check_variations, takes_of
 from dgx_music.config import default_model
 from dgx_music.errors import InvalidRequestError
 from dgx_music.inference.engine import GenerationRequest
@@ -33,11 +34,11 @@ MAX_BATCH = 10_000
 _AUDIO = ("channels", "sample_rate")
 _OPTIONAL: dict[str, Any] = dict.fromkeys(
     (
-        *("audio_format", "batch_id", "take", "parent_id"),
+        *("audio_format", "batch_id", "batch_name", "take", "parent_id"),
         *("title", "notes", "tags", "search_text"),
     )
 ) | {"is_starred": False}
-"""The columns of a row that most requests leave empty."""
+"""The columns of a row that most requests leave empty; ``batch_name`` is one of its batch."""
 
 
 class MusicOptions(TypedDict, total=False):
@@ -75,6 +76,11 @@ class MusicOptions(TypedDict, total=False):
 class RequestOptions(MusicOptions, SamplingOptions, total=False):
     """The options of one request besides its prompt; each has a default."""
 
+    variations: Annotated[
+        int,
+        "So many takes of the same request, at most 16: seed, seed + 1, and so on, or seeds that "
+        "are chosen for them.",
+    ]
     priority: Annotated[
         int,
         "Higher goes first; a point is worth a minute of waiting; from -1,000 to 1,000.",
@@ -123,6 +129,7 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(OPTIONS),
     **asdict(Sampling()),
     "duration": 10.0,
+    "variations": 1,
     "priority": 0,
     "max_attempts": DEFAULT_MAX_ATTEMPTS,
 }
@@ -153,8 +160,17 @@ def _in_lines(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The generation that a request repeats or continues, and what it takes over unread."""
+
+    parent_id: str
+    clips: Mapping[str, str]
+    """The ``sha256`` of each stored clip that is used again, by the name of its field."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A checked request: all of its row, except for what depends on its clips."""
+    """A checked request: all of its rows, except for what depends on its clips."""
 
     identity: dict[str, Any]
     """The columns that identify the request; its hash is made of them."""
@@ -165,6 +181,8 @@ class Plan:
     """The clips as they were given, by the names of their fields."""
     name: str
     """What an error calls the request if it is one of many, such as ``line 7``; else empty."""
+    variations: int
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +191,19 @@ class CheckedRequests:
 
     rows: list[dict[str, Any]]
     clips: Mapping[str, tuple[bytes, float]]
+
+    def in_batch(self, name: str | None = None) -> CheckedRequests:
+        """Return them as a new batch; without this they are in none.
+
+        Raises ``InvalidRequestError`` if the name is none.
+        """
+        checked = None if name is None else validation.check_name("batch", name)
+        batch = {"batch_id": new_id(), "batch_name": checked}
+        return replace(self, rows=[{**row, **batch} for row in self.rows])
+
+    def in_batch_if_many(self) -> CheckedRequests:
+        """Return them as a new batch without a name, or as they are if there is one row."""
+        return self if len(self.rows) == 1 else self.in_batch()
 
 
 @contextmanager
@@ -186,7 +217,9 @@ def naming(name: str) -> Iterator[None]:
         raise InvalidRequestError(f"{name}: {error.field}", error.problem, error.remedy) from None
 
 
-def plan(prompt: object, options: Mapping[str, Any], name: str = "") -> Plan:
+def plan(
+    prompt: object, options: Mapping[str, Any], name: str = "", origin: Origin | None = None
+) -> Plan:
     """Return the plan of one request; raises ``InvalidRequestError`` on the first bad field.
 
     Its clips are not read yet: that takes a while.
@@ -206,9 +239,14 @@ def plan(prompt: object, options: Mapping[str, Any], name: str = "") -> Plan:
         **audio,
         **Sampling.pick(options),
     )
-    if "melody" in sources:
+    if "melody" in sources or (origin is not None and "melody" in origin.clips):
         validation.check_hears_melody(model)
-    return Plan(_identity(request, options), _circumstances(request, options), model, sources, name)
+    identity, circumstances = _identity(request, options), _circumstances(request, options)
+    wanted_count = options.get("variations", DEFAULTS["variations"])
+    variations = validation.check_integer("variations", wanted_count, 1, MAX_VARIATIONS)
+    if variations > 1:
+        check_variations(variations, request, circumstances["idempotency_key"])
+    return Plan(identity, circumstances, model, sources, name, variations, origin)
 
 
 def plan_numbered(number: int, request: object, defaults: Mapping[str, Any]) -> Plan:
@@ -231,22 +269,23 @@ def read_clips(plans: Sequence[Plan]) -> CheckedRequests:
     Raises ``InvalidRequestError`` if there are too many, or for the first one whose clips cannot be
     read. Reading clips takes a while: if there are any, call this in a thread.
     """
-    if len(plans) > MAX_BATCH:
+    count = sum(plan.variations for plan in plans)
+    if count > MAX_BATCH:
         remedy = f"send at most {MAX_BATCH:,} at a time"
-        raise InvalidRequestError("requests", f"are {len(plans):,}", remedy)
+        raise InvalidRequestError("requests", f"are {count:,}", remedy)
     if not any(plan.sources for plan in plans):
-        return CheckedRequests([_row(plan) for plan in plans], {})
+        return CheckedRequests([row for plan in plans for row in _rows(plan)], {})
     from dgx_music.audio.clips import Reader  # imports NumPy
 
     reader = Reader()
 
-    def read(plan: Plan) -> dict[str, Any]:
+    def read(plan: Plan) -> list[dict[str, Any]]:
         with naming(plan.name):
             clips = reader.read(plan.sources, plan.model, plan.identity["duration_seconds"])
         sources = {name: clip.source_sha256 for name, clip in clips.items()}
-        return _row(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
+        return _rows(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
 
-    return CheckedRequests([read(plan) for plan in plans], reader.data)
+    return CheckedRequests([row for plan in plans for row in read(plan)], reader.data)
 
 
 def _check_names(options: Mapping[Any, Any]) -> None:
@@ -320,21 +359,32 @@ def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**labels, "search_text": words}
 
 
-def _row(
+def _rows(
     plan: Plan,
     sources: Mapping[str, str] = {},
     clips: Mapping[str, str] = {},
-) -> dict[str, Any]:
-    """Return the columns of a row; ``sources`` and ``clips`` are hashes, by field."""
+) -> list[dict[str, Any]]:
+    """Return the columns of each row; ``sources`` and ``clips`` are hashes, by field.
+
+    The hashes of takes are of the seed that was asked for: so a repeated request has the same ones,
+    also if the seeds are chosen here.
+    """
+    asked: dict[str, Any] = {**plan.identity, **sources}
+    optional = _OPTIONAL
+    if (origin := plan.origin) is not None:
+        asked |= {"parent_id": origin.parent_id, **origin.clips}
+        clips = {**origin.clips, **clips}
+        optional = {**_OPTIONAL, "parent_id": origin.parent_id}
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
-    request_hash = _hash({**plan.identity, **sources})
-    return {
-        **_OPTIONAL,
-        **plan.circumstances,
-        **plan.identity,
-        **columns,
-        "request_hash": request_hash,
-    }
+    row = {**optional, **plan.circumstances, **plan.identity, **columns}
+    if plan.variations == 1:
+        row["request_hash"] = _hash(asked)
+        return [row]
+    takes = takes_of(row, plan.variations)
+    count = {"variations": plan.variations}
+    return [
+        {**take, "request_hash": _hash({**asked, **count, "take": take["take"]})} for take in takes
+    ]
 
 
 def _hash(identity: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from dgx_music import validation
 from dgx_music.audio.samples import Audio
 from dgx_music.catalog import DEFAULT_MODEL
 from dgx_music.errors import InvalidRequestError
-from dgx_music.sampling import Sampling
+from dgx_music.sampling import CHOSEN_SEED_BITS, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +55,13 @@ class GenerationRequest(Sampling):
     @property
     def effective_seed(self) -> int:
         """The seed asked for, or one made from the id: each attempt makes the same audio."""
-        if self.seed is not None:
-            return self.seed
-        return int.from_bytes(hashlib.sha256(self.generation_id.encode()).digest()[:8], "big") >> 1
+        return seed_of(self.generation_id) if self.seed is None else self.seed
+
+
+def seed_of(generation_id: str) -> int:
+    """Return the seed of a generation that was given none: always the same, below 2**53."""
+    digest = hashlib.sha256(generation_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - CHOSEN_SEED_BITS)
 
 
 def _check_samples(name: str, clip: Audio, channels: int) -> None:

@@ -11,6 +11,7 @@ from dgx_music.storage.database import (
     init_db,
     reset_database,
 )
+from dgx_music.storage.families import Family, get_family
 from dgx_music.storage.filters import Filters
 from dgx_music.storage.listing import Page, list_generations
 from dgx_music.storage.models import (
@@ -44,6 +45,7 @@ __all__ = [
     "Base",
     "Clip",
     "Database",
+    "Family",
     "Filters",
     "Generation",
     "GenerationStatus",
@@ -62,6 +64,7 @@ __all__ = [
     "get_all_generations",
     "get_database",
     "get_database_stats",
+    "get_family",
     "get_generation",
     "get_most_used_prompts",
     "get_pending_generations",

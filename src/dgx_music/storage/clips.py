@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, bindparam, delete, exists, func, not_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation
 from dgx_music.storage.models import Clip
 from dgx_music.storage.schema import dialect_of, insert, now, now_plus
@@ -32,12 +33,32 @@ async def keep_clips(session: AsyncSession, clips: Mapping[str, tuple[bytes, flo
     write would make all others with the same clip wait for the end of this transaction. The others
     are written in one order, or two transactions would wait for each other in a circle.
     """
+    if not clips:
+        return
     fresh = await _find_fresh(session, clips.keys())
     # One at a time: a driver limits the time of a statement, not of a row.
     for sha256 in sorted(clips.keys() - fresh):
         data, seconds = clips[sha256]
         values = {"sha256": sha256, "data": data, "duration_seconds": seconds}
         await session.execute(_keep_statement(dialect_of(session)), values)
+
+
+async def hold_clips(session: AsyncSession, sha256s: Collection[str]) -> None:
+    """Keep stored clips until the end of this transaction, so that a new row can refer to them.
+
+    Raises ``InvalidRequestError`` if one of them is gone.
+    """
+    if not sha256s:
+        return
+    query = (
+        select(Clip.sha256)
+        .where(Clip.sha256.in_(sha256s))
+        .with_for_update(key_share=True, read=True)
+    )
+    gone = {*sha256s} - {*await session.scalars(query)}
+    if gone:
+        problem = f"{min(gone)[:12]} is no longer stored"
+        raise InvalidRequestError("clip", problem, "give the audio itself")
 
 
 async def read_clips(session: AsyncSession, sha256s: Collection[str]) -> dict[str, bytes]:

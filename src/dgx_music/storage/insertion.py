@@ -1,7 +1,7 @@
 """The first transition of a row's life: into the queue, in the caller's own transaction.
 
-One call keeps the clips, counts the prompts, and inserts the generations. A repeated idempotency
-key inserts nothing and gives the row that is there already.
+One call keeps the clips, adds the batches, counts the prompts, and inserts the generations. A
+repeated idempotency key inserts nothing and gives the row that is there already.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
 from dgx_music.statuses import PENDING
-from dgx_music.storage.clips import keep_clips
+from dgx_music.storage.batches import add_batches, added_batches, drop_batches
+from dgx_music.storage.clips import hold_clips, keep_clips
 from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
 from dgx_music.storage.models import text_hash
@@ -29,7 +30,10 @@ from dgx_music.storage.prompts import (
 from dgx_music.storage.schema import HashText, UtcDateTime, dialect_of, now, written
 
 Row = Mapping[str, Any]
-"""The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once."""
+"""The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once.
+
+``batch_name`` is the name of the batch that ``batch_id`` identifies.
+"""
 
 _CHUNK = 1_000
 
@@ -39,15 +43,19 @@ async def insert_generations(
 ) -> list[Generation]:
     """Insert these rows and return the generations in the same order.
 
-    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``. A
-    row whose idempotency key exists is not inserted: the existing generation is returned in its
-    place. Raises ``IdempotencyConflictError`` if that one belongs to a different request.
+    ``clips`` holds the content and the seconds of each clip that a row refers to, by ``sha256``; a
+    clip that is not among them must be stored already. A row whose idempotency key exists is not
+    inserted: the existing generation is returned in its place. A batch is added with its first row.
+    Raises ``IdempotencyConflictError`` if an existing row belongs to a different request.
     """
     by_key = await _find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
+    batches = {row["batch_id"]: row["batch_name"] for row in fresh if row["batch_id"]}
+    to_add: Mapping[str, str | None] = batches
     inserted: dict[str, Generation] = {}
     while fresh:
-        inserted |= {row.id: row for row in await _insert_fresh(session, fresh, clips)}
+        inserted |= {row.id: row for row in await _insert_fresh(session, fresh, clips, to_add)}
+        to_add = {}
         # Another producer was faster with the same key.
         raced = [row for row in fresh if row["id"] not in inserted]
         found = await _find_by_key(session, raced)
@@ -57,6 +65,8 @@ async def insert_generations(
         by_key |= found
         # The other producer's row is gone again: insert once more.
         fresh = [row for row in raced if row["idempotency_key"] not in found]
+    if batches:
+        await drop_batches(session, batches.keys() - {row.batch_id for row in inserted.values()})
     by_key |= {
         row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
     }
@@ -101,23 +111,33 @@ async def _find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, 
 
 
 async def _insert_fresh(
-    session: AsyncSession, rows: list[Row], clips: Mapping[str, tuple[bytes, float]]
+    session: AsyncSession,
+    rows: list[Row],
+    clips: Mapping[str, tuple[bytes, float]],
+    batches: Mapping[str, str | None],
 ) -> list[Generation]:
-    """Keep the rows' clips, count their prompts, insert them; return those whose key was free."""
+    """Keep the rows' clips, count their prompts, insert them; return those whose key was free.
+
+    ``batches`` are added before them.
+    """
     used = {row[name] for row in rows for name in CLIP_COLUMNS} - {None}
     if used:
-        await keep_clips(session, {sha256: clips[sha256] for sha256 in used})
+        await keep_clips(session, {sha256: clips[sha256] for sha256 in used & clips.keys()})
+        await hold_clips(session, used - clips.keys())
     # In one order: two batches must not wait for each other in a circle.
     rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
     insert = _insert_on_postgres if dialect_of(session) == "postgresql" else _insert_on_sqlite
-    inserted = await insert(session, rows)
+    inserted = await insert(session, rows, batches)
     if isinstance(session, DirectSession):  # of our own, and about to close
         return inserted
     session.add_all(inserted)
     return inserted
 
 
-async def _insert_on_sqlite(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+async def _insert_on_sqlite(
+    session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
+    await add_batches(session, batches)
     prompt_ids = await count_on_sqlite(session, [row["prompt"] for row in rows])
     at = (await _CLOCK.rows(session, {}))[0].now
     wanted = [
@@ -145,17 +165,26 @@ async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
     return {*ids} - found
 
 
-async def _insert_on_postgres(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+async def _insert_on_postgres(
+    session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
     inserted: list[Generation] = []
     for start in range(0, len(rows), _CHUNK):
-        inserted += await _insert_chunk(session, rows[start : start + _CHUNK])
+        inserted += await _insert_chunk(session, rows[start : start + _CHUNK], batches)
+        batches = {}
     return inserted
 
 
-async def _insert_chunk(session: AsyncSession, rows: list[Row]) -> list[Generation]:
+async def _insert_chunk(
+    session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
     hashed = [{**row, "text_hash": text_hash(row["prompt"])} for row in rows]
     values = {"rows": as_json(hashed), "texts": as_json(uses_of(row["prompt"] for row in rows))}
-    made = {row.id: row for row in await _INSERT_ON_POSTGRES.rows(session, values)}
+    statement = _INSERT_ON_POSTGRES
+    if batches:
+        statement = _INSERT_WITH_BATCHES
+        values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
+    made = {row.id: row for row in await statement.rows(session, values)}
     found = [(row, made[row["id"]]) for row in rows]
     raced = [(row, at) for row, at in found if at.created_at is None]
     counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
@@ -243,4 +272,5 @@ def _insert_on_postgres_statement() -> Any:
 
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
 _INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement)
+_INSERT_WITH_BATCHES = Prepared(lambda: _insert_on_postgres_statement().add_cte(added_batches()))
 _CLOCK = Prepared(lambda: select(now().label("now")))
