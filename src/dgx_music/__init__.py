@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from dgx_music.artifacts import Artifacts, open_output, open_place_of
     from dgx_music.audio.facts import AudioFacts
     from dgx_music.client.audio_out import save_audio, stream_audio
+    from dgx_music.client.bulk import (
+        cancel_generations,
+        retry_generations,
+        star_generations,
+        tag_generations,
+    )
+    from dgx_music.client.delete import delete_generation_and_audio, delete_generations
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
     from dgx_music.client.fleet import pause, queue_overview, resume
     from dgx_music.client.generations import (
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
     from dgx_music.errors import (
         ArtifactError,
         ConfigurationError,
+        CountDiffersError,
         DatabaseError,
         DatabaseNotInitializedError,
         DatabaseNotMigratedError,
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
         IllegalTransitionError,
         InvalidRequestError,
         NoAudioError,
+        PartlyDoneError,
         WaitTimeoutError,
     )
     from dgx_music.storage import (
@@ -62,6 +71,7 @@ if TYPE_CHECKING:
         list_generations,
         search_generations,
     )
+    from dgx_music.storage.bulk import BulkResult, Refusal
     from dgx_music.storage.estimates import Estimate
     from dgx_music.storage.overview import (
         ModelQueue,
@@ -77,7 +87,9 @@ __all__ = [
     "ArtifactError",
     "Artifacts",
     "AudioFacts",
+    "BulkResult",
     "ConfigurationError",
+    "CountDiffersError",
     "Database",
     "DatabaseError",
     "DatabaseNotInitializedError",
@@ -95,19 +107,24 @@ __all__ = [
     "ModelQueue",
     "NoAudioError",
     "Page",
+    "PartlyDoneError",
     "Pause",
     "QueueEntry",
     "QueueOverview",
     "QueueRates",
+    "Refusal",
     "RequestOptions",
     "SearchHit",
     "WaitTimeoutError",
     "WorkerOverview",
     "audio_facts",
     "cancel_generation",
+    "cancel_generations",
     "close_db",
     "configure_sqlite",
     "count_generations",
+    "delete_generation_and_audio",
+    "delete_generations",
     "enqueue",
     "enqueue_many",
     "enqueue_sync",
@@ -125,9 +142,12 @@ __all__ = [
     "queue_position",
     "resume",
     "retry_generation",
+    "retry_generations",
     "save_audio",
     "search_generations",
+    "star_generations",
     "stream_audio",
+    "tag_generations",
     "wait_for_generation",
     "watch_generation",
 ]
@@ -136,19 +156,22 @@ _MODULES = {
     "artifacts": "Artifacts open_output open_place_of",
     "audio.facts": "AudioFacts",
     "client.audio_out": "save_audio stream_audio",
+    "client.bulk": "cancel_generations retry_generations star_generations tag_generations",
+    "client.delete": "delete_generation_and_audio delete_generations",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
     "client.fleet": "pause queue_overview resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
     "client.labels": "label_generation",
     "client.requests": "RequestOptions",
-    "errors": "ArtifactError ConfigurationError DatabaseError DatabaseNotInitializedError "
-    "DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError GenerationNotFoundError "
-    "IdempotencyConflictError IllegalTransitionError InvalidRequestError NoAudioError "
-    "WaitTimeoutError",
+    "errors": "ArtifactError ConfigurationError CountDiffersError DatabaseError "
+    "DatabaseNotInitializedError DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError "
+    "GenerationNotFoundError IdempotencyConflictError IllegalTransitionError InvalidRequestError "
+    "NoAudioError PartlyDoneError WaitTimeoutError",
     "storage": "Database Filters Generation GenerationStatus Page Pause SearchHit close_db "
     "configure_sqlite count_generations get_database_stats get_generation get_session init_db "
     "list_generations search_generations",
+    "storage.bulk": "BulkResult Refusal",
     "storage.estimates": "Estimate",
     "storage.overview": "ModelQueue QueueEntry QueueOverview QueueRates WorkerOverview",
 }
