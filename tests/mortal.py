@@ -19,10 +19,10 @@ from typing import Any
 import anyio
 from sqlalchemy import Engine, event
 
-from dgx_music import artifacts
+from dgx_music import artifacts, delete_generations, init_db
 from dgx_music.config import Settings, load_settings
 from dgx_music.errors import EngineError, EngineReplacedError
-from dgx_music.storage import queue
+from dgx_music.storage import bulk, queue, retention
 from dgx_music.storage.connection import sessions
 from dgx_music.storage.connection.direct import AsyncpgSession
 from dgx_music.storage.connection.sqlite_thread import ThreadSession
@@ -45,7 +45,16 @@ _context.set_forkserver_preload([__name__])
 
 async def die_at(point: str, url: str, folder: Path) -> int | None:
     """Run a worker that is to die at this point, and return how its process ended: ``-SIGKILL`` if it got there."""
-    process = _context.Process(target=_live, args=(point, url, folder), daemon=True)
+    return await _die(_live, point, url, folder)
+
+
+async def die_deleting(point: str, url: str, folder: Path, ids: list[str]) -> int | None:
+    """Delete these generations in a process that is to die at this point; return as ``die_at`` does."""
+    return await _die(_delete, point, url, folder, ids)
+
+
+async def _die(target: Callable[..., None], *arguments: Any) -> int | None:
+    process = _context.Process(target=target, args=arguments, daemon=True)
     process.start()
     await anyio.to_thread.run_sync(process.join, _SECONDS)
     process.kill()
@@ -76,10 +85,29 @@ _TROUBLES: dict[str, Any] = {
 
 
 def _live(point: str, url: str, folder: Path) -> None:
-    global _point
-    _point = point
     for step in STEPS:
         setattr(queue, step, _watched(step, getattr(queue, step)))
+    _watch(point)
+    asyncio.run(_serve(url, folder))
+
+
+def _delete(point: str, url: str, folder: Path, ids: list[str]) -> None:
+    bulk.make_change = _watched("cancel", bulk.make_change)
+    retention.delete_rows = _watched("rows", retention.delete_rows)
+    _watch(point)
+    Path.unlink = _watched_removal(Path.unlink)  # type: ignore[method-assign]
+    asyncio.run(_delete_all(url, folder, ids))
+
+
+async def _delete_all(url: str, folder: Path, ids: list[str]) -> None:
+    await init_db(url)
+    event.listen(Engine, "before_cursor_execute", _note_statement)
+    await delete_generations(ids=ids, force=True, artifacts=artifacts.LocalArtifacts(folder))
+
+
+def _watch(point: str) -> None:
+    global _point
+    _point = point
     sessions.Session.commit = _watched_commit(sessions.Session.commit)  # type: ignore[method-assign]
     ThreadSession.commit_now = _watched_end(ThreadSession.commit_now)  # type: ignore[method-assign]
     for kind in (ThreadSession, AsyncpgSession):
@@ -93,7 +121,6 @@ def _live(point: str, url: str, folder: Path) -> None:
         _watched_flush(os.fsync),
         _watched_link(os.link),
     )
-    asyncio.run(_serve(url, folder))
 
 
 async def _serve(url: str, folder: Path) -> None:
@@ -178,6 +205,14 @@ def _watched_flush(flush: Callable[[int], None]) -> Callable[[int], None]:
         _reach("store: before the flush")
         flush(descriptor)
         _reach("store: after the flush")
+
+    return call
+
+
+def _watched_removal(remove: Callable[..., None]) -> Callable[..., None]:
+    def call(file: Path, **options: Any) -> None:
+        remove(file, **options)
+        _reach("delete: after the first file")
 
     return call
 

@@ -2,6 +2,7 @@ import base64
 import hashlib
 import re
 import socket
+import threading
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -184,6 +185,32 @@ async def test_a_cancelled_publication_ends_at_once(proxy, s3, monkeypatch):
             tasks.cancel_scope.cancel()
 
     assert proxy.count("PUT") == 1
+
+
+async def test_what_arrives_after_its_publication_was_cancelled_is_deleted(store, s3, monkeypatch):
+    """A deleted generation's worker may be in the middle of an upload: nothing may be left of it."""
+    began, released, ended = threading.Event(), threading.Event(), threading.Event()
+    run, put = objects._Write.run, obstore.put
+
+    def put_late(*arguments, **options):
+        began.set()
+        released.wait(PATIENCE)
+        put(*arguments, **options)
+
+    def run_to_the_end(write):
+        run(write)
+        ended.set()
+
+    monkeypatch.setattr(obstore, "put", put_late)
+    monkeypatch.setattr(objects._Write, "run", run_to_the_end)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(store.publish, "song", 1, "wav", DATA)
+        await anyio.to_thread.run_sync(began.wait, PATIENCE)
+        tasks.cancel_scope.cancel()
+    released.set()
+
+    assert await anyio.to_thread.run_sync(ended.wait, PATIENCE)
+    assert keys(s3) == set()
 
 
 async def test_a_bucket_that_is_missing_is_said_to_be(s3):

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from dgx_music.client.again import Continuation, again_generation, continue_generation
     from dgx_music.client.audio_out import save_audio, stream_audio
     from dgx_music.client.batches import get_batch, list_batches, watch_batch
+    from dgx_music.client.bulk import (
+        cancel_generations,
+        retry_generations,
+        star_generations,
+        tag_generations,
+    )
+    from dgx_music.client.delete import delete_generation_and_audio, delete_generations
     from dgx_music.client.enqueue import enqueue, enqueue_many, enqueue_sync
     from dgx_music.client.fleet import pause, queue_overview, resume
     from dgx_music.client.generations import (
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
         ArtifactError,
         BatchNotFoundError,
         ConfigurationError,
+        CountDiffersError,
         DatabaseError,
         DatabaseNotInitializedError,
         DatabaseNotMigratedError,
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
         IllegalTransitionError,
         InvalidRequestError,
         NoAudioError,
+        PartlyDoneError,
         WaitTimeoutError,
     )
     from dgx_music.storage import (
@@ -68,6 +77,7 @@ if TYPE_CHECKING:
         search_generations,
     )
     from dgx_music.storage.batch_progress import BatchPage, BatchProgress
+    from dgx_music.storage.bulk import BulkResult, Refusal
     from dgx_music.storage.estimates import Estimate
     from dgx_music.storage.overview import (
         ModelQueue,
@@ -86,8 +96,10 @@ __all__ = [
     "BatchNotFoundError",
     "BatchPage",
     "BatchProgress",
+    "BulkResult",
     "ConfigurationError",
     "Continuation",
+    "CountDiffersError",
     "Database",
     "DatabaseError",
     "DatabaseNotInitializedError",
@@ -106,10 +118,12 @@ __all__ = [
     "ModelQueue",
     "NoAudioError",
     "Page",
+    "PartlyDoneError",
     "Pause",
     "QueueEntry",
     "QueueOverview",
     "QueueRates",
+    "Refusal",
     "RequestOptions",
     "SearchHit",
     "WaitTimeoutError",
@@ -117,10 +131,13 @@ __all__ = [
     "again_generation",
     "audio_facts",
     "cancel_generation",
+    "cancel_generations",
     "close_db",
     "configure_sqlite",
     "continue_generation",
     "count_generations",
+    "delete_generation_and_audio",
+    "delete_generations",
     "enqueue",
     "enqueue_many",
     "enqueue_sync",
@@ -141,9 +158,12 @@ __all__ = [
     "queue_position",
     "resume",
     "retry_generation",
+    "retry_generations",
     "save_audio",
     "search_generations",
+    "star_generations",
     "stream_audio",
+    "tag_generations",
     "wait_for_generation",
     "watch_batch",
     "watch_generation",
@@ -155,20 +175,23 @@ _MODULES = {
     "client.again": "Continuation again_generation continue_generation",
     "client.audio_out": "save_audio stream_audio",
     "client.batches": "get_batch list_batches watch_batch",
+    "client.bulk": "cancel_generations retry_generations star_generations tag_generations",
+    "client.delete": "delete_generation_and_audio delete_generations",
     "client.enqueue": "enqueue enqueue_many enqueue_sync",
     "client.fleet": "pause queue_overview resume",
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
     "client.labels": "label_generation",
     "client.requests": "RequestOptions",
-    "errors": "ArtifactError BatchNotFoundError ConfigurationError DatabaseError "
+    "errors": "ArtifactError BatchNotFoundError ConfigurationError CountDiffersError DatabaseError "
     "DatabaseNotInitializedError DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError "
     "GenerationNotFoundError IdempotencyConflictError IllegalTransitionError InvalidRequestError "
-    "NoAudioError WaitTimeoutError",
+    "NoAudioError PartlyDoneError WaitTimeoutError",
     "storage": "Database Family Filters Generation GenerationStatus Page Pause SearchHit close_db "
     "configure_sqlite count_generations get_database_stats get_family get_generation get_session "
     "init_db list_generations search_generations",
     "storage.batch_progress": "BatchPage BatchProgress",
+    "storage.bulk": "BulkResult Refusal",
     "storage.estimates": "Estimate",
     "storage.overview": "ModelQueue QueueEntry QueueOverview QueueRates WorkerOverview",
 }

@@ -7,6 +7,8 @@ DgxMusicError
 ├── BatchNotFoundError                    no such batch
 ├── IllegalTransitionError                the row's status does not allow it
 ├── NoAudioError                          the generation is not completed
+├── CountDiffersError                     another number of rows is meant than was expected
+├── PartlyDoneError                       a change of many rows was broken off after some of them
 ├── IdempotencyConflictError              the key was used for another request
 ├── WaitTimeoutError (TimeoutError)       the generation did not finish in time
 ├── DatabaseError
@@ -26,16 +28,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dgx_music.statuses import GenerationStatus
+    from dgx_music.storage.bulk import BulkResult
 
 
 class DgxMusicError(Exception):
     """Base of all errors of this library; ``exit_code`` is what the command line ends with."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
 
 class InvalidRequestError(DgxMusicError, ValueError):
@@ -95,7 +98,7 @@ class IllegalTransitionError(DgxMusicError):
         self,
         generation_id: str,
         current: GenerationStatus,
-        wanted: GenerationStatus,
+        wanted: str,
         reason: str = "",
     ) -> None:
         because = f" ({reason})" if reason else ""
@@ -117,6 +120,34 @@ class NoAudioError(DgxMusicError):
         super().__init__(f"Generation {generation_id} is {status} and has no audio{yet}.")
         self.generation_id = generation_id
         self.status = status
+
+
+class CountDiffersError(DgxMusicError):
+    """Another number of generations is meant than was expected; nothing was changed."""
+
+    exit_code = 4
+
+    def __init__(self, expected: int, found: int) -> None:
+        super().__init__(
+            f"{expected:,} generations were expected and {found:,} are meant; nothing was changed."
+        )
+        self.expected = expected
+        self.found = found
+
+
+class PartlyDoneError(DgxMusicError):
+    """A change of many generations was broken off by its ``__cause__``; ``done`` is what it did.
+
+    The change that was being written then may have been made all the same.
+    """
+
+    def __init__(self, done: BulkResult, count: int, cause: Exception) -> None:
+        super().__init__(
+            f"{done.changed:,} of {count:,} generations were changed, and then: {cause}"
+        )
+        self.done = done
+        self.count = count
+        self.exit_code = getattr(cause, "exit_code", self.exit_code)
 
 
 class IdempotencyConflictError(DgxMusicError):

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 from urllib.parse import urlsplit
 
+import anyio
 import obstore
 from anyio import sleep, to_thread
 from obstore.exceptions import (
@@ -45,7 +46,7 @@ from dgx_music.validation import check_between
 
 if TYPE_CHECKING:
     from obstore._sign import SignCapableStore
-    from obstore.store import RetryConfig, S3Config
+    from obstore.store import ObjectStore, RetryConfig, S3Config
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,7 +103,8 @@ class ObjectArtifacts:
     ) -> Artifact:
         """See ``Artifacts.publish``; the path is a URL.
 
-        A cancelled write may still arrive, as an orphan.
+        A cancelled publication ends at once. If its object arrives all the same, it is deleted
+        again, unless the process ends first: then it is an orphan.
         """
         name = file_name(generation_id, attempt, extension)
         with self._explained("Audio cannot be stored in"):
@@ -179,8 +181,12 @@ class ObjectArtifacts:
 
     async def _create(self, name: str, data: bytes) -> None:
         """Create the object; one that exists is fine if it holds the same data."""
+        write = _Write(self._store, name, data)
         try:
-            await _call(obstore.put, self._store, name, data, mode="create", use_multipart=False)
+            await _call(write.run)
+        except anyio.get_cancelled_exc_class():
+            write.is_abandoned = True
+            raise
         except AlreadyExistsError as error:
             held = await self._read(name)
             if held is None:  # another write, or a delete, is under way
@@ -212,6 +218,20 @@ class ObjectArtifacts:
             yield
         except (BaseError, FileNotFoundError) as error:
             raise ArtifactError(f"{what} {self.url}: {_explain(error)}.") from error
+
+
+class _Write:
+    """The write of one object, in a thread that nobody may wait for any more."""
+
+    def __init__(self, store: ObjectStore, name: str, data: bytes) -> None:
+        self._store, self._name, self._data = store, name, data
+        self.is_abandoned = False
+
+    def run(self) -> None:
+        """Create the object; delete it again if it arrives when the attempt is over."""
+        obstore.put(self._store, self._name, self._data, mode="create", use_multipart=False)
+        if self.is_abandoned:
+            obstore.delete(self._store, self._name)
 
 
 async def _call(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:

@@ -5,10 +5,12 @@ Data goes to stdout, all talk to stderr. Exit codes:
 =====  ====================================================================================
     0  all is well
     1  a generation failed or was cancelled (enqueue --wait, watch, demo), a question was answered
-       with no (prune, db reset), packages are missing (doctor), or an unexpected error
+       with no (prune, delete, db reset and others), packages are missing (doctor), or an unexpected
+       error
     2  bad input or a bad setting; nothing was stored
-    3  no such generation or batch
-    4  the generation's status does not allow it, or the idempotency key is another request's
+     3  no such generation or batch
+     4  the status of a generation that was named does not allow it, or that of none that fit the
+        filters does, or the idempotency key is another request's
     5  the database cannot be used, or is another version's
     6  the engine cannot be used
     7  audio cannot be written or read: the output folder, or the disk
@@ -85,11 +87,26 @@ COMMANDS = {
     ),
     "watch": (_QUEUE, "watch:watch", "Watch a generation or a batch until it is finished."),
     "batches": (_QUEUE, "batches:batches", "List batches, newest first, and how far each is."),
-    "cancel": (_QUEUE, "transitions:cancel", "Cancel a generation."),
+    "cancel": (_QUEUE, "changes:cancel", "Cancel generations: by their ids, or by filters."),
     "retry": (
         _QUEUE,
-        "transitions:retry",
-        "Put a failed or cancelled generation back into the queue.",
+        "changes:retry",
+        "Put failed or cancelled generations back into the queue: by their ids, or by filters.",
+    ),
+    "delete": (
+        _QUEUE,
+        "changes:delete",
+        "Delete generations with their audio for good: by their ids, or by filters.",
+    ),
+    "star": (
+        _QUEUE,
+        "changes:star",
+        "Give generations a star, or take it away: by their ids, or by filters.",
+    ),
+    "tag": (
+        _QUEUE,
+        "changes:tag",
+        "Add tags to generations, and remove others: by their ids, or by filters.",
     ),
     "stats": (_QUEUE, "generations:stats", "Count generations by status, and distinct prompts."),
     "prompts": (_QUEUE, "generations:prompts", "List the prompts that are used most."),

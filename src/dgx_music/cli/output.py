@@ -79,19 +79,18 @@ def warn(message: str) -> None:
     typer.echo(f"{label} {plain(message)}", err=True)
 
 
-def confirm(question: str, *, is_agreed: bool) -> None:
+def confirm(question: str, *, is_agreed: bool, action: str = "") -> None:
     """Return once a person, or ``--yes``, has agreed; raises ``typer.Exit`` after a no.
 
-    Raises ``InvalidRequestError`` if there is no terminal: text from a pipe is no answer.
+    Raises ``InvalidRequestError`` if there is no terminal: text from a pipe is no answer. The
+    message then says the ``action`` that was not taken.
     """
     if is_agreed:
         return
     if not sys.stdin.isatty():
-        raise InvalidRequestError(
-            "--yes",
-            "is missing and there is no terminal to ask on",
-            "add it to go ahead",
-        )
+        problem = "is missing and there is no terminal to ask on"
+        remedy = f"add it to {action}" if action else "add it to go ahead"
+        raise InvalidRequestError("--yes", problem, remedy)
     if not typer.confirm(plain(question), err=True):
         tell("Nothing was changed.")
         raise typer.Exit(1)

@@ -25,7 +25,7 @@ from dgx_music.statuses import (
     sources_of,
 )
 from dgx_music.storage.generation import CANCEL_REQUESTED, Generation, g, generations
-from dgx_music.storage.schema import check_status, now
+from dgx_music.storage.schema import check_status, now, rechecked
 
 
 async def cancel(session: AsyncSession, generation_id: str) -> GenerationStatus:
@@ -35,21 +35,10 @@ async def cancel(session: AsyncSession, generation_id: str) -> GenerationStatus:
     returns. Raises ``GenerationNotFoundError``, or ``IllegalTransitionError`` if it has already
     completed or failed.
     """
-    is_pending = g.status == PENDING
-    statement = (
-        update(generations)
-        .where(g.id == generation_id, g.status.in_([PENDING, PROCESSING, CANCELLED]))
-        .values(
-            status=case((is_pending, CANCELLED), else_=g.status),
-            completed_at=case((is_pending, now()), else_=g.completed_at),
-            cancel_requested=True,
-        )
-        .returning(g.status)
-    )
-    status = await session.scalar(statement)
-    if status is None:
+    moved = (await session.execute(cancelling().where(g.id == generation_id))).one_or_none()
+    if moved is None:
         await _refuse(session, generation_id, CANCELLED)
-    return GenerationStatus(status)
+    return GenerationStatus(moved.status)
 
 
 async def retry(session: AsyncSession, generation_id: str) -> None:
@@ -58,9 +47,31 @@ async def retry(session: AsyncSession, generation_id: str) -> None:
     The count of its attempts goes on. Raises ``GenerationNotFoundError``, or
     ``IllegalTransitionError`` if it is pending, running or completed.
     """
-    statement = (
+    moved = (await session.execute(retrying().where(g.id == generation_id))).one_or_none()
+    if moved is None:
+        await _refuse(session, generation_id, PENDING)
+
+
+def cancelling() -> Any:
+    """Return the UPDATE that cancels rows or asks for it; it returns their ids and statuses."""
+    is_pending = g.status == PENDING
+    return (
         update(generations)
-        .where(g.id == generation_id, g.status.in_([FAILED, CANCELLED]))
+        .where(rechecked(g.status).in_([PENDING, PROCESSING, CANCELLED]))
+        .values(
+            status=case((is_pending, CANCELLED), else_=g.status),
+            completed_at=case((is_pending, now()), else_=g.completed_at),
+            cancel_requested=True,
+        )
+        .returning(g.id, g.status)
+    )
+
+
+def retrying() -> Any:
+    """Return the UPDATE that makes rows pending again; it returns their ids and statuses."""
+    return (
+        update(generations)
+        .where(rechecked(g.status).in_([FAILED, CANCELLED]))
         .values(
             status=PENDING,
             failures=0,
@@ -69,10 +80,8 @@ async def retry(session: AsyncSession, generation_id: str) -> None:
             completed_at=null(),
             progress=0.0,
         )
-        .returning(g.id)
+        .returning(g.id, g.status)
     )
-    if await session.scalar(statement) is None:
-        await _refuse(session, generation_id, PENDING)
 
 
 async def update_generation_status(

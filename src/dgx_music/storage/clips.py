@@ -83,10 +83,19 @@ async def count_unused_clips(
 
 
 async def prune_clips(
-    session: AsyncSession, *, limit: int, unused_seconds: float = UNUSED_SECONDS
+    session: AsyncSession,
+    *,
+    limit: int,
+    unused_seconds: float = UNUSED_SECONDS,
+    among: Collection[str] | None = None,
 ) -> int:
-    """Delete clips without a generation that were last used longer ago; return how many."""
+    """Delete clips without a generation that were last used longer ago; return how many.
+
+    ``among`` names the clips to look at; all if not given.
+    """
     unused = select(Clip.sha256).where(_is_unused(unused_seconds)).order_by(Clip.sha256)
+    if among is not None:
+        unused = unused.where(Clip.sha256.in_(among))
     unlocked = unused.limit(limit).with_for_update(skip_locked=True)
     chosen = unlocked.cte("chosen").prefix_with("MATERIALIZED")
     statement = delete(Clip).where(Clip.sha256.in_(select(chosen.c.sha256))).returning(Clip.sha256)

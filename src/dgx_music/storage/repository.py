@@ -138,9 +138,12 @@ async def get_pending_generations(session: AsyncSession, limit: int = 100) -> li
 
 
 async def delete_generation(session: AsyncSession, generation_id: str) -> bool:
-    """Delete the row and its attempts; its file stays. Return False if the id is unknown.
+    """Delete the row, its attempts and its tags. Return False if the id is unknown.
 
-    A worker that holds it finds that its lease is lost, stops, and deletes its own file.
+    It leaves the file of a completed generation, which then belongs to none until ``dgx-music
+    prune --orphans`` deletes it, and also its clips and its batch. ``dgx_music.delete_generations``
+    leaves nothing. A worker that holds the row finds that its lease is lost, stops, and deletes its
+    own file.
     """
     is_meant = Generation.id == generation_id
     deleted = await session.scalar(delete(Generation).where(is_meant).returning(Generation.id))

@@ -1,19 +1,23 @@
 """Which rows may be deleted, and which generation owns a file.
 
-Pruning and ``doctor --files`` use it.
+Pruning, deleting and ``doctor --files`` use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, exists, not_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.statuses import COMPLETED, FINISHED, PROCESSING
-from dgx_music.storage.generation import g, generations
+from dgx_music.statuses import COMPLETED, FINISHED, PROCESSING, GenerationStatus
+from dgx_music.storage.clips import prune_clips
+from dgx_music.storage.filters import Filters, conditions
+from dgx_music.storage.generation import CLIP_COLUMNS, Generation, g, generations
 from dgx_music.storage.leases import Lease, is_among
+from dgx_music.storage.models import Batch
 from dgx_music.storage.schema import now_plus, unindexed
 
 
@@ -59,9 +63,85 @@ async def find_files(session: AsyncSession, leases: Collection[Lease]) -> list[s
 
 async def prune(session: AsyncSession, leases: Collection[Lease]) -> int:
     """Delete these rows if they are still finished; return how many. Delete their files first."""
-    is_finished = unindexed(g.status).in_(FINISHED)
-    statement = delete(generations).where(is_among(leases), is_finished).returning(g.id)
-    return len((await session.execute(statement)).all())
+    return len(await _delete(session, leases, FINISHED))
+
+
+@dataclass(frozen=True)
+class Deletable:
+    """A row as it was read before its deletion."""
+
+    lease: Lease
+    """Its last attempt, running or not."""
+    status: GenerationStatus
+    worker_id: str | None
+    file_path: str | None
+    """Where a worker has stored its audio; ``None`` if none has."""
+
+
+async def find_deletable(
+    session: AsyncSession, ids: Collection[str], filters: Filters
+) -> list[Deletable]:
+    """Return those of these rows that fit the filters, in the order of their ids."""
+    row = Generation
+    query = select(row.id, row.attempt, row.status, row.worker_id, row.file_path, row.sha256)
+    query = query.where(row.id.in_(ids), *conditions(filters, row)).order_by(row.id)
+    return [
+        Deletable(
+            Lease(each.id, each.attempt),
+            each.status,
+            each.worker_id,
+            None if each.sha256 is None else each.file_path,
+        )
+        for each in (await session.execute(query)).all()
+    ]
+
+
+async def delete_rows(session: AsyncSession, rows: Collection[Deletable]) -> set[str]:
+    """Delete these rows unless they were claimed or moved since; return the ids of those deleted.
+
+    Delete their files first. Their attempts and tags go with them; so do batches that are empty
+    then, and clips that nothing refers to and nobody used for a day.
+    """
+    locked = select(g.id).where(is_among([row.lease for row in rows])).order_by(g.id)
+    await session.execute(locked.with_for_update())  # in the order of others, or both would wait
+    gone: list[Any] = []
+    for status in sorted({row.status for row in rows}):
+        leases = [row.lease for row in rows if row.status == status]
+        gone += await _delete(session, leases, [status])
+    clips = {sha256 for row in gone for sha256 in row[2:]} - {None}
+    if clips:
+        await prune_clips(session, limit=len(clips), among=clips)
+    batches = {row.batch_id for row in gone} - {None}
+    if batches:
+        await _delete_empty(session, batches)
+    return {row.id for row in gone}
+
+
+async def _delete(
+    session: AsyncSession, leases: Collection[Lease], statuses: Collection[str]
+) -> Sequence[Any]:
+    """Delete these rows if they have such a status under the same attempt, and no worker.
+
+    Returns their ids, batches and clips.
+    """
+    is_so = (unindexed(g.status).in_(statuses), g.worker_id.is_(None))
+    statement = delete(generations).where(is_among(leases), *is_so)
+    columns = [g[name] for name in CLIP_COLUMNS]
+    return (await session.execute(statement.returning(g.id, g.batch_id, *columns))).all()
+
+
+async def _delete_empty(session: AsyncSession, batch_ids: Collection[str]) -> None:
+    """Delete those of these batches that have no generation left.
+
+    One to which somebody is adding is locked, and stays.
+    """
+    unlocked = select(Batch.id).where(Batch.id.in_(batch_ids)).order_by(Batch.id)
+    found = list(await session.scalars(unlocked.with_for_update(skip_locked=True)))
+    is_used = exists().where(Generation.batch_id == Batch.id)
+    await session.execute(
+        delete(Batch).where(Batch.id.in_(found), not_(is_used)),
+        execution_options={"synchronize_session": False},
+    )
 
 
 async def find_owners(session: AsyncSession, generation_ids: Collection[str]) -> dict[str, Owner]:
