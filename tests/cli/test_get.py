@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import os
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import soundfile
 
-from tests.cli.conftest import Run, Spawn, add
+from dgx_music.storage.models import Batch
+from tests.cli.conftest import Run, Spawn, add, opened_default
 from tests.factories import audio_file
 from tests.patience import PATIENCE
 
@@ -37,6 +39,19 @@ def add_made(*prompts: str, **values: Any) -> list[str]:
         }
         ids += add(prompt, **told | values)
     return ids
+
+
+def add_batch() -> str:
+    """Store a batch, and return its id."""
+
+    async def store() -> str:
+        async with opened_default() as database, database.session() as session:
+            batch = Batch(name="night")
+            session.add(batch)
+            await session.flush()
+            return batch.id
+
+    return asyncio.run(store())
 
 
 def test_get_saves_under_the_default_name_here_and_prints_the_path(run: Run) -> None:
@@ -136,7 +151,8 @@ def test_get_replaces_nothing_unasked(run: Run) -> None:
         (["--out", "a.flac", "--format", "mp3"], "--out ends with .flac, and the format is mp3"),
         (["--format", "aac"], "Invalid value for '--format'"),
         (["--out", "-", "--json"], "--json is given, and the audio goes to stdout"),
-        (["more", "--out", "-"], "--out is stdout, and there are 2 generations; give one id"),
+        (["more", "--out", "-"], "--out is stdout; give one id, or a folder"),
+        (["--status", "completed"], "ID comes with filters; name ids, or choose by --batch and"),
     ],
 )
 def test_get_refuses_at_once_what_cannot_be_done(
@@ -187,6 +203,38 @@ def test_get_shows_a_bar_on_a_terminal_and_the_paths_on_stdout(spawn: Spawn) -> 
 
     assert out == "a.wav\nb.wav\n"
     assert b"2/2" in shown
+
+
+def test_get_takes_the_filters_of_list_and_counts_what_has_no_audio(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dgx_music.cli.get._PAGE", 2)
+    batch = add_batch()
+    ids = add_made("a", "b", "c", batch_id=batch)
+    add("d", "e", batch_id=batch)
+    add_made("of no batch")
+
+    result = run("get", "--batch", batch[-8:], "--out", "{title}", "--json")
+
+    assert [each["id"] for each in result.json["saved"]] == ids
+    assert (result.code, result.json["without_audio"]) == (0, 2)
+    assert "2 more are not completed, so they have no audio." in result.err
+
+
+def test_get_says_that_nothing_fits_the_filters(run: Run) -> None:
+    add_made("a")
+
+    result = run("get", "--tenant", "label-7")
+
+    assert (result.code, result.out, result.err) == (0, "", "There are no such generations.\n")
+
+
+def test_get_without_ids_and_filters_takes_nothing(run: Run) -> None:
+    add_made("a")
+
+    result = run("get")
+
+    assert (result.code, "ID is missing, and so are filters" in result.err) == (2, True)
 
 
 def test_get_notes_that_untrained_weights_make_noise(run: Run) -> None:

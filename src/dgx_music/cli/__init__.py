@@ -8,8 +8,8 @@ Data goes to stdout, all talk to stderr. Exit codes:
        with no (prune, delete, db reset and others), packages are missing (doctor), or an unexpected
        error
     2  bad input or a bad setting; nothing was stored
-     3  no such generation or batch
-     4  the status of a generation that was named does not allow it, or that of none that fit the
+    3  no such generation or batch
+    4  the status of a generation that was named does not allow it, or that of none that fit the
         filters does, or the idempotency key is another request's
     5  the database cannot be used, or is another version's
     6  the engine cannot be used
@@ -72,7 +72,11 @@ COMMANDS = {
         "show:show",
         "Show all of one generation: fields, labels, attempts, waveform.",
     ),
-    "get": (_QUEUE, "get:get", "Save the audio of generations to files."),
+    "get": (
+        _QUEUE,
+        "get:get",
+        "Save the audio of generations to files: by their ids, or by filters such as --batch.",
+    ),
     "title": (_QUEUE, "labels:title", "Give a generation a title."),
     "note": (_QUEUE, "labels:note", "Keep a note with a generation."),
     "again": (

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dgx_music.cli.options import AsJson, DatabaseUrl
+from dgx_music.cli.filter_options import FILTER_OPTIONS, filters_of
+from dgx_music.cli.options import AsJson, DatabaseUrl, taking
 from dgx_music.cli.output import fail, near, print_json, print_line, tell, tell_untrained
 from dgx_music.errors import DgxMusicError, InvalidRequestError
 from dgx_music.validation import AudioFormat, at_home
 
 if TYPE_CHECKING:
     from dgx_music.client.audio_out import Saved, Saving
-    from dgx_music.storage import Database, Generation
+    from dgx_music.storage import Database, Filters, Generation
 
 _STDOUT = "-"
+_PAGE = 500
 
 Ids = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="ID", help="The generations' ids, or their first characters (8 or more)."
-    ),
+    list[str] | None,
+    typer.Argument(metavar="[ID]...", help="The generations' ids, or parts of them."),
 ]
 Out = Annotated[
     str,
@@ -56,35 +56,44 @@ class _Outcome:
     """The files, in the order of the rows."""
     refused: dict[str, DgxMusicError] = field(default_factory=dict)
     """Why there is no file, by what was asked for."""
+    without_audio: int = 0
+    """How many fit the filters and are not completed."""
 
 
+@taking(FILTER_OPTIONS, before="out")
 def get(
-    ids: Ids,
+    ids: Ids = None,
     out: Out = ".",
     audio_format: Format = None,
     force: Force = False,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
-    """Save the audio of generations to files.
+    """Save the audio of generations to files: by their ids, or by filters such as --batch.
 
     A name says what the file is, and is safe on every file system. Placeholders without a value
     leave nothing behind, and files that would have the same name are numbered. Prints the paths on
     stdout.
 
     If some are refused, the others are saved all the same; the exit code is that of the first
-    refusal.
+    refusal. With filters, what is not completed is left out and counted.
     """
+    wanted, filters = ids or [], filters_of(options)
+    if bool(wanted) == bool(filters):
+        problem = "comes with filters" if wanted else "is missing, and so are filters"
+        remedy = "name ids, or choose by --batch and the filters of `list`"
+        raise InvalidRequestError("ID", problem, remedy)
     if out == _STDOUT:
-        _check_stdout(ids, is_json=as_json)
-        asyncio.run(_write_to_stdout(ids[0], audio_format, database_url))
+        _check_stdout(wanted, is_json=as_json)
+        asyncio.run(_write_to_stdout(wanted[0], audio_format, database_url))
         return
     from dgx_music.client.audio_out import Saving
 
     saving = Saving(at_home("--out", out), audio_format=audio_format, force=force, field="--out")
     outcome = _Outcome()
     try:
-        asyncio.run(_save_all(ids, saving, database_url, outcome))
+        asyncio.run(_save_all(wanted, filters, saving, database_url, outcome))
     finally:
         _show(outcome, as_json=as_json)
     if outcome.refused:
@@ -93,9 +102,8 @@ def get(
 
 def _check_stdout(ids: list[str], *, is_json: bool) -> None:
     """Refuse what stdout cannot take."""
-    if len(ids) > 1:
-        problem = f"is stdout, and there are {len(ids):,} generations"
-        raise InvalidRequestError("--out", problem, "give one id, or a folder")
+    if len(ids) != 1:
+        raise InvalidRequestError("--out", "is stdout", "give one id, or a folder")
     if is_json:
         raise InvalidRequestError(
             "--json", "is given, and the audio goes to stdout", "leave it out"
@@ -123,11 +131,17 @@ async def _write_to_stdout(
 
 
 async def _save_all(
-    ids: list[str], saving: Saving, database_url: str | None, outcome: _Outcome
+    ids: list[str],
+    filters: Filters,
+    saving: Saving,
+    database_url: str | None,
+    outcome: _Outcome,
 ) -> None:
     from dgx_music.cli.opening import opened
 
     async with opened(database_url) as database:
+        if filters:
+            ids = await _choose(database, filters, outcome)
         with _bar(len(ids)) as step:
             for wanted in dict.fromkeys(ids):
                 try:
@@ -135,6 +149,27 @@ async def _save_all(
                 except DgxMusicError as error:
                     outcome.refused[wanted] = error
                 step()
+
+
+async def _choose(database: Database, filters: Filters, outcome: _Outcome) -> list[str]:
+    """Return the ids of the completed generations that fit the filters, oldest first."""
+    from dgx_music.cli.filter_options import find_filters
+    from dgx_music.storage import list_generations
+
+    filters = await find_filters(database, filters)
+    chosen: list[str] = []
+    after: str | None = None
+    async with database.session(read_only=True) as session:
+        while True:
+            page = await list_generations(
+                session, limit=_PAGE, after=after, reverse=True, **filters
+            )
+            made = [row.id for row in page.generations if row.is_complete]
+            chosen += made
+            outcome.without_audio += len(page.generations) - len(made)
+            if (after := page.next) is None:
+                return chosen
+            session.expunge_all()
 
 
 async def _save(database: Database, wanted: str, saving: Saving, outcome: _Outcome) -> None:
@@ -151,7 +186,7 @@ async def _save(database: Database, wanted: str, saving: Saving, outcome: _Outco
 @contextmanager
 def _bar(count: int) -> Iterator[Callable[[], object]]:
     """Give the function to call after each file; on a terminal it moves a bar."""
-    if count == 1 or not sys.stderr.isatty():
+    if count < 2 or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -170,6 +205,10 @@ def _show(outcome: _Outcome, *, as_json: bool) -> None:
     else:
         for saved in outcome.saved:
             print_line(near(str(saved.path)))
+    if outcome.without_audio:
+        tell(f"{outcome.without_audio:,} more are not completed, so they have no audio.")
+    elif not (outcome.saved or outcome.refused):
+        tell("There are no such generations.")
     tell_untrained(outcome.rows)
 
 
@@ -187,6 +226,7 @@ def _as_json(outcome: _Outcome) -> dict[str, Any]:
         "refused": [
             {"id": wanted, "error": str(error)} for wanted, error in outcome.refused.items()
         ],
+        "without_audio": outcome.without_audio,
     }
 
 

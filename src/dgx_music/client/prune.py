@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from uuid import UUID
 
 from dgx_music.artifacts import Artifacts, StoredFile
@@ -78,7 +79,11 @@ async def prune_batches(database: Database, *, dry_run: bool = False) -> int:
     """
     if dry_run:
         return await database.transact(batches.count_empty_batches, read_only=True)
-    return await database.transact(batches.prune_batches)
+    prune = partial(batches.prune_batches, limit=CHUNK)
+    count = 0
+    while gone := await database.transact(prune):
+        count += gone
+    return count
 
 
 async def _find_orphans(

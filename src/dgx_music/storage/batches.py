@@ -48,9 +48,20 @@ async def count_empty_batches(session: AsyncSession) -> int:
     return await session.scalar(select(func.count()).select_from(Batch).where(_is_empty())) or 0
 
 
-async def prune_batches(session: AsyncSession) -> int:
-    """Delete the batches that have no generation left; return how many."""
-    statement = delete(Batch).where(_is_empty()).returning(Batch.id)
+async def prune_batches(
+    session: AsyncSession, *, limit: int, among: Collection[str] | None = None
+) -> int:
+    """Delete at most ``limit`` batches that have no generation left; return how many.
+
+    ``among`` names the batches to look at; all if not given. One that another transaction has
+    locked stays.
+    """
+    empty = select(Batch.id).where(_is_empty()).order_by(Batch.id)
+    if among is not None:
+        empty = empty.where(Batch.id.in_(among))
+    unlocked = empty.limit(limit).with_for_update(skip_locked=True)
+    found = list(await session.scalars(unlocked))
+    statement = delete(Batch).where(Batch.id.in_(found), _is_empty()).returning(Batch.id)
     options = {"synchronize_session": False}
     return len((await session.execute(statement, execution_options=options)).all())
 

@@ -9,15 +9,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, exists, not_, select
+from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.statuses import COMPLETED, FINISHED, PROCESSING, GenerationStatus
+from dgx_music.storage.batches import prune_batches
 from dgx_music.storage.clips import prune_clips
 from dgx_music.storage.filters import Filters, conditions
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, g, generations
 from dgx_music.storage.leases import Lease, is_among
-from dgx_music.storage.models import Batch
 from dgx_music.storage.schema import now_plus, unindexed
 
 
@@ -113,7 +113,7 @@ async def delete_rows(session: AsyncSession, rows: Collection[Deletable]) -> set
         await prune_clips(session, limit=len(clips), among=clips)
     batches = {row.batch_id for row in gone} - {None}
     if batches:
-        await _delete_empty(session, batches)
+        await prune_batches(session, limit=len(batches), among=batches)
     return {row.id for row in gone}
 
 
@@ -128,20 +128,6 @@ async def _delete(
     statement = delete(generations).where(is_among(leases), *is_so)
     columns = [g[name] for name in CLIP_COLUMNS]
     return (await session.execute(statement.returning(g.id, g.batch_id, *columns))).all()
-
-
-async def _delete_empty(session: AsyncSession, batch_ids: Collection[str]) -> None:
-    """Delete those of these batches that have no generation left.
-
-    One to which somebody is adding is locked, and stays.
-    """
-    unlocked = select(Batch.id).where(Batch.id.in_(batch_ids)).order_by(Batch.id)
-    found = list(await session.scalars(unlocked.with_for_update(skip_locked=True)))
-    is_used = exists().where(Generation.batch_id == Batch.id)
-    await session.execute(
-        delete(Batch).where(Batch.id.in_(found), not_(is_used)),
-        execution_options={"synchronize_session": False},
-    )
 
 
 async def find_owners(session: AsyncSession, generation_ids: Collection[str]) -> dict[str, Owner]:
