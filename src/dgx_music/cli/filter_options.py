@@ -31,16 +31,20 @@ def _option(kind: Any, help: str, *names: str, **more: Any) -> Any:  # noqa: A00
 FILTER_OPTIONS: dict[str, Any] = {
     "status": _option(
         list[GenerationStatus],
-        "Only those of this status; give it again for more.",
+        f"Only those of this status: {', '.join(GenerationStatus)}; give it again for more.",
         "--status",
         "-s",
+        metavar="STATUS",
     ),
     "batch": _option(
         str, "Only those of this batch: its id, a part of it, or its name.", "--batch", metavar="ID"
     ),
     "parent": _option(str, "Only those made from this generation.", "--parent", metavar="ID"),
     "tag": _option(
-        list[str], "Only those with this tag; give it again for all of several.", "--tag"
+        list[str],
+        "Only those with this tag; give it again for all of several.",
+        "--tag",
+        metavar="TAG",
     ),
     "starred": _option(bool, "Only those with a star, or without.", "--starred/--not-starred"),
     "key": _option(str, "Only those in this key, such as F#m or C.", "--key"),

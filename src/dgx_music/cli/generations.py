@@ -64,10 +64,11 @@ def list_generations(
 ) -> None:
     """List generations, newest first.
 
-    The filters go together: dgx-music list -s completed --starred --tag ambient --since yesterday
+    The filters go together:
+    dgx-music list -s completed --starred --tag ambient --since yesterday
 
-    On a terminal an id is shown as its shortest end that means it alone; commands take any such
-    part of an id, of 4 characters or more.
+    On a terminal an id is shown as its shortest end that means it alone.
+    Commands take any part of an id, of 4 characters or more.
     """
     names = read_columns(columns)
     wanted = _Wanted(filters_of(options), limit, offset, after, sort or "created", reverse)

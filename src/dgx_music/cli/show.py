@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from dgx_music.storage.estimates import Estimate
 
 
+_FIRST = ("id", "title", "prompt", "notes", "tags", "is_starred")
+
+
 class _Known(NamedTuple):
     """All that is known of one generation."""
 
@@ -117,6 +120,7 @@ def _fields(known: _Known) -> dict[str, Any]:
     told |= {"negative_prompt": (row.sampling or {}).get("negative_prompt")}
     for name, text in known.clips.items():
         told |= {f"{name}_sha256": None, name: text}
+    told = {name: told[name] for name in _FIRST} | told
     return {name: value for name, value in told.items() if value is not None and name != "metadata"}
 
 
