@@ -1,0 +1,121 @@
+"""The API as an application of its own, and as a router for another one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dgx_music import __version__
+from dgx_music.config import Settings
+from dgx_music.errors import DatabaseNotInitializedError
+from dgx_music.storage import close_db, get_database, init_db
+from dgx_music.storage.database import ensure_database
+from dgx_music.web import audio, enqueue, fleet, generations, health, overview, transitions
+from dgx_music.web.access import by_token, identification
+from dgx_music.web.guard import Guard
+from dgx_music.web.options import WebOptions
+from dgx_music.web.problems import internal_problem, problem_of
+from dgx_music.web.site import Site
+
+ROUTERS = (enqueue, generations, transitions, audio, overview, fleet)
+"""The modules with the routes under ``/v1``."""
+
+
+def create_app(
+    settings: Settings | None = None, options: WebOptions | None = None, *, site: Site | None = None
+) -> FastAPI:
+    """Return the API as an application.
+
+    ``settings`` are the environment's if not given. The application opens the database when it
+    starts, unless the program did before.
+    """
+    options = options or WebOptions()
+    app = FastAPI(
+        title="dgx-music",
+        version=__version__,
+        summary="A durable queue for AI music generation.",
+        lifespan=_opening(settings),
+        docs_url=None,  # these pages load scripts of other sites
+        redoc_url=None,
+    )
+    app.include_router(_router(site or Site(settings, options), by_token))
+    for kind in (HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_known)
+    app.add_exception_handler(Exception, _answer_unknown)
+    app.add_middleware(Guard, allowed_hosts=options.allowed_hosts)
+    return app
+
+
+def music_router(
+    authorize: Callable[..., Any] | None = None,
+    *,
+    settings: Settings | None = None,
+    options: WebOptions | None = None,
+) -> APIRouter:
+    """Return the routes, for an application that includes them under any prefix.
+
+    ``authorize`` is a dependency of FastAPI that returns an ``Access``, or raises. Without one our
+    own tokens are needed. The application needs ``music_lifespan``, or calls ``init_db`` itself.
+    """
+    return _router(Site(settings, options or WebOptions()), authorize or by_token)
+
+
+@asynccontextmanager
+async def music_lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Open the default database for the time that the application runs.
+
+    If the program has called ``init_db``, this changes nothing.
+    """
+    async with _opening(None)(app):
+        yield
+
+
+def _router(site: Site, authorize: Callable[..., Any]) -> APIRouter:
+    known = [Depends(site.enter), Depends(identification(authorize))]
+    api = APIRouter(prefix="/v1", dependencies=known)
+    for module in ROUTERS:
+        api.include_router(module.router)
+    router = APIRouter()
+    router.include_router(api)
+    router.include_router(health.router)
+    return router
+
+
+def _opening(settings: Settings | None) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        is_open = _is_open()
+        if not is_open and settings is not None:
+            await init_db(settings.database_url)
+        await ensure_database()
+        try:
+            yield
+        finally:
+            if not is_open:
+                await close_db()
+
+    return lifespan
+
+
+def _is_open() -> bool:
+    try:
+        get_database()
+    except DatabaseNotInitializedError:
+        return False
+    return True
+
+
+async def _answer_known(request: Request, error: Exception) -> Response:
+    problem = problem_of(request, error) or internal_problem()
+    return problem.response()
+
+
+async def _answer_unknown(_request: Request, _error: Exception) -> Response:
+    return internal_problem().response()

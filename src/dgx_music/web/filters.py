@@ -1,0 +1,98 @@
+"""The parameters of lists: which there are, and how their text is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from dgx_music.errors import InvalidRequestError
+from dgx_music.statuses import GenerationStatus
+from dgx_music.validation import check_integer, shown
+from dgx_music.web.access import Access, check_tenant
+from dgx_music.web.options import MOST_ROWS
+
+DEFAULT_ROWS = 50
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a URL."""
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str
+    read: Callable[[str, str], Any] = lambda _name, text: text
+    """Returns the value; is given the name for its error."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The parameter as OpenAPI describes it."""
+        return {
+            "name": self.name,
+            "in": "query",
+            "schema": dict(self.schema),
+            "description": self.description,
+        }
+
+
+def read_integer(name: str, text: str) -> int:
+    """Return the whole number; raises ``InvalidRequestError``."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18):
+        raise InvalidRequestError(name, f"is {shown(text)}", "use a whole number")
+    return int(text)
+
+
+_TEXT: Mapping[str, Any] = {"type": "string"}
+_MOMENT: Mapping[str, Any] = {"type": "string", "format": "date-time"}
+FILTERS = (
+    Parameter("status", {"enum": [str(each) for each in GenerationStatus]}, "Of this status."),
+    Parameter("model", _TEXT, "Of this model."),
+    Parameter("tenant", _TEXT, "Of this tenant; empty: those without one."),
+    Parameter("created_from", _MOMENT, "Created then or later."),
+    Parameter("created_before", _MOMENT, "Created earlier."),
+)
+"""Each of them is a filter of the library, by the same name."""
+PAGING = (
+    Parameter("q", _TEXT, "With these words in the prompt, best first; has one page only."),
+    Parameter(
+        "limit",
+        {"type": "integer", "minimum": 1, "maximum": MOST_ROWS, "default": DEFAULT_ROWS},
+        "How many at most.",
+        read_integer,
+    ),
+    Parameter("after", _TEXT, "The `next` of the page before, with the same filters."),
+)
+
+
+def read_parameters(request: Request, *known: Parameter) -> dict[str, Any]:
+    """Return the values of the parameters in the URL; raises ``InvalidRequestError``.
+
+    A parameter that does not exist is refused: a filter that is not applied would mislead.
+    """
+    by_name = {each.name: each for each in known}
+    values: dict[str, Any] = {}
+    for name, text in request.query_params.multi_items():
+        if name not in by_name:
+            remedy = f"use {', '.join(by_name)}"
+            raise InvalidRequestError(name[:40], "is not a parameter here", remedy)
+        if name in values:
+            raise InvalidRequestError(name, "is given twice", "give it once")
+        values[name] = by_name[name].read(name, text)
+    return values
+
+
+def read_limit(values: dict[str, Any], default: int = DEFAULT_ROWS) -> int:
+    """Take the limit out of the values and return it."""
+    return check_integer("limit", values.pop("limit", default), 1, MOST_ROWS)
+
+
+def within_tenant(filters: Mapping[str, Any], access: Access) -> dict[str, Any]:
+    """Return the filters, for a tenant's token narrowed to its tenant."""
+    if access.tenant is None:
+        return dict(filters)
+    if "tenant" in filters:
+        check_tenant(access, filters["tenant"])
+    return {**filters, "tenant": access.tenant}
