@@ -29,7 +29,7 @@ COMMANDS = [
     "workers",
 ]
 COMMANDS += ["prune", "doctor", "demo", "db", "db init", "db migrate", "db reset", "db current"]
-COMMANDS += ["token", "token create", "token list", "token revoke"]
+COMMANDS += ["web", "token", "token create", "token list", "token revoke"]
 HEAVY = (
     "torch",
     "transformers",

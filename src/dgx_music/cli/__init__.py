@@ -136,6 +136,7 @@ COMMANDS = {
         "fleet:resume",
         "Let workers claim again: everything, or what one model has waiting.",
     ),
+    "web": (_WEB, "web:app", "Serve the API over HTTP, for programs and browsers."),
     "token": (_WEB, "token:app", "Make, list and revoke the tokens of the web API."),
     "demo": (_CARE, "demo:demo", "See it work: three prompts, the real worker, audio."),
     "doctor": (
