@@ -56,7 +56,7 @@ async def test_a_seed_of_63_bits_comes_as_number_or_text_and_goes_as_text(
         ({"prompt": None}, "prompt", None),
         ({"metadata": {"audio": {}}}, "metadata", None),
         ({"model": "musicgen-huge"}, "model", None),
-        ({"\ud800": 1}, "\ud800", None),
+        ({"\ud800": 1}, "body", None),
     ],
 )
 async def test_what_the_library_refuses_is_a_problem_with_its_sentence(

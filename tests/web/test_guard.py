@@ -82,6 +82,12 @@ async def test_only_known_hosts_are_answered(connect, host, status):
         assert answer.json()["type"] == "urn:dgx-music:wrong-host"
 
 
+async def test_a_request_with_two_hosts_is_not_answered(client):
+    hosts = [("Host", "localhost"), ("Host", "evil.example")]
+
+    assert (await client.get("/v1/models", headers=hosts)).status_code == 421
+
+
 async def test_probes_are_answered_by_any_name(client):
     for path in ("/healthz", "/readyz"):
         assert (await client.get(path, headers={"Host": "10.0.0.7"})).status_code == 200

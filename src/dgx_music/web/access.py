@@ -7,19 +7,18 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from fastapi import Depends, Security
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from starlette.requests import Request
 
 from dgx_music.client.tokens import check_role
 from dgx_music.roles import Role
 from dgx_music.web.guard import check_same_site
 from dgx_music.web.problems import FORBIDDEN, NO_TOKEN, TOO_FAST, ProblemError
-from dgx_music.web.site import Site, site_of
+from dgx_music.web.site import Site
 
-_HOW = "send one as `Authorization: Bearer dgx_…`"
-_BEARER = HTTPBearer(auto_error=False, description="A token of `dgx-music token create`.")
-_API_KEY = APIKeyHeader(name="xi-api-key", auto_error=False, description="The same token.")
+_DESCRIPTION = "A token of `dgx-music token create`; the header `xi-api-key` takes it too."
 
 
 @dataclass(frozen=True)
@@ -42,42 +41,59 @@ class Access:
         return self.tenant is None and self.may(Role.OPERATE)
 
 
-async def by_token(
-    request: Request,
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
-    api_key: Annotated[str | None, Security(_API_KEY)],
-) -> Access:
-    """Return what the request's token allows; raises ``ProblemError``."""
-    site = site_of(request)
-    if site.options.is_open and not await site.tokens.has_any():
-        return Access(Role.OPERATE)
-    secret = bearer.credentials if bearer is not None else api_key
-    if not secret:
-        raise _no_token(f"A token is needed; {_HOW}.")
-    holder = await site.tokens.find_holder(secret)
-    if holder is None:
-        raise _no_token("The token is not valid: it is unknown, expired or revoked.")
-    _check_rate(site, holder.name)
-    return Access(holder.role, holder.tenant)
+class TokenScheme(SecurityBase):
+    """The dependency that finds out by our own tokens what a request may do."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self.model = HTTPBearer(description=_DESCRIPTION)
+        self.scheme_name = "token"
+
+    async def __call__(self, request: Request) -> None:
+        """Put site and access into the request's state; raises ``ProblemError``."""
+        _enter(request, self._site, await self._find(request))
+
+    async def _find(self, request: Request) -> Access:
+        site = self._site
+        if site.options.is_open and not await site.tokens.has_any():
+            return Access(Role.OPERATE)
+        secret = _secret_of(request)
+        if not secret:
+            raise _no_token("A token is needed; send one as `Authorization: Bearer dgx_…`.")
+        holder = await site.tokens.find_holder(secret)
+        if holder is None:
+            raise _no_token("The token is not valid: it is unknown, expired or revoked.")
+        _check_rate(site, holder.name)
+        return Access(holder.role, holder.tenant)
 
 
 def identification(
-    authorize: Callable[..., Any] = by_token,
-) -> Callable[..., Coroutine[Any, Any, None]]:
-    """Return the dependency that finds out who asks, before anything is done."""
+    site: Site, authorize: Callable[..., Any] | None
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Return the dependency that finds out who asks, before anything is done.
+
+    What answers the request finds the site and the access in the request's state.
+    """
+    if authorize is None:
+        return TokenScheme(site)
 
     async def identify(
         request: Request,
-        access: Access = Depends(authorize),  # noqa: B008 - an annotation cannot name it
+        access: Access = Depends(authorize),  # noqa: B008 - no annotation can name it
     ) -> None:
-        check_same_site(request)
-        request.state.music_access = access
+        _enter(request, site, access)
 
     return identify
 
 
-def _needing(role: Role) -> Callable[[Request], Access]:
-    def find(request: Request) -> Access:
+def _enter(request: Request, site: Site, access: Access) -> None:
+    check_same_site(request)
+    request.state.music_site = site
+    request.state.music_access = access
+
+
+def _needing(role: Role) -> Callable[[Request], Coroutine[Any, Any, Access]]:
+    async def find(request: Request) -> Access:
         access = cast("Access", request.state.music_access)
         if not access.may(role):
             detail = f"This needs the role {role}, and the token has {access.role}."
@@ -98,6 +114,13 @@ def check_tenant(access: Access, tenant: object) -> None:
     if access.tenant is not None and tenant != access.tenant:
         detail = f"The token is for the tenant {access.tenant!r} only; leave tenant out."
         raise ProblemError(FORBIDDEN, detail, field="tenant")
+
+
+def _secret_of(request: Request) -> str | None:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and secret:
+        return secret.strip()
+    return request.headers.get("xi-api-key")
 
 
 def _check_rate(site: Site, name: str) -> None:

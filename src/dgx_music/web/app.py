@@ -18,7 +18,7 @@ from dgx_music.errors import DatabaseNotInitializedError
 from dgx_music.storage import close_db, get_database, init_db
 from dgx_music.storage.database import ensure_database
 from dgx_music.web import audio, enqueue, fleet, generations, health, overview, transitions
-from dgx_music.web.access import by_token, identification
+from dgx_music.web.access import identification
 from dgx_music.web.guard import Guard
 from dgx_music.web.options import WebOptions
 from dgx_music.web.problems import internal_problem, problem_of
@@ -44,8 +44,9 @@ def create_app(
         lifespan=_opening(settings),
         docs_url=None,  # these pages load scripts of other sites
         redoc_url=None,
+        telemetry={"metrics": False, "logs": False},
     )
-    app.include_router(_router(site or Site(settings, options), by_token))
+    _include(app, site or Site(settings, options), None)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_known)
     app.add_exception_handler(Exception, _answer_unknown)
@@ -64,7 +65,9 @@ def music_router(
     ``authorize`` is a dependency of FastAPI that returns an ``Access``, or raises. Without one our
     own tokens are needed. The application needs ``music_lifespan``, or calls ``init_db`` itself.
     """
-    return _router(Site(settings, options or WebOptions()), authorize or by_token)
+    router = APIRouter()
+    _include(router, Site(settings, options or WebOptions()), authorize)
+    return router
 
 
 @asynccontextmanager
@@ -77,15 +80,12 @@ async def music_lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-def _router(site: Site, authorize: Callable[..., Any]) -> APIRouter:
-    known = [Depends(site.enter), Depends(identification(authorize))]
-    api = APIRouter(prefix="/v1", dependencies=known)
+def _include(target: FastAPI | APIRouter, site: Site, authorize: Callable[..., Any] | None) -> None:
+    """Add all routes, each router for itself: every level of routers costs every request."""
+    known = [Depends(identification(site, authorize))]
     for module in ROUTERS:
-        api.include_router(module.router)
-    router = APIRouter()
-    router.include_router(api)
-    router.include_router(health.router)
-    return router
+        target.include_router(module.router, prefix="/v1", dependencies=known)
+    target.include_router(health.router)
 
 
 def _opening(settings: Settings | None) -> Callable[[FastAPI], Any]:

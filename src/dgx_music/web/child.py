@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import anyio
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# Looked up here: between fork and exec, a library must not be opened while threads run.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _AFTER_GRACE_SECONDS = 10.0
 """How long the worker may take to end beyond the grace that its generations get."""
 _URGENT_SECONDS = 10.0
@@ -63,5 +65,5 @@ class WorkerProcess:
 
 def _end_with_the_parent() -> None:
     """Have Linux send SIGTERM when the parent is gone, however it ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dgx_music.statuses import GenerationStatus
+from dgx_music.validation import MAX_NAME_CHARACTERS
 from dgx_music.web.filters import Parameter
 from dgx_music.web.problems import KINDS, MEDIA_TYPE, Kind
 
 _ID = "01a21733-54a2-7c39-9a6e-0f7a4be3f0a1"
 _SELF = f"/v1/generations/{_ID}"
+_HEADER = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARACTERS}
 _PROBLEM_SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
@@ -166,3 +168,12 @@ def problem(kind: Kind) -> dict[str, Any]:
 def parameters(*known: Parameter) -> dict[str, Any]:
     """Return what OpenAPI says of a route's parameters."""
     return {"parameters": [each.described for each in known]}
+
+
+def headers(known: Mapping[str, str]) -> dict[str, Any]:
+    """Return what OpenAPI says of the headers that a route reads, each with its meaning."""
+    told = [
+        {"name": name, "in": "header", "schema": _HEADER, "description": meaning}
+        for name, meaning in known.items()
+    ]
+    return {"parameters": told}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -39,27 +38,30 @@ _ONE_MADE = {
 }
 
 
-@router.post("/generations", status_code=202, responses=documents.answers(_ONE_MADE))
+@router.post(
+    "/generations",
+    status_code=202,
+    responses=documents.answers(_ONE_MADE),
+    openapi_extra=documents.headers(
+        {
+            "Idempotency-Key": "The same request again gets the row that is there.",
+            "Prefer": "`wait=30` waits up to so many seconds, 1 to 60.",
+        }
+    ),
+)
 async def enqueue_generation(
-    body: GenerationRequest,
-    request: Request,
-    access: MayEnqueue,
-    idempotency_key: Annotated[
-        str | None, Header(description="The same request again gets the row that is there.")
-    ] = None,
-    prefer: Annotated[
-        str | None, Header(description="`wait=30` waits up to so many seconds, 1 to 60.")
-    ] = None,
+    body: GenerationRequest, request: Request, access: MayEnqueue
 ) -> Response:
     """Add one generation to the queue."""
-    options = _with_key(prepared(given(body), access), idempotency_key)
+    key = request.headers.get("idempotency-key")
+    options = _with_key(prepared(given(body), access), key)
     planned = plan(options.pop("prompt"), options)
     try:
         (row,) = await store(read_clips([planned]))
     except IdempotencyConflictError as error:
         raise _hidden_from_tenant(error, access) from None
     is_new = row.id == planned.circumstances["id"]
-    seconds = wait_seconds(prefer)
+    seconds = wait_seconds(request.headers.get("prefer"))
     if seconds:
         row = await _wait(request, row, seconds)
     return _answer(row, request, access, is_done=row.is_finished or not is_new, waited=seconds)

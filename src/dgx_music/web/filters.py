@@ -45,12 +45,13 @@ def read_integer(name: str, text: str) -> int:
     return int(text)
 
 
-_TEXT: Mapping[str, Any] = {"type": "string"}
+_ANY_TEXT: Mapping[str, Any] = {"type": "string"}
+_TEXT: Mapping[str, Any] = {"type": "string", "minLength": 1}
 _MOMENT: Mapping[str, Any] = {"type": "string", "format": "date-time"}
 FILTERS = (
     Parameter("status", {"enum": [str(each) for each in GenerationStatus]}, "Of this status."),
     Parameter("model", _TEXT, "Of this model."),
-    Parameter("tenant", _TEXT, "Of this tenant; empty: those without one."),
+    Parameter("tenant", _ANY_TEXT, "Of this tenant; empty: those without one."),
     Parameter("created_from", _MOMENT, "Created then or later."),
     Parameter("created_before", _MOMENT, "Created earlier."),
 )

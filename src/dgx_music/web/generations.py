@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
@@ -44,7 +46,8 @@ async def get_page(request: Request, access: MayRead) -> Response:
         hits = await search_generations(session, words, limit=limit, **filters)
         return Page([hit.generation for hit in hits], None)
 
-    page = await (await ensure_database()).transact(read, read_only=True, may_lag=True)
+    with _naming_words():
+        page = await (await ensure_database()).transact(read, read_only=True, may_lag=True)
     base = base_of(request)
     rows = [as_row(row, access, base) for row in page.generations]
     return JSONResponse({"generations": rows, "next": page.next})
@@ -58,6 +61,17 @@ async def get_one(generation_id: str, request: Request, access: MayRead) -> Resp
     """Show one generation with its attempts, and when it is likely to be done."""
     base = base_of(request)
     return JSONResponse(await _read_detail(generation_id, access, base))
+
+
+@contextmanager
+def _naming_words() -> Iterator[None]:
+    """Call the words of a search in an error what they are called in the URL."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.field != "words":
+            raise
+        raise InvalidRequestError("q", error.problem, error.remedy) from None
 
 
 async def _read_detail(generation_id: str, access: Access, base: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,6 +26,7 @@ SECURITY_HEADERS: Mapping[str, str] = {
     "Cache-Control": "no-store",
 }
 """On each answer that does not say otherwise."""
+_RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 TOKEN_HEADERS = ("authorization", "xi-api-key")
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -52,21 +53,23 @@ class Guard:
 
         async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                secure(MutableHeaders(scope=message))
+                secure(message["headers"])
             await send(message)
 
         app = self._app if self._is_known(scope) else _wrong_host
         await app(scope, receive, send_secured)
 
     def _is_known(self, scope: Scope) -> bool:
-        host = host_of(Headers(scope=scope).get("host", ""))
-        return is_loopback(host) or host in self._allowed or scope["path"] in _PROBES
+        if scope["path"] in _PROBES:
+            return True
+        hosts = [host_of(each) for each in Headers(scope=scope).getlist("host")]
+        return len(hosts) == 1 and (is_loopback(hosts[0]) or hosts[0] in self._allowed)
 
 
-def secure(headers: MutableHeaders) -> None:
-    """Add the headers that each answer has."""
-    for name, value in SECURITY_HEADERS.items():
-        headers.setdefault(name, value)
+def secure(headers: list[tuple[bytes, bytes]]) -> None:
+    """Add the headers that each answer has, unless they are there."""
+    known = {name for name, _ in headers}
+    headers += [header for header in _RAW_HEADERS if header[0] not in known]
 
 
 def check_same_site(request: Request) -> None:

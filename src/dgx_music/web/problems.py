@@ -150,7 +150,7 @@ def _of_validation(found: Mapping[str, Any]) -> ProblemError:
         return ProblemError(INVALID, "body is not JSON; send a JSON object.", field="body")
     if found["type"] == "missing":
         return ProblemError(INVALID, f"{field} is missing; add it.", field=field)
-    if field == "body":
+    if field == "body" and found["type"].startswith("model_"):
         detail = "body is not a JSON object; send one, with the content type application/json."
         return ProblemError(INVALID, detail, field="body")
     reason = str(found["msg"]).replace("Input should be", "must be")

@@ -16,6 +16,7 @@ from dgx_music.catalog import DEFAULT_MODEL
 from dgx_music.client.requests import DEFAULTS, OPTIONS, naming
 from dgx_music.errors import InvalidRequestError
 from dgx_music.roles import Role
+from dgx_music.sampling import SamplingOptions
 from dgx_music.validation import CLIP_FIELDS, MAX_PROMPT_CHARACTERS
 from dgx_music.web.access import Access, check_tenant
 from dgx_music.web.options import MOST_IN_A_BATCH
@@ -29,6 +30,8 @@ _SPECIAL: Mapping[str, dict[str, Any]] = {
     "metadata": {"type": ["object", "null"]},
 }
 """The types of the fields that are given otherwise than in Python."""
+_NULLABLE = frozenset(SamplingOptions.__annotations__)
+"""Null is their default, as if they were not given."""
 _MEANINGS: Mapping[str, str] = {
     **dict.fromkeys(CLIP_FIELDS, "The id of an upload. This server takes no uploads yet."),
     "model": f"A name of `GET models`, such as {DEFAULT_MODEL}; the server's default if not given.",
@@ -48,6 +51,8 @@ def _described(schema: dict[str, Any]) -> Any:
 
 def _option(name: str) -> tuple[Any, Any]:
     kind, meaning = get_args(OPTIONS[name])
+    if name in _NULLABLE:
+        kind = kind | None
     schema = _SPECIAL.get(name) or TypeAdapter(kind).json_schema()
     described = {**schema, "description": _MEANINGS.get(name, meaning)}
     return _described(described), DEFAULTS[name]
@@ -62,6 +67,7 @@ def _body(*examples: dict[str, Any]) -> ConfigDict:
 _OPTION_FIELDS: dict[str, Any] = {name: _option(name) for name in OPTIONS}
 _REQUESTS = {
     "type": "array",
+    "minItems": 1,
     "maxItems": MOST_IN_A_BATCH,
     "items": {"anyOf": [{"type": "string"}, {"$ref": "#/components/schemas/GenerationRequest"}]},
     "description": "Prompts, or objects with a prompt; the other fields apply to each of them.",

@@ -28,7 +28,7 @@ class MusicRoute(APIRoute):
                 if (problem := problem_of(request, error)) is None:
                     raise
                 response = problem.response()
-            secure(response.headers)
+            secure(response.raw_headers)
             return response
 
         return answer

@@ -101,6 +101,7 @@ def _config(settings: Settings, listening: Listening, site: Site) -> uvicorn.Con
     return uvicorn.Config(
         create_app(settings, site.options, site=site),
         log_config=None,
+        ws="none",
         access_log=False,
         server_header=False,
         proxy_headers=bool(listening.trusted_proxies),

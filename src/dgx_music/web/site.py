@@ -30,10 +30,6 @@ class Site:
         settings = self._settings or load_settings()
         return open_output(settings.output, is_private=settings.is_private)
 
-    async def enter(self, request: Request) -> None:
-        """Let the functions that answer this request find the site."""
-        request.state.music_site = self
-
 
 def site_of(request: Request) -> Site:
     """Return the site that the request came to."""
