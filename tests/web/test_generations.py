@@ -108,8 +108,10 @@ async def test_the_waveform_is_not_in_the_row(client, default_database):
         await queue.complete(session, [done])
 
     row = (await client.get(f"/v1/generations/{lease.generation_id}")).json()
+    (in_list,) = (await client.get("/v1/generations")).json()["generations"]
 
     assert row["metadata"] == {"audio": {"peak": 0.5}}
+    assert (in_list["metadata"], "sha256" in in_list) == ({"audio": {}}, False)
     assert row["urls"]["audio"] == f"{row['urls']['self']}/audio"
 
 

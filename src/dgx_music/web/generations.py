@@ -19,7 +19,7 @@ from dgx_music.web import documents
 from dgx_music.web.access import Access, MayRead
 from dgx_music.web.filters import FILTERS, PAGING, read_limit, read_parameters, within_tenant
 from dgx_music.web.route import MusicRoute
-from dgx_music.web.rows import as_attempt, as_row, base_of, check_visible
+from dgx_music.web.rows import as_attempt, as_list_row, as_row, base_of, check_visible
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -49,7 +49,7 @@ async def get_page(request: Request, access: MayRead) -> Response:
     with _naming_words():
         page = await (await ensure_database()).transact(read, read_only=True, may_lag=True)
     base = base_of(request)
-    rows = [as_row(row, access, base) for row in page.generations]
+    rows = [as_list_row(row, access, base) for row in page.generations]
     return JSONResponse({"generations": rows, "next": page.next})
 
 
