@@ -29,6 +29,8 @@ def database_url(sqlite_url):
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "http://127.0.0.1:8321.evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Origin": "http://LOCALHOST:1", "Host": "localhost:1"}, 202),
         ({"Origin": "http://127.0.0.1:8321", "Sec-Fetch-Site": "cross-site"}, 403),
     ],
 )

@@ -10,16 +10,18 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from dgx_music.artifacts import Artifacts
+from dgx_music.artifacts import Artifacts, open_place_of
+from dgx_music.artifacts.interface import parse_name
+from dgx_music.client.content import stored_format, stream_row
 from dgx_music.client.generations import audio_facts
-from dgx_music.errors import ArtifactError, InvalidRequestError
+from dgx_music.errors import ArtifactError, InvalidRequestError, NoAudioError
 from dgx_music.storage import Generation
 from dgx_music.validation import check_integer
 from dgx_music.web import documents
 from dgx_music.web.access import Access, MayRead
 from dgx_music.web.filters import Parameter, read_integer, read_parameters
-from dgx_music.web.names import MEDIA_TYPES, disposition, extension_of, file_name, media_type_of
-from dgx_music.web.problems import GONE, NO_SUCH_RANGE, WRONG_STATUS, ProblemError
+from dgx_music.web.names import MEDIA_TYPES, disposition, file_name, media_type_of
+from dgx_music.web.problems import GONE, NO_SUCH_RANGE, ProblemError
 from dgx_music.web.ranges import NoSuchRangeError, is_known, is_same, parse_range
 from dgx_music.web.route import MusicRoute
 from dgx_music.web.rows import find_row, has_audio
@@ -27,7 +29,7 @@ from dgx_music.web.site import site_of
 
 MOST_POINTS = 1_000
 _DEFAULT_POINTS = 200
-_GONE = "The audio was deleted, or moved away from this server's output."
+_GONE = "The audio was deleted or moved."
 
 router = APIRouter(
     prefix="/generations/{generation_id}", route_class=MusicRoute, tags=["generations"]
@@ -123,12 +125,12 @@ async def get_waveform(generation_id: str, request: Request, access: MayRead) ->
 async def _find_completed(generation_id: str, access: Access) -> Generation:
     row = await find_row(generation_id, access)
     if not row.is_complete:
-        raise ProblemError(WRONG_STATUS, f"Generation {row.id} is {row.status}: it has no audio.")
+        raise NoAudioError(row.id, row.status)
     return row
 
 
 def _check_format(row: Generation, wanted: str | None) -> None:
-    found = extension_of(row)
+    found = stored_format(row)
     if wanted is not None and wanted != found:
         problem = f"is {wanted[:10]!r}, and this audio is {found}"
         raise InvalidRequestError("format", problem, "leave it out")
@@ -167,15 +169,24 @@ async def _begun(
 ) -> tuple[bytes, AsyncGenerator[bytes, None]]:
     """Return the first chunk and the rest: so a missing file is noticed before the answer begins."""
     path = cast("str", row.file_path)
-    if not place.holds(path):
+    if not (place.holds(path) or _has_own_name(row, path)):
         raise ProblemError(GONE, _GONE)
-    chunks = cast("AsyncGenerator[bytes, None]", place.stream(path, start, length))
+    chunks = stream_row(row, start, length)
     try:
         return await anext(chunks, b""), chunks
     except ArtifactError:
-        if await place.exists(path):
+        if await open_place_of(path).exists(path):
             raise
         raise ProblemError(GONE, _GONE) from None
+
+
+def _has_own_name(row: Generation, path: str) -> bool:
+    """Return True if the file is named as a worker names the audio of this row.
+
+    Only such a file is sent if it is of another output than the server's.
+    """
+    named = parse_name(path.rpartition("/")[2])
+    return named is not None and named[0] == row.id
 
 
 async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:

@@ -30,7 +30,7 @@ _DETAILS: Mapping[int, str] = {
     403: "This needs the role operate, and the token has read.",
     404: f"There is no generation '{_ID}'; `dgx-music list` shows those that exist.",
     409: f"Generation {_ID} is completed and cannot become cancelled.",
-    410: "The audio was deleted, or moved away from this server's output.",
+    410: "The audio was deleted or moved.",
     413: "The body has more than 1,048,576 bytes; send less at a time.",
     416: "The file has 512,044 bytes; ask for some of them.",
     421: "The request's Host is not one of this server; start it with --allowed-hosts.",

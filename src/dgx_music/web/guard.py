@@ -86,9 +86,16 @@ def check_same_site(request: Request) -> None:
     if site is not None:
         is_ours = site in ("same-origin", "none")
     else:
-        is_ours = origin is None or urlsplit(origin).netloc.lower() == headers.get("host", "")
+        is_ours = origin is None or _place_of(origin) == headers.get("host", "").lower()
     if not is_ours:
         raise ProblemError(CROSS_SITE, "The page of another site sent this; nothing is changed.")
+
+
+def _place_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:  # a bracket that is not closed
+        return None
 
 
 def host_of(header: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from pathlib import PurePosixPath
+from unicodedata import normalize
 from urllib.parse import quote
 
+from dgx_music.client.content import stored_format, values_of
+from dgx_music.client.names import DEFAULT_PATTERN, Pattern
 from dgx_music.storage import Generation
 
 MEDIA_TYPES = {
@@ -16,39 +16,23 @@ MEDIA_TYPES = {
     "ogg": "audio/ogg",
 }
 """Our own table: the machine's may know none of them, or others."""
-_NO_WORD = re.compile(r"[^\w#]+")
-_MOST_CHARACTERS = 60
-_ID_CHARACTERS = 8
-
-
-def extension_of(row: Generation) -> str:
-    """Return the ending of the stored file's name, without the dot."""
-    return PurePosixPath(row.file_path or "").suffix[1:].lower()
+_PATTERN = Pattern(DEFAULT_PATTERN)
 
 
 def media_type_of(row: Generation) -> str:
     """Return the media type of the stored file."""
-    return MEDIA_TYPES.get(extension_of(row), "application/octet-stream")
+    return MEDIA_TYPES.get(stored_format(row), "application/octet-stream")
 
 
 def file_name(row: Generation) -> str:
-    """Return a name made of title or prompt, key, tempo and id.
-
-    It has letters, digits, ``_``, ``-``, ``#`` and one dot: nothing of a title can leave a folder
-    or end a header.
-    """
-    bpm = None if row.bpm is None else f"{row.bpm:.0f}bpm"
-    parts = [_slug(row.title or row.prompt), row.musical_key, bpm, row.id[:_ID_CHARACTERS]]
-    return f"{'_'.join(part for part in parts if part)}.{extension_of(row)}"
+    """Return the name that ``save_audio`` gives: title or prompt, take, key, tempo and id."""
+    return _PATTERN.fill(values_of(row), f".{stored_format(row)}").name
 
 
 def disposition(name: str, *, is_attachment: bool) -> str:
     """Return the header ``Content-Disposition``: the name in ASCII, and as it is (RFC 6266)."""
     kind = "attachment" if is_attachment else "inline"
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return f"{kind}; filename=\"{plain.lstrip('_-.')}\"; filename*=UTF-8''{quote(name, safe='')}"
-
-
-def _slug(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).lower()
-    return _NO_WORD.sub("-", folded)[:_MOST_CHARACTERS].strip("-_#")
+    letters = normalize("NFKD", name).encode("ascii", "ignore").decode()
+    # These end a quoted text, or begin an escape in what some browsers read.
+    plain = "".join("_" if each in '"\\%' or not each.isprintable() else each for each in letters)
+    return f"{kind}; filename=\"{plain.lstrip(' _-.')}\"; filename*=UTF-8''{quote(name, safe='')}"

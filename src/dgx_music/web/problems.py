@@ -21,6 +21,7 @@ from dgx_music.errors import (
     IdempotencyConflictError,
     IllegalTransitionError,
     InvalidRequestError,
+    NoAudioError,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -71,6 +72,7 @@ _OURS: Sequence[tuple[type[DgxMusicError], Kind]] = (
     (IdempotencyConflictError, KEY_CONFLICT),
     (GenerationNotFoundError, NOT_FOUND),
     (IllegalTransitionError, WRONG_STATUS),
+    (NoAudioError, WRONG_STATUS),
     (DatabaseError, DATABASE_AWAY),
     (ArtifactError, STORAGE_AWAY),
 )
