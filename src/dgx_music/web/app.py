@@ -17,14 +17,25 @@ from dgx_music.config import Settings
 from dgx_music.errors import DatabaseNotInitializedError
 from dgx_music.storage import close_db, get_database, init_db
 from dgx_music.storage.database import ensure_database
-from dgx_music.web import audio, enqueue, fleet, generations, health, overview, transitions
+from dgx_music.web import (
+    again,
+    audio,
+    bulk,
+    enqueue,
+    fleet,
+    generations,
+    health,
+    labels,
+    overview,
+    transitions,
+)
 from dgx_music.web.access import identification
 from dgx_music.web.guard import Guard
 from dgx_music.web.options import WebOptions
 from dgx_music.web.problems import internal_problem, problem_of
 from dgx_music.web.site import Site
 
-ROUTERS = (enqueue, generations, transitions, audio, overview, fleet)
+ROUTERS = (enqueue, generations, audio, labels, transitions, again, bulk, overview, fleet)
 """The modules with the routes under ``/v1``."""
 
 

@@ -19,7 +19,7 @@ from dgx_music.storage import Generation
 from dgx_music.validation import check_integer
 from dgx_music.web import documents
 from dgx_music.web.access import Access, MayRead
-from dgx_music.web.filters import Parameter, read_integer, read_parameters
+from dgx_music.web.filters import Parameter, read_flag, read_integer, read_parameters
 from dgx_music.web.names import MEDIA_TYPES, disposition, file_name, media_type_of
 from dgx_music.web.problems import GONE, NO_SUCH_RANGE, ProblemError
 from dgx_music.web.ranges import NoSuchRangeError, is_known, is_same, parse_range
@@ -36,15 +36,9 @@ router = APIRouter(
 )
 
 
-def _read_flag(name: str, text: str) -> bool:
-    if text not in ("0", "1", "false", "true"):
-        raise InvalidRequestError(name, "is neither 0 nor 1", "use 1 for a download")
-    return text in ("1", "true")
-
-
 _OF_AUDIO = (
     Parameter("format", {"enum": [*MEDIA_TYPES]}, "Only the format that the audio has."),
-    Parameter("download", {"enum": ["0", "1"]}, "With 1 a browser saves it.", _read_flag),
+    Parameter("download", {"type": "boolean"}, "If true, a browser saves it.", read_flag),
 )
 _OF_WAVEFORM = (
     Parameter(

@@ -8,9 +8,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from dgx_music.client.enqueue import enqueue_many, store
+from dgx_music.client.enqueue import read_clips_beside, store
 from dgx_music.client.generations import watch_generation
-from dgx_music.client.requests import plan, read_clips
+from dgx_music.client.requests import CheckedRequests, plan, plan_numbered
 from dgx_music.errors import IdempotencyConflictError, InvalidRequestError
 from dgx_music.storage import Generation
 from dgx_music.web import documents
@@ -52,15 +52,12 @@ _ONE_MADE = {
 async def enqueue_generation(
     body: GenerationRequest, request: Request, access: MayEnqueue
 ) -> Response:
-    """Add one generation to the queue."""
+    """Add one generation to the queue; of several `variations`, the answer is the first take."""
     key = request.headers.get("idempotency-key")
     options = _with_key(prepared(given(body), access), key)
-    planned = plan(options.pop("prompt"), options)
-    try:
-        (row,) = await store(read_clips([planned]))
-    except IdempotencyConflictError as error:
-        raise _hidden_from_tenant(error, access) from None
-    is_new = row.id == planned.circumstances["id"]
+    checked = await read_clips_beside([plan(options.pop("prompt"), options)])
+    row, *_ = await _store(checked.in_batch_if_many(), access)
+    is_new = row.id == checked.rows[0]["id"]
     seconds = wait_seconds(request.headers.get("prefer"))
     if seconds:
         row = await _wait(request, row, seconds)
@@ -74,13 +71,18 @@ async def enqueue_generation(
 )
 async def enqueue_batch(body: BatchRequest, request: Request, access: MayEnqueue) -> Response:
     """Add many generations to the queue, all or none."""
-    requests, options = prepared_batch(body, access)
-    try:
-        rows = await enqueue_many(requests, **options)
-    except IdempotencyConflictError as error:
-        raise _hidden_from_tenant(error, access) from None
+    requests, name, options = prepared_batch(body, access)
+    plans = [plan_numbered(number, each, options) for number, each in enumerate(requests, 1)]
+    rows = await _store((await read_clips_beside(plans)).in_batch(name), access)
     base = base_of(request)
     return JSONResponse({"generations": [as_row(row, access, base) for row in rows]}, 202)
+
+
+async def _store(checked: CheckedRequests, access: Access) -> list[Generation]:
+    try:
+        return await store(checked)
+    except IdempotencyConflictError as error:
+        raise _hidden_from_tenant(error, access) from None
 
 
 def wait_seconds(prefer: str | None) -> int:

@@ -17,7 +17,14 @@ from dgx_music.storage.estimates import estimate
 from dgx_music.storage.repository import get_attempts
 from dgx_music.web import documents
 from dgx_music.web.access import Access, MayRead
-from dgx_music.web.filters import FILTERS, PAGING, read_limit, read_parameters, within_tenant
+from dgx_music.web.filters import (
+    FILTERS,
+    PAGING,
+    SORTING,
+    read_limit,
+    read_parameters,
+    within_tenant,
+)
 from dgx_music.web.route import MusicRoute
 from dgx_music.web.rows import as_attempt, as_list_row, as_row, base_of, check_visible
 
@@ -26,23 +33,28 @@ if TYPE_CHECKING:
 
 router = APIRouter(route_class=MusicRoute, tags=["generations"])
 
+_OF_PAGE = (*FILTERS, *SORTING, *PAGING)
+
 
 @router.get(
     "/generations",
     responses=documents.answers({200: ("A page, newest first.", documents.PAGE)}),
-    openapi_extra=documents.parameters(*FILTERS, *PAGING),
+    openapi_extra=documents.parameters(*_OF_PAGE),
 )
 async def get_page(request: Request, access: MayRead) -> Response:
     """List generations, newest first, or search their prompts."""
-    values = read_parameters(request, *FILTERS, *PAGING)
+    values = read_parameters(request, *_OF_PAGE)
     limit, words, after = read_limit(values), values.pop("q", None), values.pop("after", None)
+    order = {name: values.pop(name) for name in ("sort", "reverse") if name in values}
     filters = within_tenant(values, access)
-    if words is not None and after is not None:
-        raise InvalidRequestError("after", "is given for a search", "a search has one page only")
+    if words is not None and (after is not None or order):
+        field = "after" if after is not None else min(order)
+        problem = "is given for a search, which has one page, best first"
+        raise InvalidRequestError(field, problem, "leave it out")
 
     async def read(session: AsyncSession) -> Page:
         if words is None:
-            return await list_generations(session, limit=limit, after=after, **filters)
+            return await list_generations(session, limit=limit, after=after, **order, **filters)
         hits = await search_generations(session, words, limit=limit, **filters)
         return Page([hit.generation for hit in hits], None)
 

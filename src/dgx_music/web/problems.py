@@ -15,6 +15,8 @@ from starlette.responses import Response
 
 from dgx_music.errors import (
     ArtifactError,
+    BatchNotFoundError,
+    CountDiffersError,
     DatabaseError,
     DgxMusicError,
     GenerationNotFoundError,
@@ -22,6 +24,7 @@ from dgx_music.errors import (
     IllegalTransitionError,
     InvalidRequestError,
     NoAudioError,
+    PartlyDoneError,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -47,6 +50,7 @@ CROSS_SITE = Kind("cross-site", 403, "Another site's page sent the request.")
 NOT_FOUND = Kind("not-found", 404, "There is nothing here.")
 NO_METHOD = Kind("method-not-allowed", 405, "The method is not allowed here.")
 WRONG_STATUS = Kind("wrong-status", 409, "The generation's status does not allow this.")
+COUNT_DIFFERS = Kind("count-differs", 409, "Another number of generations is meant.")
 GONE = Kind("gone", 410, "The audio is no longer there.")
 TOO_LARGE = Kind("too-large", 413, "The body is too large.")
 NO_SUCH_RANGE = Kind("no-such-range", 416, "The file has no such range.")
@@ -56,6 +60,7 @@ KEY_CONFLICT = Kind("idempotency-conflict", 422, "The key belongs to another req
 TOO_FAST = Kind("too-fast", 429, "There are too many requests.")
 INTERNAL = Kind("internal-error", 500, "The server made a mistake.")
 DATABASE_AWAY = Kind("database-away", 503, "The database cannot be used now.")
+PARTLY_DONE = Kind("partly-done", 503, "Only some generations were changed.")
 STORAGE_AWAY = Kind("storage-away", 503, "The audio cannot be read now.")
 
 KINDS: Mapping[int, Kind] = {
@@ -71,13 +76,17 @@ _OURS: Sequence[tuple[type[DgxMusicError], Kind]] = (
     (InvalidRequestError, INVALID),
     (IdempotencyConflictError, KEY_CONFLICT),
     (GenerationNotFoundError, NOT_FOUND),
+    (BatchNotFoundError, NOT_FOUND),
     (IllegalTransitionError, WRONG_STATUS),
+    (CountDiffersError, COUNT_DIFFERS),
+    (PartlyDoneError, PARTLY_DONE),
     (NoAudioError, WRONG_STATUS),
     (DatabaseError, DATABASE_AWAY),
     (ArtifactError, STORAGE_AWAY),
 )
 _AWAY = {
     DATABASE_AWAY: "The database cannot be used now; try again in some seconds.",
+    PARTLY_DONE: "Some generations were changed, and then something was away; do it again.",
     STORAGE_AWAY: "The storage of the audio cannot be used now; try again in some seconds.",
 }
 """What a client reads instead of the error's sentence, which names servers and folders."""

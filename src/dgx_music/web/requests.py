@@ -22,6 +22,9 @@ from dgx_music.web.access import Access, check_tenant
 from dgx_music.web.options import MOST_IN_A_BATCH
 from dgx_music.web.problems import FORBIDDEN, ProblemError
 
+LABELS = ("title", "notes", "tags", "starred")
+CHANGES = ("prompt", *(name for name in OPTIONS if name not in ("variations", "idempotency_key")))
+"""What may differ when a generation is made again."""
 _SEED = re.compile(r"\d{1,19}", re.ASCII)
 _SPECIAL: Mapping[str, dict[str, Any]] = {
     **{name: {"type": ["string", "null"]} for name in CLIP_FIELDS},
@@ -58,6 +61,11 @@ def _option(name: str) -> tuple[Any, Any]:
     return _described(described), DEFAULTS[name]
 
 
+def _change(name: str) -> tuple[Any, Any]:
+    """Return the field of an option that stays as it is if it is not given."""
+    return _option(name)[0], None
+
+
 def _body(*examples: dict[str, Any]) -> ConfigDict:
     # What is not a field reaches the validator, whose sentence names those that are.
     extra: dict[str, Any] = {"additionalProperties": False, "examples": list(examples)}
@@ -73,10 +81,15 @@ _REQUESTS = {
     "description": "Prompts, or objects with a prompt; the other fields apply to each of them.",
 }
 
+_BATCH = {"type": ["string", "null"], "description": "The name of the batch."}
+
 if TYPE_CHECKING:
     GenerationRequest: TypeAlias = BaseModel
     BatchRequest: TypeAlias = BaseModel
     ModelRequest: TypeAlias = BaseModel
+    ChangeRequest: TypeAlias = BaseModel
+    LabelRequest: TypeAlias = BaseModel
+    BulkRequest: TypeAlias = BaseModel
 else:
     GenerationRequest = create_model(
         "GenerationRequest",
@@ -88,6 +101,7 @@ else:
         "BatchRequest",
         __config__=_body({"requests": ["lofi rain", EXAMPLE], "duration": 10}),
         requests=(_described(_REQUESTS), ...),
+        batch=(_described(_BATCH), None),
         **_OPTION_FIELDS,
     )
     ModelRequest = create_model(
@@ -97,6 +111,23 @@ else:
             _described({"type": ["string", "null"], "description": "Without it: all models."}),
             None,
         ),
+    )
+    ChangeRequest = create_model(
+        "ChangeRequest",
+        __config__=_body({"seed": "same", "temperature": 1.2}),
+        prompt=(_described(_PROMPT), None),
+        **{name: _change(name) for name in CHANGES if name in OPTIONS},
+    )
+    LabelRequest = create_model(
+        "LabelRequest",
+        __config__=_body({"title": "Rain", "tags": ["night"], "starred": True}),
+        **{name: _change(name) for name in LABELS},
+    )
+    BulkRequest = create_model(
+        "BulkRequest",
+        __config__=_body({"filters": {"status": "pending", "batch": "01a2…"}, "expected": 12}),
+        filters=(_described({"type": "object", "minProperties": 1}), ...),
+        expected=(_described({"type": "integer", "minimum": 0}), ...),
     )
 
 
@@ -127,10 +158,10 @@ def prepared(options: Mapping[str, Any], access: Access) -> dict[str, Any]:
     return wanted
 
 
-def prepared_batch(body: BaseModel, access: Access) -> tuple[list[Any], dict[str, Any]]:
-    """Return the requests of a batch, and the options of all; raises as ``prepared`` does."""
+def prepared_batch(body: BaseModel, access: Access) -> tuple[list[Any], str | None, dict[str, Any]]:
+    """Return the requests of a batch, its name, and the options of all; raises as ``prepared``."""
     options = given(body)
-    requests = options.pop("requests")
+    requests, name = options.pop("requests"), options.pop("batch", None)
     if not isinstance(requests, list) or not requests:
         remedy = "send a list of prompts, or of objects with one"
         raise InvalidRequestError("requests", "is no list with something in it", remedy)
@@ -141,7 +172,8 @@ def prepared_batch(body: BaseModel, access: Access) -> tuple[list[Any], dict[str
         remedy = "give each of the requests its own"
         raise InvalidRequestError("prompt", "is not an option of a batch", remedy)
     shared = prepared(options, access)
-    return [_one_of(number, each, access) for number, each in enumerate(requests, 1)], shared
+    prepared_all = [_one_of(number, each, access) for number, each in enumerate(requests, 1)]
+    return prepared_all, name, shared
 
 
 def _one_of(number: int, request: Any, access: Access) -> Any:
