@@ -54,6 +54,29 @@ def may_post(role):
     return {"read": [], "enqueue": WRITES, "operate": WRITES + OPERATIONS}[role]
 
 
+CHANGES = [
+    ("PUT", "/star", None, "enqueue", 204),
+    ("DELETE", "/star", None, "enqueue", 204),
+    ("PATCH", "", {"title": "x"}, "enqueue", 200),
+    ("POST", "/again", None, "enqueue", 202),
+    ("POST", "/continue", {"duration": 9}, "enqueue", 409),
+    ("DELETE", "", None, "operate", 204),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "weakest", "status"), CHANGES)
+@pytest.mark.parametrize("role", ALLOWED)
+async def test_each_role_may_change_its_part(
+    holding, default_database, role, method, path, body, weakest, status
+):
+    client, generation_id = await holding(role), await add(default_database)
+
+    answer = await client.request(method, f"/v1/generations/{generation_id}{path}", json=body)
+
+    is_allowed = [*ALLOWED].index(role) >= [*ALLOWED].index(weakest)
+    assert answer.status_code == (status if is_allowed else 403)
+
+
 async def test_without_a_token_all_is_refused(connect, default_database):
     await create_token("shop", "read")
     client = connect(token="dgx_" + "A" * 43)

@@ -73,6 +73,23 @@ async def test_the_frameworks_own_errors_are_problems_too(client, method, path, 
     assert ("allow" in answer.headers) == (status == 405)
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/v1/generations", "GET, POST"),
+        ("/v1/generations/x", "DELETE, GET, PATCH"),
+        ("/v1/generations/x/star", "DELETE, PUT"),
+        ("/v1/generations/x/audio", "GET, HEAD"),
+        ("/v1/generations/cancel", "POST"),
+        ("/healthz", "GET"),
+    ],
+)
+async def test_a_wrong_method_is_told_all_that_are_allowed(client, path, methods):
+    answer = await client.request("OPTIONS", path)
+
+    assert (answer.status_code, answer.headers["allow"]) == (405, methods)
+
+
 async def test_a_mistake_of_ours_tells_nothing_of_itself(connect):
     app = create_app()
 

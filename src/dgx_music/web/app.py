@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,7 +33,7 @@ from dgx_music.web import (
 from dgx_music.web.access import identification
 from dgx_music.web.guard import Guard
 from dgx_music.web.options import WebOptions
-from dgx_music.web.problems import internal_problem, problem_of
+from dgx_music.web.problems import NO_METHOD, internal_problem, problem_of
 from dgx_music.web.site import Site
 
 ROUTERS = (enqueue, generations, audio, labels, transitions, again, bulk, overview, fleet)
@@ -125,7 +126,25 @@ def _is_open() -> bool:
 
 async def _answer_known(request: Request, error: Exception) -> Response:
     problem = problem_of(request, error) or internal_problem()
+    if problem.kind is NO_METHOD:
+        problem.headers["Allow"] = ", ".join(sorted(_methods_of(request.url.path)))
     return problem.response()
+
+
+def _methods_of(path: str) -> set[str]:
+    """Return all methods of a path; the framework names those of the first route only.
+
+    A path without parameters goes before one with them: ``generations/cancel`` is no id.
+    """
+    places = [(module.router, "/v1") for module in ROUTERS] + [(health.router, "")]
+    found = [
+        (route.path.count("{"), route.methods)
+        for router, prefix in places
+        for route in router.routes
+        if isinstance(route, APIRoute) and route.path_regex.match(path.removeprefix(prefix))
+    ]
+    fewest = min((count for count, _ in found), default=0)
+    return {method for count, methods in found if count == fewest for method in methods or ()}
 
 
 async def _answer_unknown(_request: Request, _error: Exception) -> Response:

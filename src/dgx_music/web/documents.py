@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dgx_music.statuses import GenerationStatus
-from dgx_music.validation import MAX_NAME_CHARACTERS
 from dgx_music.web.filters import Parameter
 from dgx_music.web.problems import KINDS, MEDIA_TYPE, Kind
 
 _ID = "01a21733-54a2-7c39-9a6e-0f7a4be3f0a1"
 _SELF = f"/v1/generations/{_ID}"
-_HEADER = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARACTERS}
+_HEADER = {"type": "string", "minLength": 1}
 _PROBLEM_SCHEMA: Mapping[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],

@@ -141,7 +141,7 @@ def check_only(fields: Mapping[str, Any], *known: str) -> None:
     for name in fields:
         if name not in known:
             remedy = f"use {', '.join(known)}" if known else "send an empty object"
-            raise InvalidRequestError(name[:40], "is not a field here", remedy)
+            raise InvalidRequestError(name[:40] or "''", "is not a field here", remedy)
 
 
 def prepared(options: Mapping[str, Any], access: Access) -> dict[str, Any]:
