@@ -23,6 +23,8 @@ HEAVY = [
     "soundfile",
     "soxr",
     "fastapi",
+    "starlette",
+    "uvicorn",
     "typer",
     "rich",
     "obstore",
@@ -39,8 +41,9 @@ ROOMS = {
     "inference.musicgen": {"inference", "audio", "ground"},
     "client": {"storage", "storage.connection", "artifacts", "audio", "inference", "ground"},
     "worker": {"storage", "storage.connection", "artifacts", "audio", "inference", "ground"},
+    "web": {"client", "storage", "artifacts", "ground"},
     "cli": {
-        *("worker", "client", "storage", "storage.connection", "artifacts", "audio"),
+        *("web", "worker", "client", "storage", "storage.connection", "artifacts", "audio"),
         *("inference", "inference.musicgen", "ground"),
     },
 }

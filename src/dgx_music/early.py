@@ -5,7 +5,7 @@ a traceback. No work has begun yet, so the program ends at once. The engine's pr
 signals: only its parent ends it.
 
 Importing this module sets the handlers, but in no other program. Import it before anything slow.
-They hold until the command's own take over: a worker's when it starts, Python's in all others.
+They hold until the command's own take over: a daemon's when it starts, Python's in all others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Of a service manager, Ctrl-C, a closing terminal, and Ctrl-\\ or an image's ``STOPSIGNAL``."""
+DAEMONS = (["worker"], ["web"])
+"""The arguments of the commands that run until a signal ends them."""
 _INTERRUPTED = 130
 _ENGINE = "dgx_music.inference.child"
 _PROGRAMS = ("dgx-music", "dgx_music.cli")
@@ -47,7 +49,8 @@ def _set_handlers() -> None:
         for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)
     elif program in _PROGRAMS:
-        for number in stopping_signals() if sys.argv[1:2] == ["worker"] else (signal.SIGINT,):
+        is_daemon = sys.argv[1:2] in DAEMONS
+        for number in stopping_signals() if is_daemon else (signal.SIGINT,):
             signal.signal(number, _end)
 
 

@@ -29,6 +29,7 @@ COMMANDS = [
     "workers",
 ]
 COMMANDS += ["prune", "doctor", "demo", "db", "db init", "db migrate", "db reset", "db current"]
+COMMANDS += ["web", "token", "token create", "token list", "token revoke"]
 HEAVY = (
     "torch",
     "transformers",

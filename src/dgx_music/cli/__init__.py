@@ -38,7 +38,7 @@ from typer.exceptions import TyperException
 from dgx_music import __version__
 from dgx_music.cli.lazy import LazyCommand, group_of
 from dgx_music.cli.streams import lasting_streams
-from dgx_music.early import restore_ctrl_c
+from dgx_music.early import DAEMONS, restore_ctrl_c
 from dgx_music.errors import DgxMusicError, unwrap
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -57,7 +57,7 @@ _NO_THREAD = "can't start new thread"
 """The message of Python's ``RuntimeError``."""
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 """Imports make many objects and no garbage: by default Python looks for it after 700."""
-_QUEUE, _WORK, _CARE = "Generations", "Workers", "Care"
+_QUEUE, _WORK, _WEB, _CARE = "Generations", "Workers", "Web", "Care"
 
 COMMANDS = {
     "enqueue": (_QUEUE, "enqueue:enqueue", "Add a prompt, or a file of prompts, to the queue."),
@@ -136,6 +136,8 @@ COMMANDS = {
         "fleet:resume",
         "Let workers claim again: everything, or what one model has waiting.",
     ),
+    "web": (_WEB, "web:app", "Serve the API over HTTP, for programs and browsers."),
+    "token": (_WEB, "token:app", "Make, list and revoke the tokens of the web API."),
     "demo": (_CARE, "demo:demo", "See it work: three prompts, the real worker, audio."),
     "doctor": (
         _CARE,
@@ -167,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     If the reader of stdout leaves early, the command still runs to its end.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["worker"]:  # its signals wait until it is there, and it runs for long
+    if arguments[:1] in DAEMONS:  # its signals wait until it is there, and it runs for long
         return _main(argv)
     restore_ctrl_c()
     if argv is not None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from typing import Annotated, Any
 
 import typer
 
 from dgx_music.cli import EXIT_CODES
+from dgx_music.cli.daemons import run_daemon
 from dgx_music.cli.options import given, setting_options, taking
 from dgx_music.config import SETTINGS, load_settings
-from dgx_music.early import ignore_stop_signals
 
 app = typer.Typer(add_completion=False)
 
@@ -34,11 +32,4 @@ def worker(
     from dgx_music.worker.daemon import configure_logging, run_worker
 
     configure_logging(loaded.log_level)
-    asyncio.run(_run_then_ignore_signals(run_worker(loaded, drain=drain)))
-
-
-async def _run_then_ignore_signals(work: Coroutine[Any, Any, None]) -> None:
-    try:
-        await work
-    finally:
-        ignore_stop_signals()
+    run_daemon(run_worker(loaded, drain=drain))

@@ -1,4 +1,4 @@
-"""The tables: generations, their batches, prompts, clips and attempts, the workers, and others."""
+"""The tables: generations, their batches, prompts, clips and attempts, the workers, tokens, and others."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ __all__ = [
     "Speed",
     "Tag",
     "Tally",
+    "Token",
     "WorkerInfo",
     "attempts",
     "text_hash",
@@ -237,3 +238,24 @@ class Tally(Base):
     name: Mapped[str] = mapped_column(StatusText)
     """A finished status, or ``prompts``."""
     delta: Mapped[int]
+
+
+class Token(Base):
+    """One token of the web API: who it is for and what it allows; never the token itself."""
+
+    __tablename__ = "tokens"
+
+    name: Mapped[str] = mapped_column(ShortText, primary_key=True)
+    sha256: Mapped[str] = mapped_column(HashText, unique=True)
+    """Of the token. It has 256 random bits, so a slow hash, as for passwords, adds nothing."""
+    role: Mapped[str] = mapped_column(StatusText)
+    """A ``Role``."""
+    tenant: Mapped[str | None] = mapped_column(ShortText)
+    """The only tenant whose generations it sees and makes; null: all generations."""
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Written at most once an hour, so that a request is no write."""
+
+    __table_args__ = (CheckConstraint("role IN ('read', 'enqueue', 'operate')", "role"),)

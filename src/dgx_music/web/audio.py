@@ -1,0 +1,198 @@
+"""``GET generations/{id}/audio`` and ``…/waveform``: the finished audio, whole or in parts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import cast
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from dgx_music.artifacts import Artifacts, open_place_of
+from dgx_music.artifacts.interface import parse_name
+from dgx_music.client.content import stored_format, stream_row
+from dgx_music.client.generations import audio_facts
+from dgx_music.errors import ArtifactError, InvalidRequestError, NoAudioError
+from dgx_music.storage import Generation
+from dgx_music.validation import check_integer
+from dgx_music.web import documents
+from dgx_music.web.access import Access, MayRead
+from dgx_music.web.filters import Parameter, read_flag, read_integer, read_parameters
+from dgx_music.web.names import MEDIA_TYPES, disposition, file_name, media_type_of
+from dgx_music.web.problems import GONE, NO_SUCH_RANGE, ProblemError
+from dgx_music.web.ranges import NoSuchRangeError, is_known, is_same, parse_range
+from dgx_music.web.route import MusicRoute
+from dgx_music.web.rows import find_row, has_audio
+from dgx_music.web.site import site_of
+
+MOST_POINTS = 1_000
+_DEFAULT_POINTS = 200
+_GONE = "The audio was deleted or moved."
+
+router = APIRouter(
+    prefix="/generations/{generation_id}", route_class=MusicRoute, tags=["generations"]
+)
+
+
+_OF_AUDIO = (
+    Parameter("format", {"enum": [*MEDIA_TYPES]}, "Only the format that the audio has."),
+    Parameter("download", {"type": "boolean"}, "If true, a browser saves it.", read_flag),
+)
+_OF_WAVEFORM = (
+    Parameter(
+        "points",
+        {"type": "integer", "minimum": 1, "maximum": MOST_POINTS, "default": _DEFAULT_POINTS},
+        "How many peaks at most.",
+        read_integer,
+    ),
+)
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+_AUDIO_ANSWERS = documents.answers(
+    {
+        200: ("The file.", None),
+        206: ("The bytes that `Range` asks for.", None),
+        304: ("The client has this version.", None),
+    },
+    errors=[404, 409, 410, 416],
+)
+for _status in (200, 206):
+    _AUDIO_ANSWERS[_status]["content"] = dict.fromkeys(MEDIA_TYPES.values(), _BYTES)
+
+
+@router.get(
+    "/audio",
+    response_class=StreamingResponse,
+    responses=_AUDIO_ANSWERS,
+    openapi_extra=documents.parameters(*_OF_AUDIO),
+)
+async def get_audio(generation_id: str, request: Request, access: MayRead) -> Response:
+    """Send the audio of a completed generation; players may ask for parts of it."""
+    values = read_parameters(request, *_OF_AUDIO)
+    row = await _find_completed(generation_id, access)
+    _check_format(row, values.get("format"))
+    headers = {
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",  # to be asked for again by its ETag
+        "Content-Disposition": disposition(
+            file_name(row), is_attachment=values.get("download", False)
+        ),
+    }
+    if row.sha256 is not None:
+        headers["ETag"] = f'"{row.sha256}"'
+        if is_known(request.headers.get("if-none-match"), headers["ETag"]):
+            return Response(status_code=304, headers=headers)
+    return await _send(row, request, headers)
+
+
+@router.head("/audio", include_in_schema=False)
+async def head_audio(generation_id: str, request: Request, access: MayRead) -> Response:
+    """Say what ``get_audio`` would send."""
+    return await get_audio(generation_id, request, access)
+
+
+@router.get(
+    "/waveform",
+    responses=documents.answers(
+        {
+            200: (
+                "The peak of each of so many equal parts; full scale is 1.",
+                documents.example({"duration_seconds": 16.0, "peaks": [0.1, 0.8, 0.5]}),
+            )
+        },
+        errors=[404, 409, 410],
+    ),
+    openapi_extra=documents.parameters(*_OF_WAVEFORM),
+)
+async def get_waveform(generation_id: str, request: Request, access: MayRead) -> Response:
+    """Send the peaks of a completed generation's audio, to be drawn."""
+    values = read_parameters(request, *_OF_WAVEFORM)
+    points = check_integer("points", values.get("points", _DEFAULT_POINTS), 1, MOST_POINTS)
+    facts = audio_facts(await _find_completed(generation_id, access))
+    if facts is None:
+        raise ProblemError(GONE, "The generation was completed without a waveform.")
+    peaks = _reduced([float(peak) for peak in facts.waveform], points)
+    return JSONResponse({"duration_seconds": facts.duration_seconds, "peaks": peaks})
+
+
+async def _find_completed(generation_id: str, access: Access) -> Generation:
+    row = await find_row(generation_id, access)
+    if not row.is_complete:
+        raise NoAudioError(row.id, row.status)
+    return row
+
+
+def _check_format(row: Generation, wanted: str | None) -> None:
+    found = stored_format(row)
+    if wanted is not None and wanted != found:
+        problem = f"is {wanted[:10]!r}, and this audio is {found}"
+        raise InvalidRequestError("format", problem, "leave it out")
+
+
+async def _send(row: Generation, request: Request, headers: dict[str, str]) -> Response:
+    """Return the answer with the file, or the part of it that the request asks for."""
+    if not has_audio(row):
+        raise ProblemError(GONE, _GONE)
+    size, part = cast("int", row.file_size_bytes), None
+    if is_same(request.headers.get("if-range"), headers.get("ETag", "")):
+        part = _find_part(request.headers.get("range"), size)
+    start, length = part or (0, size)
+    headers |= {"Content-Length": str(length)}
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{size}"
+    first, rest = await _begun(site_of(request).artifacts, row, start, length)
+    status, media_type = 200 if part is None else 206, media_type_of(row)
+    if request.method == "HEAD":
+        await rest.aclose()
+        return Response(None, status, headers, media_type)
+    return StreamingResponse(_joined(first, rest), status, headers, media_type)
+
+
+def _find_part(header: str | None, size: int) -> tuple[int, int] | None:
+    try:
+        return parse_range(header, size)
+    except NoSuchRangeError:
+        detail = f"The file has {size:,} bytes; ask for some of them."
+        headers = {"Content-Range": f"bytes */{size}"}
+        raise ProblemError(NO_SUCH_RANGE, detail, headers=headers) from None
+
+
+async def _begun(
+    place: Artifacts, row: Generation, start: int, length: int
+) -> tuple[bytes, AsyncGenerator[bytes, None]]:
+    """Return the first chunk and the rest: so a missing file is noticed before the answer begins."""
+    path = cast("str", row.file_path)
+    if not (place.holds(path) or _has_own_name(row, path)):
+        raise ProblemError(GONE, _GONE)
+    chunks = stream_row(row, start, length)
+    try:
+        return await anext(chunks, b""), chunks
+    except ArtifactError:
+        if await open_place_of(path).exists(path):
+            raise
+        raise ProblemError(GONE, _GONE) from None
+
+
+def _has_own_name(row: Generation, path: str) -> bool:
+    """Return True if the file is named as a worker names the audio of this row.
+
+    Only such a file is sent if it is of another output than the server's.
+    """
+    named = parse_name(path.rpartition("/")[2])
+    return named is not None and named[0] == row.id
+
+
+async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
+
+
+def _reduced(peaks: list[float], points: int) -> list[float]:
+    """Return at most so many peaks, each the highest of its part."""
+    count = min(points, len(peaks))
+    starts = [part * len(peaks) // count for part in range(count)]
+    ends = [*starts[1:], len(peaks)]
+    return [max(peaks[start:end]) for start, end in zip(starts, ends, strict=True)]

@@ -1,0 +1,23 @@
+"""What can be chosen of a web server, apart from the settings of the library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+JSON_BYTES = 2**20
+"""The largest body of a request that is JSON."""
+MOST_ROWS = 200
+"""The longest page."""
+MOST_IN_A_BATCH = 1_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebOptions:
+    """What can be chosen of a web server."""
+
+    is_open: bool = False
+    """Whether everybody may do everything until the first token is made: for loopback only."""
+    allowed_hosts: frozenset[str] = frozenset()
+    """The names, besides those of loopback, that a request's ``Host`` may have."""
+    requests_per_second: float = 20.0
+    """How many requests each token may make, and at once as many as in one second; 0: any."""

@@ -1,0 +1,34 @@
+"""The class of our routes: also in another application their errors are problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi.routing import APIRoute
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dgx_music.web.bodies import limited
+from dgx_music.web.guard import secure
+from dgx_music.web.problems import problem_of
+
+
+class MusicRoute(APIRoute):
+    """Limits the body, turns known errors into problems, and secures the answer."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                response = await handle(limited(request))
+            except Exception as error:
+                if (problem := problem_of(request, error)) is None:
+                    raise
+                response = problem.response()
+            secure(response.raw_headers)
+            return response
+
+        return answer

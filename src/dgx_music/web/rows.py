@@ -1,0 +1,124 @@
+"""A generation as clients see it: its row without what is ours, and links to what can be done."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from starlette.requests import Request
+
+from dgx_music.errors import GenerationNotFoundError
+from dgx_music.statuses import CANCELLED, FAILED
+from dgx_music.storage import Attempt, Generation, get_generation
+from dgx_music.storage.database import ensure_database
+from dgx_music.storage.queue import AUDIO_KEY
+from dgx_music.web.access import Access
+
+ROOT = "/v1/"
+_HIDDEN = ("file_path", "request_hash", "prompt_id", "lease_expires_at", "is_starred")
+_FOR_OPERATORS = "worker_id"
+_ONLY_ALONE = (
+    *("continuation_sha256", "melody_sha256", "sha256", "model_version"),
+    *("max_attempts", "run_at", "started_at"),
+)
+_AUDIO_IN_LISTS = ("duration_seconds", "format")
+"""Tempo and key are columns of the row."""
+
+
+def base_of(request: Request) -> str:
+    """Return the path under which the API is mounted, wherever that is, without ``/v1``."""
+    path: str = request.scope["path"]
+    return quote(path[: path.rindex(ROOT)])
+
+
+async def find_row(generation_id: str, access: Access) -> Generation:
+    """Return the row; raises ``GenerationNotFoundError`` also if it is another tenant's."""
+    database = await ensure_database()
+    row = await database.transact(
+        lambda session: get_generation(session, generation_id), read_only=True
+    )
+    return check_visible(row, generation_id, access)
+
+
+def check_visible(row: Generation | None, generation_id: str, access: Access) -> Generation:
+    """Return the row if there is one that may be seen, else raise ``GenerationNotFoundError``."""
+    if row is None or access.tenant not in (None, row.tenant):
+        raise GenerationNotFoundError(generation_id)
+    return row
+
+
+def as_row(row: Generation, access: Access, base: str) -> dict[str, Any]:
+    """Return the row as JSON values."""
+    told = row.to_dict()
+    for name in _HIDDEN:
+        del told[name]
+    if not access.is_operator:
+        del told[_FOR_OPERATORS]
+    return {
+        **told,
+        "sampling": _with_text_seed(told["sampling"]),
+        "metadata": _without_waveform(told["metadata"]),
+        "starred": row.is_starred,
+        "urls": _urls(row, base),
+    }
+
+
+def as_list_row(row: Generation, access: Access, base: str) -> dict[str, Any]:
+    """Return the row as JSON values for a list: without what only a look at one row needs.
+
+    So a page of 50 rows is about 55 kB.
+    """
+    told = as_row(row, access, base)
+    for name in _ONLY_ALONE:
+        del told[name]
+    audio = (told["metadata"] or {}).get(AUDIO_KEY)
+    if isinstance(audio, dict):
+        kept = {name: audio[name] for name in _AUDIO_IN_LISTS if name in audio}
+        told["metadata"] = {**told["metadata"], AUDIO_KEY: kept}
+    return told
+
+
+def as_attempt(attempt: Attempt, access: Access) -> dict[str, Any]:
+    """Return the attempt as JSON values."""
+    told = attempt.to_dict()
+    del told["generation_id"]
+    if not access.is_operator:
+        del told[_FOR_OPERATORS]
+    return told
+
+
+def url_of(row: Generation, base: str) -> str:
+    """Return the path of the row."""
+    return f"{base}{ROOT}generations/{row.id}"
+
+
+def has_audio(row: Generation) -> bool:
+    """Return True if audio was stored with the row; it may be deleted by now."""
+    return row.is_complete and row.file_path is not None and row.file_size_bytes is not None
+
+
+def _urls(row: Generation, base: str) -> dict[str, str | None]:
+    own = url_of(row, base)
+    return {
+        "self": own,
+        "audio": f"{own}/audio" if has_audio(row) else None,
+        "waveform": f"{own}/waveform" if has_audio(row) else None,
+        "cancel": None if row.is_finished else f"{own}/cancel",
+        "retry": f"{own}/retry" if row.status in (FAILED, CANCELLED) else None,
+    }
+
+
+def _with_text_seed(sampling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the fields with the seed as text: a browser rounds numbers of more than 53 bits."""
+    if sampling is None or sampling.get("seed") is None:
+        return sampling
+    return {**sampling, "seed": str(sampling["seed"])}
+
+
+def _without_waveform(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the metadata without the thousand numbers that only ``…/waveform`` gives."""
+    audio = (metadata or {}).get(AUDIO_KEY)
+    if not isinstance(audio, dict) or "waveform" not in audio:
+        return metadata
+    kept = {name: value for name, value in audio.items() if name != "waveform"}
+    return {**(metadata or {}), AUDIO_KEY: kept}

@@ -1,0 +1,36 @@
+"""What all requests to one mounted API share."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import cast
+
+from starlette.requests import Request
+
+from dgx_music.artifacts import Artifacts, open_output
+from dgx_music.config import Settings, load_settings
+from dgx_music.web.options import WebOptions
+from dgx_music.web.stops import Stops
+from dgx_music.web.tokens import Rates, Tokens
+
+
+class Site:
+    """One mounted API: its settings, its place for audio, and what it remembers of tokens."""
+
+    def __init__(self, settings: Settings | None, options: WebOptions) -> None:
+        self._settings = settings
+        self.options = options
+        self.tokens = Tokens()
+        self.rates = Rates(options.requests_per_second)
+        self.stops = Stops()
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        """The place of the audio; files of another place are not served."""
+        settings = self._settings or load_settings()
+        return open_output(settings.output, is_private=settings.is_private)
+
+
+def site_of(request: Request) -> Site:
+    """Return the site that the request came to."""
+    return cast("Site", request.state.music_site)

@@ -1,0 +1,69 @@
+"""Who holds a token, kept for two seconds; and how many requests each holder may make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+
+from dgx_music.client import tokens
+from dgx_music.storage.tokens import Holder
+
+KEPT_SECONDS = 2.0
+"""How long a revoked token may still be accepted."""
+_MOST_KEPT = 1_000
+
+
+class Tokens:
+    """The tokens as this process knows them."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._holders: dict[str, tuple[float, Holder]] = {}
+        self._was_empty_at: float | None = None
+        self._has_any = False
+
+    async def find_holder(self, secret: str) -> Holder | None:
+        """Return who holds this token, or ``None`` if it is not valid."""
+        kept = self._holders.get(secret)
+        if kept is not None and self._clock() - kept[0] < KEPT_SECONDS:
+            return kept[1]
+        at, holder = self._clock(), await tokens.find_holder(secret)
+        if len(self._holders) >= _MOST_KEPT:
+            self._holders.clear()
+        if holder is None:
+            self._holders.pop(secret, None)
+        else:
+            self._holders[secret] = (at, holder)
+        return holder
+
+    async def has_any(self) -> bool:
+        """Return True if a token was ever made."""
+        is_fresh = self._was_empty_at is not None and (
+            self._clock() - self._was_empty_at < KEPT_SECONDS
+        )
+        if not self._has_any and not is_fresh:
+            at = self._clock()
+            self._has_any = await tokens.has_tokens()
+            self._was_empty_at = at
+        return self._has_any
+
+
+class Rates:
+    """How many requests each holder may still make: so many a second, and so many at once."""
+
+    def __init__(self, per_second: float, clock: Callable[[], float] = monotonic) -> None:
+        self._per_second = per_second
+        self._most = max(per_second, 1.0)
+        self._clock = clock
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def take(self, name: str) -> float:
+        """Count a request and return 0, or return the seconds until the next one is allowed."""
+        if not self._per_second:
+            return 0.0
+        now = self._clock()
+        since, left = self._left.get(name, (now, self._most))
+        left = min(self._most, left + (now - since) * self._per_second)
+        is_allowed = left >= 1
+        self._left[name] = (now, left - is_allowed)
+        return 0.0 if is_allowed else (1 - left) / self._per_second

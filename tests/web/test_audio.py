@@ -1,0 +1,258 @@
+"""The audio: whole, in parts, by its version, and by which name."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import get_args
+from urllib.parse import quote
+
+import pytest
+
+from dgx_music.artifacts import open_output
+from dgx_music.config import AudioFormat
+from dgx_music.storage import Generation, queue
+from dgx_music.web.names import MEDIA_TYPES, disposition, file_name
+from tests.factories import SQLITE, add_generation, audio_file, claim_one, completion_of, on
+
+DATA = audio_file(0.1)
+SIZE = len(DATA)
+FACTS = {
+    "duration_seconds": 0.1,
+    "sample_rate": 32_000,
+    "channels": 1,
+    "format": "wav",
+    "peak": 0.5,
+    "loudness_lufs": None,
+    "waveform": [0.1, 0.4, 0.2, 0.3],
+}
+
+
+@pytest.fixture
+def complete(default_database, output):
+    """Returns a generation's path, once its audio is stored as a worker does it."""
+
+    async def make(data=DATA, extension="wav", **values):
+        async with default_database.session() as session:
+            await add_generation(session, **values)
+            lease = await claim_one(session)
+        place = open_output(output)
+        stored = await place.publish(lease.generation_id, lease.attempt, extension, data)
+        done = completion_of(
+            lease,
+            file_path=stored.path,
+            file_size_bytes=stored.size_bytes,
+            sha256=stored.sha256,
+            audio=FACTS,
+        )
+        async with default_database.session() as session:
+            await queue.complete(session, [done])
+        return f"/v1/generations/{lease.generation_id}"
+
+    return make
+
+
+@pytest.mark.any_driver
+async def test_the_whole_file_is_sent_with_its_type_name_and_version(client, complete):
+    path = await complete(prompt="Trap beat, 140 BPM")
+
+    answer = await client.get(f"{path}/audio")
+
+    assert (answer.status_code, answer.content) == (200, DATA)
+    assert answer.headers["content-type"] == "audio/wav"
+    assert answer.headers["content-length"] == str(SIZE)
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["etag"].strip('"').isalnum()
+    name = f"Trap beat, 140 BPM_{path[-8:]}.wav"
+    assert answer.headers["content-disposition"] == (
+        f"inline; filename=\"{name}\"; filename*=UTF-8''{quote(name)}"
+    )
+
+
+@on(SQLITE)
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [
+        ("bytes=0-1", (0, 2)),
+        ("bytes=10-19", (10, 20)),
+        ("bytes=10-", (10, SIZE)),
+        ("bytes=-5", (SIZE - 5, SIZE)),
+        (f"bytes=-{SIZE * 2}", (0, SIZE)),
+        (f"bytes=10-{SIZE * 9}", (10, SIZE)),
+        (f"bytes={SIZE - 1}-", (SIZE - 1, SIZE)),
+    ],
+)
+async def test_a_part_is_sent(client, complete, asked, part):
+    start, end = part
+
+    answer = await client.get(f"{await complete()}/audio", headers={"Range": asked})
+
+    assert (answer.status_code, answer.content) == (206, DATA[start:end])
+    assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
+
+
+@on(SQLITE)
+@pytest.mark.parametrize(
+    "asked", ["bytes=", "bytes=-", "bytes=5-1", "bytes=0-1,5-6", "lines=0-1", "bytes=a-b", "0-1"]
+)
+async def test_a_range_that_is_none_gets_the_whole(client, complete, asked):
+    answer = await client.get(f"{await complete()}/audio", headers={"Range": asked})
+
+    assert (answer.status_code, len(answer.content)) == (200, SIZE)
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("asked", [f"bytes={SIZE}-", f"bytes={SIZE + 5}-{SIZE + 9}", "bytes=-0"])
+async def test_a_range_beyond_the_end_is_a_problem(client, complete, asked):
+    answer = await client.get(f"{await complete()}/audio", headers={"Range": asked})
+
+    assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{SIZE}")
+    assert answer.json()["type"] == "urn:dgx-music:no-such-range"
+
+
+@on(SQLITE)
+async def test_a_client_that_has_the_version_gets_nothing_again(client, complete):
+    path = f"{await complete()}/audio"
+    etag = (await client.get(path)).headers["etag"]
+    for known in (etag, f'"x", W/{etag}', "*"):
+        answer = await client.get(path, headers={"If-None-Match": known})
+        assert (answer.status_code, answer.content) == (304, b"")
+        assert answer.headers["etag"] == etag
+    assert (await client.get(path, headers={"If-None-Match": '"x"'})).status_code == 200
+
+
+@on(SQLITE)
+async def test_a_part_of_another_version_is_not_sent(client, complete):
+    path = f"{await complete()}/audio"
+    etag = (await client.get(path)).headers["etag"]
+    asked = {"Range": "bytes=0-1"}
+
+    answers = [
+        await client.get(path, headers={**asked, "If-Range": version})
+        for version in (etag, '"x"', "Wed, 21 Oct 2015 07:28:00 GMT", f"W/{etag}")
+    ]
+
+    assert [answer.status_code for answer in answers] == [206, 200, 200, 200]
+
+
+@on(SQLITE)
+async def test_head_says_what_get_sends(client, complete):
+    path = f"{await complete()}/audio"
+    for headers in ({}, {"Range": "bytes=0-9"}):
+        get, head = (
+            await client.get(path, headers=headers),
+            await client.head(path, headers=headers),
+        )
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert {**head.headers} == {**get.headers}
+
+
+@on(SQLITE)
+async def test_a_download_is_an_attachment(client, complete):
+    answer = await client.get(f"{await complete()}/audio?download=1")
+
+    assert answer.headers["content-disposition"].startswith("attachment; ")
+
+
+@on(SQLITE)
+@pytest.mark.parametrize("query", ["format=mp3", "format=x", "download=2", "colour=red"])
+async def test_a_wrong_parameter_is_a_problem(client, complete, query):
+    assert (await client.get(f"{await complete()}/audio?{query}")).status_code == 422
+
+
+@pytest.mark.any_driver
+async def test_a_generation_that_is_not_completed_has_none(client, default_database):
+    async with default_database.session() as session:
+        generation_id = (await add_generation(session)).id
+    for path in ("audio", "waveform"):
+        answer = await client.get(f"/v1/generations/{generation_id}/{path}")
+        assert (answer.status_code, answer.json()["type"]) == (409, "urn:dgx-music:wrong-status")
+
+
+@on(SQLITE)
+async def test_audio_that_was_deleted_is_gone(client, complete, output):
+    path = f"{await complete()}/audio"
+    for file in output.iterdir():
+        file.unlink()
+    for answer in (await client.get(path), await client.get(path, headers={"Range": "bytes=0-1"})):
+        assert (answer.status_code, answer.json()["type"]) == (410, "urn:dgx-music:gone")
+
+
+@on(SQLITE)
+async def test_no_other_file_is_sent(client, complete, output, tmp_path, default_database):
+    """A row may name any file; a worker of another output wrote it, or somebody by hand."""
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(DATA)
+    (output / "x").mkdir(parents=True)
+    for place in (secret, output / "x" / ".." / ".." / "secret.wav"):
+        async with default_database.session() as session:
+            row = await add_generation(
+                session, status="completed", file_path=str(place), file_size_bytes=SIZE
+            )
+        assert (await client.get(f"/v1/generations/{row.id}/audio")).status_code == 410
+    (output / "link.wav").symlink_to(secret)
+    async with default_database.session() as session:
+        link = str(output / "link.wav")
+        row = await add_generation(
+            session, status="completed", file_path=link, file_size_bytes=SIZE
+        )
+    assert (await client.get(f"/v1/generations/{row.id}/audio")).status_code == 503
+
+
+@pytest.mark.any_driver
+async def test_the_waveform_has_as_many_peaks_as_asked_for(client, complete):
+    path = f"{await complete()}/waveform"
+
+    assert (await client.get(path)).json() == {
+        "duration_seconds": 0.1,
+        "peaks": [0.1, 0.4, 0.2, 0.3],
+    }
+    assert (await client.get(f"{path}?points=2")).json()["peaks"] == [0.4, 0.3]
+    assert (await client.get(f"{path}?points=0")).status_code == 422
+
+
+@on(SQLITE)
+async def test_audio_of_a_former_output_is_still_sent(client, complete, output, monkeypatch):
+    path = await complete()
+    monkeypatch.setenv("DGX_MUSIC_OUTPUT", str(output.parent / "new"))
+
+    assert (await client.get(f"{path}/audio")).content == DATA
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "../../etc/passwd",
+        'a"; filename="b',
+        "a\r\nSet-Cookie: c",
+        "\u202egnp.exe",
+        "%22",
+        "\\",
+        "a" * 500,
+    ],
+)
+def test_no_name_leaves_a_folder_or_ends_a_header(prompt):
+    row = Generation(
+        prompt=prompt, model_name="x", file_path="/x/y-1.flac", created_at=datetime.now(UTC)
+    )
+
+    header = disposition(file_name(row), is_attachment=True)
+
+    start, name, end = header.split('"')
+    assert (start, end[:18]) == ("attachment; filename=", "; filename*=UTF-8'")
+    assert name.isprintable()
+    assert not {*name} & {*"/\\%"}
+    assert name.endswith(".flac")
+    assert len(name) < 256
+
+
+def test_a_name_is_sent_in_ascii_and_as_it_is():
+    header = disposition("тихий-café_1.wav", is_attachment=True)
+
+    assert header == (
+        'attachment; filename="cafe_1.wav"; '
+        "filename*=UTF-8''%D1%82%D0%B8%D1%85%D0%B8%D0%B9-caf%C3%A9_1.wav"
+    )
+
+
+def test_each_format_has_its_type():
+    assert {*get_args(AudioFormat)} <= MEDIA_TYPES.keys()
