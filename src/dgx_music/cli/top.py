@@ -290,10 +290,11 @@ class _Terminal:
 
         board = self._board
         with ExitStack() as stack:
-            has_keys = stack.enter_context(pressed_keys(board.press))
             options: dict[str, Any] = dict.fromkeys(("redirect_stdout", "redirect_stderr"), False)
             live = Live(console=self._console, screen=True, auto_refresh=False, **options)
             self._live = stack.enter_context(live)
+            # Given back before the screen is: the first screen is never seen without its modes.
+            has_keys = stack.enter_context(pressed_keys(board.press))
             self._stack = stack.pop_all()
         board.view = replace(board.view, has_keys=has_keys)
         board.redraw = self._draw
