@@ -164,6 +164,26 @@ def test_a_file_of_comments_holds_no_prompts(run: Run) -> None:
     assert run("enqueue", "--file", "prompts.txt").code == 2
 
 
+# names
+
+
+def test_a_whole_name_means_more_than_a_part_of_an_id(run: Run) -> None:
+    (stranger,) = add("a stranger")
+    name = stranger[-6:]
+    run("enqueue", "--file", write_prompts("a"), "--batch", name)
+
+    (found,) = [each for each in run("batches", "--json").json if each["name"] == name]
+    assert run("watch", name, "--timeout", 0.1, "--json").json["id"] == found["id"]
+
+
+def test_an_id_means_more_than_a_name(run: Run) -> None:
+    run("enqueue", "--file", write_prompts("a"), "--batch", "first")
+    (first,) = run("batches", "--json").json
+    run("enqueue", "--file", write_prompts("b", "c"), "--batch", first["id"])
+
+    assert [row["prompt"] for row in run("list", "--batch", first["id"], "--json").json] == ["a"]
+
+
 # watching
 
 

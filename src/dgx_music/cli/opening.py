@@ -88,8 +88,14 @@ async def look_for_batch(database: Database, wanted: str, field: str) -> str | N
 async def find_generation_or_batch(database: Database, wanted: str) -> Generation | str:
     """Return the generation that this means, or else the id of the batch that it means.
 
-    Raises what ``find_generation`` raises.
+    A whole id or a batch's name means more than a part of an id. Raises what ``find_generation`` raises.
     """
+    name = check_name("ID", wanted)
+    async with database.session(read_only=True) as session:
+        generation = await get_generation(session, name.lower())
+        batch_ids = [] if generation else await find_named_batches(session, name)
+    if whole := generation or the_one_meant(name, batch_ids):
+        return whole
     try:
         return await find_generation(database, wanted)
     except GenerationNotFoundError:

@@ -38,7 +38,9 @@ async def drop_batches(session: AsyncSession, ids: Collection[str]) -> None:
 
 
 async def find_named_batches(session: AsyncSession, name: str, limit: int = 20) -> list[str]:
-    """Return the ids of at most ``limit`` batches of this name, newest first."""
+    """Return the id of the batch with this id, else of at most ``limit`` of this name, newest first."""
+    if (found := await session.get(Batch, name.lower())) is not None:
+        return [found.id]
     query = select(Batch.id).where(Batch.name == name).order_by(Batch.id.desc())
     return list(await session.scalars(query.limit(limit)))
 

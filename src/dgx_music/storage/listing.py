@@ -91,8 +91,9 @@ async def list_generations(
     orders: ``sort`` by ``finished`` (the time), ``duration``, ``bpm`` or ``run-time``, the largest
     value first; a generation without such a value is left out. ``reverse`` turns any order round.
 
-    By ``created``, ``finished`` and ``bpm`` the rows are read from an index in order; by
-    ``duration`` and ``run-time`` all that fit are read and sorted. Raises ``InvalidRequestError``.
+    By ``created``, ``finished`` and ``bpm`` the rows are read from an index in order, past those
+    that do not fit; by ``duration`` and ``run-time`` all that fit are read and sorted. Raises
+    ``InvalidRequestError``.
     """
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
     order = _Order(_check_sort(sort), reverse)

@@ -7,6 +7,7 @@ The transitions that a worker makes are in queue.py, those made by hand in by_ha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise, takewhile
 from typing import Any
 
 from sqlalchemy import case, delete, func, select
@@ -89,12 +90,16 @@ async def count_end_characters(session: AsyncSession, ids: Sequence[str], least:
     alike = await session.scalars(
         select(Generation.id).where(ending(Generation.id, least).in_(ends))
     )
-    needed = least
-    for other in {*alike, *ids}:
-        for each in ids:
-            while each != other and each[-needed:] == other[-needed:]:
-                needed += 1
-    return needed
+    backwards = sorted({each[::-1] for each in {*alike, *ids}})
+    meant = {each[::-1] for each in ids}
+    # What has most in common with an id stands next to it.
+    together = [_alike(*pair) for pair in pairwise(backwards) if not meant.isdisjoint(pair)]
+    return max([least - 1, *together]) + 1
+
+
+def _alike(one: str, other: str) -> int:
+    """Return with how many equal characters both begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _last_on_sqlite(column: Any, count: int) -> Any:
