@@ -395,7 +395,7 @@ def _clean_text(field: str, value: object, remedy: str) -> str:
 
 def _one_line(field: str, value: object) -> str:
     text = _clean_text(field, value, "use printable characters on one line")
-    if "\n" in text or "\t" in text:
+    if text.splitlines() not in ([], [text]) or "\t" in text:
         raise InvalidRequestError(
             field, "has a line break or tab", "use printable characters on one line"
         )

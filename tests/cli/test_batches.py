@@ -141,7 +141,7 @@ def test_a_line_that_begins_with_a_hash_and_a_space_is_a_comment(run: Run) -> No
 
     rows = run("enqueue", "--file", "prompts.txt", "--json").json
 
-    assert [row["prompt"] for row in rows] == ["#", "#trap beat", "a # b", "#\tnot", "c"]
+    assert [row["prompt"] for row in rows] == ["#", "#trap beat", "# more", "a # b", "#\tnot", "c"]
 
 
 def test_comments_count_as_lines_and_json_lines_have_all_options(run: Run) -> None:
@@ -278,4 +278,17 @@ def test_a_batch_is_a_filter_by_its_id_and_by_its_name(run: Run, monday: dict[st
     for wanted in (monday["id"], monday["id"][-6:], "Monday, first"):
         rows = run("list", "--batch", wanted, "--json").json
         assert sorted(row["prompt"] for row in rows) == ["a", "b"]
-    assert run("list", "--batch", "tuesday").code == 2
+    assert run("list", "--batch", "tuesday").code == 3
+
+
+def test_a_cursor_that_is_none_is_refused(run: Run) -> None:
+    result = run("batches", "--after", "zzz")
+
+    assert (result.code, "after is not a page's cursor" in result.err) == (2, True)
+
+
+def test_a_name_of_two_batches_asks_for_an_id(run: Run) -> None:
+    for _ in range(2):
+        run("enqueue", "--file", write_prompts("a"), "--batch", "daily")
+
+    assert "give one of the ids (" in run("list", "--batch", "daily").err

@@ -226,3 +226,12 @@ def test_a_label_that_cannot_be_given_says_why(run: Run, arguments: list[str], c
     result = run(*(made if each == "ID" else each for each in arguments))
 
     assert (result.code, result.err.count("\n")) == (code, 1)
+
+
+def test_the_children_of_a_deleted_generation_are_still_listed(run: Run) -> None:
+    (parent,) = add("lofi rain")
+    (child,) = add("lofi rain", parent_id=parent)
+    run("delete", parent, "--yes")
+
+    assert [row["id"] for row in run("list", "--parent", parent, "--json").json] == [child]
+    assert run("list", "--parent", parent[:-1]).code == 3

@@ -40,7 +40,7 @@ def batches(
             for each in page.batches
         ]
         print_table(("ID", "CREATED", "FINISHED", "NAME"), lines)
-    elif after is None:
+    elif after is None and limit:
         tell("There are no batches yet; make one with: dgx-music enqueue --file prompts.txt")
     if page.next is not None:
         tell(f"{len(page.batches):,}; the next ones: --after {page.next}")

@@ -99,8 +99,9 @@ def short_id(row: Generation, characters: int | None) -> str:
 
 
 def titled_prompt(row: Generation) -> str:
-    """Return the prompt, behind the title if there is one."""
-    return f"{row.title} · {prompt_in_words(row)}" if row.title else prompt_in_words(row)
+    """Return the prompt, behind the title and the number of the take if there are any."""
+    take = None if row.take is None else f"take {row.take}"
+    return " · ".join(filter(None, [row.title, take, prompt_in_words(row)]))
 
 
 def _text(row: Generation, name: str, names: Collection[str]) -> str:

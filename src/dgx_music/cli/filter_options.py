@@ -14,7 +14,7 @@ import typer
 from dgx_music.cli.options import complete_model
 from dgx_music.cli.output import tell
 from dgx_music.cli.times import local_words, read_time
-from dgx_music.errors import InvalidRequestError
+from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.statuses import GenerationStatus
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FILTERS = "Filters"
 """The heading of these options in the help."""
+_ID_CHARACTERS = 36
 
 
 def _option(kind: Any, help: str, *names: str, **more: Any) -> Any:  # noqa: A002
@@ -98,16 +99,29 @@ def filters_of(options: Mapping[str, Any]) -> Filters:
 async def find_filters(database: Database, filters: Filters) -> Filters:
     """Return the filters with the whole ids of what their parts of ids mean.
 
-    Raises ``InvalidRequestError`` if a part fits none or several.
+    Raises ``BatchNotFoundError``, ``GenerationNotFoundError``, or ``InvalidRequestError`` if a part
+    fits several.
     """
-    from dgx_music.cli.opening import find_batch_id, find_generation
+    from dgx_music.cli.opening import find_batch_id
 
     found = filters.copy()
     if batch := filters.get("batch"):
         found["batch"] = await find_batch_id(database, batch)
     if parent := filters.get("parent"):
-        found["parent"] = (await find_generation(database, parent)).id
+        found["parent"] = await _find_parent(database, parent)
     return found
+
+
+async def _find_parent(database: Database, wanted: str) -> str:
+    """Return the id that is meant; a whole one also if that generation is deleted."""
+    from dgx_music.cli.opening import find_generation
+
+    try:
+        return (await find_generation(database, wanted)).id
+    except GenerationNotFoundError:
+        if len(wanted) != _ID_CHARACTERS:
+            raise
+        return wanted.lower()
 
 
 def _metadata(pairs: Iterable[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dgx_music.cli.options import given
 from dgx_music.cli.output import is_bounded, tell
 from dgx_music.config import load_settings
-from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
+from dgx_music.errors import BatchNotFoundError, GenerationNotFoundError, InvalidRequestError
 from dgx_music.storage import Database, Generation, close_db, get_generation, init_db
 from dgx_music.storage.batches import find_named_batches
 from dgx_music.storage.connection.urls import file_of, normalise_url
@@ -48,7 +48,8 @@ def exists(database: Database) -> bool:
 async def find_generation(database: Database, wanted: str) -> Generation:
     """Return the generation with this id, or the one that this part of an id means.
 
-    Raises ``GenerationNotFoundError``, or ``InvalidRequestError`` if the part fits several.
+    Raises ``GenerationNotFoundError``, or ``InvalidRequestError`` if the part is too short or fits
+    several.
     """
     part = check_name("ID", wanted).lower()
     async with database.session(read_only=True) as session:
@@ -56,6 +57,9 @@ async def find_generation(database: Database, wanted: str) -> Generation:
         if generation is None and len(part) >= SHORTEST_PART:
             found = the_one_meant(wanted, await find_generation_ids(session, part))
             generation = await get_generation(session, found) if found else None
+    if generation is None and len(part) < SHORTEST_PART:
+        remedy = f"give {SHORTEST_PART} characters of an id or more"
+        raise InvalidRequestError("ID", f"is {wanted!r}, which is too short", remedy)
     if generation is None:
         raise GenerationNotFoundError(wanted)
     return generation
@@ -64,11 +68,11 @@ async def find_generation(database: Database, wanted: str) -> Generation:
 async def find_batch_id(database: Database, wanted: str) -> str:
     """Return the id of the batch with this id or name, or that this part of an id means.
 
-    Raises ``InvalidRequestError`` if it fits none or several.
+    Raises ``BatchNotFoundError``, or ``InvalidRequestError`` if it fits several.
     """
     found = await look_for_batch(database, wanted, "--batch")
     if found is None:
-        raise InvalidRequestError("--batch", f"is {wanted!r}", "give the id or name of a batch")
+        raise BatchNotFoundError(wanted)
     return found
 
 
@@ -128,5 +132,7 @@ def the_one_meant(part: str, ids: Sequence[str], field: str = "ID") -> str | Non
     if len(fitting) > 1:
         several = ", ".join(fitting[:_MOST_NAMED]) + (", …" if len(fitting) > _MOST_NAMED else "")
         problem = f"{part!r} fits more than one"
-        raise InvalidRequestError(field, problem, f"give more of it ({several})")
+        is_part = all(low in each for each in fitting)
+        remedy = "give more of it" if is_part else "give one of the ids"
+        raise InvalidRequestError(field, problem, f"{remedy} ({several})")
     return fitting[0] if fitting else None

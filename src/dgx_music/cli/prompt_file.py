@@ -94,15 +94,15 @@ def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are neither blank nor comments, with their numbers, from 1."""
     for number, line in enumerate(_read(file).splitlines(), 1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").lstrip()
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
             raise InvalidRequestError(
                 f"line {number}",
                 "is not UTF-8 text",
                 "save the file as UTF-8",
             ) from None
-        if text and not text.startswith(_COMMENT):
-            yield number, text.rstrip()
+        if text.strip() and not text.startswith(_COMMENT):
+            yield number, text.strip()
 
 
 def _read(file: Path) -> bytes:

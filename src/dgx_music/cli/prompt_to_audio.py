@@ -80,7 +80,7 @@ def check_waiting(
         raise InvalidRequestError(
             "--out",
             f"is one file and there are {count:,} generations",
-            "use --wait and `dgx-music show`",
+            "use --wait, and then `dgx-music get`",
         )
     if out.is_dir() or not out.absolute().parent.is_dir():
         problem = "is a folder" if out.is_dir() else "is in a folder that does not exist"
@@ -185,11 +185,9 @@ def how_to_follow(rows: list[Generation]) -> str:
 
 async def _place_in_words(row: Generation) -> str:
     outlook = await estimate_generation(row.id)
-    at = (
-        f"Enqueued, place {outlook.position:,} in the queue"
-        if outlook.position
-        else "Enqueued before, and running"
-    )
+    at = "Enqueued before, and running" if row.is_processing else "Enqueued"
+    if outlook.position:
+        at = f"Enqueued, place {outlook.position:,} in the queue"
     return ", ".join(part for part in (at, in_words(outlook)) if part)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ from typing import Any
 from sqlalchemy import and_, case, func, not_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music import validation
-from dgx_music.errors import BatchNotFoundError
+from dgx_music.errors import BatchNotFoundError, InvalidRequestError
 from dgx_music.forecast import Range
 from dgx_music.statuses import FINISHED, PENDING, GenerationStatus
 from dgx_music.storage.due import CLAIM_ORDER
@@ -82,11 +82,19 @@ async def list_batches(session: AsyncSession, *, limit: int, after: str | None) 
     """
     query = limited(select(Batch).order_by(Batch.id.desc()), limit)
     if after is not None:
-        query = query.where(Batch.id < validation.check_name("after", after))
+        query = query.where(Batch.id < _check_cursor(after))
     rows = list(await session.scalars(query))
     counts = await _count(session, [row.id for row in rows])
     page = [_progress(row, counts[row.id]) for row in rows]
     return BatchPage(page, page[-1].id if len(page) == limit > 0 else None)
+
+
+def _check_cursor(after: str) -> str:
+    try:
+        return str(uuid.UUID(after))
+    except (AttributeError, TypeError, ValueError):
+        remedy = "give the next page's as an earlier page returned it, or none to begin"
+        raise InvalidRequestError("after", "is not a page's cursor", remedy) from None
 
 
 async def read_batch(session: AsyncSession, batch_id: str) -> BatchProgress:
