@@ -151,7 +151,13 @@ def test_the_address_may_be_in_use(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--port", "99999"], ["--port", "-1"], ["--requests-per-second", "-1"]]
+    "arguments",
+    [
+        ["--port", "99999"],
+        ["--port", "-1"],
+        ["--requests-per-second", "-1"],
+        ["--most-streams", "0"],
+    ],
 )
 def test_a_wrong_option_ends_with_2(start: Start, arguments: list[str]) -> None:
     assert start(*arguments).process.wait(PATIENCE) == 2
@@ -175,6 +181,51 @@ def test_a_request_that_waits_ends_with_the_server(start: Start) -> None:
     assert code == 0
     assert [(status, row["status"]) for status, row in answers] == [(202, "pending")]
     assert time.monotonic() - began < 10
+
+
+def test_streams_end_with_the_server(start: Start) -> None:
+    server = start()
+    with urllib.request.urlopen(server.address + "/v1/events", timeout=PATIENCE) as stream:
+        assert stream.readline() == b"retry: 2000\n"
+        began = time.monotonic()
+        assert server.end() == 0
+        stream.read()
+
+    assert time.monotonic() - began < 5
+
+
+MOUNTED = """
+import os, uvicorn
+from fastapi import FastAPI
+from dgx_music.web import Access, music_lifespan, music_router
+
+async def who() -> Access:
+    return Access("read")
+
+app = FastAPI(lifespan=music_lifespan)
+app.include_router(music_router(who), prefix="/music")
+uvicorn.run(app, fd=int(os.environ["LISTENER"]), log_config=None)
+"""
+
+
+def test_streams_end_with_another_applications_server(variables: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port, number = listener.getsockname()[1], listener.fileno()
+        server = subprocess.Popen(
+            [sys.executable, "-c", MOUNTED],
+            env={**variables, "LISTENER": str(number)},
+            pass_fds=[number],
+        )
+    try:
+        address = f"http://127.0.0.1:{port}/music/v1/events"
+        with urllib.request.urlopen(address, timeout=PATIENCE) as stream:
+            assert stream.readline() == b"retry: 2000\n"
+            server.terminate()
+            stream.read()
+        server.wait(PATIENCE)
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_a_worker_beside_it_makes_the_music(start: Start) -> None:

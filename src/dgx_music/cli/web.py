@@ -45,6 +45,9 @@ def web(
     requests_per_second: Annotated[
         float, typer.Option(help="How many requests each token may make; 0: any number.")
     ] = 20.0,
+    most_streams: Annotated[
+        int, typer.Option(help="How many streams of events may be open at a time.")
+    ] = 2_000,
     database_url: DatabaseUrl = None,
     output: Output = None,
 ) -> None:
@@ -59,6 +62,7 @@ def web(
     """
     check_integer("--port", port, 0, 65_535)
     check_between("--requests-per-second", requests_per_second, 0, _MOST_REQUESTS)
+    check_integer("--most-streams", most_streams, 1, 1_000_000)
     overrides = given(database_url=database_url, output=output)
     settings = load_settings(**overrides)
     _check_packages()
@@ -70,7 +74,9 @@ def web(
     configure_logging("warning")
     listening = Listening(host=host.strip(), port=port, trusted_proxies=trusted_proxies.strip())
     options = WebOptions(
-        allowed_hosts=frozenset(_names(allowed_hosts)), requests_per_second=requests_per_second
+        allowed_hosts=frozenset(_names(allowed_hosts)),
+        requests_per_second=requests_per_second,
+        most_streams=most_streams,
     )
     variables = _variables(settings, overrides) if with_worker else None
     run_daemon(serve(settings, listening, options, tell=tell, worker_variables=variables))

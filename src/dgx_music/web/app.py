@@ -23,6 +23,7 @@ from dgx_music.web import (
     audio,
     bulk,
     enqueue,
+    events,
     fleet,
     generations,
     health,
@@ -36,7 +37,7 @@ from dgx_music.web.options import WebOptions
 from dgx_music.web.problems import NO_METHOD, internal_problem, problem_of
 from dgx_music.web.site import Site
 
-ROUTERS = (enqueue, generations, audio, labels, transitions, again, bulk, overview, fleet)
+ROUTERS = (enqueue, generations, events, audio, labels, transitions, again, bulk, overview, fleet)
 """The modules with the routes under ``/v1``."""
 
 

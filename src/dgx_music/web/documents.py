@@ -63,6 +63,7 @@ ROW: Mapping[str, Any] = {
         "self": _SELF,
         "audio": None,
         "waveform": None,
+        "events": f"{_SELF}/events",
         "cancel": f"{_SELF}/cancel",
         "retry": None,
     },
@@ -130,6 +131,11 @@ DETAIL = {
 def example(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the description of a JSON object that has the fields of this example."""
     return {"schema": {"type": "object", "required": [*value]}, "example": value}
+
+
+def stream(text: str) -> dict[str, Any]:
+    """Return the description of a stream of events, with this example."""
+    return {"text/event-stream": {"schema": {"type": "string"}, "example": text}}
 
 
 def answers(

@@ -21,3 +21,5 @@ class WebOptions:
     """The names, besides those of loopback, that a request's ``Host`` may have."""
     requests_per_second: float = 20.0
     """How many requests each token may make, and at once as many as in one second; 0: any."""
+    most_streams: int = 2_000
+    """How many streams of events may be open at a time."""

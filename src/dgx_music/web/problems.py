@@ -61,6 +61,7 @@ TOO_FAST = Kind("too-fast", 429, "There are too many requests.")
 INTERNAL = Kind("internal-error", 500, "The server made a mistake.")
 DATABASE_AWAY = Kind("database-away", 503, "The database cannot be used now.")
 PARTLY_DONE = Kind("partly-done", 503, "Only some generations were changed.")
+TOO_MANY_STREAMS = Kind("too-many-streams", 503, "Too much is watched at a time.")
 STORAGE_AWAY = Kind("storage-away", 503, "The audio cannot be read now.")
 
 KINDS: Mapping[int, Kind] = {

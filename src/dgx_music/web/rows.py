@@ -103,6 +103,7 @@ def _urls(row: Generation, base: str) -> dict[str, str | None]:
         "self": own,
         "audio": f"{own}/audio" if has_audio(row) else None,
         "waveform": f"{own}/waveform" if has_audio(row) else None,
+        "events": None if row.is_finished else f"{own}/events",
         "cancel": None if row.is_finished else f"{own}/cancel",
         "retry": f"{own}/retry" if row.status in (FAILED, CANCELLED) else None,
     }

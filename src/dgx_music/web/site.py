@@ -9,13 +9,14 @@ from starlette.requests import Request
 
 from dgx_music.artifacts import Artifacts, open_output
 from dgx_music.config import Settings, load_settings
+from dgx_music.web.hub import Hub
 from dgx_music.web.options import WebOptions
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
 
 
 class Site:
-    """One mounted API: its settings, its place for audio, and what it remembers of tokens."""
+    """One mounted API: its settings, its place for audio, and what it remembers of tokens and streams."""
 
     def __init__(self, settings: Settings | None, options: WebOptions) -> None:
         self._settings = settings
@@ -23,6 +24,7 @@ class Site:
         self.tokens = Tokens()
         self.rates = Rates(options.requests_per_second)
         self.stops = Stops()
+        self.hub = Hub(self.stops, options.most_streams)
 
     @cached_property
     def artifacts(self) -> Artifacts:

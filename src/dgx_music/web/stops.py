@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,8 +26,23 @@ class Stops:
             finally:
                 self._scopes.discard(scope)
 
+    @property
+    def is_stopped(self) -> bool:
+        """True once the server serves no longer."""
+        return self._is_stopped
+
     def stop(self) -> None:
         """End all waits, and each later one at once."""
         self._is_stopped = True
         for scope in self._scopes:
             scope.cancel()
+
+
+def is_server_stopping() -> bool:
+    """Return True if uvicorn runs another application around us, and has been told to stop.
+
+    It waits for all streams, and tells no application before they have ended. But the method that
+    it has made the handler of SIGTERM leads to it.
+    """
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(server, "should_exit", False) is True
