@@ -32,6 +32,15 @@ class ModelInfo:
     hears_melody: bool | None = False
     """Whether it can follow a melody; ``None`` for a local folder, since only the engine knows."""
 
+    def clip_channels(self, field: str) -> int | None:
+        """Return the channels of the clip that it is given in this field.
+
+        ``None`` are those of the file, 2 at most: a local folder's are not known here.
+        """
+        if field == "melody":
+            return 1
+        return None if self.hears_melody is None else self.channels
+
 
 def _hub(
     name: str,

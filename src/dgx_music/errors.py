@@ -2,6 +2,7 @@
 
 DgxMusicError
 ├── InvalidRequestError (ValueError)      one field of a request is unacceptable
+│   └── UnreadableAudioError              a file is no audio that can be read
 ├── ConfigurationError                    one setting is unacceptable
 ├── GenerationNotFoundError               no such row
 ├── BatchNotFoundError                    no such batch
@@ -51,6 +52,10 @@ class InvalidRequestError(DgxMusicError, ValueError):
         self.field = field
         self.problem = problem
         self.remedy = remedy
+
+
+class UnreadableAudioError(InvalidRequestError):
+    """A file that was given is no audio that can be read."""
 
 
 class ConfigurationError(DgxMusicError):

@@ -35,6 +35,7 @@ def test_a_dry_run_only_counts(run: Run) -> None:
 
     assert run("prune", "--failed-days", 0, "--dry-run", "--json").json == {
         "failed": 2,
+        "uploads": 0,
         "clips": 0,
         "batches": 0,
     }
@@ -53,7 +54,7 @@ def test_what_is_older_goes_with_its_audio_and_the_rest_stays(run: Run) -> None:
         "prune", "--completed-days", 0, "--failed-days", 0, "--output", "audio", "--yes", "--json"
     )
 
-    assert result.json == {"completed": 1, "failed": 0, "clips": 0, "batches": 0}
+    assert result.json == {"completed": 1, "failed": 0, "uploads": 0, "clips": 0, "batches": 0}
     assert (file.exists(), count_rows()) == (False, 1)
 
 
@@ -98,13 +99,23 @@ def test_orphans_go_where_that_is_agreed(run: Run) -> None:
     options = ("prune", "--orphans", "--output", "audio")
 
     assert run(*options).code == 2
-    assert run(*options, "--dry-run", "--json").json == {"orphans": 1, "clips": 0, "batches": 0}
+    assert run(*options, "--dry-run", "--json").json == {
+        "orphans": 1,
+        "uploads": 0,
+        "clips": 0,
+        "batches": 0,
+    }
     assert "Deleted 1 orphans." in run(*options, "--yes").err
     assert [file.exists() for file in files] == [True, False]
 
 
 def test_where_nothing_is_an_orphan_nobody_has_to_agree(run: Run) -> None:
-    assert run("prune", "--orphans", "--json").json == {"orphans": 0, "clips": 0, "batches": 0}
+    assert run("prune", "--orphans", "--json").json == {
+        "orphans": 0,
+        "uploads": 0,
+        "clips": 0,
+        "batches": 0,
+    }
 
 
 def test_clips_that_nobody_has_used_for_a_day_go_too(run: Run) -> None:
@@ -112,6 +123,7 @@ def test_clips_that_nobody_has_used_for_a_day_go_too(run: Run) -> None:
 
     assert run("prune", "--failed-days", 1, "--dry-run", "--json").json == {
         "failed": 0,
+        "uploads": 0,
         "clips": 1,
         "batches": 0,
     }
@@ -135,5 +147,5 @@ def test_a_batch_goes_with_its_last_generation(run: Run) -> None:
 
     result = run("prune", "--cancelled-days", 0, "--yes", "--json")
 
-    assert result.json == {"cancelled": 2, "clips": 0, "batches": 1}
+    assert result.json == {"cancelled": 2, "uploads": 0, "clips": 0, "batches": 1}
     assert run("batches", "--json").json == []

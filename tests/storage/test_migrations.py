@@ -30,7 +30,18 @@ from dgx_music.storage import (
 from dgx_music.storage.clips import keep_clips
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.database import Database
-from dgx_music.storage.models import Attempt, Base, Generation, Prompt, Tally, WorkerInfo, text_hash
+from dgx_music.storage.models import (
+    Attempt,
+    Base,
+    Clip,
+    Generation,
+    Prompt,
+    Tally,
+    Upload,
+    WorkerInfo,
+    text_hash,
+)
+from dgx_music.storage.uploads import add_upload
 from dgx_music.storage.words import search_text
 from dgx_music.storage.workers import end_worker, register_worker
 from tests.factories import POSTGRES, ROOT, Program, add_generation, read, read_all, start_one
@@ -498,6 +509,21 @@ async def test_clips_come_to_a_table_with_rows_and_go_again_with_those_that_refe
     async with database.session() as session:
         await add_generation(session, status="completed")
         assert (await get_database_stats(session))["completed_generations"] == 1
+
+
+async def test_uploads_go_with_their_table_and_leave_their_clips(database):
+    values = {"mono_sha256": "a" * 64, "stereo_sha256": "b" * 64, "source_sha256": "c" * 64}
+    values |= {"id": "up_x", "source_channels": 1, "duration_seconds": 1.0}
+    async with database.session() as session:
+        kept = {"a" * 64: (b"fLaC", 1.0), "b" * 64: (b"fLaC", 1.0)}
+        await add_upload(session, values, kept)
+
+    await run(database, to("0007"))
+    await database.migrate()
+
+    await run(database, check)
+    assert await read_all(database, select(Upload)) == []
+    assert len(await read_all(database, select(Clip))) == 2
 
 
 # workers that have ended, and rows whose cancel was acknowledged

@@ -157,6 +157,7 @@ def test_the_address_may_be_in_use(start: Start) -> None:
         ["--port", "-1"],
         ["--requests-per-second", "-1"],
         ["--most-streams", "0"],
+        ["--max-upload-mb", "101"],
     ],
 )
 def test_a_wrong_option_ends_with_2(start: Start, arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -29,8 +30,8 @@ from dgx_music.audio.decoding import Stream, decode_quietly, open_stream
 from dgx_music.audio.files import encode
 from dgx_music.audio.formats import FORMATS, open_source
 from dgx_music.audio.samples import Audio, Samples
-from dgx_music.catalog import WINDOW_SECONDS, ModelInfo
-from dgx_music.errors import GenerationRejectedError, InvalidRequestError
+from dgx_music.catalog import SAMPLE_RATE, WINDOW_SECONDS, ModelInfo
+from dgx_music.errors import GenerationRejectedError, InvalidRequestError, UnreadableAudioError
 from dgx_music.validation import CLIP_FIELDS
 
 if TYPE_CHECKING:
@@ -79,6 +80,20 @@ class Clip:
     does."""
 
 
+@dataclass(frozen=True)
+class Forms:
+    """The clips of a file in all forms that a request can need, whatever its model and its field.
+
+    If the file is longer than 30 s, they are of its first 30 s.
+    """
+
+    mono: Clip
+    stereo: Clip
+    source_channels: int
+    duration_seconds: float
+    """Of the whole file."""
+
+
 class Reader:
     """Reads the clips of requests, each source once for each form that a model needs."""
 
@@ -104,7 +119,7 @@ class Reader:
         return clips
 
     def _read(self, name: str, source: Source, model: ModelInfo) -> Clip:
-        channels = 1 if name == "melody" else _channels_of(model)
+        channels = model.clip_channels(name)
         key = name, channels, model.sample_rate, self._identify(name, source)
         if key not in self._by_source:
             self._by_source[key] = self._keep(
@@ -132,6 +147,27 @@ class Reader:
         return self._latest[1]
 
 
+def read_forms(name: str, content: bytes) -> Forms:
+    """Return the clips of a file that may be used in any way later.
+
+    They are what ``Reader`` makes of the same file. Raises ``UnreadableAudioError`` if it is no audio
+    that can be read, and ``InvalidRequestError`` if it is not 0.08 to 600 s long.
+    """
+    try:
+        audio, seconds = _decode_counted(name, content)
+        samples = _mend_scale(name, audio.samples)
+    except InvalidRequestError as error:
+        raise UnreadableAudioError(error.field, error.problem, error.remedy) from None
+    if seconds > _COUNTED_SECONDS:
+        problem = f"is longer than {_COUNTED_SECONDS} s"
+        raise InvalidRequestError(name, problem, "use a part of it")
+    _tell_silence(name, audio.samples)
+    source = Audio(samples, audio.sample_rate), hashlib.sha256(content).hexdigest()
+    mono, stereo = (_formed(name, *source, channels, SAMPLE_RATE) for channels in (1, 2))
+    is_whole = seconds <= WINDOW_SECONDS
+    return Forms(mono, stereo, len(samples), mono.duration_seconds if is_whole else seconds)
+
+
 def load(name: str, data: bytes, sha256: str) -> Audio:
     """Return the samples of a stored clip.
 
@@ -156,7 +192,15 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
     """
     audio = _decode(name, content)
     samples = _mend_scale(name, audio.samples)
-    channels = channels or min(2, len(samples))
+    source = Audio(samples, audio.sample_rate), hashlib.sha256(content).hexdigest()
+    clip = _formed(name, *source, channels or min(2, len(samples)), sample_rate)
+    _tell_silence(name, audio.samples)
+    return clip
+
+
+def _formed(name: str, audio: Audio, source_sha256: str, channels: int, sample_rate: int) -> Clip:
+    """Return the clip of these samples with so many channels, at this rate."""
+    samples = audio.samples
     if len(samples) > channels and cancels_out(samples, audio.sample_rate):
         _tell(
             name,
@@ -166,8 +210,6 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
     samples = resample(samples, audio.sample_rate, sample_rate)
     validation.check_clip(name, samples.shape[1] / sample_rate)
     pcm = np.clip(np.rint(samples * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)
-    _tell_silence(name, audio.samples)
-    source_sha256 = hashlib.sha256(content).hexdigest()
     return Clip(
         _fingerprint(pcm, sample_rate),
         encode(pcm, sample_rate, "flac"),
@@ -179,24 +221,52 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
 def _decode(name: str, content: bytes) -> Audio:
     """Return the audio of a file; a melody's first 30 s, while a longer continuation is refused."""
     longest = WINDOW_SECONDS if name == "melody" else _COUNTED_SECONDS
-    try:
+    with _refusing_damage(name):
         container = open_source(content, longest)
-        if (
-            name == "continuation"
-            and container.seconds is not None
-            and container.seconds > WINDOW_SECONDS
-        ):
-            raise _too_long(name, container.seconds)
-        audio = _read(name, container, longest)
+        if name == "continuation":
+            _check_window(name, container.seconds)
+        audio, seconds = _read(name, container, longest)
+    if name == "continuation":
+        _check_window(name, seconds)
+    return _finite(name, audio)
+
+
+def _decode_counted(name: str, content: bytes) -> tuple[Audio, float]:
+    """Return the first 30 s of a file, and how long it is; beyond 600 s that is not counted."""
+    longest = _COUNTED_SECONDS + 1
+    with _refusing_damage(name):
+        container = open_source(content, longest)
+        known = container.seconds
+        if known is not None and known > WINDOW_SECONDS:
+            container = open_source(content, WINDOW_SECONDS)  # an MP3 is decoded whole
+        audio, counted = _read(name, container, longest)
+    return _finite(name, audio), counted if known is None else known
+
+
+@contextmanager
+def _refusing_damage(name: str) -> Iterator[None]:
+    try:
+        yield
     except DamagedError as error:
         raise InvalidRequestError(name, error.problem, error.remedy) from None
+
+
+def _finite(name: str, audio: Audio) -> Audio:
     if not np.isfinite(audio.samples).all():
         raise InvalidRequestError(name, "holds NaN or infinite samples", "use another clip")
     return audio
 
 
-def _read(name: str, container: Container, longest: float) -> Audio:
-    """Return the audio to its true end, whatever the header says; a melody only up to its limit."""
+def _check_window(name: str, seconds: float | None) -> None:
+    if seconds is not None and seconds > WINDOW_SECONDS:
+        raise _too_long(name, seconds)
+
+
+def _read(name: str, container: Container, longest: float) -> tuple[Audio, float]:
+    """Return the first 30 s, and how long the audio is to its true end, whatever the header says.
+
+    It is read no further than ``longest``.
+    """
     kept: list[Audio] = []
     count, give_up_at = 0, time.monotonic() + _PATIENCE_SECONDS
     for block in _blocks_of(name, container):
@@ -214,11 +284,10 @@ def _read(name: str, container: Container, longest: float) -> Audio:
         raise InvalidRequestError(name, "holds no audio", "use another clip")
     rate = kept[0].sample_rate
     limit = round(WINDOW_SECONDS * rate)
-    if name == "continuation" and count > limit:
-        raise _too_long(name, count / rate)
     if count < limit:
         _compare(name, container.promised_seconds, count / rate)
-    return Audio(np.concatenate([block.samples for block in kept], axis=1)[:, :limit], rate)
+    samples = np.concatenate([block.samples for block in kept], axis=1)[:, :limit]
+    return Audio(samples, rate), count / rate
 
 
 def _blocks_of(name: str, container: Container) -> Iterator[Audio]:
@@ -342,11 +411,6 @@ def _check_size(what: str, size: int) -> None:
     if size > MAX_SOURCE_BYTES:
         problem = f"has {size / 1e6:,.0f} MB"
         raise InvalidRequestError(what, problem, f"use at most {MAX_SOURCE_BYTES / 1e6:.0f} MB")
-
-
-def _channels_of(model: ModelInfo) -> int | None:
-    """Return the model's channels; ``None`` for a local folder, whose channels are not known here."""
-    return None if model.hears_melody is None else model.channels
 
 
 def _fingerprint(pcm: NDArray[np.int16], sample_rate: int) -> str:

@@ -51,7 +51,7 @@ def prune(
     """Delete old generations and their audio, and clips that nobody uses.
 
     A finished generation is kept for the days given for its status, or for ever if none are given;
-    a clip for a day after its last use; a batch while it has a generation. On a terminal it asks
+    a clip for a day after its last use; an upload for a day; a batch while it has a generation. On a terminal it asks
     first; elsewhere it needs --yes if there is something to delete.
     """
     from dgx_music.artifacts import open_output
@@ -83,11 +83,18 @@ class _Plan:
 
     async def carry_out(self, database: Database, *, dry_run: bool) -> dict[str, int]:
         """Delete, or only count, and return the numbers."""
-        from dgx_music.client.prune import prune, prune_batches, prune_clips, prune_orphans
+        from dgx_music.client.prune import (
+            prune,
+            prune_batches,
+            prune_clips,
+            prune_orphans,
+            prune_uploads,
+        )
 
         counts = await prune(database, self.artifacts, self.keep, dry_run=dry_run)
         if self.has_orphans:
             counts["orphans"] = await prune_orphans(database, self.artifacts, dry_run=dry_run)
+        counts["uploads"] = await prune_uploads(database, dry_run=dry_run)
         counts["clips"] = await prune_clips(database, dry_run=dry_run)
         counts["batches"] = await prune_batches(database, dry_run=dry_run)
         return counts
@@ -117,5 +124,5 @@ def _in_words(counts: dict[str, int]) -> str:
     return ", ".join(
         f"{count:,} {what}"
         for what, count in counts.items()
-        if count or what not in ("clips", "batches")
+        if count or what not in ("uploads", "clips", "batches")
     )

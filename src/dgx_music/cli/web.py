@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=False)
 
 _PACKAGES = ("fastapi", "uvicorn", "jinja2", "python_multipart")
 _MOST_REQUESTS = 1e6
+_LARGEST_UPLOAD_MB = 100
 
 
 @app.command(epilog=EXIT_CODES)
@@ -48,6 +49,9 @@ def web(
     most_streams: Annotated[
         int, typer.Option(help="How many streams of events may be open at a time.")
     ] = 2_000,
+    max_upload_mb: Annotated[
+        float, typer.Option(help="The largest upload, in millions of bytes; at most 100.")
+    ] = 100.0,
     database_url: DatabaseUrl = None,
     output: Output = None,
 ) -> None:
@@ -63,6 +67,7 @@ def web(
     check_integer("--port", port, 0, 65_535)
     check_between("--requests-per-second", requests_per_second, 0, _MOST_REQUESTS)
     check_integer("--most-streams", most_streams, 1, 1_000_000)
+    check_between("--max-upload-mb", max_upload_mb, 0.001, _LARGEST_UPLOAD_MB)
     overrides = given(database_url=database_url, output=output)
     settings = load_settings(**overrides)
     _check_packages()
@@ -77,6 +82,7 @@ def web(
         allowed_hosts=frozenset(_names(allowed_hosts)),
         requests_per_second=requests_per_second,
         most_streams=most_streams,
+        upload_bytes=int(max_upload_mb * 1e6),
     )
     variables = _variables(settings, overrides) if with_worker else None
     run_daemon(serve(settings, listening, options, tell=tell, worker_variables=variables))

@@ -1,4 +1,4 @@
-"""Retention: delete old generations with their audio, orphaned files, unused clips, empty batches."""
+"""Retention: delete old generations with their audio, orphaned files, unused clips, uploads, empty batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from uuid import UUID
 
 from dgx_music.artifacts import Artifacts, StoredFile
 from dgx_music.errors import ArtifactError
-from dgx_music.storage import batches, clips, retention
+from dgx_music.storage import batches, clips, retention, uploads
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.retention import Owner, find_owners
@@ -57,8 +57,19 @@ async def prune_orphans(
     return len(orphans)
 
 
+async def prune_uploads(database: Database, *, dry_run: bool = False) -> int:
+    """Delete uploads that have expired, and their clips if nothing needs them; return how many."""
+    if dry_run:
+        return await database.transact(uploads.count_expired_uploads, read_only=True)
+    prune = partial(uploads.prune_uploads, limit=CHUNK)
+    count = 0
+    while gone := await database.transact(prune):
+        count += gone
+    return count
+
+
 async def prune_clips(database: Database, *, dry_run: bool = False) -> int:
-    """Delete clips without a generation that were last used over a day ago; return how many.
+    """Delete clips that nothing refers to and that were last used over a day ago; return how many.
 
     With ``dry_run`` nothing is deleted, and the clips of generations that would be pruned do not
     count.

@@ -25,6 +25,7 @@ from dgx_music.inference.engine import GenerationRequest
 from dgx_music.sampling import Sampling, SamplingOptions
 from dgx_music.storage.generation import AUDIO_KEY, words_of_labels
 from dgx_music.storage.labels import checked_labels
+from dgx_music.storage.models import Upload
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
 from dgx_music.validation import CLIP_FIELDS
 
@@ -182,6 +183,8 @@ class Plan:
     name: str
     """What an error calls the request if it is one of many, such as ``line 7``; else empty."""
     variations: int
+    uploads: Mapping[str, Upload]
+    """The clips that were uploaded before, by the names of their fields."""
     origin: Origin | None = None
 
 
@@ -222,12 +225,10 @@ def plan(
 ) -> Plan:
     """Return the plan of one request; raises ``InvalidRequestError`` on the first bad field.
 
-    Its clips are not read yet: that takes a while.
+    Its clips are not read yet: that takes a while. In the place of a clip may be an ``Upload``.
     """
     _check_names(options)
-    sources = _given(options, CLIP_FIELDS)
-    for field, source in sources.items():
-        validation.check_clip_source(field, source)
+    sources, uploads = _clips_given(options)
     wanted = options.get("model")
     model = validation.check_model(default_model() if wanted is None else wanted)
     audio = {"channels": model.channels, "sample_rate": model.sample_rate} | _given(options, _AUDIO)
@@ -239,14 +240,21 @@ def plan(
         **audio,
         **Sampling.pick(options),
     )
-    if "melody" in sources or (origin is not None and "melody" in origin.clips):
+    if "continuation" in uploads:
+        seconds = uploads["continuation"].duration_seconds
+        validation.check_continuation(seconds, request.duration)
+    if (
+        "melody" in sources
+        or "melody" in uploads
+        or (origin is not None and "melody" in origin.clips)
+    ):
         validation.check_hears_melody(model)
     identity, circumstances = _identity(request, options), _circumstances(request, options)
     wanted_count = options.get("variations", DEFAULTS["variations"])
     variations = validation.check_integer("variations", wanted_count, 1, MAX_VARIATIONS)
     if variations > 1:
         check_variations(variations, request, circumstances["idempotency_key"])
-    return Plan(identity, circumstances, model, sources, name, variations, origin)
+    return Plan(identity, circumstances, model, sources, name, variations, uploads, origin)
 
 
 def plan_numbered(number: int, request: object, defaults: Mapping[str, Any]) -> Plan:
@@ -294,6 +302,16 @@ def _check_names(options: Mapping[Any, Any]) -> None:
             called = name[:40] if isinstance(name, str) else validation.shown(name)
             known = ", ".join(sorted(OPTIONS))
             raise InvalidRequestError(called, "is not an option", f"use {known}")
+
+
+def _clips_given(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Upload]]:
+    """Return the clips to read, and those that were uploaded before, by the names of their fields."""
+    given = _given(options, CLIP_FIELDS)
+    uploads = {field: each for field, each in given.items() if isinstance(each, Upload)}
+    sources = {field: each for field, each in given.items() if field not in uploads}
+    for field, source in sources.items():
+        validation.check_clip_source(field, source)
+    return sources, uploads
 
 
 def _given(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -369,7 +387,9 @@ def _rows(
     The hashes of takes are of the seed that was asked for: so a repeated request has the same ones,
     also if the seeds are chosen here.
     """
-    asked: dict[str, Any] = {**plan.identity, **sources}
+    uploaded = {name: each.source_sha256 for name, each in plan.uploads.items()}
+    asked: dict[str, Any] = {**plan.identity, **sources, **uploaded}
+    clips = {**clips, **_uploaded_clips(plan)}
     optional = _OPTIONAL
     if (origin := plan.origin) is not None:
         asked |= {"parent_id": origin.parent_id, **origin.clips}
@@ -385,6 +405,14 @@ def _rows(
     return [
         {**take, "request_hash": _hash({**asked, **count, "take": take["take"]})} for take in takes
     ]
+
+
+def _uploaded_clips(plan: Plan) -> dict[str, str]:
+    """Return the ``sha256`` of each uploaded clip in the form that the model needs, by field."""
+    return {
+        name: upload.clip_sha256(plan.model.clip_channels(name))
+        for name, upload in plan.uploads.items()
+    }
 
 
 def _hash(identity: Mapping[str, Any]) -> str:

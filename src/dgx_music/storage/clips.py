@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation
-from dgx_music.storage.models import Clip
+from dgx_music.storage.models import Clip, Upload
 from dgx_music.storage.schema import dialect_of, insert, now, now_plus
 from dgx_music.validation import CLIP_FIELDS
 
@@ -89,7 +89,7 @@ async def prune_clips(
     unused_seconds: float = UNUSED_SECONDS,
     among: Collection[str] | None = None,
 ) -> int:
-    """Delete clips without a generation that were last used longer ago; return how many.
+    """Delete clips without a generation or an upload that were last used longer ago; return how many.
 
     ``among`` names the clips to look at; all if not given.
     """
@@ -104,7 +104,8 @@ async def prune_clips(
 
 
 def _is_unused(seconds: float) -> ColumnElement[bool]:
-    columns = (getattr(Generation, name) for name in CLIP_COLUMNS)
+    columns = [getattr(Generation, name) for name in CLIP_COLUMNS]
+    columns += [Upload.mono_sha256, Upload.stereo_sha256]
     is_referred_to = or_(*(exists().where(column == Clip.sha256) for column in columns))
     return (Clip.last_used_at < now_plus(-seconds)) & not_(is_referred_to)
 

@@ -1,4 +1,4 @@
-"""The tables: generations, their batches, prompts, clips and attempts, the workers, tokens, and others."""
+"""The tables: generations, their batches, prompts, clips, uploads and attempts, workers, and others."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ __all__ = [
     "Tag",
     "Tally",
     "Token",
+    "Upload",
     "WorkerInfo",
     "attempts",
     "text_hash",
@@ -259,3 +260,26 @@ class Token(Base):
     """Written at most once an hour, so that a request is no write."""
 
     __table_args__ = (CheckConstraint("role IN ('read', 'enqueue', 'operate')", "role"),)
+
+
+class Upload(Base):
+    """Audio that a client of the web API sent, to be named in a request within a day."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(ShortText, primary_key=True)
+    """Random, so that nobody can guess it."""
+    tenant: Mapped[str] = mapped_column(ShortText, server_default="")
+    mono_sha256: Mapped[str] = mapped_column(ForeignKey("clips.sha256"), index=True)
+    stereo_sha256: Mapped[str] = mapped_column(ForeignKey("clips.sha256"), index=True)
+    source_sha256: Mapped[str] = mapped_column(HashText)
+    """Of the file as it was sent: a repeated request is known by it."""
+    source_channels: Mapped[int]
+    duration_seconds: Mapped[float]
+    """Of the whole file; its clips are of the first 30 s."""
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+    def clip_sha256(self, channels: int | None) -> str:
+        """Return the clip with so many channels; ``None``: with those of the file, 2 at most."""
+        return self.mono_sha256 if (channels or self.source_channels) == 1 else self.stereo_sha256

@@ -30,7 +30,7 @@ async def make_again(
 ) -> Response:
     """Repeat a request with some changes: a `seed` of `same`, of `new`, or of its own."""
     row = await find_row(generation_id, access)
-    (made,) = await again_generation(row.id, **_changes(body, access))
+    (made,) = await again_generation(row.id, **await _changes(body, access))
     return _answer(made, request, access)
 
 
@@ -44,7 +44,7 @@ async def go_on(
 ) -> Response:
     """Go on from a generation's audio: `duration` counts from the start of its last 30 s."""
     row = await find_row(generation_id, access)
-    changes = _changes(body, access)
+    changes = await _changes(body, access)
     if "duration" not in changes:
         remedy = "say how long the music is, with the audio that it starts with"
         raise InvalidRequestError("duration", "is missing", remedy)
@@ -52,10 +52,10 @@ async def go_on(
     return _answer(made.generations[0], request, access)
 
 
-def _changes(body: ChangeRequest | None, access: Access) -> dict[str, Any]:
+async def _changes(body: ChangeRequest | None, access: Access) -> dict[str, Any]:
     changes = {} if body is None else given(body)
     check_only(changes, *CHANGES)
-    return prepared(changes, access)
+    return await prepared(changes, access)
 
 
 def _answer(row: Generation, request: Request, access: Access) -> Response:

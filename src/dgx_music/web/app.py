@@ -30,6 +30,7 @@ from dgx_music.web import (
     labels,
     overview,
     transitions,
+    uploads,
 )
 from dgx_music.web.access import identification
 from dgx_music.web.guard import Guard
@@ -37,7 +38,10 @@ from dgx_music.web.options import WebOptions
 from dgx_music.web.problems import NO_METHOD, internal_problem, problem_of
 from dgx_music.web.site import Site
 
-ROUTERS = (enqueue, generations, events, audio, labels, transitions, again, bulk, overview, fleet)
+ROUTERS = (
+    *(enqueue, generations, events, audio, labels, transitions, again, bulk),
+    *(uploads, overview, fleet),
+)
 """The modules with the routes under ``/v1``."""
 
 

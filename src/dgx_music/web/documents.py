@@ -31,6 +31,7 @@ _DETAILS: Mapping[int, str] = {
     409: f"Generation {_ID} is completed and cannot become cancelled.",
     410: "The audio was deleted or moved.",
     413: "The body has more than 1,048,576 bytes; send less at a time.",
+    415: "file is not audio that can be read; use WAV, FLAC, OGG or MP3.",
     416: "The file has 512,044 bytes; ask for some of them.",
     421: "The request's Host is not one of this server; start it with --allowed-hosts.",
     422: "duration is 400 s; use 0.08 to 300 seconds.",
@@ -121,6 +122,22 @@ PAGE = {
         "properties": {"generations": _LISTS, "next": {"type": ["string", "null"]}},
     },
     "example": {"generations": [ROW], "next": "MjAyNi0xMS0yNlQwOTozMjo1MC4xODUwMDArMDA6MDAg"},
+}
+UPLOAD = {
+    "schema": {
+        "type": "object",
+        "required": ["id", "duration_seconds", "expires_at"],
+        "properties": {
+            "id": {"type": "string"},
+            "duration_seconds": {"type": "number", "description": "Of the whole file."},
+            "expires_at": {"type": "string", "format": "date-time"},
+        },
+    },
+    "example": {
+        "id": "up_Jr0bqz0ZoBvYcyM0rPnXkqk1a7o2mYVb",
+        "duration_seconds": 12.5,
+        "expires_at": "2026-11-27T09:32:50.185000+00:00",
+    },
 }
 DETAIL = {
     "schema": {**_ROW_SCHEMA, "required": [*ROW, "attempts", "estimate"]},

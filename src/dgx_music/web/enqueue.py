@@ -41,7 +41,7 @@ _ONE_MADE = {
 @router.post(
     "/generations",
     status_code=202,
-    responses=documents.answers(_ONE_MADE),
+    responses=documents.answers(_ONE_MADE, errors=[404]),
     openapi_extra=documents.headers(
         {
             "Idempotency-Key": "The same request again gets the row that is there.",
@@ -54,7 +54,7 @@ async def enqueue_generation(
 ) -> Response:
     """Add one generation to the queue; of several `variations`, the answer is the first take."""
     key = request.headers.get("idempotency-key")
-    options = _with_key(prepared(given(body), access), key)
+    options = _with_key(await prepared(given(body), access), key)
     checked = await read_clips_beside([plan(options.pop("prompt"), options)])
     row, *_ = await _store(checked.in_batch_if_many(), access)
     is_new = row.id == checked.rows[0]["id"]
@@ -67,11 +67,11 @@ async def enqueue_generation(
 @router.post(
     "/generations/batch",
     status_code=202,
-    responses=documents.answers({202: ("They wait in the queue.", documents.MANY)}),
+    responses=documents.answers({202: ("They wait in the queue.", documents.MANY)}, errors=[404]),
 )
 async def enqueue_batch(body: BatchRequest, request: Request, access: MayEnqueue) -> Response:
     """Add many generations to the queue, all or none."""
-    requests, name, options = prepared_batch(body, access)
+    requests, name, options = await prepared_batch(body, access)
     plans = [plan_numbered(number, each, options) for number, each in enumerate(requests, 1)]
     rows = await _store((await read_clips_beside(plans)).in_batch(name), access)
     base = base_of(request)

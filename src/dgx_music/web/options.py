@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 JSON_BYTES = 2**20
 """The largest body of a request that is JSON."""
+UPLOAD_BYTES = 100_000_000
+"""The largest body of an upload, if nothing else is chosen; the library reads no larger file."""
+MOST_DECODES = 4
+"""How many uploads are decoded at a time; others wait."""
 MOST_ROWS = 200
 """The longest page."""
 MOST_IN_A_BATCH = 1_000
@@ -23,3 +27,5 @@ class WebOptions:
     """How many requests each token may make, and at once as many as in one second; 0: any."""
     most_streams: int = 2_000
     """How many streams of events may be open at a time."""
+    upload_bytes: int = UPLOAD_BYTES
+    """The largest body of an upload."""

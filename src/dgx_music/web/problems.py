@@ -53,6 +53,7 @@ WRONG_STATUS = Kind("wrong-status", 409, "The generation's status does not allow
 COUNT_DIFFERS = Kind("count-differs", 409, "Another number of generations is meant.")
 GONE = Kind("gone", 410, "The audio is no longer there.")
 TOO_LARGE = Kind("too-large", 413, "The body is too large.")
+NOT_AUDIO = Kind("not-audio", 415, "This is no audio that can be read.")
 NO_SUCH_RANGE = Kind("no-such-range", 416, "The file has no such range.")
 WRONG_HOST = Kind("wrong-host", 421, "This server is not known by this name.")
 INVALID = Kind("invalid-request", 422, "The request cannot be accepted.")
@@ -68,7 +69,7 @@ KINDS: Mapping[int, Kind] = {
     each.status: each
     for each in (
         *(MALFORMED, NO_TOKEN, FORBIDDEN, NOT_FOUND, NO_METHOD, WRONG_STATUS, GONE, TOO_LARGE),
-        *(NO_SUCH_RANGE, WRONG_HOST, INVALID, TOO_FAST, INTERNAL, DATABASE_AWAY),
+        *(NOT_AUDIO, NO_SUCH_RANGE, WRONG_HOST, INVALID, TOO_FAST, INTERNAL, DATABASE_AWAY),
     )
 }
 """The usual kind of each status."""

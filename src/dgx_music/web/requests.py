@@ -21,6 +21,7 @@ from dgx_music.validation import CLIP_FIELDS, MAX_PROMPT_CHARACTERS
 from dgx_music.web.access import Access, check_tenant
 from dgx_music.web.options import MOST_IN_A_BATCH
 from dgx_music.web.problems import FORBIDDEN, ProblemError
+from dgx_music.web.upload_ids import check_ids, find_named, replaced
 
 LABELS = ("title", "notes", "tags", "starred")
 CHANGES = ("prompt", *(name for name in OPTIONS if name not in ("variations", "idempotency_key")))
@@ -36,7 +37,9 @@ _SPECIAL: Mapping[str, dict[str, Any]] = {
 _NULLABLE = frozenset(SamplingOptions.__annotations__)
 """Null is their default, as if they were not given."""
 _MEANINGS: Mapping[str, str] = {
-    **dict.fromkeys(CLIP_FIELDS, "The id of an upload. This server takes no uploads yet."),
+    "continuation": "The id of an upload of at most 30 s: the music starts with it, and the duration "
+    "counts from its start.",
+    "melody": "The id of an upload: the music follows the tune of its first 30 s.",
     "model": f"A name of `GET models`, such as {DEFAULT_MODEL}; the server's default if not given.",
     "seed": "The same seed, model and settings make the same audio; in answers it is text.",
 }
@@ -144,10 +147,16 @@ def check_only(fields: Mapping[str, Any], *known: str) -> None:
             raise InvalidRequestError(name[:40] or "''", "is not a field here", remedy)
 
 
-def prepared(options: Mapping[str, Any], access: Access) -> dict[str, Any]:
+async def prepared(options: Mapping[str, Any], access: Access) -> dict[str, Any]:
     """Return the options as the library takes them; raises what this client may not ask for."""
+    wanted = _checked(options, access)
+    return replaced(wanted, await find_named([wanted], access))
+
+
+def _checked(options: Mapping[str, Any], access: Access) -> dict[str, Any]:
+    """Return the options as the library takes them, except for uploads, which are still ids."""
     wanted = dict(options)
-    _check_clips(wanted)
+    check_ids(wanted)
     _check_model(wanted.get("model"), access)
     if isinstance(seed := wanted.get("seed"), str) and _SEED.fullmatch(seed):
         wanted["seed"] = int(seed)
@@ -158,7 +167,9 @@ def prepared(options: Mapping[str, Any], access: Access) -> dict[str, Any]:
     return wanted
 
 
-def prepared_batch(body: BaseModel, access: Access) -> tuple[list[Any], str | None, dict[str, Any]]:
+async def prepared_batch(
+    body: BaseModel, access: Access
+) -> tuple[list[Any], str | None, dict[str, Any]]:
     """Return the requests of a batch, its name, and the options of all; raises as ``prepared``."""
     options = given(body)
     requests, name = options.pop("requests"), options.pop("batch", None)
@@ -171,24 +182,22 @@ def prepared_batch(body: BaseModel, access: Access) -> tuple[list[Any], str | No
     if "prompt" in options:
         remedy = "give each of the requests its own"
         raise InvalidRequestError("prompt", "is not an option of a batch", remedy)
-    shared = prepared(options, access)
-    prepared_all = [_one_of(number, each, access) for number, each in enumerate(requests, 1)]
-    return prepared_all, name, shared
+    shared = _checked(options, access)
+    checked = [_checked_one(number, each, access) for number, each in enumerate(requests, 1)]
+    asked = [each for each in checked if isinstance(each, dict)]
+    found = await find_named([shared, *asked], access)
+    prepared_all = [
+        replaced(each, found, f"request {number}: ") if isinstance(each, dict) else each
+        for number, each in enumerate(checked, 1)
+    ]
+    return prepared_all, name, replaced(shared, found)
 
 
-def _one_of(number: int, request: Any, access: Access) -> Any:
+def _checked_one(number: int, request: Any, access: Access) -> Any:
     if not isinstance(request, dict):
         return request
     with naming(f"request {number}"):
-        return prepared(request, access)
-
-
-def _check_clips(options: Mapping[str, Any]) -> None:
-    """Refuse clips: the library takes paths, and no text of a client may be one."""
-    for name in CLIP_FIELDS:
-        if options.get(name) is not None:
-            problem = "is given, and this server takes no uploads yet"
-            raise InvalidRequestError(name, problem, "leave it out")
+        return _checked(request, access)
 
 
 def _check_model(model: object, access: Access) -> None:

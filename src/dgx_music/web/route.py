@@ -17,13 +17,16 @@ from dgx_music.web.problems import problem_of
 class MusicRoute(APIRoute):
     """Limits the body, turns known errors into problems, and secures the answer."""
 
+    is_limited = True
+    """Whether the body is limited as JSON is; otherwise the route limits it."""
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
             try:
-                response = await handle(limited(request))
+                response = await handle(limited(request) if self.is_limited else request)
             except Exception as error:
                 if (problem := problem_of(request, error)) is None:
                     raise

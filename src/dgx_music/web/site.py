@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import cached_property
 from typing import cast
 
+from anyio import CapacityLimiter
 from starlette.requests import Request
 
 from dgx_music.artifacts import Artifacts, open_output
 from dgx_music.config import Settings, load_settings
 from dgx_music.web.hub import Hub
-from dgx_music.web.options import WebOptions
+from dgx_music.web.options import MOST_DECODES, WebOptions
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
 
@@ -25,6 +26,7 @@ class Site:
         self.rates = Rates(options.requests_per_second)
         self.stops = Stops()
         self.hub = Hub(self.stops, options.most_streams)
+        self.decodes = CapacityLimiter(MOST_DECODES)
 
     @cached_property
     def artifacts(self) -> Artifacts:
