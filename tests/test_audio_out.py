@@ -132,6 +132,23 @@ async def test_a_row_completed_by_hand_may_name_no_file(place):
         await save_audio(row.id, place)
 
 
+@pytest.mark.parametrize(
+    ("name", "sha256"), [("secret-1.wav", None), ("secret", "ab" * 32), ("secret-1.wav.old", "ab")]
+)
+async def test_a_file_that_no_worker_made_is_not_read(place, tmp_path, name, sha256):
+    secret = tmp_path / name
+    secret.write_bytes(b"root:x:0:0")
+    async with get_session() as session:
+        file = {"file_path": str(secret), "sha256": sha256}
+        row = await add_generation(session, status="completed", **file)
+
+    for call in (lambda: read(stream_audio(row.id)), lambda: save_audio(row.id, place)):
+        with pytest.raises(ArtifactError) as caught:
+            await call()
+        assert str(caught.value).endswith(f"completed, but no worker made its file {secret}.")
+    assert names_in(place) == []
+
+
 # Files
 
 

@@ -67,7 +67,7 @@ async def stream_audio(
 
     With ``start`` and ``length`` only these bytes are read, and fewer if the file ends before.
     Raises ``GenerationNotFoundError``, ``NoAudioError`` unless the generation is completed, and
-    ``ArtifactError`` if its audio is not there.
+    ``ArtifactError`` if its audio is not there or no worker made it.
     """
     async with aclosing(stream_row(await find_completed(generation_id), start, length)) as chunks:
         async for chunk in chunks:
