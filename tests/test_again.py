@@ -380,6 +380,24 @@ async def test_what_has_no_audio_is_not_continued():
         await continue_generation(old.id, duration=60)
 
 
+async def test_audio_is_read_before_the_callers_transaction_begins(database, finished, monkeypatch):
+    old = await finished(audio_file(2.0))
+    began = []
+
+    async def read_end(row):
+        began.append(session.in_transaction())
+        return end_of(Path(row.file_path).read_bytes(), row.file_path)
+
+    monkeypatch.setattr("dgx_music.client.again._end_of_audio", read_end)
+    async with database.session() as session:
+        made = await continue_generation(old.id, duration=60, session=session)
+        await session.rollback()
+
+    assert began == [False]
+    assert len(made.generations) == 1
+    assert len(await read_all(database, select(Generation.id))) == 1
+
+
 @on(SQLITE)
 @pytest.mark.parametrize("content", [None, b"", b"noise", audio_file(2.0, kind="FLAC")[:600]])
 async def test_audio_that_is_lost_or_damaged_is_named(finished, content):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
@@ -32,18 +32,14 @@ from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
 from dgx_music.validation import AudioFormat
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
 _SHORT_ID = 8
 
 
-async def find_completed(generation_id: str, session: AsyncSession | None = None) -> Generation:
-    """Return the completed generation; raises ``GenerationNotFoundError`` or ``NoAudioError``."""
+async def read_completed_row(generation_id: str) -> Generation:
+    """Return the row of a completed generation; raises what ``stream_audio`` raises."""
     validation.check_name("generation_id", generation_id)
-    row = await transact(
-        session, lambda current: repository.get_generation(current, generation_id), read_only=True
-    )
+    read = partial(repository.get_generation, generation_id=generation_id)
+    row = await transact(None, read, read_only=True)
     if row is None:
         raise GenerationNotFoundError(generation_id)
     path_of(row)
