@@ -211,7 +211,7 @@ async def test_it_is_made_in_the_callers_transaction(database):
         ({"seed": 1.5}, "seed is 1.5; "),
         ({"count": 0}, "count is 0; use a whole number from 1 to 16."),
         ({"count": 17}, "count is 17; "),
-        ({"variations": 2}, "variations is given twice; "),
+        ({"variations": 2}, "variations is called count here; use count."),
         ({"durations": 3}, "durations is not an option; "),
         ({"duration": 301}, "duration is 301 s; "),
         ({"prompt": " "}, "prompt is only white space; "),

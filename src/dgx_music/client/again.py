@@ -139,6 +139,8 @@ async def _enqueue_from(
 ) -> list[Generation]:
     """Add the generations of the parent's request with these changes, and return them."""
     validation.check_integer("count", wanted["variations"], 1, MAX_VARIATIONS)
+    if "variations" in changes:
+        raise InvalidRequestError("variations", "is called count here", "use count")
     for name in changes.keys() & wanted.keys():
         raise InvalidRequestError(name, "is given twice", "give it once")
     changes = {**changes, **wanted}
