@@ -25,7 +25,7 @@ from dgx_music.audio.endings import end_of
 from dgx_music.errors import ArtifactError
 from dgx_music.inference.engine import seed_of
 from dgx_music.storage import delete_generation, families, queue
-from dgx_music.storage.clips import prune_clips
+from dgx_music.storage.clips import hold_clips, prune_clips
 from dgx_music.storage.models import Clip, Generation
 from dgx_music.storage.schema import now_plus
 from tests.factories import (
@@ -298,15 +298,23 @@ async def test_a_clip_that_is_gone_by_now_is_refused(database, monkeypatch):
 
 
 @on("asyncpg", "psycopg")
-async def test_a_clip_that_is_used_again_is_not_pruned_meanwhile(database):
+async def test_a_clip_that_is_used_again_is_not_pruned_before_the_row_is_there(
+    database, monkeypatch
+):
     old = await enqueue("x", continuation=audio_file())
-    async with database.session() as session:
-        (new,) = await again_generation(old.id, session=session)
+    pruned = []
+
+    async def hold_then_prune(session, sha256s):
+        await hold_clips(session, sha256s)
         async with database.session() as other:
             await delete_generation(other, old.id)
             await other.execute(update(Clip).values(last_used_at=now_plus(-1e6)))
-        assert await database.transact(lambda current: prune_clips(current, limit=10)) == 0
+        pruned.append(await database.transact(lambda current: prune_clips(current, limit=10)))
 
+    monkeypatch.setattr("dgx_music.storage.insertion.hold_clips", hold_then_prune)
+    (new,) = await again_generation(old.id)
+
+    assert pruned == [0]
     assert (await read(database, new.id)).continuation_sha256 == old.continuation_sha256
 
 
