@@ -25,7 +25,7 @@ from dgx_music.audio.endings import end_of
 from dgx_music.errors import ArtifactError
 from dgx_music.inference.engine import seed_of
 from dgx_music.storage import delete_generation, families, queue
-from dgx_music.storage.clips import prune_clips
+from dgx_music.storage.clips import hold_clips, prune_clips
 from dgx_music.storage.models import Clip, Generation
 from dgx_music.storage.schema import now_plus
 from tests.factories import (
@@ -211,7 +211,7 @@ async def test_it_is_made_in_the_callers_transaction(database):
         ({"seed": 1.5}, "seed is 1.5; "),
         ({"count": 0}, "count is 0; use a whole number from 1 to 16."),
         ({"count": 17}, "count is 17; "),
-        ({"variations": 2}, "variations is given twice; "),
+        ({"variations": 2}, "variations is called count here; use count."),
         ({"durations": 3}, "durations is not an option; "),
         ({"duration": 301}, "duration is 301 s; "),
         ({"prompt": " "}, "prompt is only white space; "),
@@ -298,15 +298,23 @@ async def test_a_clip_that_is_gone_by_now_is_refused(database, monkeypatch):
 
 
 @on("asyncpg", "psycopg")
-async def test_a_clip_that_is_used_again_is_not_pruned_meanwhile(database):
+async def test_a_clip_that_is_used_again_is_not_pruned_before_the_row_is_there(
+    database, monkeypatch
+):
     old = await enqueue("x", continuation=audio_file())
-    async with database.session() as session:
-        (new,) = await again_generation(old.id, session=session)
+    pruned = []
+
+    async def hold_then_prune(session, sha256s):
+        await hold_clips(session, sha256s)
         async with database.session() as other:
             await delete_generation(other, old.id)
             await other.execute(update(Clip).values(last_used_at=now_plus(-1e6)))
-        assert await database.transact(lambda current: prune_clips(current, limit=10)) == 0
+        pruned.append(await database.transact(lambda current: prune_clips(current, limit=10)))
 
+    monkeypatch.setattr("dgx_music.storage.insertion.hold_clips", hold_then_prune)
+    (new,) = await again_generation(old.id)
+
+    assert pruned == [0]
     assert (await read(database, new.id)).continuation_sha256 == old.continuation_sha256
 
 
@@ -378,6 +386,24 @@ async def test_what_has_no_audio_is_not_continued():
 
     with pytest.raises(NoAudioError, match=r"is cancelled and has no audio\.$"):
         await continue_generation(old.id, duration=60)
+
+
+async def test_audio_is_read_before_the_callers_transaction_begins(database, finished, monkeypatch):
+    old = await finished(audio_file(2.0))
+    began = []
+
+    async def read_end(row):
+        began.append(session.in_transaction())
+        return end_of(Path(row.file_path).read_bytes(), row.file_path)
+
+    monkeypatch.setattr("dgx_music.client.again._end_of_audio", read_end)
+    async with database.session() as session:
+        made = await continue_generation(old.id, duration=60, session=session)
+        await session.rollback()
+
+    assert began == [False]
+    assert len(made.generations) == 1
+    assert len(await read_all(database, select(Generation.id))) == 1
 
 
 @on(SQLITE)

@@ -1,11 +1,13 @@
 """Finished audio on its way out: from a folder or an object store, to a reader or a file."""
 
+import asyncio
 import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from anyio import to_thread
 
 from dgx_music import GenerationNotFoundError, NoAudioError, get_session, save_audio, stream_audio
 from dgx_music.artifacts import LocalArtifacts, open_output
@@ -20,7 +23,6 @@ from dgx_music.client import audio_out
 from dgx_music.client.audio_out import Saving
 from dgx_music.client.content import values_of
 from dgx_music.errors import ArtifactError, InvalidRequestError
-from dgx_music.storage.models import Generation
 from tests.factories import ROOT, SQLITE, add_generation, audio_file, on
 from tests.object_store import s3_fixture, s3_port_fixture  # noqa: F401
 from tests.patience import PATIENCE
@@ -72,6 +74,11 @@ async def read(chunks):
 
 def names_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def open_files_in(folder):
+    links = [*Path("/proc/self/fd").iterdir()]
+    return [each for each in links if each.is_symlink() and folder in each.readlink().parents]
 
 
 # Streams
@@ -130,6 +137,23 @@ async def test_a_row_completed_by_hand_may_name_no_file(place):
 
     with pytest.raises(ArtifactError, match=r"is completed, but its row names no file\.$"):
         await save_audio(row.id, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "sha256"), [("secret-1.wav", None), ("secret", "ab" * 32), ("secret-1.wav.old", "ab")]
+)
+async def test_a_file_that_no_worker_made_is_not_read(place, tmp_path, name, sha256):
+    secret = tmp_path / name
+    secret.write_bytes(b"root:x:0:0")
+    async with get_session() as session:
+        file = {"file_path": str(secret), "sha256": sha256}
+        row = await add_generation(session, status="completed", **file)
+
+    for call in (lambda: read(stream_audio(row.id)), lambda: save_audio(row.id, place)):
+        with pytest.raises(ArtifactError) as caught:
+            await call()
+        assert str(caught.value).endswith(f"completed, but no worker made its file {secret}.")
+    assert names_in(place) == []
 
 
 # Files
@@ -260,15 +284,48 @@ async def test_a_kill_leaves_no_half_file_under_the_final_name(store, place, dat
     assert (await save_audio(row.id, "song.wav")).read_bytes() == audio_file(0.5)
 
 
-async def test_the_row_may_be_read_in_the_callers_transaction(store, place):
+@pytest.mark.parametrize(("place_of_step", "step"), [(Saving, "_open"), (audio_out, "flush")])
+async def test_a_cancelled_call_ends_its_step_and_leaves_nothing(
+    store, place, monkeypatch, place_of_step, step
+):
     row = await made(store)
+    begun, may_go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    really, answers = getattr(place_of_step, step), []
 
-    async with get_session() as session:
-        (await session.get(Generation, row.id)).title = "Not yet committed"
-        await session.flush()
-        path = await save_audio(row.id, "{title}", session=session)
+    def slowly(*args, **kwargs):
+        begun.set()
+        may_go_on.wait(PATIENCE)
+        try:
+            answers.append(really(*args, **kwargs))
+            return answers[0]
+        finally:
+            ended.set()
 
-    assert path.name == "Not yet committed.wav"
+    monkeypatch.setattr(place_of_step, step, slowly)
+    call = asyncio.create_task(save_audio(row.id, "new/song"))
+    assert await to_thread.run_sync(begun.wait, PATIENCE)
+    call.cancel()
+    await asyncio.wait([call], timeout=0.05)
+    may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    assert await to_thread.run_sync(ended.wait, PATIENCE)
+    assert len(answers) == 1
+    assert (names_in(place), open_files_in(place)) == ([], [])
+
+
+async def test_a_file_is_flushed_whole_before_it_gets_its_name(store, place, monkeypatch):
+    row = await made(store)
+    flushed = []
+
+    def note(descriptor):
+        flushed.append((os.fstat(descriptor).st_size, (place / "song.wav").exists()))
+
+    monkeypatch.setattr(audio_out, "flush", note)
+    await save_audio(row.id, "song.wav")
+
+    assert flushed == [(len(audio_file(0.5)), False)]
 
 
 # Formats

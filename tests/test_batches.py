@@ -194,6 +194,21 @@ async def test_takes_under_one_key_are_the_same_rows_again(database):
     assert await batches_of(database) == {first[0].batch_id: None}
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+async def test_a_take_that_was_deleted_is_made_again_in_a_batch_of_its_own(database, seed):
+    call = {"variations": 3, "idempotency_key": "k", "seed": seed}
+    first = await enqueue_many(["lofi rain"], **call)
+    async with database.session() as session:
+        await delete_generation(session, first[1].id)
+
+    again = await enqueue_many(["lofi rain"], **call)
+
+    assert [again[0].id, again[2].id] == [first[0].id, first[2].id]
+    assert (again[1].take, again[1].idempotency_key) == (2, "k#2")
+    assert again[1].batch_id not in (None, first[0].batch_id)
+    assert (again[1].sampling["seed"] == first[1].sampling["seed"]) is (seed is not None)
+
+
 @pytest.mark.parametrize("other", [{}, {"variations": 2}, {"variations": 3, "seed": 1}])
 async def test_another_number_of_takes_is_another_request(other):
     await enqueue("lofi rain", variations=3, idempotency_key="k")

@@ -166,6 +166,21 @@ def test_no_two_files_of_one_call_have_the_same_name(titles):
     assert all(len(path.encode()) <= 255 for path in paths)
 
 
+def test_many_files_of_one_name_are_numbered_without_trying_each_number_again(monkeypatch):
+    filled, really = [], Pattern.fill
+
+    def fill(self, values, suffix, number=1):
+        filled.append(number)
+        return really(self, values, suffix, number)
+
+    monkeypatch.setattr(Pattern, "fill", fill)
+    names = DistinctNames(Pattern("{title}"))
+    paths = [names.path_for(VALUES | {"title": "x" * 300}, ".wav") for _ in range(300)]
+
+    assert str(paths[-1]).endswith("x-300.wav")
+    assert len(filled) < 700
+
+
 def test_the_second_file_of_a_name_has_a_number():
     names = DistinctNames(Pattern("song.flac"))
 

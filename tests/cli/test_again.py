@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ pytestmark = pytest.mark.usefixtures("migrated")
 
 def add_finished(seconds: float) -> str:
     """Add a completed generation with a file of this length; return its id."""
-    Path("old.wav").write_bytes(audio_file(seconds))
-    path = str(Path("old.wav").absolute())
-    (old,) = add("lofi rain", status="completed", attempt=1, file_path=path)
+    data = audio_file(seconds)
+    Path("old-1.wav").write_bytes(data)
+    file = {"file_path": str(Path("old-1.wav").absolute()), "sha256": sha256(data).hexdigest()}
+    (old,) = add("lofi rain", status="completed", attempt=1, **file)
     return old
 
 

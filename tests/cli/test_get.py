@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import io
 import os
 import pty
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import soundfile
 
-from dgx_music.storage.models import Batch
+from dgx_music.client.audio_out import Saved, Saving
+from dgx_music.storage.models import Batch, Generation
 from tests.cli.conftest import Run, Spawn, add, opened_default
 from tests.factories import audio_file
 from tests.patience import PATIENCE
@@ -205,10 +208,7 @@ def test_get_shows_a_bar_on_a_terminal_and_the_paths_on_stdout(spawn: Spawn) -> 
     assert b"2/2" in shown
 
 
-def test_get_takes_the_filters_of_list_and_counts_what_has_no_audio(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dgx_music.cli.get._PAGE", 2)
+def test_get_takes_the_filters_of_list_and_counts_what_has_no_audio(run: Run) -> None:
     batch = add_batch()
     ids = add_made("a", "b", "c", batch_id=batch)
     add("d", "e", batch_id=batch)
@@ -219,6 +219,40 @@ def test_get_takes_the_filters_of_list_and_counts_what_has_no_audio(
     assert [each["id"] for each in result.json["saved"]] == ids
     assert (result.code, result.json["without_audio"]) == (0, 2)
     assert "2 more are not completed, so they have no audio." in result.err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "saved", "without"),
+    [(["completed"], 2, 0), (["pending"], 0, 1), (["pending", "completed"], 2, 1)],
+)
+def test_get_takes_the_status_that_is_asked_for(
+    run: Run, wanted: list[str], saved: int, without: int
+) -> None:
+    add_made("a", "b")
+    add("c")
+
+    result = run("get", *(f"--status={each}" for each in wanted), "--json")
+
+    assert (len(result.json["saved"]), result.json["without_audio"]) == (saved, without)
+
+
+def test_get_keeps_no_row_after_its_file_is_saved(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = add_made("a", "b", "c")
+    seen: list[weakref.ref[Generation]] = []
+    really = Saving.save
+
+    async def save(self: Saving, row: Generation) -> Saved:
+        gc.collect()
+        assert [each() for each in seen[:-1]] == [None] * len(seen[:-1])
+        seen.append(weakref.ref(row))
+        return await really(self, row)
+
+    monkeypatch.setattr(Saving, "save", save)
+
+    assert run("get", *ids).code == 0
+    assert len(seen) == 3
 
 
 def test_get_says_that_nothing_fits_the_filters(run: Run) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,9 @@ def test_aplay_gets_a_wav_file_of_any_format(run: Run, players: Path) -> None:
     install(players, "aplay")
     flac = io.BytesIO()
     soundfile.write(flac, soundfile.read(io.BytesIO(DATA))[0], 32_000, format="FLAC")
-    Path("song.flac").write_bytes(flac.getvalue())
-    (generation_id,) = add_made("x", file_path=str(Path("song.flac").absolute()), sha256=None)
+    Path("song-1.flac").write_bytes(flac.getvalue())
+    file = {"file_path": str(Path("song-1.flac").absolute())}
+    (generation_id,) = add_made("x", sha256=sha256(flac.getvalue()).hexdigest(), **file)
 
     assert run("show", generation_id, "--play").code == 0
     assert soundfile.info("played").format == "WAV"

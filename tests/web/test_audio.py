@@ -183,18 +183,17 @@ async def test_no_other_file_is_sent(client, complete, output, tmp_path, default
     secret = tmp_path / "secret.wav"
     secret.write_bytes(DATA)
     (output / "x").mkdir(parents=True)
-    for place in (secret, output / "x" / ".." / ".." / "secret.wav"):
+    (output / "mine.wav").write_bytes(DATA)
+    for place in (secret, output / "x" / ".." / ".." / "secret.wav", output / "mine.wav"):
         async with default_database.session() as session:
             row = await add_generation(
                 session, status="completed", file_path=str(place), file_size_bytes=SIZE
             )
         assert (await client.get(f"/v1/generations/{row.id}/audio")).status_code == 410
-    (output / "link.wav").symlink_to(secret)
+    (output / "link-1.wav").symlink_to(secret)
     async with default_database.session() as session:
-        link = str(output / "link.wav")
-        row = await add_generation(
-            session, status="completed", file_path=link, file_size_bytes=SIZE
-        )
+        file = {"file_path": str(output / "link-1.wav"), "sha256": "ab" * 32}
+        row = await add_generation(session, status="completed", file_size_bytes=SIZE, **file)
     assert (await client.get(f"/v1/generations/{row.id}/audio")).status_code == 503
 
 

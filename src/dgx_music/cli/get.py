@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dgx_music.cli.chosen import Chosen
 from dgx_music.cli.filter_options import FILTER_OPTIONS, filters_of
 from dgx_music.cli.options import AsJson, DatabaseUrl, taking
-from dgx_music.cli.output import fail, near, print_json, print_line, tell, tell_untrained
+from dgx_music.cli.output import fail, near, print_json, print_line, tell, tell_untrained_models
 from dgx_music.errors import DgxMusicError, InvalidRequestError
+from dgx_music.statuses import COMPLETED
 from dgx_music.validation import AudioFormat, at_home
 
 if TYPE_CHECKING:
     from dgx_music.client.audio_out import Saved, Saving
-    from dgx_music.storage import Database, Filters, Generation
+    from dgx_music.storage import Database, Filters
 
 _STDOUT = "-"
-_PAGE = 500
 
 Ids = Annotated[
     list[str] | None,
@@ -51,9 +52,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that are the
 class _Outcome:
     """What became of each generation that was asked for."""
 
-    rows: list[Generation] = field(default_factory=list)
-    saved: list[Saved] = field(default_factory=list)
-    """The files, in the order of the rows."""
+    saved: dict[str, Saved] = field(default_factory=dict)
+    """The files, by the ids of their generations."""
+    models: set[str] = field(default_factory=set)
+    """The models that made them."""
     refused: dict[str, DgxMusicError] = field(default_factory=dict)
     """Why there is no file, by what was asked for."""
     without_audio: int = 0
@@ -80,10 +82,7 @@ def get(
     refusal. With filters, what is not completed is left out and counted.
     """
     wanted, filters = ids or [], filters_of(options)
-    if bool(wanted) == bool(filters):
-        problem = "comes with filters" if wanted else "is missing, and so are filters"
-        remedy = "name ids, or choose by --batch and the filters of `list`"
-        raise InvalidRequestError("ID", problem, remedy)
+    Chosen(wanted, filters).check()
     if out == _STDOUT:
         _check_stdout(wanted, is_json=as_json)
         asyncio.run(_write_to_stdout(wanted[0], audio_format, database_url))
@@ -127,7 +126,7 @@ async def _write_to_stdout(
     async for chunk in content_of(row, audio_format):
         sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
-    tell_untrained([row])
+    tell_untrained_models([row.model_name])
 
 
 async def _save_all(
@@ -154,33 +153,23 @@ async def _save_all(
 async def _choose(database: Database, filters: Filters, outcome: _Outcome) -> list[str]:
     """Return the ids of the completed generations that fit the filters, oldest first."""
     from dgx_music.cli.filter_options import find_filters
-    from dgx_music.storage import list_generations
+    from dgx_music.client.bulk import choose
 
     filters = await find_filters(database, filters)
-    chosen: list[str] = []
-    after: str | None = None
-    async with database.session(read_only=True) as session:
-        while True:
-            page = await list_generations(
-                session, limit=_PAGE, after=after, reverse=True, **filters
-            )
-            made = [row.id for row in page.generations if row.is_complete]
-            chosen += made
-            outcome.without_audio += len(page.generations) - len(made)
-            if (after := page.next) is None:
-                return chosen
-            session.expunge_all()
+    fitting = await choose(None, None, None, filters)
+    made = await choose(None, None, None, {**filters, "status": COMPLETED})
+    chosen = sorted({*made} & {*fitting})
+    outcome.without_audio = len(fitting) - len(chosen)
+    return chosen
 
 
 async def _save(database: Database, wanted: str, saving: Saving, outcome: _Outcome) -> None:
     from dgx_music.cli.opening import find_generation
 
     row = await find_generation(database, wanted)
-    if any(row.id == done.id for done in outcome.rows):
-        return
-    saved = await saving.save(row)
-    outcome.rows.append(row)
-    outcome.saved.append(saved)
+    if row.id not in outcome.saved:
+        outcome.saved[row.id] = await saving.save(row)
+        outcome.models.add(row.model_name)
 
 
 @contextmanager
@@ -203,25 +192,25 @@ def _show(outcome: _Outcome, *, as_json: bool) -> None:
     if as_json:
         print_json(_as_json(outcome))
     else:
-        for saved in outcome.saved:
+        for saved in outcome.saved.values():
             print_line(near(str(saved.path)))
     if outcome.without_audio:
         tell(f"{outcome.without_audio:,} more are not completed, so they have no audio.")
     elif not (outcome.saved or outcome.refused):
         tell("There are no such generations.")
-    tell_untrained(outcome.rows)
+    tell_untrained_models(outcome.models)
 
 
 def _as_json(outcome: _Outcome) -> dict[str, Any]:
     return {
         "saved": [
             {
-                "id": row.id,
+                "id": generation_id,
                 "path": str(saved.path),
                 "format": saved.audio_format,
                 "size_bytes": saved.size_bytes,
             }
-            for row, saved in zip(outcome.rows, outcome.saved, strict=True)
+            for generation_id, saved in outcome.saved.items()
         ],
         "refused": [
             {"id": wanted, "error": str(error)} for wanted, error in outcome.refused.items()

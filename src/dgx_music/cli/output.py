@@ -262,8 +262,13 @@ def status_in_words(row: Generation) -> str:
 
 
 def tell_untrained(generations: Iterable[Generation]) -> None:
-    """Warn of models that make noise."""
-    for name in sorted({row.model_name for row in generations if is_untrained(row.model_name)}):
+    """Warn of the models of these generations that make noise."""
+    tell_untrained_models({row.model_name for row in generations})
+
+
+def tell_untrained_models(names: Iterable[str]) -> None:
+    """Warn of those of these models that make noise."""
+    for name in sorted(filter(is_untrained, names)):
         tell(f"Note: {name} has {UNTRAINED_NOTICE}.")
 
 

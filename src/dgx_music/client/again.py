@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from dgx_music import validation
 from dgx_music.catalog import find_model
-from dgx_music.client.content import content_of, find_completed
+from dgx_music.client.content import content_of, read_completed_row
 from dgx_music.client.enqueue import read_clips_beside, store
 from dgx_music.client.requests import Origin, plan
 from dgx_music.client.transactions import transact
@@ -95,12 +95,14 @@ async def continue_generation(
     """Add generations that start with the audio of a completed one, and go on; return both.
 
     They start with the last 30 s of it, or with all of it if it is not longer. ``duration`` counts
-    from the start of that clip. All else is as ``again_generation`` has it.
+    from the start of that clip. All else is as ``again_generation`` has it. Row and audio are read
+    before the ``session`` is used, so that no transaction waits for the audio: what only that
+    session has changed does not count.
 
     Raises ``GenerationNotFoundError``, ``NoAudioError`` if it is not completed, ``ArtifactError``
     if its audio cannot be read, and what ``enqueue`` raises.
     """
-    parent = await find_completed(generation_id, session)
+    parent = await read_completed_row(generation_id)
     ending = await _end_of_audio(parent)
     wanted = {
         "seed": _seed(parent, seed),
@@ -137,6 +139,8 @@ async def _enqueue_from(
 ) -> list[Generation]:
     """Add the generations of the parent's request with these changes, and return them."""
     validation.check_integer("count", wanted["variations"], 1, MAX_VARIATIONS)
+    if "variations" in changes:
+        raise InvalidRequestError("variations", "is called count here", "use count")
     for name in changes.keys() & wanted.keys():
         raise InvalidRequestError(name, "is given twice", "give it once")
     changes = {**changes, **wanted}

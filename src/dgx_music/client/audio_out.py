@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, BinaryIO, TypeVar
 
-import anyio
 from anyio import to_thread
 
 from dgx_music import validation
 from dgx_music.client.content import (
     check_convertible,
     content_of,
-    find_completed,
     path_of,
+    read_completed_row,
     stored_format,
     stream_row,
     values_of,
@@ -30,10 +29,10 @@ from dgx_music.client.names import DistinctNames, Pattern
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, InvalidRequestError
 from dgx_music.files import file_mode, flush, flush_folder, give_name, make_folders
+from dgx_music.storage.connection.sessions import finish
 from dgx_music.storage.models import Generation
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+T = TypeVar("T")
 
 
 async def save_audio(
@@ -42,7 +41,6 @@ async def save_audio(
     *,
     format: str | None = None,  # noqa: A002 - what users call it
     force: bool = False,
-    session: AsyncSession | None = None,
 ) -> Path:
     """Write the audio of a completed generation to a file, and return the file's absolute path.
 
@@ -55,7 +53,7 @@ async def save_audio(
     unacceptable, and for a name that is taken, unless ``force`` is given.
     """
     saving = Saving(path_or_pattern, audio_format=format, force=force)
-    return (await saving.save(await find_completed(generation_id, session))).path
+    return (await saving.save(await read_completed_row(generation_id))).path
 
 
 async def stream_audio(
@@ -67,9 +65,11 @@ async def stream_audio(
 
     With ``start`` and ``length`` only these bytes are read, and fewer if the file ends before.
     Raises ``GenerationNotFoundError``, ``NoAudioError`` unless the generation is completed, and
-    ``ArtifactError`` if its audio is not there.
+    ``ArtifactError`` if its audio is not there or no worker made it.
     """
-    async with aclosing(stream_row(await find_completed(generation_id), start, length)) as chunks:
+    async with aclosing(
+        stream_row(await read_completed_row(generation_id), start, length)
+    ) as chunks:
         async for chunk in chunks:
             yield chunk
 
@@ -131,18 +131,22 @@ class Saving:
     async def _write(self, target: Path, chunks: AsyncIterator[bytes]) -> int:
         """Write a file beside the target, give it the target's name, and return its size."""
         part = target.with_name(f".{secrets.token_hex(8)}.part")
-        descriptor = await to_thread.run_sync(self._open, part)
-        try:
-            size = await _fill(descriptor, chunks)
-            await to_thread.run_sync(self._give_name, part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        size = 0
+        with ExitStack() as stack:
+            file = await _in_thread(self._open, part, stack)
+            async for chunk in chunks:
+                size += await _in_thread(file.write, chunk)
+            await _in_thread(_close, file)
+            await _in_thread(self._give_name, part, target)
         return size
 
-    def _open(self, part: Path) -> int:
+    def _open(self, part: Path, stack: ExitStack) -> BinaryIO:
+        """Open a new file that the stack closes and deletes, also if the caller is cancelled."""
         make_folders(part.parent, is_private=self._is_private)
         mode = file_mode(is_private=self._is_private)
-        return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        stack.callback(part.unlink, missing_ok=True)
+        return stack.enter_context(os.fdopen(descriptor, "wb"))
 
     def _give_name(self, part: Path, target: Path) -> None:
         if self._is_forced:
@@ -162,13 +166,16 @@ def _check_free(target: Path) -> None:
         raise FileExistsError
 
 
-async def _fill(descriptor: int, chunks: AsyncIterator[bytes]) -> int:
-    """Write the chunks durably, close the file, and return its size."""
-    size = 0
-    with os.fdopen(descriptor, "wb") as plain:
-        file = anyio.wrap_file(plain)
-        async for chunk in chunks:
-            size += await file.write(chunk)
-        await file.flush()
-        await to_thread.run_sync(flush, descriptor)
-    return size
+def _close(file: BinaryIO) -> None:
+    """Flush the file to disk, and close it."""
+    with file:
+        file.flush()
+        flush(file.fileno())
+
+
+async def _in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Do the work in a thread, to its end even if the caller is cancelled.
+
+    A cancelled task leaves a thread to itself: it would use a file that is closed by then.
+    """
+    return await finish(to_thread.run_sync(work, *args))

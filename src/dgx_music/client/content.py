@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from anyio import to_thread
 
 from dgx_music import validation
 from dgx_music.artifacts import open_place_of
+from dgx_music.artifacts.interface import parse_name
 from dgx_music.audio.formats import find_rate_problem
 from dgx_music.audio.tags import UNTITLED, tags_of
 from dgx_music.catalog import short_name
@@ -31,18 +32,14 @@ from dgx_music.storage.models import Generation
 from dgx_music.storage.queue import AUDIO_KEY
 from dgx_music.validation import AudioFormat
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-
 _SHORT_ID = 8
 
 
-async def find_completed(generation_id: str, session: AsyncSession | None = None) -> Generation:
-    """Return the completed generation; raises ``GenerationNotFoundError`` or ``NoAudioError``."""
+async def read_completed_row(generation_id: str) -> Generation:
+    """Return the row of a completed generation; raises what ``stream_audio`` raises."""
     validation.check_name("generation_id", generation_id)
-    row = await transact(
-        session, lambda current: repository.get_generation(current, generation_id), read_only=True
-    )
+    read = partial(repository.get_generation, generation_id=generation_id)
+    row = await transact(None, read, read_only=True)
     if row is None:
         raise GenerationNotFoundError(generation_id)
     path_of(row)
@@ -50,11 +47,17 @@ async def find_completed(generation_id: str, session: AsyncSession | None = None
 
 
 def path_of(row: Generation) -> str:
-    """Return the place of the row's audio; raises ``NoAudioError`` or ``ArtifactError``."""
+    """Return the place of the row's audio; raises ``NoAudioError`` or ``ArtifactError``.
+
+    A row that was completed by hand may name any file: only what a worker made is ever read.
+    """
     if not row.is_complete:
         raise NoAudioError(row.id, row.status)
     if not row.file_path:
         raise ArtifactError(f"Generation {row.id} is completed, but its row names no file.")
+    if row.sha256 is None or parse_name(row.file_path.rpartition("/")[2]) is None:
+        problem = f"no worker made its file {row.file_path}"
+        raise ArtifactError(f"Generation {row.id} is completed, but {problem}.")
     return row.file_path
 
 
@@ -146,5 +149,5 @@ async def _checked(row: Generation) -> AsyncGenerator[bytes, None]:
         async for chunk in chunks:
             await to_thread.run_sync(digest.update, chunk)
             yield chunk
-    if row.sha256 is not None and digest.hexdigest() != row.sha256:
+    if digest.hexdigest() != row.sha256:
         raise ArtifactError(f"{row.file_path} is damaged: its hash is not that of its row.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import PurePath
 from string import Formatter
 from unicodedata import category, normalize
@@ -96,15 +95,19 @@ class DistinctNames:
     def __init__(self, pattern: Pattern) -> None:
         self._pattern = pattern
         self._taken: set[str] = set()
+        self._numbers: dict[str, int] = {}
+        """The last number given to the files of a name."""
 
     def path_for(self, values: Mapping[str, str], suffix: str) -> PurePath:
         """Return the next path for these values, numbered if it was given before."""
-        for number in count(1):
-            path = self._pattern.fill(values, suffix, number)
-            if (key := normalize("NFC", str(path)).casefold()) not in self._taken:
-                self._taken.add(key)
-                return path
-        raise AssertionError("numbers do not end")
+        path = self._pattern.fill(values, suffix)
+        name = key = _same_for_all(path)
+        while key in self._taken:
+            self._numbers[name] = self._numbers.get(name, 1) + 1
+            path = self._pattern.fill(values, suffix, self._numbers[name])
+            key = _same_for_all(path)
+        self._taken.add(key)
+        return path
 
 
 def first_words(text: str, most: int = 60) -> str:
@@ -114,6 +117,11 @@ def first_words(text: str, most: int = 60) -> str:
         return line
     cut = line[: most + 1].rpartition(" ")[0]
     return cut or line[:most]
+
+
+def _same_for_all(path: PurePath) -> str:
+    """Return a text that is the same for all paths that some file system takes for one."""
+    return normalize("NFC", str(path)).casefold()
 
 
 def _parse(text: str, field: str) -> Iterator[_Piece]:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from dgx_music.artifacts import Artifacts, open_place_of
 from dgx_music.artifacts.interface import parse_name
-from dgx_music.client.content import stored_format, stream_row
+from dgx_music.client.content import path_of, stored_format, stream_row
 from dgx_music.client.generations import audio_facts
 from dgx_music.errors import ArtifactError, InvalidRequestError, NoAudioError
 from dgx_music.storage import Generation
@@ -162,7 +162,7 @@ async def _begun(
     place: Artifacts, row: Generation, start: int, length: int
 ) -> tuple[bytes, AsyncGenerator[bytes, None]]:
     """Return the first chunk and the rest: so a missing file is noticed before the answer begins."""
-    path = cast("str", row.file_path)
+    path = _path_of(row)
     if not (place.holds(path) or _has_own_name(row, path)):
         raise ProblemError(GONE, _GONE)
     chunks = stream_row(row, start, length)
@@ -171,6 +171,13 @@ async def _begun(
     except ArtifactError:
         if await open_place_of(path).exists(path):
             raise
+        raise ProblemError(GONE, _GONE) from None
+
+
+def _path_of(row: Generation) -> str:
+    try:
+        return path_of(row)
+    except ArtifactError:
         raise ProblemError(GONE, _GONE) from None
 
 
