@@ -259,3 +259,15 @@ class Token(Base):
     """Written at most once an hour, so that a request is no write."""
 
     __table_args__ = (CheckConstraint("role IN ('read', 'enqueue', 'operate')", "role"),)
+
+
+class Login(Base):
+    """One browser that has logged in to the page with a token, for some hours."""
+
+    __tablename__ = "logins"
+
+    sha256: Mapped[str] = mapped_column(HashText, primary_key=True)
+    """Of the random text in the browser's cookie; the text itself is stored nowhere."""
+    token_name: Mapped[str] = mapped_column(ShortText)
+    """The token that allows it; if that is revoked or expires, so is the log-in."""
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
