@@ -62,7 +62,6 @@ class TokenScheme(SecurityBase):
         _check_rate(site, holder.name)
         return Access(holder.role, holder.tenant)
 
-
     async def _find_holder(self, request: Request) -> Holder:
         tokens, secret = self._site.tokens, _secret_of(request)
         if secret:

@@ -12,12 +12,15 @@ from starlette.responses import RedirectResponse, Response
 from dgx_music.client.logins import LASTS_SECONDS, log_in, log_out
 from dgx_music.web.access import cookie_of, login_of
 from dgx_music.web.problems import NOT_FOUND, TOO_FAST, ProblemError
-from dgx_music.web.shell import FILES, VERSION, PageRoute, render, root_of
+from dgx_music.web.shell import FILES, VERSION, PageRoute, read_form, render, root_of
 from dgx_music.web.site import Site, site_of
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
-_KEPT_FOR_EVER = "public, max-age=31536000, immutable"
+_OF_FILES = {
+    "Cache-Control": "public, max-age=31536000, immutable",
+    "Content-Encoding": "gzip",  # every browser takes it
+}
 
 
 @router.get("/page/{version}/{name}")
@@ -26,15 +29,15 @@ async def get_file(version: str, name: str) -> Response:
     if name not in FILES or version != VERSION:
         raise ProblemError(NOT_FOUND, "There is no such file; load the page again.")
     content, media_type = FILES[name]
-    return Response(content, headers={"Cache-Control": _KEPT_FOR_EVER}, media_type=media_type)
+    return Response(content, headers=_OF_FILES, media_type=media_type)
 
 
 @router.post("/login")
 async def post_login(request: Request) -> Response:
     """Take a token, and give the browser a cookie that stands for it."""
     _check_rate(site_of(request), "" if request.client is None else request.client.host)
-    token = (await request.form()).get("token")
-    secret = await log_in(token.strip()) if isinstance(token, str) else None
+    token = (await read_form(request)).get("token", "")
+    secret = await log_in(token.strip())
     if secret is None:
         reason = "The token is not valid: it is unknown, expired or revoked."
         return render(request, "login.html", {"reason": reason}, 401)

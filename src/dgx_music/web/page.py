@@ -7,7 +7,6 @@ from typing import Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter
-from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -21,7 +20,7 @@ from dgx_music.web.generations import read_page
 from dgx_music.web.overview import read_models
 from dgx_music.web.problems import ProblemError, problem_of
 from dgx_music.web.requests import check_only, prepared
-from dgx_music.web.shell import PageRoute, render, root_of
+from dgx_music.web.shell import PageRoute, read_form, render, root_of
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -50,27 +49,26 @@ async def get_page(request: Request, access: MayRead) -> Response:
 @router.post("/")
 async def post_prompt(request: Request, access: MayEnqueue) -> Response:
     """Enqueue what a form without scripts sends, and lead back to the list."""
-    form = await request.form()
+    form = await read_form(request)
     try:
         await enqueue_one(prepared(_options(form), access), access)
     except (DgxMusicError, ProblemError) as error:
         problem = problem_of(request, error)
         if problem is None:
             raise
-        kept = {name: text for name, text in form.items() if isinstance(text, str)}
-        return await _show(request, access, kept, problem)
+        return await _show(request, access, form, problem)
     return RedirectResponse(f"{root_of(request)}/", 303)
 
 
-def _options(form: FormData) -> dict[str, Any]:
+def _options(form: dict[str, str]) -> dict[str, Any]:
     """Return the options of a form; raises ``InvalidRequestError``."""
     fields = {name: text for name, text in form.items() if text != "" or name == "prompt"}
     check_only(fields, *_FIELDS)
     options: dict[str, Any] = {"prompt": "", **fields}
     if "duration" in options:
-        options["duration"] = read_number("duration", str(options["duration"]))
+        options["duration"] = read_number("duration", options["duration"])
     if "variations" in options:
-        options["variations"] = read_integer("variations", str(options["variations"]))
+        options["variations"] = read_integer("variations", options["variations"])
     return options
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 from jinja2 import Environment, FileSystemLoader
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from dgx_music.catalog import is_untrained
+from dgx_music.errors import InvalidRequestError
 from dgx_music.web.access import login_of
 from dgx_music.web.problems import NO_TOKEN, ProblemError, problem_of
 from dgx_music.web.route import MusicRoute
@@ -21,11 +23,11 @@ from dgx_music.web.route import MusicRoute
 _HERE = Path(__file__).parent
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 FILES: Mapping[str, tuple[bytes, str]] = {
-    path.name: (path.read_bytes(), _TYPES[path.suffix])
+    path.name: (gzip.compress(path.read_bytes(), mtime=0), _TYPES[path.suffix])
     for path in sorted((_HERE / "static").iterdir())
     if path.suffix in _TYPES
 }
-"""What the page loads: the bytes and the media type of each name."""
+"""What the page loads: the bytes, compressed by gzip, and the media type of each name."""
 VERSION = hashlib.sha256(b"".join(content for content, _ in FILES.values())).hexdigest()[:12]
 """Part of each file's URL, so that browsers keep a file until another version is installed."""
 
@@ -58,6 +60,15 @@ class PageRoute(MusicRoute):
         return None if problem is None else refusal(request, problem)
 
 
+async def read_form(request: Request) -> dict[str, str]:
+    """Return the fields of a form without files; raises ``InvalidRequestError``."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        raise InvalidRequestError("form", "is not one without files", "send the page's own form")
+    text = (await request.body()).decode(errors="replace")
+    return dict(parse_qsl(text, keep_blank_values=True))
+
+
 def root_of(request: Request) -> str:
     """Return the path under which the page is mounted, without the slash at its end."""
     path: str = request.scope["path"]
@@ -83,4 +94,3 @@ def refusal(request: Request, problem: ProblemError) -> Response:
         page = render(request, "refusal.html", values, problem.kind.status)
     page.headers.update(problem.headers)
     return page
-

@@ -14,7 +14,6 @@ from dgx_music.web.options import WebOptions
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
 
-
 LOGINS_PER_MINUTE = 10.0
 """How many log-ins may be tried from each address."""
 

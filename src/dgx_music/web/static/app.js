@@ -10,6 +10,7 @@ const fresh = new Set();
 let shownQuery = null;
 let next = null;
 let turn = 0;
+let top = "";
 
 // ---- the URL
 const url = () => new URLSearchParams(location.search);
@@ -72,6 +73,7 @@ async function load(isMore = false) {
     $("rows").append(...page.generations.map((row) => item(put(row))));
     player.mark();
     nothing();
+    if (!isMore) top = page.generations.reduce((most, { id }) => (id > most ? id : most), "");
   } catch (error) {
     if (mineTurn !== turn) return;
     if (!isMore) reset();
@@ -105,9 +107,10 @@ function tools() {
   $("fresh").textContent = `${fresh.size} new`;
   const query = listQuery();
   const isOpenOnly = query.getAll("status").every((status) => status === "pending" || status === "processing");
-  const open = [...items.keys()].some((id) => isOpen(rows.get(id)));
+  const open = [...items.keys()].some((id) => rows.get(id).status === "pending");
   $("bulk").hidden = !mayOperate || !open || query.has("q") || !isOpenOnly;
-  $("bulk").textContent = "Cancel what waits here…";
+  const count = [...items.keys()].filter((id) => rows.get(id).status === "pending").length;
+  $("bulk").textContent = next ? "Cancel what waits…" : `Cancel the ${count} that wait${count === 1 ? "s" : ""}`;
 }
 
 function item(row) {
@@ -151,7 +154,7 @@ async function look() {
     const page = await call("GET", `generations?${query}`);
     if (query !== shownQuery) return;
     for (const row of page.generations) {
-      if (!items.has(row.id) && !rows.has(row.id)) fresh.add(row.id);
+      if (!items.has(row.id) && row.id > top) fresh.add(row.id);
       put(row);
     }
     for (const row of [...rows.values()].filter((each) => isOpen(each) && !page.generations.some(({ id }) => id === each.id)).slice(0, 20)) put(await call("GET", `generations/${row.id}`));

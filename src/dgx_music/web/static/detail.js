@@ -72,6 +72,7 @@ function buttons(row) {
   if (mayEnqueue) {
     if (row.urls.cancel) add("cancel", "Cancel");
     if (row.urls.retry) add("retry", "Retry");
+    list.push(h("button", { className: "icon", id: "detail-star", title: "Star", ariaLabel: "Star", ariaPressed: String(Boolean(row.starred)), onclick: () => act("star", rows.get(row.id)) }, icon("star")));
     add("again", "Again");
     if (row.sampling?.seed) add("same", "Same seed");
     if (row.urls.audio) {
@@ -129,11 +130,13 @@ function curl(row) {
   return `curl -X POST ${location.origin}${row.urls.self.replace(/\/[^/]+$/, "")} \\\n  -H 'Content-Type: application/json' \\\n  -d '${JSON.stringify(body).replaceAll("'", "'\\''")}'`;
 }
 
-on("row", ({ row, old }) => {
+on("row", ({ row }) => {
   if (row.id !== shown || !$("detail-meta")) return;
   $("detail-meta").replaceChildren(...facts(row));
   $("detail-title").textContent = titleOf(row);
-  if (old && old.status !== row.status && $("detail").dataset.status !== row.status) load(!$("detail").contains(document.activeElement) ? false : true);
+  if ($("detail-star")) $("detail-star").ariaPressed = String(Boolean(row.starred));
+  const focused = $("detail").contains(document.activeElement) && document.activeElement;
+  if ($("detail").dataset.status !== row.status && !(focused && focused.form)) load(Boolean(focused));
 });
 
 export async function workers() {
@@ -142,7 +145,7 @@ export async function workers() {
     const [{ workers: list }, { models: all }] = await Promise.all([call("GET", "workers"), call("GET", "models")]);
     const paused = all.length > 0 && all.every((model) => model.is_paused);
     place.replaceChildren(
-      h("h2", {}, "Workers"), list.length ? h("ul", { className: "cards" }, list.map(worker)) : h("p", {}, "No worker has been seen within a day. Start one: ", h("code", {}, "dgx-music worker")),
+      h("h1", {}, "Workers"), list.length ? h("ul", { className: "cards" }, list.map(worker)) : h("p", {}, "No worker has been seen within a day. Start one: ", h("code", {}, "dgx-music worker")),
       h("h2", {}, "Models"), mayOperate ? h("p", { className: "buttons" }, turn(null, paused)) : "",
       h("ul", { className: "cards" }, all.filter((model) => model.is_served || model.is_paused || model.is_default).map((model) => h("li", {}, h("h3", {}, model.name), pairs([
         ["Served", model.is_served ? "by a worker" : "by none"], ["Paused", model.is_paused && "yes"], ["Licence", model.licence], ["Audio", model.is_untrained && "noise: untrained weights"],
