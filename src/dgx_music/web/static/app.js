@@ -144,6 +144,7 @@ function item(row) {
     for (const [each, word] of [[star, "Star"], [cancel, "Cancel"], [retry, "Retry"]]) each.ariaLabel = `${word} ${title}`;
   };
   items.set(row.id, { element, update });
+  fresh.delete(row.id);
   update(row);
   return element;
 }
@@ -178,7 +179,7 @@ on("row", ({ row, old }) => {
   }
 });
 on("made", (made) => {
-  $("rows").prepend(...made.map(item));
+  $("rows").prepend(...made.filter(({ id }) => !items.has(id)).map(item));
   nothing();
   tools();
   toast(made.length > 1 ? `${made.length} takes wait in the queue.` : "It waits in the queue.");
@@ -218,30 +219,33 @@ async function countAll(query) {
 
 // ---- the form
 const composer = $("composer");
+let isSending = false;
 function renew() {
   composer.elements.idempotency_key.value = Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 async function enqueue(event) {
   event.preventDefault();
-  if ($("generate").disabled) return;
+  if (isSending) return;
   const { idempotency_key: key, ...fields } = Object.fromEntries(new FormData(composer));
   const body = { prompt: fields.prompt, model: fields.model, duration: Number(fields.duration) };
   for (const name of ["seed", "negative_prompt"]) if (fields[name]) body[name] = fields[name];
   if (Number(fields.variations) > 1) body.variations = Number(fields.variations);
-  $("generate").disabled = true;
+  isSending = true;
+  $("generate").ariaDisabled = "true"; // a disabled button would lose the focus
   $("problem").textContent = "";
   try {
     const first = await call("POST", "generations", body, { "Idempotency-Key": key });
     const takes = body.variations ? (await call("GET", `generations?batch=${first.batch_id}`)).generations : [first];
     for (const take of takes) mine.add(take.id);
     emit("made", takes.map(put));
-    composer.elements.prompt.select();
+    if (composer.contains(document.activeElement)) $("prompt").select();
     renew();
   } catch (error) {
     $("problem").textContent = error.message;
   }
-  $("generate").disabled = false;
+  isSending = false;
+  $("generate").ariaDisabled = "false";
 }
 
 if (composer) {
