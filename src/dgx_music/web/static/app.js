@@ -11,6 +11,7 @@ let shownQuery = null;
 let next = null;
 let turn = 0;
 let top = "";
+let isBroken = false;
 
 // ---- the URL
 const url = () => new URLSearchParams(location.search);
@@ -65,26 +66,33 @@ async function load(isMore = false) {
   const query = listQuery();
   if (isMore) query.set("after", next);
   $("rows").ariaBusy = "true";
+  isBroken = false;
   try {
     const page = await call("GET", `generations?${query}`);
     if (mineTurn !== turn) return;
-    next = page.next;
     if (!isMore) reset();
-    $("rows").append(...page.generations.map((row) => item(put(row))));
-    player.mark();
-    nothing();
-    if (!isMore) top = page.generations.reduce((most, { id }) => (id > most ? id : most), "");
+    add(page);
   } catch (error) {
     if (mineTurn !== turn) return;
     if (!isMore) reset();
+    isBroken = true;
     $("nothing").hidden = false;
-    $("nothing").replaceChildren(h("p", { className: "bad" }, error.message), h("button", { className: "plain", onclick: () => load() }, "Try again"));
+    $("nothing").replaceChildren(h("p.bad", {}, error.message), h("button.plain", { onclick: () => load() }, "Try again"));
   }
   $("rows").ariaBusy = "false";
   tools();
 }
 
+function add(page) {
+  next = page.next;
+  $("rows").append(...page.generations.map((row) => item(put(row))));
+  for (const { id } of page.generations) if (id > top) top = id;
+  player.mark();
+  nothing();
+}
+
 function reset() {
+  top = "";
   items.clear();
   fresh.clear();
   $("rows").replaceChildren();
@@ -97,7 +105,7 @@ function nothing() {
   const isAll = shownQuery === "";
   $("nothing").replaceChildren(
     h("p", {}, isAll ? `Nothing here yet.${mayEnqueue ? " Write what you would like to hear, or begin with one of these:" : ""}` : "Nothing fits."),
-    ...(isAll ? (mayEnqueue ? examples : []) : [h("a", { className: "plain", href: `${root}/`, "data-go": "home" }, "Show all")]),
+    ...(isAll ? (mayEnqueue ? examples : []) : [h("a.plain", { href: `${root}/`, "data-go": "home" }, "Show all")]),
   );
 }
 
@@ -116,12 +124,12 @@ function tools() {
 function item(row) {
   const old = items.get(row.id);
   if (old) return old.element;
-  const button = (name, label, shape) => h("button", { className: "icon", "data-do": name, title: label }, icon(shape));
-  const disc = h("button", { className: "disc", "data-do": "play" });
-  const prompt = h("a", { className: "prompt", dir: "auto", href: `?show=${row.id}`, "data-go": "show", "data-id": row.id });
-  const meta = h("p", { className: "meta" });
+  const button = (name, label, shape) => h("button.icon", { "data-do": name, title: label }, icon(shape));
+  const disc = h("button.disc", { "data-do": "play" });
+  const prompt = h("a.prompt", { dir: "auto", href: `?show=${row.id}`, "data-go": "show", "data-id": row.id });
+  const meta = h("p.meta", {});
   const [star, cancel, retry] = [button("star", "Star", "star"), button("cancel", "Cancel", "x"), button("retry", "Retry", "retry")];
-  const element = h("li", { className: "row", "data-id": row.id }, disc, h("div", { className: "what" }, prompt, meta), h("div", { className: "acts" }, mayEnqueue ? [cancel, retry, star] : []));
+  const element = h("li.row", { "data-id": row.id }, disc, h("div.what", {}, prompt, meta), h("div.acts", {}, mayEnqueue ? [cancel, retry, star] : []));
   let was = "";
   const update = (now) => {
     const title = titleOf(now);
@@ -138,7 +146,7 @@ function item(row) {
       disc.disabled = !now.urls.audio;
       const shape = { completed: "play", failed: "fail", cancelled: "off" }[now.status];
       disc.replaceChildren(...(shape ? [icon(shape)] : []));
-      if (hasFocus && document.activeElement?.closest("[hidden], :disabled")) prompt.focus();
+      if (hasFocus && (!element.contains(document.activeElement) || document.activeElement.closest("[hidden], :disabled"))) prompt.focus();
     }
     disc.ariaLabel = now.urls.audio ? `Play ${title}` : `${title}: ${statusOf(now)}`;
     for (const [each, word] of [[star, "Star"], [cancel, "Cancel"], [retry, "Retry"]]) each.ariaLabel = `${word} ${title}`;
@@ -151,9 +159,11 @@ function item(row) {
 
 async function look() {
   const query = shownQuery;
+  if ($("rows").ariaBusy === "true") return;
   try {
     const page = await call("GET", `generations?${query}`);
     if (query !== shownQuery) return;
+    if (!items.size) add(page);
     for (const row of page.generations) {
       if (!items.has(row.id) && row.id > top) fresh.add(row.id);
       put(row);
@@ -163,7 +173,7 @@ async function look() {
   } catch { /* the banner says it */ }
 }
 
-on("look", () => items.size || $("rows").ariaBusy === "true" ? look() : load());
+on("look", () => (isBroken ? load() : look()));
 on("gone", (id) => {
   rows.delete(id);
   items.get(id)?.element.remove();

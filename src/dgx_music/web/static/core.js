@@ -15,11 +15,12 @@ export const titleOf = (row) => row.title || row.prompt || "(no prompt)";
 export const keyName = (key) => key.replace("#", "♯");
 
 export function h(tag, props = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name in element) element[name] = value;
-    else element.setAttribute(name, value);
+  const [name, className = ""] = tag.split(".");
+  const element = Object.assign(document.createElement(name), { className });
+  for (const [key, value] of Object.entries(props)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (key in element) element[key] = value;
+    else element.setAttribute(key, value);
   }
   element.append(...children.flat().filter((child) => child != null && child !== false));
   return element;
@@ -93,7 +94,7 @@ export function statusOf(row) {
 }
 
 export const noise = (row) => models.get(row.model_name)?.is_untrained &&
-  h("span", { className: "noise", title: "untrained weights: the audio is noise" }, "noise");
+  h("span.noise", { title: "untrained weights: the audio is noise" }, "noise");
 
 export function facts(row) {
   const texts = [
@@ -101,7 +102,7 @@ export function facts(row) {
     row.bpm && `~${Math.round(row.bpm)} BPM`, row.musical_key && keyName(row.musical_key),
     ...(row.tags ?? []).map((tag) => `#${tag}`), moment(row.created_at),
   ];
-  return [noise(row), h("span", { className: "status" }, statusOf(row)), ...texts.filter(Boolean).map((text) => h("span", {}, text))]
+  return [noise(row), h("span.status", {}, statusOf(row)), ...texts.filter(Boolean).map((text) => h("span", {}, text))]
     .filter(Boolean);
 }
 

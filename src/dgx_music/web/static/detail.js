@@ -25,7 +25,7 @@ async function load(takesFocus) {
     build(put(row), kin);
   } catch (error) {
     if (id !== shown) return;
-    $("detail").replaceChildren(closer(), h("h2", { id: "detail-title", tabIndex: -1 }, "It cannot be shown"), h("p", { className: "bad" }, error.message));
+    $("detail").replaceChildren(closer(), h("h2", { id: "detail-title", tabIndex: -1 }, "It cannot be shown"), h("p.bad", {}, error.message));
   }
   if (takesFocus) $("detail-title").focus();
 }
@@ -40,19 +40,19 @@ async function family(id) {
   return [["Made from", parent ? [parent] : []], ["Made from this", children], ["Takes", takes.filter((take) => take.id !== id)]];
 }
 
-const closer = () => h("button", { className: "icon", ariaLabel: "Close the details", "data-go": "close" }, icon("x"));
-const button = (text, run, props = {}) => h("button", { className: "plain", type: "button", onclick: run, ...props }, text);
-const pairs = (list) => h("dl", { className: "facts" }, list.filter(([, value]) => value != null && value !== "").flatMap(([name, value]) => [h("dt", {}, name), h("dd", { dir: "auto" }, value)]));
+const closer = () => h("button.icon", { ariaLabel: "Close the details", "data-go": "close" }, icon("x"));
+const button = (text, run, props = {}) => h("button.plain", { type: "button", onclick: run, ...props }, text);
+const pairs = (list) => h("dl.facts", {}, list.filter(([, value]) => value != null && value !== "").flatMap(([name, value]) => [h("dt", {}, name), h("dd", { dir: "auto" }, value)]));
 
 function build(row, kin) {
-  const meta = h("p", { className: "meta", id: "detail-meta" }, facts(row));
+  const meta = h("p.meta", { id: "detail-meta" }, facts(row));
   $("detail").dataset.status = row.status;
   $("detail").replaceChildren(
     closer(), h("h2", { id: "detail-title", tabIndex: -1, dir: "auto" }, titleOf(row)), meta,
-    row.error_message && isFailed(row) ? h("p", { className: "bad" }, row.error_message) : "",
+    row.error_message && isFailed(row) ? h("p.bad", {}, row.error_message) : "",
     buttons(row), ...outlook(row), h("h3", {}, "Request"), request(row),
     ...(mayEnqueue ? [h("h3", {}, "Labels"), labels(row)] : []),
-    ...kin.filter(([, list]) => list.length).flatMap(([name, list]) => [h("h3", {}, name), h("ul", { className: "kin" }, list.map((each) =>
+    ...kin.filter(([, list]) => list.length).flatMap(([name, list]) => [h("h3", {}, name), h("ul.kin", {}, list.map((each) =>
       h("li", {}, h("a", { href: `?show=${each.id}`, "data-go": "show", "data-id": each.id, dir: "auto" }, `${titleOf(each)} · ${each.status}`))))]),
     ...(row.attempts.length ? [h("h3", {}, "Attempts"), tries(row)] : []),
     h("details", {}, h("summary", {}, "As a request"), h("pre", {}, curl(row))),
@@ -66,29 +66,29 @@ function buttons(row) {
   const add = (name, text) => list.push(button(text, () => act(name, row)));
   if (row.urls.audio) {
     const format = (row.metadata?.audio?.format ?? row.audio_format ?? "wav").toUpperCase();
-    list.push(h("button", { className: "go", onclick: () => act("play", row) }, "Play"));
-    list.push(h("a", { className: "plain", href: `${row.urls.audio}?download=1`, download: "" }, `Download ${format}`));
+    list.push(h("button.go", { onclick: () => act("play", row) }, "Play"));
+    list.push(h("a.plain", { href: `${row.urls.audio}?download=1`, download: "" }, `Download ${format}`));
   }
   if (mayEnqueue) {
     if (row.urls.cancel) add("cancel", "Cancel");
     if (row.urls.retry) add("retry", "Retry");
-    list.push(h("button", { className: "icon", id: "detail-star", title: "Star", ariaLabel: "Star", ariaPressed: String(Boolean(row.starred)), onclick: () => act("star", rows.get(row.id)) }, icon("star")));
+    list.push(h("button.icon", { id: "detail-star", title: "Star", ariaLabel: "Star", ariaPressed: String(Boolean(row.starred)), onclick: () => act("star", rows.get(row.id)) }, icon("star")));
     add("again", "Again");
     if (row.sampling?.seed) add("same", "Same seed");
     if (row.urls.audio) {
       const more = h("input", { type: "number", min: 1, max: 270, value: 10, required: true, ariaLabel: "Seconds more" });
-      list.push(h("form", { className: "unit", onsubmit: (event) => (event.preventDefault(), act("more", row, more.valueAsNumber)) }, h("button", { className: "plain" }, "Continue"), more, "s"));
+      list.push(h("form.unit", { onsubmit: (event) => (event.preventDefault(), act("more", row, more.valueAsNumber)) }, h("button.plain", {}, "Continue"), more, "s"));
     }
   }
   if (mayOperate && row.status !== "processing") add("remove", "Delete");
-  return h("div", { className: "buttons" }, list);
+  return h("div.buttons", {}, list);
 }
 
 function outlook({ estimate, status }) {
   if (!estimate || !isOpen({ status })) return [];
   const { position, done_in_seconds: done, unknown_because: unknown } = estimate;
   const texts = [position && `number ${position} in the queue`, done ? `done in ${Math.ceil(done.low)}–${Math.ceil(done.high)} s` : unknown];
-  return [h("p", { className: "hint" }, texts.filter(Boolean).join(" · "))];
+  return [h("p.hint", {}, texts.filter(Boolean).join(" · "))];
 }
 
 function request(row) {
@@ -108,7 +108,7 @@ function request(row) {
 function labels(row) {
   const title = h("input", { value: row.title ?? "", dir: "auto" });
   const tags = h("input", { value: (row.tags ?? []).join(", "), dir: "auto", placeholder: "night, draft" });
-  const notes = h("textarea", { className: "line", value: row.notes ?? "", rows: 2, dir: "auto" });
+  const notes = h("textarea.line", { value: row.notes ?? "", rows: 2, dir: "auto" });
   const save = async (event) => {
     event.preventDefault();
     const list = tags.value.split(",").map((tag) => tag.trim()).filter(Boolean);
@@ -119,11 +119,11 @@ function labels(row) {
       toast(error.message);
     }
   };
-  return h("form", { className: "fields", onsubmit: save }, h("label", {}, "Title", title), h("label", {}, "Tags", tags), h("label", {}, "Notes", notes), h("button", { className: "plain" }, "Save labels"));
+  return h("form.fields", { onsubmit: save }, h("label", {}, "Title", title), h("label", {}, "Tags", tags), h("label", {}, "Notes", notes), h("button.plain", {}, "Save labels"));
 }
 
-const tries = (row) => h("ol", { className: "tries" }, row.attempts.map((each) => h("li", {},
-  `${each.attempt}. ${each.outcome ?? "running"} `, moment(each.started_at), each.error_message ? h("span", { className: "bad" }, ` ${each.error_message}`) : "")));
+const tries = (row) => h("ol.tries", {}, row.attempts.map((each) => h("li", {},
+  `${each.attempt}. ${each.outcome ?? "running"} `, moment(each.started_at), each.error_message ? h("span.bad", {}, ` ${each.error_message}`) : "")));
 
 function curl(row) {
   const body = { prompt: row.prompt, model: row.model_name, duration: row.duration_seconds, seed: row.sampling?.seed };
@@ -145,14 +145,14 @@ export async function workers() {
     const [{ workers: list }, { models: all }] = await Promise.all([call("GET", "workers"), call("GET", "models")]);
     const paused = all.length > 0 && all.every((model) => model.is_paused);
     place.replaceChildren(
-      h("h1", {}, "Workers"), list.length ? h("ul", { className: "cards" }, list.map(worker)) : h("p", {}, "No worker has been seen within a day. Start one: ", h("code", {}, "dgx-music worker")),
-      h("h2", {}, "Models"), mayOperate ? h("p", { className: "buttons" }, turn(null, paused)) : "",
-      h("ul", { className: "cards" }, all.filter((model) => model.is_served || model.is_paused || model.is_default).map((model) => h("li", {}, h("h3", {}, model.name), pairs([
+      h("h1.unseen", {}, "Workers and models"), h("h2", {}, "Workers"), list.length ? h("ul.cards", {}, list.map(worker)) : h("p", {}, "No worker has been seen within a day. Start one: ", h("code", {}, "dgx-music worker")),
+      h("h2", {}, "Models"), mayOperate ? h("p.buttons", {}, turn(null, paused)) : "",
+      h("ul.cards", {}, all.filter((model) => model.is_served || model.is_paused || model.is_default).map((model) => h("li", {}, h("h3", {}, model.name), pairs([
         ["Served", model.is_served ? "by a worker" : "by none"], ["Paused", model.is_paused && "yes"], ["Licence", model.licence], ["Audio", model.is_untrained && "noise: untrained weights"],
       ].filter(([, value]) => value)), mayOperate && turn(model.name, model.is_paused)))),
     );
   } catch (error) {
-    place.replaceChildren(h("p", { className: "bad" }, error.message), button("Try again", workers));
+    place.replaceChildren(h("p.bad", {}, error.message), button("Try again", workers));
   }
 }
 
