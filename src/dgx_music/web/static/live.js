@@ -8,13 +8,15 @@ let timer = null;
 let newest = null;
 let isAway = false;
 
-function tell(state, text) {
+function tell(state, text, away = "") {
   if ($("live").dataset.state === state) return;
   $("live").dataset.state = state;
   $("live").textContent = text;
-  $("stale").hidden = state !== "off";
-  if (state === "off") $("stale").textContent = `The server cannot be reached: this was so at ${new Date().toLocaleTimeString()}.`;
+  $("stale").hidden = !away;
+  $("stale").textContent = `${away} cannot be reached: this was so at ${new Date().toLocaleTimeString()}.`;
 }
+
+const tellOld = () => tell("old", "waiting", "The database");
 
 function count({ pending = 0, processing = 0 }) {
   $("counts").textContent = `${processing} running · ${pending} waiting`;
@@ -40,12 +42,12 @@ function open() {
   read("generation", put);
   read("queue", queue);
   read("gone", (data) => emit("gone", data.id));
-  read("stale", () => tell("off", "waiting for the database"));
+  read("stale", (data) => data.stale && tellOld());
   read("snapshot", (data) => {
     data.generations.forEach(put);
     data.gone.forEach((id) => emit("gone", id));
     queue(data.queue);
-    if (data.stale) tell("off", "waiting for the database");
+    if (data.stale) tellOld();
   });
   mine.onopen = alive;
   mine.onerror = () => look();
@@ -59,17 +61,15 @@ export async function look() {
   timer = setTimeout(look, LOOK_MS);
   if (stream?.readyState === 1) return;
   try {
-    if (seesAll) {
-      const counts = await call("GET", "stats");
-      count({ pending: counts.pending_generations, processing: counts.processing_generations });
-    }
+    const counts = await call("GET", seesAll ? "stats" : "models"); // a tenant's token gets no counts
+    if (seesAll) count({ pending: counts.pending_generations, processing: counts.processing_generations });
     emit("look");
     isAway = false;
     tell("slow", "every 5 s");
     if (stream?.readyState === 2) setTimeout(open, LOOK_MS * 6);
   } catch {
     isAway = true;
-    tell("off", "away");
+    tell("off", "away", "The server");
   }
 }
 
