@@ -6,23 +6,35 @@ TESTERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SERVING := $(VENV)/.installed-web
 DEVELOPING := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
 WITH_COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=90
 CHECK_DATABASE := $(VENV)/check.db
 
-.PHONY: help demo test check install format lint migrations build soak \
+.PHONY: help web demo test test-web check install format lint migrations build soak \
 	db-init db-migrate db-reset clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+web: $(SERVING) ## open http://127.0.0.1:8321: the page, with the untrained model (noise) as its worker
+	DGX_MUSIC_MODEL=$${DGX_MUSIC_MODEL:-musicgen-tiny-untrained} $(BIN)/dgx-music web --with-worker
 
 demo: $(INSTALLED) ## make the first audio: enqueue three prompts, run the real worker, check the files
 	@$(BIN)/dgx-music demo
 
 test: $(DEVELOPING) ## run the tests, on SQLite and on a PostgreSQL that is installed with them
 	$(PYTEST) $(COVERAGE)
+
+test-web: $(DEVELOPING) ## run the tests of the page in a real browser: Debian's Chromium
+	@command -v chromium chromium-browser >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install --yes --no-install-recommends chromium; } || true
+	@command -v chromium chromium-browser >/dev/null || { printf '%s\n' \
+		"THE PAGE IS NOT TESTED: Chromium is missing." "Install it as root: apt-get install chromium"; \
+		test -z "$$CI"; exit $$?; }
+	@if command -v chromium chromium-browser >/dev/null; then $(BIN)/pytest --numprocesses 2 -m browser tests/browser; fi
 
 check: COVERAGE := $(WITH_COVERAGE)
 check: lint migrations test build ## run all that CI runs: the tests with coverage, 90 % at least
@@ -73,6 +85,10 @@ $(INSTALLED): $(VENV)/bin/python pyproject.toml constraints.txt
 		"Installing dgx-music with torch and transformers into $(VENV), once. It takes some minutes" \
 		"and about 1.4 GB of disk; several GB more if pip chooses a build of torch with CUDA."
 	$(INSTALL) --editable '.[musicgen]'
+	@touch $@
+
+$(SERVING): $(INSTALLED)
+	$(INSTALL) --editable '.[musicgen,web]'
 	@touch $@
 
 $(DEVELOPING): $(INSTALLED)

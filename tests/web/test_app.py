@@ -56,7 +56,6 @@ def test_a_request_is_described_by_the_librarys_options():
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
         ("GET", "/v1", 404),
         ("GET", "/v1/nothing", 404),
         ("GET", "/docs", 404),

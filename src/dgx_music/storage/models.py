@@ -283,3 +283,15 @@ class Upload(Base):
     def clip_sha256(self, channels: int | None) -> str:
         """Return the clip with so many channels; ``None``: with those of the file, 2 at most."""
         return self.mono_sha256 if (channels or self.source_channels) == 1 else self.stereo_sha256
+
+
+class Login(Base):
+    """One browser that has logged in to the page with a token, for some hours."""
+
+    __tablename__ = "logins"
+
+    sha256: Mapped[str] = mapped_column(HashText, primary_key=True)
+    """Of the random text in the browser's cookie; the text itself is stored nowhere."""
+    token_name: Mapped[str] = mapped_column(ShortText)
+    """The token that allows it; if that is revoked or expires, so is the log-in."""
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)

@@ -50,7 +50,7 @@ async def add_token(
 
 async def get_tokens(session: AsyncSession) -> list[tuple[Token, bool]]:
     """Return all tokens, oldest first, each with whether it is valid now."""
-    query = select(Token, _is_valid()).order_by(Token.created_at, Token.name)
+    query = select(Token, is_valid()).order_by(Token.created_at, Token.name)
     return [(token, bool(is_valid)) for token, is_valid in (await session.execute(query)).all()]
 
 
@@ -67,7 +67,7 @@ async def revoke(session: AsyncSession, name: str) -> Token | None:
 async def find_holder(session: AsyncSession, sha256: str) -> Holder | None:
     """Return who holds the valid token with this hash, or ``None``."""
     is_noted = Token.last_used_at > now_plus(-_NOTED_EVERY_SECONDS)
-    query = select(Token, is_noted).where(Token.sha256 == sha256, _is_valid())
+    query = select(Token, is_noted).where(Token.sha256 == sha256, is_valid())
     found = (await session.execute(query)).one_or_none()
     if found is None or not hmac.compare_digest(found.Token.sha256, sha256):
         return None
@@ -89,10 +89,11 @@ async def has_tokens(session: AsyncSession, *, valid_only: bool = False) -> bool
     """Return True if a token was ever made, or with ``valid_only`` if one is valid now."""
     query = select(Token.name).limit(1)
     if valid_only:
-        query = query.where(_is_valid())
+        query = query.where(is_valid())
     return await session.scalar(query) is not None
 
 
-def _is_valid() -> ColumnElement[bool]:
+def is_valid() -> ColumnElement[bool]:
+    """Return the condition that a token is neither revoked nor expired."""
     has_time = or_(Token.expires_at.is_(None), Token.expires_at > now())
     return and_(Token.revoked_at.is_(None), has_time)

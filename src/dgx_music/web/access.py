@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from dgx_music.client.tokens import check_role
 from dgx_music.roles import Role
+from dgx_music.storage.tokens import Holder
 from dgx_music.web.guard import check_same_site
 from dgx_music.web.problems import FORBIDDEN, NO_TOKEN, TOO_FAST, ProblemError
 from dgx_music.web.site import Site
@@ -57,14 +58,24 @@ class TokenScheme(SecurityBase):
         site = self._site
         if site.options.is_open and not await site.tokens.has_any():
             return Access(Role.OPERATE)
-        secret = _secret_of(request)
-        if not secret:
-            raise _no_token("A token is needed; send one as `Authorization: Bearer dgx_…`.")
-        holder = await site.tokens.find_holder(secret)
-        if holder is None:
-            raise _no_token("The token is not valid: it is unknown, expired or revoked.")
+        holder = await self._find_holder(request)
         _check_rate(site, holder.name)
         return Access(holder.role, holder.tenant)
+
+    async def _find_holder(self, request: Request) -> Holder:
+        tokens, secret = self._site.tokens, _secret_of(request)
+        if secret:
+            holder = await tokens.find_holder(secret)
+            problem = "The token is not valid: it is unknown, expired or revoked."
+        elif login := login_of(request):
+            holder = await tokens.find_visitor(login)
+            problem = "The log-in has ended; log in again."
+        else:
+            holder = None
+            problem = "A token is needed; send one as `Authorization: Bearer dgx_…`."
+        if holder is None:
+            raise _no_token(problem)
+        return holder
 
 
 def identification(
@@ -84,6 +95,16 @@ def identification(
         _enter(request, site, access)
 
     return identify
+
+
+def entrance(site: Site) -> Callable[..., Coroutine[Any, Any, None]]:
+    """Return the dependency of what everybody may ask for: it finds the site only."""
+
+    async def enter(request: Request) -> None:
+        check_same_site(request)
+        request.state.music_site = site
+
+    return enter
 
 
 def _enter(request: Request, site: Site, access: Access) -> None:
@@ -114,6 +135,16 @@ def check_tenant(access: Access, tenant: object) -> None:
     if access.tenant is not None and tenant != access.tenant:
         detail = f"The token is for the tenant {access.tenant!r} only; leave tenant out."
         raise ProblemError(FORBIDDEN, detail, field="tenant")
+
+
+def cookie_of(request: Request) -> str:
+    """Return the name of the page's cookie; over https no other site of the domain can set it."""
+    return "__Host-dgx-music" if request.url.scheme == "https" else "dgx-music"
+
+
+def login_of(request: Request) -> str | None:
+    """Return the secret of the browser's log-in, if it has one; it may have ended."""
+    return request.cookies.get(cookie_of(request))
 
 
 def _secret_of(request: Request) -> str | None:

@@ -28,11 +28,13 @@ from dgx_music.web import (
     generations,
     health,
     labels,
+    login,
     overview,
+    page,
     transitions,
     uploads,
 )
-from dgx_music.web.access import identification
+from dgx_music.web.access import entrance, identification
 from dgx_music.web.guard import Guard
 from dgx_music.web.options import WebOptions
 from dgx_music.web.problems import NO_METHOD, internal_problem, problem_of
@@ -63,7 +65,7 @@ def create_app(
         redoc_url=None,
         telemetry={"metrics": False, "logs": False},
     )
-    _include(app, site or Site(settings, options), None)
+    _include(app, site or Site(settings, options), None, has_page=True)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_known)
     app.add_exception_handler(Exception, _answer_unknown)
@@ -76,14 +78,16 @@ def music_router(
     *,
     settings: Settings | None = None,
     options: WebOptions | None = None,
+    has_page: bool = True,
 ) -> APIRouter:
     """Return the routes, for an application that includes them under any prefix.
 
     ``authorize`` is a dependency of FastAPI that returns an ``Access``, or raises. Without one our
     own tokens are needed. The application needs ``music_lifespan``, or calls ``init_db`` itself.
+    The page is at the prefix with a slash; with ``has_page=False`` there is the API only.
     """
     router = APIRouter()
-    _include(router, Site(settings, options or WebOptions()), authorize)
+    _include(router, Site(settings, options or WebOptions()), authorize, has_page=has_page)
     return router
 
 
@@ -97,12 +101,21 @@ async def music_lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-def _include(target: FastAPI | APIRouter, site: Site, authorize: Callable[..., Any] | None) -> None:
+def _include(
+    target: FastAPI | APIRouter,
+    site: Site,
+    authorize: Callable[..., Any] | None,
+    *,
+    has_page: bool,
+) -> None:
     """Add all routes, each router for itself: every level of routers costs every request."""
     known = [Depends(identification(site, authorize))]
     for module in ROUTERS:
         target.include_router(module.router, prefix="/v1", dependencies=known)
     target.include_router(health.router)
+    if has_page:
+        target.include_router(page.router, dependencies=known)
+        target.include_router(login.router, dependencies=[Depends(entrance(site))])
 
 
 def _opening(settings: Settings | None) -> Callable[[FastAPI], Any]:

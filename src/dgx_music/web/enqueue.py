@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -55,9 +56,7 @@ async def enqueue_generation(
     """Add one generation to the queue; of several `variations`, the answer is the first take."""
     key = request.headers.get("idempotency-key")
     options = _with_key(await prepared(given(body), access), key)
-    checked = await read_clips_beside([plan(options.pop("prompt"), options)])
-    row, *_ = await _store(checked.in_batch_if_many(), access)
-    is_new = row.id == checked.rows[0]["id"]
+    row, is_new = await enqueue_one(options, access)
     seconds = wait_seconds(request.headers.get("prefer"))
     if seconds:
         row = await _wait(request, row, seconds)
@@ -78,6 +77,13 @@ async def enqueue_batch(body: BatchRequest, request: Request, access: MayEnqueue
     return JSONResponse({"generations": [as_row(row, access, base) for row in rows]}, 202)
 
 
+async def enqueue_one(options: dict[str, Any], access: Access) -> tuple[Generation, bool]:
+    """Add what these options ask for; return the first take, and whether it is new."""
+    checked = await read_clips_beside([plan(options.pop("prompt"), options)])
+    row, *_ = await _store(checked.in_batch_if_many(), access)
+    return row, row.id == checked.rows[0]["id"]
+
+
 async def _store(checked: CheckedRequests, access: Access) -> list[Generation]:
     try:
         return await store(checked)
@@ -91,7 +97,7 @@ def wait_seconds(prefer: str | None) -> int:
     return min(int(found[1]), LONGEST_WAIT_SECONDS) if found else 0
 
 
-def _with_key(options: dict[str, object], key: str | None) -> dict[str, object]:
+def _with_key(options: dict[str, Any], key: str | None) -> dict[str, Any]:
     """Return the options with the key of the header; raises if the body has another one."""
     if key is None:
         return options

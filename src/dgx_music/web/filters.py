@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -103,14 +103,19 @@ PAGING = (
 )
 
 
-def read_parameters(request: Request, *known: Parameter) -> dict[str, Any]:
+def read_parameters(
+    request: Request, *known: Parameter, ignored: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the values of the parameters in the URL; raises ``InvalidRequestError``.
 
-    A parameter that does not exist is refused: a filter that is not applied would mislead.
+    A parameter that does not exist is refused: a filter that is not applied would mislead. Those
+    that are ``ignored`` belong to somebody else.
     """
     by_name = {each.name: each for each in known}
     values: dict[str, Any] = {}
     for name, text in request.query_params.multi_items():
+        if name in ignored:
+            continue
         if name not in by_name:
             remedy = f"use {', '.join(by_name)}"
             raise InvalidRequestError(name[:40], "is not a parameter here", remedy)

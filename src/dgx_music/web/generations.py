@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,24 @@ _OF_PAGE = (*FILTERS, *SORTING, *PAGING)
 )
 async def get_page(request: Request, access: MayRead) -> Response:
     """List generations, newest first, or search their prompts."""
-    values = read_parameters(request, *_OF_PAGE)
+    return JSONResponse(await read_page(request, access, base_of(request)))
+
+
+@router.get(
+    "/generations/{generation_id}",
+    responses=documents.answers({200: ("All of it.", documents.DETAIL)}, errors=[404]),
+)
+async def get_one(generation_id: str, request: Request, access: MayRead) -> Response:
+    """Show one generation with its attempts, and when it is likely to be done."""
+    base = base_of(request)
+    return JSONResponse(await _read_detail(generation_id, access, base))
+
+
+async def read_page(
+    request: Request, access: Access, base: str, *, ignored: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the page that the URL asks for; parameters that are ``ignored`` may be there too."""
+    values = read_parameters(request, *_OF_PAGE, ignored=ignored)
     limit, words, after = read_limit(values), values.pop("q", None), values.pop("after", None)
     order = {name: values.pop(name) for name in ("sort", "reverse") if name in values}
     filters = within_tenant(values, access)
@@ -60,19 +77,8 @@ async def get_page(request: Request, access: MayRead) -> Response:
 
     with _naming_words():
         page = await (await ensure_database()).transact(read, read_only=True, may_lag=True)
-    base = base_of(request)
     rows = [as_list_row(row, access, base) for row in page.generations]
-    return JSONResponse({"generations": rows, "next": page.next})
-
-
-@router.get(
-    "/generations/{generation_id}",
-    responses=documents.answers({200: ("All of it.", documents.DETAIL)}, errors=[404]),
-)
-async def get_one(generation_id: str, request: Request, access: MayRead) -> Response:
-    """Show one generation with its attempts, and when it is likely to be done."""
-    base = base_of(request)
-    return JSONResponse(await _read_detail(generation_id, access, base))
+    return {"generations": rows, "next": page.next}
 
 
 @contextmanager

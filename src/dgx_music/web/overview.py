@@ -55,6 +55,11 @@ _STATS = {"total_generations": 40, "pending_generations": 12, "total_prompts": 1
 )
 async def get_models(access: MayRead) -> Response:
     """List the models that can be asked for, and which of them a worker serves now."""
+    return JSONResponse({"models": await read_models()})
+
+
+async def read_models() -> list[dict[str, Any]]:
+    """Return the models of the catalogue, each with whether a worker serves it now."""
 
     async def read(session: AsyncSession) -> tuple[set[str], set[str]]:
         workers = [each for each in await get_workers(session) if each["is_alive"]]
@@ -62,8 +67,7 @@ async def get_models(access: MayRead) -> Response:
         return served, {pause.model_name for pause in await get_pauses(session)}
 
     served, paused = await (await ensure_database()).transact(read, read_only=True, may_lag=True)
-    models = [_as_dict(model, served, paused) for model in MODELS.values()]
-    return JSONResponse({"models": models})
+    return [_as_dict(model, served, paused) for model in MODELS.values()]
 
 
 @router.get(

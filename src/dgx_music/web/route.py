@@ -28,10 +28,15 @@ class MusicRoute(APIRoute):
             try:
                 response = await handle(limited(request) if self.is_limited else request)
             except Exception as error:
-                if (problem := problem_of(request, error)) is None:
+                if (refused := self.answer_problem(request, error)) is None:
                     raise
-                response = problem.response()
+                response = refused
             secure(response.raw_headers)
             return response
 
         return answer
+
+    def answer_problem(self, request: Request, error: Exception) -> Response | None:
+        """Return the answer to a known error, or ``None``."""
+        problem = problem_of(request, error)
+        return None if problem is None else problem.response()

@@ -15,6 +15,9 @@ from dgx_music.web.options import MOST_DECODES, WebOptions
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
 
+LOGINS_PER_MINUTE = 10.0
+"""How many log-ins may be tried from each address."""
+
 
 class Site:
     """One mounted API: its settings, its place for audio, and what it remembers of tokens and streams."""
@@ -24,6 +27,7 @@ class Site:
         self.options = options
         self.tokens = Tokens()
         self.rates = Rates(options.requests_per_second)
+        self.login_rates = Rates(LOGINS_PER_MINUTE / 60, at_once=LOGINS_PER_MINUTE)
         self.stops = Stops()
         self.hub = Hub(self.stops, options.most_streams)
         self.decodes = CapacityLimiter(MOST_DECODES)
