@@ -187,6 +187,10 @@ async def test_an_id_that_is_not_there_is_refused(database):
         ({"ids": "abc"}, "ids is one text"),
         ({"ids": [7]}, "ids"),
         ({"status": "lost"}, "status 'lost' is not one"),
+        ({"status": STATUSES}, "ids are missing, and so are filters that leave any out"),
+        ({"tag": []}, "tag is empty"),
+        ({"metadata": {}}, "metadata is empty"),
+        ({"ids": ["a"], "tag": ()}, "tag is empty"),
         ({"ids": ["a"], "expected": -1}, "expected"),
     ],
 )

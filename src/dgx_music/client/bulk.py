@@ -14,7 +14,8 @@ from dgx_music.client.transactions import transact
 from dgx_music.errors import CountDiffersError, InvalidRequestError, PartlyDoneError
 from dgx_music.storage import bulk
 from dgx_music.storage.bulk import BulkResult, Change
-from dgx_music.storage.filters import Filters
+from dgx_music.storage.filters import Filters, conditions
+from dgx_music.storage.generation import Generation
 from dgx_music.storage.listing import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -107,12 +108,12 @@ async def choose(
 ) -> list[str]:
     """Return the ids of the generations that are meant; with ``ids``, all of these.
 
-    Raises ``CountDiffersError``, and ``InvalidRequestError`` if there are neither ids nor filters:
-    a forgotten one must not mean all.
+    Raises ``CountDiffersError``, and ``InvalidRequestError`` if there are no ids and every row fits
+    the filters: a forgotten filter must not mean all.
     """
     named = None if ids is None else _check_ids(ids)
-    if named is None and all(value is None for value in filters.values()):
-        problem = "are missing, and so are filters"
+    if not conditions(filters, Generation) and named is None:
+        problem = "are missing, and so are filters that leave any out"
         raise InvalidRequestError("ids", problem, "say which generations are meant")
     if named is not None and expected is None:
         return named
