@@ -22,6 +22,7 @@ from dgx_music.errors import (
     CountDiffersError,
     GenerationNotFoundError,
     IllegalTransitionError,
+    InvalidRequestError,
     PartlyDoneError,
 )
 from dgx_music.storage import Attempt, Clip, queue, retention, update_generation_status
@@ -206,6 +207,13 @@ async def test_a_running_one_is_refused_and_keeps_all(database, place):
 
     assert not (await read(database, lease.generation_id)).cancel_requested
     assert await files_in(place) == {f"{lease.generation_id}-1.wav"}
+
+
+async def test_force_is_true_or_false(database, place):
+    lease = await start_one(database)
+    with pytest.raises(InvalidRequestError, match="force is 'no'"):
+        await delete_generations(ids=[lease.generation_id], force="no", artifacts=place)
+    assert not (await read(database, lease.generation_id)).cancel_requested
 
 
 async def test_one_that_is_not_there_is_refused(database, place):
