@@ -4,7 +4,7 @@ import asyncio
 
 import anyio
 import pytest
-from sqlalchemy import Engine, event, select
+from sqlalchemy import Engine, event, select, text
 
 from dgx_music import (
     cancel_generations,
@@ -18,6 +18,7 @@ from dgx_music import (
 from dgx_music.client import bulk as client
 from dgx_music.client.bulk import choose
 from dgx_music.errors import (
+    BatchNotFoundError,
     CountDiffersError,
     DatabaseUnavailableError,
     InvalidRequestError,
@@ -54,6 +55,14 @@ async def add_each_status(database, **values):
         status: (await add(database, **workers.get(status, {"status": status}), **values))[0]
         for status in STATUSES
     }
+
+
+async def until_blocked(database):
+    """Return once a statement waits for a lock."""
+    query = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with anyio.fail_after(PATIENCE):
+        while not await database.transact(lambda session: session.scalar(text(query))):
+            await anyio.sleep(0.01)
 
 
 async def statuses_of(database, ids):
@@ -187,6 +196,10 @@ async def test_an_id_that_is_not_there_is_refused(database):
         ({"ids": "abc"}, "ids is one text"),
         ({"ids": [7]}, "ids"),
         ({"status": "lost"}, "status 'lost' is not one"),
+        ({"status": STATUSES}, "ids are missing, and so are filters that leave any out"),
+        ({"tag": []}, "tag is empty"),
+        ({"metadata": {}}, "metadata is empty"),
+        ({"ids": ["a"], "tag": ()}, "tag is empty"),
         ({"ids": ["a"], "expected": -1}, "expected"),
     ],
 )
@@ -195,6 +208,24 @@ async def test_what_means_nothing_is_refused_before_anything_is_changed(database
     with pytest.raises(InvalidRequestError, match=why):
         await cancel_generations(**wrong)
     assert (await read(database, row)).status == "pending"
+
+
+async def test_a_batch_that_is_not_there_is_an_error_and_so_is_its_name(database):
+    async with database.session() as session:
+        session.add(Batch(id="0191-night", name="monday"))
+    (mine,) = await add(database, batch_id="0191-night")
+
+    for options in ({}, {"expected": 0}, {"ids": [mine]}):
+        with pytest.raises(BatchNotFoundError, match="There is no batch 'monday'"):
+            await cancel_generations(batch="monday", **options)
+
+    assert (await cancel_generations(batch="0191-night", ids=[mine])).changed == 1
+
+
+async def test_a_star_is_true_or_false(database):
+    (mine,) = await add(database)
+    with pytest.raises(InvalidRequestError, match="star is 'no'"):
+        await star_generations(ids=[mine], star="no")
 
 
 async def test_no_ids_are_none_and_not_all(database):
@@ -337,13 +368,25 @@ async def test_in_the_callers_session_nothing_is_kept_if_it_rolls_back(database,
     assert (await get_stats(database))["cancelled_generations"] == 0
 
 
+async def test_in_the_callers_session_its_objects_have_what_was_changed(database):
+    changed, other = await add(database, 2)
+    async with get_session() as session:
+        row, apart = [await session.get(bulk.Generation, each) for each in (changed, other)]
+        apart.notes = "not yet written"
+        session.expire(row)
+        await cancel_generations(ids=[changed], session=session)
+        await tag_generations(ids=[changed], add=["rain"], session=session)
+        await star_generations(ids=[changed], session=session)
+        assert (row.status, row.tags, row.is_starred) == ("cancelled", ["rain"], True)
+        assert apart.notes == "not yet written"
+
+
 # Beside others
 
 
 async def test_each_that_is_cancelled_wakes_who_waits_for_it(database):
     ids = await add(database, 3)
     with database.changes.subscribe(Topic.DONE, [ids[2]]) as changes:
-        await anyio.sleep(0.1)
         await cancel_generations(ids=ids)
         with anyio.fail_after(PATIENCE):
             await changes.wait(PATIENCE)
@@ -357,10 +400,20 @@ async def test_a_row_that_somebody_has_locked_is_waited_for_and_not_passed_over(
         await queue.cancel(other, first)
         async with asyncio.TaskGroup() as tasks:
             task = tasks.create_task(cancel_generations(ids=[second, first]))
-            await asyncio.sleep(0.3)
+            await until_blocked(database)
             assert not task.done()
             await other.rollback()
     assert task.result().changed == 2
+
+
+@on(*POSTGRES)
+async def test_two_that_tag_one_row_at_a_time_both_take_effect(database):
+    (mine,) = await add(database)
+    async with asyncio.TaskGroup() as tasks, get_session() as session:
+        await tag_generations(ids=[mine], add=["rain"], session=session)
+        tasks.create_task(tag_generations(ids=[mine], add=["night"]))
+        await until_blocked(database)
+    assert (await read(database, mine)).tags == ["night", "rain"]
 
 
 async def test_a_claim_and_a_cancel_of_all_meet_and_every_row_ends_in_one_of_them(database):

@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import time
 from pathlib import Path
 
 import anyio
@@ -14,6 +13,7 @@ from dgx_music import (
     delete_generation_and_audio,
     delete_generations,
     retry_generation,
+    star_generations,
 )
 from dgx_music.artifacts import LocalArtifacts, MemoryArtifacts, open_output
 from dgx_music.client import delete as client
@@ -22,10 +22,11 @@ from dgx_music.errors import (
     CountDiffersError,
     GenerationNotFoundError,
     IllegalTransitionError,
+    InvalidRequestError,
     PartlyDoneError,
 )
-from dgx_music.storage import Attempt, Clip, retention, update_generation_status
-from dgx_music.storage.bulk import BulkResult
+from dgx_music.storage import Attempt, Clip, queue, retention, update_generation_status
+from dgx_music.storage.bulk import BulkResult, Refusal
 from dgx_music.storage.models import Batch, Tag
 from tests.daemons import Daemon, is_finished, is_running, rows_of, until, url_of
 from tests.daemons import add as enqueue
@@ -208,6 +209,13 @@ async def test_a_running_one_is_refused_and_keeps_all(database, place):
     assert await files_in(place) == {f"{lease.generation_id}-1.wav"}
 
 
+async def test_force_is_true_or_false(database, place):
+    lease = await start_one(database)
+    with pytest.raises(InvalidRequestError, match="force is 'no'"):
+        await delete_generations(ids=[lease.generation_id], force="no", artifacts=place)
+    assert not (await read(database, lease.generation_id)).cancel_requested
+
+
 async def test_one_that_is_not_there_is_refused(database, place):
     with pytest.raises(GenerationNotFoundError):
         await delete_generation_and_audio("nothing", artifacts=place)
@@ -309,16 +317,98 @@ async def test_claims_and_a_deletion_of_all_meet_and_each_row_goes_or_runs(datab
     assert (done.changed, done.refused_count) == (40 - len(running), len(running))
 
 
+async def test_one_that_is_starred_before_its_files_are_reached_keeps_them(database, monkeypatch):
+    monkeypatch.setattr(client, "_AT_ONCE", 1)
+    place = Meanwhile()
+    _, second = sorted([await add_completed(database, place) for _ in range(2)])
+    place.happen = lambda: star_generations(ids=[second])
+
+    done = await delete_generations(starred=False, artifacts=place)
+
+    assert done.refused == (Refusal(second, "completed", "it does not fit the filters"),)
+    assert (set(await rows_of(database)), await files_in(place)) == (
+        {second},
+        {f"memory:{second}-1.wav"},
+    )
+
+
 # With force
+
+
+async def test_with_force_one_that_is_starred_while_it_is_waited_for_stays(database, place):
+    lease = await start_one(database)
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(delete_generations(starred=False, force=True, artifacts=place))
+        await until(database, await read(database, lease.generation_id), is_asked_to_stop)
+        await star_generations(ids=[lease.generation_id])
+        await database.transact(lambda session: queue.release(session, [lease]))
+
+    assert [each.reason for each in task.result().refused] == ["it does not fit the filters"]
+    assert set(await rows_of(database)) == {lease.generation_id}
+
+
+async def test_with_force_one_that_no_longer_fits_is_not_cancelled(database, monkeypatch):
+    monkeypatch.setattr(client, "_AT_ONCE", 1)
+    place = Meanwhile()
+    await add_completed(database, place, id="first")
+    await add(database, id="second", worker_id="worker-1")
+    place.happen = lambda: star_generations(ids=["second"])
+
+    done = await delete_generations(starred=False, force=True, artifacts=place)
+
+    assert (done.changed, done.refused_count) == (1, 1)
+    assert not (await read(database, "second")).cancel_requested
+
+
+async def test_with_force_a_status_is_still_a_filter_once_it_is_cancelled(database, place):
+    lease = await start_one(database)
+    await add(database)
+
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(
+            delete_generations(status="processing", force=True, artifacts=place)
+        )
+        await until(database, await read(database, lease.generation_id), is_asked_to_stop)
+        await database.transact(lambda session: queue.release(session, [lease]))
+
+    assert task.result() == BulkResult(changed=1)
+
+
+class Away(MemoryArtifacts):
+    """A place that does not answer."""
+
+    async def delete(self, generation_id, attempts):
+        raise ArtifactError("The store does not answer.")
+
+
+async def test_with_force_what_waits_stays_pending_if_the_store_does_not_answer(database):
+    waiting, running = await add(database), await add(database, worker_id="worker-1")
+
+    with pytest.raises(ArtifactError, match=r"^The store does not answer\.$"):
+        await delete_generations(ids=[waiting, running], force=True, artifacts=Away())
+
+    assert (await read(database, waiting)).status == "pending"
+    assert not (await read(database, running)).cancel_requested
+
+
+async def test_with_force_an_error_names_what_was_cancelled_and_is_not_deleted(database):
+    lost = await add(database, worker_id="worker-1")
+    async with database.session() as session:
+        await back_date(session, lost, lease_expires_at=-0.5)
+
+    with pytest.raises(PartlyDoneError, match=f"{lost}: cancelled and not deleted") as caught:
+        await delete_generations(ids=[lost], force=True, artifacts=Away())
+
+    assert caught.value.cancelled == (lost,)
+    assert (await read(database, lost)).status == "cancelled"
 
 
 async def test_with_force_one_worked_on_by_hand_goes_at_once(database, place):
     own = await add(database)
     async with database.session() as session:
         await update_generation_status(session, own, "processing")
-    started = time.monotonic()
-    await delete_generation_and_audio(own, force=True, artifacts=place)
-    assert time.monotonic() - started < client.TIMEOUT_SECONDS / 2
+    await delete_generation_and_audio(own, force=True, timeout=0, artifacts=place)
     assert await rows_of(database) == {}
 
 
@@ -342,6 +432,10 @@ async def test_with_force_one_that_does_not_stop_in_time_is_refused_and_asked_to
     )
     assert "its worker has been asked to stop it" in done.refused[0].reason
     assert (await read(database, lease.generation_id)).cancel_requested
+
+
+def is_asked_to_stop(row):
+    return row.cancel_requested
 
 
 @pytest.fixture
@@ -427,8 +521,11 @@ POINTS = [
 async def test_a_deletion_that_is_killed_and_repeated_leaves_nothing(database, place, point):
     ids = [await add_completed(database, place, attempt=2) for _ in range(3)]
     await place.publish(ids[0], 1, "wav", b"of an attempt that was lost")
-    ids.append(await add(database, attempt=1))
-    await place.publish(ids[-1], 1, "wav", b"of an attempt that was lost")
+    for worker in (None, "worker-that-is-lost"):
+        ids.append(await add(database, attempt=1, worker_id=worker))
+        await place.publish(ids[-1], 1, "wav", b"of an attempt that was lost")
+    async with database.session() as session:
+        await back_date(session, ids[-1], lease_expires_at=-0.5)
 
     ended = await die_deleting(point, url_of(database), place.root, ids)
     assert ended == -signal.SIGKILL

@@ -28,7 +28,7 @@ DgxMusicError
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -143,15 +143,20 @@ class CountDiffersError(DgxMusicError):
 class PartlyDoneError(DgxMusicError):
     """A change of many generations was broken off by its ``__cause__``; ``done`` is what it did.
 
-    The change that was being written then may have been made all the same.
+    The change that was being written then may have been made all the same. ``cancelled`` are the
+    ids of those that a deletion with force cancelled, and did not delete.
     """
 
-    def __init__(self, done: BulkResult, count: int, cause: Exception) -> None:
+    def __init__(
+        self, done: BulkResult, count: int, cause: Exception, cancelled: Sequence[str] = ()
+    ) -> None:
+        more = f" {', '.join(cancelled)}: cancelled and not deleted." if cancelled else ""
         super().__init__(
-            f"{done.changed:,} of {count:,} generations were changed, and then: {cause}"
+            f"{done.changed:,} of {count:,} generations were changed, and then: {cause}{more}"
         )
         self.done = done
         self.count = count
+        self.cancelled = tuple(cancelled)
         self.exit_code = getattr(cause, "exit_code", self.exit_code)
 
 

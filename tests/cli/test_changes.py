@@ -145,10 +145,25 @@ def test_several_ids_are_changed_without_a_question_and_a_refused_one_ends_4(run
     assert row(running).cancel_requested
 
 
-def test_an_id_that_is_not_there_ends_3_and_nothing_is_changed(run: Run) -> None:
+@pytest.mark.parametrize("command", ["cancel", "star", "tag"])
+def test_an_id_that_is_not_there_is_refused_and_the_others_are_changed(
+    run: Run, command: str
+) -> None:
     (mine,) = add("a")
-    assert run("cancel", mine, "no-such-generation").code == 3
-    assert row(mine).status == "pending"
+    result = run(command, "no-such-generation", mine, *MORE.get(command, []), "--json")
+    assert (result.code, result.json["changed"]) == (3, 1)
+    assert "Refused no-such-generation: there is no such generation." in result.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_id_that_is_not_there_ends_3(run: Run, command: str) -> None:
+    result = run(command, "no-such-generation", *MORE.get(command, []))
+    assert (result.code, "here is no" in result.err) == (3, True)
+
+
+def test_ids_that_are_refused_for_several_reasons_end_4(run: Run) -> None:
+    (done,) = add("a", status="completed")
+    assert run("cancel", "no-such-generation", done).code == 4
 
 
 def test_filters_that_nothing_fits_change_nothing_and_ask_nothing(run: Run) -> None:
@@ -212,6 +227,16 @@ def test_delete_takes_row_and_audio(run: Run, place: Path) -> None:
     assert (result.code, file.exists(), count_rows()) == (0, False, 0)
     assert f"To do: delete generation {mine} in" in result.err
     assert "Deleted 1 generation." in result.err
+
+
+def test_delete_that_was_broken_off_and_is_repeated_deletes_the_rest(run: Run, place: Path) -> None:
+    (gone, _), (mine, file) = completed(place / "audio"), completed(place / "audio")
+    run("delete", gone, "--output", "audio", "--yes")
+
+    result = run("delete", gone, mine, "--output", "audio", "--yes")
+
+    assert (result.code, file.exists(), count_rows()) == (3, False, 0)
+    assert f"Refused {gone}: there is no such generation." in result.err
 
 
 def test_delete_asks_also_for_an_id(run: Run, place: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dgx_music.cli.output import confirm, print_json, tell
-from dgx_music.errors import IllegalTransitionError, InvalidRequestError
+from dgx_music.errors import (
+    GenerationNotFoundError,
+    IllegalTransitionError,
+    InvalidRequestError,
+)
 
 if TYPE_CHECKING:
     from dgx_music.storage import Database, Filters
@@ -64,17 +68,14 @@ async def change_chosen(
     Exactly those that were counted are changed, as far as they still fit the filters then.
     """
     from dgx_music.cli.filter_options import find_filters
-    from dgx_music.cli.opening import find_generation
     from dgx_music.client.bulk import choose
 
     chosen.check()
     if chosen.ids:
-        ids = list(
-            dict.fromkeys([(await find_generation(database, each)).id for each in chosen.ids])
-        )
-        if question.is_asked_for_ids:
+        ids, unknown = await _look_for(database, chosen.ids)
+        if ids and question.is_asked_for_ids:
             _ask(question, _named(ids), database, is_agreed=is_agreed)
-        return await change(ids=ids)
+        return await change(ids=ids) + unknown
     filters = await find_filters(database, chosen.filters)
     ids = await choose(None, None, None, filters)
     what = f"{_count(len(ids))} ({in_words(filters)})"
@@ -86,7 +87,8 @@ async def change_chosen(
 def report(done: BulkResult, chosen: Chosen, question: Question, *, as_json: bool) -> None:
     """Print what was done, and what was refused and why.
 
-    Raises ``typer.Exit`` with 4 if an id was refused, or if all that fit the filters were.
+    Raises ``typer.Exit`` with 4 if an id was refused, or if all that fit the filters were; with 3
+    if ids were refused only because they are not there.
     """
     if as_json:
         print_json(done.to_dict())
@@ -99,7 +101,9 @@ def report(done: BulkResult, chosen: Chosen, question: Question, *, as_json: boo
             f"{done.refused_count - _REFUSALS_SHOWN:,} more were refused; --json shows the first 100."
         )
     if done.refused_count and (chosen.ids or not (done.changed or done.unchanged)):
-        raise typer.Exit(IllegalTransitionError.exit_code)
+        is_unknown = all(refusal.status is None for refusal in done.refused)
+        error = GenerationNotFoundError if is_unknown else IllegalTransitionError
+        raise typer.Exit(error.exit_code)
 
 
 def in_words(filters: Mapping[str, Any]) -> str:
@@ -107,6 +111,21 @@ def in_words(filters: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in filters.items()
     )
+
+
+async def _look_for(database: Database, wanted: Sequence[str]) -> tuple[list[str], BulkResult]:
+    """Return the ids that are meant, each once, and the refusals of those that are not there."""
+    from dgx_music.cli.opening import find_generation
+    from dgx_music.storage.bulk import NOT_THERE, Refusal, refusals
+
+    ids: list[str] = []
+    unknown: list[Refusal] = []
+    for each in dict.fromkeys(wanted):
+        try:
+            ids.append((await find_generation(database, each)).id)
+        except GenerationNotFoundError:
+            unknown.append(Refusal(each, None, NOT_THERE))
+    return list(dict.fromkeys(ids)), refusals(unknown)
 
 
 def _ask(question: Question, what: str, database: Database, *, is_agreed: bool) -> None:

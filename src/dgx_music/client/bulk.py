@@ -14,7 +14,8 @@ from dgx_music.client.transactions import transact
 from dgx_music.errors import CountDiffersError, InvalidRequestError, PartlyDoneError
 from dgx_music.storage import bulk
 from dgx_music.storage.bulk import BulkResult, Change
-from dgx_music.storage.filters import Filters
+from dgx_music.storage.filters import Filters, conditions
+from dgx_music.storage.generation import Generation
 from dgx_music.storage.listing import MAX_ROWS
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ async def cancel_generations(
     Completed and failed ones are refused; so are those that no longer fit when they are reached.
 
     Rows are changed in chunks of 1,000, each in a transaction of its own, or all in the caller's
-    session. Raises ``InvalidRequestError``, and ``PartlyDoneError`` if it is broken off half-way.
+    session; objects that it has of them are read again. Raises ``InvalidRequestError``,
+    ``BatchNotFoundError`` if ``batch`` is not the id of one (a name is none), and
+    ``PartlyDoneError`` if it is broken off half-way.
     """
     return await _change(bulk.cancels(), ids, expected, session, filters)
 
@@ -72,12 +75,13 @@ async def star_generations(
     session: AsyncSession | None = None,
     **filters: Unpack[Filters],
 ) -> BulkResult:
-    """Give many generations a star, or take it away if ``star`` is False.
+    """Give many generations a star, or take it away if ``star`` is False; ``starred`` is a filter.
 
     Which are meant, what comes back and what is raised: see ``cancel_generations``. No status is
     refused.
     """
-    return await _change(bulk.stars(is_starred=star), ids, expected, session, filters)
+    change = bulk.stars(is_starred=validation.check_boolean("star", star))
+    return await _change(change, ids, expected, session, filters)
 
 
 async def tag_generations(
@@ -107,14 +111,14 @@ async def choose(
 ) -> list[str]:
     """Return the ids of the generations that are meant; with ``ids``, all of these.
 
-    Raises ``CountDiffersError``, and ``InvalidRequestError`` if there are neither ids nor filters:
-    a forgotten one must not mean all.
+    Raises ``CountDiffersError``, ``BatchNotFoundError``, and ``InvalidRequestError`` if there are no ids and every row fits
+    the filters: a forgotten filter must not mean all.
     """
     named = None if ids is None else _check_ids(ids)
-    if named is None and all(value is None for value in filters.values()):
-        problem = "are missing, and so are filters"
+    if not conditions(filters, Generation) and named is None:
+        problem = "are missing, and so are filters that leave any out"
         raise InvalidRequestError("ids", problem, "say which generations are meant")
-    if named is not None and expected is None:
+    if named is not None and expected is None and filters.get("batch") is None:
         return named
     found = await transact(
         session, lambda current: bulk.find_ids(current, named, filters), read_only=True
@@ -135,15 +139,12 @@ async def carry_out(
         try:
             done += await transact(session, partial(work, ids=chunk, filters=filters))
         except Exception as error:
-            raise_partly_done(done, len(ids), error, is_kept=session is None)
+            if done.changed and session is None:
+                raise PartlyDoneError(done, len(ids), error) from error
             raise
+        if session is not None:
+            await transact(session, partial(bulk.read_again, ids=chunk))
     return done
-
-
-def raise_partly_done(done: BulkResult, count: int, error: Exception, *, is_kept: bool) -> None:
-    """Raise ``PartlyDoneError`` if something was changed and is kept; else return."""
-    if done.changed and is_kept:
-        raise PartlyDoneError(done, count, error) from error
 
 
 def chunks_of(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -16,15 +16,15 @@ import anyio
 
 from dgx_music import validation
 from dgx_music.artifacts import Artifacts, LocalArtifacts, open_output, open_place_of
-from dgx_music.client.bulk import choose, chunks_of, raise_partly_done
+from dgx_music.client.bulk import choose, chunks_of
 from dgx_music.config import load_settings
-from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
-from dgx_music.statuses import PROCESSING
+from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError, PartlyDoneError
+from dgx_music.statuses import CANCELLED, PROCESSING
 from dgx_music.storage import bulk, queue, retention
 from dgx_music.storage.bulk import BulkResult, Refusal
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import Database, ensure_database
-from dgx_music.storage.filters import Filters
+from dgx_music.storage.filters import Filters, check_filters
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.retention import Deletable
 
@@ -55,13 +55,16 @@ async def delete_generations(
 
     Which are meant: see ``cancel_generations``. The audio is deleted first, from where each row
     says that it is and from ``artifacts`` (``DGX_MUSIC_OUTPUT`` if not given), then the row, in
-    chunks of 200. Broken off at any point and repeated, it leaves nothing behind.
+    groups of 16. Broken off at any point and repeated, it leaves nothing behind. One that no longer
+    fits the filters just before its audio would be deleted is refused.
 
-    A running one is refused. With ``force`` all are cancelled first; of those that run, each is
-    deleted when its worker has stopped it, or has lost it, and refused if that takes longer than
-    ``timeout`` seconds. Also refused is one whose folder is not on this machine. Raises
-    ``InvalidRequestError``, ``CountDiffersError``, ``ArtifactError``, and ``PartlyDoneError``.
+    A running one is refused. With ``force`` it is cancelled, deleted when its worker has stopped
+    it, or has lost it, and refused if that takes longer than ``timeout`` seconds. Also refused is
+    one whose folder is not on this machine. Raises ``InvalidRequestError``, ``CountDiffersError``,
+    ``BatchNotFoundError``, ``ArtifactError``, and ``PartlyDoneError``, which also names those that
+    were cancelled and not deleted.
     """
+    validation.check_boolean("force", force)
     validation.check_between("timeout", timeout, 0, 86_400)
     chosen = await choose(ids, expected, None, filters)
     places = _Places(artifacts or open_output(load_settings().output))
@@ -71,7 +74,10 @@ async def delete_generations(
         try:
             await deletion.delete(chunk)
         except Exception as error:
-            raise_partly_done(deletion.done, len(chosen), error, is_kept=True)
+            if deletion.done.changed or deletion.cancelled:
+                raise PartlyDoneError(
+                    deletion.done, len(chosen), error, deletion.cancelled
+                ) from error
             raise
     return deletion.done
 
@@ -105,7 +111,11 @@ class _Places:
         self._named: dict[str, Artifacts] = {}
 
     async def find_absence(self, row: Deletable) -> str | None:
-        """Return why the row's file cannot be deleted from this machine; ``None`` if it can."""
+        """Return why the row's file cannot be deleted from this machine; ``None`` if it can.
+
+        An empty folder is taken for one whose files are gone, so that a deletion can be repeated;
+        it may also be a mount point without its disk.
+        """
         place = self._of(row)[-1]
         if row.file_path is None or not isinstance(place, LocalArtifacts):
             return None
@@ -138,6 +148,8 @@ class _Deletion:
         self, database: Database, places: _Places, filters: Filters, deadline: float | None
     ) -> None:
         self.done = BulkResult()
+        self.cancelled: list[str] = []
+        """Running ones that were cancelled and are not yet deleted or refused."""
         self._database = database
         self._places = places
         self._filters = filters
@@ -146,41 +158,79 @@ class _Deletion:
 
     async def delete(self, ids: Sequence[str]) -> None:
         """Delete these generations, if they fit the filters, and add to ``done``."""
-        rows = await self._read(ids, self._filters)
-        await self._refuse_missing(ids, rows)
-        if self._deadline is not None:
-            meant = [row.lease.generation_id for row in rows]
-            rows = await self._stop(meant, self._deadline)
-            await self._refuse_missing(meant, rows)
-        free = [row for row in rows if await self._may_go(row)]
-        gone, error = await self._delete_files(free)
-        await self._delete_rows(gone)
-        if error is not None:
-            raise error
+        busy = await self._delete_free(ids, self._filters)
+        if busy and self._deadline is not None:
+            ids = [refusal.generation_id for refusal in busy]
+            filters = _with_cancelled(self._filters)
+            await self._stop(ids, filters, self._deadline)
+            busy = await self._delete_free(ids, filters)
+            self.cancelled = []
+        self.done += bulk.refusals(busy)
+
+    async def _delete_free(self, ids: Sequence[str], filters: Filters) -> list[Refusal]:
+        """Delete those that no worker holds; return those that one holds, or claimed meanwhile.
+
+        Each group is read just before its files are deleted, so that one that no longer fits the
+        filters keeps them.
+        """
+        busy: list[Refusal] = []
+        for some in chunks_of(ids, _AT_ONCE):
+            rows = await self._read(some, filters)
+            await self._refuse_missing(some, rows, filters)
+            held = [row for row in rows if self._is_held(row)]
+            busy += [self._refusal_of_held(row) for row in held]
+            free = [row for row in rows if row not in held and await self._is_here(row)]
+            busy += await self._delete_group(free)
+        return busy
 
     async def _read(self, ids: Collection[str], filters: Filters) -> list[Deletable]:
         return await self._database.transact(
             lambda session: retention.find_deletable(session, ids, filters), read_only=True
         )
 
-    async def _refuse_missing(self, ids: Sequence[str], rows: Sequence[Deletable]) -> None:
+    async def _refuse_missing(
+        self, ids: Sequence[str], rows: Sequence[Deletable], filters: Filters
+    ) -> None:
         found = {row.lease.generation_id for row in rows}
         rest = [each for each in ids if each not in found]
         if rest:
             self.done += await self._database.transact(
-                lambda session: bulk.explain(session, None, rest, self._filters), read_only=True
+                lambda session: bulk.explain(session, None, rest, filters), read_only=True
             )
 
-    async def _stop(self, ids: Collection[str], deadline: float) -> list[Deletable]:
-        """Cancel these generations, wait until no worker holds one, and return their rows."""
-        cancel = partial(bulk.make_change, change=bulk.cancels(), ids=ids, filters={})
+    def _is_held(self, row: Deletable) -> bool:
+        """Return True if the row must not be deleted as it is: with force, if a worker has it."""
+        if self._deadline is not None:
+            return row.worker_id is not None
+        return row.status == PROCESSING
+
+    def _refusal_of_held(self, row: Deletable) -> Refusal:
+        return _refusal(row, _RUNS if self._deadline is None else _STILL_RUNS)
+
+    async def _is_here(self, row: Deletable) -> bool:
+        """Return True if the row's file can be deleted from here; else refuse the row."""
+        reason = await self._places.find_absence(row)
+        if reason is not None:
+            self.done += bulk.refusals([_refusal(row, reason)])
+        return reason is None
+
+    async def _stop(self, ids: Collection[str], filters: Filters, deadline: float) -> None:
+        """Cancel those of these generations that fit the filters, and wait until none is held.
+
+        Only what a worker has is cancelled, since whatever waits is deleted as it is.
+        """
+        self.cancelled = [
+            row.lease.generation_id for row in await self._read(ids, self._filters) if row.worker_id
+        ]
+        cancel = partial(
+            bulk.make_change, change=bulk.cancels(), ids=self.cancelled, filters=self._filters
+        )
         await self._database.transact(cancel)
         changes = self._database.changes.subscribe(Topic.DONE, ids)
         with changes as changed, anyio.CancelScope(deadline=deadline):
-            while held := [row.lease for row in await self._read(ids, {}) if row.worker_id]:
+            while held := [row.lease for row in await self._read(ids, filters) if row.worker_id]:
                 await self._rescue(held)
                 await changed.wait(_LOOK_SECONDS)
-        return await self._read(ids, {})
 
     async def _rescue(self, held: Collection[Lease]) -> None:
         """End those of these leases that have lapsed: maybe no worker lives that does it."""
@@ -194,43 +244,36 @@ class _Deletion:
         if lapsed:
             await self._database.transact(lambda session: queue.rescue(session, lapsed))
 
-    async def _may_go(self, row: Deletable) -> bool:
-        """Return True if the row may be deleted; else add the reason to ``done``."""
-        reason = await self._places.find_absence(row)
-        if row.worker_id is not None and self._deadline is not None:
-            reason = _STILL_RUNS
-        elif row.status == PROCESSING and self._deadline is None:
-            reason = _RUNS
-        if reason is not None:
-            self._refuse(row, reason)
-        return reason is None
+    async def _delete_group(self, rows: Sequence[Deletable]) -> list[Refusal]:
+        """Delete these rows after their files; return those that moved meanwhile.
 
-    async def _delete_files(
-        self, rows: Sequence[Deletable]
-    ) -> tuple[list[Deletable], BaseException | None]:
-        """Delete files until one cannot be; return the rows whose files are gone, and the error."""
-        gone: list[Deletable] = []
-        for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
-            work = (self._places.delete_files(row) for row in some)
-            errors = await asyncio.gather(*work, return_exceptions=True)
-            gone += [row for row, error in zip(some, errors, strict=True) if error is None]
-            for error in errors:
-                if error is not None:
-                    return gone, error
-        return gone, None
+        If a file cannot be deleted, raises the error once the rows of the others are gone.
+        """
+        work = (self._places.delete_files(row) for row in rows)
+        errors = await asyncio.gather(*work, return_exceptions=True)
+        gone = [row for row, error in zip(rows, errors, strict=True) if error is None]
+        moved = await self._delete_rows(gone)
+        for error in errors:
+            if error is not None:
+                raise error
+        return moved
 
-    async def _delete_rows(self, rows: Sequence[Deletable]) -> None:
+    async def _delete_rows(self, rows: Sequence[Deletable]) -> list[Refusal]:
         if not rows:
-            return
+            return []
         deleted = await self._database.transact(
             lambda session: retention.delete_rows(session, rows)
         )
         self.done += BulkResult(changed=len(deleted))
-        for row in rows:
-            if row.lease.generation_id not in deleted:
-                self._refuse(row, _MOVED)
+        self.cancelled = [each for each in self.cancelled if each not in deleted]
+        return [_refusal(row, _MOVED) for row in rows if row.lease.generation_id not in deleted]
 
-    def _refuse(self, row: Deletable, reason: str) -> None:
-        refusal = Refusal(row.lease.generation_id, row.status, reason)
-        self.done += bulk.refusals([refusal])
+
+def _with_cancelled(filters: Filters) -> Filters:
+    """Return the filters that a row fits also once it is cancelled, if it fitted them before."""
+    statuses = check_filters(filters).statuses
+    return {**filters, "status": [*statuses, CANCELLED]} if statuses else filters
+
+
+def _refusal(row: Deletable, reason: str) -> Refusal:
+    return Refusal(row.lease.generation_id, row.status, reason)

@@ -25,11 +25,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from dgx_music.errors import BatchNotFoundError
 from dgx_music.statuses import CANCELLED, PROCESSING, GenerationStatus
 from dgx_music.storage.by_hand import cancelling, retrying
 from dgx_music.storage.filters import Filters, conditions
 from dgx_music.storage.generation import Generation, g, generations, words_of_labels
 from dgx_music.storage.leases import is_one_of
+from dgx_music.storage.models import Batch
 from dgx_music.storage.schema import rechecked
 from dgx_music.validation import MAX_TAGS
 
@@ -108,9 +110,14 @@ def stars(*, is_starred: bool) -> Change:
 
 
 async def find_ids(session: AsyncSession, ids: Sequence[str] | None, filters: Filters) -> list[str]:
-    """Return the ids of all rows that fit the filters, in order; only among ``ids`` if given."""
+    """Return the ids of all rows that fit the filters, in order; only among ``ids`` if given.
+
+    Raises ``BatchNotFoundError`` if the filters name a batch that is not there.
+    """
+    fitting = conditions(filters, Generation, is_found=False)
+    if (batch := filters.get("batch")) is not None:
+        await _check_batch(session, batch)
     if ids is None:
-        fitting = conditions(filters, Generation, is_found=False)
         return sorted(await session.scalars(select(Generation.id).where(*fitting)))
     found: list[str] = []
     for start in range(0, len(ids), CHUNK):
@@ -163,6 +170,14 @@ async def change_tags(
     return done + await explain(session, None, [each for each in ids if each not in rows], filters)
 
 
+async def read_again(session: AsyncSession, *, ids: Collection[str]) -> None:
+    """Read those of these rows again that the session has as objects."""
+    objects = session.identity_map.keys()
+    if known := {key for kind, (key, *_), _ in objects if kind is Generation} & {*ids}:
+        query = select(Generation).where(Generation.id.in_(known))
+        await session.execute(query.execution_options(populate_existing=True))
+
+
 def refusals(refused: Iterable[Refusal]) -> BulkResult:
     """Return the result of these refusals."""
     all_of_them = tuple(refused)
@@ -193,6 +208,11 @@ def _refusal(generation_id: str, row: Any, change: Change | None) -> Refusal:
     if row.fits and change and change.wanted:
         reason = f"it is {row.status} and cannot become {change.wanted}"
     return Refusal(generation_id, row.status, reason)
+
+
+async def _check_batch(session: AsyncSession, batch_id: str) -> None:
+    if await session.scalar(select(Batch.id).where(Batch.id == batch_id)) is None:
+        raise BatchNotFoundError(batch_id)
 
 
 def _meant(ids: Collection[str], filters: Filters) -> Select[Any]:

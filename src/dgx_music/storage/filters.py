@@ -227,6 +227,13 @@ def _check_statuses(value: Any) -> tuple[str, ...]:
     return () if len(statuses) == len(GenerationStatus) else statuses
 
 
+def _check_tags(value: object) -> tuple[str, ...]:
+    tags = tuple(validation.check_tags(value, "tag"))
+    if not tags:
+        raise InvalidRequestError("tag", "is empty", "name at least one, or leave it out")
+    return tags
+
+
 def _check_bpm(field: str) -> Callable[[object], float]:
     return lambda value: validation.check_between(field, value, 0, 10_000)
 
@@ -234,6 +241,8 @@ def _check_bpm(field: str) -> Callable[[object], float]:
 def _check_metadata(value: object) -> tuple[tuple[str, str], ...]:
     """Return the keys with the values as text, numbers as JSON writes them."""
     given = validation.check_metadata(value)
+    if not given:
+        raise InvalidRequestError("metadata", "is empty", "name at least one key, or leave it out")
     for name, item in given.items():
         if isinstance(item, dict | list):
             remedy = "use text, a number, true or false"
@@ -258,7 +267,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "batch": ("batch", _check_named("batch")),
     "parent": ("parent", _check_named("parent")),
     "starred": ("starred", lambda value: validation.check_boolean("starred", value)),
-    "tag": ("tags", lambda tags: tuple(validation.check_tags(tags, "tag"))),
+    "tag": ("tags", _check_tags),
     "bpm_from": ("bpm_from", _check_bpm("bpm_from")),
     "bpm_to": ("bpm_to", _check_bpm("bpm_to")),
     "key": ("key", validation.check_musical_key),

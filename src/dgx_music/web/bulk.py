@@ -38,7 +38,9 @@ async def delete(generation_id: str, access: MayOperate) -> Response:
 
 @router.post(
     "/cancel",
-    responses=documents.answers({200: ("What was done.", documents.example(_DONE))}, errors=[409]),
+    responses=documents.answers(
+        {200: ("What was done.", documents.example(_DONE))}, errors=[404, 409]
+    ),
 )
 async def cancel_many(body: BulkRequest, access: MayOperate) -> Response:
     """Cancel all generations that fit the filters, if there are as many as expected."""
