@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from dgx_music.storage import Generation
 from dgx_music.storage.models import Batch
 from tests.cli.conftest import Run, add, count_rows, opened_default
 from tests.factories import read
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("migrated")
 
@@ -93,6 +98,23 @@ def test_on_a_terminal_it_asks_and_a_no_changes_nothing(
 
     assert asked[0].startswith("Cancel 2 generations (tenant label-7) in ")
     assert (row(mine).status, row(other).status) == ("pending", "pending")
+
+
+def test_the_first_ctrl_c_ends_a_question_and_changes_nothing() -> None:
+    (generation_id,) = add("lofi rain")
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "dgx_music.cli", "cancel", "--status", "pending"]
+
+    with subprocess.Popen(command, stdin=theirs, stderr=theirs, stdout=theirs) as process:
+        shown = b""
+        while b"[y/N]" not in shown:
+            shown += os.read(ours, 4_096)
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(PATIENCE) == 130
+    os.close(ours)
+    os.close(theirs)
+    assert row(generation_id).is_pending
 
 
 def test_on_a_terminal_a_yes_changes_what_was_counted(

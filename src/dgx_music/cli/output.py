@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -91,9 +93,21 @@ def confirm(question: str, *, is_agreed: bool, action: str = "") -> None:
         problem = "is missing and there is no terminal to ask on"
         remedy = f"add it to {action}" if action else "add it to go ahead"
         raise InvalidRequestError("--yes", problem, remedy)
-    if not typer.confirm(plain(question), err=True):
+    with _interruptible():
+        is_yes = typer.confirm(plain(question), err=True)
+    if not is_yes:
         tell("Nothing was changed.")
         raise typer.Exit(1)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end a question: an event loop around it would only note the signal."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def without_passwords(text: str) -> str:
