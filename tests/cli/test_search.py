@@ -115,6 +115,7 @@ def test_a_filtered_page_tells_the_next_one_without_counting(run: Run) -> None:
         (["--meta", "order"], "--meta is 'order'; use KEY=VALUE"),
         (["--tag", " "], "tag is only white space; use tags of"),
         (["--key", "H"], "key is 'H'; use a key such as"),
+        (["--tenant", ""], "--tenant is empty; name a tenant, or leave it out"),
         (["--model", ""], "model is empty"),
     ],
 )

@@ -86,6 +86,10 @@ def filters_of(options: Mapping[str, Any]) -> Filters:
         "until": lambda text: read_time(text, "--until"),
     }
     given = {name: value for name, value in options.items() if value not in (None, [])}
+    if (
+        given.get("tenant") == ""
+    ):  # a variable of the shell that is not set, not a wish for most rows
+        raise InvalidRequestError("--tenant", "is empty", "name a tenant, or leave it out")
     found = {name: read.get(name, lambda value: value)(value) for name, value in given.items()}
     local = []
     for name in found.keys() & {"since", "until"}:
