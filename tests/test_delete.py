@@ -20,12 +20,20 @@ from dgx_music.client import delete as client
 from dgx_music.errors import (
     ArtifactError,
     CountDiffersError,
+    DatabaseUnavailableError,
     GenerationNotFoundError,
     IllegalTransitionError,
     InvalidRequestError,
     PartlyDoneError,
 )
-from dgx_music.storage import Attempt, Clip, queue, retention, update_generation_status
+from dgx_music.storage import (
+    Attempt,
+    Clip,
+    Generation,
+    queue,
+    retention,
+    update_generation_status,
+)
 from dgx_music.storage.bulk import BulkResult, Refusal
 from dgx_music.storage.models import Batch, Tag
 from tests.daemons import Daemon, is_finished, is_running, rows_of, until, url_of
@@ -475,14 +483,30 @@ async def test_with_force_what_a_killed_worker_ran_goes_when_its_lease_ends(
     await check_it_serves_on(database, place)
 
 
+async def stop_between_writes(daemon, database):
+    """Stop the process while it has no lock, which would last as long as it is stopped.
+
+    A statement that it has sent may still lock a row: PostgreSQL ends that transaction after a
+    second.
+    """
+    while True:
+        daemon.send(signal.SIGSTOP)
+        try:
+            async with database.session() as session:
+                await session.execute(select(Generation.id).with_for_update(nowait=True))
+            return
+        except DatabaseUnavailableError:
+            daemon.send(signal.SIGCONT)
+
+
 async def test_with_force_a_worker_that_hung_and_goes_on_leaves_nothing(database, place, start):
     """It is stopped for longer than its lease, and then publishes the audio of a row that is gone."""
-    daemon: Daemon = start()
+    daemon: Daemon = start(idle_transaction_timeout_seconds=1)
     await until(database, await enqueue(database, "warm up"), is_finished)
     await delete_generations(status="completed", artifacts=place)
     song = await enqueue(database, "a long song", duration=120.0)
     await until(database, song, is_running)
-    daemon.send(signal.SIGSTOP)
+    await stop_between_writes(daemon, database)
 
     await delete_generation_and_audio(song.id, force=True, artifacts=place)
     daemon.send(signal.SIGCONT)
