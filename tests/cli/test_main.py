@@ -15,21 +15,8 @@ from dgx_music.cli.lazy import LazyCommand
 from dgx_music.errors import DatabaseUnavailableError, EngineUnavailableError, unwrap
 from tests.cli.conftest import Run, Spawn, add
 
-COMMANDS = [
-    "enqueue",
-    "list",
-    "show",
-    "watch",
-    "cancel",
-    "retry",
-    "stats",
-    "prompts",
-    "analyse",
-    "worker",
-    "workers",
-]
-COMMANDS += ["prune", "doctor", "demo", "db", "db init", "db migrate", "db reset", "db current"]
-COMMANDS += ["web", "token", "token create", "token list", "token revoke"]
+COMMANDS = [*LAZY, "db init", "db migrate", "db reset", "db current"]
+COMMANDS += ["token create", "token list", "token revoke"]
 HEAVY = (
     "torch",
     "transformers",
@@ -96,6 +83,14 @@ def test_every_command_has_help(run: Run, command: str) -> None:
 
     assert (result.code, result.err) == (0, "")
     assert f"dgx-music {command}" in result.out
+
+
+@pytest.mark.parametrize("command", LAZY)
+def test_the_help_of_a_command_breaks_no_paragraph(command: str) -> None:
+    text = LazyCommand(command, *LAZY[command]).load().help
+
+    broken = [line for part in text.split("\n\n") for line in part.split("\n")[1:]]
+    assert [line for line in broken if not line.startswith("dgx-music ")] == []
 
 
 def test_help_documents_the_exit_codes(run: Run) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -39,7 +41,7 @@ class LazyCommand(TyperCommand):
             function, app = app, typer.Typer(add_completion=False)
             app.command(self.name)(function)
         command = typer.main.get_command(app)
-        _convert_only_if_needed(command)
+        _prepare(command)
         return command
 
 
@@ -83,12 +85,20 @@ class _Conversion:
         return self._build().coerce(value, param=param, ctx=ctx)
 
 
-def _convert_only_if_needed(command: Any) -> None:
-    """Give the parameters of this command, and of the commands in it, a ``_Conversion``."""
+_LINE_BREAK = re.compile(r"(?<!\n)\n(?!\n|dgx-music )")
+"""One within a paragraph; an example of a command keeps a line of its own."""
+
+
+def _prepare(command: Any) -> None:
+    """Give this command, and the commands in it, a help that flows and a ``_Conversion``.
+
+    The help wraps at the terminal's width: typer would also break it where the docstring does.
+    """
+    command.help = _LINE_BREAK.sub(" ", inspect.cleandoc(command.help or ""))
     find_all = command.get_params
     command.get_params = lambda context: _converting(find_all(context))
     for each in getattr(command, "commands", {}).values():
-        _convert_only_if_needed(each)
+        _prepare(each)
 
 
 def _converting(parameters: list[Any]) -> list[Any]:
