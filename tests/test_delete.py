@@ -369,6 +369,17 @@ async def test_with_force_one_that_no_longer_fits_is_not_cancelled(database, mon
     assert not (await read(database, "second")).cancel_requested
 
 
+async def test_a_cancel_that_failed_is_not_said_to_be_done(database, place, monkeypatch):
+    lease = await start_one(database)
+
+    async def fail(*_arguments, **_options):
+        raise DatabaseUnavailableError("somewhere", "it is away")
+
+    monkeypatch.setattr(client.bulk, "make_change", fail)
+    with pytest.raises(DatabaseUnavailableError):
+        await delete_generations(ids=[lease.generation_id], force=True, artifacts=place)
+
+
 async def test_with_force_a_status_is_still_a_filter_once_it_is_cancelled(database, place):
     lease = await start_one(database)
     await add(database)

@@ -219,17 +219,16 @@ class _Deletion:
 
         Only what a worker has is cancelled, since whatever waits is deleted as it is.
         """
-        self.cancelled = [
+        held = [
             row.lease.generation_id for row in await self._read(ids, self._filters) if row.worker_id
         ]
-        cancel = partial(
-            bulk.make_change, change=bulk.cancels(), ids=self.cancelled, filters=self._filters
-        )
+        cancel = partial(bulk.make_change, change=bulk.cancels(), ids=held, filters=self._filters)
         await self._database.transact(cancel)
+        self.cancelled = held
         changes = self._database.changes.subscribe(Topic.DONE, ids)
         with changes as changed, anyio.CancelScope(deadline=deadline):
-            while held := [row.lease for row in await self._read(ids, filters) if row.worker_id]:
-                await self._rescue(held)
+            while leases := [row.lease for row in await self._read(ids, filters) if row.worker_id]:
+                await self._rescue(leases)
                 await changed.wait(_LOOK_SECONDS)
 
     async def _rescue(self, held: Collection[Lease]) -> None:
