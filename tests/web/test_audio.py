@@ -190,6 +190,8 @@ async def test_no_other_file_is_sent(client, complete, output, tmp_path, default
                 session, status="completed", file_path=str(place), file_size_bytes=SIZE
             )
         assert (await client.get(f"/v1/generations/{row.id}/audio")).status_code == 410
+        urls = (await client.get(f"/v1/generations/{row.id}")).json()["urls"]
+        assert (urls["audio"], urls["waveform"]) == (None, None)
     (output / "link-1.wav").symlink_to(secret)
     async with default_database.session() as session:
         file = {"file_path": str(output / "link-1.wav"), "sha256": "ab" * 32}

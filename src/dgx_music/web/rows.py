@@ -93,8 +93,8 @@ def url_of(row: Generation, base: str) -> str:
 
 
 def has_audio(row: Generation) -> bool:
-    """Return True if audio was stored with the row; it may be deleted by now."""
-    return row.is_complete and row.file_path is not None and row.file_size_bytes is not None
+    """Return True if a worker stored audio for the row; it may be deleted by now."""
+    return row.is_complete and row.sha256 is not None and row.file_size_bytes is not None
 
 
 def _urls(row: Generation, base: str) -> dict[str, str | None]:
