@@ -136,7 +136,7 @@ COMMANDS = {
         "fleet:resume",
         "Let workers claim again: everything, or what one model has waiting.",
     ),
-    "web": (_WEB, "web:app", "Serve the API over HTTP, for programs and browsers."),
+    "web": (_WEB, "web:app", "Serve the page and the API over HTTP, for people and programs."),
     "token": (_WEB, "token:app", "Make, list and revoke the tokens of the web API."),
     "demo": (_CARE, "demo:demo", "See it work: three prompts, the real worker, audio."),
     "doctor": (

@@ -1,4 +1,4 @@
-"""``dgx-music web``: the API over HTTP."""
+"""``dgx-music web``: the page and the API over HTTP."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def web(
     database_url: DatabaseUrl = None,
     output: Output = None,
 ) -> None:
-    """Serve the API over HTTP, for programs and browsers.
+    """Serve the page and the API over HTTP, for people and programs.
 
     On an address that others can reach it needs a token: make one with `dgx-music token
     create`; without one it ends with exit code 2. On this machine's own address everybody

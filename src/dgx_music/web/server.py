@@ -30,12 +30,12 @@ _ANY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104 - these are compared, not lis
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """Where the server listens, and whom it believes."""
+    """The address of the server, and the proxies that it trusts."""
 
     host: str = "127.0.0.1"
     port: int = 8321
     trusted_proxies: str = ""
-    """Addresses, separated by commas, whose ``X-Forwarded-…`` are believed."""
+    """Addresses, separated by commas, whose ``X-Forwarded-…`` headers count."""
 
 
 async def serve(
