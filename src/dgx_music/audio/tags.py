@@ -23,7 +23,7 @@ _LONGEST_TITLE = 200
 _LONGEST_PROMPT = 2_500
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]+")
 _UTF_8 = b"\x03"
-_LATIN_LANGUAGE = b"eng"
+_LANGUAGE = b"eng"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Tags:
             (b"TPE1", b"", self.artist),
             (b"TDRC", b"", self.date),
             (b"TSSE", b"", SOFTWARE),
-            (b"COMM", _LATIN_LANGUAGE + b"\0", self.comment),
+            (b"COMM", _LANGUAGE + b"\0", self.comment),
             (b"TXXX", b"LICENSE\0", self.licence),
         ]
         body = b"".join(_id3_frame(name, start, text) for name, start, text in frames if text)
