@@ -19,11 +19,15 @@ RTL = "\u202eموسيقى هادئة"
 
 
 def until(page, expression):
-    """Wait for the expression; playwright's own way to do so needs what the policy forbids."""
+    """Wait for the expression, and return its value.
+
+    Playwright's own way to do so needs what the policy forbids.
+    """
     deadline = time.monotonic() + PATIENCE
-    while not page.evaluate(expression):
+    while not (value := page.evaluate(expression)):
         assert time.monotonic() < deadline, expression
         page.wait_for_timeout(50)
+    return value
 
 
 def enqueue(page, prompt="lofi rain", duration="2", takes="1"):
@@ -75,7 +79,7 @@ def test_the_waveform_is_drawn(page):
     enqueue(page)
     play_first(page)
 
-    until(
+    assert until(
         page,
         "(() => { const c = document.querySelector('#seek canvas');"
         " return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(Boolean) })()",
@@ -90,7 +94,7 @@ def test_a_click_on_the_waveform_seeks(page):
     box = page.locator("#seek").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + 10)
 
-    until(page, "document.getElementById('audio').currentTime > 5.5")
+    assert until(page, "document.getElementById('audio').currentTime > 5.5")
 
 
 def test_a_double_click_enqueues_once(page, server):
@@ -215,7 +219,7 @@ def test_a_bulk_action_says_its_number_and_does_that(page, server):
     page.click("text=Cancel the 3 that wait")
     page.click("#ask-yes:has-text('Cancel 3')")
 
-    until(page, "document.querySelectorAll('.row[data-status=cancelled]').length === 3")
+    assert until(page, "document.querySelectorAll('.row[data-status=cancelled]').length === 3")
 
 
 def test_a_row_is_cancelled_and_tried_again(page, server):

@@ -206,7 +206,7 @@ def test_without_a_choice_there_is_nothing_to_cancel(start: Start) -> None:
 
     terminal.press("jkc")
 
-    terminal.until("Choose a generation first")
+    assert terminal.until("Choose a generation first")
 
 
 def test_one_that_runs_is_shown_and_stopped(
@@ -274,7 +274,7 @@ def test_new_generations_appear_by_themselves(start: Start) -> None:
 
     add("lofi rain")
 
-    terminal.until("lofi rain")
+    assert terminal.until("lofi rain")
 
 
 def test_while_the_database_is_away_it_says_so_and_goes_on_trying(start: Start) -> None:
@@ -286,7 +286,7 @@ def test_while_the_database_is_away_it_says_so_and_goes_on_trying(start: Start) 
     terminal.until("Trying again.")
     Path("gone").rename("data")
     add("slow piano")
-    terminal.until("slow piano")
+    assert terminal.until("slow piano")
 
 
 def test_keys_work_while_the_database_is_away(start: Start) -> None:
@@ -322,7 +322,7 @@ def test_a_server_that_is_back_is_used_again(
     proxy.heal()
     terminal.press("p")
 
-    terminal.until("EVERYTHING IS PAUSED")
+    assert terminal.until("EVERYTHING IS PAUSED")
 
 
 def test_a_server_that_does_not_answer_keeps_nobody_in_it(start: Start, proxy: Proxy) -> None:
@@ -345,7 +345,7 @@ def test_a_new_size_is_heeded_at_once(start: Start) -> None:
     terminal.resize(40, 12)
     terminal.process.send_signal(signal.SIGWINCH)
 
-    terminal.until("j/k c cancel p pause r resume q quit")
+    assert terminal.until("j/k c cancel p pause r resume q quit")
 
 
 def test_a_stopped_one_gives_the_terminal_back_and_takes_it_again(start: Start) -> None:
