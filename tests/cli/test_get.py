@@ -275,3 +275,12 @@ def test_get_notes_that_untrained_weights_make_noise(run: Run) -> None:
     (generation_id,) = add_made("x", model_name="musicgen-tiny-untrained")
 
     assert "untrained weights" in run("get", generation_id).err
+
+
+def test_of_a_batch_that_is_not_there_only_that_is_said(run: Run) -> None:
+    result = run("get", "--batch", "nope")
+
+    assert (result.code, result.err.splitlines()) == (
+        3,
+        ["Error: There is no batch 'nope'; `dgx-music batches` shows those that exist."],
+    )

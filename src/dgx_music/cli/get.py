@@ -95,6 +95,8 @@ def get(
         asyncio.run(_save_all(wanted, filters, saving, database_url, outcome))
     finally:
         _show(outcome, as_json=as_json)
+    if not (outcome.saved or outcome.refused or outcome.without_audio):
+        tell("There are no such generations.")
     if outcome.refused:
         raise typer.Exit(_tell_refused(outcome))
 
@@ -196,8 +198,6 @@ def _show(outcome: _Outcome, *, as_json: bool) -> None:
             print_line(near(str(saved.path)))
     if outcome.without_audio:
         tell(f"{outcome.without_audio:,} more are not completed, so they have no audio.")
-    elif not (outcome.saved or outcome.refused):
-        tell("There are no such generations.")
     tell_untrained_models(outcome.models)
 
 
