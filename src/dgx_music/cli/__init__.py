@@ -55,7 +55,7 @@ EXIT_CODES = (
 _LONG_QUOTE = re.compile(r"'[^']{80,}'")
 _NO_THREAD = "can't start new thread"
 """The message of Python's ``RuntimeError``."""
-_OBJECTS_BETWEEN_COLLECTIONS = 100_000
+_OBJECTS_BETWEEN_COLLECTIONS = 200_000
 """Imports make many objects and no garbage: by default Python looks for it after 700."""
 _QUEUE, _WORK, _WEB, _CARE = "Generations", "Workers", "Web", "Care"
 
