@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,14 @@ def test_on_a_terminal_it_asks_and_a_no_changes_nothing(
     assert (row(mine).status, row(other).status) == ("pending", "pending")
 
 
+def wait_until_it_sleeps(pid: int) -> None:
+    """Return once the process waits for its answer: a signal just before that read does not end it."""
+    began = time.monotonic()
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.01)
+
+
 def test_the_first_ctrl_c_ends_a_question_and_changes_nothing() -> None:
     (generation_id,) = add("lofi rain")
     ours, theirs = os.openpty()
@@ -107,8 +116,9 @@ def test_the_first_ctrl_c_ends_a_question_and_changes_nothing() -> None:
 
     with subprocess.Popen(command, stdin=theirs, stderr=theirs, stdout=theirs) as process:
         shown = b""
-        while b"[y/N]" not in shown:
+        while b"[y/N]: " not in shown:
             shown += os.read(ours, 4_096)
+        wait_until_it_sleeps(process.pid)
         process.send_signal(signal.SIGINT)
 
         assert process.wait(PATIENCE) == 130
