@@ -203,7 +203,9 @@ def test_long_clips_are_made_in_audiocrafts_windows(
     short_windows: dict[str, MusicGenEngine], name: str, frames: int
 ) -> None:
     expected = audiocraft_long_form(*MODELS[name](), "choir", frames, 3.0, **WINDOW)
-    assert np.array_equal(greedy(short_windows[name], "choir", frames), sound(name, expected))
+    # More than a second of audio takes the codec two windows, which round a little differently.
+    made = greedy(short_windows[name], "choir", frames)
+    assert np.allclose(made, sound(name, expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("given", [4, 20, 25])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,7 +22,8 @@ try:
     from torch import Tensor
 
     from dgx_music.inference.musicgen.batch import Row, delays
-    from dgx_music.inference.musicgen.codec import Codec
+    from dgx_music.inference.musicgen.codec import Codec, CodecWork
+    from dgx_music.inference.musicgen.codec_thread import CodecThread
     from dgx_music.inference.musicgen.conditioning import (
         LONGEST_PREFIX_TEXT,
         Conditioner,
@@ -121,7 +122,7 @@ class MusicGenEngine:
             slot_count,
             guard=torch.no_grad if settings.compile == "on" else torch.inference_mode,
         )
-        self._codec_thread = ThreadPoolExecutor(1, "codec")  # one by one, clips are ready sooner
+        self._codec_thread = CodecThread()
         self._is_untrained = info.is_untrained
         self.device = describe(device)
         self.model_version = weights.version
@@ -140,7 +141,7 @@ class MusicGenEngine:
 
     def close(self) -> None:
         """Drop everything; no generation may run, and none can run afterwards."""
-        self._codec_thread.shutdown()
+        self._codec_thread.close()
         vars(self).clear()
 
     def generate(self, request: GenerationRequest, run: Run) -> Audio:
@@ -156,7 +157,7 @@ class MusicGenEngine:
         frame_count = math.ceil(sample_count / self._codec.frame_size)
         codes = self._decode(request, frame_count, run)  # [codebook, frame]
         run.free_slot()
-        decoded = self._in_codec_thread(run, self._codec.decode, codes)  # [channel, sample]
+        decoded = self._in_codec_thread(run, self._codec.decode(codes))  # [channel, sample]
         samples = decoded[:, :sample_count].numpy()
         if not np.isfinite(samples).all():
             raise EngineError("The codec's samples are not finite; its weights may be damaged.")
@@ -206,16 +207,16 @@ class MusicGenEngine:
         if request.continuation is None:
             return self._no_codes()
         clip = fit(request.continuation, self._codec.sample_rate, self._codec.channels)
-        return self._in_codec_thread(run, self._codec.encode, clip)
+        return self._in_codec_thread(run, self._codec.encode(clip))
 
-    def _in_codec_thread(self, run: Run, work: Any, tensor: Tensor) -> Tensor:
-        """Return what the codec makes of the tensor; a cancelled generation does not wait for it."""
-        result: Future[Tensor] = self._codec_thread.submit(work, tensor)
+    def _in_codec_thread(self, run: Run, work: CodecWork) -> Tensor:
+        """Return the work's result; a cancelled generation does not wait for it."""
+        result = self._codec_thread.submit(work)
         while not wait((result,), _CANCEL_CHECK_SECONDS).done:
             try:
                 run.check_cancelled()
             except BaseException:
-                result.cancel()  # if it has not begun
+                result.cancel()
                 raise
         return result.result()
 
@@ -272,7 +273,7 @@ class MusicGenEngine:
         given = self._no_codes()
         if request.continuation is not None:
             clip = fit(request.continuation, self._codec.sample_rate, self._codec.channels)
-            given = self._codec.encode(clip)
+            given = self._codec.encode(clip).finish()
         random = torch.Generator().manual_seed(request.effective_seed)
         conditions = self._conditioner.read(request)
         return self._row(request, conditions, given, given.shape[1] + TRIAL_FRAMES, random)
