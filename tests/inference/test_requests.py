@@ -55,6 +55,7 @@ def short_windows(folders: dict[str, Path]) -> Iterator[dict[str, MusicGenEngine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dgx_music.inference.musicgen.engine.WINDOW_SECONDS", 0.5)
         patch.setattr("dgx_music.inference.musicgen.conditioning.WINDOW_SECONDS", 0.5)
+        patch.setattr("dgx_music.inference.musicgen.budget.WINDOW_SECONDS", 0.5)
         yield {name: load(folder) for name, folder in folders.items()}
 
 

@@ -114,6 +114,11 @@ class Decoder:
         numbers = len(self.layers) * 2 * 2 * self._hidden_size * self.max_positions
         return numbers * self.attention.cache_dtype.itemsize
 
+    def text_bytes(self, length: int) -> int:
+        """Return how much memory one slot's texts of that many tokens take."""
+        numbers = len(self.layers) * 2 * 2 * self._hidden_size * length
+        return numbers * self.dtype.itemsize if self.reads_text else 0
+
     @property
     def has_native_kernels(self) -> bool:
         """True if kernels in C were built."""

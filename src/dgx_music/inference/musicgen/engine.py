@@ -22,10 +22,16 @@ try:
     from torch import Tensor
 
     from dgx_music.inference.musicgen.batch import Row, delays
+    from dgx_music.inference.musicgen.budget import (
+        budget_of,
+        check_room,
+        max_positions_of,
+        max_steps_of,
+        plan,
+    )
     from dgx_music.inference.musicgen.codec import Codec, CodecWork
     from dgx_music.inference.musicgen.codec_thread import CodecThread
     from dgx_music.inference.musicgen.conditioning import (
-        LONGEST_PREFIX_TEXT,
         Conditioner,
         Conditions,
         fit,
@@ -76,7 +82,13 @@ def build(settings: EngineSettings, kind: type[E]) -> E:
         raise EngineUnavailableError(
             f"The model {settings.model!r} is neither in the catalogue nor an absolute path."
         )
-    weights = load_weights(info, settings.revision, choose_dtype(settings.dtype, device))
+    dtype = choose_dtype(settings.dtype, device)
+
+    def check(config: Any) -> None:
+        budget = plan(config, dtype, settings, device.type)
+        check_room(budget.total(1), device, "the model with one slot")
+
+    weights = load_weights(info, settings.revision, dtype, check)
     if device.type == "cpu":
         leave_a_core_free()
     return kind(weights, device, info, settings)
@@ -104,21 +116,20 @@ class MusicGenEngine:
         settings: EngineSettings,
     ) -> None:
         model = weights.model.to(device)
-        self._other_bytes = _bytes_of(model.text_encoder) + _bytes_of(model.audio_encoder)
         self._codec = Codec(model.audio_encoder, model.config.decoder.audio_channels)
         self._longest_window = round(WINDOW_SECONDS * self._codec.frame_rate)
         self._longest_delay = delays(model.config.decoder.num_codebooks, self._codec.channels)[-1]
-        max_steps = self._longest_window + self._longest_delay
-        max_positions = _prefix_room(model) + max_steps + 1
         projection = getattr(model, "enc_to_dec_proj", None)
-        self._decoder = Decoder(model.decoder, projection, max_positions)
+        self._decoder = Decoder(model.decoder, projection, max_positions_of(model.config))
         self._conditioner = Conditioner(
             model, weights.tokenizer, self._decoder, self._codec.sample_rate
         )
         self._number_facts = self._prepare_decoder(settings)
-        slot_count = settings.slots or fitting_slots(self._decoder, settings.model_count)
+        self._max_steps = max_steps_of(model.config)
+        self._budget = budget_of(model, self._decoder, device.type)
+        slot_count = settings.slots or fitting_slots(self._budget, device, settings.model_count)
         self._loop = DecodingLoop(
-            lambda count: Slots(self._decoder, count, max_steps),
+            self._make_slots,
             slot_count,
             guard=torch.no_grad if settings.compile == "on" else torch.inference_mode,
         )
@@ -136,8 +147,7 @@ class MusicGenEngine:
     @property
     def memory_bytes(self) -> int:
         """About how much memory the engine holds: text encoder, codec, language model and slots."""
-        slots_bytes = self.slots * self._decoder.slot_bytes
-        return self._other_bytes + self._decoder.weight_bytes + slots_bytes
+        return self._budget.weights + self.slots * self._decoder.slot_bytes
 
     def close(self) -> None:
         """Drop everything; no generation may run, and none can run afterwards."""
@@ -164,6 +174,11 @@ class MusicGenEngine:
         run.report_progress(1.0)
         device_seconds = time.perf_counter() - started
         return Audio(samples, self._codec.sample_rate, self._facts(request, device_seconds))
+
+    def _make_slots(self, count: int) -> Slots:
+        needed = count * self._budget.slot + self._budget.work
+        check_room(needed, self._decoder.device, f"a batch of {count}")
+        return Slots(self._decoder, count, self._max_steps)
 
     def _decode(self, request: GenerationRequest, frame_count: int, run: Run) -> Tensor:
         """Return the codes ``[codebook, frame]``; a long clip is decoded window by window."""
@@ -288,13 +303,3 @@ class MusicGenEngine:
             "is_untrained": self._is_untrained,
             **self._number_facts,
         }
-
-
-def _bytes_of(model: Any) -> int:
-    return sum(weight.nbytes for weight in model.parameters())
-
-
-def _prefix_room(model: Any) -> int:
-    """Return how many positions the prefix of a model that hears a melody can take; else 0."""
-    melody = getattr(model.config, "chroma_length", 0)
-    return melody and melody + LONGEST_PREFIX_TEXT
