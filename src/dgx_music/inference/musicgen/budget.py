@@ -25,7 +25,7 @@ _STEPS_BYTES = {"cpu": 250_000_000, "cuda": 1_000_000_000}
 """Kept free for the work of steps and texts; on a GPU for recorded graphs as well. A CPU took 0.1 GB
 for eight rows of the small model."""
 _CODEC_TENSORS = 30
-"""The peak of a window, in tensors of the codec's widest layer; measured 28 at the true size."""
+"""The peak of a window, in tensors of the codec's widest layer; 19 to 28 were measured at the true size."""
 
 
 @dataclass(frozen=True)
