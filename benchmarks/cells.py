@@ -80,10 +80,10 @@ class Bench:
             self.stock.name: sum(each.nbytes for each in model.decoder.parameters())
         }
         self.ours: list[Ours] = []
-        for weights, compiled in product(options.weights, options.compile):
+        for weights, kernels in product(options.weights, options.kernels):
             before = device.held_bytes(self._device)
             longest = max(options.room, options.seconds)
-            loop = Ours(model, tokenizer, longest, weights, compiled)
+            loop = Ours(model, tokenizer, longest, weights, kernels)
             self._weight_bytes[loop.name] = device.held_bytes(self._device) - before
             self.ours.append(loop)
         self._dtype_bytes: int = dtype.itemsize

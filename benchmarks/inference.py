@@ -123,7 +123,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--weights", choices=("auto", "int8"), nargs="+", default=["auto"], help="ours only"
     )
     parser.add_argument(
-        "--compile", choices=("auto", "on", "off"), nargs="+", default=["auto"], help="ours only"
+        "--kernels", choices=("auto", "off"), nargs="+", default=["auto"], help="ours only"
     )
     parser.add_argument(
         "--seconds", type=float, help="of a clip, and of the longest of the mixed clips"

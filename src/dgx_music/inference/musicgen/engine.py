@@ -131,7 +131,6 @@ class MusicGenEngine:
         self._loop = DecodingLoop(
             self._make_slots,
             slot_count,
-            guard=torch.no_grad if settings.compile == "on" else torch.inference_mode,
         )
         self._codec_thread = CodecThread()
         self._is_untrained = info.is_untrained
@@ -241,13 +240,11 @@ class MusicGenEngine:
     def _prepare_decoder(self, settings: EngineSettings) -> dict[str, Any]:
         """Choose kernels and number formats; return the facts about them."""
         is_on_cpu = self._decoder.device.type == "cpu"
-        if settings.compile == "auto" and is_on_cpu:
+        if settings.kernels == "auto" and is_on_cpu:
             self._decoder.build_kernels()
         facts = self._reduce_bits(settings)
         if is_on_cpu:
             facts["kernels"] = "c" if self._decoder.has_native_kernels else "torch"
-        if settings.compile == "on":
-            self._decoder.compile()
         return facts
 
     def _reduce_bits(self, settings: EngineSettings) -> dict[str, Any]:
