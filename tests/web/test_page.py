@@ -125,10 +125,13 @@ async def test_the_list_shows_prompts_as_text_only(client, default_database):
 async def test_a_completed_row_can_be_played_and_saved(client, default_database):
     generation_id = await add_completed(default_database, prompt="lofi rain")
 
-    text = (await client.get("/")).text
+    audio = f"/v1/generations/{generation_id}/audio"
+    assert f'data-do="play" href="{audio}"' in (await client.get("/")).text
 
-    assert f'<audio controls preload="none" src="/v1/generations/{generation_id}/audio">' in text
-    assert f'href="/v1/generations/{generation_id}/audio?download=1"' in text
+    detail = (await client.get(f"/?show={generation_id}")).text
+
+    assert f'<audio controls preload="none" src="{audio}">' in detail
+    assert f'href="{audio}?download=1&amp;format=wav" download' in detail
 
 
 async def test_noise_is_called_noise(client, default_database):
@@ -172,7 +175,7 @@ async def test_longer_lists_have_a_link_to_older_ones(client, default_database):
         await add(default_database, prompt=f"number {number}")
 
     first = (await client.get("/?limit=2")).text
-    link = re.search(r'<a href="([^"]+)">Older', first)[1].replace("&amp;", "&")
+    link = re.search(r'id="older"[^>]* href="([^"]+)"', first)[1].replace("&amp;", "&")
 
     assert "number 0</a>" in (await client.get(f"/{link}")).text
 
