@@ -6,54 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tests.patience import PATIENCE
+from tests.browser.acting import enqueue, play_first, post, total, until, wait_for_row
 
 pytestmark = pytest.mark.browser
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 RTL = "\u202eموسيقى هادئة"
-
-
-def until(page, expression):
-    """Wait for the expression, and return its value.
-
-    Playwright's own way to do so needs what the policy forbids.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while not (value := page.evaluate(expression)):
-        assert time.monotonic() < deadline, expression
-        page.wait_for_timeout(50)
-    return value
-
-
-def enqueue(page, prompt="lofi rain", duration="2", takes="1"):
-    page.fill("#prompt", prompt)
-    page.fill("#composer input[name=duration]", duration)
-    page.fill("#composer input[name=variations]", takes)
-    page.click("#generate")
-
-
-def wait_for_row(page, status="completed", **options):
-    return page.wait_for_selector(f".row[data-status={status}]", **options)
-
-
-def play_first(page):
-    wait_for_row(page).query_selector(".disc").click()
-    until(page, "document.getElementById('audio').currentTime > 0")
-
-
-def post(server, path, body):
-    status, answer = server.ask(path, body)
-    assert status < 300, answer
-    return answer
-
-
-def total(server):
-    return server.ask("/v1/stats")[1]["total_generations"]
 
 
 def test_the_first_visit_ends_with_sound(page):
@@ -133,7 +94,7 @@ def test_prompts_are_text_whatever_they_contain(page, prompt):
 
 
 def test_filters_are_in_the_url_and_leave_the_player_alone(page):
-    enqueue(page, duration="60")
+    enqueue(page, duration="24")
     play_first(page)
 
     page.click("#chips >> text=Failed")
@@ -245,7 +206,7 @@ def test_a_restart_of_the_server_is_survived(visit, serve):
     server = serve()
     page = visit(server.address, may_say="net::ERR")
     page.wait_for_selector("#live[data-state=live]")
-    enqueue(page, "before", duration="60")
+    enqueue(page, "before", duration="40")
     wait_for_row(page, "processing")
 
     server.end(signal.SIGTERM)
@@ -299,7 +260,7 @@ def test_without_scripts_there_are_list_enqueue_and_play(visit, server):
     page.click(".row .prompt")
 
     assert page.is_visible("#detail audio")
-    assert page.is_hidden("#help-button")
+    assert page.is_hidden("[popovertarget]")
     page.click("#close-detail")
     page.click(".row .disc")
     assert page.wait_for_selector("video").evaluate("audio => audio.duration") == 2

@@ -16,7 +16,6 @@ function listQuery() {
   return query.toString();
 }
 
-// ---- from one URL to the next
 async function visit(url, replaces) {
   history[replaces ? "replaceState" : "pushState"](null, "", url);
   await load();
@@ -33,8 +32,8 @@ async function load() {
 }
 
 async function refresh() {
-  const [asked, query] = [turn, new URLSearchParams(location.search)];
-  if (shown === listQuery()) query.set("limit", Math.min(200, Math.max(50, all(".row").length + fresh.size + 9)));
+  const [asked, isSame, query] = [turn, shown === listQuery(), new URLSearchParams(location.search)];
+  if (isSame) query.set("limit", Math.min(200, Math.max(50, all(".row").length + fresh.size + 9)));
   const page = await read(`?${query}`);
   if (asked !== turn) return;
   const parts = Object.fromEntries(all("[id]", page).map((part) => [part.id, part]));
@@ -42,26 +41,34 @@ async function refresh() {
   if (!$("filters").contains(document.activeElement)) swap($("filters"), parts.filters);
   $("home").hidden = parts.home.hidden;
   showDetail(parts.detail, parts["of-detail"]);
-  if (shown === listQuery() && $("rows").children.length) update(parts);
-  else fill(parts);
+  if (isSame && $("rows").children.length) update(parts);
+  else {
+    shown = listQuery();
+    fresh.clear();
+    swap($("list"), parts.list);
+  }
   emit("rows");
 }
 
-function fill({ list }) {
-  shown = listQuery();
-  fresh.clear();
-  swap($("list"), list);
-}
-
-function update({ rows, tools }) {
-  const newest = all(".row").reduce((last, { id }) => (id > last ? id : last), "");
-  for (const row of [...rows.children]) {
+// New rows wait behind a button; what is gone, or fits no longer, goes.
+function update(parts) {
+  const found = [...parts.rows.children];
+  const ids = all(".row").map(idOf).sort();
+  for (const row of found) {
     if ($(row.id)) swap($(row.id), row);
-    else if (row.id > newest) fresh.add(row.id);
+    else if (row.id > ids.at(-1)) fresh.add(row.id);
   }
-  swap($("tools"), tools);
+  const isAbove = (id) => !parts.older || id > found.at(-1).id;
+  for (const id of ids) if (!parts[id] && isAbove(id)) leave($(id));
+  swap($("tools"), parts.tools);
   $("fresh").hidden = fresh.size === 0;
   $("fresh").textContent = `${fresh.size} new`;
+}
+
+function leave(row) {
+  const next = row.nextElementSibling?.querySelector(".prompt") ?? $("rows");
+  if (row.contains(document.activeElement)) next.focus();
+  row.remove();
 }
 
 function showDetail(part, of) {
@@ -70,14 +77,12 @@ function showDetail(part, of) {
     const isTouched = all("input, textarea", old).some((each) => each.value !== each.defaultValue);
     return isTouched || swap(old, of);
   }
-  const wasHidden = place.hidden;
   place.hidden = part.hidden;
   place.replaceChildren(...part.childNodes);
   if (!part.hidden) $("detail-title").focus();
-  else if (!wasHidden && document.activeElement === document.body) ($(idOf(old))?.querySelector(".prompt") ?? $("rows")).focus();
+  else if (document.activeElement === document.body) $(idOf(old))?.querySelector(".prompt").focus();
 }
 
-// ---- what changes
 function renew() {
   soon ??= setTimeout(() => {
     soon = null;
@@ -104,11 +109,10 @@ on("row", ({ row, isFirst }) => {
   if (word && !isSame && (mine.has(row.id) || mine.has(row.batch_id))) toast(`${word}: ${(row.title || row.prompt).slice(0, 80)}`);
 });
 on("gone", (id) => {
-  $(id)?.remove();
+  if ($(id)) leave($(id));
   if (idOf($("of-detail")) === id) visit($("close-detail").href, true);
 });
 
-// ---- what is done with a row
 const post = (id, path, body) => call("POST", `generations/${id}/${path}`, body);
 const make = async (...request) => emit("made", await post(...request));
 
@@ -122,6 +126,11 @@ const actions = {
   same: (id) => make(id, "again", { seed: "same" }),
   more: (id, { dataset: { length }, seconds }) => make(id, "continue", { duration: Math.min(length, 30) + seconds.valueAsNumber }),
   turn: (_, { dataset: { path, model } }) => call("POST", path, model ? { model } : {}),
+  filter(_, form) {
+    clearTimeout(typing);
+    const fields = new URLSearchParams([...new FormData(form)].filter(([, value]) => value.trim()));
+    visit(`${root}/?${fields}`, fields.has("q") && location.search.includes("q="));
+  },
   async label(id, form) {
     const [title, tags, notes] = ["title", "tags", "notes"].map((name) => form[name].value.trim() || null);
     await call("PATCH", `generations/${id}`, { title, notes, tags: tags && tags.split(",").map((tag) => tag.trim()).filter(Boolean) });
@@ -142,40 +151,31 @@ const actions = {
 
 async function act(element) {
   const id = idOf(element.closest(".row, [data-id]"));
-  const name = element.dataset.do;
-  await actions[name](id, element)?.catch((error) => toast(error.message));
-  if (name !== "play" && name !== "example") renew();
+  await actions[element.dataset.do](id, element)?.catch((error) => toast(error.message));
+  if (!["play", "example", "filter"].includes(element.dataset.do)) renew();
 }
 
-// ---- clicks, filters, keys
 document.addEventListener("click", async (event) => {
   const element = event.target.closest("a, button");
   if (!element || event.ctrlKey || event.metaKey || event.shiftKey) return;
-  const [isFresh, isOurs] = [element.id === "fresh", element.pathname === `${root}/` && !element.hash];
-  if (!(isOurs || isFresh || element.dataset.do)) return;
+  const isOurs = element.pathname === `${root}/` && !element.hash;
+  if (!isOurs && !element.dataset.do) return;
   event.preventDefault();
   if (element.dataset.do) return act(element);
-  if (isFresh) shown = null;
-  await (isFresh ? load() : visit(element.href));
-  if (isFresh) $("rows").querySelector(".prompt")?.focus();
-  if (element.id === "older") $("rows").focus();
+  const isMore = element.id === "fresh" || element.id === "older";
+  if (isMore) shown = null;
+  await visit(element.href, element.href === location.href);
+  if (isMore) $("rows").querySelector(".prompt")?.focus();
 });
 document.addEventListener("submit", (event) => {
-  const isFilter = event.target.id === "filters";
-  if (!isFilter && !event.target.dataset.do) return;
+  if (!event.target.dataset.do) return;
   event.preventDefault();
-  isFilter ? filter() : act(event.target);
+  act(event.target);
 });
-
-function filter() {
-  clearTimeout(typing);
-  const fields = new URLSearchParams([...new FormData($("filters"))].filter(([, value]) => value.trim()));
-  visit(`${root}/?${fields}`, fields.has("q") && location.search.includes("q="));
-}
 document.addEventListener("input", ({ target }) => {
   if (target.form !== $("filters")) return;
   clearTimeout(typing);
-  typing = setTimeout(filter, 300);
+  typing = setTimeout(act, 300, target.form);
 });
 
 $("keys-on").checked = !localStorage.getItem("keys-off");
@@ -207,7 +207,6 @@ document.addEventListener("keydown", (event) => {
   if (keys[key](target.closest(".row") ?? player.current(), target) !== false) event.preventDefault();
 });
 
-// ---- the beginning
 addEventListener("popstate", load);
 setInterval(() => document.hidden || emit("look"), 15000);
 dress(document);

@@ -28,8 +28,8 @@ export function send(method, url, { body, headers = {}, type = "json", onprogres
 }
 
 export function call(method, path, body, headers) {
-  const all = { "Content-Type": "application/json", ...headers };
-  return send(method, `${root}/v1/${path}`, { body: JSON.stringify(body), headers: all });
+  const json = { body: JSON.stringify(body), headers: { "Content-Type": "application/json", ...headers } };
+  return send(method, `${root}/v1/${path}`, json);
 }
 
 // Returns the page that the server makes for a query.
@@ -38,11 +38,7 @@ export const read = async (query) => dress(await send("GET", `${root}/${query}`,
 // Adds what only a browser knows or can show: the local time, and how far a row is.
 export function dress(page) {
   for (const time of all("time", page)) {
-    const at = new Date(time.dateTime);
-    const isToday = at.toDateString() === new Date().toDateString();
-    const shape = isToday ? { timeStyle: "short" } : { day: "numeric", month: "short" };
-    time.textContent = at.toLocaleString([], shape);
-    time.title = at.toLocaleString();
+    time.textContent = new Date(time.dateTime).toLocaleString([], { day: "numeric", month: "short", hour: "numeric", minute: "2-digit" });
   }
   for (const row of all("[data-done]", page)) showProgress(row, row.dataset.done);
   return page;

@@ -3,50 +3,39 @@ import { $, call, emit, root, send } from "./core.js";
 
 const form = $("composer");
 let isSending = false;
-let clip = null;
+let clip = null; // a promise of the id of the chosen file
 
 async function enqueue(event) {
   event.preventDefault();
   if (isSending) return;
   const { idempotency_key: key, ...fields } = Object.fromEntries([...new FormData(form)].filter(([, value]) => value));
   const body = { prompt: "", ...fields, duration: Number(fields.duration), variations: Number(fields.variations) };
-  if (clip) body[$("clip-use").value] = clip;
-  busy(true);
+  isSending = $("generate").ariaDisabled = true; // a disabled button would lose the focus
   $("problem").textContent = "";
   try {
+    if (clip) body[$("clip-use").value] = await clip;
     emit("made", await call("POST", "generations", body, { "Idempotency-Key": key }));
     renew();
   } catch (error) {
     $("problem").textContent = error.message;
   }
-  busy(false);
-}
-
-function busy(isBusy) {
-  isSending = isBusy;
-  $("generate").ariaDisabled = isBusy; // a disabled button would lose the focus
+  isSending = $("generate").ariaDisabled = false;
 }
 
 function renew() {
   form.idempotency_key.value = crypto.getRandomValues(new Uint32Array(4)).join("-");
 }
 
-async function upload() {
+function upload() {
   const [file] = $("clip").files;
-  const isLatest = () => file === $("clip").files[0];
-  const tell = (text) => isLatest() && ($("clip-said").textContent = text);
-  const onprogress = ({ loaded, total }) => tell(`${Math.round((100 * loaded) / total)}% sent`);
-  clip = null;
+  const tell = (text) => clip === mine && ($("clip-said").textContent = text);
+  const mine = (clip = file && send("POST", `${root}/v1/uploads`, {
+    body: file,
+    headers: { "Content-Type": "application/octet-stream" },
+    onprogress: ({ loaded, total }) => tell(`${Math.round((100 * loaded) / total)}% sent`),
+  }).then(({ id, duration_seconds: length }) => (tell(`${length.toFixed(1)} s of audio are there.`), id)));
   tell("");
-  if (!file) return;
-  try {
-    const headers = { "Content-Type": "application/octet-stream" };
-    const made = await send("POST", `${root}/v1/uploads`, { body: file, headers, onprogress });
-    if (isLatest()) clip = made.id;
-    tell(`${made.duration_seconds.toFixed(1)} s of audio are there.`);
-  } catch (error) {
-    tell(error.message);
-  }
+  mine?.catch(({ message }) => tell(message));
 }
 
 form?.addEventListener("submit", enqueue);

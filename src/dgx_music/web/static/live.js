@@ -1,12 +1,12 @@
-// What changes elsewhere: a stream of events while the page is seen, else a look every 5 seconds.
+// What changes elsewhere: a stream of events while the page is seen, else a look every 5 s.
 import { $, all, emit, idOf, on, root } from "./core.js";
 
 const LOOK_MS = 5000;
 let stream = null;
 let watched = null;
-let newest = null;
-let lostAt = 0;
-let timer, soon, refresh;
+let newest; // null while there is none
+let wasLost = false;
+let soon, refresh;
 
 function tell(state, text, away) {
   if ($("live").dataset.state === state) return;
@@ -18,20 +18,20 @@ function tell(state, text, away) {
 
 function queue({ counts, newest_id: latest }) {
   if (counts) $("counts").textContent = `${counts.processing ?? 0} running · ${counts.pending ?? 0} waiting`;
-  if (newest !== null && latest !== newest) emit("look");
+  if (newest !== undefined && latest !== newest) emit("look");
   newest = latest;
 }
 
 function alive({ stale } = {}) {
   if (stale) return tell("old", "waiting", "The database");
-  if (lostAt) emit("look");
-  lostAt = 0;
+  if (wasLost) emit("look");
+  wasLost = false;
   tell("live", "live");
 }
 
 function open() {
-  const unfinished = all(":is(.row, #of-detail):is([data-status=pending], [data-status=processing])").map(idOf);
-  const query = unfinished.length ? `?ids=${[...new Set(unfinished)].slice(0, 200)}` : "";
+  const ids = [...new Set(all(".row, #of-detail").map(idOf))].slice(0, 200);
+  const query = ids.length ? `?ids=${ids}` : "";
   if (document.hidden || (stream?.readyState < 2 && query === watched)) return;
   stream?.close();
   watched = query;
@@ -49,20 +49,17 @@ function open() {
   });
   opened.onopen = () => alive();
   opened.onerror = () => {
-    lostAt ||= Date.now();
+    wasLost = true;
     look();
   };
 }
 
 async function look() {
-  clearTimeout(timer);
-  if (document.hidden) return;
-  timer = setTimeout(look, LOOK_MS);
-  if (stream.readyState === 1) return;
+  if (document.hidden || stream.readyState === 1) return;
   try {
     await refresh();
-    tell("slow", "every 5 s");
-    if (stream.readyState === 2 && Date.now() - lostAt > 6 * LOOK_MS) open();
+    if (stream.readyState !== 1) tell("slow", "every 5 s");
+    open(); // if it ended for good
   } catch {
     tell("off", "away", "The server");
   }
@@ -74,7 +71,7 @@ on("rows", () => {
 });
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) return stream.close();
-  lostAt = Date.now();
+  wasLost = true;
   open();
   look();
 });
@@ -82,5 +79,5 @@ document.addEventListener("visibilitychange", () => {
 export function begin(again) {
   refresh = again;
   open();
-  timer = setTimeout(look, LOOK_MS);
+  setInterval(look, LOOK_MS);
 }

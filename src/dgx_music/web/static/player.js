@@ -14,7 +14,7 @@ export async function play(link) {
   if (place && idOf(place) !== id) open(link.href, place);
   else if (!id) return false;
   else if (!audio.paused) return audio.pause();
-  await audio.play().catch((error) => error.name !== "AbortError" && toast("This audio cannot be played."));
+  await audio.play().catch(() => {}); // the audio's own error is told below
 }
 
 function open(url, place) {
@@ -58,7 +58,7 @@ function where() {
   $("player").style.setProperty("--done", `${end ? (100 * at) / end : 0}%`);
 }
 
-for (const name of ["play", "pause", "ended", "loadedmetadata", "seeked"]) audio.addEventListener(name, mark);
+for (const name of ["play", "pause", "loadedmetadata"]) audio.addEventListener(name, mark);
 audio.addEventListener("timeupdate", where);
 audio.addEventListener("error", () => id && toast("The audio is gone, or cannot be played."));
 $("toggle").onclick = () => play();
