@@ -120,7 +120,9 @@ def show(page, *, is_hidden):
 
 def test_rows_that_fit_a_filter_no_longer_leave_its_list(page, server):
     enqueue(page, duration="16")
+    wait_for_row(page, "processing")
     page.click("#chips >> text=Running")
+    page.wait_for_selector("#chips [aria-current]:has-text('Running')")
     wait_for_row(page, "processing")
     page.focus(".row .prompt")
 

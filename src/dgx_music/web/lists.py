@@ -83,7 +83,7 @@ async def _find_bulk(
     filters["status"] = [PENDING]
     if page["next"] or "after" in values:
         waiting = await _count(filters, access)
-    return {"count": waiting, "filters": json.dumps(filters)}
+    return {"count": waiting, "filters": json.dumps(filters)} if waiting > 1 else None
 
 
 async def _count(filters: dict[str, Any], access: Access) -> int:

@@ -27,7 +27,7 @@ from dgx_music.web.overview import read_models
 from dgx_music.web.problems import ProblemError, problem_of
 from dgx_music.web.requests import check_only, prepared
 from dgx_music.web.shell import PageRoute, read_form, render, root_of
-from dgx_music.web.wording import curl_of
+from dgx_music.web.wording import KEYS, curl_of
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
@@ -98,6 +98,7 @@ async def _show(
         "problem": problem,
         "key": secrets.token_urlsafe(16),
         "examples": _EXAMPLES,
+        "keys": KEYS,
     }
     status = problem.kind.status if problem else 422 if values["reason"] else 200
     if shown := request.query_params.get("show"):

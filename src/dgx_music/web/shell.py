@@ -48,6 +48,8 @@ _templates.filters |= {
     "problem_of": wording.problem_of_row,
     "outlook_of": wording.outlook_of,
     "request_of": wording.request_of,
+    "worker_facts": wording.worker_facts,
+    "model_facts": wording.model_facts,
 }
 _templates.tests["untrained"] = is_untrained
 

@@ -15,6 +15,19 @@ from dgx_music.statuses import FAILED, PENDING, PROCESSING
 Row: TypeAlias = Mapping[str, Any]
 """A generation as the API sends it."""
 
+KEYS = (
+    ("/", "search"),
+    ("n", "new prompt"),
+    ("j k", "next and previous row"),
+    ("Enter", "details of the row"),
+    ("space", "play or pause"),
+    ("← →", "5 s back or on"),
+    ("s", "star"),
+    ("?", "this help"),
+    ("Esc", "close"),
+)
+"""What each key of the page does."""
+_NOISE = "noise: the weights are untrained"
 _STATUSES = {
     "pending": "waiting",
     "processing": "running",
@@ -103,6 +116,27 @@ def request_of(row: Row) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in pairs if value not in (None, "")]
 
 
+def worker_facts(worker: Row) -> list[tuple[str, str | None]]:
+    """Return what a worker is and does: names and values."""
+    return [
+        ("State", worker["state"] if worker["is_alive"] else "ended"),
+        ("Because", worker.get("end_reason")),
+        ("Model", worker["model_name"]),
+        ("Device", worker["device"]),
+        ("In hand", f"{worker['running_count']} of {worker['slots']}"),
+    ]
+
+
+def model_facts(model: Row) -> list[tuple[str, str | None]]:
+    """Return who serves a model, and what is to be known of it: names and values."""
+    return [
+        ("Served", "by a worker" if model["is_served"] else "by none"),
+        ("Paused", "yes" if model["is_paused"] else None),
+        ("Licence", model["licence"]),
+        ("Audio", _NOISE if model["is_untrained"] else None),
+    ]
+
+
 def curl_of(row: Row, address: str) -> str:
     """Return the command that asks for the same from the API at this address."""
     fields = {
@@ -122,4 +156,4 @@ def curl_of(row: Row, address: str) -> str:
 def _warning_of(row: Row) -> str | None:
     if row["model_version"] == "tone":
         return "sine waves for tests, not music"
-    return "noise: the weights are untrained" if is_untrained(row["model_name"]) else None
+    return _NOISE if is_untrained(row["model_name"]) else None

@@ -1,22 +1,14 @@
-// The list and the details: parts of the page that the server makes for each URL, put in place.
+// Puts the parts of the page that the server makes for each URL in their places.
 import { $, all, call, dress, emit, idOf, mine, on, read, root, showProgress, swap, toast } from "./core.js";
 import "./form.js";
 import { begin } from "./live.js";
 import * as player from "./player.js";
 
-const fresh = new Set();
-let shown = listQuery();
 let turn = 0;
-let soon = null;
-let typing;
+let unseen = 0;
+let soon, typing;
 
-function listQuery() {
-  const query = new URLSearchParams(location.search);
-  for (const name of ["show", "view"]) query.delete(name);
-  return query.toString();
-}
-
-async function visit(url, replaces) {
+async function visit(url, replaces = url === location.href) {
   history[replaces ? "replaceState" : "pushState"](null, "", url);
   await load();
 }
@@ -24,16 +16,13 @@ async function visit(url, replaces) {
 async function load() {
   turn += 1;
   $("list").ariaBusy = "true";
-  await refresh().catch((error) => {
-    shown = null; // the next answer fills the list
-    toast(error.message);
-  });
+  await refresh().catch((error) => toast(error.message));
   $("list").ariaBusy = "false";
 }
 
 async function refresh() {
-  const [asked, isSame, query] = [turn, shown === listQuery(), new URLSearchParams(location.search)];
-  if (isSame) query.set("limit", Math.min(200, Math.max(50, all(".row").length + fresh.size + 9)));
+  const [asked, query] = [turn, new URLSearchParams(location.search)];
+  query.set("limit", Math.min(200, Math.max(50, all(".row").length + unseen + 9)));
   const page = await read(`?${query}`);
   if (asked !== turn) return;
   const parts = Object.fromEntries(all("[id]", page).map((part) => [part.id, part]));
@@ -41,12 +30,9 @@ async function refresh() {
   if (!$("filters").contains(document.activeElement)) swap($("filters"), parts.filters);
   $("home").hidden = parts.home.hidden;
   showDetail(parts.detail, parts["of-detail"]);
+  const isSame = $("list").dataset.query === parts.list.dataset.query;
   if (isSame && $("rows").children.length) update(parts);
-  else {
-    shown = listQuery();
-    fresh.clear();
-    swap($("list"), parts.list);
-  }
+  else swap($("list"), parts.list);
   emit("rows");
 }
 
@@ -54,15 +40,12 @@ async function refresh() {
 function update(parts) {
   const found = [...parts.rows.children];
   const ids = all(".row").map(idOf).sort();
-  for (const row of found) {
-    if ($(row.id)) swap($(row.id), row);
-    else if (row.id > ids.at(-1)) fresh.add(row.id);
-  }
-  const isAbove = (id) => !parts.older || id > found.at(-1).id;
-  for (const id of ids) if (!parts[id] && isAbove(id)) leave($(id));
+  for (const row of found) if ($(row.id)) swap($(row.id), row);
+  for (const id of ids) if (!parts[id] && (!parts.older || id > found.at(-1).id)) leave($(id));
   swap($("tools"), parts.tools);
-  $("fresh").hidden = fresh.size === 0;
-  $("fresh").textContent = `${fresh.size} new`;
+  unseen = found.filter(({ id }) => id > ids.at(-1)).length;
+  $("fresh").hidden = !unseen;
+  $("fresh").textContent = `${unseen} new`;
 }
 
 function leave(row) {
@@ -92,9 +75,9 @@ function renew() {
 
 on("made", (row) => {
   mine.add(row.batch_id ?? row.id);
-  shown = null;
+  delete $("list").dataset.query; // so that it is filled again
   const id = idOf($("of-detail"));
-  visit(id ? `?show=${id}` : `${root}/`, !listQuery());
+  visit(new URL(`${root}/${id ? `?show=${id}` : ""}`, location).href);
   toast("It waits in the queue.");
 });
 on("look", renew);
@@ -163,8 +146,8 @@ document.addEventListener("click", async (event) => {
   event.preventDefault();
   if (element.dataset.do) return act(element);
   const isMore = element.id === "fresh" || element.id === "older";
-  if (isMore) shown = null;
-  await visit(element.href, element.href === location.href);
+  if (isMore) delete $("list").dataset.query;
+  await visit(element.href);
   if (isMore) $("rows").querySelector(".prompt")?.focus();
 });
 document.addEventListener("submit", (event) => {
@@ -203,7 +186,7 @@ document.addEventListener("keydown", (event) => {
   if (document.querySelector(":popover-open")) return;
   if (key === "Escape" && !$("detail").hidden) return visit($("close-detail").href);
   if (!$("keys-on").checked || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (!keys[key] || target.closest("input, textarea, select")) return;
+  if (!keys[key] || target.closest("input:not(#seek), textarea, select")) return;
   if (keys[key](target.closest(".row") ?? player.current(), target) !== false) event.preventDefault();
 });
 

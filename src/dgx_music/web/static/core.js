@@ -7,7 +7,7 @@ export const emit = (name, detail) => document.dispatchEvent(new CustomEvent(nam
 export const on = (name, run) => document.addEventListener(name, (event) => run(event.detail));
 export const idOf = (place) => place?.dataset.id ?? place?.id;
 
-// This kind of request parses a page without running anything, and says how much was sent.
+// Such a request parses a page without running anything, and says how much was sent.
 export function send(method, url, { body, headers = {}, type = "json", onprogress = null } = {}) {
   return new Promise((done, fail) => {
     const request = new XMLHttpRequest();
@@ -35,7 +35,7 @@ export function call(method, path, body, headers) {
 // Returns the page that the server makes for a query.
 export const read = async (query) => dress(await send("GET", `${root}/${query}`, { type: "document" }));
 
-// Adds what only a browser knows or can show: the local time, and how far a row is.
+// Adds what only a browser can: the local time, and how far a row is.
 export function dress(page) {
   for (const time of all("time", page)) {
     time.textContent = new Date(time.dateTime).toLocaleString([], { day: "numeric", month: "short", hour: "numeric", minute: "2-digit" });

@@ -1,4 +1,4 @@
-// The form: one request for each press of the button, with audio of the visitor's if there is some.
+// The form: one request for each press, with audio of the visitor if there is some.
 import { $, call, emit, root, send } from "./core.js";
 
 const form = $("composer");
