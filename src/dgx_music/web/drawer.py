@@ -29,11 +29,11 @@ async def read_drawer(generation_id: str, access: Access, base: str) -> dict[str
             page = await list_generations(session, limit=_MOST, **within_tenant(filters, access))
             return [each for each in page.generations if each.id != row["id"]]
 
-        parent = row["parent_id"] and await get_generation(session, row["parent_id"])
-        is_seen = parent is not None and access.tenant in (None, getattr(parent, "tenant", None))
+        parent = await get_generation(session, row["parent_id"]) if row["parent_id"] else None
+        is_seen = parent is not None and access.tenant in (None, parent.tenant)
         takes = await find(batch=row["batch_id"]) if row["take"] else []
         return [
-            ("Made from", [parent] if parent and is_seen else []),
+            ("Made from", [parent] if is_seen else []),
             ("Made from this", await find(parent=row["id"])),
             ("Takes", takes),
         ]

@@ -60,6 +60,7 @@ function showDetail(part, of) {
     const isTouched = all("input, textarea", old).some((each) => each.value !== each.defaultValue);
     return isTouched || swap(old, of);
   }
+  if (place.isEqualNode(part)) return;
   place.hidden = part.hidden;
   place.replaceChildren(...part.childNodes);
   if (!part.hidden) $("detail-title").focus();
