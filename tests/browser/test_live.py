@@ -69,7 +69,7 @@ def test_two_browsers_see_each_other(visit, server):
     other.click("#detail [data-do=remove]")
 
     assert until(one, "document.querySelectorAll('.row').length === 0")
-    assert other.is_hidden("#detail")
+    other.wait_for_selector("#detail", state="hidden")
 
 
 def test_back_and_forward_keep_filters_details_and_player(page):

@@ -188,7 +188,7 @@ async def test_longer_lists_have_a_link_to_older_ones(client, default_database):
     first = (await client.get("/?limit=2")).text
     link = re.search(r'id="older"[^>]* href="([^"]+)"', first)[1].replace("&amp;", "&")
 
-    assert "number 0</a>" in (await client.get(f"/{link}")).text
+    assert "number 0</a>" in (await client.get(link)).text
 
 
 async def test_an_empty_list_says_how_to_begin(client):
@@ -283,8 +283,8 @@ async def test_workers_have_a_view_of_their_own(client):
 async def test_a_status_keeps_the_other_filters(client):
     text = (await client.get("/?q=rain&status=failed")).text
 
-    assert '<a href="?q=rain&amp;status=failed" aria-current="true">Failed</a>' in text
-    assert '<a href="?q=rain&amp;starred=1">Starred</a>' in text
+    assert '<a href="/?q=rain&amp;status=failed" aria-current="true">Failed</a>' in text
+    assert '<a href="/?q=rain&amp;starred=1">Starred</a>' in text
     assert '<input type="hidden" name="status" value="failed">' in text
 
 

@@ -44,10 +44,10 @@ async def read_list(request: Request, access: Access, root: str) -> dict[str, An
     kept = [pair for pair in kept_of(request) if pair[0] != "after"]
     return {
         "rows": page["generations"],
-        "older": page["next"] and f"?{urlencode([*kept, ('after', page['next'])])}",
+        "older": page["next"] and link_to(root, [*kept, ("after", page["next"])]),
         "reason": reason,
         "bulk": bulk,
-        "chips": _chips(kept),
+        "chips": _chips(root, kept),
         "filters": dict(kept),
         "is_finer": any(name in _FINER for name, _ in kept),
     }
@@ -59,13 +59,17 @@ def kept_of(request: Request) -> list[tuple[str, str]]:
     return [pair for pair in pairs if pair[0] not in (*OWN, "limit")]
 
 
-def _chips(kept: list[tuple[str, str]]) -> list[tuple[str, str, bool]]:
+def link_to(root: str, kept: list[tuple[str, str]]) -> str:
+    """Return the URL of a list."""
+    return f"{root}/?{urlencode(kept)}" if kept else f"{root}/"
+
+
+def _chips(root: str, kept: list[tuple[str, str]]) -> list[tuple[str, str, bool]]:
     """Return the word of each chip, its link, and whether the list is what it leads to."""
     others = [(name, text) for name, text in kept if name not in ("status", "starred")]
     now = {name: text for name, text in kept if name in ("status", "starred")}
     return [
-        (word, f"?{urlencode([*others, *chosen.items()])}", chosen == now)
-        for word, chosen in _CHIPS
+        (word, link_to(root, [*others, *chosen.items()]), chosen == now) for word, chosen in _CHIPS
     ]
 
 

@@ -22,7 +22,7 @@ from dgx_music.web.drawer import read_drawer
 from dgx_music.web.enqueue import enqueue_one
 from dgx_music.web.filters import read_integer, read_number
 from dgx_music.web.fleet import read_workers
-from dgx_music.web.lists import kept_of, read_list
+from dgx_music.web.lists import kept_of, link_to, read_list
 from dgx_music.web.overview import read_models
 from dgx_music.web.problems import ProblemError, problem_of
 from dgx_music.web.requests import check_only, prepared
@@ -122,6 +122,7 @@ def _visitor(request: Request, access: Access) -> dict[str, Any]:
         "may_enqueue": access.may(Role.ENQUEUE),
         "may_operate": access.may(Role.OPERATE),
         "is_logged_in": login_of(request) is not None,
+        "here": link_to(root_of(request), kept),
         "kept": f"{urlencode(kept)}&" if kept else "",
     }
 
