@@ -83,6 +83,22 @@ def test_the_count_is_that_of_all_statuses_asked_for(run: Run) -> None:
     assert "There are no processing generations" in run("list", "-s", "processing").err
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--bpm-from", 100, "--bpm-to", 90], "--bpm-from is 100 and --bpm-to is 90, so no tempo fits"),
+        (["--since", "2026-01-02", "--until", "2026-01-01"], "use an earlier --since or a later --until"),
+        (["--since", "2026-01-02", "--until", "2026-01-02"], "so no time fits"),
+    ],
+)  # fmt: skip
+def test_a_range_in_which_nothing_can_lie_is_refused(
+    run: Run, options: list[object], problem: str
+) -> None:
+    for command in (["list"], ["search", "rain"], ["cancel", "--yes"]):
+        result = run(*command, *options)
+        assert (result.code, problem in result.err) == (2, True)
+
+
 @pytest.mark.usefixtures("five")
 def test_pages_of_an_order_follow_each_other(run: Run) -> None:
     cursor = run("list", "--sort", "bpm", "-n", 1).err.split("--after ")[1].split()[0]

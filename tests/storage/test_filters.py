@@ -259,6 +259,9 @@ async def test_a_cursor_of_another_order_is_refused(database):
         ({"tag": ["a" * 51]}, "tag"),
         ({"bpm_from": "fast"}, "bpm_from"),
         ({"bpm_to": float("nan")}, "bpm_to"),
+        ({"bpm_from": 100, "bpm_to": 90}, "bpm_from"),
+        ({"created_from": at(9), "created_before": at(8)}, "created_from"),
+        ({"created_from": at(9), "created_before": at(9)}, "created_from"),
         ({"key": "H"}, "key"),
         ({"metadata": "a=b"}, "metadata"),
         ({"metadata": {"a": [1]}}, "metadata"),
@@ -270,3 +273,7 @@ async def test_a_wrong_filter_or_order_names_its_field(database, options, field)
     with pytest.raises(InvalidRequestError) as refused:
         await page(database, **options)
     assert refused.value.field == field
+
+
+async def test_a_range_of_one_tempo_is_one(database):
+    assert (await page(database, bpm_from=90, bpm_to=90)).generations == []

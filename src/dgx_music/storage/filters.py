@@ -80,7 +80,7 @@ class CheckedFilters:
 
 
 def check_filters(filters: Filters) -> CheckedFilters:
-    """Return the filters checked; raises ``InvalidRequestError`` for a wrong value."""
+    """Return the filters checked; raises ``InvalidRequestError`` for a wrong value or range."""
     for name in filters.keys() - Filters.__annotations__.keys():
         raise TypeError(f"there is no filter {name!r}; use {', '.join(Filters.__annotations__)}")
     checked: dict[str, Any] = {}
@@ -88,7 +88,11 @@ def check_filters(filters: Filters) -> CheckedFilters:
         if value is not None:
             field, check = _CHECKS[name]
             checked[field] = check(value)
-    return CheckedFilters(**checked)
+    asked = CheckedFilters(**checked)
+    validation.check_bpm_range(asked.bpm_from, asked.bpm_to, "bpm_from", "bpm_to")
+    first, end = asked.created_from, asked.created_before
+    validation.check_time_range(first, end, "created_from", "created_before")
+    return asked
 
 
 def conditions(filters: Filters, row: Any, *, is_found: bool = True) -> list[ColumnElement[bool]]:
