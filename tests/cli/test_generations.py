@@ -126,11 +126,21 @@ def test_an_id_that_cannot_be_one_ends_2(run: Run, command: str, given: str) -> 
 def test_any_part_of_an_id_is_enough(run: Run) -> None:
     (generation_id,) = add("lofi rain")
 
-    for part in (generation_id[:18].upper(), generation_id[-4:], generation_id[20:27]):
+    for part in (generation_id[:18].upper(), generation_id[-4:], generation_id[20:27], "-"):
         assert run("show", part, "--json").json["id"] == generation_id
 
-    result = run("show", generation_id[-3:])
-    assert (result.code, "give 4 characters of an id or more" in result.err) == (2, True)
+
+def test_a_short_part_of_an_id_must_be_in_no_other_one(run: Run) -> None:
+    add("a", id="aaaa-1111-bbb7")
+    add("b", id="7bbb-2222-ccc8")
+
+    assert run("show", "8", "--json").json["prompt"] == "b"
+    assert run("show", "111", "--json").json["prompt"] == "a"
+    result = run("cancel", "7")
+    assert result.code == 2
+    assert (
+        "ID '7' fits more than one; give more of it (aaaa-1111-bbb7, 7bbb-2222-ccc8)." in result.err
+    )
 
 
 def test_the_end_of_an_id_means_more_than_its_start_or_middle(run: Run) -> None:

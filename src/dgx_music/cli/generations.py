@@ -68,7 +68,7 @@ def list_generations(
     dgx-music list -s completed --starred --tag ambient --since yesterday
 
     On a terminal an id is shown as its shortest end that means it alone.
-    Commands take any part of an id, of 4 characters or more.
+    Commands take any part of an id that fits no other one.
     """
     names = read_columns(columns)
     wanted = _Wanted(filters_of(options), limit, offset, after, sort or "created", reverse)
