@@ -19,7 +19,7 @@ def test_list_json_is_an_array_of_rows_newest_first(run: Run) -> None:
     rows = run("list", "--json").json
 
     assert [row["id"] for row in rows] == [second, first]
-    assert {"prompt", "status", "metadata", "sha256", "attempt"} <= rows[0].keys()
+    assert {"prompt", "status", "metadata", "file_path", "attempt"} <= rows[0].keys()
 
 
 def test_list_prints_whole_ids_and_no_escapes_into_a_pipe(run: Run) -> None:

@@ -135,7 +135,7 @@ def star(
     from dgx_music.client.bulk import star_generations
 
     chosen = Chosen(ids or [], filters_of(options))
-    work = partial(star_generations, star=not off)
+    work = partial(star_generations, off=off)
     words = ("take the star from", "Took the star from") if off else ("star", "Starred")
     question = Question(*words)
     _change(chosen, question, work, database_url, yes=yes, as_json=as_json)

@@ -60,6 +60,12 @@ def list_generations(
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page", help="Print a JSON object: `generations`, and the cursor `next` or null."
+        ),
+    ] = False,
     **options: Any,
 ) -> None:
     """List generations, newest first.
@@ -75,8 +81,10 @@ def list_generations(
     wanted.check()
     listed = asyncio.run(_list(wanted, database_url))
     rows = listed.page.generations
-    if as_json:
-        print_json_rows(row.to_dict() for row in rows)
+    if page:
+        print_json(listed.page.to_dict(), indent=None)
+    elif as_json:
+        print_json_rows(row.to_summary() for row in rows)
     elif rows:
         print_generations(rows, names, listed.id_characters)
     rest = _rest_of(listed.page, listed.total, after, wanted.statuses)

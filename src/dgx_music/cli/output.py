@@ -43,7 +43,6 @@ _LABELS = {
     "device_seconds": "device time",
     "bpm": "tempo",
     "musical_key": "key",
-    "is_starred": "starred",
 }
 _STATES = {"STATUS", "OUTCOME", "STATE", "CHECK"}
 STYLES = {

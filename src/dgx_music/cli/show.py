@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dgx_music.storage.estimates import Estimate
 
 
-_FIRST = ("id", "title", "prompt", "notes", "tags", "is_starred")
+_FIRST = ("id", "title", "prompt", "notes", "tags", "starred")
 
 
 class _Known(NamedTuple):
@@ -116,7 +116,7 @@ def _fields(known: _Known) -> dict[str, Any]:
     """Return the row's fields that are worth a line, with clips in words instead of hashes."""
     row = known.generation
     told = row.to_dict() | {"prompt": row.prompt or UNCONDITIONAL}
-    told |= {"is_starred": row.is_starred or None, "parent_id": None}
+    told |= {"starred": row.is_starred or None, "parent_id": None}
     told |= {"negative_prompt": (row.sampling or {}).get("negative_prompt")}
     for name, text in known.clips.items():
         told |= {f"{name}_sha256": None, name: text}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -60,6 +60,16 @@ CLIP_COLUMNS = tuple(f"{name}_sha256" for name in CLIP_FIELDS)
 AUDIO_KEY = "audio"
 """The key in the metadata under which completion writes the facts of the audio."""
 CANCEL_REQUESTED = "its cancellation was requested"
+
+_INTERNAL = ("prompt_id", "request_hash")
+"""What ``to_dict`` leaves out: it says nothing to anybody but us."""
+_ONLY_ALONE = (
+    *("continuation_sha256", "melody_sha256", "sha256", "model_version"),
+    *("max_attempts", "run_at", "started_at", "lease_expires_at"),
+)
+"""What ``to_summary`` leaves out too."""
+_AUDIO_IN_SUMMARY = ("duration_seconds", "format")
+"""Of the facts of the audio; tempo and key are columns of the row."""
 
 _CLAIM_ORDER = claim_order(column("run_at"), column("priority"))
 _FINISHED_SQL = "status IN ('completed', 'failed', 'cancelled')"
@@ -290,15 +300,17 @@ class Generation(Base):
     def to_dict(self, *, with_waveform: bool = False) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601.
 
+        The names are those of the columns, but ``starred`` is that of ``enqueue`` and the filters.
         The waveform in ``metadata.audio`` is 7 kB: it is left out unless it is asked for.
         """
-        row = super().to_dict()
-        metadata = row["metadata"]
-        audio = metadata.get(AUDIO_KEY) if isinstance(metadata, dict) else None
-        if not with_waveform and isinstance(audio, dict):
-            rest = {name: value for name, value in audio.items() if name != "waveform"}
-            row["metadata"] = {**metadata, AUDIO_KEY: rest}
-        return row
+        row = _without(super().to_dict(), _INTERNAL)
+        row["starred"] = row.pop("is_starred")
+        return row if with_waveform else _with_facts(row, lambda name: name != "waveform")
+
+    def to_summary(self) -> dict[str, Any]:
+        """Return what a list says of the row: ``to_dict`` without what only a look at it needs."""
+        row = _without(self.to_dict(), _ONLY_ALONE)
+        return _with_facts(row, _AUDIO_IN_SUMMARY.__contains__)
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         """Replace the metadata."""
@@ -342,6 +354,19 @@ class Generation(Base):
 
     def __repr__(self) -> str:
         return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
+
+
+def _without(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def _with_facts(row: dict[str, Any], is_kept: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the row with only these facts of its audio."""
+    audio = (row["metadata"] or {}).get(AUDIO_KEY)
+    if not isinstance(audio, dict):
+        return row
+    facts = {name: value for name, value in audio.items() if is_kept(name)}
+    return {**row, "metadata": {**row["metadata"], AUDIO_KEY: facts}}
 
 
 generations = cast("Table", Generation.__table__)

@@ -34,6 +34,11 @@ class Page:
     next: str | None
     """The cursor to give as ``after``; ``None`` if there are no more."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: the summaries of the generations, and ``next``."""
+        rows = [generation.to_summary() for generation in self.generations]
+        return {"generations": rows, "next": self.next}
+
 
 class _Order(NamedTuple):
     """By which value a list is sorted, and in which direction."""
