@@ -224,6 +224,31 @@ async def test_each_filter_and_order_is_read_from_an_index(database):
         assert "Seq Scan" not in plan
 
 
+WITH_FREQUENT_TAGS = [
+    {"tag": "ambient"},
+    {"tag": ["ambient", "keep"]},
+    {"tag": ["ambient", "rare"]},
+    {"tag": "keep", "status": ["failed", "completed"]},
+    {"tag": "keep", "sort": "bpm"},
+]
+
+
+async def test_a_tag_of_very_many_rows_changes_no_list_and_nothing_is_sorted(
+    sqlite_url, monkeypatch
+):
+    database = Database(sqlite_url)
+    await fill(database, 300)
+    before = [await all_ids(database, **each) for each in WITH_FREQUENT_TAGS]
+
+    monkeypatch.setattr("dgx_music.storage.listing._MANY_TAGGED", 50)
+
+    assert [await all_ids(database, **each) for each in WITH_FREQUENT_TAGS] == before
+    plan = await plan_of(database, lambda session: list_generations(session, tag="keep"))
+    assert "SCAN generations USING INDEX ix_generations_created_at" in plan
+    assert "TEMP B-TREE" not in plan
+    await database.dispose()
+
+
 @pytest.mark.parametrize("statuses", [["failed", "pending"], ["completed", "failed", "cancelled"]])
 async def test_a_page_of_several_statuses_reads_each_from_its_index_in_order(sqlite_url, statuses):
     database = Database(sqlite_url)
