@@ -98,7 +98,7 @@ def test_show_prints_every_field_that_has_a_value(run: Run) -> None:
 
 
 def test_show_draws_the_waveform(run: Run) -> None:
-    facts = {"waveform": [0.0, 0.5, 1.0], "duration_seconds": 3.0, "loudness_lufs": -14.0}
+    facts = {"loudness_lufs": -14.0, "waveform": [0.0, 0.5, 1.0], "duration_seconds": 3.0}
     (generation_id,) = add(
         "x", status="completed", metadata={"audio": facts}, generation_time_seconds=1.5, attempt=1
     )
@@ -106,6 +106,7 @@ def test_show_draws_the_waveform(run: Run) -> None:
     result = run("show", generation_id)
 
     assert "▁▅█" in result.out
+    assert result.out.index("audio duration") < result.out.index("audio loudness")
     assert "waveform" not in result.out
 
 

@@ -14,6 +14,7 @@ from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
 from dgx_music.cli.output import (
     UNCONDITIONAL,
     distance,
+    in_order,
     label,
     print_fields,
     print_json,
@@ -164,9 +165,13 @@ def _queue_lines(known: _Known) -> list[tuple[str, str]]:
 
 def _audio_facts(facts: object) -> dict[str, Any]:
     """Return the facts that are worth a line; the waveform is drawn instead."""
+    from dgx_music.audio.facts import AudioFacts
+
     named = facts if isinstance(facts, dict) else {"metadata": facts}
     return {
-        name: value for name, value in named.items() if name != "waveform" and value is not None
+        name: value
+        for name, value in in_order(named, AudioFacts).items()
+        if name != "waveform" and value is not None
     }
 
 
