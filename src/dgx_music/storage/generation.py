@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -61,8 +61,6 @@ AUDIO_KEY = "audio"
 """The key in the metadata under which completion writes the facts of the audio."""
 CANCEL_REQUESTED = "its cancellation was requested"
 
-_INTERNAL = ("prompt_id", "request_hash")
-"""What ``to_dict`` leaves out: it says nothing to anybody but us."""
 _ONLY_ALONE = (
     *("continuation_sha256", "melody_sha256", "sha256", "model_version"),
     *("max_attempts", "run_at", "started_at", "lease_expires_at"),
@@ -89,6 +87,7 @@ class Generation(Base):
     """
 
     __tablename__ = "generations"
+    internal = ("prompt_id", "request_hash")
 
     # What was asked for: set by the producer, never changed.
     id: Mapped[str] = mapped_column(Id, primary_key=True, default=new_id)
@@ -303,13 +302,15 @@ class Generation(Base):
         The names are those of the columns, but ``starred`` is that of ``enqueue`` and the filters.
         The waveform in ``metadata.audio`` is 7 kB: it is left out unless it is asked for.
         """
-        row = _without(super().to_dict(), _INTERNAL)
+        row = super().to_dict()
         row["starred"] = row.pop("is_starred")
         return row if with_waveform else _with_facts(row, lambda name: name != "waveform")
 
     def to_summary(self) -> dict[str, Any]:
         """Return what a list says of the row: ``to_dict`` without what only a look at it needs."""
-        row = _without(self.to_dict(), _ONLY_ALONE)
+        row = self.to_dict(with_waveform=True)
+        for name in _ONLY_ALONE:
+            del row[name]
         return _with_facts(row, _AUDIO_IN_SUMMARY.__contains__)
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
@@ -356,17 +357,15 @@ class Generation(Base):
         return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
 
 
-def _without(row: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in names}
-
-
 def _with_facts(row: dict[str, Any], is_kept: Callable[[str], bool]) -> dict[str, Any]:
     """Return the row with only these facts of its audio."""
-    audio = (row["metadata"] or {}).get(AUDIO_KEY)
+    metadata = row["metadata"]
+    audio = metadata.get(AUDIO_KEY) if isinstance(metadata, dict) else None
     if not isinstance(audio, dict):
         return row
     facts = {name: value for name, value in audio.items() if is_kept(name)}
-    return {**row, "metadata": {**row["metadata"], AUDIO_KEY: facts}}
+    row["metadata"] = {**metadata, AUDIO_KEY: facts}
+    return row
 
 
 generations = cast("Table", Generation.__table__)
