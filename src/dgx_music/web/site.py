@@ -14,6 +14,7 @@ from dgx_music.web.hub import Hub
 from dgx_music.web.options import MOST_DECODES, WebOptions
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
+from dgx_music.web.transcodes import Transcodes
 
 LOGINS_PER_MINUTE = 10.0
 """How many log-ins may be tried from each address."""
@@ -31,6 +32,7 @@ class Site:
         self.stops = Stops()
         self.hub = Hub(self.stops, options.most_streams)
         self.decodes = CapacityLimiter(MOST_DECODES)
+        self.transcodes = Transcodes()
 
     @cached_property
     def artifacts(self) -> Artifacts:
