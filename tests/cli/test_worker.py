@@ -13,7 +13,7 @@ import soundfile
 from dgx_music.cli.audio_copy import _removed_on_failure, copy_audio
 from dgx_music.config import SETTINGS
 from dgx_music.errors import ArtifactError
-from tests.cli.conftest import Run, Spawn, add
+from tests.cli.conftest import Run, Spawn, Work, add
 from tests.factories import audio_file, made_of
 from tests.patience import PATIENCE
 
@@ -135,9 +135,9 @@ def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(
 
 
 def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(
-    run: Run, spawn: Spawn, tone: Tone
+    run: Run, work: Work, tone: Tone
 ) -> None:
-    spawn("worker")
+    work()
 
     result = run("enqueue", "lofi rain", "--duration", 1, "--out", "rain.wav", "--json")
 
@@ -147,11 +147,11 @@ def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(
 
 
 def test_waiting_for_a_file_ends_1_where_one_of_its_generations_failed(
-    run: Run, spawn: Spawn, tone: Tone
+    run: Run, work: Work, tone: Tone
 ) -> None:
     tone({"prompt": "storm", "do": "reject", "message": "no thunder today"})
     Path("prompts.txt").write_text("".join(f"rain {number}\n" for number in range(10)) + "storm\n")
-    spawn("worker", "--slots", 4)
+    work("--slots", 4)
 
     result = run("enqueue", "--file", "prompts.txt", "--duration", 0.1, "--wait")
 
