@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import QueueFullError
 from dgx_music.statuses import PENDING
-from dgx_music.storage.generation import Generation, g
+from dgx_music.storage.generation import Generation, g, generations
 from dgx_music.storage.insertion import Row, find_by_key, insert_all
 from dgx_music.storage.prepared import Prepared
 from dgx_music.storage.schema import written
@@ -87,20 +87,22 @@ async def _count(session: AsyncSession, query: Prepared, limit: int, **values: s
     return int(row.count)
 
 
+def _waiting(*conditions: Any) -> Select[Any]:
+    """Return the query for so many waiting rows with these conditions as are to be counted."""
+    some: Select[Any] = select(literal_column("1")).where(g.status == written(PENDING), *conditions)
+    return some.limit(bindparam("most", type_=Integer)).correlate_except(generations)
+
+
 def _count_of(waiting: Select[Any]) -> Select[Any]:
-    some = waiting.limit(bindparam("most", type_=Integer)).subquery()
-    return select(func.count().label("count")).select_from(some)
+    return select(func.count().label("count")).select_from(waiting.subquery())
 
 
-def _waiting() -> Select[Any]:
-    return _count_of(select(literal_column("1")).where(g.status == _PENDING))
-
-
-def _of_tenant() -> Select[Any]:
-    """Return the query for one tenant: an index has its rows of each model side by side."""
+def _count_of_tenant() -> Select[Any]:
+    """Return the query for one tenant, whose rows of each model are side by side in an index."""
     models = _waiting_models()
-    is_own = (g.status == _PENDING, g.model_name == models.c.name, g.tenant == bindparam("tenant"))
-    return _count_of(select(literal_column("1")).select_from(models).where(*is_own))
+    own = _waiting(g.model_name == models.c.name, g.tenant == bindparam("tenant"))
+    count = _count_of(own).correlate(models).scalar_subquery()
+    return select(func.coalesce(func.sum(count), 0).label("count")).select_from(models)
 
 
 def _waiting_models() -> Any:
@@ -110,7 +112,7 @@ def _waiting_models() -> Any:
     """
 
     def next_model(*beyond: Any) -> Any:
-        first = select(func.min(g.model_name)).where(g.status == _PENDING, *beyond)
+        first = select(func.min(g.model_name)).where(g.status == written(PENDING), *beyond)
         return first.scalar_subquery()
 
     models = select(next_model().label("name")).cte("models", recursive=True)
@@ -118,6 +120,5 @@ def _waiting_models() -> Any:
     return models.union_all(following.where(models.c.name.is_not(None)))
 
 
-_PENDING = written(PENDING)
-_WAITING = Prepared(_waiting)
-_OF_TENANT = Prepared(_of_tenant)
+_WAITING = Prepared(lambda: _count_of(_waiting()))
+_OF_TENANT = Prepared(_count_of_tenant)
