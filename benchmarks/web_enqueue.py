@@ -229,6 +229,7 @@ def serve_floor(app: Any) -> None:
     options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off"}
     config = uvicorn.Config(app, ws="none", server_header=False, **options)
     with socket.create_server(("127.0.0.1", 0), backlog=2_048) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", file=sys.stderr, flush=True)
         asyncio.run(uvicorn.Server(config).serve([listener]))
 
