@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import MetaData, inspect
@@ -11,6 +12,9 @@ from sqlalchemy.orm import DeclarativeBase
 
 from dgx_music.statuses import GenerationStatus
 from dgx_music.storage.schema import Real
+
+_PLAIN = (str, int, bool, dict, list)
+"""Most values are of these types, and are JSON already."""
 
 
 class Base(DeclarativeBase):
@@ -29,12 +33,19 @@ class Base(DeclarativeBase):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601."""
-        mapper = inspect(type(self))
-        read = (attribute for attribute in mapper.column_attrs if not attribute.deferred)
-        return {each.columns[0].name: _as_json(getattr(self, each.key)) for each in read}
+        return {name: _as_json(getattr(self, key)) for name, key in _columns_of(type(self))}
+
+
+@cache
+def _columns_of(table: type[Base]) -> list[tuple[str, str]]:
+    """Return the name of each column that a row is read with, and that of its attribute."""
+    read = (attribute for attribute in inspect(table).column_attrs if not attribute.deferred)
+    return [(each.columns[0].name, each.key) for each in read]
 
 
 def _as_json(value: Any) -> Any:
+    if value is None or type(value) in _PLAIN:
+        return value
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, GenerationStatus):
