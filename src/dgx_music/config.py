@@ -299,11 +299,15 @@ def default_model() -> str:
     return at_home(name, str(tidy(name, os.environ.get(name, "")))) or DEFAULT_MODEL
 
 
-def queue_settings() -> dict[str, int | None]:
-    """Return the environment's ``QUEUE_SETTINGS``; ``None`` for one that is not set."""
-    variables = (SETTINGS[name].variable for name in QUEUE_SETTINGS)
-    found = {name: text for name in variables if (text := os.environ.get(name, "").strip())}
-    return {name: SETTINGS[name].value_of({}, found) for name in QUEUE_SETTINGS}
+def queue_settings() -> dict[str, int]:
+    """Return those of ``QUEUE_SETTINGS`` that are set in the environment."""
+    settings = (SETTINGS[name] for name in QUEUE_SETTINGS)
+    given = [each for each in settings if each.variable in os.environ]
+    return {
+        each.name: each.value_of({}, os.environ)
+        for each in given
+        if os.environ[each.variable].strip()
+    }
 
 
 def check_variables(names: Iterable[str] | None = None) -> None:

@@ -32,10 +32,14 @@ def limit_queue(limits: QueueLimits) -> None:
 
 def queue_limits() -> QueueLimits | None:
     """Return the limits that apply here; ``None`` if there are none, so that nothing is counted."""
-    limits = _of_context.get() or limits_of(**queue_settings())
+    limits = _of_context.get()
+    if limits is None and (settings := queue_settings()):
+        limits = limits_of(**settings)
     return None if limits == QueueLimits() else limits
 
 
-def limits_of(max_pending: int | None, max_pending_per_tenant: int | None) -> QueueLimits:
+def limits_of(
+    max_pending: int | None = None, max_pending_per_tenant: int | None = None
+) -> QueueLimits:
     """Return the limits that these settings mean; 0 is any number, as ``None`` is."""
     return QueueLimits(max_pending or None, max_pending_per_tenant or None)
