@@ -63,7 +63,9 @@ def test_a_batch_may_be_given_a_name(run: Run, is_file: bool) -> None:
 
     run("enqueue", *(["--file", "prompts.txt"] if is_file else ["a"]), "--batch", "monday")
 
-    assert [each["name"] for each in run("batches", "--json").json] == ["monday"]
+    listed = run("batches", "--json").json
+    assert [each["name"] for each in listed] == ["monday"]
+    assert run("batches", "--page").json == {"batches": listed, "next": None}
 
 
 @pytest.mark.parametrize(

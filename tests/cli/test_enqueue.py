@@ -68,6 +68,7 @@ BAD_ARGUMENTS = {
     "a timeout without a wait": ["x", "--timeout", "3"],
     "a negative timeout": ["x", "--wait", "--timeout", "-1"],
     "a folder for the audio": ["x", "--out", "."],
+    "a format that cannot hold the sample rate": ["x", "--sample-rate", "96000", "--out", "a.mp3"],
     "audio in a folder that is not there": ["x", "--out", "nowhere/rain.wav"],
 }
 

@@ -62,7 +62,9 @@ def test_the_table_has_all_routes_but_those_for_clients_of_other_services():
 
 @pytest.mark.parametrize("role", [None, *Role])
 async def test_a_route_answers_those_who_have_its_role(holding, connect, default_database, role):
-    client = connect(token="dgx_unknown") if role is None else await holding(role)
+    client = (
+        connect(token="dgx_unknown") if role is None else await holding(role, requests_per_second=0)
+    )
     async with default_database.session() as session:
         # a finished one, so that the stream of its events ends
         row = await add_generation(session, status="failed")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import MetaData, inspect
 from sqlalchemy.orm import DeclarativeBase
@@ -20,6 +21,8 @@ _PLAIN = (str, int, bool, dict, list)
 class Base(DeclarativeBase):
     """Has a naming convention, so that migrations can name every constraint on every database."""
 
+    internal: ClassVar[Collection[str]] = ()
+    """The columns that ``to_dict`` leaves out."""
     type_annotation_map = {float: Real}  # noqa: RUF012 - SQLAlchemy's interface
     metadata = MetaData(
         naming_convention={
@@ -33,14 +36,15 @@ class Base(DeclarativeBase):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601."""
-        return {name: _as_json(getattr(self, key)) for name, key in _columns_of(type(self))}
+        return {name: _as_json(getattr(self, key)) for name, key in _told(type(self))}
 
 
 @cache
-def _columns_of(table: type[Base]) -> list[tuple[str, str]]:
-    """Return the name of each column that a row is read with, and that of its attribute."""
-    read = (attribute for attribute in inspect(table).column_attrs if not attribute.deferred)
-    return [(each.columns[0].name, each.key) for each in read]
+def _told(model: type[Base]) -> tuple[tuple[str, str], ...]:
+    """Return the names of the columns that ``to_dict`` has, each with that of its attribute."""
+    read = (attribute for attribute in inspect(model).column_attrs if not attribute.deferred)
+    names = ((each.columns[0].name, each.key) for each in read)
+    return tuple((name, key) for name, key in names if name not in model.internal)
 
 
 def _as_json(value: Any) -> Any:
