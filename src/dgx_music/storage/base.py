@@ -14,6 +14,9 @@ from sqlalchemy.orm import DeclarativeBase
 from dgx_music.statuses import GenerationStatus
 from dgx_music.storage.schema import Real
 
+_PLAIN = (str, int, bool, dict, list)
+"""Most values are of these types, and are JSON already."""
+
 
 class Base(DeclarativeBase):
     """Has a naming convention, so that migrations can name every constraint on every database."""
@@ -45,6 +48,8 @@ def _told(model: type[Base]) -> tuple[tuple[str, str], ...]:
 
 
 def _as_json(value: Any) -> Any:
+    if value is None or type(value) in _PLAIN:
+        return value
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, GenerationStatus):

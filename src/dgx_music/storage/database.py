@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -33,8 +32,9 @@ from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
 from dgx_music.storage.gathering import Gathering
 from dgx_music.storage.generation import Generation
-from dgx_music.storage.insertion import Row, insert_all, is_single
+from dgx_music.storage.insertion import Row, is_single
 from dgx_music.storage.models import Base
+from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")
 
@@ -207,19 +207,22 @@ class Database:
         return await finish(run(may_lag=may_lag))
 
     async def insert(
-        self, rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]]
+        self,
+        rows: Sequence[Row],
+        clips: Mapping[str, tuple[bytes, float]],
+        limits: QueueLimits | None = None,
     ) -> list[Generation]:
         """Insert generations in a transaction, which calls at the same time share; return them.
 
-        See ``insert_generations`` for the rows and the clips. On PostgreSQL what may have to wait
+        See ``insert_generations`` for the rows and the clips, ``inserting`` for the limits. On PostgreSQL what may have to wait
         for another transaction, with its key or its clip, shares none: the others would wait too.
         """
         if not (self.is_embedded or is_single(rows)):
-            return await self.transact(partial(insert_all, rows, clips))
+            return await self.transact(inserting(rows, clips, limits))
         here = self._connections.here()
         if here.inserts is None:
             here.inserts = Gathering(self.transact)
-        made: list[Generation] = await here.inserts.insert(rows, clips)
+        made: list[Generation] = await here.inserts.insert(rows, clips, limits)
         return made
 
     async def _run_on_thread(

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -18,7 +17,8 @@ from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage.connection.postgres_errors import is_of_one_statement
 from dgx_music.storage.connection.sessions import NoAnswerError, finish, start_to_finish
 from dgx_music.storage.generation import Generation, copy_of
-from dgx_music.storage.insertion import Row, insert_all, is_single
+from dgx_music.storage.insertion import Row, is_single
+from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")
 
@@ -34,6 +34,7 @@ class _Insert:
 
     rows: Sequence[Row]
     clips: Mapping[str, tuple[bytes, float]]
+    limits: QueueLimits | None
     done: asyncio.Future[list[Generation]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -48,14 +49,17 @@ class Gathering:
         self._writing: asyncio.Task[None] | None = None
 
     async def insert(
-        self, rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]]
+        self,
+        rows: Sequence[Row],
+        clips: Mapping[str, tuple[bytes, float]],
+        limits: QueueLimits | None = None,
     ) -> list[Generation]:
         """Return the generations of these rows, all committed; raises what ``transact`` raises.
 
         A call that is cancelled before its transaction begins leaves nothing. After that the
         cancellation is raised when the transaction has ended.
         """
-        insert = _Insert(rows, clips)
+        insert = _Insert(rows, clips, limits)
         self._waiting.append(insert)
         if self._writing is None:
             # In a context of its own: it writes for all callers, not only for this one.
@@ -95,7 +99,7 @@ class Gathering:
         count, rows = 0, 0
         for insert in self._waiting:
             rows += len(insert.rows)
-            if count and rows > _MOST_ROWS:
+            if count and (rows > _MOST_ROWS or insert.limits != self._waiting[0].limits):
                 break
             count += 1
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
@@ -133,7 +137,7 @@ class Gathering:
     async def _insert(self, inserts: Sequence[_Insert]) -> list[Generation]:
         rows = [row for insert in inserts for row in insert.rows]
         clips = {sha256: clip for insert in inserts for sha256, clip in insert.clips.items()}
-        work = partial(insert_all, rows, clips)
+        work = inserting(rows, clips, inserts[0].limits)
         return await self._transact(work, is_single=is_single(rows))
 
 

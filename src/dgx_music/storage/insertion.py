@@ -48,7 +48,7 @@ async def insert_generations(
     inserted: the existing generation is returned in its place. A batch is added with its first row.
     Raises ``IdempotencyConflictError`` if an existing row belongs to a different request.
     """
-    by_key = await _find_by_key(session, rows)
+    by_key = await find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
     batches = {row["batch_id"]: row["batch_name"] for row in fresh if row["batch_id"]}
     to_add: Mapping[str, str | None] = batches
@@ -58,7 +58,7 @@ async def insert_generations(
         to_add = {}
         # Another producer was faster with the same key.
         raced = [row for row in fresh if row["id"] not in inserted]
-        found = await _find_by_key(session, raced)
+        found = await find_by_key(session, raced)
         for row in raced:
             if (owner := found.get(row["idempotency_key"])) is not None:
                 _check_same_request(row, owner.id, owner.request_hash)
@@ -100,7 +100,8 @@ def _check_same_request(row: Row, owner_id: str, request_hash: str | None) -> No
         raise IdempotencyConflictError(row["idempotency_key"], owner_id)
 
 
-async def _find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, Generation]:
+async def find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, Generation]:
+    """Return the generations that have the idempotency keys of these rows, by key."""
     keys = sorted({row["idempotency_key"] for row in rows} - {None})
     found: dict[str, Generation] = {}
     for start in range(0, len(keys), _CHUNK):

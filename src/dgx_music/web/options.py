@@ -18,6 +18,9 @@ TRANSCODED_FILES = 100
 MOST_ROWS = 200
 """The longest page."""
 MOST_IN_A_BATCH = 1_000
+MAX_PENDING = 10_000
+"""How many generations may wait, if the setting of that name is not given."""
+MAX_PENDING_PER_TENANT = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
