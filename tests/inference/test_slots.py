@@ -309,9 +309,9 @@ def test_the_room_of_a_long_text_is_given_back_after_the_last_row(prompt: str, k
 def test_the_unconditional_pass_is_made_only_if_a_row_is_guided() -> None:
     slots = make_slots()
     slots.admit(make_row(guidance_scale=1.0))
-    assert slots._plan().passes == 1
+    assert slots._plan(slots.rows).passes == 1
     slots.admit(make_row(guidance_scale=1.5))
-    assert slots._plan().passes == 2
+    assert slots._plan(slots.rows).passes == 2
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def teacher_forced(decoder: Decoder, tokens: Tensor) -> Tensor:
     own = decoder.read_text(text_states(PROMPTS[0]))
     texts = decoder.empty_text(1, own.shape[-2])  # [L, slot, pass, 2, H, X, D]
     texts[:, 0, 0] = own
-    text = Text(texts, torch.empty(0), 1, (Span(0, 1, own.shape[-2], False),))
+    text = Text(texts, torch.empty(0), torch.zeros(1, 1), 1, (Span(0, 1, own.shape[-2], False),))
     cache = decoder.empty_cache(1)
     steps = [
         decoder.forward(

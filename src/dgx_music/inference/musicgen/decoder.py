@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from dgx_music.inference.musicgen.attention import Attention, Context, Segment, Text
 from dgx_music.inference.musicgen.embedding import Embedding
-from dgx_music.inference.musicgen.kernels import add_norm
+from dgx_music.inference.musicgen.kernels import add_norm, embed
 from dgx_music.inference.musicgen.launches import Span, borrow_stream
 from dgx_music.inference.musicgen.layers import (
     EPSILON,
@@ -213,13 +213,20 @@ class Decoder:
         context = self.attention.context(positions, cache, passes, spans)
         texts, text_every = ((), 1) if text is None else (text.segments(), passes // text.passes)
         step = _Step(context, texts, text_every, padded_rows)
-        x = self._embedding.of_tokens(tokens) + self._embedding.positions[positions]
-        x = x.repeat_interleave(passes, dim=0)  # [N, hidden]; both passes read the same tokens
-        normed = self.layers[0].self_norm(x)
+        x, normed = self._embed(tokens, positions, passes)
         for index, layer_cache in enumerate(cache.unbind(0)):
             normed = self._step_layer(index, x, normed, layer_cache, step)
         logits = linear(normed, self._heads, padded_rows).float()  # [N, K * V]
         return logits.view(len(tokens), passes, self.codebook_count, -1)
+
+    def _embed(self, tokens: Tensor, positions: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+        """Return what goes into the first layer ``[N, hidden]``, and the same normalised for it."""
+        norm = self.layers[0].self_norm
+        if self.attention.has_kernel:
+            return embed(tokens, positions, self._embedding, *norm, passes, epsilon=EPSILON)
+        x = self._embedding.of_tokens(tokens) + self._embedding.positions[positions]
+        x = x.repeat_interleave(passes, dim=0)  # both passes read the same tokens
+        return x, norm(x)
 
     def _step_layer(
         self, index: int, x: Tensor, normed: Tensor, cache: Tensor, step: _Step
