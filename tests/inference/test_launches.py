@@ -130,9 +130,13 @@ def test_rows_of_all_lengths_and_texts_meet_a_plan_that_was_recorded_at_the_star
 
 def test_a_text_of_unusual_length_takes_recordings_of_its_own(launcher: NotingLauncher) -> None:
     slots = make_slots(2)
-    slots.admit(make_row(PROMPTS[1] * 3, 9))
+    long, usual = make_row(PROMPTS[1] * 3, 9), make_row(PROMPTS[1], 9)
+    slots.admit(long)
     slots.step()
-    assert not set(launcher.plans) & set(launcher.recorded)
+    slots.retire(long)
+    slots.admit(usual)
+    slots.step()
+    assert [plan in launcher.recorded for plan in launcher.plans] == [False, True]
 
 
 def make_plan(
@@ -256,7 +260,9 @@ def test_two_engines_record_at_the_same_time(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.gpu
 @needs_gpu
-def test_one_recording_serves_a_whole_clip() -> None:
+def test_no_clip_waits_for_a_recording() -> None:
     slots = make_slots_on_gpu()
-    decode([make_row(PROMPTS[0], 77)], slots=slots)
-    assert len(slots._launcher._graphs) == 1
+    recorded = dict(slots._launcher._graphs)
+    decode([make_row(PROMPTS[0], 77), make_row(PROMPTS[1], 20, top_k=0)], slots=slots)
+    assert None not in recorded.values()
+    assert slots._launcher._graphs == recorded

@@ -124,6 +124,16 @@ def test_numbers_that_are_not_finite_mark_their_row(device: str, number: float) 
     assert (drawn.tokens <= PAD).all()
 
 
+def test_a_row_without_guidance_does_not_read_the_unconditional_pass(device: str) -> None:
+    sampling = SamplerState.empty(1, CPU)
+    sampling.write(0, Sampling(guidance_scale=1.0), 64)
+    logits = make_logits(1, 2, 4, 64)
+    logits[:, 1] = torch.nan
+    expected, drawn = draw_both_ways(logits, make_state(1, 4), sampling, device)
+    assert drawn.is_finite.all()
+    assert torch.equal(drawn.tokens, expected.tokens)
+
+
 def test_a_row_that_was_not_finite_stays_so(device: str) -> None:
     state = make_state(2, 4)
     state.is_finite[1] = False

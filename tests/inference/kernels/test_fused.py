@@ -40,6 +40,14 @@ def test_adding_and_norming_are_torchs(
     )
 
 
+def test_numbers_that_are_nearly_alike_are_normed_as_torch_does(device: str) -> None:
+    x = 1e-3 * torch.randn(2, 96, generator=torch.Generator().manual_seed(0))
+    ones, zeros = torch.ones(96), torch.zeros(96)
+    there = (each.to(device) for each in (x.clone(), torch.zeros_like(x), ones, zeros))
+    exact = functional.layer_norm(x.double(), [96], ones.double(), zeros.double())
+    assert_rounded_alike(add_norm(*there).cpu(), exact)
+
+
 @pytest.mark.parametrize(("rows", "passes"), [(1, 2), (5, 1), (64, 2)])
 @pytest.mark.parametrize("hidden", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -36,7 +36,6 @@ class Segment(NamedTuple):
 class Context(NamedTuple):
     """What one decode step writes to the cache and reads from it."""
 
-    slots: Tensor  # [R], and
     positions: Tensor  # [R], the place of the new keys and values
     passes: int
     is_exact: bool
@@ -124,8 +123,7 @@ class Attention:
             read = cache[:, start:stop, :passes].flatten(1, 2)[..., :length, :]
             newest = read[..., -1, :].unbind(0) if is_exact else ()
             segments.append(Segment(sequences, *_by_layer(read), mask, last[sequences], newest))
-        slots = torch.arange(len(positions), device=self.device)
-        return Context(slots, positions, passes, is_exact, tuple(segments))
+        return Context(positions, passes, is_exact, tuple(segments))
 
     def attend_self(
         self,
@@ -170,7 +168,8 @@ class Attention:
                 segment.newest[index].copy_(_select(segment, fresh))
         else:
             rows = _copyable(fresh.view(-1, context.passes, *fresh.shape[1:]))
-            _copyable(cache)[context.slots, : context.passes, :, :, context.positions] = rows
+            slots = torch.arange(len(rows), device=self.device)
+            _copyable(cache)[slots, : context.passes, :, :, context.positions] = rows
 
     def _read(self, q: Tensor, index: int, segment: Segment) -> Tensor:
         """Return what queries ``[N, H, 1, D]`` read from a layer's cache or text: ``[N, H * D]``."""

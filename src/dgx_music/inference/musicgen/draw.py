@@ -57,7 +57,6 @@ def draw_next(
         tl.load(temperature + row).to(tl.float64),
         tl.load(top_k + row),
         tl.load(top_p + row).to(tl.float64),
-        vocabulary,
         block,
     )
     drawn = tl.min(tl.where(scores == chosen, token, vocabulary - 1), axis=0).to(tl.int64)
@@ -97,14 +96,13 @@ def _choose(
     temperature: tl.tensor,
     top_k: tl.tensor,
     top_p: tl.tensor,
-    vocabulary: tl.constexpr,
     block: tl.constexpr,
 ) -> tl.tensor:
     """Return the score of the token that the uniform number decides on."""
     rank = tl.arange(0, block)
     top = _sort(scores, block)
     weights = tl.exp((top - tl.max(top, axis=0)) / temperature)
-    weights = tl.where((rank < top_k) & (rank < vocabulary), weights, 0.0)
+    weights = tl.where(rank < top_k, weights, 0.0)
     probabilities = weights / tl.sum(weights, axis=0)
     cumulative = tl.cumsum(probabilities, axis=0)
     is_kept = cumulative - probabilities < top_p

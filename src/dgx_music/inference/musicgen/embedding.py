@@ -13,9 +13,10 @@ from torch.nn import functional
 class Embedding:
     """The tables of the K codebooks' tokens and of the positions."""
 
-    def __init__(self, tables: Any, max_positions: int) -> None:
+    def __init__(self, tables: Any, max_positions: int, device: torch.device | None = None) -> None:
         """Copy the codebooks' embedding modules, each of V tokens and a padding token."""
         self.tokens = torch.cat([table.weight for table in tables])  # [K * (V + 1), hidden]
+        self.tokens = self.tokens.to(device or self.tokens.device)
         offsets = torch.arange(len(tables), device=self.tokens.device)
         self.offsets = offsets * len(tables[0].weight)  # [K]
         positions = sinusoids(max_positions, self.tokens.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import nullcontext
 
 import torch
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 _CAPABILITY = (8, 0)  # Ampere: what Triton supports, and the first with bfloat16
-_WIDTH = 32
+_HEAD_SIZE, _HIDDEN, _CODEBOOKS, _VOCABULARY = 64, 1024, 4, 2048  # musicgen-small's
 _TOLERANCE = 1e-3
 
 
@@ -67,7 +68,8 @@ def can_launch(device: torch.device, cache_dtype: torch.dtype) -> bool:
 
 def _check_attention(device: torch.device, cache_dtype: torch.dtype) -> None:
     length = 3 * BLOCK  # so that there are splits to merge
-    numbers = torch.arange(2 * length * _WIDTH, device=device).sin().view(1, 1, 2, 1, length, -1)
+    numbers = torch.arange(2 * length * _HEAD_SIZE, device=device).sin()
+    numbers = numbers.view(1, 1, 2, 1, length, _HEAD_SIZE)
     cache = numbers.to(cache_dtype)  # [slot, pass, 2, H, T, D]
     last = torch.tensor([length - 1], device=device)
     fresh = cache[..., 5, :].float().clone()
@@ -79,27 +81,27 @@ def _check_attention(device: torch.device, cache_dtype: torch.dtype) -> None:
 
 
 def _check_input(device: torch.device) -> None:
-    tables = [torch.nn.Embedding(2, _WIDTH, device=device).requires_grad_(False)] * 2
+    tables = [torch.nn.Embedding(2, _HIDDEN, device=device).requires_grad_(False)] * 2
     embedding = Embedding(tables, max_positions=2)
     ones = torch.ones(1, 2, dtype=torch.long, device=device)
     weight, bias = embedding.positions
     x, normed = embed(ones, ones[0, :1], embedding, weight, bias, 1)
     _agree(x, embedding.of_tokens(ones) + bias)
-    _agree(normed, functional.layer_norm(x, [_WIDTH], weight, bias))
-    added = functional.layer_norm(x + normed, [_WIDTH], weight, bias)
+    _agree(normed, functional.layer_norm(x, [_HIDDEN], weight, bias))
+    added = functional.layer_norm(x + normed, [_HIDDEN], weight, bias)
     _agree(add_norm(x, normed, weight, bias), added)
 
 
 def _check_sampling(device: torch.device) -> None:
-    logits = torch.arange(2 * 4 * 9, device=device).sin().view(1, 2, 4, 9)  # [R, pass, K, V]
-    state = BatchState.empty(1, 2, 4, 9, device)
-    sampling = SamplerState(
-        *(torch.full((1, 1, 1), n, device=device) for n in (3.0, 0.9, 7.0, 0.8))
-    )
-    state.uniforms[0, 0] = torch.tensor([0.1, 0.4, 0.6, 0.9])
+    shape = (1, 2, _CODEBOOKS, _VOCABULARY)  # [R, pass, K, V]
+    logits = torch.arange(math.prod(shape), device=device).sin().view(shape)
+    state = BatchState.empty(1, 2, _CODEBOOKS, _VOCABULARY, device)
+    state.uniforms[0, 0] = torch.linspace(0.1, 0.9, _CODEBOOKS)
     state.frame_count.fill_(2)
-    drawn, _ = sample(logits, state.uniforms[:, 0], sampling, 9)
-    draw_next(logits, sampling, state, torch.zeros(4, dtype=torch.long, device=device), 9)
+    numbers = (torch.full((1, 1, 1), number, device=device) for number in (3.0, 0.9, 250.0, 0.8))
+    sampling, delay = SamplerState(*numbers), torch.zeros_like(state.tokens[0, 0])
+    drawn, _ = sample(logits, state.uniforms[:, 0], sampling, _VOCABULARY)
+    draw_next(logits, sampling, state, delay, _VOCABULARY)
     _agree(state.tokens[:, 1], drawn)
 
 

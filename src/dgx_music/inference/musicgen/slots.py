@@ -75,7 +75,7 @@ class Slots:
         """Record, for each number of rows, the plan of guided rows: no first clip waits for it."""
         text = self._texts[:, 0, 0] if self._decoder.reads_text else None
         usual = Row(uniforms=self._state.uniforms[0], frame_count=1, sampling=Sampling(), text=text)
-        with self._launcher.on_stream():
+        with self._launcher.on_stream(self._cache):  # after the work that made everything here
             for count in range(self.slot_count, 0, -1):  # the first one takes the most memory
                 self._launcher.record(self._fit([usual] * count))
 
@@ -87,7 +87,7 @@ class Slots:
 
     @property
     def _least_text_room(self) -> int:
-        """The room for texts at first: where steps are recorded, so much that it hardly ever grows."""
+        """The least room for texts: if steps are recorded, so much that it hardly ever changes."""
         return USUAL_TEXT if self._decoder.reads_positions else TEXT_STEP
 
     @property
@@ -160,15 +160,17 @@ class Slots:
         """
         with self._launcher.on_stream():
             slot = self.rows.index(row)
-            if not self._state.is_finite[slot]:
-                raise EngineError(
-                    "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
-                )
             tokens = self._state.tokens[slot, 1 : row.step_count + 1]  # [step, K]
             codes = [
                 tokens[delay : delay + row.frame_count, k] for k, delay in enumerate(self._delays)
             ]
-            return torch.stack(codes).cpu()  # a copy: the slot gets its next row soon
+            # With the mark, so that the host waits for the device once.
+            numbers = torch.cat([*codes, self._state.is_finite[slot, None]]).cpu()
+        if not numbers[-1]:
+            raise EngineError(
+                "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
+            )
+        return numbers[:-1].view(len(codes), -1)
 
     # --------------------------------------------------------------------------------------- step
 
@@ -261,7 +263,7 @@ class Slots:
         longest = row.text_length
         room = self._texts.shape[-2]
         if longest > room or (not self.rows and max(longest, USUAL_TEXT) < room):
-            self._make_text_room(longest)
+            self._make_text_room(max(longest, self._least_text_room))
         self._texts[:, slot] = 0
         self._text_mask[slot] = 0
         self._text_last[slot] = 0
