@@ -43,7 +43,7 @@ def test_rows_of_all_kinds_have_the_same_tokens_through_the_kernels(device: str)
         decoder.attention.has_kernel = has_kernel
         rows = [
             make_row(PROMPTS[0], 2, seed=1, top_k=0, top_p=0.9),
-            make_row(PROMPTS[1], 4, seed=2, negative=make_negative(NEGATIVE), given=make_codes(2)),
+            make_row(PROMPTS[1], 7, seed=2, negative=make_negative(NEGATIVE), given=make_codes(2)),
             make_row(PROMPTS[2], 3, seed=3, guidance_scale=1.0),
         ]
         codes.append(decode(rows, slots=Slots(decoder, 2, MAX_STEPS)))
