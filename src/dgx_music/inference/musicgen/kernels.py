@@ -74,12 +74,12 @@ def embed(
     That is the sum of the embeddings of a row's tokens ``[R, K]`` and of its position ``[R]``, once
     for each pass.
     """
+    from dgx_music.inference.musicgen import fused
+
     rows, codebooks = tokens.shape
     hidden = embedding.positions.shape[1]
     x = torch.empty(rows * passes, hidden, dtype=embedding.dtype, device=embedding.device)
     normed = torch.empty_like(x)
-    from dgx_music.inference.musicgen import fused
-
     fused.embed[(rows,)](
         tokens.contiguous(),
         embedding.offsets,
