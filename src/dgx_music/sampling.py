@@ -78,7 +78,7 @@ class Sampling:
     negative_prompt: str | None = _checked(None, lambda _name, value: check_negative_prompt(value))
 
     def __post_init__(self) -> None:
-        for each in fields(Sampling):
+        for each in _FIELDS:
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
                 self._set(each.name, each.metadata["check"](each.name, value))
@@ -93,12 +93,15 @@ class Sampling:
         """The sampling fields as they are stored, and as they count in a request's hash."""
         return {
             each.name: getattr(self, each.name)
-            for each in fields(Sampling)
+            for each in _FIELDS
             if "is_always_stored" in each.metadata or getattr(self, each.name) != each.default
         }
 
     @staticmethod
     def pick(values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sampling fields among the values; one that is ``None`` keeps its default."""
-        names = [each.name for each in fields(Sampling)]
+        names = (each.name for each in _FIELDS)
         return {name: values[name] for name in names if values.get(name) is not None}
+
+
+_FIELDS = fields(Sampling)

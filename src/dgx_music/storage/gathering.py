@@ -61,14 +61,15 @@ class Gathering:
             # In a context of its own: it writes for all callers, not only for this one.
             self._writing = start_to_finish(self._write_all(), Context())
         try:
-            await asyncio.wait([insert.done])
+            return await insert.done
         except asyncio.CancelledError as cancelled:
             if insert in self._waiting:
                 self._waiting.remove(insert)
                 raise
-            await finish(_end_of(insert.done))
+            if insert.done.cancelled():  # the writer tells another one instead
+                insert.done = asyncio.get_running_loop().create_future()
+                await finish(_end_of(insert.done))
             raise cancelled from insert.done.exception()
-        return insert.done.result()
 
     async def close(self) -> None:
         """Return when everything is written."""

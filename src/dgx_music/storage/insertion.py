@@ -138,20 +138,20 @@ async def _insert_on_sqlite(
     session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
 ) -> list[Generation]:
     await add_batches(session, batches)
-    prompt_ids = await count_on_sqlite(session, [row["prompt"] for row in rows])
-    at = (await _CLOCK.rows(session, {}))[0].now
+    prompts = await count_on_sqlite(session, [row["prompt"] for row in rows])
+    at = prompts[rows[-1]["prompt"]].now
     wanted = [
         {
             **row,
-            "prompt_id": prompt_ids[row["prompt"]],
+            "prompt_id": prompts[row["prompt"]].id,
             "created_at": at,
             "run_at": row["wanted_run_at"] or at,
         }
         for row in rows
     ]
     await _INSERT_ON_SQLITE.run_each(session, wanted)
-    raced = await _find_raced(session, rows)
-    await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
+    if raced := await _find_raced(session, rows):
+        await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
     return [_as_inserted(row) for row in wanted if row["id"] not in raced]
 
 
@@ -273,4 +273,3 @@ def _insert_on_postgres_statement() -> Any:
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
 _INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement)
 _INSERT_WITH_BATCHES = Prepared(lambda: _insert_on_postgres_statement().add_cte(added_batches()))
-_CLOCK = Prepared(lambda: select(now().label("now")))

@@ -129,11 +129,14 @@ def _counting(upsert: Any) -> Any:
 # ------------------------------------------------------------------ as a part of the INSERT of rows
 
 
-async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[str, int]:
-    """Count one use for each text given, and return the id of each one's prompt."""
+async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[str, Any]:
+    """Count one use for each text given, and return the row of each one's prompt.
+
+    It has the prompt's ``id``, and the time of the database as ``now``.
+    """
     counted = {}
     for values in uses_of(texts):
-        counted[values["text"]] = (await _COUNT_ON_SQLITE.rows(session, values))[0].id
+        (counted[values["text"]],) = await _COUNT_ON_SQLITE.rows(session, values)
     return counted
 
 
@@ -181,5 +184,5 @@ _COUNT_ON_SQLITE = Prepared(
         sqlite.insert(_prompts).values(
             {name: bindparam(name) for name in ("text", "text_hash", "search_text", "used_count")}
         )
-    ).returning(_p.id)
+    ).returning(_p.id, now().label("now"))
 )

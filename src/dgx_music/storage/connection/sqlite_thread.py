@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextvars
 import sqlite3
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -51,14 +51,18 @@ class ThreadSession(DirectSession):
     async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Execute the text, and return its rows as the driver gives them."""
         self._check_begun()
-        with _as_sqlalchemys(statement):
+        try:
             return self._driver.execute(statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise _as_sqlalchemys(statement, error) from error
 
     async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the text once for each of these parameters; it returns no rows."""
         self._check_begun()
-        with _as_sqlalchemys(statement):
+        try:
             self._driver.executemany(statement, rows)
+        except sqlite3.Error as error:
+            raise _as_sqlalchemys(statement, error) from error
 
     async def commit(self) -> None:
         """Commit; the session executes nothing after that."""
@@ -168,13 +172,9 @@ class _Transaction:
         return cast("Engine", found)
 
 
-@contextmanager
-def _as_sqlalchemys(statement: str) -> Iterator[None]:
-    """Raise the driver's errors as SQLAlchemy does."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise DBAPIError.instance(statement, None, error, sqlite3.Error) from error
+def _as_sqlalchemys(statement: str, error: sqlite3.Error) -> BaseException:
+    """Return the driver's error as SQLAlchemy raises it."""
+    return DBAPIError.instance(statement, None, error, sqlite3.Error)
 
 
 def _run_to_its_end(work: Awaitable[T]) -> T:
