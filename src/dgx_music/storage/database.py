@@ -130,27 +130,22 @@ class Database:
         slow in it.
         """
         begun = await self._begin(read_only=read_only, may_lag=may_lag)
-        async with self._ending(begun, read_only=read_only) as session:
+        async with _Ending(self, begun, read_only=read_only) as session:
             yield session
 
-    @asynccontextmanager
-    async def _ending(
-        self, session: AsyncSession, *, read_only: bool
-    ) -> AsyncIterator[AsyncSession]:
-        try:
-            yield session
-            await session.commit()
-        except BaseException as error:
-            if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
-                await self._roll_back(session)
-                raise
-            await session.invalidate()  # on a dead connection a rollback would wait as long again
-            at_replica = (
-                self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
-            )
-            self._explain(error, at_replica=at_replica)
-        finally:
-            await session.close()
+    async def undo(self, session: AsyncSession, error: BaseException, *, read_only: bool) -> None:
+        """Roll back after this error of the session's work.
+
+        Raises ``DatabaseUnavailableError`` if that is what the error means.
+        """
+        if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
+            await self._roll_back(session)
+            return
+        await session.invalidate()  # on a dead connection a rollback would wait as long again
+        at_replica = (
+            self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
+        )
+        self._explain(error, at_replica=at_replica)
 
     async def _roll_back(self, session: AsyncSession) -> None:
         """Roll back, unless the database is away: the caller's own error is more important."""
@@ -193,7 +188,7 @@ class Database:
             if self.is_embedded:
                 return await self._run_on_thread(work, read_only=read_only)
             begun = await self._begin(read_only=read_only, may_lag=may_lag, is_single=is_single)
-            async with self._ending(begun, read_only=read_only) as session:
+            async with _Ending(self, begun, read_only=read_only) as session:
                 return await work(session)
 
         for _ in range(_REPEATS - 1):
@@ -351,6 +346,35 @@ class Database:
         if self.path is not None:
             return sqlite.known_reason(error, self.path)
         return postgres_errors.known_reason(error, self.limits.idle_seconds)
+
+
+class _Ending:
+    """Gives a session that commits on success, rolls back on any exception, and always closes.
+
+    An asynchronous generator would take longer than some of our transactions do here.
+    """
+
+    def __init__(self, database: Database, session: AsyncSession, *, read_only: bool) -> None:
+        self._database, self._session, self._read_only = database, session, read_only
+
+    async def __aenter__(self) -> AsyncSession:
+        return self._session
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _at: object) -> None:
+        try:
+            await (self._commit() if error is None else self._undo(error))
+        finally:
+            await self._session.close()
+
+    async def _commit(self) -> None:
+        try:
+            await self._session.commit()
+        except BaseException as error:
+            await self._undo(error)
+            raise
+
+    async def _undo(self, error: BaseException) -> None:
+        await self._database.undo(self._session, error, read_only=self._read_only)
 
 
 def _is_worth_repeating(error: DatabaseUnavailableError) -> bool:

@@ -7,7 +7,19 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any, cast
 
-from sqlalchemy import CTE, Integer, Select, Table, and_, bindparam, column, func, select, update
+from sqlalchemy import (
+    CTE,
+    Integer,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    column,
+    func,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -171,6 +183,35 @@ def counted_prompts() -> CTE:
         [each.name for each in columns], counted, include_defaults=False
     )
     return cast("CTE", _counting(upsert).returning(_p.id, _p.text_hash).cte("counted"))
+
+
+def use_of(text: str) -> dict[str, Any]:
+    """Return the parameters of ``counted_prompt`` for one use of this text."""
+    return {
+        "prompt": text,
+        "text_hash": text_hash(text),
+        "prompt_words": search_text(text),
+        "bucket": _bucket(text),
+    }
+
+
+def counted_prompt() -> CTE:
+    """Return the part of PostgreSQL's INSERT of one row that counts its prompt, if it is free.
+
+    Its parameters are those of ``use_of``; it returns the id.
+    """
+    is_usual = func.current_setting("transaction_isolation") == "read committed"
+    is_free = func.pg_try_advisory_xact_lock(_COUNT_LOCK, bindparam("bucket", type_=Integer))
+    use = {
+        "text": bindparam("prompt", type_=_p.text.type),
+        "text_hash": bindparam("text_hash", type_=_p.text_hash.type),
+        "search_text": bindparam("prompt_words", type_=_p.search_text.type),
+        "used_count": literal_column("1"),
+    }
+    upsert = postgresql.insert(_prompts).from_select(
+        list(use), select(*use.values()).where(is_usual, is_free), include_defaults=False
+    )
+    return cast("CTE", _counting(upsert).returning(_p.id).cte("counted"))
 
 
 def _once(query: Select[Any], name: str) -> CTE:
