@@ -28,7 +28,7 @@ from dgx_music.storage.connection.connections import ConnectionsByLoop
 from dgx_music.storage.connection.postgres_drivers import Limits, creator
 from dgx_music.storage.connection.replica import Replica, check_replica_url
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
-from dgx_music.storage.connection.sessions import NoAnswerError, finish
+from dgx_music.storage.connection.sessions import Ending, NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
 from dgx_music.storage.gathering import Gathering
@@ -130,10 +130,10 @@ class Database:
         slow in it.
         """
         begun = await self._begin(read_only=read_only, may_lag=may_lag)
-        async with _Ending(self, begun, read_only=read_only) as session:
+        async with Ending(begun, partial(self._undo, read_only=read_only)) as session:
             yield session
 
-    async def undo(self, session: AsyncSession, error: BaseException, *, read_only: bool) -> None:
+    async def _undo(self, session: AsyncSession, error: BaseException, *, read_only: bool) -> None:
         """Roll back after this error of the session's work.
 
         Raises ``DatabaseUnavailableError`` if that is what the error means.
@@ -188,7 +188,7 @@ class Database:
             if self.is_embedded:
                 return await self._run_on_thread(work, read_only=read_only)
             begun = await self._begin(read_only=read_only, may_lag=may_lag, is_single=is_single)
-            async with _Ending(self, begun, read_only=read_only) as session:
+            async with Ending(begun, partial(self._undo, read_only=read_only)) as session:
                 return await work(session)
 
         for _ in range(_REPEATS - 1):
@@ -346,35 +346,6 @@ class Database:
         if self.path is not None:
             return sqlite.known_reason(error, self.path)
         return postgres_errors.known_reason(error, self.limits.idle_seconds)
-
-
-class _Ending:
-    """Gives a session that commits on success, rolls back on any exception, and always closes.
-
-    An asynchronous generator would take longer than some of our transactions do here.
-    """
-
-    def __init__(self, database: Database, session: AsyncSession, *, read_only: bool) -> None:
-        self._database, self._session, self._read_only = database, session, read_only
-
-    async def __aenter__(self) -> AsyncSession:
-        return self._session
-
-    async def __aexit__(self, _kind: object, error: BaseException | None, _at: object) -> None:
-        try:
-            await (self._commit() if error is None else self._undo(error))
-        finally:
-            await self._session.close()
-
-    async def _commit(self) -> None:
-        try:
-            await self._session.commit()
-        except BaseException as error:
-            await self._undo(error)
-            raise
-
-    async def _undo(self, error: BaseException) -> None:
-        await self._database.undo(self._session, error, read_only=self._read_only)
 
 
 def _is_worth_repeating(error: DatabaseUnavailableError) -> bool:

@@ -1,7 +1,7 @@
 """A pool that hands out an open connection at once.
 
-SQLAlchemy's own way to a connection takes a greenlet, since the pool may have to wait or to open
-one. If neither is necessary, that costs as much as a third of a small transaction.
+SQLAlchemy's own way to a connection takes a greenlet, since the pool may have to wait, or to open
+one. If neither is necessary, that way alone is a fifth of the time of an enqueue.
 """
 
 from __future__ import annotations
