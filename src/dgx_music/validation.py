@@ -178,6 +178,8 @@ def tidy_text(message: str) -> str:
 
 def check_model(value: object, field: str = "model") -> ModelInfo:
     """Return the facts of the model of this name, or of this local folder."""
+    if isinstance(value, str) and value in MODELS:  # nearly always: without more checks
+        return MODELS[value]
     name = check_name(field, value)
     model = find_model(at_home(field, name))
     if model is None:

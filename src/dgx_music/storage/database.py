@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -27,7 +28,7 @@ from dgx_music.storage.connection.connections import ConnectionsByLoop
 from dgx_music.storage.connection.postgres_drivers import Limits, creator
 from dgx_music.storage.connection.replica import Replica, check_replica_url
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
-from dgx_music.storage.connection.sessions import NoAnswerError, finish
+from dgx_music.storage.connection.sessions import Ending, NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
 from dgx_music.storage.gathering import Gathering
@@ -130,27 +131,22 @@ class Database:
         slow in it.
         """
         begun = await self._begin(read_only=read_only, may_lag=may_lag)
-        async with self._ending(begun, read_only=read_only) as session:
+        async with Ending(begun, partial(self._undo, read_only=read_only)) as session:
             yield session
 
-    @asynccontextmanager
-    async def _ending(
-        self, session: AsyncSession, *, read_only: bool
-    ) -> AsyncIterator[AsyncSession]:
-        try:
-            yield session
-            await session.commit()
-        except BaseException as error:
-            if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
-                await self._roll_back(session)
-                raise
-            await session.invalidate()  # on a dead connection a rollback would wait as long again
-            at_replica = (
-                self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
-            )
-            self._explain(error, at_replica=at_replica)
-        finally:
-            await session.close()
+    async def _undo(self, session: AsyncSession, error: BaseException, *, read_only: bool) -> None:
+        """Roll back after this error of the session's work.
+
+        Raises ``DatabaseUnavailableError`` if that is what the error means.
+        """
+        if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
+            await self._roll_back(session)
+            return
+        await session.invalidate()  # on a dead connection a rollback would wait as long again
+        at_replica = (
+            self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
+        )
+        self._explain(error, at_replica=at_replica)
 
     async def _roll_back(self, session: AsyncSession) -> None:
         """Roll back, unless the database is away: the caller's own error is more important."""
@@ -193,7 +189,7 @@ class Database:
             if self.is_embedded:
                 return await self._run_on_thread(work, read_only=read_only)
             begun = await self._begin(read_only=read_only, may_lag=may_lag, is_single=is_single)
-            async with self._ending(begun, read_only=read_only) as session:
+            async with Ending(begun, partial(self._undo, read_only=read_only)) as session:
                 return await work(session)
 
         for _ in range(_REPEATS - 1):

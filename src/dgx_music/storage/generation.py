@@ -23,10 +23,10 @@ from sqlalchemy import text as sql
 from sqlalchemy.orm import (
     Mapped,
     class_mapper,
-    make_transient_to_detached,
     mapped_column,
     validates,
 )
+from sqlalchemy.orm.attributes import instance_state
 
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.statuses import (
@@ -393,9 +393,11 @@ def as_inserted(values: Mapping[str, Any]) -> Generation:
 
     It is detached, as if it had been read, and spares a SELECT. A session can ``add`` it.
     """
-    generation: Generation = class_mapper(Generation).class_manager.new_instance()
+    mapper = class_mapper(Generation)
+    generation: Generation = mapper.class_manager.new_instance()
     generation.__dict__.update({**_FRESH, **values})
-    make_transient_to_detached(generation)
+    # All that make_transient_to_detached would do for an object without unloaded attributes.
+    instance_state(generation).key = mapper.identity_key_from_primary_key((generation.id,))
     return generation
 
 
