@@ -13,7 +13,9 @@ PYTEST := $(BIN)/pytest --numprocesses $(TESTERS) --dist worksteal
 WITH_COVERAGE := --cov --cov-report=term:skip-covered --cov-fail-under=90
 CHECK_DATABASE := $(VENV)/check.db
 
-.PHONY: help web demo test test-web check install format lint migrations build soak \
+KERNELS := .venv-kernels
+
+.PHONY: help web demo test test-web test-kernels check install format lint migrations build soak \
 	db-init db-migrate db-reset clean
 
 help: ## list the targets
@@ -35,6 +37,12 @@ test-web: $(DEVELOPING) ## run the tests of the page in a real browser: Debian's
 		"THE PAGE IS NOT TESTED: Chromium is missing." "Install it as root: apt-get install chromium"; \
 		test -z "$$CI"; exit $$?; }
 	@if command -v chromium chromium-browser >/dev/null; then $(BIN)/pytest --numprocesses 2 -m browser tests/browser; fi
+
+test-kernels: $(KERNELS)/.installed ## run the GPU's kernels in Triton's interpreter, on a CPU, and compile them for GPUs
+	TRITON_INTERPRET=1 $(KERNELS)/bin/python -m pytest --numprocesses 2 \
+		-W ignore::DeprecationWarning tests/inference/kernels
+	$(KERNELS)/bin/python -m pytest --numprocesses 2 \
+		-W ignore::DeprecationWarning tests/inference/kernels/test_compiled.py
 
 check: COVERAGE := $(WITH_COVERAGE)
 check: lint migrations test build ## run all that CI runs: the tests with coverage, 90 % at least
@@ -73,7 +81,7 @@ db-reset: $(INSTALLED) ## delete all data; asks first
 	$(BIN)/dgx-music db reset
 
 clean: ## remove .venv, the demo's files and the built packages
-	rm -rf $(VENV) demo dist
+	rm -rf $(VENV) $(KERNELS) demo dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -94,4 +102,13 @@ $(SERVING): $(INSTALLED)
 $(DEVELOPING): $(INSTALLED)
 	@test -e $@ || echo "Installing the tools for development into $(VENV): about 0.3 GB more."
 	$(INSTALL) --editable '.[musicgen,dev]'
+	@touch $@
+
+# Triton's interpreter does not work with numpy 2.4. All other packages are those of .venv.
+$(KERNELS)/.installed: $(DEVELOPING)
+	rm -rf $(KERNELS)
+	$(BIN)/python -m venv $(KERNELS)
+	$(KERNELS)/bin/python -m pip install --disable-pip-version-check --no-deps numpy==2.3.5 triton==3.6.0
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)/src", sep="\n")' \
+		> "$$($(KERNELS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
 	@touch $@

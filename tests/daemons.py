@@ -23,6 +23,7 @@ from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
 from dgx_music.storage.workers import get_workers
 from tests.factories import MODEL
+from tests.forks import WorkerFork
 from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,10 @@ _WAITS = ("CONNECT", "STATEMENT", "COMMAND")
 
 
 class Daemon:
-    """``python worker.py`` on a database and an output folder; quick leases, the tone engine."""
+    """``python worker.py`` on a database and an output folder; quick leases, the tone engine.
+
+    It is a fork of a process that has imported all that it needs, unless it is to be ``is_fresh``.
+    """
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class Daemon:
         url: str | None = None,
         script: Path | None = None,
         timeout_seconds: float | None = None,
+        is_fresh: bool = False,
         **settings: object,
     ) -> None:
         settings = {
@@ -63,12 +68,15 @@ class Daemon:
                 f"DGX_MUSIC_{wait}_TIMEOUT_SECONDS": str(timeout_seconds) for wait in _WAITS
             }
         self.log = (folder / f"worker-{len(list(folder.glob('worker-*.log')))}.log").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "worker.py"), *words, *options],
-            env=environment,
-            stderr=self.log,
-            stdout=self.log,
-        )
+        self.process = self._start([*words, *options], environment, is_fresh=is_fresh)
+
+    def _start(
+        self, arguments: list[str], environment: dict[str, str], *, is_fresh: bool
+    ) -> subprocess.Popen[bytes] | WorkerFork:
+        if not is_fresh:
+            return WorkerFork(arguments, environment, Path(self.log.name))
+        command = [sys.executable, str(ROOT / "worker.py"), *arguments]
+        return subprocess.Popen(command, env=environment, stderr=self.log, stdout=self.log)
 
     @property
     def pid(self) -> int:

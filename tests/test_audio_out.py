@@ -342,7 +342,7 @@ async def test_each_format_becomes_each_other_one_with_the_rows_tags(store, plac
     data = audio_file(1.0, channels=2, **kind)
     row = await made(store, data, stored, title="Rain", metadata={"audio": {"seed": 7}})
 
-    path = await save_audio(row.id, "song", format=wanted)
+    path = await save_audio(row.id, "song", audio_format=wanted)
 
     content = path.read_bytes()
     assert path == place / f"song.{wanted}"
@@ -363,7 +363,7 @@ async def test_no_sample_changes_between_lossless_formats(store, place, stored, 
     soundfile.write(file, every, 32_000, format=stored.upper())
     row = await made(store, file.getvalue(), stored)
 
-    path = await save_audio(row.id, "song", format=wanted)
+    path = await save_audio(row.id, "song", audio_format=wanted)
 
     np.testing.assert_array_equal(soundfile.read(path, dtype="int16")[0], every)
 
@@ -374,7 +374,7 @@ async def test_what_a_lossy_decoder_makes_too_loud_is_clipped_and_never_wraps(st
     soundfile.write(file, square, 32_000, format="OGG")
     row = await made(store, file.getvalue(), "ogg")
 
-    path = await save_audio(row.id, "song", format="wav")
+    path = await save_audio(row.id, "song", audio_format="wav")
 
     decoded = soundfile.read(io.BytesIO(file.getvalue()))[0]
     assert np.abs(decoded).max() > 1
@@ -387,9 +387,9 @@ async def test_a_format_that_this_machine_cannot_write_can_still_be_copied(
     monkeypatch.setattr(soundfile, "available_formats", dict)
     row = await made(store, audio_file(0.5, kind="FLAC"), "flac")
 
-    assert (await save_audio(row.id, "a", format="flac")).name == "a.flac"
+    assert (await save_audio(row.id, "a", audio_format="flac")).name == "a.flac"
     with pytest.raises(InvalidRequestError) as caught:
-        await save_audio(row.id, "a", format="ogg")
+        await save_audio(row.id, "a", audio_format="ogg")
     assert str(caught.value) == (
         "format 'ogg' cannot be written by this machine's libsndfile; update it, or use wav."
     )
@@ -399,14 +399,14 @@ async def test_the_suffix_of_the_name_is_a_wish_too(store, place):
     row = await made(store)
 
     assert soundfile.info(await save_audio(row.id, "song.FLAC")).format == "FLAC"
-    assert (await save_audio(row.id, "song", format="ogg")).name == "song.ogg"
+    assert (await save_audio(row.id, "song", audio_format="ogg")).name == "song.ogg"
 
 
 @pytest.mark.parametrize(
     ("pattern", "audio_format", "message"),
     [
         ("a.flac", "mp3", "path_or_pattern ends with .flac, and the format is mp3; leave one of "),
-        ("a", "aac", "format is 'aac'; use wav, flac, mp3 or ogg."),
+        ("a", "aac", "audio_format is 'aac'; use wav, flac, mp3 or ogg."),
         ("a.mp3", None, "format 'mp3' cannot hold 96,000 Hz; use one of 8,000, 11,025, 12,000, "),
         ("{tempo}", None, "path_or_pattern has the placeholder {tempo}, which is not known; use "),
     ],
@@ -417,7 +417,7 @@ async def test_a_format_or_a_pattern_that_is_refused_writes_nothing(
     row = await made(store, sample_rate=96_000)
 
     with pytest.raises(InvalidRequestError) as caught:
-        await save_audio(row.id, pattern, format=audio_format)
+        await save_audio(row.id, pattern, audio_format=audio_format)
     assert str(caught.value).startswith(message)
     assert names_in(place) == []
 

@@ -120,8 +120,11 @@ async def test_the_queue_benchmark_fills_its_table_on_postgres(postgres, tmp_pat
 
 
 def check_table(shown, floor):
+    # a worker may pick up what its producer has not yet been told is stored: that takes less than no time
     assert f"| measurement | dgx-music | {floor} | ratio |" in shown
-    assert [name for name in ROWS if not re.search(rf"^\| {name} \| \d", shown, re.MULTILINE)] == []
+    assert [
+        name for name in ROWS if not re.search(rf"^\| {name} \| -?\d", shown, re.MULTILINE)
+    ] == []
 
 
 def test_a_library_that_is_not_installed_is_left_out(monkeypatch):

@@ -114,7 +114,7 @@ async def test_any_status_can_have_a_star_and_lose_it(database):
 
     assert (await star_generations(ids=ids.values())).changed == 5
     assert (await star_generations(ids=ids.values())) == BulkResult(unchanged=5)
-    assert (await star_generations(ids=[ids["failed"]], star=False)).changed == 1
+    assert (await star_generations(ids=[ids["failed"]], off=True)).changed == 1
     assert [row.is_starred for row in (await rows_of(database)).values()].count(True) == 4
 
 
@@ -222,10 +222,10 @@ async def test_a_batch_that_is_not_there_is_an_error_and_so_is_its_name(database
     assert (await cancel_generations(batch="0191-night", ids=[mine])).changed == 1
 
 
-async def test_a_star_is_true_or_false(database):
+async def test_off_is_true_or_false(database):
     (mine,) = await add(database)
-    with pytest.raises(InvalidRequestError, match="star is 'no'"):
-        await star_generations(ids=[mine], star="no")
+    with pytest.raises(InvalidRequestError, match="off is 'no'"):
+        await star_generations(ids=[mine], off="no")
 
 
 async def test_no_ids_are_none_and_not_all(database):

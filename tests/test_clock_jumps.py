@@ -78,7 +78,7 @@ def step(library, tmp_path, monkeypatch):
 async def test_what_was_due_before_the_clock_was_set_back_is_made_at_once(database, start, step):
     generation = await add(database)
     step(-HOUR)
-    start()
+    start(is_fresh=True)
     assert (await until(database, generation, is_finished)).status == "completed"
 
 
@@ -87,12 +87,12 @@ async def test_a_lost_worker_is_noticed_though_the_clock_was_set_back(
 ):
     generation = await add(database)
     path = script({"attempts": [1], "do": "wait", "seconds": 600})
-    lost = start(script=path)
+    lost = start(script=path, is_fresh=True)
     await until(database, generation, is_running)
     lost.send(signal.SIGKILL)
     lost.wait()
     step(-HOUR)
-    start(script=path)
+    start(script=path, is_fresh=True)
     row = await until(database, generation, is_finished)
     assert (row.status, row.attempt) == ("completed", 2)
 
@@ -100,7 +100,8 @@ async def test_a_lost_worker_is_noticed_though_the_clock_was_set_back(
 async def test_living_workers_lose_nothing_when_the_clock_is_set_forward(
     database, start, script, step
 ):
-    daemons = [start(script=script({"do": "wait", "seconds": 5.0})) for _ in range(2)]
+    path = script({"do": "wait", "seconds": 5.0})
+    daemons = [start(script=path, is_fresh=True) for _ in range(2)]
     await until_registered(database, daemons)
     # until each has looked at the clock: who comes after a jump cannot know of it
     await anyio.sleep(2.0)

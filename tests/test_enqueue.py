@@ -589,15 +589,15 @@ def quicker_rival(monkeypatch):
     """Return a function that lets a rival enqueue between our look for a key and our insert."""
 
     def arrange(rival):
-        look = insertion._find_by_key
+        look = insertion.find_by_key
 
         async def look_too_early(session, rows):
             found = await look(session, rows)
-            monkeypatch.setattr(insertion, "_find_by_key", look)
+            monkeypatch.setattr(insertion, "find_by_key", look)
             await rival(session)
             return found
 
-        monkeypatch.setattr(insertion, "_find_by_key", look_too_early)
+        monkeypatch.setattr(insertion, "find_by_key", look_too_early)
 
     return arrange
 

@@ -46,7 +46,7 @@ async def test_musicgen_makes_playable_audio_of_the_requested_lengths_that_is_la
 ):
     for duration, channels in ((1.0, 1), (0.5, 2), (0.08, 1)):
         await add(database, duration, channels=channels, sample_rate=44_100, seed=7)
-    daemon = Daemon(folder, "--drain", **TINY)
+    daemon = Daemon(folder, "--drain", is_fresh=True, **TINY)
     assert daemon.wait(PATIENCE) == 0
     rows = await rows_of(database)
     files = [soundfile.info(row.file_path) for row in rows]

@@ -13,14 +13,13 @@ import pytest
 from obstore.store import from_url
 
 from dgx_music.artifacts import LocalArtifacts, objects, open_output, open_place_of
-from dgx_music.artifacts.interface import LONGEST_LINK_SECONDS
+from dgx_music.artifacts.interface import LONGEST_LINK_SECONDS, Artifact
+from dgx_music.cli.audio_copy import copy_audio
 from dgx_music.cli.examination import examine
-from dgx_music.cli.prompt_to_audio import copy_audio
 from dgx_music.config import load_settings
 from dgx_music.errors import ArtifactError, ConfigurationError, InvalidRequestError
-from dgx_music.storage import Generation
 from dgx_music.worker.worker import Worker
-from tests.factories import MODEL, add_generation, read
+from tests.factories import MODEL, add_generation, completed, read
 from tests.fakes import FakeEngine
 from tests.object_store import (  # noqa: F401 - fixtures
     CUT,
@@ -480,7 +479,7 @@ def test_the_clients_own_coroutines_are_not_used():
 def test_audio_in_a_store_is_copied_out(store, tmp_path):
     artifact = anyio.run(partial(store.publish, "song", 1, "wav", DATA))
 
-    copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
+    copy_audio(completed(artifact), tmp_path / "rain.wav", force=False)
 
     assert (tmp_path / "rain.wav").read_bytes() == DATA
 
@@ -490,7 +489,7 @@ def test_a_copy_of_what_is_not_there_overwrites_nothing(s3, tmp_path):
     out.write_text("mine")
 
     with pytest.raises(ArtifactError, match="no such object"):
-        copy_audio(Generation(file_path=f"{s3}/song-1.wav"), out, force=True)
+        copy_audio(completed(Artifact(f"{s3}/song-1.wav", 4, "0" * 64)), out, force=True)
     assert out.read_text() == "mine"
 
 
@@ -500,5 +499,5 @@ def test_a_copy_that_breaks_off_leaves_no_half_file(flaky, proxy, tmp_path, monk
     proxy.plan_after("GET", {"GET": [500] * ALWAYS})
 
     with pytest.raises(ArtifactError, match=r"song-1\.wav cannot be read"):
-        copy_audio(Generation(file_path=artifact.path), tmp_path / "rain.wav", force=False)
+        copy_audio(completed(artifact), tmp_path / "rain.wav", force=False)
     assert list(tmp_path.glob("rain*")) == []

@@ -95,6 +95,7 @@ def test_somebody_elses_server_makes_databases_but_is_not_stopped(server):
     theirs.drop_database("guest")
     with pytest.raises(RuntimeError, match="use an OwnServer"):
         theirs.stop("immediate")
+    theirs.close()
 
 
 async def test_a_black_hole_holds_a_query_until_it_is_healed(connection, proxy):

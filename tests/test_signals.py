@@ -145,7 +145,7 @@ async def test_signals_that_go_on_while_an_idle_worker_ends_do_not_change_how_it
 async def test_a_worker_under_nohup_outlives_its_terminal(database, start, script):
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        daemon = start(script=script())
+        daemon = start(script=script(), is_fresh=True)
     finally:
         signal.signal(signal.SIGHUP, former)
     await daemon.says("serves")

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         InvalidRequestError,
         NoAudioError,
         PartlyDoneError,
+        QueueFullError,
         WaitTimeoutError,
     )
     from dgx_music.storage import (
@@ -121,6 +122,7 @@ __all__ = [
     "PartlyDoneError",
     "Pause",
     "QueueEntry",
+    "QueueFullError",
     "QueueOverview",
     "QueueRates",
     "Refusal",
@@ -186,7 +188,7 @@ _MODULES = {
     "errors": "ArtifactError BatchNotFoundError ConfigurationError CountDiffersError DatabaseError "
     "DatabaseNotInitializedError DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError "
     "GenerationNotFoundError IdempotencyConflictError IllegalTransitionError InvalidRequestError "
-    "NoAudioError PartlyDoneError WaitTimeoutError",
+    "NoAudioError PartlyDoneError QueueFullError WaitTimeoutError",
     "storage": "Database Family Filters Generation GenerationStatus Page Pause SearchHit close_db "
     "configure_sqlite count_generations get_database_stats get_family get_generation get_session "
     "init_db list_generations search_generations",

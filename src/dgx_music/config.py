@@ -33,6 +33,8 @@ OTHER_VARIABLES = ("DGX_MUSIC_TONE_SCRIPT", "DGX_MUSIC_TONE_SPEED")
 MOST_SLOTS = 256
 _REPLACED = {"COMPILE": f"use {PREFIX}KERNELS=auto or {PREFIX}KERNELS=off, or take it out"}
 """Settings of earlier versions, and what to do about them."""
+QUEUE_SETTINGS = ("max_pending", "max_pending_per_tenant")
+"""What enqueues reads these; a worker does not."""
 
 _NOT_OURS = re.compile(
     r"TEST_\w+|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
@@ -161,6 +163,23 @@ class Settings:
             10_000,
         ),
     ] = None
+    max_pending: Annotated[
+        int | None,
+        Setting(
+            "generations that may wait in the queue: `enqueue` refuses more; 0: any number; "
+            "default: any, and 10,000 for the web",
+            0,
+            1e9,
+        ),
+    ] = None
+    max_pending_per_tenant: Annotated[
+        int | None,
+        Setting(
+            "the same for the generations of each tenant; default: any, and 1,000 for the web",
+            0,
+            1e9,
+        ),
+    ] = None
     lease_seconds: Annotated[
         float, Setting("a worker silent for this long has lost its rows", 1, 3600, panel=_TIMING)
     ] = 30.0
@@ -279,6 +298,17 @@ def default_model() -> str:
     """Return the model of a generation that names none: ``DGX_MUSIC_MODEL``, or the default."""
     name = f"{PREFIX}MODEL"
     return at_home(name, str(tidy(name, os.environ.get(name, "")))) or DEFAULT_MODEL
+
+
+def queue_settings() -> dict[str, int]:
+    """Return those of ``QUEUE_SETTINGS`` that are set in the environment."""
+    settings = (SETTINGS[name] for name in QUEUE_SETTINGS)
+    given = [each for each in settings if each.variable in os.environ]
+    return {
+        each.name: each.value_of({}, os.environ)
+        for each in given
+        if os.environ[each.variable].strip()
+    }
 
 
 def check_variables(names: Iterable[str] | None = None) -> None:

@@ -11,6 +11,7 @@ DgxMusicError
 ├── CountDiffersError                     another number of rows is meant than was expected
 ├── PartlyDoneError                       a change of many rows was broken off after some of them
 ├── IdempotencyConflictError              the key was used for another request
+├── QueueFullError                        too many generations wait already
 ├── WaitTimeoutError (TimeoutError)       the generation did not finish in time
 ├── DatabaseError
 │   ├── DatabaseNotInitializedError       init_db() was not called
@@ -172,6 +173,28 @@ class IdempotencyConflictError(DgxMusicError):
         )
         self.key = key
         self.generation_id = generation_id
+
+
+class QueueFullError(DgxMusicError):
+    """The queue has no room for so many more generations; none of them was stored.
+
+    With ``tenant`` it is this tenant's room that is used up.
+    """
+
+    exit_code = 75  # EX_TEMPFAIL: the same may be possible later
+
+    def __init__(self, limit: int, count: int, tenant: str | None = None) -> None:
+        whose, setting = "The queue", "DGX_MUSIC_MAX_PENDING"
+        if tenant is not None:
+            whose, setting = f"The queue of tenant {tenant!r}", f"{setting}_PER_TENANT"
+        what = "one more generation" if count == 1 else f"{count:,} more generations"
+        remedy = "wait until some have begun" if count <= limit else "send fewer at a time"
+        super().__init__(
+            f"{whose} has no room for {what}: {setting} lets {limit:,} wait; {remedy}."
+        )
+        self.limit = limit
+        self.count = count
+        self.tenant = tenant
 
 
 class WaitTimeoutError(DgxMusicError, TimeoutError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any, TypedDict
 
 from dgx_music.validation import (
@@ -59,6 +59,10 @@ def _always_stored(default: Any, check: Callable[..., object], **limits: float) 
     )
 
 
+_fields_of = cache(fields)
+"""What each request asks for several times."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The sampling fields; building it raises ``InvalidRequestError`` on the first bad one.
@@ -78,7 +82,7 @@ class Sampling:
     negative_prompt: str | None = _checked(None, lambda _name, value: check_negative_prompt(value))
 
     def __post_init__(self) -> None:
-        for each in fields(Sampling):
+        for each in _fields_of(Sampling):
             value = getattr(self, each.name)
             if value is not None or each.default is not None:
                 self._set(each.name, each.metadata["check"](each.name, value))
@@ -93,12 +97,12 @@ class Sampling:
         """The sampling fields as they are stored, and as they count in a request's hash."""
         return {
             each.name: getattr(self, each.name)
-            for each in fields(Sampling)
+            for each in _fields_of(Sampling)
             if "is_always_stored" in each.metadata or getattr(self, each.name) != each.default
         }
 
     @staticmethod
     def pick(values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sampling fields among the values; one that is ``None`` keeps its default."""
-        names = [each.name for each in fields(Sampling)]
+        names = (each.name for each in _fields_of(Sampling))
         return {name: values[name] for name in names if values.get(name) is not None}

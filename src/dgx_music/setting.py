@@ -56,7 +56,7 @@ class Setting:
             return f"use one of {', '.join(get_args(self.type))}"
         if self.low is not None:
             number = "whole number" if self.type is int else "number"
-            return f"use a {number} from {self.low:g} to {self.high:g}"
+            return f"use a {number} from {self.low:.12g} to {self.high:.12g}"
         return f"use text: {self.description}"
 
     def _find(

@@ -178,6 +178,8 @@ def tidy_text(message: str) -> str:
 
 def check_model(value: object, field: str = "model") -> ModelInfo:
     """Return the facts of the model of this name, or of this local folder."""
+    if isinstance(value, str) and value in MODELS:  # nearly always: without more checks
+        return MODELS[value]
     name = check_name(field, value)
     model = find_model(at_home(field, name))
     if model is None:
@@ -268,6 +270,24 @@ def check_between(field: str, value: object, low: float, high: float) -> float:
     if not low <= number <= high:
         raise InvalidRequestError(field, f"is {exactly(number)}", remedy)
     return number
+
+
+def check_bpm_range(low: float | None, high: float | None, low_field: str, high_field: str) -> None:
+    """Refuse a range of tempos that no tempo is in; ``None`` is no limit."""
+    if low is not None and high is not None and low > high:
+        problem = f"is {exactly(low)} and {high_field} is {exactly(high)}, so no tempo fits"
+        remedy = f"use a lower {low_field} or a higher {high_field}"
+        raise InvalidRequestError(low_field, problem, remedy)
+
+
+def check_time_range(
+    start: datetime | None, end: datetime | None, start_field: str, end_field: str
+) -> None:
+    """Refuse a range of time that is empty, since its end does not belong to it."""
+    if start is not None and end is not None and start >= end:
+        problem = f"is {start.isoformat()} and {end_field} is {end.isoformat()}, so no time fits"
+        remedy = f"use an earlier {start_field} or a later {end_field}"
+        raise InvalidRequestError(start_field, problem, remedy)
 
 
 def check_integer(field: str, value: object, low: int, high: int) -> int:

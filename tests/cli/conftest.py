@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,6 +17,7 @@ import pytest
 from dgx_music.cli import main
 from dgx_music.storage import Database, count_generations
 from tests.factories import add_generation
+from tests.forks import WorkerFork
 from tests.patience import PATIENCE
 
 URL = "sqlite:///data/generations.db"
@@ -32,6 +35,7 @@ class Result(NamedTuple):
 
 Run = Callable[..., Result]
 Spawn = Callable[..., "subprocess.Popen[str]"]
+Work = Callable[..., WorkerFork]
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +81,22 @@ def spawn() -> Iterator[Spawn]:
     for process in processes:
         process.terminate()
         process.communicate(timeout=PATIENCE)
+
+
+@pytest.fixture
+def work(place: Path) -> Iterator[Work]:
+    """Starts workers, which log to ``worker.log``; none outlives the test."""
+    workers: list[WorkerFork] = []
+
+    def start(*arguments: object) -> WorkerFork:
+        words = [str(argument) for argument in arguments]
+        workers.append(WorkerFork(words, dict(os.environ), place / "worker.log"))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(PATIENCE)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dgx_music.cli.request_options import CHANGE_OPTIONS
-from tests.cli.conftest import Run, Spawn, add, count_rows
+from tests.cli.conftest import Run, Work, add, count_rows
 from tests.factories import audio_file
 from tests.patience import PATIENCE
 
@@ -131,10 +131,8 @@ def test_the_help_says_no_default_that_does_not_hold(run: Run) -> None:
     assert "default 0." in CHANGE_OPTIONS["priority"].__metadata__[0].help
 
 
-def test_what_was_made_again_with_its_seed_sounds_the_same(
-    run: Run, spawn: Spawn, tone: Any
-) -> None:
-    spawn("worker")
+def test_what_was_made_again_with_its_seed_sounds_the_same(run: Run, work: Work, tone: Any) -> None:
+    work()
     old = run("enqueue", "lofi rain", "--duration", 1, "--wait", "--timeout", PATIENCE).out.strip()
 
     (new,) = run("again", old, "--seed", "same", "--json").json

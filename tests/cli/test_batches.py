@@ -9,7 +9,7 @@ import pytest
 from dgx_music.cli.batch_progress import board, in_words
 from dgx_music.forecast import Range
 from dgx_music.storage.batch_progress import BatchProgress
-from tests.cli.conftest import Run, Spawn, add, count_rows
+from tests.cli.conftest import Run, Work, add, count_rows
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -63,7 +63,9 @@ def test_a_batch_may_be_given_a_name(run: Run, is_file: bool) -> None:
 
     run("enqueue", *(["--file", "prompts.txt"] if is_file else ["a"]), "--batch", "monday")
 
-    assert [each["name"] for each in run("batches", "--json").json] == ["monday"]
+    listed = run("batches", "--json").json
+    assert [each["name"] for each in listed] == ["monday"]
+    assert run("batches", "--page").json == {"batches": listed, "next": None}
 
 
 @pytest.mark.parametrize(
@@ -262,10 +264,10 @@ def test_on_a_terminal_a_batch_has_a_bar(
     assert "1 of 2" in seen
 
 
-def test_a_batch_that_is_made_ends_0(spawn: Spawn, run: Run, tone: Any) -> None:
+def test_a_batch_that_is_made_ends_0(work: Work, run: Run, tone: Any) -> None:
     write_prompts("a", "b")
     run("enqueue", "--file", "prompts.txt", "--duration", 1)
-    spawn("worker")
+    work()
 
     result = run("watch", "prompts.txt", "--timeout", PATIENCE)
 

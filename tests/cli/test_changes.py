@@ -276,7 +276,7 @@ def test_delete_asks_also_for_an_id(run: Run, place: Path) -> None:
     result = run("delete", mine, "--output", "audio")
     assert (result.code, file.exists(), count_rows()) == (2, True, 1)
     assert f"add it to delete generation {mine} in" in result.err
-    assert "with their audio" in result.err
+    assert ", audio included" in result.err
 
 
 def test_delete_refuses_what_is_running_and_names_force(run: Run) -> None:

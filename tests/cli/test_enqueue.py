@@ -68,6 +68,7 @@ BAD_ARGUMENTS = {
     "a timeout without a wait": ["x", "--timeout", "3"],
     "a negative timeout": ["x", "--wait", "--timeout", "-1"],
     "a folder for the audio": ["x", "--out", "."],
+    "a format that cannot hold the sample rate": ["x", "--sample-rate", "96000", "--out", "a.mp3"],
     "audio in a folder that is not there": ["x", "--out", "nowhere/rain.wav"],
 }
 
@@ -455,3 +456,21 @@ def test_a_bad_clip_in_a_file_is_named_by_its_line(run: Run) -> None:
     assert run("enqueue", "--file", "prompts.jsonl").err.startswith(
         "Error: line 3: continuation is not audio"
     )
+
+
+def test_a_full_queue_is_told_in_one_sentence_and_a_code_of_its_own(
+    run: Run, migrated: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DGX_MUSIC_MAX_PENDING", "2")
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+
+    many = run("enqueue", "--file", "prompts.txt")
+    codes = [run("enqueue", prompt).code for prompt in "ab"]
+    one = run("enqueue", "c")
+
+    assert (many.code, codes, one.code) == (75, [0, 0], 75)
+    assert many.err == (
+        "Error: The queue has no room for 3 more generations: DGX_MUSIC_MAX_PENDING lets 2 wait; "
+        "send fewer at a time.\n"
+    )
+    assert one.out == ""

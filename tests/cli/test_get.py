@@ -80,7 +80,7 @@ def test_get_takes_many_and_numbers_equal_names(run: Run) -> None:
     assert result.json["saved"][0] == {
         "id": ids[0],
         "path": str(Path("takes/a.wav").absolute()),
-        "format": "wav",
+        "audio_format": "wav",
         "size_bytes": len(DATA),
     }
     assert result.json["refused"] == []
@@ -152,7 +152,7 @@ def test_get_replaces_nothing_unasked(run: Run) -> None:
             "--out has the placeholder {tempo}, which is not known; use {title}",
         ),
         (["--out", "a.flac", "--format", "mp3"], "--out ends with .flac, and the format is mp3"),
-        (["--format", "aac"], "Invalid value for '--format'"),
+        (["--format", "aac"], "Invalid value for '--audio-format'"),
         (["--out", "-", "--json"], "--json is given, and the audio goes to stdout"),
         (["more", "--out", "-"], "--out is stdout; give one id, or a folder"),
         (["--status", "completed"], "ID comes with filters; name ids, or choose by --batch and"),

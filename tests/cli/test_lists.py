@@ -83,12 +83,39 @@ def test_the_count_is_that_of_all_statuses_asked_for(run: Run) -> None:
     assert "There are no processing generations" in run("list", "-s", "processing").err
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--bpm-from", 100, "--bpm-to", 90], "--bpm-from is 100 and --bpm-to is 90, so no tempo fits"),
+        (["--since", "2026-01-02", "--until", "2026-01-01"], "use an earlier --since or a later --until"),
+        (["--since", "2026-01-02", "--until", "2026-01-02"], "so no time fits"),
+    ],
+)  # fmt: skip
+def test_a_range_in_which_nothing_can_lie_is_refused(
+    run: Run, options: list[object], problem: str
+) -> None:
+    for command in (["list"], ["search", "rain"], ["cancel", "--yes"]):
+        result = run(*command, *options)
+        assert (result.code, problem in result.err) == (2, True)
+
+
 @pytest.mark.usefixtures("five")
 def test_pages_of_an_order_follow_each_other(run: Run) -> None:
     cursor = run("list", "--sort", "bpm", "-n", 1).err.split("--after ")[1].split()[0]
 
     assert prompts(run, "--sort", "bpm", "--after", cursor) == ["slow"]
     assert run("list", "--after", cursor).code == 2
+
+
+@pytest.mark.usefixtures("five")
+def test_a_program_gets_the_cursor_of_the_next_page_with_the_rows(run: Run) -> None:
+    found, after = [], []
+    while after != ["--after", None]:
+        page = run("list", "--page", "-n", 2, *after).json
+        found += page["generations"]
+        after = ["--after", page["next"]]
+
+    assert found == run("list", "--json").json
 
 
 @pytest.mark.usefixtures("five")
@@ -188,15 +215,18 @@ def test_a_row_of_a_list_as_json_is_small_and_has_no_waveform(run: Run) -> None:
         sha256="ab" * 32,
         file_path="/data/outputs/ab/cd/" + "x" * 40,
         generation_time_seconds=3.25,
+        sampling={"guidance_scale": 3.0, "temperature": 1.0, "top_k": 250, "seed": 2**53 - 1},
+        take=2,
         title="Night drive",
         tags=["ambient"],
         bpm=92.5,
         musical_key="F#m",
     )
 
-    result = run("list", "--json")
-    assert "waveform" not in result.json[0]["metadata"]["audio"]
-    assert len(result.out) <= 1_600
+    for command in (["list"], ["search", "night drive"]):
+        result = run(*command, "--json")
+        assert result.json[0]["metadata"]["audio"] == {"duration_seconds": 30.0, "format": "flac"}
+        assert len(result.out) <= 1_100
     assert "waveform" not in run("show", made, "--json").json["metadata"]["audio"]
     shown = run("show", made, "--json", "--waveform").json
     assert shown["metadata"]["audio"]["waveform"] == audio["waveform"]
@@ -207,7 +237,7 @@ def test_titles_and_notes_are_given_shown_and_taken_away(run: Run) -> None:
         "enqueue", "pads", "--tag", "Warm", "--tag", "a", "--star", "--title", "One"
     ).out.strip()
     row = run("show", made, "--json").json
-    assert (row["title"], row["tags"], row["is_starred"]) == ("One", ["a", "warm"], True)
+    assert (row["title"], row["tags"], row["starred"]) == ("One", ["a", "warm"], True)
 
     assert run("title", made[-4:], "Night", "drive", "--json").json["title"] == "Night drive"
     assert "has these notes" in run("note", made, "for the café scene").err

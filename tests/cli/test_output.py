@@ -43,6 +43,7 @@ def test_a_size_is_told_in_its_unit(count: int, words: str) -> None:
         ("progress", 0.5, "50%"),
         ("sample_rate", 32_000, "32,000 Hz"),
         ("sampling", {"top_k": 250, "seed": None}, "top k 250"),
+        ("sampling", {"new": 1, "seed": 7, "top_k": 250}, "top k 250, seed 7, new 1"),
         ("cancel_requested", False, "no"),
         ("peak", 0.123456789, "0.123457"),
         ("metadata", {"mood": "ruhig ☂"}, '{"mood": "ruhig ☂"}'),

@@ -11,7 +11,7 @@ import pytest
 
 from dgx_music.cli.progress import MAX_BARS, board, describe
 from dgx_music.storage import Generation
-from tests.cli.conftest import Run, Spawn
+from tests.cli.conftest import Run, Spawn, Work
 from tests.patience import PATIENCE
 
 
@@ -70,9 +70,9 @@ def test_on_a_terminal_there_are_bars(
 
 
 def test_a_terminal_sees_progress_and_gets_its_cursor_back(
-    spawn: Spawn, tone: Callable[..., None]
+    work: Work, tone: Callable[..., None]
 ) -> None:
-    run_worker = spawn("worker")
+    worker = work()
     terminal, theirs = pty.openpty()
     words = ("enqueue", "lofi rain", "--duration", "1", "--wait")
     command = [sys.executable, "-m", "dgx_music.cli", *words]
@@ -92,7 +92,7 @@ def test_a_terminal_sees_progress_and_gets_its_cursor_back(
 
     assert "100%" in seen
     assert seen.count("\x1b[?25h") == seen.count("\x1b[?25l") > 0
-    assert run_worker.poll() is None
+    assert worker.poll() is None
 
 
 def test_a_ctrl_c_while_waiting_ends_130_and_the_row_stays(run: Run, spawn: Spawn) -> None:

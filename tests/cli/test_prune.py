@@ -68,9 +68,15 @@ def test_on_a_terminal_a_no_deletes_nothing(run: Run, monkeypatch: pytest.Monkey
     assert (result.code, result.err, count_rows()) == (1, "Nothing was changed.\n", 1)
 
 
-@pytest.mark.parametrize("answer", ["y\n", "n\n", ""])
 @pytest.mark.parametrize(
-    "command", ["prune --completed-days 0", "prune --orphans --output audio", "db reset"]
+    ("command", "answer"),
+    [
+        ("prune --completed-days 0", "y\n"),
+        ("prune --orphans --output audio", "n\n"),
+        ("prune --orphans --output audio", "y\n"),
+        ("db reset", ""),
+        ("db reset", "y\n"),
+    ],
 )
 def test_what_a_pipe_says_is_nobodys_answer(spawn: Spawn, command: str, answer: str) -> None:
     (kept,) = add("a", status="completed", attempt=1)

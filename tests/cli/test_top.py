@@ -22,7 +22,7 @@ import pytest
 
 from dgx_music import close_db, init_db, queue_overview
 from dgx_music.storage.pauses import get_pauses
-from tests.cli.conftest import URL, Run, Spawn, add, opened_default
+from tests.cli.conftest import URL, Run, Work, add, opened_default
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
 
@@ -210,12 +210,12 @@ def test_without_a_choice_there_is_nothing_to_cancel(start: Start) -> None:
 
 
 def test_one_that_runs_is_shown_and_stopped(
-    start: Start, spawn: Spawn, tone: Callable[..., None], run: Run
+    start: Start, work: Work, tone: Callable[..., None], run: Run
 ) -> None:
     tone({"prompt": "rain", "do": "wait", "seconds": 3_600})
     (generation_id,) = add("lofi rain")
     terminal = start()
-    spawn("worker", "--slots", 1)
+    work("--slots", 1)
     terminal.until("1 of 1")
 
     terminal.press("jc")

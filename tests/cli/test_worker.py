@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from dgx_music.cli.prompt_to_audio import _removed_on_failure, copy_audio
-from dgx_music.config import SETTINGS
+from dgx_music.cli.audio_copy import _removed_on_failure, copy_audio
+from dgx_music.config import QUEUE_SETTINGS, SETTINGS
 from dgx_music.errors import ArtifactError
-from dgx_music.storage import Generation
-from tests.cli.conftest import Run, Spawn, add
-from tests.factories import audio_file
+from tests.cli.conftest import Run, Spawn, Work, add
+from tests.factories import audio_file, made_of
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("migrated")
@@ -28,10 +27,11 @@ def wait_until_says(process: subprocess.Popen[str], words: str) -> None:
     assert any(words in line for line in process.stderr)
 
 
-def test_every_setting_is_an_option(run: Run) -> None:
+def test_every_setting_of_a_worker_is_an_option(run: Run) -> None:
     text = run("worker", "--help").out
 
-    assert [name for name in SETTINGS if f"--{name.replace('_', '-')[:20]}" not in text] == []
+    missing = {name for name in SETTINGS if f"--{name.replace('_', '-')[:20]}" not in text}
+    assert missing == {*QUEUE_SETTINGS}
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,10 @@ def test_a_copy_is_for_whom_the_setting_says(
     tmp_path: Path, monkeypatch, access: str, mode: int
 ) -> None:
     monkeypatch.setenv("DGX_MUSIC_FILE_ACCESS", access)
-    (tmp_path / "song-1.wav").write_bytes(b"audio")
+    made = made_of(b"audio", tmp_path / "song-1.wav")
     before = os.umask(0)
     try:
-        copy_audio(
-            Generation(file_path=str(tmp_path / "song-1.wav")), tmp_path / "rain.wav", force=False
-        )
+        copy_audio(made, tmp_path / "rain.wav", force=False)
     finally:
         os.umask(before)
 
@@ -138,26 +136,23 @@ def test_a_worker_is_listed_and_a_sigterm_ends_it_with_0(
 
 
 def test_enqueue_waits_for_a_real_worker_and_copies_the_audio(
-    run: Run, spawn: Spawn, tone: Tone
+    run: Run, work: Work, tone: Tone
 ) -> None:
-    spawn("worker")
+    work()
 
     result = run("enqueue", "lofi rain", "--duration", 1, "--out", "rain.wav", "--json")
 
     assert (result.code, result.json["status"]) == (0, "completed")
     assert Path("rain.wav").read_bytes() == Path(result.json["file_path"]).read_bytes()
     assert "Copied to rain.wav" in result.err
-    assert run("enqueue", "trap", "--duration", 1, "--out", "rain.ogg", "--wait").err.endswith(
-        "whatever its name says.\n"
-    )
 
 
 def test_waiting_for_a_file_ends_1_where_one_of_its_generations_failed(
-    run: Run, spawn: Spawn, tone: Tone
+    run: Run, work: Work, tone: Tone
 ) -> None:
     tone({"prompt": "storm", "do": "reject", "message": "no thunder today"})
     Path("prompts.txt").write_text("".join(f"rain {number}\n" for number in range(10)) + "storm\n")
-    spawn("worker", "--slots", 4)
+    work("--slots", 4)
 
     result = run("enqueue", "--file", "prompts.txt", "--duration", 0.1, "--wait")
 
@@ -166,19 +161,48 @@ def test_waiting_for_a_file_ends_1_where_one_of_its_generations_failed(
     assert "10 of 11 completed." in result.err
 
 
+@pytest.mark.parametrize("name", ["rain.OGG", "rain.mp3", "rain.flac"])
+def test_the_suffix_of_a_copy_converts_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_audio(made_of(audio_file(0.5)), Path(name), force=False)
+
+    assert soundfile.info(name).format == Path(name).suffix[1:].upper()
+    assert capsys.readouterr().err == f"Converted to {name}.\n"
+
+
+def test_a_copy_without_the_suffix_of_a_format_is_as_it_is_stored(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy_audio(made_of(b"audio"), Path("rain.bin"), force=False)
+
+    assert Path("rain.bin").read_bytes() == b"audio"
+    assert "Note: rain.bin holds WAV audio, as it is stored." in capsys.readouterr().err
+
+
+def test_damaged_audio_is_not_copied() -> None:
+    made = made_of(b"audio")
+    Path("made-1.wav").write_bytes(b"audIo")
+
+    with pytest.raises(ArtifactError, match="damaged"):
+        copy_audio(made, Path("rain.wav"), force=False)
+
+    assert not Path("rain.wav").exists()
+
+
 def test_an_audio_file_that_appears_meanwhile_is_not_overwritten() -> None:
-    Path("made.wav").write_text("music")
     Path("rain.wav").write_text("mine")
 
     with pytest.raises(ArtifactError, match="file exists"):
-        copy_audio(Generation(file_path="made.wav"), Path("rain.wav"), force=False)
+        copy_audio(made_of(b"music"), Path("rain.wav"), force=False)
 
     assert Path("rain.wav").read_text() == "mine"
 
 
 def test_audio_that_is_on_another_machine_is_said_to_be_missing() -> None:
+    made = made_of(b"music")
+    Path("made-1.wav").unlink()
+
     with pytest.raises(ArtifactError, match="no such file"):
-        copy_audio(Generation(file_path="/elsewhere/made.wav"), Path("rain.wav"), force=False)
+        copy_audio(made, Path("rain.wav"), force=False)
 
 
 def test_music_starts_with_the_clip_that_it_continues(run: Run, tone: Tone) -> None:

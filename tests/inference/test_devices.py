@@ -19,6 +19,15 @@ def test_a_gpu_that_is_not_there_is_refused(name: str, monkeypatch: pytest.Monke
         load(device=name)
 
 
+def test_8_bit_weights_are_refused_on_a_gpu_before_any_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("dgx_music.inference.musicgen.engine.load_weights", None)
+    with pytest.raises(EngineUnavailableError, match=r"int8 makes a GPU slower.*WEIGHTS=full"):
+        load(device="cuda", dtype="float16", weights="int8")
+
+
 @pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
 def test_auto_takes_the_gpu_if_there_is_one(
     has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch

@@ -86,6 +86,59 @@ def test_few_plans_serve_many_rows() -> None:
     assert len(launcher.plans) > 40
 
 
+class NotingLauncher(BucketLauncher):
+    """Notes what is recorded and launched, and makes no step."""
+
+    def __init__(self, *_: Any) -> None:
+        self.recorded: list[Plan] = []
+        self.plans: list[Plan] = []
+
+    def record(self, plan: Plan) -> None:
+        self.recorded.append(plan)
+
+    def launch(self, plan: Plan) -> None:
+        self.plans.append(plan)
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> NotingLauncher:
+    """The launcher of slots whose kernels find each row's lengths on the device."""
+    launcher = NotingLauncher()
+    monkeypatch.setattr(decoder().attention, "has_kernel", True)
+    monkeypatch.setattr("dgx_music.inference.musicgen.slots.make_launcher", lambda *_: launcher)
+    return launcher
+
+
+def test_rows_of_all_lengths_and_texts_meet_a_plan_that_was_recorded_at_the_start(
+    launcher: NotingLauncher,
+) -> None:
+    slots = make_slots(5)
+    rows = [
+        make_row(PROMPTS[0], 20),
+        make_row(PROMPTS[1], 9, guidance_scale=1.0),
+        make_row(PROMPTS[2], 13, top_k=0, top_p=0.9),
+        make_row(PROMPTS[3] * 3, 60),
+        make_row(PROMPTS[1], 70, temperature=0.0),
+    ]
+    for row in rows:
+        slots.admit(row)
+        slots.step()
+    assert set(launcher.plans) <= set(launcher.recorded)
+    assert [plan.rows for plan in launcher.plans] == [1, 2, 4, 4, 5]
+    assert len(set(launcher.recorded)) == 4
+
+
+def test_a_text_of_unusual_length_takes_recordings_of_its_own(launcher: NotingLauncher) -> None:
+    slots = make_slots(2)
+    long, usual = make_row(PROMPTS[1] * 3, 9), make_row(PROMPTS[1], 9)
+    slots.admit(long)
+    slots.step()
+    slots.retire(long)
+    slots.admit(usual)
+    slots.step()
+    assert [plan in launcher.recorded for plan in launcher.plans] == [False, True]
+
+
 def make_plan(
     rows: int, passes: int, contexts: list[int], texts: list[int], max_top_k: int
 ) -> Plan:
@@ -135,7 +188,7 @@ def pretend(slots: Slots) -> None:
 def test_a_launch_never_waits_for_a_number(occupied: Slots) -> None:
     pretend(occupied)
     with torch.no_grad():
-        occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
+        occupied._advance(bucket(occupied._plan(occupied.rows), 4, decoder().max_positions))
     assert all(
         isinstance(column, FakeTensor) for column in occupied._state if isinstance(column, Tensor)
     )
@@ -153,7 +206,7 @@ def test_a_launch_that_waits_for_a_number_is_found(
     monkeypatch.setattr(occupied._decoder, "forward", wait)
     pretend(occupied)
     with torch.no_grad(), pytest.raises(DataDependentOutputException):
-        occupied._advance(bucket(occupied._plan(), 4, decoder().max_positions))
+        occupied._advance(bucket(occupied._plan(occupied.rows), 4, decoder().max_positions))
 
 
 # on a GPU
@@ -207,7 +260,9 @@ def test_two_engines_record_at_the_same_time(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.gpu
 @needs_gpu
-def test_one_recording_serves_a_whole_clip() -> None:
+def test_no_clip_waits_for_a_recording() -> None:
     slots = make_slots_on_gpu()
-    decode([make_row(PROMPTS[0], 77)], slots=slots)
-    assert len(slots._launcher._graphs) == 1
+    recorded = dict(slots._launcher._graphs)
+    decode([make_row(PROMPTS[0], 77), make_row(PROMPTS[1], 20, top_k=0)], slots=slots)
+    assert None not in recorded.values()
+    assert slots._launcher._graphs == recorded

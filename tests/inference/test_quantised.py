@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,6 +221,29 @@ def test_a_change_to_nan_is_nan() -> None:
         decoder._final_norm.weight[3] = torch.nan
 
     assert math.isnan(drift.measure_change(decoder, trials(), torch.no_grad()(damage)))
+
+
+def test_each_trial_gives_its_cache_back_before_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Free memory is measured right after them."""
+    decoder, caches = make_decoder(), []
+    empty_cache = decoder.empty_cache
+
+    def make_cache(slot_count: int) -> Tensor:
+        assert [cache() for cache in caches] == [None] * len(caches)
+        cache = empty_cache(slot_count)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(decoder, "empty_cache", make_cache)
+    rows = [make_row(frames=2), make_row(frames=3)]
+    gc.disable()
+    try:
+        drift.measure_change(decoder, rows, lambda: None)
+    finally:
+        gc.enable()
+    assert len(caches) == 4
 
 
 BITS = [{"weights": "int8"}, {"kv_cache": "fp8"}, {"weights": "int8", "kv_cache": "fp8"}]

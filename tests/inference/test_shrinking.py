@@ -302,6 +302,21 @@ def test_idle_engines_give_way_before_slots_do(decode: Decode) -> None:
     assert loop.slot_count == 8
 
 
+class OrphanedRun(QuietRun):
+    def make_room(self) -> bool:
+        raise ConnectionError("the parent is gone")
+
+
+def test_rows_of_a_step_without_memory_are_answered_even_if_no_room_can_be_asked_for(
+    decode: Decode,
+) -> None:
+    loop = make_loop(Memory(stepped=0))
+    both = [decode(loop, OrphanedRun()), decode(loop, OrphanedRun())]
+    for row in both:
+        with pytest.raises(EngineError, match="the parent is gone"):
+            row.result(PATIENCE)
+
+
 def test_the_hosts_memory_counts_as_well(decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = make_loop(Memory())
     broken = [MemoryError()]

@@ -41,6 +41,9 @@ STICKY = [
     "context is destroyed",
     "driver shutting down",
     "invalid device context",
+    "unknown error",
+    "MPS client has been terminated",
+    "uncorrectable NVLink error: peer GPU memory over NVLink",
 ]
 PASSING = [
     "operation not permitted when stream is capturing",
@@ -89,6 +92,9 @@ def test_too_little_memory_is_known_and_is_no_lost_device(error: BaseException) 
     [
         *(AcceleratorError(f"CUDA error: {text}\n{ADVICE}") for text in STICKY),
         RuntimeError("CUDA driver error: unspecified launch failure"),
+        RuntimeError(
+            'captures_underway.empty() INTERNAL ASSERT FAILED at "/c10/cuda/CUDACachingAllocator.cpp":3'
+        ),
         RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
         caused(
             EngineError("The step failed."),

@@ -224,6 +224,31 @@ async def test_each_filter_and_order_is_read_from_an_index(database):
         assert "Seq Scan" not in plan
 
 
+WITH_FREQUENT_TAGS = [
+    {"tag": "ambient"},
+    {"tag": ["ambient", "keep"]},
+    {"tag": ["ambient", "rare"]},
+    {"tag": "keep", "status": ["failed", "completed"]},
+    {"tag": "keep", "sort": "bpm"},
+]
+
+
+async def test_a_tag_of_very_many_rows_changes_no_list_and_nothing_is_sorted(
+    sqlite_url, monkeypatch
+):
+    database = Database(sqlite_url)
+    await fill(database, 300)
+    before = [await all_ids(database, **each) for each in WITH_FREQUENT_TAGS]
+
+    monkeypatch.setattr("dgx_music.storage.listing._MANY_TAGGED", 50)
+
+    assert [await all_ids(database, **each) for each in WITH_FREQUENT_TAGS] == before
+    plan = await plan_of(database, lambda session: list_generations(session, tag="keep"))
+    assert "SCAN generations USING INDEX ix_generations_created_at" in plan
+    assert "TEMP B-TREE" not in plan
+    await database.dispose()
+
+
 @pytest.mark.parametrize("statuses", [["failed", "pending"], ["completed", "failed", "cancelled"]])
 async def test_a_page_of_several_statuses_reads_each_from_its_index_in_order(sqlite_url, statuses):
     database = Database(sqlite_url)
@@ -259,6 +284,9 @@ async def test_a_cursor_of_another_order_is_refused(database):
         ({"tag": ["a" * 51]}, "tag"),
         ({"bpm_from": "fast"}, "bpm_from"),
         ({"bpm_to": float("nan")}, "bpm_to"),
+        ({"bpm_from": 100, "bpm_to": 90}, "bpm_from"),
+        ({"created_from": at(9), "created_before": at(8)}, "created_from"),
+        ({"created_from": at(9), "created_before": at(9)}, "created_from"),
         ({"key": "H"}, "key"),
         ({"metadata": "a=b"}, "metadata"),
         ({"metadata": {"a": [1]}}, "metadata"),
@@ -270,3 +298,7 @@ async def test_a_wrong_filter_or_order_names_its_field(database, options, field)
     with pytest.raises(InvalidRequestError) as refused:
         await page(database, **options)
     assert refused.value.field == field
+
+
+async def test_a_range_of_one_tempo_is_one(database):
+    assert (await page(database, bpm_from=90, bpm_to=90)).generations == []

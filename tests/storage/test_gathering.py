@@ -147,6 +147,25 @@ async def test_a_cancelled_call_that_is_being_written_ends_first(database, trans
     assert await prompts(database) == ["first", "second"]
 
 
+async def test_a_call_that_is_cancelled_as_its_transaction_ends_disturbs_no_other(
+    database, monkeypatch
+):
+    transact = database.transact
+
+    async def transact_and_cancel(work, **options):
+        made = await transact(work, **options)
+        first.cancel()
+        return made
+
+    monkeypatch.setattr(database, "transact", transact_and_cancel)
+    first, second = asyncio.create_task(enqueue("first")), asyncio.create_task(enqueue("second"))
+
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert (await second).prompt == "second"
+    assert await prompts(database) == ["first", "second"]
+
+
 @on("asyncpg", "psycopg")
 async def test_what_waits_for_another_producers_key_holds_up_nobody_else(database):
     async with database.session() as session:

@@ -766,18 +766,32 @@ async def test_a_generation_that_a_worker_holds_takes_no_mark(database):
             generation.mark_completed(1.0)
 
 
-async def test_to_dict_has_a_key_for_every_column_and_is_plain_json(database):
+async def test_to_dict_has_a_key_for_each_column_that_is_not_internal_and_is_plain_json(database):
     lease = await start_one(database)
     row = await read(database, lease.generation_id)
     (attempt,) = await _attempts_of(database, lease)
 
-    columns = Generation.__table__.columns.keys()
-    assert list(row.to_dict()) == [name for name in columns if name != "search_text"]
+    internal = {"search_text", "prompt_id", "request_hash"}
+    columns = {*Generation.__table__.columns.keys()} - internal
+    assert {*row.to_dict()} == columns - {"is_starred"} | {"starred"}
     assert row.to_dict()["created_at"].endswith("+00:00")
     assert json.loads(json.dumps([row.to_dict(), attempt.to_dict()], allow_nan=False)) == [
         row.to_dict(),
         attempt.to_dict(),
     ]
+
+
+def test_a_summary_has_what_lists_need_and_the_values_of_to_dict():
+    audio = {"duration_seconds": 8.0, "format": "wav", "peak": 0.5, "waveform": [0.5]}
+    row = Generation(**WISH, metadata={"audio": audio, "order": 7}, tags=["a"], is_starred=True)
+
+    summary = row.to_summary()
+    facts = {"duration_seconds": 8.0, "format": "wav"}
+    assert summary.pop("metadata") == {"audio": facts, "order": 7}
+    assert {"id", "prompt", "status", "sampling", "title", "bpm", "file_path"} <= {*summary}
+    assert {"sha256", "run_at", "lease_expires_at"} & {*summary} == set()
+    told = row.to_dict()
+    assert summary == {name: told[name] for name in summary}
 
 
 async def _attempts_of(database, lease):

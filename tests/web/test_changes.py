@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dgx_music.storage import get_generation
+from dgx_music.storage.schema import new_id
 from tests.factories import SQLITE, add_generation, on, read
 
 pytestmark = pytest.mark.any_driver
@@ -71,6 +72,18 @@ async def test_what_is_not_completed_cannot_be_continued(client):
 
     assert (answer.status_code, answer.json()["type"]) == (409, "urn:dgx-music:wrong-status")
     assert (missing.status_code, missing.json()["field"]) == (422, "duration")
+
+
+@pytest.mark.parametrize("audio", [{}, {"sha256": "ab" * 32}])
+async def test_what_has_lost_its_audio_cannot_be_continued(client, default_database, audio):
+    generation_id = new_id()
+    if audio:
+        audio = {**audio, "file_path": f"/nowhere/{generation_id}-1.wav"}
+    await add(default_database, id=generation_id, status="completed", **audio)
+
+    answer = await client.post(f"/v1/generations/{generation_id}/continue", json={"duration": 20})
+
+    assert (answer.status_code, answer.json()["type"]) == (410, "urn:dgx-music:gone")
 
 
 async def test_a_star_is_given_and_taken(client, default_database):

@@ -79,6 +79,7 @@ async def test_words_search_the_prompts(client):
         ("colour=red", "colour"),
         ("limit=1&limit=2", "limit"),
         ("bpm_from=fast", "bpm_from"),
+        ("bpm_from=100&bpm_to=90", "bpm_from"),
         ("starred=yes", "starred"),
         ("sort=size", "sort"),
         ("q=rain&sort=bpm", "sort"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
+from html import unescape
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
@@ -11,7 +14,7 @@ from fastapi import FastAPI
 from dgx_music.client.logins import LASTS_SECONDS
 from dgx_music.client.tokens import create_token, revoke_token
 from dgx_music.storage import list_generations, queue
-from dgx_music.web import WebOptions, music_lifespan, music_router
+from dgx_music.web import WebOptions, music_lifespan, music_router, shell
 from dgx_music.web.shell import FILES, VERSION
 from dgx_music.web.site import LOGINS_PER_MINUTE
 from tests.factories import add_generation, claim_one, completion_of
@@ -19,6 +22,7 @@ from tests.factories import add_generation, claim_one, completion_of
 HOSTILE = "<img src=x onerror=alert(1)>"
 RTL = "\u202eموسيقى\u202c"
 MOST_BYTES = 60_000
+MOST_CODE = 40 * 1024
 
 
 @pytest.fixture
@@ -107,6 +111,13 @@ async def test_first_paint_needs_little(client, default_database):
     assert page + sum(len(content) for content, _ in FILES.values()) <= MOST_BYTES
 
 
+def test_its_code_is_small():
+    """Scripts, styles and templates, as they are in the repository."""
+    folders = [Path(shell.__file__).parent / name for name in ("static", "templates")]
+
+    assert sum(path.stat().st_size for each in folders for path in each.iterdir()) <= MOST_CODE
+
+
 # ---- without scripts
 
 
@@ -125,10 +136,13 @@ async def test_the_list_shows_prompts_as_text_only(client, default_database):
 async def test_a_completed_row_can_be_played_and_saved(client, default_database):
     generation_id = await add_completed(default_database, prompt="lofi rain")
 
-    text = (await client.get("/")).text
+    audio = f"/v1/generations/{generation_id}/audio"
+    assert f'data-do="play" href="{audio}"' in (await client.get("/")).text
 
-    assert f'<audio controls preload="none" src="/v1/generations/{generation_id}/audio">' in text
-    assert f'href="/v1/generations/{generation_id}/audio?download=1"' in text
+    detail = (await client.get(f"/?show={generation_id}")).text
+
+    assert f'<audio controls preload="none" src="{audio}">' in detail
+    assert f'href="{audio}?download=1&amp;format=wav" download' in detail
 
 
 async def test_noise_is_called_noise(client, default_database):
@@ -172,9 +186,9 @@ async def test_longer_lists_have_a_link_to_older_ones(client, default_database):
         await add(default_database, prompt=f"number {number}")
 
     first = (await client.get("/?limit=2")).text
-    link = re.search(r'<a href="([^"]+)">Older', first)[1].replace("&amp;", "&")
+    link = re.search(r'id="older"[^>]* href="([^"]+)"', first)[1].replace("&amp;", "&")
 
-    assert "number 0</a>" in (await client.get(f"/{link}")).text
+    assert "number 0</a>" in (await client.get(link)).text
 
 
 async def test_an_empty_list_says_how_to_begin(client):
@@ -232,6 +246,70 @@ async def test_forms_of_other_sites_change_nothing(client, default_database, pat
     assert answer.status_code == 403
     assert "text/html" in answer.headers["content-type"]
     assert await rows_of(default_database) == []
+
+
+async def test_details_say_how_it_was_made_and_what_of(client, default_database):
+    parent = await add_completed(default_database, prompt="lofi rain", title="Rain")
+    child = await add(default_database, prompt="more rain", parent_id=parent)
+
+    text = (await client.get("/", params={"show": child.id, "status": "pending"})).text
+
+    detail = text[text.index('<aside id="detail"') :]
+    assert '<h2 id="detail-title" tabindex="-1">more rain</h2>' in detail
+    assert "<h3>Made from</h3>" in detail
+    assert f'<a href="?status=pending&amp;show={parent}">Rain</a> · done' in detail
+    assert "--data-raw" in detail
+    assert "<h3>Made from this</h3>" in (await client.get(f"/?show={parent}")).text
+
+
+async def test_details_of_nothing_say_so_beside_the_list(client, default_database):
+    await add(default_database, prompt="lofi rain")
+
+    answer = await client.get("/?show=nothing")
+
+    assert answer.status_code == 404
+    assert "There is no generation" in answer.text
+    assert "lofi rain</a>" in answer.text
+
+
+async def test_workers_have_a_view_of_their_own(client):
+    text = (await client.get("/?view=workers")).text
+
+    assert "No worker has been seen" in text
+    assert 'data-path="pause" data-model="musicgen-small"' in text
+    assert '<div id="home" hidden>' in text
+
+
+async def test_a_status_keeps_the_other_filters(client):
+    text = (await client.get("/?q=rain&status=failed")).text
+
+    assert '<a href="/?q=rain&amp;status=failed" aria-current="true">Failed</a>' in text
+    assert '<a href="/?q=rain&amp;starred=1">Starred</a>' in text
+    assert '<input type="hidden" name="status" value="failed">' in text
+
+
+@pytest.mark.parametrize(
+    ("query", "count"), [("", 3), ("tag=a", 2), ("tag=a&limit=1", 2), ("limit=1", 3)]
+)
+async def test_what_waits_can_be_cancelled_at_once(client, default_database, query, count):
+    for tags in (["a"], ["a"], ["b"]):
+        await add(default_database, tags=tags)
+
+    text = (await client.get(f"/?{query}")).text
+
+    assert f'data-count="{count}"' in text
+    filters = json.loads(unescape(re.search(r'data-filters="([^"]+)"', text)[1]))
+    assert filters["status"] == ["pending"]
+    done = await client.post("/v1/generations/cancel", json={"filters": filters, "expected": count})
+    assert done.json()["changed"] == count
+
+
+@pytest.mark.parametrize("query", ["q=rain", "status=failed"])
+async def test_what_does_not_wait_cannot_be_cancelled_at_once(client, default_database, query):
+    for _ in range(2):
+        await add(default_database, prompt="rain")
+
+    assert "data-count" not in (await client.get(f"/?{query}")).text
 
 
 # ---- who may
@@ -373,6 +451,19 @@ async def test_a_tenant_sees_and_makes_its_own_only(locked, default_database):
 
     assert "of mine" in text
     assert "of another tenant" not in text
+
+
+async def test_a_tenant_sees_no_details_counts_or_parents_of_others(locked, default_database):
+    client, secret = await locked("enqueue", tenant="label-7")
+    other = await add(default_database, prompt="of another tenant", title="secret")
+    own = await add(default_database, prompt="of mine", tenant="label-7", parent_id=other.id)
+    await log_in(client, secret)
+
+    assert (await client.get(f"/?show={other.id}")).status_code == 404
+    text = (await client.get(f"/?show={own.id}")).text
+    assert "secret" not in text
+    assert '<span id="counts"></span>' in text
+    assert "data-count" not in text
 
 
 # ---- in another application

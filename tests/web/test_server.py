@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from dgx_music.web.server import Listening, listen
 from tests.patience import PATIENCE
 
 ADDRESS = re.compile(r"(http://\S+)/v1")
@@ -116,6 +117,14 @@ def test_it_serves_this_machine_until_a_signal(start: Start, number: int) -> Non
     assert (status, row["status"]) == (202, "pending")
     assert "everybody on this machine" in server.lines[-1]
     assert server.end(number) == 0
+
+
+def test_no_part_of_an_answer_waits_for_the_receipt_of_another() -> None:
+    with listen(Listening(port=0)) as listener, socket.socket() as client:
+        client.connect(listener.getsockname())
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ EXIT_CODES = (
     "Exit codes: 0 all is well · 1 a generation failed or was cancelled, a question was answered "
     "with no, packages are missing (doctor), or an unexpected error · 2 bad input or setting · "
     "3 no such generation or batch · 4 its status does not allow it · 5 database · 6 engine · "
-    "7 output folder or disk · 74 done, but stdout is full · 124 timeout · 130 interrupted"
+    "7 output folder or disk · 74 done, but stdout is full · 75 the queue is full · 124 timeout · "
+    "130 interrupted"
 )
 _LONG_QUOTE = re.compile(r"'[^']{80,}'")
 _NO_THREAD = "can't start new thread"

@@ -24,6 +24,12 @@ def batches(
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
+    as_page: Annotated[
+        bool,
+        typer.Option(
+            "--page", help="Print a JSON object: `batches`, and the cursor `next` or null."
+        ),
+    ] = False,
 ) -> None:
     """List batches, newest first, and how far each is.
 
@@ -32,7 +38,9 @@ def batches(
     from dgx_music.cli.batch_progress import in_words
 
     page = asyncio.run(_read(limit, after, database_url))
-    if as_json:
+    if as_page:
+        print_json(page.to_dict(), indent=None)
+    elif as_json:
         print_json([batch.to_dict() for batch in page.batches])
     elif page.batches:
         lines = [

@@ -115,7 +115,7 @@ def delete(
     chosen = Chosen(ids or [], filters_of(options))
     artifacts = open_output(load_settings(**given(output=output)).output)
     work = partial(delete_generations, force=force, artifacts=artifacts, **given(timeout=timeout))
-    question = Question("delete", "Deleted", ", with their audio", is_asked_for_ids=True)
+    question = Question("delete", "Deleted", ", audio included", is_asked_for_ids=True)
     _change(chosen, question, work, database_url, yes=yes, as_json=as_json)
 
 
@@ -135,7 +135,7 @@ def star(
     from dgx_music.client.bulk import star_generations
 
     chosen = Chosen(ids or [], filters_of(options))
-    work = partial(star_generations, star=not off)
+    work = partial(star_generations, off=off)
     words = ("take the star from", "Took the star from") if off else ("star", "Starred")
     question = Question(*words)
     _change(chosen, question, work, database_url, yes=yes, as_json=as_json)

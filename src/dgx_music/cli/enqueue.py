@@ -45,7 +45,7 @@ Out = Annotated[
     typer.Option(
         "--out",
         "-o",
-        help="Wait, and copy the audio to this file.",
+        help="Wait, and write the audio to this file; the suffix of a format converts it.",
         callback=at_home,
         rich_help_panel=WAITING,
     ),
@@ -78,10 +78,9 @@ def enqueue(
 
     checked = prompt_to_audio.read(prompt, file, batch, given(**options))
     is_waiting = wait or out is not None
-    count = len(checked.rows)
-    prompt_to_audio.check_waiting(out, timeout, count, is_waiting=is_waiting, force=force)
+    prompt_to_audio.check_waiting(out, timeout, checked, is_waiting=is_waiting, force=force)
     show = (
-        partial(prompt_to_audio.show_json, is_list=file is not None or count > 1)
+        partial(prompt_to_audio.show_json, is_list=file is not None or len(checked.rows) > 1)
         if as_json
         else prompt_to_audio.show_ids
     )
@@ -92,4 +91,6 @@ def enqueue(
     if is_waiting and not tell_outcome(rows):
         raise typer.Exit(1)
     if out is not None:
-        prompt_to_audio.copy_audio(rows[0], out, force=force)
+        from dgx_music.cli.audio_copy import copy_audio
+
+        copy_audio(rows[0], out, force=force)

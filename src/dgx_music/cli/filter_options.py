@@ -16,6 +16,7 @@ from dgx_music.cli.output import tell
 from dgx_music.cli.times import local_words, read_time
 from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.statuses import GenerationStatus
+from dgx_music.validation import check_bpm_range, check_time_range
 
 if TYPE_CHECKING:
     from dgx_music.storage import Database, Filters
@@ -97,6 +98,8 @@ def filters_of(options: Mapping[str, Any]) -> Filters:
         local += [f"{name} {local_words(found[name])}"] if is_local else []
     if local:
         tell(f"In local time: {', '.join(sorted(local))}.")
+    check_bpm_range(found.get("bpm_from"), found.get("bpm_to"), "--bpm-from", "--bpm-to")
+    check_time_range(found.get("since"), found.get("until"), "--since", "--until")
     return cast("Filters", {_LIBRARY_NAMES.get(name, name): value for name, value in found.items()})
 
 

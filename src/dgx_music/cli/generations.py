@@ -60,6 +60,12 @@ def list_generations(
     ] = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page", help="Print a JSON object: `generations`, and the cursor `next` or null."
+        ),
+    ] = False,
     **options: Any,
 ) -> None:
     """List generations, newest first.
@@ -68,15 +74,17 @@ def list_generations(
     dgx-music list -s completed --starred --tag ambient --since yesterday
 
     On a terminal an id is shown as its shortest end that means it alone.
-    Commands take any part of an id, of 4 characters or more.
+    Commands take any part of an id that fits no other one.
     """
     names = read_columns(columns)
     wanted = _Wanted(filters_of(options), limit, offset, after, sort or "created", reverse)
     wanted.check()
     listed = asyncio.run(_list(wanted, database_url))
     rows = listed.page.generations
-    if as_json:
-        print_json_rows(row.to_dict() for row in rows)
+    if page:
+        print_json(listed.page.to_dict(), indent=None)
+    elif as_json:
+        print_json_rows(row.to_summary() for row in rows)
     elif rows:
         print_generations(rows, names, listed.id_characters)
     rest = _rest_of(listed.page, listed.total, after, wanted.statuses)

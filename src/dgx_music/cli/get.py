@@ -43,7 +43,9 @@ Out = Annotated[
 ]
 Format = Annotated[
     AudioFormat | None,
-    typer.Option("--format", help="Convert to this format; default: as it is stored."),
+    typer.Option(
+        "--audio-format", "--format", help="Convert to this format; default: as it is stored."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that are there.")]
 
@@ -207,7 +209,7 @@ def _as_json(outcome: _Outcome) -> dict[str, Any]:
             {
                 "id": generation_id,
                 "path": str(saved.path),
-                "format": saved.audio_format,
+                "audio_format": saved.audio_format,
                 "size_bytes": saved.size_bytes,
             }
             for generation_id, saved in outcome.saved.items()

@@ -19,8 +19,8 @@ from dgx_music.validation import check_name
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-SHORTEST_PART = 4
-"""The fewest characters of an id that are looked for in all ids."""
+_SHORTEST_END = 4
+"""The fewest last characters of an id that are shown, and that mean more than the same within one."""
 _MOST_NAMED = 3
 _MOST_SHORTENED = 1_000
 
@@ -48,18 +48,14 @@ def exists(database: Database) -> bool:
 async def find_generation(database: Database, wanted: str) -> Generation:
     """Return the generation with this id, or the one that this part of an id means.
 
-    Raises ``GenerationNotFoundError``, or ``InvalidRequestError`` if the part is too short or fits
-    several.
+    Raises ``GenerationNotFoundError``, or ``InvalidRequestError`` if the part fits several.
     """
     part = check_name("ID", wanted).lower()
     async with database.session(read_only=True) as session:
         generation = await get_generation(session, part)
-        if generation is None and len(part) >= SHORTEST_PART:
+        if generation is None:
             found = the_one_meant(wanted, await find_generation_ids(session, part))
             generation = await get_generation(session, found) if found else None
-    if generation is None and len(part) < SHORTEST_PART:
-        remedy = f"give {SHORTEST_PART} characters of an id or more"
-        raise InvalidRequestError("ID", f"is {wanted!r}, which is too short", remedy)
     if generation is None:
         raise GenerationNotFoundError(wanted)
     return generation
@@ -84,7 +80,7 @@ async def look_for_batch(database: Database, wanted: str, field: str) -> str | N
     name = check_name(field, wanted)
     async with database.session(read_only=True) as session:
         ids = await find_named_batches(session, name)
-        if not ids and len(name) >= SHORTEST_PART:
+        if not ids:
             ids = await find_batch_ids(session, name.lower())
     return the_one_meant(name, ids, field)
 
@@ -116,19 +112,20 @@ async def id_characters(session: AsyncSession, rows: Sequence[Generation]) -> in
     """
     if not rows or len(rows) > _MOST_SHORTENED or not is_bounded():
         return None
-    return await count_end_characters(session, [row.id for row in rows], SHORTEST_PART)
+    return await count_end_characters(session, [row.id for row in rows], _SHORTEST_END)
 
 
 def the_one_meant(part: str, ids: Sequence[str], field: str = "ID") -> str | None:
     """Return the one id that ends with this part, else the one that starts with it, or holds it.
 
-    ``None`` if there is none. Raises ``InvalidRequestError`` if there are several.
+    A part of few characters must be in no other id at all: it may be a slip of the finger. ``None``
+    if there is none. Raises ``InvalidRequestError`` if there are several.
     """
     low = part.lower()
     ends, starts = (
         [each for each in ids if is_so(each, low)] for is_so in (str.endswith, str.startswith)
     )
-    fitting = ends or starts or ids
+    fitting = ends or starts or ids if len(part) >= _SHORTEST_END else ids
     if len(fitting) > 1:
         several = ", ".join(fitting[:_MOST_NAMED]) + (", …" if len(fitting) > _MOST_NAMED else "")
         problem = f"{part!r} fits more than one"

@@ -119,6 +119,6 @@ Timeout = Annotated[
 GenerationId = Annotated[
     str,
     typer.Argument(
-        metavar="ID", help="The generation's id, or a part of it (4 characters or more)."
+        metavar="ID", help="The generation's id, or any part of it that fits no other one."
     ),
 ]

@@ -11,8 +11,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -23,10 +24,13 @@ from rich.text import Text
 
 from dgx_music.catalog import UNTRAINED_NOTICE, is_untrained
 from dgx_music.errors import InvalidRequestError
+from dgx_music.sampling import Sampling
 from dgx_music.text import plain, plain_json
 from dgx_music.validation import CLIP_FIELDS
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from dgx_music.storage import Generation
 
 WAVEFORM_WIDTH = 72
@@ -43,7 +47,6 @@ _LABELS = {
     "device_seconds": "device time",
     "bpm": "tempo",
     "musical_key": "key",
-    "is_starred": "starred",
 }
 _STATES = {"STATUS", "OUTCOME", "STATE", "CHECK"}
 STYLES = {
@@ -251,7 +254,7 @@ def shown(name: str, value: Any, now: datetime) -> str:
     if name == "sampling":
         told = {
             key: item
-            for key, item in value.items()
+            for key, item in in_order(value, Sampling).items()
             if item is not None and key != "negative_prompt"
         }
         return ", ".join(f"{label(key)} {item}" for key, item in told.items())
@@ -262,6 +265,16 @@ def shown(name: str, value: Any, now: datetime) -> str:
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def in_order(values: Mapping[str, Any], declared: type[DataclassInstance]) -> dict[str, Any]:
+    """Return the values in the order of the fields of this dataclass, then the others by name.
+
+    PostgreSQL keeps no order of them.
+    """
+    names = [each.name for each in fields(declared)]
+    others = sorted(values.keys() - {*names})
+    return {name: values[name] for name in (*names, *others) if name in values}
 
 
 def prompt_in_words(row: Generation) -> str:

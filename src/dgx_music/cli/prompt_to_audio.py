@@ -1,17 +1,13 @@
-"""How ``dgx-music enqueue`` reads requests, stores them, waits for them, and copies the audio."""
+"""How ``dgx-music enqueue`` reads requests, stores them, and waits for them."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dgx_music.artifacts import open_place_of
 from dgx_music.cli.estimates import in_words
 from dgx_music.cli.opening import opened
 from dgx_music.cli.output import print_json, print_line, tell, tell_untrained
@@ -21,9 +17,7 @@ from dgx_music.cli.service import ServiceTeller
 from dgx_music.client.enqueue import store
 from dgx_music.client.generations import estimate_generation
 from dgx_music.client.requests import CheckedRequests, plan, read_clips
-from dgx_music.config import load_settings
-from dgx_music.errors import ArtifactError, DgxMusicError, InvalidRequestError
-from dgx_music.files import file_mode
+from dgx_music.errors import DgxMusicError, InvalidRequestError
 from dgx_music.storage import Database, Generation
 from dgx_music.validation import check_positive
 
@@ -60,7 +54,7 @@ def read(
 def check_waiting(
     out: Path | None,
     timeout: float | None,
-    count: int,
+    checked: CheckedRequests,
     *,
     is_waiting: bool,
     force: bool,
@@ -76,7 +70,7 @@ def check_waiting(
             )
     if out is None:
         return
-    if count > 1:
+    if (count := len(checked.rows)) > 1:
         raise InvalidRequestError(
             "--out",
             f"is one file and there are {count:,} generations",
@@ -95,6 +89,9 @@ def check_waiting(
             f"{str(out)!r} exists already",
             "choose another name, or add --force",
         )
+    from dgx_music.cli.audio_copy import check_holds
+
+    check_holds(out, checked.rows[0]["sample_rate"])
 
 
 async def enqueue(
@@ -189,40 +186,3 @@ async def _place_in_words(row: Generation) -> str:
     if outlook.position:
         at = f"Enqueued, place {outlook.position:,} in the queue"
     return ", ".join(part for part in (at, in_words(outlook)) if part)
-
-
-def copy_audio(row: Generation, out: Path, *, force: bool) -> None:
-    """Copy the row's audio to a file; raises ``ArtifactError`` if it cannot be read or written."""
-    source = row.file_path or ""
-    try:
-        asyncio.run(_copy(source, out, "wb" if force else "xb"))
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise ArtifactError(f"{source} cannot be copied to {out}: {why}.") from error
-    tell(f"Copied to {out}.")
-    suffix = Path(source).suffix
-    if out.suffix.lower() != suffix:
-        tell(f"Note: {out.name} holds {suffix[1:].upper()} audio, whatever its name says.")
-
-
-async def _copy(source: str, out: Path, mode: Literal["wb", "xb"]) -> None:
-    """Copy from the folder or object store; the file is created when the first bytes are there."""
-    chunks = open_place_of(source).stream(source)
-    first = await anext(chunks, b"")
-    access = file_mode(is_private=load_settings().is_private)
-    opener = partial(os.open, mode=access)
-    with open(out, mode, opener=opener) as target, _removed_on_failure(out):  # noqa: ASYNC230 - nothing else runs here
-        target.write(first)
-        async for chunk in chunks:
-            target.write(chunk)
-
-
-@contextmanager
-def _removed_on_failure(file: Path) -> Iterator[None]:
-    """Remove a half-written file after an error, but never a device or a pipe."""
-    try:
-        yield
-    except BaseException:
-        if file.is_file():
-            file.unlink()
-        raise

@@ -44,7 +44,7 @@ def search(
     hits, characters = asyncio.run(_search(" ".join(words), limit, filters, database_url))
     if as_json:
         print_json_rows(
-            hit.generation.to_dict() | {"rank": hit.rank, "used_count": hit.used_count}
+            hit.generation.to_summary() | {"rank": hit.rank, "used_count": hit.used_count}
             for hit in hits
         )
     elif hits:

@@ -14,6 +14,7 @@ from dgx_music.cli.options import AsJson, DatabaseUrl, GenerationId
 from dgx_music.cli.output import (
     UNCONDITIONAL,
     distance,
+    in_order,
     label,
     print_fields,
     print_json,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from dgx_music.storage.estimates import Estimate
 
 
-_FIRST = ("id", "title", "prompt", "notes", "tags", "is_starred")
+_FIRST = ("id", "title", "prompt", "notes", "tags", "starred")
 
 
 class _Known(NamedTuple):
@@ -116,7 +117,7 @@ def _fields(known: _Known) -> dict[str, Any]:
     """Return the row's fields that are worth a line, with clips in words instead of hashes."""
     row = known.generation
     told = row.to_dict() | {"prompt": row.prompt or UNCONDITIONAL}
-    told |= {"is_starred": row.is_starred or None, "parent_id": None}
+    told |= {"starred": row.is_starred or None, "parent_id": None}
     told |= {"negative_prompt": (row.sampling or {}).get("negative_prompt")}
     for name, text in known.clips.items():
         told |= {f"{name}_sha256": None, name: text}
@@ -164,9 +165,13 @@ def _queue_lines(known: _Known) -> list[tuple[str, str]]:
 
 def _audio_facts(facts: object) -> dict[str, Any]:
     """Return the facts that are worth a line; the waveform is drawn instead."""
+    from dgx_music.audio.facts import AudioFacts
+
     named = facts if isinstance(facts, dict) else {"metadata": facts}
     return {
-        name: value for name, value in named.items() if name != "waveform" and value is not None
+        name: value
+        for name, value in in_order(named, AudioFacts).items()
+        if name != "waveform" and value is not None
     }
 
 

@@ -19,7 +19,7 @@ WatchedId = Annotated[
     str,
     typer.Argument(
         metavar="ID",
-        help="The id of a generation or a batch, or a part of it (4 characters or more), or a batch's name.",
+        help="The id of a generation or a batch, or any part that fits no other one, or a batch's name.",
     ),
 ]
 

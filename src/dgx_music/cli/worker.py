@@ -9,13 +9,16 @@ import typer
 from dgx_music.cli import EXIT_CODES
 from dgx_music.cli.daemons import run_daemon
 from dgx_music.cli.options import given, setting_options, taking
-from dgx_music.config import SETTINGS, load_settings
+from dgx_music.config import QUEUE_SETTINGS, SETTINGS, load_settings
 
 app = typer.Typer(add_completion=False)
 
 
+_OPTIONS = [name for name in SETTINGS if name not in QUEUE_SETTINGS]
+
+
 @app.command(epilog=EXIT_CODES)
-@taking(setting_options(SETTINGS, has_panels=True))
+@taking(setting_options(_OPTIONS, has_panels=True))
 def worker(
     drain: Annotated[bool, typer.Option("--drain", help="Stop when the queue is empty.")] = False,
     **settings: Any,

@@ -39,20 +39,20 @@ async def save_audio(
     generation_id: str,
     path_or_pattern: str | os.PathLike[str],
     *,
-    format: str | None = None,  # noqa: A002 - what users call it
+    audio_format: str | None = None,
     force: bool = False,
 ) -> Path:
     """Write the audio of a completed generation to a file, and return the file's absolute path.
 
     The name may have placeholders such as ``{title}`` and ``{bpm}``; for a folder the default
-    pattern is used in it. Missing folders are made. ``format``, or the suffix of the name, converts
+    pattern is used in it. Missing folders are made. ``audio_format``, or the suffix of the name, converts
     the audio; else the file has the bytes that are stored.
 
     Raises ``NoAudioError`` unless the generation is completed, ``ArtifactError`` if its audio is
     not there or cannot be written, and ``InvalidRequestError`` for a pattern or a format that is
     unacceptable, and for a name that is taken, unless ``force`` is given.
     """
-    saving = Saving(path_or_pattern, audio_format=format, force=force)
+    saving = Saving(path_or_pattern, audio_format=audio_format, force=force)
     return (await saving.save(await read_completed_row(generation_id))).path
 
 
@@ -96,7 +96,7 @@ class Saving:
     ) -> None:
         """Check the pattern and the format; raises ``InvalidRequestError``."""
         pattern = Pattern(_in_folder(os.fspath(path_or_pattern)), field)
-        wanted = audio_format and validation.check_audio_format(audio_format, "format")
+        wanted = audio_format and validation.check_audio_format(audio_format)
         if wanted and pattern.audio_format and wanted != pattern.audio_format:
             problem = f"ends with .{pattern.audio_format}, and the format is {wanted}"
             raise InvalidRequestError(field, problem, "leave one of them out")

@@ -69,18 +69,18 @@ async def retry_generations(
 
 async def star_generations(
     *,
-    star: bool = True,
+    off: bool = False,
     ids: Iterable[str] | None = None,
     expected: int | None = None,
     session: AsyncSession | None = None,
     **filters: Unpack[Filters],
 ) -> BulkResult:
-    """Give many generations a star, or take it away if ``star`` is False; ``starred`` is a filter.
+    """Give many generations a star, or take it away with ``off=True``.
 
     Which are meant, what comes back and what is raised: see ``cancel_generations``. No status is
-    refused.
+    refused. ``starred`` is a filter here.
     """
-    change = bulk.stars(is_starred=validation.check_boolean("star", star))
+    change = bulk.stars(is_starred=not validation.check_boolean("off", off))
     return await _change(change, ids, expected, session, filters)
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from anyio import to_thread
 
@@ -113,6 +114,13 @@ def _facts_of(row: Generation) -> dict[str, object]:
 def stored_format(row: Generation) -> str:
     """Return the format of a completed row's file, by its suffix."""
     return Path(row.file_path or "").suffix.removeprefix(".").lower()
+
+
+def writable_formats() -> list[AudioFormat]:
+    """Return the formats that this machine can write."""
+    from dgx_music.audio.files import is_writable  # imports NumPy
+
+    return [each for each in get_args(AudioFormat) if is_writable(each)]
 
 
 def check_convertible(row: Generation, audio_format: AudioFormat) -> None:

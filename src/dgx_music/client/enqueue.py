@@ -19,12 +19,13 @@ from dgx_music.client.requests import (
     read_clips,
     takes_options,
 )
+from dgx_music.client.room import queue_limits
 from dgx_music.client.transactions import transact
 from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.database import Database, ensure_database
-from dgx_music.storage.insertion import insert_all
 from dgx_music.storage.models import Generation
+from dgx_music.storage.room import inserting
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -45,8 +46,12 @@ async def enqueue(
     one is returned: its ``batch_id`` leads to the others. To get all of them, call ``enqueue_many``
     with a list of one prompt.
 
-    Raises ``InvalidRequestError`` before anything is stored, and ``IdempotencyConflictError`` if
-    the key belongs to a different request.
+    Raises ``InvalidRequestError`` before anything is stored, ``IdempotencyConflictError`` if the
+    key belongs to a different request, and ``QueueFullError`` if ``DGX_MUSIC_MAX_PENDING`` or
+    ``DGX_MUSIC_MAX_PENDING_PER_TENANT`` is set and that many wait; a repeat of a stored request is
+    never refused. On SQLite the limits are exact. On PostgreSQL, transactions that run at the same
+    moment do not see each other's rows: together they can pass a limit by the rows of all of them
+    but one. A process writes without keys and clips in one transaction at a time.
     """
     checked = await read_clips_beside([plan(prompt, cast("Mapping[str, Any]", options))])
     return (await store(checked.in_batch_if_many(), session=session))[0]
@@ -96,17 +101,18 @@ async def store(
     checked: CheckedRequests, *, session: AsyncSession | None = None
 ) -> list[Generation]:
     """Add the generations of requests in one transaction, all or none, and return their rows."""
+    limits = queue_limits()
     if session is None:
         # ends in storage/insertion.py: insert_generations
-        return await (await ensure_database()).insert(checked.rows, checked.clips)
-    return await transact(session, partial(insert_all, checked.rows, checked.clips))
+        return await (await ensure_database()).insert(checked.rows, checked.clips, limits)
+    return await transact(session, inserting(checked.rows, checked.clips, limits))
 
 
 async def _store_alone(checked: CheckedRequests) -> Generation:
     database = Database.from_settings(load_settings())
     try:
         await database.prepare()
-        return (await database.insert(checked.rows, checked.clips))[0]
+        return (await database.insert(checked.rows, checked.clips, queue_limits()))[0]
     finally:
         await database.dispose()
 

@@ -73,7 +73,7 @@ class Pattern:
             pieces += _parse(DEFAULT_PATTERN, field)
         pieces, self._suffix = _without_suffix(pieces)
         *self._folders, self._name = _components(pieces)
-        self.audio_format: AudioFormat | None = _format_of(self._suffix)
+        self.audio_format: AudioFormat | None = format_of(self._suffix)
 
     def fill(self, values: Mapping[str, str], suffix: str, number: int = 1) -> PurePath:
         """Return the path for these values, one for each of ``PLACEHOLDERS``.
@@ -158,7 +158,8 @@ def _without_suffix(pieces: list[_Piece]) -> tuple[list[_Piece], str]:
     return [*pieces[:-1], *([_Piece(kept, is_placeholder=False)] if kept else [])], found[0]
 
 
-def _format_of(suffix: str) -> AudioFormat | None:
+def format_of(suffix: str) -> AudioFormat | None:
+    """Return the format of files with this suffix, such as ``.MP3``; ``None`` if it has none."""
     return next((known for known in AUDIO_FORMATS if suffix.lower() == f".{known}"), None)
 
 

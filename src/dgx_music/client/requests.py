@@ -417,5 +417,7 @@ def _uploaded_clips(plan: Plan) -> dict[str, str]:
 
 def _hash(identity: Mapping[str, Any]) -> str:
     """Identify what was asked for, not when or how urgently: the SHA-256 of its canonical JSON."""
-    text = json.dumps(identity, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_as_canonical_json(identity).encode()).hexdigest()
+
+
+_as_canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=True).encode

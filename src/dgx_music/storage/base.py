@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 from sqlalchemy import MetaData, inspect
 from sqlalchemy.orm import DeclarativeBase
@@ -12,10 +14,15 @@ from sqlalchemy.orm import DeclarativeBase
 from dgx_music.statuses import GenerationStatus
 from dgx_music.storage.schema import Real
 
+_PLAIN = (str, int, bool, dict, list)
+"""Most values are of these types, and are JSON already."""
+
 
 class Base(DeclarativeBase):
     """Has a naming convention, so that migrations can name every constraint on every database."""
 
+    internal: ClassVar[Collection[str]] = ()
+    """The columns that ``to_dict`` leaves out."""
     type_annotation_map = {float: Real}  # noqa: RUF012 - SQLAlchemy's interface
     metadata = MetaData(
         naming_convention={
@@ -29,12 +36,20 @@ class Base(DeclarativeBase):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601."""
-        mapper = inspect(type(self))
-        read = (attribute for attribute in mapper.column_attrs if not attribute.deferred)
-        return {each.columns[0].name: _as_json(getattr(self, each.key)) for each in read}
+        return {name: _as_json(getattr(self, key)) for name, key in _told(type(self))}
+
+
+@cache
+def _told(model: type[Base]) -> tuple[tuple[str, str], ...]:
+    """Return the names of the columns that ``to_dict`` has, each with that of its attribute."""
+    read = (attribute for attribute in inspect(model).column_attrs if not attribute.deferred)
+    names = ((each.columns[0].name, each.key) for each in read)
+    return tuple((name, key) for name, key in names if name not in model.internal)
 
 
 def _as_json(value: Any) -> Any:
+    if value is None or type(value) in _PLAIN:
+        return value
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, GenerationStatus):

@@ -74,6 +74,10 @@ class BatchPage:
     next: str | None
     """The cursor to give as ``after``; ``None`` if there are no more."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: the batches, and ``next``."""
+        return {"batches": [batch.to_dict() for batch in self.batches], "next": self.next}
+
 
 async def list_batches(session: AsyncSession, *, limit: int, after: str | None) -> BatchPage:
     """Return a page of at most ``limit`` batches, newest first, without estimates.

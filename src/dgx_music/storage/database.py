@@ -28,13 +28,14 @@ from dgx_music.storage.connection.connections import ConnectionsByLoop
 from dgx_music.storage.connection.postgres_drivers import Limits, creator
 from dgx_music.storage.connection.replica import Replica, check_replica_url
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
-from dgx_music.storage.connection.sessions import NoAnswerError, finish
+from dgx_music.storage.connection.sessions import Ending, NoAnswerError, finish
 from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
 from dgx_music.storage.gathering import Gathering
 from dgx_music.storage.generation import Generation
-from dgx_music.storage.insertion import Row, insert_all, is_single
+from dgx_music.storage.insertion import Row, is_single
 from dgx_music.storage.models import Base
+from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")
 
@@ -130,27 +131,22 @@ class Database:
         slow in it.
         """
         begun = await self._begin(read_only=read_only, may_lag=may_lag)
-        async with self._ending(begun, read_only=read_only) as session:
+        async with Ending(begun, partial(self._undo, read_only=read_only)) as session:
             yield session
 
-    @asynccontextmanager
-    async def _ending(
-        self, session: AsyncSession, *, read_only: bool
-    ) -> AsyncIterator[AsyncSession]:
-        try:
-            yield session
-            await session.commit()
-        except BaseException as error:
-            if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
-                await self._roll_back(session)
-                raise
-            await session.invalidate()  # on a dead connection a rollback would wait as long again
-            at_replica = (
-                self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
-            )
-            self._explain(error, at_replica=at_replica)
-        finally:
-            await session.close()
+    async def _undo(self, session: AsyncSession, error: BaseException, *, read_only: bool) -> None:
+        """Roll back after this error of the session's work.
+
+        Raises ``DatabaseUnavailableError`` if that is what the error means.
+        """
+        if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
+            await self._roll_back(session)
+            return
+        await session.invalidate()  # on a dead connection a rollback would wait as long again
+        at_replica = (
+            self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
+        )
+        self._explain(error, at_replica=at_replica)
 
     async def _roll_back(self, session: AsyncSession) -> None:
         """Roll back, unless the database is away: the caller's own error is more important."""
@@ -193,7 +189,7 @@ class Database:
             if self.is_embedded:
                 return await self._run_on_thread(work, read_only=read_only)
             begun = await self._begin(read_only=read_only, may_lag=may_lag, is_single=is_single)
-            async with self._ending(begun, read_only=read_only) as session:
+            async with Ending(begun, partial(self._undo, read_only=read_only)) as session:
                 return await work(session)
 
         for _ in range(_REPEATS - 1):
@@ -207,19 +203,22 @@ class Database:
         return await finish(run(may_lag=may_lag))
 
     async def insert(
-        self, rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]]
+        self,
+        rows: Sequence[Row],
+        clips: Mapping[str, tuple[bytes, float]],
+        limits: QueueLimits | None = None,
     ) -> list[Generation]:
         """Insert generations in a transaction, which calls at the same time share; return them.
 
-        See ``insert_generations`` for the rows and the clips. On PostgreSQL what may have to wait
+        See ``insert_generations`` for the rows and the clips, ``inserting`` for the limits. On PostgreSQL what may have to wait
         for another transaction, with its key or its clip, shares none: the others would wait too.
         """
         if not (self.is_embedded or is_single(rows)):
-            return await self.transact(partial(insert_all, rows, clips))
+            return await self.transact(inserting(rows, clips, limits))
         here = self._connections.here()
         if here.inserts is None:
             here.inserts = Gathering(self.transact)
-        made: list[Generation] = await here.inserts.insert(rows, clips)
+        made: list[Generation] = await here.inserts.insert(rows, clips, limits)
         return made
 
     async def _run_on_thread(

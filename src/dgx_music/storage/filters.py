@@ -64,6 +64,8 @@ class CheckedFilters:
     parent: str | None = None
     starred: bool | None = None
     tags: tuple[str, ...] = ()
+    frequent_tags: tuple[str, ...] = ()
+    """Those of the tags that so many rows have that their index would find too many to sort."""
     bpm_from: float | None = None
     bpm_to: float | None = None
     key: str | None = None
@@ -72,15 +74,20 @@ class CheckedFilters:
     created_before: datetime | None = None
 
     @property
+    def rare_tags(self) -> tuple[str, ...]:
+        """The tags by whose index the rows may be found."""
+        return tuple(tag for tag in self.tags if tag not in self.frequent_tags)
+
+    @property
     def are_statuses_split(self) -> bool:
         """True if a list is best read for each of its statuses alone, each from its index."""
-        rarer = (self.parent, self.batch, self.tags, self.key, self.starred, self.tenant)
+        rarer = (self.parent, self.batch, self.rare_tags, self.key, self.starred, self.tenant)
         is_led_by_model = self.model is not None and COMPLETED in self.statuses
         return len(self.statuses) > 1 and not any(rarer) and not is_led_by_model
 
 
 def check_filters(filters: Filters) -> CheckedFilters:
-    """Return the filters checked; raises ``InvalidRequestError`` for a wrong value."""
+    """Return the filters checked; raises ``InvalidRequestError`` for a wrong value or range."""
     for name in filters.keys() - Filters.__annotations__.keys():
         raise TypeError(f"there is no filter {name!r}; use {', '.join(Filters.__annotations__)}")
     checked: dict[str, Any] = {}
@@ -88,7 +95,11 @@ def check_filters(filters: Filters) -> CheckedFilters:
         if value is not None:
             field, check = _CHECKS[name]
             checked[field] = check(value)
-    return CheckedFilters(**checked)
+    asked = CheckedFilters(**checked)
+    validation.check_bpm_range(asked.bpm_from, asked.bpm_to, "bpm_from", "bpm_to")
+    first, end = asked.created_from, asked.created_before
+    validation.check_time_range(first, end, "created_from", "created_before")
+    return asked
 
 
 def conditions(filters: Filters, row: Any, *, is_found: bool = True) -> list[ColumnElement[bool]]:
@@ -150,7 +161,7 @@ def _rare(asked: CheckedFilters, row: Any) -> list[_Choice]:
     found = [
         _equal(_RARE, row.parent_id, asked.parent),
         _equal(_RARE, row.batch_id, asked.batch),
-        *(_tagged(row, tag) for tag in asked.tags),
+        *(_tagged(row, tag) for tag in asked.rare_tags),
         _equal(_RARE, row.musical_key, asked.key),
         _starred(row) if asked.starred else None,
         _of_tenant(row, asked.tenant) if asked.tenant else None,
@@ -205,7 +216,9 @@ def _tempo(asked: CheckedFilters, bpm: Any) -> Iterator[ColumnElement[bool]]:
 
 
 def _others(asked: CheckedFilters, row: Any) -> Iterator[ColumnElement[bool]]:
-    """Give the conditions that no index serves: nearly all rows fit, or nobody knows how many."""
+    """Give the conditions that find no rows: nearly all rows fit, or nobody knows how many."""
+    for tag in asked.frequent_tags:
+        yield _tagged(row, tag).plain
     if asked.tenant == "":
         yield unindexed(row.tenant) == ""
     if asked.starred is False:

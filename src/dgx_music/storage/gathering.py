@@ -10,15 +10,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage.connection.postgres_errors import is_of_one_statement
 from dgx_music.storage.connection.sessions import NoAnswerError, finish, start_to_finish
 from dgx_music.storage.generation import Generation, copy_of
-from dgx_music.storage.insertion import Row, insert_all, is_single
+from dgx_music.storage.insertion import Row, is_single
+from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")
 
@@ -28,15 +28,34 @@ Transact = Callable[..., Awaitable[list[Generation]]]
 _MOST_ROWS = 1_000
 
 
+def _new_future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
+
+
 @dataclass(eq=False)
 class _Insert:
     """The rows of one call, and what becomes of them."""
 
     rows: Sequence[Row]
     clips: Mapping[str, tuple[bytes, float]]
-    done: asyncio.Future[list[Generation]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    limits: QueueLimits | None
+    done: asyncio.Future[list[Generation]] = field(default_factory=_new_future)
+    woken: asyncio.Future[None] = field(default_factory=_new_future)
+    """What its caller waits for; a cancelled caller cancels this one, and not ``done``."""
+
+    def succeed(self, made: list[Generation]) -> None:
+        """Tell the caller that these are its rows."""
+        self.done.set_result(made)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Tell the caller that nothing was stored."""
+        self.done.set_exception(error)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
 
 
 class Gathering:
@@ -48,20 +67,23 @@ class Gathering:
         self._writing: asyncio.Task[None] | None = None
 
     async def insert(
-        self, rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]]
+        self,
+        rows: Sequence[Row],
+        clips: Mapping[str, tuple[bytes, float]],
+        limits: QueueLimits | None = None,
     ) -> list[Generation]:
         """Return the generations of these rows, all committed; raises what ``transact`` raises.
 
         A call that is cancelled before its transaction begins leaves nothing. After that the
         cancellation is raised when the transaction has ended.
         """
-        insert = _Insert(rows, clips)
+        insert = _Insert(rows, clips, limits)
         self._waiting.append(insert)
         if self._writing is None:
             # In a context of its own: it writes for all callers, not only for this one.
             self._writing = start_to_finish(self._write_all(), Context())
         try:
-            await asyncio.wait([insert.done])
+            await insert.woken
         except asyncio.CancelledError as cancelled:
             if insert in self._waiting:
                 self._waiting.remove(insert)
@@ -85,7 +107,7 @@ class Gathering:
             unwritten, self._waiting = [*taken, *self._waiting], []
             for insert in unwritten:
                 if not insert.done.done():
-                    insert.done.set_exception(NoAnswerError("its writer was stopped"))
+                    insert.fail(NoAnswerError("its writer was stopped"))
             raise
         finally:
             self._writing = None
@@ -95,7 +117,7 @@ class Gathering:
         count, rows = 0, 0
         for insert in self._waiting:
             rows += len(insert.rows)
-            if count and rows > _MOST_ROWS:
+            if count and (rows > _MOST_ROWS or insert.limits != self._waiting[0].limits):
                 break
             count += 1
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
@@ -109,10 +131,10 @@ class Gathering:
             if len(inserts) > 1 and is_of_one_statement(error.__cause__):
                 inserts = await self._write_until_two_fail(inserts)
             for insert in inserts:
-                insert.done.set_exception(_copy(error))
+                insert.fail(_copy(error))
         except Exception as error:
             if len(inserts) == 1:
-                inserts[0].done.set_exception(error)
+                inserts[0].fail(error)
                 return
             half = len(inserts) // 2
             await self._write(inserts[:half])
@@ -133,7 +155,7 @@ class Gathering:
     async def _insert(self, inserts: Sequence[_Insert]) -> list[Generation]:
         rows = [row for insert in inserts for row in insert.rows]
         clips = {sha256: clip for insert in inserts for sha256, clip in insert.clips.items()}
-        work = partial(insert_all, rows, clips)
+        work = inserting(rows, clips, inserts[0].limits)
         return await self._transact(work, is_single=is_single(rows))
 
 
@@ -142,7 +164,7 @@ def _hand_out(made: Sequence[Generation], inserts: Sequence[_Insert]) -> None:
     rows, seen = iter(made), set[int]()
     for insert in inserts:
         own = list(islice(rows, len(insert.rows)))
-        insert.done.set_result([copy_of(row) if id(row) in seen else row for row in own])
+        insert.succeed([copy_of(row) if id(row) in seen else row for row in own])
         seen.update(map(id, own))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -23,10 +23,10 @@ from sqlalchemy import text as sql
 from sqlalchemy.orm import (
     Mapped,
     class_mapper,
-    make_transient_to_detached,
     mapped_column,
     validates,
 )
+from sqlalchemy.orm.attributes import instance_state
 
 from dgx_music.errors import IllegalTransitionError
 from dgx_music.statuses import (
@@ -61,6 +61,14 @@ AUDIO_KEY = "audio"
 """The key in the metadata under which completion writes the facts of the audio."""
 CANCEL_REQUESTED = "its cancellation was requested"
 
+_ONLY_ALONE = (
+    *("continuation_sha256", "melody_sha256", "sha256", "model_version"),
+    *("max_attempts", "run_at", "started_at", "lease_expires_at"),
+)
+"""What ``to_summary`` leaves out too."""
+_AUDIO_IN_SUMMARY = ("duration_seconds", "format")
+"""Of the facts of the audio; tempo and key are columns of the row."""
+
 _CLAIM_ORDER = claim_order(column("run_at"), column("priority"))
 _FINISHED_SQL = "status IN ('completed', 'failed', 'cancelled')"
 
@@ -79,6 +87,7 @@ class Generation(Base):
     """
 
     __tablename__ = "generations"
+    internal = ("prompt_id", "request_hash")
 
     # What was asked for: set by the producer, never changed.
     id: Mapped[str] = mapped_column(Id, primary_key=True, default=new_id)
@@ -290,15 +299,19 @@ class Generation(Base):
     def to_dict(self, *, with_waveform: bool = False) -> dict[str, Any]:
         """Return the row as plain JSON values, times in ISO 8601.
 
+        The names are those of the columns, but ``starred`` is that of ``enqueue`` and the filters.
         The waveform in ``metadata.audio`` is 7 kB: it is left out unless it is asked for.
         """
         row = super().to_dict()
-        metadata = row["metadata"]
-        audio = metadata.get(AUDIO_KEY) if isinstance(metadata, dict) else None
-        if not with_waveform and isinstance(audio, dict):
-            rest = {name: value for name, value in audio.items() if name != "waveform"}
-            row["metadata"] = {**metadata, AUDIO_KEY: rest}
-        return row
+        row["starred"] = row.pop("is_starred")
+        return row if with_waveform else _with_facts(row, lambda name: name != "waveform")
+
+    def to_summary(self) -> dict[str, Any]:
+        """Return what a list says of the row: ``to_dict`` without what only a look at it needs."""
+        row = self.to_dict(with_waveform=True)
+        for name in _ONLY_ALONE:
+            del row[name]
+        return _with_facts(row, _AUDIO_IN_SUMMARY.__contains__)
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         """Replace the metadata."""
@@ -344,6 +357,17 @@ class Generation(Base):
         return f"<Generation {self.id} {self.status} attempt {self.attempt}>"
 
 
+def _with_facts(row: dict[str, Any], is_kept: Callable[[str], bool]) -> dict[str, Any]:
+    """Return the row with only these facts of its audio."""
+    metadata = row["metadata"]
+    audio = metadata.get(AUDIO_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(audio, dict):
+        return row
+    facts = {name: value for name, value in audio.items() if is_kept(name)}
+    row["metadata"] = {**metadata, AUDIO_KEY: facts}
+    return row
+
+
 generations = cast("Table", Generation.__table__)
 g = generations.c
 """The table and its columns, for statements that change rows without their objects."""
@@ -369,9 +393,11 @@ def as_inserted(values: Mapping[str, Any]) -> Generation:
 
     It is detached, as if it had been read, and spares a SELECT. A session can ``add`` it.
     """
-    generation: Generation = class_mapper(Generation).class_manager.new_instance()
+    mapper = class_mapper(Generation)
+    generation: Generation = mapper.class_manager.new_instance()
     generation.__dict__.update({**_FRESH, **values})
-    make_transient_to_detached(generation)
+    # All that make_transient_to_detached would do for an object without unloaded attributes.
+    instance_state(generation).key = mapper.identity_key_from_primary_key((generation.id,))
     return generation
 
 

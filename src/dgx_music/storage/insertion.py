@@ -23,8 +23,10 @@ from dgx_music.storage.models import text_hash
 from dgx_music.storage.prepared import Prepared, as_json, json_rows
 from dgx_music.storage.prompts import (
     count_on_sqlite,
+    counted_prompt,
     counted_prompts,
     uncount_prompt_uses,
+    use_of,
     uses_of,
 )
 from dgx_music.storage.schema import HashText, UtcDateTime, dialect_of, now, written
@@ -48,7 +50,7 @@ async def insert_generations(
     inserted: the existing generation is returned in its place. A batch is added with its first row.
     Raises ``IdempotencyConflictError`` if an existing row belongs to a different request.
     """
-    by_key = await _find_by_key(session, rows)
+    by_key = await find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
     batches = {row["batch_id"]: row["batch_name"] for row in fresh if row["batch_id"]}
     to_add: Mapping[str, str | None] = batches
@@ -58,7 +60,7 @@ async def insert_generations(
         to_add = {}
         # Another producer was faster with the same key.
         raced = [row for row in fresh if row["id"] not in inserted]
-        found = await _find_by_key(session, raced)
+        found = await find_by_key(session, raced)
         for row in raced:
             if (owner := found.get(row["idempotency_key"])) is not None:
                 _check_same_request(row, owner.id, owner.request_hash)
@@ -100,7 +102,8 @@ def _check_same_request(row: Row, owner_id: str, request_hash: str | None) -> No
         raise IdempotencyConflictError(row["idempotency_key"], owner_id)
 
 
-async def _find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, Generation]:
+async def find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, Generation]:
+    """Return the generations that have the idempotency keys of these rows, by key."""
     keys = sorted({row["idempotency_key"] for row in rows} - {None})
     found: dict[str, Generation] = {}
     for start in range(0, len(keys), _CHUNK):
@@ -138,20 +141,20 @@ async def _insert_on_sqlite(
     session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
 ) -> list[Generation]:
     await add_batches(session, batches)
-    prompt_ids = await count_on_sqlite(session, [row["prompt"] for row in rows])
-    at = (await _CLOCK.rows(session, {}))[0].now
+    prompts = await count_on_sqlite(session, [row["prompt"] for row in rows])
+    at = prompts[rows[-1]["prompt"]].now
     wanted = [
         {
             **row,
-            "prompt_id": prompt_ids[row["prompt"]],
+            "prompt_id": prompts[row["prompt"]].id,
             "created_at": at,
             "run_at": row["wanted_run_at"] or at,
         }
         for row in rows
     ]
     await _INSERT_ON_SQLITE.run_each(session, wanted)
-    raced = await _find_raced(session, rows)
-    await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
+    if raced := await _find_raced(session, rows):
+        await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
     return [_as_inserted(row) for row in wanted if row["id"] not in raced]
 
 
@@ -168,11 +171,21 @@ async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
 async def _insert_on_postgres(
     session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
 ) -> list[Generation]:
+    if len(rows) == 1 and rows[0]["idempotency_key"] is None and not batches:
+        return [await _insert_one(session, rows[0])]
     inserted: list[Generation] = []
     for start in range(0, len(rows), _CHUNK):
         inserted += await _insert_chunk(session, rows[start : start + _CHUNK], batches)
         batches = {}
     return inserted
+
+
+async def _insert_one(session: AsyncSession, row: Row) -> Generation:
+    """Insert a row without a key: the statement for many takes the server a third longer."""
+    values = {**row, **use_of(row["prompt"])}
+    (made,) = await _INSERT_ONE_ON_POSTGRES.rows(session, values)
+    at = {"prompt_id": made.prompt_id, "created_at": made.created_at, "run_at": made.run_at}
+    return _as_inserted({**row, **at})
 
 
 async def _insert_chunk(
@@ -210,20 +223,10 @@ _GIVEN = (
     *("title", "notes", "tags", "is_starred", "search_text"),
 )
 """The columns that a request gives; the database adds the others."""
-_ATTRIBUTES = (
-    *(name for name in _GIVEN if name != "metadata"),
-    "metadata_",
-    "prompt_id",
-    "created_at",
-    "run_at",
-)
 
 
 def _insert_on_sqlite_statement() -> Any:
-    values: dict[str, Any] = {
-        name: bindparam(name, type_=g[name].type) for name in _ATTRIBUTES if name in g
-    }
-    values["metadata"] = bindparam("metadata_", type_=g.metadata.type)
+    values = _parameters((*_GIVEN, "prompt_id", "created_at", "run_at"))
     # Else SQLAlchemy would expect a parameter for each of them.
     rest = (each for each in g if each.default and each.name not in values)
     defaults = {each.name: cast("DefaultClause", each.server_default).arg for each in rest}
@@ -235,12 +238,34 @@ def _insert_on_sqlite_statement() -> Any:
     )
 
 
+def _parameters(names: Sequence[str]) -> dict[str, Any]:
+    """Return the parameter of each of these columns; it has the name of the attribute."""
+    return {name: bindparam(_attribute(name), type_=g[name].type) for name in names}
+
+
+def _attribute(column_name: str) -> str:
+    return "metadata_" if column_name == "metadata" else column_name
+
+
+def _insert_one_on_postgres_statement() -> Any:
+    """Return PostgreSQL's INSERT of a row without a key, which counts its prompt as well."""
+    counted = counted_prompt()
+    run_at = func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now())
+    values = _parameters(_GIVEN) | {
+        "prompt_id": select(counted.c.id).scalar_subquery(),
+        "run_at": run_at,
+    }
+    row = select(*values.values())
+    statement = postgresql.insert(generations).from_select(list(values), row, False)
+    return statement.returning(g.prompt_id, g.created_at, g.run_at)
+
+
 def _insert_on_postgres_statement() -> Any:
     """Return PostgreSQL's INSERT of any number of rows, which counts their prompts as well.
 
     It returns all of them: with ``prompt_id`` what was counted, with times what was inserted.
     """
-    names = {name: "metadata_" if name == "metadata" else name for name in _GIVEN}
+    names = {name: _attribute(name) for name in _GIVEN}
     columns = [column(name, g[each].type) for each, name in names.items()]
     extra = [column("wanted_run_at", UtcDateTime), column("text_hash", HashText)]
     given = json_rows("rows", [*columns, *extra])
@@ -270,7 +295,8 @@ def _insert_on_postgres_statement() -> Any:
     )
 
 
+_ATTRIBUTES = (*map(_attribute, _GIVEN), "prompt_id", "created_at", "run_at")
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
+_INSERT_ONE_ON_POSTGRES = Prepared(_insert_one_on_postgres_statement)
 _INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement)
 _INSERT_WITH_BATCHES = Prepared(lambda: _insert_on_postgres_statement().add_cte(added_batches()))
-_CLOCK = Prepared(lambda: select(now().label("now")))

@@ -19,11 +19,15 @@ from sqlalchemy.orm import aliased
 from dgx_music import validation
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.filters import CheckedFilters, Filters, Sort, check_filters, choices, moments
-from dgx_music.storage.models import Generation
+from dgx_music.storage.models import Generation, Tag
+from dgx_music.storage.schema import dialect_of
 
 MAX_ROWS = 2**31 - 1
 
 _MAX_CURSOR_CHARACTERS = 400
+_MANY_TAGGED = 10_000
+"""To sort so many rows takes as long as to pass over some 200,000."""
+_SORTED_BY_INDEX = ("created", "finished", "bpm")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Page:
     generations: list[Generation]
     next: str | None
     """The cursor to give as ``after``; ``None`` if there are no more."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: the summaries of the generations, and ``next``."""
+        rows = [generation.to_summary() for generation in self.generations]
+        return {"generations": rows, "next": self.next}
 
 
 class _Order(NamedTuple):
@@ -98,11 +107,31 @@ async def list_generations(
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
     order = _Order(_check_sort(sort), reverse)
     start = None if after is None else _Cursor.parse(after, order)
-    query = _page_query(check_filters(filters), order, start, limit + 1)
+    asked = await _without_large_sorts(session, check_filters(filters), order)
+    query = _page_query(asked, order, start, limit + 1)
     rows: list[Generation] = list(await session.scalars(query))
     page = rows[:limit]
     has_more = len(rows) > limit > 0
     return Page(page, _Cursor.at(page[-1], order).text(order) if has_more else None)
+
+
+async def _without_large_sorts(
+    session: AsyncSession, asked: CheckedFilters, order: _Order
+) -> CheckedFilters:
+    """Return the filters for SQLite with the tags noted that very many rows have.
+
+    To pass over the rows without such a tag in the order of the list is then cheaper than to find
+    and sort all rows with it. PostgreSQL knows how many they are.
+    """
+    if dialect_of(session) == "postgresql" or order.sort not in _SORTED_BY_INDEX:
+        return asked
+    frequent = [tag for tag in asked.tags if await _is_frequent(session, tag)]
+    return replace(asked, frequent_tags=tuple(frequent))
+
+
+async def _is_frequent(session: AsyncSession, tag: str) -> bool:
+    beyond = select(Tag.name).where(Tag.name == tag).offset(_MANY_TAGGED).limit(1)
+    return await session.scalar(beyond) is not None
 
 
 def _page_query(

@@ -7,7 +7,19 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any, cast
 
-from sqlalchemy import CTE, Integer, Select, Table, and_, bindparam, column, func, select, update
+from sqlalchemy import (
+    CTE,
+    Integer,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    column,
+    func,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -129,11 +141,14 @@ def _counting(upsert: Any) -> Any:
 # ------------------------------------------------------------------ as a part of the INSERT of rows
 
 
-async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[str, int]:
-    """Count one use for each text given, and return the id of each one's prompt."""
+async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[str, Any]:
+    """Count one use for each text given, and return the row of each one's prompt.
+
+    It has the prompt's ``id``, and the time of the database as ``now``.
+    """
     counted = {}
     for values in uses_of(texts):
-        counted[values["text"]] = (await _COUNT_ON_SQLITE.rows(session, values))[0].id
+        (counted[values["text"]],) = await _COUNT_ON_SQLITE.rows(session, values)
     return counted
 
 
@@ -170,6 +185,35 @@ def counted_prompts() -> CTE:
     return cast("CTE", _counting(upsert).returning(_p.id, _p.text_hash).cte("counted"))
 
 
+def use_of(text: str) -> dict[str, Any]:
+    """Return the parameters of ``counted_prompt`` for one use of this text."""
+    return {
+        "prompt": text,
+        "text_hash": text_hash(text),
+        "prompt_words": search_text(text),
+        "bucket": _bucket(text),
+    }
+
+
+def counted_prompt() -> CTE:
+    """Return the part of PostgreSQL's INSERT of one row that counts its prompt, if it is free.
+
+    Its parameters are those of ``use_of``; it returns the id.
+    """
+    is_usual = func.current_setting("transaction_isolation") == "read committed"
+    is_free = func.pg_try_advisory_xact_lock(_COUNT_LOCK, bindparam("bucket", type_=Integer))
+    use = {
+        "text": bindparam("prompt", type_=_p.text.type),
+        "text_hash": bindparam("text_hash", type_=_p.text_hash.type),
+        "search_text": bindparam("prompt_words", type_=_p.search_text.type),
+        "used_count": literal_column("1"),
+    }
+    upsert = postgresql.insert(_prompts).from_select(
+        list(use), select(*use.values()).where(is_usual, is_free), include_defaults=False
+    )
+    return cast("CTE", _counting(upsert).returning(_p.id).cte("counted"))
+
+
 def _once(query: Select[Any], name: str) -> CTE:
     return query.cte(name).prefix_with("MATERIALIZED")
 
@@ -181,5 +225,5 @@ _COUNT_ON_SQLITE = Prepared(
         sqlite.insert(_prompts).values(
             {name: bindparam(name) for name in ("text", "text_hash", "search_text", "used_count")}
         )
-    ).returning(_p.id)
+    ).returning(_p.id, now().label("now"))
 )

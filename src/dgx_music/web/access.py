@@ -12,6 +12,7 @@ from fastapi.openapi.models import HTTPBearer
 from fastapi.security.base import SecurityBase
 from starlette.requests import Request
 
+from dgx_music.client.room import limit_queue
 from dgx_music.client.tokens import check_role
 from dgx_music.roles import Role
 from dgx_music.storage.tokens import Holder
@@ -109,6 +110,7 @@ def entrance(site: Site) -> Callable[..., Coroutine[Any, Any, None]]:
 
 def _enter(request: Request, site: Site, access: Access) -> None:
     check_same_site(request)
+    limit_queue(site.queue_limits)
     request.state.music_site = site
     request.state.music_access = access
 

@@ -4,40 +4,47 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import cast
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from dgx_music.artifacts import Artifacts, open_place_of
-from dgx_music.artifacts.interface import parse_name
-from dgx_music.client.content import path_of, stored_format, stream_row
 from dgx_music.client.generations import audio_facts
-from dgx_music.errors import ArtifactError, InvalidRequestError, NoAudioError
+from dgx_music.errors import InvalidRequestError, NoAudioError
 from dgx_music.storage import Generation
-from dgx_music.validation import check_integer
+from dgx_music.validation import check_integer, shown
 from dgx_music.web import documents
 from dgx_music.web.access import Access, MayRead
+from dgx_music.web.contents import Content, begin, find_content
 from dgx_music.web.filters import Parameter, read_flag, read_integer, read_parameters
 from dgx_music.web.names import MEDIA_TYPES, disposition, file_name, media_type_of
 from dgx_music.web.problems import GONE, NO_SUCH_RANGE, ProblemError
 from dgx_music.web.ranges import NoSuchRangeError, is_known, is_same, parse_range
 from dgx_music.web.route import MusicRoute
-from dgx_music.web.rows import find_row, has_audio
+from dgx_music.web.rows import find_row
 from dgx_music.web.site import site_of
 
 MOST_POINTS = 1_000
 _DEFAULT_POINTS = 200
-_GONE = "The audio was deleted or moved."
 
 router = APIRouter(
     prefix="/generations/{generation_id}", route_class=MusicRoute, tags=["generations"]
 )
 
 
+def _read_format(name: str, text: str) -> str:
+    if text not in MEDIA_TYPES:
+        raise InvalidRequestError(name, f"is {shown(text)}", f"use {', '.join(MEDIA_TYPES)}")
+    return text
+
+
 _OF_AUDIO = (
-    Parameter("format", {"enum": [*MEDIA_TYPES]}, "Only the format that the audio has."),
+    Parameter(
+        "format",
+        {"enum": [*MEDIA_TYPES]},
+        "Converted to this format, if the audio has another one; as it is stored if not given.",
+        _read_format,
+    ),
     Parameter("download", {"type": "boolean"}, "If true, a browser saves it.", read_flag),
 )
 _OF_WAVEFORM = (
@@ -71,19 +78,17 @@ async def get_audio(generation_id: str, request: Request, access: MayRead) -> Re
     """Send the audio of a completed generation; players may ask for parts of it."""
     values = read_parameters(request, *_OF_AUDIO)
     row = await _find_completed(generation_id, access)
-    _check_format(row, values.get("format"))
+    content = await find_content(site_of(request), row, values.get("format"))
+    name = file_name(row, content.audio_format)
     headers = {
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",  # to be asked for again by its ETag
-        "Content-Disposition": disposition(
-            file_name(row), is_attachment=values.get("download", False)
-        ),
+        "Content-Disposition": disposition(name, is_attachment=values.get("download", False)),
+        "ETag": f'"{content.sha256}"',
     }
-    if row.sha256 is not None:
-        headers["ETag"] = f'"{row.sha256}"'
-        if is_known(request.headers.get("if-none-match"), headers["ETag"]):
-            return Response(status_code=304, headers=headers)
-    return await _send(row, request, headers)
+    if is_known(request.headers.get("if-none-match"), headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    return await _send(row, content, request, headers)
 
 
 @router.head("/audio", include_in_schema=False)
@@ -123,26 +128,19 @@ async def _find_completed(generation_id: str, access: Access) -> Generation:
     return row
 
 
-def _check_format(row: Generation, wanted: str | None) -> None:
-    found = stored_format(row)
-    if wanted is not None and wanted != found:
-        problem = f"is {wanted[:10]!r}, and this audio is {found}"
-        raise InvalidRequestError("format", problem, "leave it out")
-
-
-async def _send(row: Generation, request: Request, headers: dict[str, str]) -> Response:
+async def _send(
+    row: Generation, content: Content, request: Request, headers: dict[str, str]
+) -> Response:
     """Return the answer with the file, or the part of it that the request asks for."""
-    if not has_audio(row):
-        raise ProblemError(GONE, _GONE)
-    size, part = cast("int", row.file_size_bytes), None
-    if is_same(request.headers.get("if-range"), headers.get("ETag", "")):
+    size, part = content.size, None
+    if is_same(request.headers.get("if-range"), headers["ETag"]):
         part = _find_part(request.headers.get("range"), size)
     start, length = part or (0, size)
     headers |= {"Content-Length": str(length)}
     if part is not None:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{size}"
-    first, rest = await _begun(site_of(request).artifacts, row, start, length)
-    status, media_type = 200 if part is None else 206, media_type_of(row)
+    first, rest = await begin(site_of(request), row, content, start, length)
+    status, media_type = 200 if part is None else 206, media_type_of(content.audio_format)
     if request.method == "HEAD":
         await rest.aclose()
         return Response(None, status, headers, media_type)
@@ -156,38 +154,6 @@ def _find_part(header: str | None, size: int) -> tuple[int, int] | None:
         detail = f"The file has {size:,} bytes; ask for some of them."
         headers = {"Content-Range": f"bytes */{size}"}
         raise ProblemError(NO_SUCH_RANGE, detail, headers=headers) from None
-
-
-async def _begun(
-    place: Artifacts, row: Generation, start: int, length: int
-) -> tuple[bytes, AsyncGenerator[bytes, None]]:
-    """Return the first chunk and the rest: so a missing file is noticed before the answer begins."""
-    path = _path_of(row)
-    if not (place.holds(path) or _has_own_name(row, path)):
-        raise ProblemError(GONE, _GONE)
-    chunks = stream_row(row, start, length)
-    try:
-        return await anext(chunks, b""), chunks
-    except ArtifactError:
-        if await open_place_of(path).exists(path):
-            raise
-        raise ProblemError(GONE, _GONE) from None
-
-
-def _path_of(row: Generation) -> str:
-    try:
-        return path_of(row)
-    except ArtifactError:
-        raise ProblemError(GONE, _GONE) from None
-
-
-def _has_own_name(row: Generation, path: str) -> bool:
-    """Return True if the file is named as a worker names the audio of this row.
-
-    Only such a file is sent if it is of another output than the server's.
-    """
-    named = parse_name(path.rpartition("/")[2])
-    return named is not None and named[0] == row.id
 
 
 async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:

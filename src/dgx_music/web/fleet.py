@@ -50,9 +50,14 @@ _PAUSES_NOW = documents.answers({200: ("All pauses that hold now.", documents.ex
 )
 async def get_all_workers(access: MayRead) -> Response:
     """List the workers: which are alive, on which device, and what they run."""
+    return JSONResponse({"workers": await read_workers(access)})
+
+
+async def read_workers(access: Access) -> list[dict[str, Any]]:
+    """Return the workers, oldest first, each with what this client may see of it."""
     database = await ensure_database()
     rows = await database.transact(get_workers, read_only=True, may_lag=True)
-    return JSONResponse({"workers": [_as_dict(row, access) for row in rows]})
+    return [_as_dict(row, access) for row in rows]
 
 
 @router.post("/pause", responses=_PAUSES_NOW)

@@ -53,7 +53,7 @@ async def get_page(request: Request, access: MayRead) -> Response:
 async def get_one(generation_id: str, request: Request, access: MayRead) -> Response:
     """Show one generation with its attempts, and when it is likely to be done."""
     base = base_of(request)
-    return JSONResponse(await _read_detail(generation_id, access, base))
+    return JSONResponse(await read_detail(generation_id, access, base))
 
 
 async def read_page(
@@ -92,7 +92,9 @@ def _naming_words() -> Iterator[None]:
         raise InvalidRequestError("q", error.problem, error.remedy) from None
 
 
-async def _read_detail(generation_id: str, access: Access, base: str) -> dict[str, Any]:
+async def read_detail(generation_id: str, access: Access, base: str) -> dict[str, Any]:
+    """Return one generation with its attempts, and when it is likely to be done."""
+
     async def read(session: AsyncSession) -> dict[str, Any]:
         row = check_visible(await get_generation(session, generation_id), generation_id, access)
         attempts = await get_attempts(session, row.id)

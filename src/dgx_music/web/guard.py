@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from functools import lru_cache
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -62,8 +62,11 @@ class Guard:
     def _is_known(self, scope: Scope) -> bool:
         if scope["path"] in _PROBES:
             return True
-        hosts = [host_of(each) for each in Headers(scope=scope).getlist("host")]
-        return len(hosts) == 1 and (is_loopback(hosts[0]) or hosts[0] in self._allowed)
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1:
+            return False
+        host = host_of(hosts[0].decode("latin-1"))
+        return is_loopback(host) or host in self._allowed
 
 
 def secure(headers: list[tuple[bytes, bytes]]) -> None:
@@ -98,6 +101,7 @@ def _place_of(origin: str) -> str | None:
         return None
 
 
+@lru_cache(maxsize=64)
 def host_of(header: str) -> str:
     """Return the name or the address in a ``Host`` header, without its port."""
     try:
@@ -106,6 +110,7 @@ def host_of(header: str) -> str:
         return ""
 
 
+@lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Return True if only programs of this machine reach this host."""
     if host == "localhost":

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from dgx_music.client.logins import LASTS_SECONDS, log_in, log_out
 from dgx_music.web.access import cookie_of, login_of
 from dgx_music.web.problems import NOT_FOUND, TOO_FAST, ProblemError
-from dgx_music.web.shell import FILES, VERSION, PageRoute, read_form, render, root_of
+from dgx_music.web.shell import FILES, VERSION, PageRoute, login_page, read_form, root_of
 from dgx_music.web.site import Site, site_of
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
@@ -40,7 +40,7 @@ async def post_login(request: Request) -> Response:
     secret = await log_in(token.strip())
     if secret is None:
         reason = "The token is not valid: it is unknown, expired or revoked."
-        return render(request, "login.html", {"reason": reason}, 401)
+        return login_page(request, reason, 401)
     answer = _to_page(request)
     answer.set_cookie(cookie_of(request), secret, max_age=LASTS_SECONDS, **_kind_of(request))
     return answer

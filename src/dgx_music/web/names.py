@@ -19,14 +19,17 @@ MEDIA_TYPES = {
 _PATTERN = Pattern(DEFAULT_PATTERN)
 
 
-def media_type_of(row: Generation) -> str:
-    """Return the media type of the stored file."""
-    return MEDIA_TYPES.get(stored_format(row), "application/octet-stream")
+def media_type_of(audio_format: str) -> str:
+    """Return the media type of a file in this format."""
+    return MEDIA_TYPES.get(audio_format, "application/octet-stream")
 
 
-def file_name(row: Generation) -> str:
-    """Return the name that ``save_audio`` gives: title or prompt, take, key, tempo and id."""
-    return _PATTERN.fill(values_of(row), f".{stored_format(row)}").name
+def file_name(row: Generation, audio_format: str | None = None) -> str:
+    """Return the name that ``save_audio`` gives: title or prompt, take, key, tempo and id.
+
+    Its ending is that of the format, or of the stored file if none is given.
+    """
+    return _PATTERN.fill(values_of(row), f".{audio_format or stored_format(row)}").name
 
 
 def disposition(name: str, *, is_attachment: bool) -> str:

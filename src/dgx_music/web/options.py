@@ -10,9 +10,17 @@ UPLOAD_BYTES = 100_000_000
 """The largest body of an upload, if nothing else is chosen; the library reads no larger file."""
 MOST_DECODES = 4
 """How many uploads are decoded at a time; others wait."""
+MOST_TRANSCODES = 2
+"""How many files are converted to another format at a time; others wait."""
+TRANSCODED_BYTES = 256_000_000
+"""How much of what was converted is kept, to be sent again."""
+TRANSCODED_FILES = 100
 MOST_ROWS = 200
 """The longest page."""
 MOST_IN_A_BATCH = 1_000
+MAX_PENDING = 10_000
+"""How many generations may wait, if the setting of that name is not given."""
+MAX_PENDING_PER_TENANT = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The page: a list that works without scripts, and the frame of one that is live with them."""
+"""The page: made whole for each URL, so that it works without scripts and is live with them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from dgx_music.client.content import writable_formats
 from dgx_music.config import default_model
-from dgx_music.errors import DgxMusicError, InvalidRequestError
+from dgx_music.errors import DgxMusicError, GenerationNotFoundError, InvalidRequestError
 from dgx_music.roles import Role
+from dgx_music.storage import get_database_stats
+from dgx_music.storage.database import ensure_database
+from dgx_music.validation import check_name
 from dgx_music.web.access import Access, MayEnqueue, MayRead, login_of
+from dgx_music.web.drawer import read_drawer
 from dgx_music.web.enqueue import enqueue_one
 from dgx_music.web.filters import read_integer, read_number
-from dgx_music.web.generations import read_page
+from dgx_music.web.fleet import read_workers
+from dgx_music.web.lists import kept_of, link_to, read_list
 from dgx_music.web.overview import read_models
 from dgx_music.web.problems import ProblemError, problem_of
 from dgx_music.web.requests import check_only, prepared
 from dgx_music.web.shell import PageRoute, read_form, render, root_of
+from dgx_music.web.wording import KEYS, curl_of
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 
-_OWN = ("show", "view")
-"""The parameters of the page's URL that are not those of the list."""
 _TEXTS = ("prompt", "model", "seed", "negative_prompt", "idempotency_key")
 _FIELDS = (*_TEXTS, "duration", "variations")
 _EXAMPLES = (
@@ -38,7 +43,7 @@ _EXAMPLES = (
 
 @router.get("/")
 async def get_page(request: Request, access: MayRead) -> Response:
-    """Show the list that the URL asks for; fields of a form that are empty leave the URL."""
+    """Show what the URL asks for; fields of a form that are empty leave the URL."""
     pairs = request.query_params.multi_items()
     if any(text == "" for _, text in pairs):
         kept = urlencode([pair for pair in pairs if pair[1] != ""])
@@ -78,30 +83,62 @@ async def _show(
     form: dict[str, str] | None = None,
     problem: ProblemError | None = None,
 ) -> Response:
-    reason, status = None, 200
-    try:
-        page = await read_page(request, access, root_of(request), ignored=_OWN)
-    except InvalidRequestError as error:
-        page, reason, status = {"generations": [], "next": None}, str(error), 422
+    root, is_of_workers = root_of(request), request.query_params.get("view") == "workers"
     models = await read_models()
-    values = {
-        "rows": page["generations"],
-        "older": _older(request, page["next"]),
-        "reason": reason,
+    values: dict[str, Any] = {
+        **_visitor(request, access),
+        **await read_list(request, access, root),
         "models": models,
+        "counts": await _count(access),
         "is_served": any(model["is_served"] for model in models),
+        "is_paused": all(model["is_paused"] for model in models),
+        "workers": await read_workers(access) if is_of_workers else None,
         "chosen_model": (form or {}).get("model") or _first_choice(models),
         "form": form or {},
         "problem": problem,
-        "filters": request.query_params,
         "key": secrets.token_urlsafe(16),
         "examples": _EXAMPLES,
+        "keys": KEYS,
+    }
+    status = problem.kind.status if problem else 422 if values["reason"] else 200
+    if shown := request.query_params.get("show"):
+        status = await _add_detail(values, shown, access, request) or status
+    return render(request, "page.html", values, status)
+
+
+async def _count(access: Access) -> dict[str, int] | None:
+    """Return the counts of all generations; ``None`` for a tenant, which may not know them."""
+    if access.tenant is not None:
+        return None
+    return await (await ensure_database()).transact(get_database_stats, read_only=True)
+
+
+def _visitor(request: Request, access: Access) -> dict[str, Any]:
+    """Return who looks at the page, and how its links keep the list that is shown."""
+    kept = kept_of(request)
+    return {
         "role": access.role,
         "sees_all": access.tenant is None,
         "may_enqueue": access.may(Role.ENQUEUE),
+        "may_operate": access.may(Role.OPERATE),
         "is_logged_in": login_of(request) is not None,
+        "here": link_to(root_of(request), kept),
+        "kept": f"{urlencode(kept)}&" if kept else "",
     }
-    return render(request, "page.html", values, problem.kind.status if problem else status)
+
+
+async def _add_detail(
+    values: dict[str, Any], shown: str, access: Access, request: Request
+) -> int | None:
+    """Add the generation that is shown, or why it cannot be; return the status for that."""
+    try:
+        values["detail"] = await read_drawer(check_name("show", shown), access, root_of(request))
+        values["curl"] = curl_of(values["detail"], str(request.url))
+        values["formats"] = writable_formats()
+    except (GenerationNotFoundError, InvalidRequestError) as error:
+        values["absent"] = str(error)
+        return 404
+    return None
 
 
 def _first_choice(models: list[dict[str, Any]]) -> str:
@@ -109,11 +146,3 @@ def _first_choice(models: list[dict[str, Any]]) -> str:
     default = default_model()
     served = [model["name"] for model in models if model["is_served"]]
     return default if default in served or not served else str(served[0])
-
-
-def _older(request: Request, after: str | None) -> str | None:
-    """Return the link to the next page of the same list, or ``None``."""
-    if after is None:
-        return None
-    kept = [pair for pair in request.query_params.multi_items() if pair[0] not in ("after", *_OWN)]
-    return f"?{urlencode([*kept, ('after', after)])}"

@@ -25,11 +25,14 @@ from dgx_music.errors import (
     InvalidRequestError,
     NoAudioError,
     PartlyDoneError,
+    QueueFullError,
 )
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
 """After how long a client may try again what failed because something was away."""
+FULL_SECONDS = 10
+"""After how long a client may try again what the full queue had no room for."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ WRONG_HOST = Kind("wrong-host", 421, "This server is not known by this name.")
 INVALID = Kind("invalid-request", 422, "The request cannot be accepted.")
 KEY_CONFLICT = Kind("idempotency-conflict", 422, "The key belongs to another request.")
 TOO_FAST = Kind("too-fast", 429, "There are too many requests.")
+QUEUE_FULL = Kind("queue-full", 429, "Too many generations wait.")
 INTERNAL = Kind("internal-error", 500, "The server made a mistake.")
 DATABASE_AWAY = Kind("database-away", 503, "The database cannot be used now.")
 PARTLY_DONE = Kind("partly-done", 503, "Only some generations were changed.")
@@ -81,6 +85,7 @@ _OURS: Sequence[tuple[type[DgxMusicError], Kind]] = (
     (BatchNotFoundError, NOT_FOUND),
     (IllegalTransitionError, WRONG_STATUS),
     (CountDiffersError, COUNT_DIFFERS),
+    (QueueFullError, QUEUE_FULL),
     (PartlyDoneError, PARTLY_DONE),
     (NoAudioError, WRONG_STATUS),
     (DatabaseError, DATABASE_AWAY),
@@ -152,7 +157,8 @@ def _of_ours(error: DgxMusicError) -> ProblemError | None:
     if kind in _AWAY:
         logger.warning("web: %s", error)
         return ProblemError(kind, _AWAY[kind], headers={"Retry-After": str(RETRY_SECONDS)})
-    return ProblemError(kind, str(error), field=getattr(error, "field", None))
+    headers = {"Retry-After": str(FULL_SECONDS)} if kind is QUEUE_FULL else {}
+    return ProblemError(kind, str(error), field=getattr(error, "field", None), headers=headers)
 
 
 def _of_validation(found: Mapping[str, Any]) -> ProblemError:

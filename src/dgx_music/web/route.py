@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dgx_music.client.room import own_limits
 from dgx_music.web.bodies import limited
 from dgx_music.web.guard import secure
 from dgx_music.web.problems import problem_of
@@ -26,7 +27,8 @@ class MusicRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                response = await handle(limited(request) if self.is_limited else request)
+                with own_limits():
+                    response = await handle(limited(request) if self.is_limited else request)
             except Exception as error:
                 if (refused := self.answer_problem(request, error)) is None:
                     raise

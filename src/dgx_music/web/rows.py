@@ -11,18 +11,11 @@ from dgx_music.errors import GenerationNotFoundError
 from dgx_music.statuses import CANCELLED, FAILED
 from dgx_music.storage import Attempt, Generation, get_generation
 from dgx_music.storage.database import ensure_database
-from dgx_music.storage.queue import AUDIO_KEY
 from dgx_music.web.access import Access
 
 ROOT = "/v1/"
-_HIDDEN = ("file_path", "request_hash", "prompt_id", "lease_expires_at", "is_starred")
+_HIDDEN = ("file_path", "lease_expires_at")
 _FOR_OPERATORS = "worker_id"
-_ONLY_ALONE = (
-    *("continuation_sha256", "melody_sha256", "sha256", "model_version"),
-    *("max_attempts", "run_at", "started_at"),
-)
-_AUDIO_IN_LISTS = ("duration_seconds", "format")
-"""Tempo and key are columns of the row."""
 
 
 def base_of(request: Request) -> str:
@@ -49,18 +42,7 @@ def check_visible(row: Generation | None, generation_id: str, access: Access) ->
 
 def as_row(row: Generation, access: Access, base: str) -> dict[str, Any]:
     """Return the row as JSON values."""
-    told = row.to_dict()
-    for name in _HIDDEN:
-        del told[name]
-    if not access.is_operator:
-        del told[_FOR_OPERATORS]
-    return {
-        **told,
-        "sampling": _with_text_seed(told["sampling"]),
-        "metadata": _without_waveform(told["metadata"]),
-        "starred": row.is_starred,
-        "urls": _urls(row, base),
-    }
+    return _as_seen(row, row.to_dict(), access, base)
 
 
 def as_list_row(row: Generation, access: Access, base: str) -> dict[str, Any]:
@@ -68,14 +50,17 @@ def as_list_row(row: Generation, access: Access, base: str) -> dict[str, Any]:
 
     So a page of 50 rows is about 55 kB.
     """
-    told = as_row(row, access, base)
-    for name in _ONLY_ALONE:
-        del told[name]
-    audio = (told["metadata"] or {}).get(AUDIO_KEY)
-    if isinstance(audio, dict):
-        kept = {name: audio[name] for name in _AUDIO_IN_LISTS if name in audio}
-        told["metadata"] = {**told["metadata"], AUDIO_KEY: kept}
-    return told
+    return _as_seen(row, row.to_summary(), access, base)
+
+
+def _as_seen(row: Generation, told: dict[str, Any], access: Access, base: str) -> dict[str, Any]:
+    """Return these values of the row without what is hidden from the client, and with links."""
+    hidden = _HIDDEN if access.is_operator else (*_HIDDEN, _FOR_OPERATORS)
+    return {
+        **{name: value for name, value in told.items() if name not in hidden},
+        "sampling": _with_text_seed(told["sampling"]),
+        "urls": _urls(row, base),
+    }
 
 
 def as_attempt(attempt: Attempt, access: Access) -> dict[str, Any]:
@@ -114,12 +99,3 @@ def _with_text_seed(sampling: dict[str, Any] | None) -> dict[str, Any] | None:
     if sampling is None or sampling.get("seed") is None:
         return sampling
     return {**sampling, "seed": str(sampling["seed"])}
-
-
-def _without_waveform(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the metadata without the thousand numbers that only ``…/waveform`` gives."""
-    audio = (metadata or {}).get(AUDIO_KEY)
-    if not isinstance(audio, dict) or "waveform" not in audio:
-        return metadata
-    kept = {name: value for name, value in audio.items() if name != "waveform"}
-    return {**(metadata or {}), AUDIO_KEY: kept}

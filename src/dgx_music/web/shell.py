@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote
@@ -16,6 +15,7 @@ from starlette.responses import HTMLResponse, Response
 
 from dgx_music.catalog import is_untrained
 from dgx_music.errors import InvalidRequestError
+from dgx_music.web import wording
 from dgx_music.web.access import login_of
 from dgx_music.web.problems import NO_TOKEN, ProblemError, problem_of
 from dgx_music.web.route import MusicRoute
@@ -32,22 +32,25 @@ VERSION = hashlib.sha256(b"".join(content for content, _ in FILES.values())).hex
 """Part of each file's URL, so that browsers keep a file until another version is installed."""
 
 
-def _moment(text: str) -> str:
-    return datetime.fromisoformat(text).strftime("%d %b %H:%M UTC")
-
-
-def _seconds(value: float) -> str:
-    whole = round(value)
-    return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02} min"
-
-
 _templates = Environment(
     loader=FileSystemLoader(_HERE / "templates"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
+    finalize=lambda value: "" if value is None else value,
 )
-_templates.filters |= {"moment": _moment, "seconds": _seconds}
+_templates.filters |= {
+    "moment": wording.moment,
+    "seconds": wording.seconds,
+    "title_of": wording.title_of,
+    "status_of": wording.status_of,
+    "facts_of": wording.facts_of,
+    "problem_of": wording.problem_of_row,
+    "outlook_of": wording.outlook_of,
+    "request_of": wording.request_of,
+    "worker_facts": wording.worker_facts,
+    "model_facts": wording.model_facts,
+}
 _templates.tests["untrained"] = is_untrained
 
 
@@ -84,13 +87,19 @@ def render(
     return HTMLResponse(_templates.get_template(template).render(**frame, **values), status)
 
 
+def login_page(request: Request, reason: str | None, status: int) -> Response:
+    """Return the form that takes a token, with the reason why the last one was refused."""
+    values = {"title": "Log in", "reason": reason, "is_login": True}
+    return render(request, "alone.html", values, status)
+
+
 def refusal(request: Request, problem: ProblemError) -> Response:
     """Return the page that a problem leads to."""
     if problem.kind is NO_TOKEN:
         reason = problem.detail if login_of(request) else None
-        page = render(request, "login.html", {"reason": reason}, problem.kind.status)
+        page = login_page(request, reason, problem.kind.status)
     else:
         values = {"title": problem.kind.title, "reason": problem.detail}
-        page = render(request, "refusal.html", values, problem.kind.status)
+        page = render(request, "alone.html", values, problem.kind.status)
     page.headers.update(problem.headers)
     return page

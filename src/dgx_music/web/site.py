@@ -9,11 +9,14 @@ from anyio import CapacityLimiter
 from starlette.requests import Request
 
 from dgx_music.artifacts import Artifacts, open_output
+from dgx_music.client.room import limits_of
 from dgx_music.config import Settings, load_settings
+from dgx_music.storage.room import QueueLimits
 from dgx_music.web.hub import Hub
-from dgx_music.web.options import MOST_DECODES, WebOptions
+from dgx_music.web.options import MAX_PENDING, MAX_PENDING_PER_TENANT, MOST_DECODES, WebOptions
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
+from dgx_music.web.transcodes import Transcodes
 
 LOGINS_PER_MINUTE = 10.0
 """How many log-ins may be tried from each address."""
@@ -31,12 +34,23 @@ class Site:
         self.stops = Stops()
         self.hub = Hub(self.stops, options.most_streams)
         self.decodes = CapacityLimiter(MOST_DECODES)
+        self.transcodes = Transcodes()
 
     @cached_property
     def artifacts(self) -> Artifacts:
         """The place of the audio; files of another place are not served."""
         settings = self._settings or load_settings()
         return open_output(settings.output, is_private=settings.is_private)
+
+    @cached_property
+    def queue_limits(self) -> QueueLimits:
+        """How many generations may wait: as the settings say, or the web's own limits."""
+        settings = self._settings or load_settings()
+        total, per_tenant = settings.max_pending, settings.max_pending_per_tenant
+        return limits_of(
+            MAX_PENDING if total is None else total,
+            MAX_PENDING_PER_TENANT if per_tenant is None else per_tenant,
+        )
 
 
 def site_of(request: Request) -> Site:

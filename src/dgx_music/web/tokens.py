@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from time import monotonic
 
+import anyio
+
 from dgx_music.client import logins, tokens
 from dgx_music.storage.tokens import Holder
 
@@ -21,6 +23,7 @@ class Tokens:
         self._holders: dict[tuple[str, str], tuple[float, Holder]] = {}
         self._was_empty_at: float | None = None
         self._has_any = False
+        self._looking = anyio.Lock()
 
     async def find_holder(self, secret: str) -> Holder | None:
         """Return who holds this token, or ``None`` if it is not valid."""
@@ -51,14 +54,17 @@ class Tokens:
 
     async def has_any(self) -> bool:
         """Return True if a token was ever made."""
-        is_fresh = self._was_empty_at is not None and (
-            self._clock() - self._was_empty_at < KEPT_SECONDS
-        )
-        if not self._has_any and not is_fresh:
-            at = self._clock()
-            self._has_any = await tokens.has_tokens()
-            self._was_empty_at = at
-        return self._has_any
+        async with self._looking:  # of many who ask at once, one looks
+            if not self._has_any and not self._is_empty():
+                at = self._clock()
+                self._has_any = await tokens.has_tokens()
+                self._was_empty_at = at
+            return self._has_any
+
+    def _is_empty(self) -> bool:
+        """Return True if a moment ago there was no token."""
+        at = self._was_empty_at
+        return at is not None and self._clock() - at < KEPT_SECONDS
 
 
 class Rates:

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgx_music.inference.musicgen.kernels import (
-    attend_cached,
-    can_launch,
-    is_available,
-    store_newest,
-)
+from dgx_music.inference.musicgen.cached_attention import attend_cached
+from dgx_music.inference.musicgen.kernel_check import can_launch, is_available
+from dgx_music.inference.musicgen.kernels import store_newest
 from dgx_music.inference.musicgen.launches import Span
 from dgx_music.inference.musicgen.layers import CrossAttention, Layer, Weight, linear
 from dgx_music.inference.musicgen.native import Native, build
@@ -32,16 +29,15 @@ class Segment(NamedTuple):
     keys: tuple[Tensor, ...]  # for each layer [N, H, T, D]
     values: tuple[Tensor, ...]
     mask: Tensor | None  # [N, 1, 1, T], what to add to the scores
+    last: Tensor  # [N], the last position that each sequence attends to
     newest: tuple[Tensor, ...] = ()  # for each layer [N, 2, H, D], the cache's last position
 
 
 class Context(NamedTuple):
     """What one decode step writes to the cache and reads from it."""
 
-    slots: Tensor  # [R], and
     positions: Tensor  # [R], the place of the new keys and values
     passes: int
-    last: Tensor  # [N], the last position that each sequence attends to
     is_exact: bool
     """True if no sequence reads past its own position, so that the host knows the positions."""
     segments: tuple[Segment, ...]
@@ -52,6 +48,7 @@ class Text(NamedTuple):
 
     keys_values: Tensor  # [L, slot, pass, 2, H, X, D]
     mask: Tensor  # [slot, pass, X], what to add to the scores: 0, or -inf past a text's end
+    last: Tensor  # [slot, pass], the place of each text's last token
     passes: int
     spans: tuple[Span, ...]
 
@@ -67,7 +64,8 @@ class Text(NamedTuple):
         if is_masked:
             mask = self.mask[start:stop, : self.passes, :length].flatten(0, 1)[:, None, None]
         sequences = slice(start * self.passes, stop * self.passes)
-        return Segment(sequences, *_by_layer(keys_values), mask)
+        last = self.last[start:stop, : self.passes].flatten().contiguous()
+        return Segment(sequences, *_by_layer(keys_values), mask, last)
 
 
 class Attention:
@@ -124,9 +122,8 @@ class Attention:
             # [L, N, 2, H, length, D]
             read = cache[:, start:stop, :passes].flatten(1, 2)[..., :length, :]
             newest = read[..., -1, :].unbind(0) if is_exact else ()
-            segments.append(Segment(sequences, *_by_layer(read), mask, newest))
-        slots = torch.arange(len(positions), device=self.device)
-        return Context(slots, positions, passes, last, is_exact, tuple(segments))
+            segments.append(Segment(sequences, *_by_layer(read), mask, last[sequences], newest))
+        return Context(positions, passes, is_exact, tuple(segments))
 
     def attend_self(
         self,
@@ -142,7 +139,7 @@ class Attention:
         q, fresh = torch.split_with_sizes(qkv, (normed.shape[1], 2 * normed.shape[1]), 1)
         self._write(fresh.view(-1, 2, self.head_count, self.head_size), index, cache, context)
         q = q.view(-1, self.head_count, 1, self.head_size)
-        read = [self._read(_select(part, q), index, part, context) for part in context.segments]
+        read = [self._read(_select(part, q), index, part) for part in context.segments]
         return linear(_join(read), layer.self_out, padded_rows)
 
     def attend_cross(
@@ -156,7 +153,7 @@ class Attention:
         """Return what the sequences ``[N, hidden]`` read from their texts."""
         q = linear(normed, cross.q, padded_rows).contiguous()
         q = q.view(-1, self.head_count, 1, self.head_size)
-        read = [self._attend(_select(t, q), t.keys[index], t.values[index], t.mask) for t in texts]
+        read = [self._read(_select(text, q), index, text) for text in texts]
         return linear(_join(read), cross.out, padded_rows)
 
     def _write(self, fresh: Tensor, index: int, cache: Tensor, context: Context) -> None:
@@ -171,14 +168,14 @@ class Attention:
                 segment.newest[index].copy_(_select(segment, fresh))
         else:
             rows = _copyable(fresh.view(-1, context.passes, *fresh.shape[1:]))
-            _copyable(cache)[context.slots, : context.passes, :, :, context.positions] = rows
+            slots = torch.arange(len(rows), device=self.device)
+            _copyable(cache)[slots, : context.passes, :, :, context.positions] = rows
 
-    def _read(self, q: Tensor, index: int, segment: Segment, context: Context) -> Tensor:
-        """Return what a segment's queries ``[N, H, 1, D]`` read from a layer's cache: ``[N, H * D]``."""
+    def _read(self, q: Tensor, index: int, segment: Segment) -> Tensor:
+        """Return what queries ``[N, H, 1, D]`` read from a layer's cache or text: ``[N, H * D]``."""
         keys, values = segment.keys[index], segment.values[index]
         if self.has_kernel:
-            last = context.last[segment.sequences]
-            return attend_cached(q.squeeze(2), keys, values, last, keys.shape[-2])
+            return attend_cached(q.squeeze(2), keys, values, segment.last, keys.shape[-2])
         # Nothing is converted, unless the cache is in 8 bits.
         return self._attend(q, keys.to(self.dtype), values.to(self.dtype), segment.mask)
 

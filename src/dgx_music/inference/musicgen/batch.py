@@ -114,6 +114,20 @@ class BatchState(NamedTuple):
         """Return a view of the first slots."""
         return BatchState(*(column[:count] for column in self))
 
+    def place(self, sampled: Tensor, is_finite: Tensor, delay: Tensor, pad_token: int) -> None:
+        """Put the sampled tokens ``[R, K]`` at the rows' next position, if they belong there.
+
+        What was given in advance stays, and outside the clip is padding. ``is_finite`` ``[R]`` says
+        which rows' numbers were, ``delay`` ``[K]`` how many steps late each codebook is.
+        """
+        row = torch.arange(len(sampled), device=sampled.device)
+        frame = self.position[:, None] - delay  # [R, K]
+        is_in_clip = (frame >= 0) & (frame < self.frame_count[:, None])
+        is_given = frame < self.given_count[:, None]
+        following = torch.where(is_given, self.tokens[row, self.position + 1], sampled)
+        self.tokens[row, self.position + 1] = torch.where(is_in_clip, following, pad_token)
+        self.is_finite.logical_and_(is_finite)
+
     def write(self, slot: int, row: Row, delays: list[int], pad_token: int) -> None:
         """Put a row's numbers into its slot, the tokens given in advance included."""
         given = row.given_count

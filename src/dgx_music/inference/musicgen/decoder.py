@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from dgx_music.inference.musicgen.attention import Attention, Context, Segment, Text
 from dgx_music.inference.musicgen.embedding import Embedding
-from dgx_music.inference.musicgen.kernels import add_norm
+from dgx_music.inference.musicgen.kernels import add_norm, embed
 from dgx_music.inference.musicgen.launches import Span, borrow_stream
 from dgx_music.inference.musicgen.layers import (
     EPSILON,
@@ -61,10 +61,17 @@ class Decoder:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, text_projection: nn.Linear | None, max_positions: int) -> None:
-        """Take over the weights of a ``Musicgen(Melody)ForCausalLM``.
+    def __init__(
+        self,
+        model: Any,
+        text_projection: nn.Linear | None,
+        max_positions: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """Take over the weights of a ``Musicgen(Melody)ForCausalLM``, and put them on the device.
 
-        Removes its layers on the way: two copies might not fit in memory.
+        Removes its layers on the way: two copies might not fit in memory. They are fused where they
+        are, so that the device gets only what it keeps. Without a device they stay there.
         """
         decoder, config = model.model.decoder, model.config
         self.codebook_count: int = config.num_codebooks
@@ -73,17 +80,18 @@ class Decoder:
         self.pad_token: int = config.pad_token_id
         self.max_positions = max_positions
         self._text_projection = text_projection
-        self._embedding = Embedding(decoder.embed_tokens, max_positions)
+        self._embedding = Embedding(decoder.embed_tokens, max_positions, device)
         self.device, self.dtype = self._embedding.device, self._embedding.dtype
         self.stream = borrow_stream(self, self.device, priority=-1)
         """Of a GPU: all slots of this decoder make their steps here, before all other work."""
-        self._final_norm = norm_of(decoder.layer_norm)
-        self._heads: Weight = torch.cat([head.weight for head in model.lm_heads])  # [K * V, hidden]
+        self._final_norm = norm_of(decoder.layer_norm).to(self.device)
+        heads_weight = torch.cat([head.weight for head in model.lm_heads])  # [K * V, hidden]
+        self._heads: Weight = heads_weight.to(self.device)
         heads: int = config.num_attention_heads
         self.attention = Attention(heads, config.hidden_size // heads, self.device, self.dtype)
         self.layers: list[Layer] = []
         while decoder.layers:
-            self.layers.append(Layer.fuse(decoder.layers[0]))
+            self.layers.append(Layer.fuse(decoder.layers[0], self.device))
             del decoder.layers[0]
 
     @property
@@ -197,13 +205,20 @@ class Decoder:
         context = self.attention.context(positions, cache, passes, spans)
         texts, text_every = ((), 1) if text is None else (text.segments(), passes // text.passes)
         step = _Step(context, texts, text_every, padded_rows)
-        x = self._embedding.of_tokens(tokens) + self._embedding.positions[positions]
-        x = x.repeat_interleave(passes, dim=0)  # [N, hidden]; both passes read the same tokens
-        normed = self.layers[0].self_norm(x)
+        x, normed = self._embed(tokens, positions, passes)
         for index, layer_cache in enumerate(cache.unbind(0)):
             normed = self._step_layer(index, x, normed, layer_cache, step)
         logits = linear(normed, self._heads, padded_rows).float()  # [N, K * V]
         return logits.view(len(tokens), passes, self.codebook_count, -1)
+
+    def _embed(self, tokens: Tensor, positions: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+        """Return what goes into the first layer ``[N, hidden]``, and the same normalised for it."""
+        norm = self.layers[0].self_norm
+        if self.attention.has_kernel:
+            return embed(tokens, positions, self._embedding, *norm, passes, epsilon=EPSILON)
+        x = self._embedding.of_tokens(tokens) + self._embedding.positions[positions]
+        x = x.repeat_interleave(passes, dim=0)  # both passes read the same tokens
+        return x, norm(x)
 
     def _step_layer(
         self, index: int, x: Tensor, normed: Tensor, cache: Tensor, step: _Step

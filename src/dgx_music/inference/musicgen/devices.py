@@ -50,6 +50,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         )
 
 
+def check_weights(name: str, device: torch.device) -> None:
+    """Raise ``EngineUnavailableError`` if such weights make the device slower."""
+    if name == "int8" and device.type == "cuda":
+        raise EngineUnavailableError(
+            "DGX_MUSIC_WEIGHTS=int8 makes a GPU slower, not faster (a step of musicgen-small takes "
+            "3.6 times as long on an H100); use DGX_MUSIC_WEIGHTS=full, and DGX_MUSIC_KV_CACHE=fp8 "
+            "for many slots."
+        )
+
+
 def _multiplies_bfloat16() -> bool:
     """Return whether the processor has instructions for it; without them float32 is faster."""
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # torch before 2.13 has none

@@ -34,6 +34,10 @@ class Norm(NamedTuple):
         """Return x normalised over its last dimension."""
         return torch.layer_norm(x, self.bias.shape, self.weight, self.bias, EPSILON)
 
+    def to(self, device: torch.device) -> Norm:
+        """Return the weight and the bias on the device."""
+        return Norm(self.weight.to(device), self.bias.to(device))
+
 
 @dataclass(frozen=True)
 class CrossAttention:
@@ -60,24 +64,33 @@ class Layer:
     activation: Callable[[Tensor], Tensor]
 
     @classmethod
-    def fuse(cls, layer: Any) -> Layer:
-        """Return the weights of one of transformers' layers; only the fused ones are copied."""
+    def fuse(cls, layer: Any, device: torch.device) -> Layer:
+        """Return the weights of one of transformers' layers on the device, fused before."""
         own, text = layer.self_attn, getattr(layer, "encoder_attn", None)
+        qkv = torch.cat([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight])
+        cross = None
+        if text is not None:
+            cross = cls._fuse_cross(text, layer.encoder_attn_layer_norm, device)
         return cls(
-            self_norm=norm_of(layer.self_attn_layer_norm),
-            self_qkv=torch.cat([own.q_proj.weight, own.k_proj.weight, own.v_proj.weight]),
-            self_out=own.out_proj.weight,
-            cross=None if text is None else cls._fuse_cross(text, layer.encoder_attn_layer_norm),
-            mlp_norm=norm_of(layer.final_layer_norm),
-            mlp_in=layer.fc1.weight,
-            mlp_out=layer.fc2.weight,
+            self_norm=norm_of(layer.self_attn_layer_norm).to(device),
+            self_qkv=qkv.to(device),
+            self_out=own.out_proj.weight.to(device),
+            cross=cross,
+            mlp_norm=norm_of(layer.final_layer_norm).to(device),
+            mlp_in=layer.fc1.weight.to(device),
+            mlp_out=layer.fc2.weight.to(device),
             activation=layer.activation_fn,
         )
 
     @staticmethod
-    def _fuse_cross(text: Any, norm: nn.LayerNorm) -> CrossAttention:
+    def _fuse_cross(text: Any, norm: nn.LayerNorm, device: torch.device) -> CrossAttention:
         keys_values = torch.cat([text.k_proj.weight, text.v_proj.weight])
-        return CrossAttention(norm_of(norm), text.q_proj.weight, keys_values, text.out_proj.weight)
+        return CrossAttention(
+            norm_of(norm).to(device),
+            text.q_proj.weight.to(device),
+            keys_values.to(device),
+            text.out_proj.weight.to(device),
+        )
 
     def quantise(self, native: Native | None) -> Layer:
         """Return the layer with 8-bit versions of all weights that every step reads."""

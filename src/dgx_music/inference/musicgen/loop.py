@@ -177,7 +177,11 @@ class DecodingLoop:
         failed, self._admitted = self._admitted, []
         logger.error("decoding step failed with %d generations in it", len(failed), exc_info=error)
         self._supply.give_up()
-        has_room = is_out_of_memory(error) and self._supply.make_room(failed[0].run, error)
+        try:
+            has_room = is_out_of_memory(error) and self._supply.make_room(failed[0].run, error)
+        except BaseException:
+            self._admitted = failed  # the end of this thread answers them
+            raise
         error.__traceback__ = None  # it holds the slots
         for ticket in failed:  # one error each: a thread that raises an error writes to it
             ticket.answer(_no_room(error) if has_room else _failed_step(error, len(failed)))

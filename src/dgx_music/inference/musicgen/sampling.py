@@ -17,7 +17,7 @@ from dgx_music.sampling import Sampling
 
 _GREEDY_BELOW = 1e-4
 """At a lower temperature the likeliest token is certain and division may overflow: be greedy."""
-_TIE_BREAK = 1e-12
+TIE_BREAK = 1e-12
 """Subtracted per token id: of equal logits, and in 16 bits there are many, the lowest id wins."""
 
 
@@ -71,7 +71,7 @@ def sample(
     """
     # In float64: float32 sums would depend, in the last bits, on max_top_k.
     scores = _guide(logits.double(), sampling)  # [R, K, V]
-    scores = scores - torch.arange(scores.shape[-1], device=scores.device) * _TIE_BREAK
+    scores = scores - torch.arange(scores.shape[-1], device=scores.device) * TIE_BREAK
     top, tokens = scores.topk(max_top_k)  # [R, K, max_top_k], the likeliest first
     is_out = torch.arange(max_top_k, device=top.device) >= sampling.top_k
     probabilities = (top / sampling.temperature).masked_fill(is_out, -math.inf).softmax(-1)

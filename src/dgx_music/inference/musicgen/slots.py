@@ -28,6 +28,7 @@ from dgx_music.inference.musicgen.attention import Text
 from dgx_music.inference.musicgen.batch import BatchState, Row, delays
 from dgx_music.inference.musicgen.budget import check_room
 from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.kernels import draw_next
 from dgx_music.inference.musicgen.launches import (
     TEXT_STEP,
     USUAL_TEXT,
@@ -38,6 +39,7 @@ from dgx_music.inference.musicgen.launches import (
     text_room,
 )
 from dgx_music.inference.musicgen.sampling import SamplerState, effective_top_k, sample
+from dgx_music.sampling import Sampling
 
 _ROW_STEP = 16
 """Products have a multiple of so many rows: one tile of a processor that multiplies matrices."""
@@ -61,17 +63,33 @@ class Slots:
         self._cache = decoder.empty_cache(slot_count)  # [L, S, pass, 2, H, T, D]
         self._sampling = SamplerState.empty(slot_count, device)
         self._state = BatchState.empty(slot_count, max_steps, codebooks, decoder.pad_token, device)
-        room = TEXT_STEP if decoder.reads_text else 0
+        room = self._least_text_room if decoder.reads_text else 0
         self._texts = decoder.empty_text(slot_count, room)  # [L, S, pass, 2, H, X, D]
         mask_shape = (slot_count, 2, room)  # [S, pass, X]
         self._text_mask = torch.zeros(mask_shape, dtype=decoder.dtype, device=device)
+        self._text_last = torch.zeros(slot_count, 2, dtype=torch.long, device=device)
         self._launcher = make_launcher(self._advance, decoder.stream)
+        if decoder.reads_positions:
+            self._record_usual_plans()
+
+    def _record_usual_plans(self) -> None:
+        """Record, for each number of rows, the plan of guided rows: no first clip waits for it."""
+        text = self._texts[:, 0, 0] if self._decoder.reads_text else None
+        usual = Row(uniforms=self._state.uniforms[0], frame_count=1, sampling=Sampling(), text=text)
+        with self._launcher.on_stream(self._cache):  # after the work that made everything here
+            for count in range(self.slot_count, 0, -1):  # the first one takes the most memory
+                self._launcher.record(self._fit([usual] * count))
 
     def close(self) -> None:
         """Wait for the steps in flight and let go of everything; the slots cannot be used again."""
         self._launcher.forget()
         # The launcher refers to the slots, so both would stay alive.
         del self._launcher, self._cache, self._texts
+
+    @property
+    def _least_text_room(self) -> int:
+        """The least room for texts: if steps are recorded, so much that it hardly ever changes."""
+        return USUAL_TEXT if self._decoder.reads_positions else TEXT_STEP
 
     @property
     def has_room(self) -> bool:
@@ -118,7 +136,7 @@ class Slots:
         written = min(mover.offset + mover.position, self._decoder.max_positions)
         self._cache[:, slot, ..., :written, :] = self._cache[:, last, ..., :written, :]
         self._texts[:, slot] = self._texts[:, last]
-        for column in (*self._state, *self._sampling, self._text_mask):
+        for column in (*self._state, *self._sampling, self._text_mask, self._text_last):
             column[slot] = column[last]
 
     def _write(self, slot: int, row: Row) -> None:
@@ -143,15 +161,17 @@ class Slots:
         """
         with self._launcher.on_stream():
             slot = self.rows.index(row)
-            if not self._state.is_finite[slot]:
-                raise EngineError(
-                    "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
-                )
             tokens = self._state.tokens[slot, 1 : row.step_count + 1]  # [step, K]
             codes = [
                 tokens[delay : delay + row.frame_count, k] for k, delay in enumerate(self._delays)
             ]
-            return torch.stack(codes).cpu()  # a copy: the slot gets its next row soon
+            # With the mark, so that the host waits for the device once.
+            numbers = torch.cat([*codes, self._state.is_finite[slot, None]]).cpu()
+        if not numbers[-1]:
+            raise EngineError(
+                "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
+            )
+        return numbers[:-1].view(len(codes), -1)
 
     # --------------------------------------------------------------------------------------- step
 
@@ -159,30 +179,45 @@ class Slots:
     def step(self) -> None:
         """Advance every row: by one position, or on a GPU by several."""
         with self._launcher.on_stream():
-            plan = self._launcher.fit(self._plan(), self.slot_count, self._decoder.max_positions)
+            plan = self._fit(self.rows)
             self._launcher.launch(plan)
         for row in self.rows:
             row.position += plan.steps
 
-    def _plan(self) -> Plan:
-        """Return the shape of the next step: each row's own context and text, and no more."""
-        text_passes = max(row.text_passes for row in self.rows)
-        vocabulary = self._decoder.vocabulary
+    def _fit(self, rows: list[Row]) -> Plan:
+        """Return the plan to launch for the rows."""
+        plan = self._plan(rows)
+        return self._launcher.fit(plan, self.slot_count, self._decoder.max_positions)
+
+    def _plan(self, rows: list[Row]) -> Plan:
+        """Return the shape of the rows' next step: each row's own context and text, and no more."""
+        text_passes = max(row.text_passes for row in rows)
         return Plan(
-            rows=len(self.rows),
-            passes=2 if any(row.is_guided for row in self.rows) else 1,
+            rows=len(rows),
+            passes=2 if any(row.is_guided for row in rows) else 1,
             text_passes=text_passes,
-            context_spans=_spans(self._context_length(row) for row in self.rows),
-            text_spans=_spans((row.text_length, True) for row in self.rows) if text_passes else (),
-            max_top_k=max(effective_top_k(row.sampling, vocabulary) for row in self.rows),
+            context_spans=_spans(self._context_length(row) for row in rows),
+            text_spans=_spans(self._text_length(row) for row in rows) if text_passes else (),
+            max_top_k=max(self._max_top_k(row) for row in rows),
             steps=1,
         )
+
+    # Kernels that read lengths on the device are given all of the room: one plan serves all lengths.
 
     def _context_length(self, row: Row) -> tuple[int, bool]:
         """Return how much of the cache the row reads, and whether part of that is masked."""
         if self._decoder.reads_positions:
             return self._decoder.max_positions, True
         return row.offset + row.position + 1, False
+
+    def _text_length(self, row: Row) -> tuple[int, bool]:
+        """Return how much of its texts the row reads, and whether part of that is masked."""
+        return self._texts.shape[-2] if self._decoder.reads_positions else row.text_length, True
+
+    def _max_top_k(self, row: Row) -> int:
+        vocabulary = self._decoder.vocabulary
+        is_any = self._decoder.reads_positions
+        return vocabulary if is_any else effective_top_k(row.sampling, vocabulary)
 
     def _advance(self, plan: Plan) -> None:
         """Make the plan's steps, all on the device.
@@ -212,18 +247,12 @@ class Slots:
             spans=plan.context_spans,
             padded_rows=self._padded_rows,
         )  # [R, pass, K, V]
-        uniforms = state.uniforms[slot, state.position]  # [R, K]
-        sampled, is_finite = sample(
-            logits, uniforms, sampling, min(plan.max_top_k, self._decoder.vocabulary)
-        )
-        frame = state.position[:, None] - self._delay  # [R, K]
-        is_in_clip = (frame >= 0) & (frame < state.frame_count[:, None])
-        is_given = frame < state.given_count[:, None]
-        following = torch.where(is_given, state.tokens[slot, state.position + 1], sampled)
-        state.tokens[slot, state.position + 1] = torch.where(
-            is_in_clip, following, self._decoder.pad_token
-        )
-        state.is_finite.logical_and_(is_finite)
+        if self._decoder.reads_positions:
+            draw_next(logits, sampling, state, self._delay, self._decoder.pad_token)
+        else:
+            uniforms = state.uniforms[slot, state.position]  # [R, K]
+            drawn = sample(logits, uniforms, sampling, min(plan.max_top_k, logits.shape[-1]))
+            state.place(*drawn, self._delay, self._decoder.pad_token)
         state.position.add_(1).clamp_(max=self._max_steps)  # steps past a row's end do no harm
 
     # --------------------------------------------------------------------------------------- text
@@ -235,14 +264,16 @@ class Slots:
         longest = row.text_length
         room = self._texts.shape[-2]
         if longest > room or (not self.rows and max(longest, USUAL_TEXT) < room):
-            self._make_text_room(longest)
+            self._make_text_room(max(longest, self._least_text_room))
         self._texts[:, slot] = 0
         self._text_mask[slot] = 0
+        self._text_last[slot] = 0
         for index, text in enumerate(row.texts):
             if text is not None:
                 length = text.shape[-2]
                 self._texts[:, slot, index, ..., :length, :] = text
                 self._text_mask[slot, index, length:] = -math.inf
+                self._text_last[slot, index] = length - 1
 
     def _make_text_room(self, length: int) -> None:
         """Make room for texts of that many tokens and keep those that are there.
@@ -264,7 +295,9 @@ class Slots:
         self._texts, self._text_mask = texts, mask
 
     def _text(self, passes: int, spans: tuple[Span, ...]) -> Text | None:
-        return Text(self._texts, self._text_mask, passes, spans) if passes else None
+        if not passes:
+            return None
+        return Text(self._texts, self._text_mask, self._text_last, passes, spans)
 
 
 def _spans(lengths: Iterable[tuple[int, bool]]) -> tuple[Span, ...]:

@@ -1,4 +1,4 @@
-"""The device's part of ``kernels.attend_cached``, in Triton; imported only by its caller.
+"""The device's part of ``cached_attention``, in Triton; imported only by its caller.
 
 Two kernels, after "Flash-Decoding for long-context inference" (Dao, Haziza, Massa and Sizov, 2023):
 the cache is cut along T into splits that are read in parallel, and their results are merged by the
@@ -23,6 +23,7 @@ def attend_split(
     sums: tl.tensor,  # [N, H, S, D], of values times weights: to be written, as are the next two
     peaks: tl.tensor,  # [N, H, S], the largest score
     totals: tl.tensor,  # [N, H, S], of the weights
+    out: tl.tensor,  # [N, H, D], to be written instead of these three if there is one split
     stride_qn: tl.tensor,
     stride_qh: tl.tensor,
     stride_kn: tl.tensor,
@@ -36,6 +37,7 @@ def attend_split(
     split_size: tl.tensor,
     head_size: tl.constexpr,
     block: tl.constexpr,
+    is_whole: tl.constexpr,  # true if there is one split
 ) -> None:
     """Attend with one head to one split of one sequence; the grid is [H, N, S].
 
@@ -58,10 +60,14 @@ def attend_split(
         query, keys, values, start, end, stride_kt, stride_vt, head_size, block
     )
 
+    total, acc = tl.sum(total, axis=0), tl.sum(acc, axis=0)
     place = (sequence * tl.num_programs(0) + head) * tl.num_programs(2) + split
-    tl.store(sums + place * head_size + d, tl.sum(acc, axis=0))
-    tl.store(peaks + place, peak)
-    tl.store(totals + place, tl.sum(total, axis=0))
+    if is_whole:
+        tl.store(out + place * head_size + d, (acc / total).to(out.dtype.element_ty))
+    else:
+        tl.store(sums + place * head_size + d, acc)
+        tl.store(peaks + place, peak)
+        tl.store(totals + place, total)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Dialect, Engine
 from sqlalchemy.exc import DBAPIError
@@ -16,8 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.util import greenlet_spawn
 
+from dgx_music.storage.connection.postgres import is_trusted, note_rest
 from dgx_music.storage.connection.postgres_errors import is_unavailable
 from dgx_music.storage.connection.sessions import Session
+from dgx_music.storage.connection.warm_pool import WarmPool
 
 
 class DirectSession(Session):
@@ -67,24 +69,27 @@ class AsyncpgSession(DirectSession):
         """Execute the text, and return its rows as the driver gives them."""
         await self.commit()  # or SQLAlchemy's own session would keep a second connection
 
-        def run() -> Sequence[Sequence[Any]]:
-            connection = self._engine.raw_connection()
-            driver: Any = connection.dbapi_connection
-            try:
-                found: Any = driver.run_async(lambda raw: raw.fetch(statement, *parameters))
-            except Exception as error:
-                is_lost = driver.driver_connection.is_closed()
-                told = DBAPIError(statement, None, error, connection_invalidated=is_lost)
-                if is_lost:  # as SQLAlchemy does: the others are not to be trusted either
-                    self._engine.pool._invalidate(connection, error)
-                elif is_unavailable(told):  # the server is a replica now, or forgot a statement
-                    connection.invalidate()
-                raise told from error
-            finally:
-                connection.close()
-            return found  # type: ignore[no-any-return]
+        connection = await self._connect()
+        adapted: Any = connection.dbapi_connection
+        driver = adapted.driver_connection
+        try:
+            found: Sequence[Sequence[Any]] = await driver.fetch(statement, *parameters)
+        except Exception as error:
+            is_lost = driver.is_closed()
+            told = DBAPIError(statement, None, error, connection_invalidated=is_lost)
+            if is_lost:  # as SQLAlchemy does: the others are not to be trusted either
+                await greenlet_spawn(self._engine.pool._invalidate, connection, error)
+            elif is_unavailable(told):  # the server is a replica now, or forgot a statement
+                await greenlet_spawn(connection.invalidate)
+            raise told from error
+        finally:
+            connection.close()
+        return found
 
-        return await greenlet_spawn(run)
+    async def _connect(self) -> Any:
+        """Return a connection of the pool, as SQLAlchemy's own or a ``WarmConnection``."""
+        warm = cast("WarmPool", self._engine.pool).take(is_trusted, note_rest)
+        return await greenlet_spawn(self._engine.raw_connection) if warm is None else warm
 
     async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the text once for each of these parameters; it returns no rows."""

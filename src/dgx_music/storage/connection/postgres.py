@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 from uuid import uuid4
@@ -16,14 +17,17 @@ from dgx_music.storage.connection.postgres_errors import has_stale_plan
 from dgx_music.storage.connection.server_settings import say_in_each_transaction
 from dgx_music.storage.connection.sessions import as_no_answer
 from dgx_music.storage.connection.urls import is_pooled_by_transaction
+from dgx_music.storage.connection.warm_pool import WarmPool
 
 _TRUSTED_SECONDS = 30.0
+_RESTS_SINCE = "dgx_music_rests_since"
 
 
 def create_engines(url: URL, limits: Limits) -> tuple[AsyncEngine, AsyncEngine]:
     """Return two engines on one pool: for writing sessions and for reading sessions."""
     engine = create_async_engine(
         url.set(query={}),
+        poolclass=WarmPool,
         pool_size=limits.pool_size,
         max_overflow=0,
         pool_timeout=limits.command_seconds,
@@ -90,25 +94,33 @@ def _replace_dead_connections(engine: Engine) -> None:
     """
     is_asyncpg = engine.dialect.driver == "asyncpg"
 
-    def note_rest(_connection: Any, record: ConnectionPoolEntry) -> None:
-        record.info["rests_since"] = time.monotonic()
+    def rest(_connection: Any, record: ConnectionPoolEntry) -> None:
+        note_rest(record)
 
     def look(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-        if "rests_since" not in record.info:  # it is new
+        if _RESTS_SINCE not in record.info:  # it is new
             return
-        rested = time.monotonic() - record.info["rests_since"]
-        if is_asyncpg and rested < _TRUSTED_SECONDS:
-            is_dead = connection.driver_connection.is_closed()
-        else:
-            is_dead = not _answers(engine.dialect, connection)
-        if is_dead:
+        is_good = is_asyncpg and is_trusted(record)
+        if not is_good and not _answers(engine.dialect, connection):
             raise InvalidatePoolError
         # A reading session leaves READ WRITE behind, which a read-only database would refuse.
         if not is_asyncpg:
             connection.run_async(lambda driver: driver.set_read_only(None))
 
-    event.listen(engine, "checkin", note_rest)
+    event.listen(engine, "checkin", rest)
     event.listen(engine, "checkout", look)
+
+
+def note_rest(entry: ConnectionPoolEntry) -> None:
+    """Note that the connection is at rest from now on."""
+    entry.info[_RESTS_SINCE] = time.monotonic()
+
+
+def is_trusted(entry: ConnectionPoolEntry) -> bool:
+    """Return True if asyncpg's connection was used lately, and is open: it needs no test."""
+    rested = time.monotonic() - entry.info.get(_RESTS_SINCE, -math.inf)
+    adapted: Any = entry.dbapi_connection
+    return rested < _TRUSTED_SECONDS and not adapted.driver_connection.is_closed()
 
 
 def _answers(dialect: Dialect, connection: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, ContextVar
 from typing import Any, TypeVar
 
@@ -192,3 +192,39 @@ class Session(AsyncSession):
     def begin_nested(self) -> AsyncSessionTransaction:
         """Like ``AsyncSession.begin_nested``."""
         return _Transaction(self, nested=True)
+
+
+class Ending:
+    """Gives a session that commits on success, and always closes.
+
+    After any exception, of the block or of the commit, it awaits ``undo``, which may raise another
+    one. It is a class because an asynchronous generator takes several times as long.
+    """
+
+    def __init__(
+        self,
+        session: AsyncSession,
+        undo: Callable[[AsyncSession, BaseException], Awaitable[None]],
+    ) -> None:
+        self._session, self._undo = session, undo
+
+    async def __aenter__(self) -> AsyncSession:
+        """Return the session."""
+        return self._session
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _at: object) -> None:
+        """Commit or undo, then close."""
+        try:
+            if error is None:
+                await self._commit()
+            else:
+                await self._undo(self._session, error)
+        finally:
+            await self._session.close()
+
+    async def _commit(self) -> None:
+        try:
+            await self._session.commit()
+        except BaseException as error:
+            await self._undo(self._session, error)
+            raise

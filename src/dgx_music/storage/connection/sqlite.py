@@ -21,11 +21,11 @@ from uuid import uuid4
 
 from sqlalchemy import URL, Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from dgx_music.files import create_file, flush_folder, give_name
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.connection.sqlite_file import DatabaseFile, waiting
+from dgx_music.storage.connection.warm_pool import WarmPool
 
 READ_ONLY = "dgx_music_read_only"
 """Execution option of a connection that only reads: it never waits for a writer."""
@@ -97,7 +97,7 @@ def warn_of_old_sqlite() -> str | None:
 def _create_engine(url: URL, connections: int) -> AsyncEngine:
     engine = create_async_engine(
         url,
-        poolclass=AsyncAdaptedQueuePool,
+        poolclass=WarmPool,
         pool_size=connections,
         max_overflow=0,
         pool_reset_on_return=None,

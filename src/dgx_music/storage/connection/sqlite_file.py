@@ -25,6 +25,7 @@ from weakref import WeakSet
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from dgx_music.files import create_file
 from dgx_music.storage.connection import sqlite_changes
@@ -104,6 +105,18 @@ class DatabaseFile:
             self._leave(opened)
             raise sqlite3.OperationalError(_MOVED)
 
+    def take(self, entry: ConnectionPoolEntry) -> bool:
+        """Mark a connection as used, and return True, if it is good and its file has its name."""
+        opened: _Opened = entry.info[_OPENED]
+        with turn:
+            opened.is_used = not opened.is_left and self._is_in_place(opened)
+        return opened.is_used
+
+    def give_back(self, entry: ConnectionPoolEntry) -> None:
+        """Mark a connection as not used."""
+        if isinstance(opened := entry.info.get(_OPENED), _Opened):
+            opened.is_used = False
+
     def rest(self) -> None:
         """Close every connection that nobody uses, from any thread."""
         with turn:
@@ -168,9 +181,7 @@ class DatabaseFile:
     def _look(self, _connection: Any, record: Any, _proxy: Any) -> None:
         """Mark a connection as used; if its file has lost its name, have one other made instead."""
         opened: _Opened = record.info[_OPENED]
-        with turn:
-            is_good = not opened.is_left and self._is_in_place(opened)
-            opened.is_used = is_good
+        is_good = self.take(record)
         is_second = record.record_info.pop(_IS_SECOND, False)
         if is_good:
             return
@@ -198,8 +209,7 @@ class DatabaseFile:
         return log is None if is_same_file else log == opened.log
 
     def _rest(self, _connection: Any, record: Any) -> None:
-        if isinstance(opened := record.info.get(_OPENED), _Opened):
-            opened.is_used = False
+        self.give_back(record)
 
     def _forget(self, _connection: Any, record: Any) -> None:
         if isinstance(opened := record.info.get(_OPENED), _Opened):

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import contextvars
 import sqlite3
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Engine, StaticPool, create_engine
+from sqlalchemy import Engine, PoolProxiedConnection, StaticPool, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.util import greenlet_spawn
 
 from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.connection.sqlite_file import DatabaseFile, waiting
+from dgx_music.storage.connection.warm_pool import WarmConnection, WarmPool
 
 T = TypeVar("T")
 Work = Callable[[AsyncSession], Awaitable[T]]
@@ -51,14 +52,18 @@ class ThreadSession(DirectSession):
     async def fetch(self, statement: str, parameters: Sequence[Any]) -> Sequence[Sequence[Any]]:
         """Execute the text, and return its rows as the driver gives them."""
         self._check_begun()
-        with _as_sqlalchemys(statement):
+        try:
             return self._driver.execute(statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise _as_sqlalchemys(statement, error) from error
 
     async def fetch_none(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute the text once for each of these parameters; it returns no rows."""
         self._check_begun()
-        with _as_sqlalchemys(statement):
+        try:
             self._driver.executemany(statement, rows)
+        except sqlite3.Error as error:
+            raise _as_sqlalchemys(statement, error) from error
 
     async def commit(self) -> None:
         """Commit; the session executes nothing after that."""
@@ -113,26 +118,32 @@ async def run_on_thread(
     ``file`` is ``None`` for a database in memory. The connection is dropped after an error that
     ``must_drop``.
     """
+    connection = await _connect(engine.sync_engine, file)
+    try:
+        adapted: Any = connection.dbapi_connection
+        driver = adapted.driver_connection
+        transaction = _Transaction(driver._conn, connection.info, read_only)
+        run = partial(contextvars.copy_context().run, transaction.run, work)
+        done: T = await driver._execute(run)
+        if file is not None and not read_only:
+            file.check(connection.info)
+    except Exception as error:
+        if must_drop(error) or driver._conn.in_transaction:
+            await greenlet_spawn(connection.invalidate)
+        raise
+    else:
+        return done
+    finally:
+        connection.close()
 
-    def transact() -> T:
-        connection = engine.sync_engine.raw_connection()
-        try:
-            driver: Any = connection.dbapi_connection
-            transaction = _Transaction(driver.driver_connection._conn, connection.info, read_only)
-            run = partial(contextvars.copy_context().run, transaction.run, work)
-            done = cast("T", driver.run_async(lambda raw: raw._execute(run)))
-            if file is not None and not read_only:
-                file.check(connection.info)
-        except BaseException as error:
-            if must_drop(error):
-                connection.invalidate()
-            raise
-        else:
-            return done
-        finally:
-            connection.close()
 
-    return await greenlet_spawn(transact)
+async def _connect(
+    engine: Engine, file: DatabaseFile | None
+) -> WarmConnection | PoolProxiedConnection:
+    warm = None
+    if file is not None:
+        warm = cast("WarmPool", engine.pool).take(file.take, file.give_back)
+    return await greenlet_spawn(engine.raw_connection) if warm is None else warm
 
 
 class _Transaction:
@@ -168,13 +179,9 @@ class _Transaction:
         return cast("Engine", found)
 
 
-@contextmanager
-def _as_sqlalchemys(statement: str) -> Iterator[None]:
-    """Raise the driver's errors as SQLAlchemy does."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise DBAPIError.instance(statement, None, error, sqlite3.Error) from error
+def _as_sqlalchemys(statement: str, error: sqlite3.Error) -> BaseException:
+    """Return the driver's error as SQLAlchemy raises it."""
+    return DBAPIError.instance(statement, None, error, sqlite3.Error)
 
 
 def _run_to_its_end(work: Awaitable[T]) -> T:

@@ -1,358 +1,197 @@
-// The list, what the URL says, the form and the keys.
-import { $, act, ask, call, emit, facts, h, icon, isOpen, mayEnqueue, mayOperate, mine, models, on, put, root, rows, say, seesAll, statusOf, titleOf, toast } from "./core.js";
-import * as detail from "./detail.js";
+// Puts the parts of the page that the server makes for each URL in their places.
+import { $, all, call, dress, emit, idOf, mine, on, read, root, showProgress, swap, toast } from "./core.js";
+import "./form.js";
 import { begin } from "./live.js";
 import * as player from "./player.js";
 
-const NUMBERS = ["bpm_from", "bpm_to"];
-const items = new Map();
-const fresh = new Set();
-let shownQuery = null;
-let next = null;
 let turn = 0;
-let top = "";
-let isBroken = false;
+let unseen = 0;
+let soon, typing;
 
-// ---- the URL
-const url = () => new URLSearchParams(location.search);
-function listQuery() {
-  const query = url();
-  for (const name of ["show", "view", "after"]) query.delete(name);
-  return query;
-}
-
-function go(query, replaces = false) {
-  const text = query.toString();
-  history[replaces ? "replaceState" : "pushState"](null, "", `${root}/${text && "?"}${text}`);
-  follow();
-}
-
-function change(changes, replaces) {
-  const query = url();
-  for (const [name, value] of Object.entries(changes)) value ? query.set(name, value) : query.delete(name);
-  go(query, replaces);
-}
-
-function follow() {
-  const query = url();
-  const isWorkers = query.get("view") === "workers";
-  $("home").hidden = isWorkers;
-  $("workers").hidden = !isWorkers;
-  for (const link of document.querySelectorAll("nav a")) mark(link, (link.dataset.go === "workers") === isWorkers);
-  if (isWorkers) detail.workers();
-  const wanted = listQuery().toString();
-  if (wanted !== shownQuery) {
-    shownQuery = wanted;
-    fill();
-    load();
-  }
-  detail.show(query.get("show"));
-}
-
-const mark = (link, isIt) => (isIt ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
-
-function fill() {
-  const query = listQuery();
-  const chip = query.get("starred") ? "starred" : query.getAll("status").join();
-  for (const each of document.querySelectorAll(".chips a")) mark(each, each.dataset.status === chip);
-  for (const field of $("filters").elements) if (field.name) field.value = query.get(field.name) ?? "";
-  const finer = ["key", "bpm_from", "bpm_to", "tag", "model"].filter((name) => query.has(name));
-  $("finer").firstElementChild.textContent = finer.length ? `Filter (${finer.length})` : "Filter";
-}
-
-// ---- the list
-async function load(isMore = false) {
-  const mineTurn = (turn += 1);
-  const query = listQuery();
-  if (isMore) query.set("after", next);
-  $("rows").ariaBusy = "true";
-  isBroken = false;
-  try {
-    const page = await call("GET", `generations?${query}`);
-    if (mineTurn !== turn) return;
-    if (!isMore) reset();
-    add(page);
-  } catch (error) {
-    if (mineTurn !== turn) return;
-    if (!isMore) reset();
-    isBroken = true;
-    $("nothing").hidden = false;
-    $("nothing").replaceChildren(h("p.bad", {}, error.message), h("button.plain", { onclick: () => load() }, "Try again"));
-  }
-  $("rows").ariaBusy = "false";
-  tools();
-}
-
-function add(page) {
-  next = page.next;
-  $("rows").append(...page.generations.map((row) => item(put(row))));
-  for (const { id } of page.generations) if (id > top) top = id;
-  player.mark();
-  nothing();
-}
-
-function reset() {
-  top = "";
-  items.clear();
-  fresh.clear();
-  $("rows").replaceChildren();
-}
-
-const examples = [...document.querySelectorAll("#nothing .examples")];
-function nothing() {
-  $("nothing").hidden = items.size > 0;
-  if (items.size) return;
-  const isAll = shownQuery === "";
-  $("nothing").replaceChildren(
-    h("p", {}, isAll ? `Nothing here yet.${mayEnqueue ? " Write what you would like to hear, or begin with one of these:" : ""}` : "Nothing fits."),
-    ...(isAll ? (mayEnqueue ? examples : []) : [h("a.plain", { href: `${root}/`, "data-go": "home" }, "Show all")]),
-  );
-}
-
-function tools() {
-  $("older").hidden = !next;
-  $("fresh").hidden = fresh.size === 0;
-  $("fresh").textContent = `${fresh.size} new`;
-  const query = listQuery();
-  const isOpenOnly = query.getAll("status").every((status) => status === "pending" || status === "processing");
-  const open = [...items.keys()].some((id) => rows.get(id).status === "pending");
-  $("bulk").hidden = !mayOperate || !open || query.has("q") || !isOpenOnly;
-  const count = [...items.keys()].filter((id) => rows.get(id).status === "pending").length;
-  $("bulk").textContent = next ? "Cancel what waits…" : `Cancel the ${count} that wait${count === 1 ? "s" : ""}`;
-}
-
-function item(row) {
-  const old = items.get(row.id);
-  if (old) return old.element;
-  const button = (name, label, shape) => h("button.icon", { "data-do": name, title: label }, icon(shape));
-  const disc = h("button.disc", { "data-do": "play" });
-  const prompt = h("a.prompt", { dir: "auto", href: `?show=${row.id}`, "data-go": "show", "data-id": row.id });
-  const meta = h("p.meta", {});
-  const [star, cancel, retry] = [button("star", "Star", "star"), button("cancel", "Cancel", "x"), button("retry", "Retry", "retry")];
-  const element = h("li.row", { "data-id": row.id }, disc, h("div.what", {}, prompt, meta), h("div.acts", {}, mayEnqueue ? [cancel, retry, star] : []));
-  let was = "";
-  const update = (now) => {
-    const title = titleOf(now);
-    prompt.textContent = title;
-    meta.replaceChildren(...facts(now));
-    element.style.setProperty("--done", `${now.progress * 100}%`);
-    star.ariaPressed = String(Boolean(now.starred));
-    if (was !== now.status + now.urls.audio) {
-      was = now.status + now.urls.audio;
-      element.dataset.status = now.status;
-      const hasFocus = element.contains(document.activeElement);
-      cancel.hidden = !now.urls.cancel;
-      retry.hidden = !now.urls.retry;
-      disc.disabled = !now.urls.audio;
-      const shape = { completed: "play", failed: "fail", cancelled: "off" }[now.status];
-      disc.replaceChildren(...(shape ? [icon(shape)] : []));
-      if (hasFocus && (!element.contains(document.activeElement) || document.activeElement.closest("[hidden], :disabled"))) prompt.focus();
-    }
-    disc.ariaLabel = now.urls.audio ? `Play ${title}` : `${title}: ${statusOf(now)}`;
-    for (const [each, word] of [[star, "Star"], [cancel, "Cancel"], [retry, "Retry"]]) each.ariaLabel = `${word} ${title}`;
-  };
-  items.set(row.id, { element, update });
-  fresh.delete(row.id);
-  update(row);
-  return element;
-}
-
-async function look() {
-  const query = shownQuery;
-  if ($("rows").ariaBusy === "true") return;
-  try {
-    const page = await call("GET", `generations?${query}`);
-    if (query !== shownQuery) return;
-    if (!items.size) add(page);
-    for (const row of page.generations) {
-      if (!items.has(row.id) && row.id > top) fresh.add(row.id);
-      put(row);
-    }
-    for (const row of [...rows.values()].filter((each) => isOpen(each) && !page.generations.some(({ id }) => id === each.id)).slice(0, 20)) put(await call("GET", `generations/${row.id}`));
-    tools();
-  } catch { /* the banner says it */ }
-}
-
-on("look", () => (isBroken ? load() : look()));
-on("gone", (id) => {
-  rows.delete(id);
-  items.get(id)?.element.remove();
-  items.delete(id);
-  if (url().get("show") === id) change({ show: null }, true);
-  nothing();
-});
-on("row", ({ row, old }) => {
-  items.get(row.id)?.update(row);
-  if (old && old.status !== row.status) {
-    tools();
-    if (mine.has(row.id) && row.status !== "pending") say(`${statusOf(row).split(" ")[0]}: ${titleOf(row).slice(0, 80)}`);
-  }
-});
-on("made", (made) => {
-  $("rows").prepend(...made.filter(({ id }) => !items.has(id)).map(item));
-  nothing();
-  tools();
-  toast(made.length > 1 ? `${made.length} takes wait in the queue.` : "It waits in the queue.");
-});
-
-async function bulk() {
-  const query = listQuery();
-  query.delete("status");
-  query.append("status", "pending");
-  const filters = Object.fromEntries([...query].map(([name, value]) => [name, NUMBERS.includes(name) ? Number(value) : name === "starred" ? true : value]));
-  try {
-    const expected = await countAll(query);
-    if (!expected) return toast("Nothing waits here.");
-    const many = expected === 1 ? "1 generation that waits" : `${expected} generations that wait`;
-    if (!(await ask(`Cancel ${many}?`, `Cancel ${expected}`))) return;
-    const done = await call("POST", "generations/cancel", { filters, expected });
-    toast(`${done.changed} cancelled.`);
-  } catch (error) {
-    toast(error.status === 409 ? `Meanwhile another number waits, so nothing is changed. ${error.message}` : error.message);
-  }
-  look();
-}
-
-async function countAll(query) {
-  query = new URLSearchParams(query);
-  if (seesAll && [...query].length === 1) return (await call("GET", "stats")).pending_generations;
-  query.set("limit", 200);
-  let count = 0;
-  for (let after = ""; after !== null; query.set("after", after)) {
-    const page = await call("GET", `generations?${query}`);
-    count += page.generations.length;
-    after = page.next;
-    if (!after) break;
-  }
-  return count;
-}
-
-// ---- the form
-const composer = $("composer");
-let isSending = false;
-function renew() {
-  composer.elements.idempotency_key.value = Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
-async function enqueue(event) {
-  event.preventDefault();
-  if (isSending) return;
-  const { idempotency_key: key, ...fields } = Object.fromEntries(new FormData(composer));
-  const body = { prompt: fields.prompt, model: fields.model, duration: Number(fields.duration) };
-  for (const name of ["seed", "negative_prompt"]) if (fields[name]) body[name] = fields[name];
-  if (Number(fields.variations) > 1) body.variations = Number(fields.variations);
-  isSending = true;
-  $("generate").ariaDisabled = "true"; // a disabled button would lose the focus
-  $("problem").textContent = "";
-  try {
-    const first = await call("POST", "generations", body, { "Idempotency-Key": key });
-    const takes = body.variations ? (await call("GET", `generations?batch=${first.batch_id}`)).generations : [first];
-    for (const take of takes) mine.add(take.id);
-    emit("made", takes.map(put));
-    if (composer.contains(document.activeElement)) $("prompt").select();
-    renew();
-  } catch (error) {
-    $("problem").textContent = error.message;
-  }
-  isSending = false;
-  $("generate").ariaDisabled = "false";
-}
-
-if (composer) {
-  composer.addEventListener("submit", enqueue);
-  composer.addEventListener("input", () => {
-    renew();
-    const takes = composer.elements.variations.value;
-    $("generate").textContent = takes > 1 ? `Generate ${takes}` : "Generate";
-  });
-  $("prompt").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-    event.preventDefault();
-    composer.requestSubmit();
-  });
-}
-
-// ---- filters, clicks, keys
-let typing;
-function filter(replaces) {
-  clearTimeout(typing);
-  const fields = Object.fromEntries([...new FormData($("filters"))].map(([name, value]) => [name, value.trim()]));
-  change(fields, replaces);
-}
-$("filters").addEventListener("submit", (event) => (event.preventDefault(), filter()));
-$("filters").addEventListener("change", (event) => event.target !== $("q") && filter());
-$("q").addEventListener("input", () => {
-  clearTimeout(typing);
-  typing = setTimeout(filter, 300, url().has("q"));
-});
-$("fresh").addEventListener("click", async () => {
+async function visit(url, replaces = url === location.href) {
+  history[replaces ? "replaceState" : "pushState"](null, "", url);
   await load();
-  $("rows").querySelector(".prompt")?.focus();
-});
-$("older").addEventListener("click", () => load(true));
-$("bulk").addEventListener("click", bulk);
-$("help-button").addEventListener("click", () => $("help").showModal());
+}
 
-document.addEventListener("click", (event) => {
-  const example = event.target.closest("[data-example]");
-  if (example) {
-    $("prompt").value = example.textContent;
-    $("prompt").focus();
+async function load() {
+  turn += 1;
+  $("list").ariaBusy = "true";
+  await refresh().catch((error) => toast(error.message));
+  $("list").ariaBusy = "false";
+}
+
+async function refresh() {
+  const [asked, query] = [turn, new URLSearchParams(location.search)];
+  query.set("limit", Math.min(200, Math.max(50, all(".row").length + unseen + 9)));
+  const page = await read(`?${query}`);
+  if (asked !== turn) return;
+  const parts = Object.fromEntries(all("[id]", page).map((part) => [part.id, part]));
+  for (const id of ["views", "chips", "idle", "counts", "workers"]) swap($(id), parts[id]);
+  if (!$("filters").contains(document.activeElement)) swap($("filters"), parts.filters);
+  $("home").hidden = parts.home.hidden;
+  showDetail(parts.detail, parts["of-detail"]);
+  const isSame = $("list").dataset.query === parts.list.dataset.query;
+  if (isSame && $("rows").children.length) update(parts);
+  else swap($("list"), parts.list);
+  emit("rows");
+}
+
+// New rows wait behind a button; what is gone, or fits no longer, goes.
+function update(parts) {
+  const found = [...parts.rows.children];
+  const ids = all(".row").map(idOf).sort();
+  for (const row of found) if ($(row.id)) swap($(row.id), row);
+  for (const id of ids) if (!parts[id] && (!parts.older || id > found.at(-1).id)) leave($(id));
+  swap($("tools"), parts.tools);
+  unseen = found.filter(({ id }) => id > ids.at(-1)).length;
+  $("fresh").hidden = !unseen;
+  $("fresh").textContent = `${unseen} new`;
+}
+
+function leave(row) {
+  const next = row.nextElementSibling?.querySelector(".prompt") ?? $("rows");
+  if (row.contains(document.activeElement)) next.focus();
+  row.remove();
+}
+
+function showDetail(part, of) {
+  const [place, old] = [$("detail"), $("of-detail")];
+  if (old && idOf(old) === idOf(of)) {
+    const isTouched = all("input, textarea", old).some((each) => each.value !== each.defaultValue);
+    return isTouched || swap(old, of);
   }
-  const doing = event.target.closest("[data-do]");
-  if (doing) act(doing.dataset.do, rows.get(doing.closest("[data-id]").dataset.id));
-  const link = event.target.closest("[data-go], .chips a, #now");
-  if (!link || event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
-  event.preventDefault();
-  const { go: where, id, status } = link.dataset;
-  if (where === "home") go(new URLSearchParams());
-  else if (where === "workers") go(new URLSearchParams("view=workers"));
-  else if (where === "close") change({ show: null });
-  else if (where === "show") change({ show: id });
-  else if (link.id === "now") change({ show: player.current()?.id, view: null });
-  else change({ status: status === "starred" ? null : status, starred: status === "starred" ? "1" : null });
+  if (place.isEqualNode(part)) return;
+  place.hidden = part.hidden;
+  place.replaceChildren(...part.childNodes);
+  if (!part.hidden) $("detail-title").focus();
+  else if (document.activeElement === document.body) $(idOf(old))?.querySelector(".prompt").focus();
+}
+
+function renew() {
+  soon ??= setTimeout(() => {
+    soon = null;
+    refresh().catch(() => {}); // live.js tells it
+  }, 100);
+}
+
+on("made", (row) => {
+  mine.add(row.batch_id ?? row.id);
+  delete $("list").dataset.query; // so that it is filled again
+  const id = idOf($("of-detail"));
+  visit(new URL(`${root}/${id ? `?show=${id}` : ""}`, location).href);
+  toast("It waits in the queue.");
+});
+on("look", renew);
+on("rows", player.mark);
+on("row", ({ row, isFirst }) => {
+  const item = $(row.id);
+  const isSame = item?.dataset.status === row.status;
+  if (isSame && row.status === "processing" && !row.cancel_requested) return showProgress(item, row.progress);
+  if (isSame && isFirst) return;
+  renew();
+  const word = { processing: "running", completed: "done", failed: "failed" }[row.status];
+  if (word && !isSame && (mine.has(row.id) || mine.has(row.batch_id))) toast(`${word}: ${(row.title || row.prompt).slice(0, 80)}`);
+});
+on("gone", (id) => {
+  if ($(id)) leave($(id));
+  if (idOf($("of-detail")) === id) visit($("close-detail").href, true);
 });
 
-const keysAreOn = () => localStorage.getItem("keys") !== "off";
-$("keys-on").checked = keysAreOn();
-$("keys-on").addEventListener("change", () => localStorage.setItem("keys", $("keys-on").checked ? "on" : "off"));
+const post = (id, path, body) => call("POST", `generations/${id}/${path}`, body);
+const make = async (...request) => emit("made", await post(...request));
+
+const actions = {
+  play: (_, link) => player.play(link),
+  example: (_, { textContent }) => (($("prompt").value = textContent), $("prompt").focus()),
+  star: (id, button) => call(button.ariaPressed === "true" ? "DELETE" : "PUT", `generations/${id}/star`),
+  cancel: (id) => post(id, "cancel"),
+  retry: (id) => post(id, "retry"),
+  again: (id) => make(id, "again", { seed: "new" }),
+  same: (id) => make(id, "again", { seed: "same" }),
+  more: (id, { dataset: { length }, seconds }) => make(id, "continue", { duration: Math.min(length, 30) + seconds.valueAsNumber }),
+  turn: (_, { dataset: { path, model } }) => call("POST", path, model ? { model } : {}),
+  filter(_, form) {
+    clearTimeout(typing);
+    const fields = new URLSearchParams([...new FormData(form)].filter(([, value]) => value.trim()));
+    visit(`${root}/?${fields}`, fields.has("q") && location.search.includes("q="));
+  },
+  async label(id, form) {
+    const [title, tags, notes] = ["title", "tags", "notes"].map((name) => form[name].value.trim() || null);
+    await call("PATCH", `generations/${id}`, { title, notes, tags: tags && tags.split(",").map((tag) => tag.trim()).filter(Boolean) });
+    for (const field of form.elements) field.defaultValue = field.value;
+    toast("Saved.");
+  },
+  async remove(id) {
+    if (!confirm(`Delete “${$("detail-title").textContent.slice(0, 80)}” and its audio?`)) return;
+    await call("DELETE", `generations/${id}`);
+    emit("gone", id);
+  },
+  async bulk(_, { textContent, dataset: { count, filters } }) {
+    if (!confirm(`${textContent}?`)) return;
+    await call("POST", "generations/cancel", { filters: JSON.parse(filters), expected: Number(count) });
+    toast(`${count} cancelled.`);
+  },
+};
+
+async function act(element) {
+  const id = idOf(element.closest(".row, [data-id]"));
+  await actions[element.dataset.do](id, element)?.catch((error) => toast(error.message));
+  if (!["play", "example", "filter"].includes(element.dataset.do)) renew();
+}
+
+document.addEventListener("click", async (event) => {
+  const element = event.target.closest("a, button");
+  if (!element || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const isOurs = element.pathname === `${root}/` && !element.hash;
+  if (!isOurs && !element.dataset.do) return;
+  event.preventDefault();
+  if (element.dataset.do) return act(element);
+  const isMore = element.id === "fresh" || element.id === "older";
+  if (isMore) delete $("list").dataset.query;
+  await visit(element.href);
+  if (isMore) $("rows").querySelector(".prompt")?.focus();
+});
+document.addEventListener("submit", (event) => {
+  if (!event.target.dataset.do) return;
+  event.preventDefault();
+  act(event.target);
+});
+document.addEventListener("input", ({ target }) => {
+  if (target.form !== $("filters")) return;
+  clearTimeout(typing);
+  typing = setTimeout(act, 300, target.form);
+});
+
+$("keys-on").checked = !localStorage.getItem("keys-off");
+$("keys-on").onchange = ({ target }) => localStorage.setItem("keys-off", target.checked ? "" : "1");
 
 function step(by) {
-  const all = [...$("rows").children];
-  const at = all.indexOf(document.activeElement?.closest(".row"));
-  const to = all[Math.max(0, Math.min(all.length - 1, at + by))];
-  to?.querySelector(".prompt").focus();
-  to?.scrollIntoView({ block: "nearest" });
+  const rows = all(".row");
+  const at = rows.indexOf(document.activeElement.closest(".row"));
+  rows[Math.max(0, Math.min(rows.length - 1, at + by))]?.querySelector(".prompt").focus();
 }
 
+const keys = {
+  "/": () => $("q").focus(),
+  n: () => $("prompt")?.focus(),
+  j: () => step(1),
+  k: () => step(-1),
+  ArrowLeft: () => player.seekBy(-5),
+  ArrowRight: () => player.seekBy(5),
+  s: (row) => row?.querySelector("[data-do=star]")?.click(),
+  "?": () => $("help").togglePopover(),
+  " ": (row, target) => (target.closest("button, summary") ? false : player.play(row?.querySelector("a.disc"))),
+};
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && detail.isShown() && !document.querySelector("dialog[open]")) return change({ show: null });
   const { target, key } = event;
-  if (!keysAreOn() || event.ctrlKey || event.metaKey || event.altKey || target.closest("input, textarea, select, dialog")) return;
-  const row = rows.get(target.closest?.(".row")?.dataset.id);
-  const focused = (id) => ($(id)?.focus(), true);
-  const run = {
-    "/": () => focused("q"), n: () => mayEnqueue && focused("prompt"), j: () => step(1), k: () => step(-1),
-    ArrowLeft: () => player.current() && player.seekBy(-5), ArrowRight: () => player.current() && player.seekBy(5),
-    s: () => mayEnqueue && (row ?? player.current()) && act("star", row ?? rows.get(player.current().id)),
-    "?": () => $("help").showModal(),
-    " ": () => {
-      if (target.closest("button, summary")) return false;
-      const wanted = row?.urls.audio ? row : null;
-      return wanted || player.current() ? player.play(wanted) : false;
-    },
-  }[key];
-  if (run && run() !== false) event.preventDefault();
+  if (document.querySelector(":popover-open")) return;
+  if (key === "Escape" && !$("detail").hidden) return visit($("close-detail").href);
+  if (!$("keys-on").checked || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!keys[key] || target.closest("input:not(#seek), textarea, select")) return;
+  if (keys[key](target.closest(".row") ?? player.current(), target) !== false) event.preventDefault();
 });
 
-// ---- the beginning
-addEventListener("popstate", follow);
-async function learn() {
-  for (const model of (await call("GET", "models")).models) models.set(model.name, model);
-  $("idle").hidden = [...models.values()].some((model) => model.is_served);
-  if (!$("workers").hidden) detail.workers();
-}
-setInterval(() => document.hidden || learn().catch(() => {}), 15000);
-await learn().catch(() => {});
-follow();
-begin();
+addEventListener("popstate", load);
+setInterval(() => document.hidden || emit("look"), 15000);
+dress(document);
+begin(refresh);

@@ -1,143 +1,71 @@
-// What all parts of the page share: elements, calls, rows, and what can be done with a row.
-const html = document.documentElement;
-export const root = html.dataset.root;
-export const seesAll = Boolean(html.dataset.seesAll);
-export const mayEnqueue = html.dataset.role !== "read";
-export const mayOperate = html.dataset.role === "operate";
-export const rows = new Map();
-export const models = new Map();
-export const mine = new Set();
+// What all parts of the page share: its elements, the server, and what is said.
+export const root = document.documentElement.dataset.root;
+export const mine = new Set(); // made here: their start and end are told
 export const $ = (id) => document.getElementById(id);
+export const all = (selector, place = document) => [...place.querySelectorAll(selector)];
 export const emit = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
 export const on = (name, run) => document.addEventListener(name, (event) => run(event.detail));
-export const isOpen = (row) => row.status === "pending" || row.status === "processing";
-export const titleOf = (row) => row.title || row.prompt || "(no prompt)";
-export const keyName = (key) => key.replace("#", "♯");
+export const idOf = (place) => place?.dataset.id ?? place?.id;
 
-export function h(tag, props = {}, ...children) {
-  const [name, className = ""] = tag.split(".");
-  const element = Object.assign(document.createElement(name), { className });
-  for (const [key, value] of Object.entries(props)) {
-    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else if (key in element) element[key] = value;
-    else element.setAttribute(key, value);
+// Such a request parses a page without running anything, and says how much was sent.
+export function send(method, url, { body, headers = {}, type = "json", onprogress = null } = {}) {
+  return new Promise((done, fail) => {
+    const request = new XMLHttpRequest();
+    request.open(method, url);
+    request.responseType = type;
+    for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+    request.upload.onprogress = onprogress;
+    request.onerror = () => fail(new Error("The server cannot be reached."));
+    request.onload = () => {
+      const { status, response } = request;
+      const find = (id) => response?.getElementById?.(id);
+      if (status === 401) location.reload();
+      else if (type === "document" ? find("rows") : status < 300) done(response);
+      else fail(new Error(response?.detail ?? find("reason")?.textContent ?? `The server answered ${status}.`));
+    };
+    request.send(body);
+  });
+}
+
+export function call(method, path, body, headers) {
+  const json = { body: JSON.stringify(body), headers: { "Content-Type": "application/json", ...headers } };
+  return send(method, `${root}/v1/${path}`, json);
+}
+
+// Returns the page that the server makes for a query.
+export const read = async (query) => dress(await send("GET", `${root}/${query}`, { type: "document" }));
+
+// Adds what only a browser can: the local time, and how far a row is.
+export function dress(page) {
+  for (const time of all("time", page)) {
+    time.textContent = new Date(time.dateTime).toLocaleString([], { day: "numeric", month: "short", hour: "numeric", minute: "2-digit" });
   }
-  element.append(...children.flat().filter((child) => child != null && child !== false));
-  return element;
+  for (const row of all("[data-done]", page)) showProgress(row, row.dataset.done);
+  return page;
 }
 
-export function icon(name) {
-  const [svg, use] = ["svg", "use"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
-  use.setAttribute("href", `#i-${name}`);
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(use);
-  return svg;
+export function showProgress(row, done) {
+  row.style.setProperty("--done", `${done * 100}%`);
+  row.querySelector(".status").textContent = `running ${Math.round(done * 100)}%`;
 }
 
-export async function call(method, path, body, headers = {}) {
-  let answer;
-  try {
-    answer = await fetch(path[0] === "/" ? path : `${root}/v1/${path}`, {
-      method,
-      headers: body ? { "Content-Type": "application/json", ...headers } : headers,
-      body: body && JSON.stringify(body),
-    });
-  } catch {
-    throw Object.assign(new Error("The server cannot be reached."), { status: 0 });
-  }
-  if (answer.status === 401) location.reload();
-  const data = answer.status === 204 ? null : await answer.json().catch(() => null);
-  if (answer.ok) return data;
-  throw Object.assign(new Error(data?.detail ?? `The server answered ${answer.status}.`), { status: answer.status });
-}
+const keyOf = (each) => each.id || each.dataset.do || each.name || each.textContent;
 
-export function put(row) {
-  const old = rows.get(row.id);
-  const now = { ...old, ...row };
-  rows.set(row.id, now);
-  emit("row", { row: now, old });
-  return now;
+// Puts what is new in the place of what was there; the focus stays where it was.
+export function swap(old, fresh) {
+  const details = all("details", old);
+  all("details", fresh).forEach((each, at) => (each.open = details[at]?.open ?? each.open));
+  if (old.isEqualNode(fresh)) return;
+  const focused = old.contains(document.activeElement) && document.activeElement;
+  old.replaceWith(fresh);
+  if (!focused) return;
+  const same = all("a, button, input, summary, h2", fresh).find((each) => keyOf(each) === keyOf(focused));
+  (same ?? fresh.querySelector(".prompt, h2") ?? $("rows")).focus();
 }
-
-export const say = (text) => ($("say").textContent = text);
 
 let silence;
 export function toast(text) {
   $("toast").textContent = text;
   clearTimeout(silence);
-  silence = setTimeout(() => ($("toast").textContent = ""), 8000);
-}
-
-export function ask(question, yes) {
-  $("ask-title").textContent = question;
-  $("ask-yes").textContent = yes;
-  $("ask").returnValue = "";
-  $("ask").showModal();
-  return new Promise((done) =>
-    $("ask").addEventListener("close", () => done($("ask").returnValue === "yes"), { once: true }));
-}
-
-export const seconds = (value) =>
-  value < 60 ? `${Math.round(value * 10) / 10} s` : `${Math.floor(value / 60)}:${String(Math.round(value % 60)).padStart(2, "0")} min`;
-
-export function moment(text) {
-  const time = new Date(text);
-  const isToday = time.toDateString() === new Date().toDateString();
-  const shape = isToday ? { hour: "2-digit", minute: "2-digit" } : { day: "numeric", month: "short" };
-  return h("time", { dateTime: text, title: time.toLocaleString() }, time.toLocaleString([], shape));
-}
-
-const WORDS = { pending: "waiting", processing: "running", completed: "done", failed: "failed", cancelled: "cancelled" };
-export function statusOf(row) {
-  if (row.cancel_requested && row.status === "processing") return "stopping";
-  return WORDS[row.status] + (row.status === "processing" ? ` ${Math.round(row.progress * 100)} %` : "");
-}
-
-export const noise = (row) => models.get(row.model_name)?.is_untrained &&
-  h("span.noise", { title: "untrained weights: the audio is noise" }, "noise");
-
-export function facts(row) {
-  const texts = [
-    seconds(row.duration_seconds), row.model_name, row.take && `take ${row.take}`,
-    row.bpm && `~${Math.round(row.bpm)} BPM`, row.musical_key && keyName(row.musical_key),
-    ...(row.tags ?? []).map((tag) => `#${tag}`), moment(row.created_at),
-  ];
-  return [noise(row), h("span.status", {}, statusOf(row)), ...texts.filter(Boolean).map((text) => h("span", {}, text))]
-    .filter(Boolean);
-}
-
-async function made(row, path, changes) {
-  const fresh = await call("POST", `generations/${row.id}/${path}`, changes);
-  mine.add(fresh.id);
-  emit("made", [put(fresh)]);
-}
-
-export const actions = {
-  async star(row) {
-    put({ id: row.id, starred: !row.starred });
-    try {
-      await call(row.starred ? "DELETE" : "PUT", `generations/${row.id}/star`);
-    } catch (error) {
-      put({ id: row.id, starred: row.starred });
-      throw error;
-    }
-  },
-  cancel: async (row) => put(await call("POST", row.urls.cancel)),
-  retry: async (row) => put(await call("POST", row.urls.retry)),
-  again: (row) => made(row, "again", { seed: "new" }),
-  same: (row) => made(row, "again", { seed: "same" }),
-  more: (row, more) => made(row, "continue", { duration: Math.min(row.duration_seconds, 30) + more }),
-  async remove(row) {
-    if (!(await ask(`Delete “${titleOf(row).slice(0, 80)}” and its audio?`, "Delete"))) return;
-    await call("DELETE", `generations/${row.id}`);
-    emit("gone", row.id);
-  },
-};
-
-export async function act(name, row, ...rest) {
-  try {
-    await actions[name](row, ...rest);
-  } catch (error) {
-    toast(error.message);
-  }
+  silence = setTimeout(toast, 8000, "");
 }

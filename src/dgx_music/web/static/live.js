@@ -1,14 +1,14 @@
-// What changes elsewhere: a stream of events while the page is seen, else a look every 5 seconds.
-import { $, call, emit, isOpen, on, put, root, rows, seesAll } from "./core.js";
+// What changes elsewhere: a stream of events while the page is seen, else a look every 5 s.
+import { $, all, emit, idOf, on, root } from "./core.js";
 
 const LOOK_MS = 5000;
 let stream = null;
-let watched = "";
-let timer = null;
-let newest = null;
-let isAway = false;
+let watched = null;
+let newest; // null while there is none
+let wasLost = false;
+let soon, refresh;
 
-function tell(state, text, away = "") {
+function tell(state, text, away) {
   if ($("live").dataset.state === state) return;
   $("live").dataset.state = state;
   $("live").textContent = text;
@@ -16,77 +16,68 @@ function tell(state, text, away = "") {
   $("stale").textContent = `${away} cannot be reached: this was so at ${new Date().toLocaleTimeString()}.`;
 }
 
-const tellOld = () => tell("old", "waiting", "The database");
-
-function count({ pending = 0, processing = 0 }) {
-  $("counts").textContent = `${processing} running · ${pending} waiting`;
+function queue({ counts, newest_id: latest }) {
+  if (counts) $("counts").textContent = `${counts.processing ?? 0} running · ${counts.pending ?? 0} waiting`;
+  if (newest !== undefined && latest !== newest) emit("look");
+  newest = latest;
 }
 
-function queue(data) {
-  if (!data) return;
-  count(data.counts);
-  if (newest !== null && data.newest_id !== newest) emit("look");
-  newest = data.newest_id;
+function alive({ stale } = {}) {
+  if (stale) return tell("old", "waiting", "The database");
+  if (wasLost) emit("look");
+  wasLost = false;
+  tell("live", "live");
 }
 
 function open() {
-  const ids = [...rows.values()].filter(isOpen).slice(0, 200).map((row) => row.id).join();
-  if (stream?.readyState < 2 && ids === watched) return;
+  const ids = [...new Set(all(".row, #of-detail").map(idOf))].slice(0, 200);
+  const query = ids.length ? `?ids=${ids}` : "";
+  if (document.hidden || (stream?.readyState < 2 && query === watched)) return;
   stream?.close();
-  watched = ids;
-  const mine = (stream = new EventSource(`${root}/v1/events${ids && `?ids=${ids}`}`));
-  const read = (name, run) => mine.addEventListener(name, (event) => {
-    alive();
-    run(JSON.parse(event.data));
+  watched = query;
+  const opened = (stream = new EventSource(`${root}/v1/events${query}`));
+  const hear = (name, run) => opened.addEventListener(name, ({ data }) => run(JSON.parse(data)));
+  hear("generation", (row) => emit("row", { row }));
+  hear("gone", ({ id }) => emit("gone", id));
+  hear("queue", queue);
+  hear("stale", alive);
+  hear("snapshot", (data) => {
+    for (const row of data.generations) emit("row", { row, isFirst: true });
+    for (const id of data.gone) emit("gone", id);
+    queue(data.queue ?? {});
+    alive(data);
   });
-  read("generation", put);
-  read("queue", queue);
-  read("gone", (data) => emit("gone", data.id));
-  read("stale", (data) => data.stale && tellOld());
-  read("snapshot", (data) => {
-    data.generations.forEach(put);
-    data.gone.forEach((id) => emit("gone", id));
-    queue(data.queue);
-    if (data.stale) tellOld();
-  });
-  mine.onopen = alive;
-  mine.onerror = () => look();
+  opened.onopen = () => alive();
+  opened.onerror = () => {
+    wasLost = true;
+    look();
+  };
 }
 
-const alive = () => (isAway && ((isAway = false), emit("look")), tell("live", "live"));
-
-export async function look() {
-  clearTimeout(timer);
-  if (document.hidden) return;
-  timer = setTimeout(look, LOOK_MS);
-  if (stream?.readyState === 1) return;
+async function look() {
+  if (document.hidden || stream.readyState === 1) return;
   try {
-    const counts = await call("GET", seesAll ? "stats" : "models"); // a tenant's token gets no counts
-    if (seesAll) count({ pending: counts.pending_generations, processing: counts.processing_generations });
-    emit("look");
-    isAway = false;
-    tell("slow", "every 5 s");
-    if (stream?.readyState === 2) setTimeout(open, LOOK_MS * 6);
+    await refresh();
+    if (stream.readyState !== 1) tell("slow", "every 5 s");
+    open(); // if it ended for good
   } catch {
-    isAway = true;
     tell("off", "away", "The server");
   }
 }
 
-let soon = null;
-on("row", ({ row, old }) => {
-  if (old && isOpen(old) === isOpen(row)) return;
+on("rows", () => {
   clearTimeout(soon);
-  soon = setTimeout(() => document.hidden || open(), 300);
+  soon = setTimeout(open, 300);
 });
 document.addEventListener("visibilitychange", () => {
-  if (document.hidden) return stream?.close();
-  isAway = true;
+  if (document.hidden) return stream.close();
+  wasLost = true;
   open();
   look();
 });
 
-export function begin() {
+export function begin(again) {
+  refresh = again;
   open();
-  timer = setTimeout(look, LOOK_MS);
+  setInterval(look, LOOK_MS);
 }
