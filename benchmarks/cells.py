@@ -1,4 +1,4 @@
-"""The measurements of one model size: all loops at one batch, mixed durations, EnCodec.
+"""The measurements of one model size: all loops at one batch, and mixed durations.
 
 A budget of minutes shortens the clips if the time is limited.
 """
@@ -19,10 +19,8 @@ from benchmarks.arrivals import Poisson, Together, percentile
 from benchmarks.loops import LONGEST_TOKENS, Loop, Ours, Stock
 from benchmarks.musicgen_models import (
     SHAPES,
-    build_codec,
     build_model,
     build_tokenizer,
-    frames,
     steps,
 )
 
@@ -82,10 +80,10 @@ class Bench:
             self.stock.name: sum(each.nbytes for each in model.decoder.parameters())
         }
         self.ours: list[Ours] = []
-        for weights, compiled in product(options.weights, options.compile):
+        for weights, kernels in product(options.weights, options.kernels):
             before = device.held_bytes(self._device)
             longest = max(options.room, options.seconds)
-            loop = Ours(model, tokenizer, longest, weights, compiled)
+            loop = Ours(model, tokenizer, longest, weights, kernels)
             self._weight_bytes[loop.name] = device.held_bytes(self._device) - before
             self.ours.append(loop)
         self._dtype_bytes: int = dtype.itemsize
@@ -219,21 +217,3 @@ def fitting(wanted: float, speed: float, seconds: float) -> float:
     """
     halves = math.floor(2 * speed * seconds) / 2
     return float(min(wanted, max(SHORTEST_SECONDS, halves)))
-
-
-@torch.inference_mode()
-def measure_codec(size: str, options: argparse.Namespace) -> float:
-    """Return the seconds that EnCodec takes for one second of audio.
-
-    One clip at a time in float32, as in the engine.
-    """
-    codec = build_codec(size, options.device)
-    frame_count = frames(options.seconds)
-    codes = torch.randint(2_048, (1, 1, 4, frame_count), device=options.device)
-    codec.decode(codes[..., : frames(SHORTEST_SECONDS)], [None])
-    times = []
-    for _ in range(3):
-        started = device.now(options.device)
-        codec.decode(codes, [None])
-        times.append(device.now(options.device) - started)
-    return float(statistics.median(times) / options.seconds)

@@ -107,7 +107,7 @@ class Ours:
         tokenizer: ByT5Tokenizer,
         longest: float,
         weights: str,
-        compiled: str,
+        kernels: str,
     ) -> None:
         """Copy the language model; ``longest`` is the seconds of audio that fit into a slot."""
         self.bytes_per_weight = 1.0 if weights == "int8" else float(model.decoder.dtype.itemsize)
@@ -120,16 +120,12 @@ class Ours:
         decoder, projection = copy.deepcopy(model.decoder), copy.deepcopy(model.enc_to_dec_proj)
         self._decoder = Decoder(decoder, projection, self._max_steps + 1)  # one position to spare
         is_on_gpu = self._device.type == "cuda"
-        if compiled == "auto" and not is_on_gpu:
+        if kernels == "auto" and not is_on_gpu:
             self._decoder.build_kernels()
         if weights == "int8":
             self._decoder.quantise()
-        if compiled == "on":
-            self._decoder.compile()
         self.name = "slots" if weights == "auto" else f"slots, {weights}"
-        if compiled == "on":
-            self.name += ", compiled"
-        elif not (is_on_gpu or self._decoder.has_native_kernels):
+        if not (is_on_gpu or self._decoder.has_native_kernels):
             self.name += ", plain torch"
         self._slots: Slots | None = None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.arrivals import Poisson, Together
 from benchmarks.cells import Cell
+from benchmarks.codec import CodecCell
 from benchmarks.loops import Stock
 from benchmarks.markdown import table
 
@@ -109,17 +110,29 @@ def memory_table(cells: Sequence[Cell]) -> str:
     )
 
 
-def codec_table(cells: Sequence[Cell], codec_seconds: float) -> str:
+def codec_table(cells: Sequence[CodecCell]) -> str:
+    """Time and memory of EnCodec alone."""
+    return table(
+        ("clip", "EnCodec", "audio s/s", "peak memory"),
+        (
+            (
+                f"{cell.clip_seconds:g} s",
+                cell.way,
+                f"{cell.audio_seconds_per_second:.3g}",
+                gigabytes(cell.peak_bytes),
+            )
+            for cell in cells
+        ),
+    )
+
+
+def codec_shares_table(cells: Sequence[Cell], codec_seconds: float) -> str:
     """EnCodec's share of the time of a clip, if it did not run beside the slots."""
     rows = []
     for cell in cells:
         share = codec_seconds / (codec_seconds + 1 / cell.audio_seconds_per_second)
-        rows.append(
-            (cell.size, cell.batch, cell.loop, f"{1 / codec_seconds:.3g}", f"{100 * share:.1f}%")
-        )
-    return table(
-        ("size", "batch", "loop", "EnCodec alone, audio s/s", "EnCodec's share of the time"), rows
-    )
+        rows.append((cell.size, cell.batch, cell.loop, f"{100 * share:.1f}%"))
+    return table(("size", "batch", "loop", "EnCodec's share of the time"), rows)
 
 
 def together_table(stock: Stock, results: Sequence[Together]) -> str:

@@ -16,7 +16,10 @@ from benchmarks.ours import DgxMusic, DgxMusicThroughPsycopg
 from benchmarks.places import SqlitePlace
 from benchmarks.raw_sqlite import RawSqlite
 
-OPTIONS = "--device cpu --sizes toy --seconds 0.04 --room 1 --batches 2 --requests 3 --slots 2 --threads 1"
+OPTIONS = (
+    "--device cpu --sizes toy --seconds 0.04 --room 1 --batches 2 --codec-seconds 0.1 --requests 3 "
+    "--slots 2 --threads 1"
+)
 
 
 @pytest.fixture
@@ -37,6 +40,7 @@ def test_the_inference_benchmark_fills_every_table(capsys, tmp_path):
     assert [line for line in shown.splitlines() if line.startswith("| toy | 2 | slots |")]
     assert shown.count("### ") == 5
     assert [cell["loop"] for cell in numbers["cells"]] == ["`generate`", "slots"]
+    assert [cell["way"] for cell in numbers["codec"]] == ["one pass", "windows"]
 
 
 @pytest.mark.parametrize(

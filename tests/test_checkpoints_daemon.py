@@ -44,7 +44,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             "model": LARGE.name,
             "device": "cpu",
             "slots": 1,
-            "compile": "off",
+            "kernels": "off",
         }
         calm = {"lease_seconds": 30, "heartbeat_seconds": 2}
         daemons.append(Daemon(tmp_path, "--drain", **(fixed | calm | settings)))

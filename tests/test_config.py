@@ -46,6 +46,17 @@ def test_a_variable_that_nobody_reads_is_refused_with_the_nearest_one(
     assert refused() == f"{name} is no setting; use {nearest} if you mean that, or take it out."
 
 
+def test_a_setting_of_an_earlier_version_is_refused_with_what_replaced_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DGX_MUSIC_COMPILE", "off")
+
+    assert refused() == (
+        "DGX_MUSIC_COMPILE is no setting any more; "
+        "use DGX_MUSIC_KERNELS=auto or DGX_MUSIC_KERNELS=off, or take it out."
+    )
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -31,6 +31,8 @@ PREFIX = "DGX_MUSIC_"
 OTHER_VARIABLES = ("DGX_MUSIC_TONE_SCRIPT", "DGX_MUSIC_TONE_SPEED")
 """An engine's process reads these itself."""
 MOST_SLOTS = 256
+_REPLACED = {"COMPILE": f"use {PREFIX}KERNELS=auto or {PREFIX}KERNELS=off, or take it out"}
+"""Settings of earlier versions, and what to do about them."""
 QUEUE_SETTINGS = ("max_pending", "max_pending_per_tenant")
 """What enqueues reads these; a worker does not."""
 
@@ -141,12 +143,11 @@ class Settings:
             panel=_MODEL,
         ),
     ] = "full"
-    compile: Annotated[
-        Literal["auto", "on", "off"],
+    kernels: Annotated[
+        Literal["auto", "off"],
         Setting(
             "`auto`: on a CPU build a few kernels in C, if there is a compiler; "
-            "`on`: have torch compile the step instead, which takes a minute at first and on a CPU was slower; "
-            "`off`: neither",
+            "`off`: leave all work to torch",
             panel=_MODEL,
         ),
     ] = "auto"
@@ -313,7 +314,7 @@ def queue_settings() -> dict[str, int]:
 def check_variables(names: Iterable[str] | None = None) -> None:
     """Refuse an environment variable that is named like a setting but is none.
 
-    Raises ``ConfigurationError`` that names the nearest setting.
+    Raises ``ConfigurationError`` that names the nearest setting, or what replaced it.
     """
     known = [each.upper() for each in SETTINGS] + [
         each.removeprefix(PREFIX) for each in OTHER_VARIABLES
@@ -321,6 +322,8 @@ def check_variables(names: Iterable[str] | None = None) -> None:
     for name in os.environ if names is None else names:
         prefix, own = name.upper()[: len(PREFIX)], name.upper()[len(PREFIX) :]
         if prefix == PREFIX and own not in known and not _NOT_OURS.fullmatch(own):
+            if own in _REPLACED:
+                raise ConfigurationError(name, "is no setting any more", _REPLACED[own])
             nearest = get_close_matches(own, known, n=1, cutoff=0.0)[0]
             raise ConfigurationError(
                 name,

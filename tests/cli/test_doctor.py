@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text
@@ -11,10 +12,12 @@ from dgx_music.cli.examination import (
     Finding,
     _examine_database,
     _examine_device,
+    _examine_memory,
     _examine_model,
     exit_code_of,
 )
 from dgx_music.config import load_settings
+from dgx_music.inference.musicgen.inventory import MemoryPlan
 from dgx_music.storage import Database
 from dgx_music.storage.connection.revision import SCHEMA_REVISION, VERSION_TABLE
 from dgx_music.storage.trial import check_writable
@@ -142,6 +145,53 @@ def test_doctor_ends_with_what_a_worker_would_meet_first(failed: list[str], code
     ]
 
     assert exit_code_of(findings) == code
+
+
+def test_doctor_says_what_a_model_takes_of_the_memory(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("DGX_MUSIC_SLOTS", "3")
+
+    result = run("doctor", "--model", "musicgen-tiny-untrained", "--device", "cpu", "--json")
+
+    assert " + 3 slots of " in findings(result)["memory"][1]
+    figures = next(item["figures"] for item in result.json["findings"] if item["figures"])
+    assert (figures["model"], figures["slot_count"]) == ("musicgen-tiny-untrained", 3)
+    assert figures["free_bytes"] > figures["weights_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("free", "verdict", "words"),
+    [
+        (None, "ok", "1.2 GiB = 1.0 GiB weights + 0 bytes steps + 0 bytes codec + 2 slots of"),
+        (None, "ok", "how much is free is not known here"),
+        (2 << 30, "ok", "2.0 GiB free"),
+        (1150 << 20, "warning", "1.1 GiB free: there will be fewer slots"),
+        (1 << 30, "failed", "too little for one slot; use a smaller model"),
+    ],
+)
+def test_doctor_compares_what_a_model_takes_with_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, verdict: str, words: str
+) -> None:
+    plan = MemoryPlan("cpu", 1 << 30, 0, 0, 100 << 20, 2, free)
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.plan_memory", lambda _: plan)
+
+    finding = _examine_memory(load_settings(model="musicgen-small"), "musicgen-small")
+
+    assert (finding.verdict, words in finding.detail) == (verdict, True)
+
+
+def test_doctor_goes_on_if_the_memory_of_a_model_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = Mock(side_effect=ValueError("its config.json is damaged"))
+    monkeypatch.setattr("dgx_music.inference.musicgen.inventory.plan_memory", problem)
+
+    finding = _examine_memory(load_settings(model="musicgen-small"), "musicgen-small")
+
+    assert finding.verdict == "warning"
+    assert finding.detail.startswith("not known for musicgen-small: ")
 
 
 def test_doctor_tells_how_to_install_a_missing_engine(

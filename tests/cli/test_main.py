@@ -217,7 +217,7 @@ def test_a_password_of_the_environment_is_not_warned_of(
     ("setting", "value", "remedy"),
     [
         ("SLOTS", "many", "auto or a whole number from 1 to 256"),
-        ("COMPILE", "true", "one of auto, on, off"),
+        ("KERNELS", "true", "one of auto, off"),
     ],
 )
 def test_a_wrong_setting_of_the_environment_ends_2_and_is_named(

@@ -67,7 +67,7 @@ def settings(model: str | Path, **fields: Any) -> EngineSettings:
             "device": "cpu",
             "dtype": "float32",
             "slots": 1,
-            "compile": "off",
+            "kernels": "off",
         }
         | fields
     )

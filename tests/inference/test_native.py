@@ -292,7 +292,7 @@ def test_a_melody_is_read_as_well(tmp_path: Path, calls: Counter[str]) -> None:
         part.save_pretrained(tmp_path)
     build(32, torch.float32)
     with_kernels, without = (
-        generate(load(tmp_path, compile=choice), model=str(tmp_path), temperature=0.0)
+        generate(load(tmp_path, kernels=choice), model=str(tmp_path), temperature=0.0)
         for choice in ("auto", "off")
     )
     assert calls["attend"] > 0
@@ -312,17 +312,12 @@ def test_a_cache_in_8_bits_is_read_as_well() -> None:
     assert torch.equal(*codes)
 
 
-def test_the_engine_builds_them_unless_settings_forbid_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_builds_them_unless_settings_forbid_it() -> None:
     build(32, torch.float32)
-    compiled: list[Decoder] = []
-    monkeypatch.setattr(Decoder, "compile", lambda decoder: compiled.append(decoder))
-    engine = load(compile="auto")
+    engine = load(kernels="auto")
     assert isinstance(engine._decoder.attention.native, Native)
     assert (generate(engine).samples != 0).any()
-    assert load(compile="off")._decoder.attention.native is None
-    assert not compiled
-    assert load(compile="on")._decoder.attention.native is None
-    assert len(compiled) == 1
+    assert load(kernels="off")._decoder.attention.native is None
 
 
 # if they cannot be built

@@ -60,12 +60,23 @@ def test_products_are_near_the_exact_ones(rows: int, dtype: torch.dtype) -> None
 @pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="needs oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 16])
-def test_packed_weights_give_what_plain_ones_give(rows: int, dtype: torch.dtype) -> None:
+def test_packed_weights_give_what_plain_ones_give(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_int8": True}, raising=False)
     x, weight = make_matrix(rows, 64).to(dtype), make_matrix(96, 64, seed=1)
     packed, plain = Int8.of(weight), Int8.of(weight, may_pack=False)
     assert packed.packed is not None
     assert packed.nbytes == plain.nbytes == 96 * 64 + 2 * 96 * 4
     torch.testing.assert_close(packed.apply(x), plain.apply(x))
+
+
+def test_weights_are_not_packed_for_a_processor_without_amx(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There a packed product takes 1,000 times as long."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True}, raising=False)
+    assert Int8.of(torch.randn(8, 8)).packed is None
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

@@ -55,6 +55,7 @@ def short_windows(folders: dict[str, Path]) -> Iterator[dict[str, MusicGenEngine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dgx_music.inference.musicgen.engine.WINDOW_SECONDS", 0.5)
         patch.setattr("dgx_music.inference.musicgen.conditioning.WINDOW_SECONDS", 0.5)
+        patch.setattr("dgx_music.inference.musicgen.budget.WINDOW_SECONDS", 0.5)
         yield {name: load(folder) for name, folder in folders.items()}
 
 
@@ -203,7 +204,9 @@ def test_long_clips_are_made_in_audiocrafts_windows(
     short_windows: dict[str, MusicGenEngine], name: str, frames: int
 ) -> None:
     expected = audiocraft_long_form(*MODELS[name](), "choir", frames, 3.0, **WINDOW)
-    assert np.array_equal(greedy(short_windows[name], "choir", frames), sound(name, expected))
+    # More than a second of audio takes the codec two windows, which round a little differently.
+    made = greedy(short_windows[name], "choir", frames)
+    assert np.allclose(made, sound(name, expected), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("given", [4, 20, 25])

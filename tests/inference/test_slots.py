@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import pytest
@@ -398,64 +398,6 @@ def test_attention_takes_the_fast_path(dtype: torch.dtype) -> None:
             slots.admit(row)
             slots.step()
     assert [row.position > 0 for row in slots.rows] == [True] * 3
-
-
-# compiled
-
-
-def compiled_decoder(backend: str, **options: bool) -> Decoder:
-    """The backends need no compiler on this machine."""
-    torch.compiler.reset()  # else the shapes of one test count against the next one's limit
-    model, _ = build_tiny()
-    compiled = Decoder(model.decoder, model.enc_to_dec_proj, MAX_STEPS + 1)
-    compiled.compile(backend, **options)
-    return compiled
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.soak)])
-def test_the_forward_pass_can_be_compiled_in_one_piece(backend: str) -> None:
-    """``is_strict`` raises if torch would fall back to Python."""
-    compiled = compiled_decoder(backend, is_strict=True)
-    rows = [make_row(prompt, 5 + index, **GREEDY) for index, prompt in enumerate(PROMPTS[:2])]
-    for index, codes in enumerate(decode(rows, slots=Slots(compiled, 2, MAX_STEPS))):
-        assert torch.equal(codes, reference_codes(PROMPTS[index], 5 + index, 3.0))
-
-
-@pytest.fixture
-def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have torch compile as it does for a GPU."""
-    compile_ = torch.compile
-
-    @wraps(compile_)
-    def compile_fixed(forward: Any, **options: Any) -> Any:
-        return compile_(forward, **options | {"dynamic": False})
-
-    monkeypatch.setattr(torch, "compile", compile_fixed)
-
-
-@pytest.mark.usefixtures("fixed_shapes")
-def test_a_plan_for_each_length_is_compiled() -> None:
-    """They are more than torch's default limit of 8; ``is_strict`` raises past the limit."""
-    (codes,) = decode(
-        [make_row(frames=8, **GREEDY)],
-        slots=Slots(compiled_decoder("eager", is_strict=True), 1, MAX_STEPS),
-    )
-    assert torch.equal(codes, reference_codes(PROMPTS[0], 8, 3.0))
-
-
-@pytest.mark.usefixtures("fixed_shapes")
-def test_shapes_past_the_limit_run_as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgx_music.inference.musicgen.decoder._MAX_SHAPES", 3)
-    scales = (3.0, 1.0, 2.0, 1.0)
-    rows = [
-        make_row(prompt, 6 + 9 * index, guidance_scale=scale, **GREEDY)
-        for index, (prompt, scale) in enumerate(zip(PROMPTS, scales, strict=True))
-    ]
-    slots = Slots(compiled_decoder("eager"), 3, MAX_STEPS)
-    for prompt, row, codes in zip(PROMPTS, rows, decode(rows, slots=slots), strict=True):
-        assert torch.equal(
-            codes, reference_codes(prompt, row.frame_count, row.sampling.guidance_scale)
-        )
 
 
 def test_a_model_with_another_epsilon_is_refused() -> None:

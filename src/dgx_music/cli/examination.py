@@ -6,7 +6,7 @@ import asyncio
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Literal
 
 from dgx_music.artifacts import FileInspection, LocalArtifacts, open_output
 from dgx_music.catalog import UNTRAINED_NOTICE, ModelInfo, find_model
+from dgx_music.cli import memory
 from dgx_music.cli.opening import exists
 from dgx_music.cli.output import size
 from dgx_music.config import Settings, load_settings
@@ -27,6 +28,7 @@ from dgx_music.errors import (
     is_newer,
 )
 from dgx_music.inference.musicgen import inventory
+from dgx_music.inference.trouble import first_line
 from dgx_music.storage import Database
 from dgx_music.storage.connection.revision import SCHEMA_REVISION
 from dgx_music.storage.connection.sqlite import warn_of_old_sqlite
@@ -56,6 +58,7 @@ _EXIT_CODES = {
     "engine": 6,
     "device": 6,
     "model": 6,
+    "memory": 6,
     "answers": 6,
 }
 """The exit code of a worker for which this fails, in the order in which a worker would notice."""
@@ -69,6 +72,8 @@ class Finding:
     verdict: Verdict
     subject: str
     detail: str
+    figures: dict[str, int | str | None] | None = None
+    """The numbers behind the detail, for programs."""
 
 
 def exit_code_of(findings: Iterable[Finding]) -> int:
@@ -147,6 +152,7 @@ def _examine_engine(settings: Settings) -> Iterator[Finding]:
     if packages.verdict == "ok":
         yield _examine_device(settings.device)
         yield from (_examine_model(settings, name) for name in settings.served_models)
+        yield from (_examine_memory(settings, name) for name in settings.served_models)
 
 
 def _examine_device(wanted: str) -> Finding:
@@ -207,6 +213,23 @@ def _cannot_load(settings: Settings, model: ModelInfo, problem: str) -> Finding:
             f"{problem.rstrip('.')}. A worker serves the others only.",
         )
     return Finding("failed", "model", problem)
+
+
+def _examine_memory(settings: Settings, name: str) -> Finding:
+    """Compare what the model takes of the device's memory with what is free."""
+    from dgx_music.worker.daemon import engine_settings
+
+    try:
+        plan = inventory.plan_memory(replace(engine_settings(settings), model=name))
+    except (EngineError, ValueError, OSError) as error:
+        return Finding("warning", "memory", f"not known for {name}: {first_line(error)}")
+    figures: dict[str, int | str | None] = {"model": name, **asdict(plan)}
+    detail, shortage = memory.describe(name, plan), memory.find_shortage(plan)
+    if shortage is None:
+        return Finding("ok", "memory", detail, figures)
+    is_first = name == settings.served_models[0]
+    verdict: Verdict = "warning" if plan.has_room or not is_first else "failed"
+    return Finding(verdict, "memory", f"{detail}: {shortage}", figures)
 
 
 def _examine_answers(settings: Settings) -> Iterator[Finding]:

@@ -136,8 +136,8 @@ class EngineSettings:
     """``int8`` rounds the language model's weights to 8 bits."""
     kv_cache: str = "full"
     """``fp8`` keeps attention's keys and values in 8 bits."""
-    compile: str = "auto"
-    """``auto`` compiles C kernels for a CPU, ``on`` uses torch.compile instead, ``off`` neither."""
+    kernels: str = "auto"
+    """``auto`` builds kernels in C for a CPU, ``off`` leaves all work to torch."""
     model_count: int = 1
     """How many models one process may load; they share the device's memory."""
 

@@ -81,7 +81,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         revision=settings.revision,
         weights=settings.weights,
         kv_cache=settings.kv_cache,
-        compile=settings.compile,
+        kernels=settings.kernels,
         model_count=len(settings.served_models),
     )
 

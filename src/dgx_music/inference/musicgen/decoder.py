@@ -13,7 +13,6 @@ that a prefill reads at once.
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +33,6 @@ from dgx_music.inference.musicgen.layers import (
     quantise,
 )
 
-_MAX_SHAPES = 128
-"""How many shapes of the forward pass are compiled.
-
-Enough for a GPU's plans of six batch sizes and twelve context lengths, and some more.
-"""
 _PREFILL_POSITIONS = 256
 """How many positions a prefill reads at once.
 
@@ -122,6 +116,11 @@ class Decoder:
         numbers = len(self.layers) * 2 * 2 * self._hidden_size * self.max_positions
         return numbers * self.attention.cache_dtype.itemsize
 
+    def text_bytes(self, length: int) -> int:
+        """Return how much memory one slot's texts of that many tokens take."""
+        numbers = len(self.layers) * 2 * 2 * self._hidden_size * length
+        return numbers * self.dtype.itemsize if self.reads_text else 0
+
     @property
     def has_native_kernels(self) -> bool:
         """True if kernels in C were built."""
@@ -153,21 +152,6 @@ class Decoder:
         They are for a CPU. Call this before ``quantise``.
         """
         self.attention.build_kernels()
-
-    def compile(self, backend: str = "inductor", *, is_strict: bool = False) -> None:
-        """Have torch compile the forward pass; it then takes a minute the first time.
-
-        Do not use it together with kernels in C. On a GPU torch compiles fixed shapes, since
-        launches have few; on a CPU every step reads a little more, so one compilation has to serve
-        all shapes. After ``_MAX_SHAPES`` shapes (8 if this torch cannot be told a number) the pass
-        runs as plain torch. If ``is_strict``, torch raises instead, and also raises if it cannot
-        compile the pass in one piece.
-        """
-        options: dict[str, Any] = {"backend": backend, "fullgraph": is_strict}
-        options["dynamic"] = self.device.type == "cpu"
-        if "recompile_limit" in signature(torch.compile).parameters:
-            options["recompile_limit"] = _MAX_SHAPES
-        self.forward = torch.compile(self.forward, **options)  # type: ignore[method-assign]
 
     def empty_cache(self, slot_count: int) -> Tensor:
         """Return zeros for every slot's keys and values: ``[L, slot, pass, 2, H, T, D]``."""

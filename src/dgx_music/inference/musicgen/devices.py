@@ -7,7 +7,7 @@ import os
 import torch
 
 from dgx_music.errors import EngineUnavailableError
-from dgx_music.inference.musicgen.decoder import Decoder
+from dgx_music.inference.musicgen.budget import Budget
 from dgx_music.inference.residents import free_bytes
 from dgx_music.inference.trouble import give_back_memory
 
@@ -18,7 +18,7 @@ _MAX_SLOTS = {"cpu": 8, "cuda": 64}
 On an H100, 64 slots make a third more than 32, with the small model and with the large one.
 """
 _SLOTS_SHARE = {"cpu": 0.4, "cuda": 0.8}
-"""Of the free memory; the rest is for steps, text and codec, and on a CPU for other programs."""
+"""Of the free memory; the rest is for longer texts, and on a CPU for other programs."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,15 +73,20 @@ def leave_a_core_free() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
 
 
-def fitting_slots(decoder: Decoder, model_count: int) -> int:
-    """Return how many slots fit into a model's share of the free memory, up to ``_MAX_SLOTS``."""
-    kind = decoder.device.type
+def fitting_slots(budget: Budget, device: torch.device, model_count: int) -> int:
+    """Return how many slots, and their work, fit into a model's share of the free memory.
+
+    At least 1, at most ``_MAX_SLOTS``.
+    """
     give_back_memory()  # else what loading left behind would not count as free
-    free = free_bytes(str(decoder.device))
-    if free is None:
-        return 1
+    free = free_bytes(str(device))
+    return 1 if free is None else slots_for(budget, device.type, free, model_count)
+
+
+def slots_for(budget: Budget, kind: str, free: int, model_count: int) -> int:
+    """Return the same for a kind of device with that much memory free."""
     share = int(free * _SLOTS_SHARE[kind] / model_count)
-    return max(1, min(_MAX_SLOTS[kind], share // decoder.slot_bytes))
+    return max(1, min(_MAX_SLOTS[kind], budget.fitting_slots(share)))
 
 
 def describe(device: torch.device) -> str:

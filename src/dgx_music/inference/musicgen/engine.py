@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,9 +22,16 @@ try:
     from torch import Tensor
 
     from dgx_music.inference.musicgen.batch import Row, delays
-    from dgx_music.inference.musicgen.codec import Codec
+    from dgx_music.inference.musicgen.budget import (
+        budget_of,
+        check_room,
+        max_positions_of,
+        max_steps_of,
+        plan,
+    )
+    from dgx_music.inference.musicgen.codec import Codec, CodecWork
+    from dgx_music.inference.musicgen.codec_thread import CodecThread
     from dgx_music.inference.musicgen.conditioning import (
-        LONGEST_PREFIX_TEXT,
         Conditioner,
         Conditions,
         fit,
@@ -77,7 +84,13 @@ def build(settings: EngineSettings, kind: type[E]) -> E:
         raise EngineUnavailableError(
             f"The model {settings.model!r} is neither in the catalogue nor an absolute path."
         )
-    weights = load_weights(info, settings.revision, choose_dtype(settings.dtype, device))
+    dtype = choose_dtype(settings.dtype, device)
+
+    def check(config: Any) -> None:
+        budget = plan(config, dtype, settings, device.type)
+        check_room(budget.total(1), device, "the model with one slot")
+
+    weights = load_weights(info, settings.revision, dtype, check)
     if device.type == "cpu":
         leave_a_core_free()
     return kind(weights, device, info, settings)
@@ -108,25 +121,24 @@ class MusicGenEngine:
         for name, part in model.named_children():
             if name != "decoder":  # fused on the host: a GPU's memory would be left in fragments
                 part.to(device)
-        self._other_bytes = _bytes_of(model.text_encoder) + _bytes_of(model.audio_encoder)
         self._codec = Codec(model.audio_encoder, model.config.decoder.audio_channels)
         self._longest_window = round(WINDOW_SECONDS * self._codec.frame_rate)
         self._longest_delay = delays(model.config.decoder.num_codebooks, self._codec.channels)[-1]
-        max_steps = self._longest_window + self._longest_delay
-        max_positions = _prefix_room(model) + max_steps + 1
         projection = getattr(model, "enc_to_dec_proj", None)
+        max_positions = max_positions_of(model.config)
         self._decoder = Decoder(model.decoder, projection, max_positions, device)
         self._conditioner = Conditioner(
             model, weights.tokenizer, self._decoder, self._codec.sample_rate
         )
         self._number_facts = self._prepare_decoder(settings)
-        slot_count = settings.slots or fitting_slots(self._decoder, settings.model_count)
+        self._max_steps = max_steps_of(model.config)
+        self._budget = budget_of(model, self._decoder, device.type)
+        slot_count = settings.slots or fitting_slots(self._budget, device, settings.model_count)
         self._loop = DecodingLoop(
-            lambda count: Slots(self._decoder, count, max_steps),
+            self._make_slots,
             slot_count,
-            guard=torch.no_grad if settings.compile == "on" else torch.inference_mode,
         )
-        self._codec_thread = ThreadPoolExecutor(1, "codec")  # one by one, clips are ready sooner
+        self._codec_thread = CodecThread()
         self._is_untrained = info.is_untrained
         self.device = describe(device)
         self.model_version = weights.version
@@ -140,12 +152,11 @@ class MusicGenEngine:
     @property
     def memory_bytes(self) -> int:
         """About how much memory the engine holds: text encoder, codec, language model and slots."""
-        slots_bytes = self.slots * self._decoder.slot_bytes
-        return self._other_bytes + self._decoder.weight_bytes + slots_bytes
+        return self._budget.weights + self.slots * self._decoder.slot_bytes
 
     def close(self) -> None:
         """Drop everything; no generation may run, and none can run afterwards."""
-        self._codec_thread.shutdown()
+        self._codec_thread.close()
         vars(self).clear()
 
     def generate(self, request: GenerationRequest, run: Run) -> Audio:
@@ -161,13 +172,18 @@ class MusicGenEngine:
         frame_count = math.ceil(sample_count / self._codec.frame_size)
         codes = self._decode(request, frame_count, run)  # [codebook, frame]
         run.free_slot()
-        decoded = self._in_codec_thread(run, self._codec.decode, codes)  # [channel, sample]
+        decoded = self._in_codec_thread(run, self._codec.decode(codes))  # [channel, sample]
         samples = decoded[:, :sample_count].numpy()
         if not np.isfinite(samples).all():
             raise EngineError("The codec's samples are not finite; its weights may be damaged.")
         run.report_progress(1.0)
         device_seconds = time.perf_counter() - started
         return Audio(samples, self._codec.sample_rate, self._facts(request, device_seconds))
+
+    def _make_slots(self, count: int) -> Slots:
+        needed = count * self._budget.slot + self._budget.work
+        check_room(needed, self._decoder.device, f"a batch of {count}")
+        return Slots(self._decoder, count, self._max_steps)
 
     def _decode(self, request: GenerationRequest, frame_count: int, run: Run) -> Tensor:
         """Return the codes ``[codebook, frame]``; a long clip is decoded window by window."""
@@ -211,16 +227,16 @@ class MusicGenEngine:
         if request.continuation is None:
             return self._no_codes()
         clip = fit(request.continuation, self._codec.sample_rate, self._codec.channels)
-        return self._in_codec_thread(run, self._codec.encode, clip)
+        return self._in_codec_thread(run, self._codec.encode(clip))
 
-    def _in_codec_thread(self, run: Run, work: Any, tensor: Tensor) -> Tensor:
-        """Return what the codec makes of the tensor; a cancelled generation does not wait for it."""
-        result: Future[Tensor] = self._codec_thread.submit(work, tensor)
+    def _in_codec_thread(self, run: Run, work: CodecWork) -> Tensor:
+        """Return the work's result; a cancelled generation does not wait for it."""
+        result = self._codec_thread.submit(work)
         while not wait((result,), _CANCEL_CHECK_SECONDS).done:
             try:
                 run.check_cancelled()
             except BaseException:
-                result.cancel()  # if it has not begun
+                result.cancel()
                 raise
         return result.result()
 
@@ -230,13 +246,11 @@ class MusicGenEngine:
     def _prepare_decoder(self, settings: EngineSettings) -> dict[str, Any]:
         """Choose kernels and number formats; return the facts about them."""
         is_on_cpu = self._decoder.device.type == "cpu"
-        if settings.compile == "auto" and is_on_cpu:
+        if settings.kernels == "auto" and is_on_cpu:
             self._decoder.build_kernels()
         facts = self._reduce_bits(settings)
         if is_on_cpu:
             facts["kernels"] = "c" if self._decoder.has_native_kernels else "torch"
-        if settings.compile == "on":
-            self._decoder.compile()
         return facts
 
     def _reduce_bits(self, settings: EngineSettings) -> dict[str, Any]:
@@ -271,7 +285,7 @@ class MusicGenEngine:
         given = self._no_codes()
         if request.continuation is not None:
             clip = fit(request.continuation, self._codec.sample_rate, self._codec.channels)
-            given = self._codec.encode(clip)
+            given = self._codec.encode(clip).finish()
         random = torch.Generator().manual_seed(request.effective_seed)
         conditions = self._conditioner.read(request)
         return self._row(request, conditions, given, given.shape[1] + TRIAL_FRAMES, random)
@@ -286,13 +300,3 @@ class MusicGenEngine:
             "is_untrained": self._is_untrained,
             **self._number_facts,
         }
-
-
-def _bytes_of(model: Any) -> int:
-    return sum(weight.nbytes for weight in model.parameters())
-
-
-def _prefix_room(model: Any) -> int:
-    """Return how many positions the prefix of a model that hears a melody can take; else 0."""
-    melody = getattr(model.config, "chroma_length", 0)
-    return melody and melody + LONGEST_PREFIX_TEXT

@@ -137,7 +137,7 @@ class AnsweringEngine(MusicGenEngine):
             if question.is_delayed
             else self._undelayed_codes(question)
         )
-        return self._codec.decode(codes)
+        return self._codec.decode(codes).finish()
 
     def _delayed_codes(self, question: Question) -> Tensor:
         return decode(self._decoder, self._row_of(question)).codes

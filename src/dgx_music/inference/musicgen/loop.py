@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -56,10 +55,7 @@ class DecodingLoop:
         self,
         make_slots: Callable[[int], Slots],
         slot_count: int,
-        *,
-        guard: Callable[[], AbstractContextManager[object]] = torch.inference_mode,
     ) -> None:
-        self._guard = guard  # no gradients: inference mode costs least, but cannot be compiled
         self._admitted: list[_Ticket] = []  # for the decoding thread only
         # Only the decoding thread removes rows from those that wait.
         self._waiting: deque[_Ticket] = deque()
@@ -90,7 +86,7 @@ class DecodingLoop:
 
     def _work(self) -> None:
         try:
-            with self._guard():
+            with torch.inference_mode():  # no gradients, at the least cost
                 while self._has_work():
                     self._drop_cancelled()
                     self._admit()

@@ -113,7 +113,7 @@ def build(head_size: int, dtype: torch.dtype) -> Native | None:
     except (AttributeError, OSError, ValueError, subprocess.SubprocessError) as error:
         logger.warning(
             "no kernels in C by %s, torch's slower operations instead: %s "
-            "(CC names a compiler, DGX_MUSIC_COMPILE=off none)",
+            "(CC names a compiler, DGX_MUSIC_KERNELS=off none)",
             compiler,
             _reason(error),
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 from dgx_music.errors import EngineError
 from dgx_music.inference.musicgen.attention import Text
 from dgx_music.inference.musicgen.batch import BatchState, Row, delays
+from dgx_music.inference.musicgen.budget import check_room
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.kernels import draw_next
 from dgx_music.inference.musicgen.launches import (
@@ -281,6 +282,8 @@ class Slots:
         """
         room = text_room(length)
         device, dtype = self._decoder.device, self._decoder.dtype
+        needed = self.slot_count * self._decoder.text_bytes(room)
+        check_room(needed, device, f"room for a text of {length} tokens")
         texts = self._decoder.empty_text(self.slot_count, room)
         mask = torch.full((self.slot_count, 2, room), -math.inf, dtype=dtype, device=device)
         kept = min(room, self._texts.shape[-2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from zipfile import is_zipfile
@@ -53,10 +53,17 @@ class Weights(NamedTuple):
     notice: str | None
 
 
-def load_weights(info: ModelInfo, revision: str | None, dtype: torch.dtype) -> Weights:
+def load_weights(
+    info: ModelInfo,
+    revision: str | None,
+    dtype: torch.dtype,
+    check_room: Callable[[Any], None] = lambda _config: None,
+) -> Weights:
     """Return the model's weights, downloaded if need be.
 
     Raises ``EngineUnavailableError``, in one sentence, if they are missing, damaged or doubtful.
+    ``check_room`` is called with the configuration before they are read, and may raise
+    ``MemoryError``; not for the toy.
     """
     if info.is_untrained:
         model, tokenizer = build_tiny(info.channels)
@@ -64,7 +71,7 @@ def load_weights(info: ModelInfo, revision: str | None, dtype: torch.dtype) -> W
         model.enc_to_dec_proj.to(dtype)
         return Weights(model, tokenizer, "untrained", UNTRAINED_NOTICE)
     folder = obtain(info, revision)
-    model, tokenizer = _read_folder(folder, dtype)
+    model, tokenizer = _read_folder(folder, dtype, check_room)
     if info.repository is None:
         return Weights(model, tokenizer, "local", None)
     return Weights(model, tokenizer, folder.name, licence_of(info))
@@ -76,7 +83,9 @@ def stored_bytes(info: ModelInfo, revision: str | None) -> int | None:
     return None if folder is None else sum(file.stat().st_size for file in find_weights(folder))
 
 
-def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
+def _read_folder(
+    folder: Path, dtype: torch.dtype, check_room: Callable[[Any], None]
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the folder's model and tokenizer; runs no code of the folder."""
     try:
         files = find_weights(folder)
@@ -86,6 +95,7 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedToken
         kind = _kind_of(config)
         if not files:
             raise ValueError(NO_WEIGHTS)
+        check_room(config)
         model = _build(kind, config, _read_tensors(files), dtype)
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -93,7 +103,7 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedToken
         # transformers does not check this.
         if tokenizer.unk_token_id in tokenizer("music").input_ids:
             raise ValueError("its tokenizer has no vocabulary")
-    except EngineUnavailableError:
+    except (EngineUnavailableError, MemoryError):
         raise
     except Exception as error:
         raise EngineUnavailableError(

@@ -1,0 +1,83 @@
+"""The thread of the codec: it does one window at a time, of the clip that will be done soonest."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+
+from torch import Tensor
+
+from dgx_music.inference.musicgen.codec import CodecWork
+
+
+@dataclass
+class _Clip:
+    """A clip that waits for its next window, and what its caller waits for."""
+
+    number: int
+    work: CodecWork
+    result: Future[Tensor] = field(default_factory=Future)
+
+    def __lt__(self, other: _Clip) -> bool:
+        return (self.work.left, self.number) < (other.work.left, other.number)
+
+
+class CodecThread:
+    """Does the windows of all clips in one thread, so that the slots wait for none.
+
+    The clip with the fewest windows left goes first, and of two the one that came first: a clip of
+    five seconds does not wait for one of five minutes, and equal clips are done one after another.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "codec")
+        self._waiting: list[_Clip] = []  # a heap
+        self._lock = threading.Lock()  # for the heap
+        self._numbers = count()
+
+    def submit(self, work: CodecWork) -> Future[Tensor]:
+        """Return what will be the work's result; a cancel ends the work after a window."""
+        clip = _Clip(next(self._numbers), work)
+        try:
+            self._enter(clip)
+        except RuntimeError:  # no thread can be started; a later one would still do the work
+            clip.result.cancel()
+            raise
+        return clip.result
+
+    def close(self) -> None:
+        """End the thread; no clip may wait."""
+        self._executor.shutdown()
+
+    def _enter(self, clip: _Clip) -> None:
+        with self._lock:
+            heapq.heappush(self._waiting, clip)
+        self._executor.submit(self._do_next)
+
+    def _do_next(self) -> None:
+        with self._lock:
+            clip = heapq.heappop(self._waiting)
+        if clip.result.cancelled():
+            return
+        try:
+            clip.work.step()
+        except BaseException as error:
+            _answer(clip.result, error)
+            del clip  # the error holds this frame
+            return
+        if clip.work.left:
+            self._enter(clip)
+        else:
+            _answer(clip.result, clip.work.finish())
+
+
+def _answer(result: Future[Tensor], ending: Tensor | BaseException) -> None:
+    if not result.set_running_or_notify_cancel():
+        return
+    if isinstance(ending, BaseException):
+        result.set_exception(ending)
+    else:
+        result.set_result(ending)

@@ -1,0 +1,350 @@
+"""The codec in windows against transformers' whole pass, and the thread that does the windows."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from functools import cache
+from itertools import pairwise
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import EncodecConfig, EncodecModel
+
+from dgx_music.errors import EngineUnavailableError
+from dgx_music.inference.musicgen.codec import Codec, CodecWork
+from dgx_music.inference.musicgen.codec_thread import CodecThread
+from dgx_music.inference.musicgen.streaming import Chain
+from dgx_music.inference.musicgen.tiny import build_tiny
+from tests.patience import PATIENCE
+
+TOLERANCE = 1e-4
+FRAME = 640
+OF_MUSICGEN = {"use_causal_conv": False, "use_conv_shortcut": False}
+SHAPES: dict[str, dict[str, Any]] = {
+    "musicgen": OF_MUSICGEN | {"upsampling_ratios": [8, 5, 4, 4]},
+    "one LSTM layer": OF_MUSICGEN | {"num_lstm_layers": 1},
+    "two residual layers": OF_MUSICGEN | {"num_residual_layers": 2},
+    "dilated": OF_MUSICGEN | {"num_residual_layers": 3, "dilation_growth_rate": 3},
+    "even kernels": OF_MUSICGEN | {"kernel_size": 4, "residual_kernel_size": 2},
+    "kernels of one": OF_MUSICGEN | {"kernel_size": 1, "residual_kernel_size": 1},
+    "odd strides": OF_MUSICGEN | {"upsampling_ratios": [5, 3]},
+    "shortcuts": {"use_causal_conv": False, "use_conv_shortcut": True},
+    "causal": {"use_causal_conv": True},
+    "causal, trimmed on both sides": {"use_causal_conv": True, "trim_right_ratio": 0.4},
+}
+
+
+@cache
+def make_model(shape: str) -> EncodecModel:
+    """Return a toy with random weights and biases."""
+    config = {"upsampling_ratios": [4, 3], "num_filters": 4, "hidden_size": 8, "codebook_size": 64}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(7)
+        model = EncodecModel(EncodecConfig(**config | SHAPES[shape])).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def cuts_of(length: int) -> Iterator[list[int]]:
+    """Yield where windows begin: nowhere, at the end, everywhere, and at many random places, some twice."""
+    choice = random.Random(length)
+    yield []
+    yield [length]
+    yield list(range(length))
+    for count in (1, 1, 2, 3, 8):
+        yield sorted(choice.randint(0, length) for _ in range(count))
+
+
+def in_windows(layers: Any, x: Tensor, cuts: Sequence[int]) -> Tensor:
+    chain, places = Chain(layers), [0, *cuts, x.shape[-1]]
+    parts = [chain.step(x[..., start:end], is_last=False) for start, end in pairwise(places[:-1])]
+    return torch.cat([*parts, chain.step(x[..., places[-2] :], is_last=True)], dim=-1)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 31])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_decoding_in_windows_makes_what_the_whole_pass_makes(shape: str, frames: int) -> None:
+    decoder, x = make_model(shape).decoder, noise(2, 8, frames)
+    expected = decoder(x)
+    for cuts in cuts_of(frames):
+        assert_near(in_windows(decoder.layers, x, cuts), expected)
+
+
+@pytest.mark.parametrize("samples", [1, 9, 64, 233])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_encoding_in_windows_makes_what_the_whole_pass_makes(shape: str, samples: int) -> None:
+    encoder, x = make_model(shape).encoder, noise(2, 1, samples)
+    expected = encoder(x)
+    for cuts in cuts_of(samples):
+        assert_near(in_windows(encoder.layers, x, cuts), expected)
+
+
+@torch.no_grad()
+def test_random_codecs_at_random_boundaries_make_what_the_whole_pass_makes() -> None:
+    choice = random.Random(20)
+    for _ in range(10):
+        shape = {
+            "upsampling_ratios": [choice.randint(2, 5) for _ in range(choice.randint(1, 2))],
+            "use_causal_conv": choice.random() < 0.3,
+            "use_conv_shortcut": choice.random() < 0.5,
+            "num_residual_layers": choice.randint(1, 3),
+            "dilation_growth_rate": choice.randint(1, 3),
+            "kernel_size": choice.randint(1, 9),
+            "residual_kernel_size": choice.randint(1, 5),
+            "last_kernel_size": choice.randint(1, 9),
+        }
+        model = EncodecModel(EncodecConfig(num_filters=2, hidden_size=4, **shape)).eval()
+        for part, x in (
+            (model.decoder, noise(1, 4, choice.randint(1, 40))),
+            (model.encoder, noise(1, 1, choice.randint(1, 200))),
+        ):
+            for cuts in cuts_of(x.shape[-1]):
+                assert_near(in_windows(part.layers, x, cuts), part(x))
+
+
+# a clip through the codec
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def channels(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@cache
+def make_codec(channels: int) -> Codec:
+    return Codec(build_tiny(channels)[0].audio_encoder, channels)
+
+
+def random_codes(channels: int, frames: int) -> Tensor:
+    random = torch.Generator().manual_seed(frames)
+    return torch.randint(2_048, (4 * channels, frames), generator=random)
+
+
+@torch.no_grad()
+def whole(channels: int, codes: Tensor) -> Tensor:
+    model = build_tiny(channels)[0].audio_encoder
+    sides = [codes[None, None, side::channels] for side in range(channels)]
+    return torch.cat([model.decode(side, [None]).audio_values[0] for side in sides])
+
+
+@pytest.mark.parametrize("frames", [1, 49, 50, 51, 100, 173])
+def test_a_clip_has_the_samples_of_the_whole_pass(channels: int, frames: int) -> None:
+    codes = random_codes(channels, frames)
+    samples = make_codec(channels).decode(codes).finish()
+    assert samples.shape == (channels, frames * FRAME)
+    assert_near(samples, whole(channels, codes))
+
+
+def test_a_clip_of_one_window_has_exactly_the_samples_of_the_whole_pass(channels: int) -> None:
+    codes = random_codes(channels, 30)
+    assert torch.equal(make_codec(channels).decode(codes).finish(), whole(channels, codes))
+
+
+@pytest.mark.parametrize("length", [1, 32_000, 32_001, 81_234])
+@torch.no_grad()
+def test_a_given_clip_has_the_codes_of_the_whole_pass(channels: int, length: int) -> None:
+    samples = 0.1 * noise(channels, length)
+    codes = make_codec(channels).encode(samples).finish()
+    sides = build_tiny(channels)[0].audio_encoder.encode(samples[:, None]).audio_codes[0]
+    assert torch.equal(codes, sides.transpose(0, 1).flatten(0, 1))
+
+
+def test_samples_are_there_a_moment_after_their_frames(channels: int) -> None:
+    stream, codes = make_codec(channels).open_decoder(), random_codes(channels, 60)
+    first, second = stream.push(codes[:, :50]), stream.push(codes[:, 50:])
+    assert 46 * FRAME < first.shape[1] < 50 * FRAME
+    assert second.shape[1] == 10 * FRAME
+    rest = stream.finish(codes[:, :0])
+    assert_near(torch.cat([first, second, rest], dim=1), whole(channels, codes))
+
+
+def test_two_clips_at_a_time_do_not_mix(channels: int) -> None:
+    clips = [random_codes(channels, 120), random_codes(channels, 130)]
+    works = [make_codec(channels).decode(codes) for codes in clips]
+    while any(work.left for work in works):
+        for work in works:
+            work.step()
+    for work, codes in zip(works, clips, strict=True):
+        assert_near(work.finish(), whole(channels, codes))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that torch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, Tensor):
+                self.nbytes = max(self.nbytes, each.nbytes)
+        return result
+
+
+def largest(work: CodecWork) -> int:
+    """Return the bytes of the largest tensor on the work's way, its result aside."""
+    with _Largest() as mode:
+        work.finish()
+    return mode.nbytes
+
+
+def test_a_long_clip_takes_no_larger_tensors_than_a_short_one() -> None:
+    codec = make_codec(1)
+    decoded = [largest(codec.decode(random_codes(1, frames))) for frames in (150, 3_000)]
+    encoded = [largest(codec.encode(noise(1, frames * FRAME))) for frames in (150, 1_500)]
+    for short, long in (decoded, encoded):
+        assert long <= short
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"normalize": True},
+        {"norm_type": "time_group_norm"},
+        {"chunk_length_s": 1.0},
+        {"pad_mode": "replicate"},
+    ],
+)
+def test_a_codec_that_must_see_the_whole_clip_is_refused(other: dict[str, Any]) -> None:
+    model = EncodecModel(EncodecConfig(num_filters=2, hidden_size=4, **other))
+    with pytest.raises(EngineUnavailableError, match="use a model with MusicGen's own codec"):
+        Codec(model, 1)
+
+
+# the thread
+
+
+class FakeWork(CodecWork):
+    """So many windows, which note their names in the order in which they are done."""
+
+    def __init__(self, name: str, windows: int, done: list[str]) -> None:
+        self.name, self._left, self._done = name, windows, done
+
+    @property
+    def left(self) -> int:
+        return self._left
+
+    def step(self) -> None:
+        self._left -= 1
+        self._done.append(self.name)
+
+    def finish(self) -> Tensor:
+        return torch.zeros(1)
+
+
+class HeldWork(FakeWork):
+    """A window that takes until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__("held", 1, [])
+        self.release = threading.Event()
+
+    def step(self) -> None:
+        assert self.release.wait(PATIENCE)
+        super().step()
+
+
+@pytest.fixture
+def codec_thread() -> Iterator[CodecThread]:
+    thread = CodecThread()
+    yield thread
+    thread.close()
+
+
+def do_together(thread: CodecThread, works: Sequence[CodecWork]) -> None:
+    """Submit all before the first begins, and wait until all are done."""
+    held = HeldWork()
+    results = [thread.submit(work) for work in (held, *works)]
+    held.release.set()
+    for result in results:
+        result.result(PATIENCE)
+
+
+def test_a_short_clip_does_not_wait_for_a_long_one(codec_thread: CodecThread) -> None:
+    done: list[str] = []
+    do_together(codec_thread, [FakeWork("long", 3, done), FakeWork("short", 2, done)])
+    assert done == ["short", "short", "long", "long", "long"]
+
+
+def test_equal_clips_are_done_one_after_another(codec_thread: CodecThread) -> None:
+    done: list[str] = []
+    do_together(codec_thread, [FakeWork(name, 2, done) for name in ("a", "b", "c")])
+    assert done == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_a_short_clip_goes_between_the_windows_of_a_long_one(codec_thread: CodecThread) -> None:
+    done: list[str] = []
+
+    class Interrupted(FakeWork):
+        def step(self) -> None:
+            super().step()
+            if self._left == 2:
+                results.append(codec_thread.submit(FakeWork("short", 1, done)))
+
+    results: list[Any] = []
+    codec_thread.submit(Interrupted("long", 3, done)).result(PATIENCE)
+    results[0].result(PATIENCE)
+    assert done == ["long", "short", "long", "long"]
+
+
+def test_a_cancelled_clip_is_done_no_further(codec_thread: CodecThread) -> None:
+    done: list[str] = []
+
+    class Cancelled(FakeWork):
+        def step(self) -> None:
+            super().step()
+            results[0].cancel()
+
+    results: list[Any] = []
+    held = HeldWork()
+    codec_thread.submit(held)
+    results.append(codec_thread.submit(Cancelled("cancelled", 9, done)))
+    other = codec_thread.submit(FakeWork("other", 10, done))
+    held.release.set()
+    other.result(PATIENCE)
+    with pytest.raises(CancelledError):
+        results[0].result()
+    assert done == ["cancelled", *["other"] * 10]
+
+
+def test_a_failure_is_that_of_one_clip(codec_thread: CodecThread) -> None:
+    broken = FakeWork("broken", 2, [])
+    broken.step = Mock(side_effect=RuntimeError("no window"))  # type: ignore[method-assign]
+    failed = codec_thread.submit(broken)
+    with pytest.raises(RuntimeError, match="no window"):
+        failed.result(PATIENCE)
+    codec_thread.submit(FakeWork("next", 1, [])).result(PATIENCE)
+
+
+def test_a_clip_for_which_no_thread_can_be_started_is_not_done_later(
+    monkeypatch: pytest.MonkeyPatch, codec_thread: CodecThread
+) -> None:
+    done: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("no thread")))
+        with pytest.raises(RuntimeError, match="no thread"):
+            codec_thread.submit(FakeWork("lost", 1, done))
+    codec_thread.submit(FakeWork("next", 1, done)).result(PATIENCE)
+    assert done == ["next"]
