@@ -16,6 +16,9 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 class WarmPool(AsyncAdaptedQueuePool):
     """SQLAlchemy's pool, and a way around its greenlet."""
 
+    _sqla_logger_namespace = "sqlalchemy.pool.WarmPool"
+    """Its messages are SQLAlchemy's, not a worker's."""
+
     def take(
         self,
         is_good: Callable[[ConnectionPoolEntry], bool],
