@@ -10,6 +10,8 @@ UPLOAD_BYTES = 100_000_000
 """The largest body of an upload, if nothing else is chosen; the library reads no larger file."""
 MOST_DECODES = 4
 """How many uploads are decoded at a time; others wait."""
+MOST_ENCODES = 2
+"""How many answers are put into another encoding at a time; others wait."""
 MOST_ROWS = 200
 """The longest page."""
 MOST_IN_A_BATCH = 1_000

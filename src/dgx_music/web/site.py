@@ -11,7 +11,7 @@ from starlette.requests import Request
 from dgx_music.artifacts import Artifacts, open_output
 from dgx_music.config import Settings, load_settings
 from dgx_music.web.hub import Hub
-from dgx_music.web.options import MOST_DECODES, WebOptions
+from dgx_music.web.options import MOST_DECODES, MOST_ENCODES, WebOptions
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
 
@@ -31,6 +31,7 @@ class Site:
         self.stops = Stops()
         self.hub = Hub(self.stops, options.most_streams)
         self.decodes = CapacityLimiter(MOST_DECODES)
+        self.encodes = CapacityLimiter(MOST_ENCODES)
 
     @cached_property
     def artifacts(self) -> Artifacts:
