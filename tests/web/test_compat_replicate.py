@@ -88,7 +88,7 @@ async def test_who_does_not_wait_gets_the_address_of_the_audio(ours, client, com
     await complete()
     await prediction.async_wait()
 
-    assert prediction.status == "succeeded"
+    assert (prediction.status, prediction.progress.percentage) == ("succeeded", 1.0)
     assert prediction.output == f"{HOST}/v1/generations/{prediction.id}/audio"
     assert (await client.get(prediction.output)).content == DATA
 
@@ -122,6 +122,17 @@ async def test_a_failure_is_the_models_error(ours, default_database):
 
     with pytest.raises(ModelError, match="the clip is damaged"):
         await running
+
+
+async def test_a_failure_that_is_tried_again_is_no_error_yet(ours, default_database):
+    prediction = await predict(ours)
+    lease = await claim_soon(default_database)
+    async with default_database.session() as session:
+        await queue.fail(session, lease, "out of memory", retry_in_seconds=60.0)
+
+    await prediction.async_reload()
+
+    assert (prediction.status, prediction.error) == ("starting", None)
 
 
 async def test_a_prediction_is_cancelled_before_and_while_it_runs(ours, default_database):
@@ -330,13 +341,15 @@ async def test_who_may_only_read_predicts_nothing(holding):
 
 
 @on(SQLITE)
-async def test_models_and_versions_are_found(ours):
+async def test_models_and_versions_are_found(ours, client):
     names = [each.name for each in await ours.models.async_list()]
     small = await ours.models.async_get("facebook/musicgen-small")
     version = await ours.models.async_get(ANY)
 
     assert "musicgen-stereo-melody" in names
     assert (small.owner, small.visibility) == ("facebook", "public")
+    listed = (await client.get("/v1/models")).json()
+    assert [each["id"] for each in listed["data"]] == names
     schemas = version.latest_version.openapi_schema["components"]["schemas"]
     assert {"prompt", "input_audio", "seed"} <= schemas["Input"]["properties"].keys()
 

@@ -17,11 +17,10 @@ from dgx_music.catalog import MAX_DURATION_SECONDS, MIN_DURATION_SECONDS
 from dgx_music.client.content import Encoding
 from dgx_music.errors import InvalidRequestError
 from dgx_music.validation import MAX_PROMPT_CHARACTERS, check_between, check_integer
-from dgx_music.web import documents
 from dgx_music.web.access import MayEnqueue
 from dgx_music.web.compat.encodings import DEFAULT_OUTPUT, OUTPUT_FORMATS, read_output_format
 from dgx_music.web.compat.fields import body_of, check_absent, check_given, given, model_named
-from dgx_music.web.compat.holding import answer_bytes, byte_answers
+from dgx_music.web.compat.holding import answer_bytes, byte_answers, byte_request
 from dgx_music.web.filters import Parameter, read_flag, read_parameters
 from dgx_music.web.route import MusicRoute
 
@@ -109,7 +108,7 @@ else:
     "/music",
     response_class=Response,
     responses=byte_answers(),
-    openapi_extra=documents.parameters(*_PARAMETERS),
+    openapi_extra=byte_request(*_PARAMETERS),
 )
 async def compose(body: MusicRequest, request: Request, access: MayEnqueue) -> Response:
     """Make music, and answer with its bytes when it is finished."""
@@ -131,7 +130,7 @@ async def compose(body: MusicRequest, request: Request, access: MayEnqueue) -> R
     "/music/stream",
     response_class=Response,
     responses=byte_answers(),
-    openapi_extra=documents.parameters(*_PARAMETERS),
+    openapi_extra=byte_request(*_PARAMETERS),
 )
 async def stream_music(body: MusicRequest, request: Request, access: MayEnqueue) -> Response:
     """Make music, and answer with its bytes: like `POST music`, not sooner."""
@@ -142,7 +141,7 @@ async def stream_music(body: MusicRequest, request: Request, access: MayEnqueue)
     "/sound-generation",
     response_class=Response,
     responses=byte_answers(),
-    openapi_extra=documents.parameters(*_PARAMETERS),
+    openapi_extra=byte_request(*_PARAMETERS),
 )
 async def make_sound(body: SoundRequest, request: Request, access: MayEnqueue) -> Response:
     """Make what the text says, and answer with its bytes when it is finished."""

@@ -20,6 +20,7 @@ from dgx_music.web.access import Access
 from dgx_music.web.compat.encodings import MEDIA_TYPES, media_type_of
 from dgx_music.web.compat.fields import renaming
 from dgx_music.web.enqueue import enqueue_one
+from dgx_music.web.filters import Parameter
 from dgx_music.web.problems import (
     GENERATION_FAILED,
     GONE,
@@ -34,6 +35,13 @@ from dgx_music.web.site import site_of
 
 HELD_SECONDS = 230.0
 """How long a request for bytes is held; the client of ElevenLabs gives up after 240 s."""
+
+
+def byte_request(*known: Parameter) -> dict[str, Any]:
+    """Return what OpenAPI says of such a route's parameters and headers."""
+    key = {"Idempotency-Key": "The same request again gets the same audio."}
+    headers, query = documents.headers(key), documents.parameters(*known)
+    return {"parameters": [*query["parameters"], *headers["parameters"]]}
 
 
 def byte_answers() -> dict[int | str, dict[str, Any]]:

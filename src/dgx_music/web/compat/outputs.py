@@ -127,10 +127,9 @@ def _logs(row: Generation) -> str:
     """Return the progress as the bar that the client finds it by; nothing before the first attempt."""
     if not row.attempt:
         return ""
-    done = 1.0 if row.is_complete else row.progress
     total = max(1, round(row.duration_seconds * _FRAMES_PER_SECOND))
-    bar = "█" * int(done * _BAR)
-    return f"{int(done * 100):3}%|{bar:{_BAR}}| {int(done * total)}/{total}\n"
+    percent, bar = int(row.progress * 100), "█" * int(row.progress * _BAR)
+    return f"{percent:3}%|{bar:{_BAR}}| {int(row.progress * total)}/{total}\n"
 
 
 def _metrics(row: Generation) -> dict[str, float]:
