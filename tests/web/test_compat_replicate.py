@@ -209,6 +209,7 @@ REFUSED = [
     ({"prompt": 7}, "prompt"),
     ({"top_p": "x"}, "top_p is 'x'; use a number"),
     ({"input_audio": "https://evil.example/a.wav"}, "input_audio is neither a file that was sent"),
+    ({"input_audio": f"ftp://a/v1/files/up_{'x' * 32}"}, "input_audio is neither a file that was"),
     ({"input_audio": "file:///etc/passwd"}, "input_audio is neither a file that was sent"),
     ({"input_audio": "/etc/passwd"}, "input_audio is neither a file that was sent"),
     ({"input_audio": {"path": "x"}}, "input_audio is neither a file that was sent"),
@@ -319,7 +320,8 @@ async def test_another_tenants_files_and_predictions_are_not_found(holding, defa
     file = await one.files.async_create(io.BytesIO(audio_file(2.0)))
     prediction = await predict(one)
 
-    assert (await refusal(other, input_audio=file.urls["get"])).status == 404
+    error = await refusal(other, input_audio=file.urls["get"])
+    assert (error.status, error.detail[:27]) == (404, "input_audio is no file that")
     for ask in (
         lambda: other.files.async_get(file.id),
         lambda: other.predictions.async_get(prediction.id),
@@ -380,7 +382,11 @@ async def test_an_unknown_model_or_version_is_refused(ours):
         await ours.models.async_get("meta/other")
     with pytest.raises(ReplicateError, match="version 'meta/other' is not known; use the id"):
         await ours.predictions.async_create("meta/other", ASKED)
-    small = await ours.models.async_get("facebook/musicgen-small")
+    small, any_model = [
+        await ours.models.async_get(name) for name in ("facebook/musicgen-small", ANY)
+    ]
+    with pytest.raises(ReplicateError, match="The model musicgen has no version 'newest'"):
+        await any_model.versions.async_get("newest")
     with pytest.raises(ReplicateError, match="The model musicgen-small has no version"):
         await small.versions.async_get(HOSTED)
     with pytest.raises(ReplicateError, match="model_version is 'large', and the model is"):
