@@ -168,6 +168,13 @@ def read_forms(name: str, content: bytes) -> Forms:
     return Forms(mono, stereo, len(samples), mono.duration_seconds if is_whole else seconds)
 
 
+def cut(data: bytes, start: float, end: float) -> bytes:
+    """Return the part of a stored clip between these seconds, as a file; it must not be empty."""
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+        pcm, rate = file.read(dtype="int16", always_2d=True).T, file.samplerate
+    return encode(pcm[:, round(start * rate) : round(end * rate)], rate, "flac")
+
+
 def load(name: str, data: bytes, sha256: str) -> Audio:
     """Return the samples of a stored clip.
 

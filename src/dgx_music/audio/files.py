@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -154,15 +155,25 @@ def encode(
     encoding = FORMATS[audio_format].encoding
     if encoding is None:
         return wav.encode(samples, sample_rate, tags.riff() if tags else b"")
-    frames = samples.T  # [frame, channel]
+    return encode_with(encoding, samples, sample_rate, tags)
+
+
+def encode_with(
+    options: Mapping[str, Any],
+    samples: NDArray[Any],
+    sample_rate: int,
+    tags: Tags | None = None,
+) -> bytes:
+    """Return the samples as what libsndfile writes with these options."""
+    frames, is_mpeg = samples.T, options["format"] == "MP3"  # [frame, channel]
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **encoding) as file:
-        if tags and audio_format != "mp3":
+    with soundfile.SoundFile(buffer, "w", sample_rate, frames.shape[1], **options) as file:
+        if tags and not is_mpeg:
             for name, text in tags.vorbis().items():
                 setattr(file, name, text)
         for start in range(0, len(frames), _BLOCK_FRAMES):
             file.write(frames[start : start + _BLOCK_FRAMES])
-    return (tags.id3() if tags and audio_format == "mp3" else b"") + buffer.getvalue()
+    return (tags.id3() if tags and is_mpeg else b"") + buffer.getvalue()
 
 
 def _describe(

@@ -7,10 +7,15 @@ import io
 import numpy as np
 import soundfile
 
-from dgx_music.audio.files import encode
+from dgx_music.audio.conversion import match_channels, resample
+from dgx_music.audio.encodings import Encoding
+from dgx_music.audio.files import encode, encode_with
+from dgx_music.audio.samples import Audio
 from dgx_music.audio.tags import Tags
 from dgx_music.errors import ArtifactError
 from dgx_music.validation import AudioFormat
+
+_TAGGED = ("mp3", "opus", "flac")
 
 
 def transcode(data: bytes, source: str, audio_format: AudioFormat, tags: Tags) -> bytes:
@@ -19,9 +24,29 @@ def transcode(data: bytes, source: str, audio_format: AudioFormat, tags: Tags) -
     From one lossless format to another, no sample changes. Call this in a thread. Raises
     ``ArtifactError`` if the content is not audio.
     """
+    audio = _decode(data, source)
+    return encode(audio.samples, audio.sample_rate, audio_format, tags)
+
+
+def reencode(data: bytes, source: str, encoding: Encoding, tags: Tags) -> bytes:
+    """Return a file's content in this encoding; raw samples and WAV have no tags.
+
+    Call this in a thread. Raises ``ArtifactError`` if the content is not audio.
+    """
+    audio = _decode(data, source)
+    rate = encoding.rate_for(audio.sample_rate)
+    channels = encoding.channels_for(len(audio.samples))
+    samples = match_channels(audio.samples, channels, audio.sample_rate)
+    samples = np.clip(resample(samples, audio.sample_rate, rate), -1, 1)
+    has_tags = encoding.codec in _TAGGED
+    options = encoding.options(rate, channels)
+    return encode_with(options, samples, rate, tags if has_tags else None)
+
+
+def _decode(data: bytes, source: str) -> Audio:
     try:
-        samples, sample_rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        frames, sample_rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise ArtifactError(f"The stored {source.upper()} file cannot be decoded.") from error
-    np.clip(samples, -1, 1, out=samples)  # a lossy decoder may pass full scale
-    return encode(samples.T, sample_rate, audio_format, tags)
+    np.clip(frames, -1, 1, out=frames)  # a lossy decoder may pass full scale
+    return Audio(frames.T, sample_rate)

@@ -17,8 +17,10 @@ from anyio import to_thread
 from dgx_music import validation
 from dgx_music.artifacts import open_place_of
 from dgx_music.artifacts.interface import parse_name
+from dgx_music.audio.encodings import Codec as Codec
+from dgx_music.audio.encodings import Encoding as Encoding
 from dgx_music.audio.formats import find_rate_problem
-from dgx_music.audio.tags import UNTITLED, tags_of
+from dgx_music.audio.tags import UNTITLED, Tags, tags_of
 from dgx_music.catalog import short_name
 from dgx_music.client.names import first_words
 from dgx_music.client.transactions import transact
@@ -136,10 +138,26 @@ def check_convertible(row: Generation, audio_format: AudioFormat) -> None:
         raise InvalidRequestError("format", f"{audio_format!r} {problem[0]}", problem[1])
 
 
+async def encoded_content(row: Generation, encoding: Encoding) -> bytes:
+    """Return the audio of a completed row in this encoding; raises what ``content_of`` raises."""
+    data = b"".join([chunk async for chunk in content_of(row)])
+    return await to_thread.run_sync(_reencode, row, data, encoding)
+
+
 def _convert(row: Generation, data: bytes, audio_format: AudioFormat) -> bytes:
     from dgx_music.audio.transcoding import transcode  # imports NumPy
 
-    tags = tags_of(
+    return transcode(data, stored_format(row), audio_format, _tags_of(row))
+
+
+def _reencode(row: Generation, data: bytes, encoding: Encoding) -> bytes:
+    from dgx_music.audio.transcoding import reencode  # imports NumPy
+
+    return reencode(data, stored_format(row), encoding, _tags_of(row))
+
+
+def _tags_of(row: Generation) -> Tags:
+    return tags_of(
         generation_id=row.id,
         prompt=row.prompt,
         model_name=row.model_name,
@@ -147,7 +165,6 @@ def _convert(row: Generation, data: bytes, audio_format: AudioFormat) -> bytes:
         made_at=row.completed_at or row.created_at,
         facts=_facts_of(row),
     )
-    return transcode(data, stored_format(row), audio_format, tags)
 
 
 async def _checked(row: Generation) -> AsyncGenerator[bytes, None]:

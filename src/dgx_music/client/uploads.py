@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 from collections.abc import Collection
 from functools import partial
@@ -10,7 +11,7 @@ from typing import BinaryIO
 import anyio.to_thread
 from anyio import CapacityLimiter
 
-from dgx_music.storage import uploads
+from dgx_music.storage import clips, uploads
 from dgx_music.storage.database import ensure_database
 from dgx_music.storage.models import Upload
 
@@ -26,11 +27,23 @@ async def add_upload(file: BinaryIO, *, tenant: str | None, decodes: CapacityLim
     It is decoded in a thread, when ``decodes`` has room. Raises ``UnreadableAudioError`` if it is no
     audio that can be read, and ``InvalidRequestError`` if it is too short or too long.
     """
-    values, clips = await anyio.to_thread.run_sync(_read, file, limiter=decodes)
+    values, contents = await anyio.to_thread.run_sync(_read, file, limiter=decodes)
     values |= {"id": _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES), "tenant": tenant or ""}
     database = await ensure_database()
     await database.transact(partial(uploads.prune_uploads, limit=_SWEPT_COUNT))
-    return await database.transact(partial(uploads.add_upload, values=values, clips=clips))
+    return await database.transact(partial(uploads.add_upload, values=values, clips=contents))
+
+
+async def add_part(upload: Upload, start: float, end: float, *, decodes: CapacityLimiter) -> Upload:
+    """Store the part of an upload between these seconds as a new upload, and return its row.
+
+    The part must lie in the first 30 s, which alone are stored.
+    """
+    sha256 = upload.clip_sha256(None)
+    read = partial(clips.read_clips, sha256s=[sha256])
+    data = (await (await ensure_database()).transact(read, read_only=True))[sha256]
+    part = await anyio.to_thread.run_sync(_cut, data, start, end, limiter=decodes)
+    return await add_upload(io.BytesIO(part), tenant=upload.tenant or None, decodes=decodes)
 
 
 async def find_uploads(ids: Collection[str], *, tenant: str | None) -> dict[str, Upload]:
@@ -39,6 +52,12 @@ async def find_uploads(ids: Collection[str], *, tenant: str | None) -> dict[str,
         return {}
     find = partial(uploads.find_uploads, ids=ids, tenant=tenant)
     return await (await ensure_database()).transact(find, read_only=True)
+
+
+def _cut(data: bytes, start: float, end: float) -> bytes:
+    from dgx_music.audio.clips import cut  # imports NumPy
+
+    return cut(data, start, end)
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, object], dict[str, tuple[bytes, float]]]:
@@ -54,5 +73,5 @@ def _read(file: BinaryIO) -> tuple[dict[str, object], dict[str, tuple[bytes, flo
         "source_channels": forms.source_channels,
         "duration_seconds": forms.duration_seconds,
     }
-    clips = {each.sha256: (each.data, each.duration_seconds) for each in (forms.mono, forms.stereo)}
-    return values, clips
+    both = (forms.mono, forms.stereo)
+    return values, {each.sha256: (each.data, each.duration_seconds) for each in both}

@@ -35,6 +35,7 @@ from dgx_music.web import (
     uploads,
 )
 from dgx_music.web.access import entrance, identification
+from dgx_music.web.compat import elevenlabs, replicate, replicate_files, vllm_omni
 from dgx_music.web.guard import Guard
 from dgx_music.web.options import WebOptions
 from dgx_music.web.problems import NO_METHOD, internal_problem, problem_of
@@ -43,6 +44,7 @@ from dgx_music.web.site import Site
 ROUTERS = (
     *(enqueue, generations, events, audio, labels, transitions, again, bulk),
     *(uploads, overview, fleet),
+    *(replicate, replicate_files, elevenlabs, vllm_omni),
 )
 """The modules with the routes under ``/v1``."""
 

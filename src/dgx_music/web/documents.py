@@ -36,7 +36,9 @@ _DETAILS: Mapping[int, str] = {
     421: "The request's Host is not one of this server; start it with --allowed-hosts.",
     422: "duration is 400 s; use 0.08 to 300 seconds.",
     429: "The token 'shop' makes too many requests; wait a moment.",
+    502: f"Generation {_ID} has failed: the engine ran out of memory",
     503: "The database cannot be used now; try again in some seconds.",
+    504: f"Generation {_ID} is not finished yet, and goes on; `Location` leads to it.",
 }
 ROW: Mapping[str, Any] = {
     "id": _ID,
@@ -106,6 +108,7 @@ _ESTIMATE = {
 }
 _LISTS = {"type": "array", "items": _ROW_SCHEMA}
 
+BYTES = {"schema": {"type": "string", "format": "binary"}}
 ONE = {"schema": _ROW_SCHEMA, "example": ROW}
 MANY = {
     "schema": {

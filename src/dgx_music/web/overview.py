@@ -18,6 +18,8 @@ from dgx_music.storage.pauses import get_pauses
 from dgx_music.storage.workers import get_workers
 from dgx_music.web import documents
 from dgx_music.web.access import MayRead, check_sees_all
+from dgx_music.web.compat.hosted_models import as_listed, as_openai_model
+from dgx_music.web.compat.outputs import root_of
 from dgx_music.web.filters import PAGING, read_limit, read_parameters
 from dgx_music.web.route import MusicRoute
 
@@ -39,6 +41,14 @@ _MODEL = {
     "is_served": True,
     "is_paused": False,
 }
+_MODELS = {
+    "models": [_MODEL],
+    "object": "list",
+    "data": [as_openai_model("musicgen-small")],
+    "previous": None,
+    "next": None,
+    "results": [as_listed("musicgen-small", "http://127.0.0.1:8321/v1/")],
+}
 _PROMPT = {
     "id": 1,
     "text": "lofi rain",
@@ -51,11 +61,19 @@ _STATS = {"total_generations": 40, "pending_generations": 12, "total_prompts": 1
 
 @router.get(
     "/models",
-    responses=documents.answers({200: ("The models.", documents.example({"models": [_MODEL]}))}),
+    responses=documents.answers({200: ("The models.", documents.example(_MODELS))}),
 )
-async def get_models(access: MayRead) -> Response:
-    """List the models that can be asked for, and which of them a worker serves now."""
-    return JSONResponse({"models": await read_models()})
+async def get_models(request: Request, access: MayRead) -> Response:
+    """List the models that can be asked for, and which of them a worker serves now.
+
+    `results` and `data` are the same models as clients of Replicate and of OpenAI read them.
+    """
+    models = await read_models()
+    root = root_of(request)
+    results = [as_listed(each["name"], root) for each in models]
+    data = [as_openai_model(each["name"]) for each in models]
+    page = {"previous": None, "next": None, "results": results}
+    return JSONResponse({"models": models, "object": "list", "data": data, **page})
 
 
 async def read_models() -> list[dict[str, Any]]:

@@ -63,6 +63,8 @@ INVALID = Kind("invalid-request", 422, "The request cannot be accepted.")
 KEY_CONFLICT = Kind("idempotency-conflict", 422, "The key belongs to another request.")
 TOO_FAST = Kind("too-fast", 429, "There are too many requests.")
 QUEUE_FULL = Kind("queue-full", 429, "Too many generations wait.")
+GENERATION_FAILED = Kind("generation-failed", 502, "The generation has failed.")
+NOT_FINISHED = Kind("not-finished", 504, "The generation is not finished yet.")
 INTERNAL = Kind("internal-error", 500, "The server made a mistake.")
 DATABASE_AWAY = Kind("database-away", 503, "The database cannot be used now.")
 PARTLY_DONE = Kind("partly-done", 503, "Only some generations were changed.")
@@ -74,6 +76,7 @@ KINDS: Mapping[int, Kind] = {
     for each in (
         *(MALFORMED, NO_TOKEN, FORBIDDEN, NOT_FOUND, NO_METHOD, WRONG_STATUS, GONE, TOO_LARGE),
         *(NOT_AUDIO, NO_SUCH_RANGE, WRONG_HOST, INVALID, TOO_FAST, INTERNAL, DATABASE_AWAY),
+        *(GENERATION_FAILED, NOT_FINISHED),
     )
 }
 """The usual kind of each status."""

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from dgx_music.client.room import own_limits
 from dgx_music.web.bodies import limited
 from dgx_music.web.guard import secure
+from dgx_music.web.options import JSON_BYTES
 from dgx_music.web.problems import problem_of
 
 
@@ -20,6 +21,8 @@ class MusicRoute(APIRoute):
 
     is_limited = True
     """Whether the body is limited as JSON is; otherwise the route limits it."""
+    most_bytes = JSON_BYTES
+    """The largest body that is limited here."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request."""
@@ -28,7 +31,7 @@ class MusicRoute(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 with own_limits():
-                    response = await handle(limited(request) if self.is_limited else request)
+                    response = await handle(self._received(request))
             except Exception as error:
                 if (refused := self.answer_problem(request, error)) is None:
                     raise
@@ -37,6 +40,9 @@ class MusicRoute(APIRoute):
             return response
 
         return answer
+
+    def _received(self, request: Request) -> Request:
+        return limited(request, self.most_bytes) if self.is_limited else request
 
     def answer_problem(self, request: Request, error: Exception) -> Response | None:
         """Return the answer to a known error, or ``None``."""

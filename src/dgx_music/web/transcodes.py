@@ -48,10 +48,11 @@ class Transcodes:
     """The files that were made last, within a limit of bytes; a new process begins without any."""
 
     def __init__(self, most_bytes: int = TRANSCODED_BYTES) -> None:
+        self.limiter = CapacityLimiter(MOST_TRANSCODES)
+        """For all work that turns audio into another format."""
         self._most_bytes = most_bytes
         self._kept: dict[Key, Transcode] = {}
         self._making: weakref.WeakValueDictionary[Key, Lock] = weakref.WeakValueDictionary()
-        self._limiter = CapacityLimiter(MOST_TRANSCODES)
 
     async def get(self, row: Generation, audio_format: AudioFormat) -> Transcode:
         """Return a completed row's audio in this format; those who ask at once share one file.
@@ -67,7 +68,7 @@ class Transcodes:
         return found
 
     async def _make(self, row: Generation, audio_format: AudioFormat) -> Transcode:
-        async with self._limiter:
+        async with self.limiter:
             data = b"".join([chunk async for chunk in content_of(row, audio_format)])
             return await to_thread.run_sync(Transcode, data)
 

@@ -16,8 +16,9 @@ from starlette.responses import JSONResponse, Response
 
 from dgx_music.client import uploads
 from dgx_music.errors import InvalidRequestError, UnreadableAudioError
+from dgx_music.storage.models import Upload
 from dgx_music.web import documents
-from dgx_music.web.access import MayEnqueue
+from dgx_music.web.access import Access, MayEnqueue
 from dgx_music.web.bodies import limited
 from dgx_music.web.problems import MALFORMED, NOT_AUDIO, RETRY_SECONDS, STORAGE_AWAY, ProblemError
 from dgx_music.web.route import MusicRoute
@@ -67,18 +68,7 @@ router = APIRouter(route_class=UploadRoute, tags=["uploads"])
 )
 async def add_upload(request: Request, access: MayEnqueue) -> Response:
     """Keep audio for a day, to be named by its id as `continuation` or `melody`."""
-    site = site_of(request)
-    try:
-        async with _received(limited(request, site.options.upload_bytes)) as file:
-            upload = await uploads.add_upload(file, tenant=access.tenant, decodes=site.decodes)
-    except UnreadableAudioError as error:
-        raise ProblemError(NOT_AUDIO, str(error), field=error.field) from None
-    except ClientDisconnect:
-        raise ProblemError(MALFORMED, "The body ended too early.") from None
-    except OSError as error:
-        logger.warning("web: an upload cannot be kept: %s", error)
-        headers = {"Retry-After": str(RETRY_SECONDS)}
-        raise ProblemError(STORAGE_AWAY, _NO_ROOM, headers=headers) from None
+    upload = await keep_upload(request, access)
     told = {
         "id": upload.id,
         "duration_seconds": upload.duration_seconds,
@@ -87,17 +77,36 @@ async def add_upload(request: Request, access: MayEnqueue) -> Response:
     return JSONResponse(told, 201)
 
 
+async def keep_upload(request: Request, access: Access, field: str = "file") -> Upload:
+    """Store the audio of the body, or of this field of a form, and return the upload's row.
+
+    Raises ``ProblemError``, also if it is no audio or cannot be kept.
+    """
+    site = site_of(request)
+    try:
+        async with _received(limited(request, site.options.upload_bytes), field) as file:
+            return await uploads.add_upload(file, tenant=access.tenant, decodes=site.decodes)
+    except UnreadableAudioError as error:
+        raise ProblemError(NOT_AUDIO, str(error), field=error.field) from None
+    except ClientDisconnect:
+        raise ProblemError(MALFORMED, "The body ended too early.") from None
+    except OSError as error:
+        logger.warning("web: an upload cannot be kept: %s", error)
+        headers = {"Retry-After": str(RETRY_SECONDS)}
+        raise ProblemError(STORAGE_AWAY, _NO_ROOM, headers=headers) from None
+
+
 @asynccontextmanager
-async def _received(request: Request) -> AsyncIterator[BinaryIO]:
+async def _received(request: Request, field: str) -> AsyncIterator[BinaryIO]:
     """Yield the audio of a body as a temporary file without a name, which ends with the request."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _FORM_TYPE:
         limits = {"max_fields": _MOST_FIELDS, "max_part_size": _FIELD_BYTES}
         async with request.form(max_files=1, **limits) as form:
-            part = form.get("file")
+            part = form.get(field)
             if not isinstance(part, UploadFile):
-                remedy = "send the audio as the file of the form's field `file`"
-                raise InvalidRequestError("file", "is missing", remedy)
+                remedy = f"send the audio as the file of the form's field `{field}`"
+                raise InvalidRequestError(field, "is missing", remedy)
             yield part.file
     elif kind.startswith("audio/") or kind in _RAW_TYPES:
         with tempfile.TemporaryFile() as file:
