@@ -36,7 +36,9 @@ def write_prompts(*lines: str, name: str = "prompts.txt") -> str:
             "37 of 50, 1 failed, about 11 to 12 min left",
         ),
         (batch(Range(0.0, 8.0), processing=1), "0 of 1, at most 8 s left"),
-        (batch(Range(0.0, 0.5), processing=1), "0 of 1, almost done"),
+        (batch(Range(0.0, 0.5), processing=1, completed=1), "1 of 2, almost done"),
+        (batch(Range(0.0, 0.5), processing=1), "0 of 1"),
+        (batch(Range(0.0, 0.5), pending=1, completed=1), "1 of 2"),
         (
             batch(unknown="x is paused", pending=1, failed=1, cancelled=2),
             "3 of 4, 1 failed, 2 cancelled, end unknown: x is paused",
@@ -234,7 +236,9 @@ def test_a_name_of_several_batches_is_refused(run: Run) -> None:
 
 
 def test_what_is_neither_a_generation_nor_a_batch_ends_3(run: Run) -> None:
-    assert run("watch", "monday").code == 3
+    result = run("watch", "monday")
+
+    assert (result.code, "no generation or batch 'monday'" in result.err) == (3, True)
 
 
 def test_only_counts_that_changed_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:

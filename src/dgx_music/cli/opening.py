@@ -101,7 +101,7 @@ async def find_generation_or_batch(database: Database, wanted: str) -> Generatio
     except GenerationNotFoundError:
         batch_id = await look_for_batch(database, wanted, "ID")
         if batch_id is None:
-            raise
+            raise GenerationNotFoundError(wanted, nor_batch=True) from None
         return batch_id
 
 
