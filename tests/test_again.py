@@ -361,7 +361,7 @@ async def test_one_key_continues_once(finished):
 async def test_a_duration_within_what_is_there_is_refused(finished):
     old = await finished(audio_file(2.0))
 
-    with pytest.raises(InvalidRequestError, match=r"^continuation is 2 s long, and the duration"):
+    with pytest.raises(InvalidRequestError, match=r"^duration is 2 s, and counts from the start"):
         await continue_generation(old.id, duration=2)
 
 

@@ -466,3 +466,8 @@ async def test_the_default_database_is_opened_for_it(database):
     await close_db()
     await init_db(database.url.render_as_string(hide_password=False))
     assert (await cancel_generations(status="pending")).changed == 0
+
+
+async def test_a_misspelt_name_is_what_is_refused_also_without_tags():
+    with pytest.raises(TypeError, match="there is no filter 'add_tags'"):
+        await tag_generations(add_tags=["keep"], starred=True)

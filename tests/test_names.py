@@ -223,3 +223,9 @@ def test_a_pattern_that_cannot_be_filled_is_one_sentence(pattern, message):
 )
 def test_the_first_words_end_between_two_words(text, words):
     assert first_words(text) == words
+
+
+@pytest.mark.parametrize("text", ["a.aac", "{title}.M4A", "a/{seed}_x.opus"])
+def test_a_suffix_of_audio_that_cannot_be_written_is_refused(text):
+    with pytest.raises(InvalidRequestError, match="a format that cannot be written"):
+        Pattern(text)

@@ -76,10 +76,11 @@ class GenerationNotFoundError(DgxMusicError):
 
     exit_code = 3
 
-    def __init__(self, generation_id: str) -> None:
-        super().__init__(
-            f"There is no generation {generation_id!r}; `dgx-music list` shows those that exist."
-        )
+    def __init__(self, generation_id: str, *, nor_batch: bool = False) -> None:
+        what, who = "generation", "`dgx-music list` shows"
+        if nor_batch:
+            what, who = "generation or batch", "`dgx-music list` and `dgx-music batches` show"
+        super().__init__(f"There is no {what} {generation_id!r}; {who} those that exist.")
         self.generation_id = generation_id
 
 

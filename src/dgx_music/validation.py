@@ -272,6 +272,11 @@ def check_between(field: str, value: object, low: float, high: float) -> float:
     return number
 
 
+def check_bpm(field: str, value: object) -> float:
+    """Return a tempo in beats per minute: from 0 to 10,000."""
+    return check_between(field, value, 0, 10_000)
+
+
 def check_bpm_range(low: float | None, high: float | None, low_field: str, high_field: str) -> None:
     """Refuse a range of tempos that no tempo is in; ``None`` is no limit."""
     if low is not None and high is not None and low > high:

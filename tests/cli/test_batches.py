@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def write_prompts(*lines: str, name: str = "prompts.txt") -> str:
             "37 of 50, 1 failed, about 11 to 12 min left",
         ),
         (batch(Range(0.0, 8.0), processing=1), "0 of 1, at most 8 s left"),
-        (batch(Range(0.0, 0.5), processing=1), "0 of 1, almost done"),
+        (batch(Range(0.0, 0.5), processing=1, completed=1), "1 of 2, almost done"),
+        (batch(Range(0.0, 0.5), processing=1), "0 of 1"),
+        (batch(Range(0.0, 0.5), pending=1, completed=1), "1 of 2"),
         (
             batch(unknown="x is paused", pending=1, failed=1, cancelled=2),
             "3 of 4, 1 failed, 2 cancelled, end unknown: x is paused",
@@ -224,17 +227,33 @@ def test_json_of_a_batch_is_a_line_for_each_change(run: Run, monday: dict[str, s
     assert (result.json["finished"], result.json["counts"]["cancelled"]) == (2, 2)
 
 
-def test_a_name_of_several_batches_is_refused(run: Run) -> None:
+def test_a_name_of_several_batches_is_refused_with_what_tells_them_apart(run: Run) -> None:
     for _ in range(2):
         run("enqueue", "a", "--batch", "monday")
+    newest = run("batches", "--json").json[0]["id"]
 
-    result = run("watch", "monday")
+    result = run("cancel", "--batch", "monday", "--yes")
 
     assert (result.code, "'monday' fits more than one" in result.err) == (2, True)
+    assert re.search(rf"\({newest}: \d+ s ago, 0 of 1; ", result.err)
+
+
+def test_watch_follows_the_newest_batch_of_a_name_and_says_so(run: Run) -> None:
+    for _ in range(2):
+        run("enqueue", "a", "--batch", "monday")
+    newest, _ = run("batches", "--json").json
+    run("cancel", "--batch", newest["id"], "--yes")
+
+    result = run("watch", "monday", "--timeout", 5)
+
+    assert (result.code, "0 of 1 completed." in result.err) == (1, True)
+    assert f"Several batches are called 'monday'; this is the newest, {newest['id']}" in result.err
 
 
 def test_what_is_neither_a_generation_nor_a_batch_ends_3(run: Run) -> None:
-    assert run("watch", "monday").code == 3
+    result = run("watch", "monday")
+
+    assert (result.code, "no generation or batch 'monday'" in result.err) == (3, True)
 
 
 def test_only_counts_that_changed_are_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_an_unknown_id_ends_3(run: Run, command: str) -> None:
     result = run(command, "01a2021d-nope")
 
     assert (result.code, result.out) == (3, "")
-    assert "There is no generation '01a2021d-nope'" in result.err
+    assert re.search(r"There is no generation (or batch )?'01a2021d-nope'", result.err)
 
 
 @pytest.mark.parametrize("command", COMMANDS_ON_ONE)

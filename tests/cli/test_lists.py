@@ -265,3 +265,23 @@ def test_the_children_of_a_deleted_generation_are_still_listed(run: Run) -> None
 
     assert [row["id"] for row in run("list", "--parent", parent, "--json").json] == [child]
     assert run("list", "--parent", parent[:-1]).code == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--bpm-from", "nan"), ("--bpm-to", "-1"), ("--key", "H")]
+)
+def test_a_filter_that_cannot_be_names_its_option(run: Run, option: str, value: str) -> None:
+    result = run("list", option, value)
+
+    assert (result.code, result.err.startswith(f"Error: {option} is ")) == (2, True)
+
+
+def test_a_pause_and_its_end_say_what_they_are_of(run: Run) -> None:
+    assert "musicgen-small is paused now; " in run("pause", "--model", "musicgen-small").err
+    assert "Everything is paused now; " in run("pause").err
+
+    assert run("resume").err.splitlines() == [
+        "Resumed: musicgen-small.",
+        "Resumed: everything.",
+        "Nothing is paused.",
+    ]

@@ -48,8 +48,9 @@ def again(
 ) -> None:
     """Make a generation again, with another seed or other options.
 
-    What is not given is as it was, except for priority, start and attempts. Prints the new ids on
-    stdout; `dgx-music show` says which one they were made from.
+    What is not given is as it was. Not repeated are priority, start, attempts, title, notes, tags
+    and star; the seed is new unless --seed says otherwise. Prints the new ids on stdout;
+    `dgx-music show` says which one they were made from.
     """
     changes = _changes(seed, prompt, options)
     rows = asyncio.run(_again(generation_id, count, changes, database_url))
@@ -70,7 +71,8 @@ def continue_(
     """Make music that goes on from a completed generation.
 
     It starts with the last 30 s of that audio, or with all of it if it is not longer. What is not
-    given is as it was, except for priority, start and attempts. Prints the new ids on stdout.
+    given is as it was. Not repeated are priority, start, attempts, title, notes, tags and star; the
+    seed is new unless --seed says otherwise. Prints the new ids on stdout.
     """
     changes = _changes(seed, prompt, options) | {"duration": duration}
     made = asyncio.run(_continue(generation_id, count, changes, database_url))

@@ -10,7 +10,7 @@ import anyio
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dgx_music.cli.estimates import left_in_words
+from dgx_music.cli.estimates import is_almost_done, left_in_words
 from dgx_music.cli.output import fail, make_console, shorten, tell
 from dgx_music.client.batches import get_batch, watch_batch
 from dgx_music.storage.batch_progress import BatchProgress
@@ -27,11 +27,17 @@ def in_words(batch: BatchProgress) -> str:
     parts = [f"{batch.finished:,} of {batch.total:,}"]
     bad = ((batch.counts[status], status) for status in ("failed", "cancelled"))
     parts += [f"{count:,} {status}" for count, status in bad if count]
-    if batch.done_in is not None:
+    if batch.done_in is not None and not _is_too_good(batch):
         parts.append(left_in_words(batch.done_in))
     if batch.unknown_because is not None:
         parts.append(f"end unknown: {batch.unknown_because}")
     return ", ".join(parts)
+
+
+def _is_too_good(batch: BatchProgress) -> bool:
+    """Return True if the batch cannot be almost done, whatever older and faster runs say."""
+    is_begun = batch.finished > 0 and not batch.counts["pending"]
+    return batch.done_in is not None and is_almost_done(batch.done_in) and not is_begun
 
 
 async def follow_batch(

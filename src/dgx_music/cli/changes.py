@@ -106,7 +106,7 @@ def delete(
 
     First it says how many it would delete, and asks; without a terminal it needs --yes. The audio
     goes first, then the row: broken off and repeated, it leaves nothing behind. What is running is
-    refused without --force.
+    refused without --force. The prompt's text and its count stay in `dgx-music prompts`.
     """
     from dgx_music.artifacts import open_output
     from dgx_music.client.delete import delete_generations

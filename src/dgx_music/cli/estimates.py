@@ -27,9 +27,14 @@ def in_words(estimate: Estimate) -> str | None:
     )
 
 
+def is_almost_done(done_in: Range) -> bool:
+    """Return True if so little time is left that no number says it."""
+    return done_in.high < _AT_ONCE_SECONDS
+
+
 def left_in_words(done_in: Range) -> str:
     """Return how long something still takes: ``about 10 to 12 min left``."""
-    if done_in.high < _AT_ONCE_SECONDS:
+    if is_almost_done(done_in):
         return "almost done"
     return f"{moment_in_words(done_in).removeprefix('in ').replace('within', 'at most')} left"
 

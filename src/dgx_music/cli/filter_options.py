@@ -16,7 +16,7 @@ from dgx_music.cli.output import tell
 from dgx_music.cli.times import local_words, read_time
 from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
 from dgx_music.statuses import GenerationStatus
-from dgx_music.validation import check_bpm_range, check_time_range
+from dgx_music.validation import check_bpm, check_bpm_range, check_musical_key, check_time_range
 
 if TYPE_CHECKING:
     from dgx_music.storage import Database, Filters
@@ -83,6 +83,9 @@ def filters_of(options: Mapping[str, Any]) -> Filters:
     """
     read: dict[str, Callable[[Any], Any]] = {
         "meta": _metadata,
+        "key": lambda text: check_musical_key(text, "--key"),
+        "bpm_from": lambda bpm: check_bpm("--bpm-from", bpm),
+        "bpm_to": lambda bpm: check_bpm("--bpm-to", bpm),
         "since": lambda text: read_time(text, "--since"),
         "until": lambda text: read_time(text, "--until"),
     }

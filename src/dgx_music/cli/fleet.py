@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +19,8 @@ _HEADINGS = (
     *("STATE", "MODEL", "DEVICE", "RUNNING", "HEARD", "HOST", "PID", "WORKER"),
     "IN HAND, OR WHY IT ENDED",
 )
+_EVERYTHING = "everything"
+_NEW = timedelta(seconds=5)
 ModelToPause = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +54,7 @@ def pause(
 
     It takes effect at once and for every worker; what runs goes on.
     """
-    _print_pauses(asyncio.run(_set_pause(model, database_url, is_paused=True)), as_json=as_json)
+    _print_pauses(asyncio.run(_pause(model, database_url)), as_json=as_json)
 
 
 def resume(
@@ -61,17 +63,31 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Let workers claim again: everything, or what one model has waiting."""
-    _print_pauses(asyncio.run(_set_pause(model, database_url, is_paused=False)), as_json=as_json)
+    before, pauses = asyncio.run(_resume(model, database_url))
+    if not as_json:
+        left = {item.model_name for item in pauses}
+        for item in before:
+            if item.model_name not in left:
+                tell(f"Resumed: {_paused_in_words(item)}.")
+    _print_pauses(pauses, as_json=as_json)
 
 
 def tell_pauses(pauses: Sequence[Pause]) -> None:
     """Say what is paused, and how to resume it."""
+    for item in pauses:
+        what = _paused_in_words(item)
+        how = f" --model {what}"
+        if what == _EVERYTHING:
+            what, how = what.capitalize(), ""
+        is_new = datetime.now(UTC) - item.paused_at < _NEW
+        state = "is paused now" if is_new else f"was paused {distance(item.paused_at)}"
+        tell(f"{what} {state}; go on with: dgx-music resume{how}")
+
+
+def _paused_in_words(item: Pause) -> str:
     from dgx_music.storage.models import ALL_MODELS
 
-    for item in pauses:
-        what = "Everything" if item.model_name == ALL_MODELS else item.model_name
-        how = "" if item.model_name == ALL_MODELS else f" --model {item.model_name}"
-        tell(f"{what} was paused {distance(item.paused_at)}; go on with: dgx-music resume{how}")
+    return _EVERYTHING if item.model_name == ALL_MODELS else item.model_name
 
 
 def _print_pauses(pauses: Sequence[Pause], *, as_json: bool) -> None:
@@ -119,14 +135,20 @@ async def _workers(database_url: str | None) -> tuple[list[dict[str, Any]], list
         return await get_workers(session), await get_pauses(session)
 
 
-async def _set_pause(
-    model: str | None,
-    database_url: str | None,
-    *,
-    is_paused: bool,
-) -> list[Pause]:
+async def _pause(model: str | None, database_url: str | None) -> list[Pause]:
     from dgx_music.cli.opening import opened
-    from dgx_music.client.fleet import pause, resume
+    from dgx_music.client.fleet import pause
 
     async with opened(database_url):
-        return await (pause if is_paused else resume)(model)
+        return await pause(model)
+
+
+async def _resume(model: str | None, database_url: str | None) -> tuple[list[Pause], list[Pause]]:
+    """Return the pauses before and after."""
+    from dgx_music.cli.opening import opened
+    from dgx_music.client.fleet import resume
+    from dgx_music.storage.pauses import get_pauses
+
+    async with opened(database_url) as database:
+        before = await database.transact(get_pauses)
+        return before, await resume(model)

@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from dgx_music.cli.options import given
-from dgx_music.cli.output import is_bounded, tell
+from dgx_music.cli.output import distance, is_bounded, tell
 from dgx_music.config import load_settings
 from dgx_music.errors import BatchNotFoundError, GenerationNotFoundError, InvalidRequestError
 from dgx_music.storage import Database, Generation, close_db, get_generation, init_db
+from dgx_music.storage.batch_progress import read_batches
 from dgx_music.storage.batches import find_named_batches
 from dgx_music.storage.connection.urls import file_of, normalise_url
 from dgx_music.storage.repository import count_end_characters, find_batch_ids, find_generation_ids
@@ -80,6 +81,8 @@ async def look_for_batch(database: Database, wanted: str, field: str) -> str | N
     name = check_name(field, wanted)
     async with database.session(read_only=True) as session:
         ids = await find_named_batches(session, name)
+        if len(ids) > 1:
+            raise await _several_named(session, name, ids, field)
         if not ids:
             ids = await find_batch_ids(session, name.lower())
     return the_one_meant(name, ids, field)
@@ -88,21 +91,37 @@ async def look_for_batch(database: Database, wanted: str, field: str) -> str | N
 async def find_generation_or_batch(database: Database, wanted: str) -> Generation | str:
     """Return the generation that this means, or else the id of the batch that it means.
 
-    A whole id or a batch's name means more than a part of an id. Raises what ``find_generation`` raises.
+    A whole id or a batch's name means more than a part of an id. Of several batches of that name it
+    is the newest, and that is said. Raises what ``find_generation`` raises.
     """
     name = check_name("ID", wanted)
     async with database.session(read_only=True) as session:
         generation = await get_generation(session, name.lower())
         batch_ids = [] if generation else await find_named_batches(session, name)
-    if whole := generation or the_one_meant(name, batch_ids):
+    if len(batch_ids) > 1:
+        tell(f"Several batches are called {name!r}; this is the newest, {batch_ids[0]}.")
+    if whole := generation or next(iter(batch_ids), None):
         return whole
     try:
         return await find_generation(database, wanted)
     except GenerationNotFoundError:
         batch_id = await look_for_batch(database, wanted, "ID")
         if batch_id is None:
-            raise
+            raise GenerationNotFoundError(wanted, nor_batch=True) from None
         return batch_id
+
+
+async def _several_named(
+    session: AsyncSession, name: str, ids: Sequence[str], field: str
+) -> InvalidRequestError:
+    """Return the error that names the newest of these batches, their ages, and how far they are."""
+    several = "; ".join(
+        f"{each.id}: {distance(each.created_at)}, {each.finished:,} of {each.total:,}"
+        for each in await read_batches(session, ids[:_MOST_NAMED])
+    )
+    more = "; …" if len(ids) > _MOST_NAMED else ""
+    problem = f"{name!r} fits more than one"
+    return InvalidRequestError(field, problem, f"give one of the ids ({several}{more})")
 
 
 async def id_characters(session: AsyncSession, rows: Sequence[Generation]) -> int | None:

@@ -71,7 +71,7 @@ async def again_generation(
 
     They have the prompt, the options and the clips of the old one, except for ``changes``: its
     prompt and the options of ``enqueue``. A clip is left out by ``None``. Priority, start,
-    attempts, title, notes and tags are not repeated. ``seed`` may be ``new``, ``same`` or a number;
+    attempts, title, notes, tags and star are not repeated. ``seed`` may be ``new``, ``same`` or a number;
     if there are several, their seeds follow each other, and they are a batch. The old one may have
     any status; the new ones refer to it as ``parent_id``.
 
@@ -104,6 +104,7 @@ async def continue_generation(
     """
     parent = await read_completed_row(generation_id)
     ending = await _end_of_audio(parent)
+    _check_goes_on(ending, duration)
     wanted = {
         "seed": _seed(parent, seed),
         "variations": count,
@@ -129,6 +130,14 @@ async def _end_of_audio(row: Generation) -> Ending:
 
     content = b"".join([chunk async for chunk in content_of(row)])
     return await anyio.to_thread.run_sync(end_of, content, str(row.file_path))
+
+
+def _check_goes_on(ending: Ending, duration: object) -> None:
+    """Refuse a duration that ends within the clip; whatever else is wrong is said later."""
+    if isinstance(duration, int | float) and 0 < duration <= ending.seconds:
+        clip = f"{validation.exactly(ending.seconds)} s of the audio that it starts with"
+        problem = f"is {validation.exactly(duration)} s, and counts from the start of the {clip}"
+        raise InvalidRequestError("duration", problem, "use a longer one")
 
 
 async def _enqueue_from(

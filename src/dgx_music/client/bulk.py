@@ -14,7 +14,7 @@ from dgx_music.client.transactions import transact
 from dgx_music.errors import CountDiffersError, InvalidRequestError, PartlyDoneError
 from dgx_music.storage import bulk
 from dgx_music.storage.bulk import BulkResult, Change
-from dgx_music.storage.filters import Filters, conditions
+from dgx_music.storage.filters import Filters, check_filters, conditions
 from dgx_music.storage.generation import Generation
 from dgx_music.storage.listing import MAX_ROWS
 
@@ -98,6 +98,7 @@ async def tag_generations(
     Which are meant, what comes back and what is raised: see ``cancel_generations``. No status is
     refused.
     """
+    check_filters(filters)  # first: of a misspelt name, the tags would seem to be missing
     added, removed = check_tag_changes("add", add, "remove", remove)
     work = partial(bulk.change_tags, add=added, remove=removed)
     return await carry_out(work, await choose(ids, expected, session, filters), session, filters)

@@ -35,6 +35,8 @@ _RESERVED = re.compile(
 )
 """Names that mean devices on Windows, whatever stands after the first dot."""
 _SUFFIX = re.compile(rf"\.({'|'.join(AUDIO_FORMATS)})$", re.IGNORECASE)
+_OTHER_SUFFIX = re.compile(r"\.(aac|aiff?|alac|m4a|mp4|opus|wma)$", re.IGNORECASE)
+"""Suffixes of audio that nothing here writes: a file of such a name would hold something else."""
 _START, _END = " .-~", " ."
 
 
@@ -71,6 +73,7 @@ class Pattern:
         pieces = [*_parse(text, field)]
         if _is_folder(pieces):
             pieces += _parse(DEFAULT_PATTERN, field)
+        _check_suffix(pieces, field)
         pieces, self._suffix = _without_suffix(pieces)
         *self._folders, self._name = _components(pieces)
         self.audio_format: AudioFormat | None = format_of(self._suffix)
@@ -145,6 +148,13 @@ def _parse(text: str, field: str) -> Iterator[_Piece]:
 
 def _is_folder(pieces: list[_Piece]) -> bool:
     return not pieces[-1].is_placeholder and pieces[-1].text.endswith("/")
+
+
+def _check_suffix(pieces: list[_Piece], field: str) -> None:
+    last = pieces[-1]
+    if not last.is_placeholder and (found := _OTHER_SUFFIX.search(last.text)):
+        problem = f"ends with {found[0]}, a format that cannot be written"
+        raise InvalidRequestError(field, problem, f"use {one_of([f'.{x}' for x in AUDIO_FORMATS])}")
 
 
 def _without_suffix(pieces: list[_Piece]) -> tuple[list[_Piece], str]:

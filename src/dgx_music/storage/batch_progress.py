@@ -93,6 +93,13 @@ async def list_batches(session: AsyncSession, *, limit: int, after: str | None) 
     return BatchPage(page, page[-1].id if len(page) == limit > 0 else None)
 
 
+async def read_batches(session: AsyncSession, ids: Collection[str]) -> list[BatchProgress]:
+    """Return these batches, newest first, without estimates."""
+    query = select(Batch).where(Batch.id.in_(ids)).order_by(Batch.id.desc())
+    counts = await _count(session, ids)
+    return [_progress(row, counts[row.id]) for row in await session.scalars(query)]
+
+
 def _check_cursor(after: str) -> str:
     try:
         return str(uuid.UUID(after))

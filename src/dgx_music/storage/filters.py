@@ -248,7 +248,7 @@ def _check_tags(value: object) -> tuple[str, ...]:
 
 
 def _check_bpm(field: str) -> Callable[[object], float]:
-    return lambda value: validation.check_between(field, value, 0, 10_000)
+    return lambda value: validation.check_bpm(field, value)
 
 
 def _check_metadata(value: object) -> tuple[tuple[str, str], ...]:

@@ -101,8 +101,10 @@ async def list_generations(
     value first; a generation without such a value is left out. ``reverse`` turns any order round.
 
     By ``created``, ``finished`` and ``bpm`` the rows are read from an index in order, past those
-    that do not fit; by ``duration`` and ``run-time`` all that fit are read and sorted. Raises
-    ``InvalidRequestError``.
+    that do not fit; by ``duration`` and ``run-time`` all that fit are read and sorted.
+
+    A ``batch`` or a ``parent`` that is not there is no error: no row fits. ``get_batch`` says
+    whether there is such a batch. Raises ``InvalidRequestError``.
     """
     limit = validation.check_integer("limit", limit, 0, MAX_ROWS)
     order = _Order(_check_sort(sort), reverse)
