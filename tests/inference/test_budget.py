@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgx_music.catalog import MODELS
+from dgx_music.catalog import MAX_DURATION_SECONDS, MODELS
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.musicgen import budget, devices, inventory
@@ -84,7 +84,10 @@ def test_a_published_model_has_its_known_size(name: str, weights: float, cache: 
     plan = budget.plan(config, torch.bfloat16, SETTINGS, "cuda")
     text_encoder_and_codec = 0.666
     assert plan.weights / 1e9 == pytest.approx(weights + text_encoder_and_codec, rel=0.02)
-    assert cache < plan.slot / 1e9 < cache + 0.2
+    assert cache - 0.01 < plan.slot / 1e9 < cache + 0.1
+    on_the_host = budget.plan(config, torch.bfloat16, SETTINGS, "cpu")
+    seconds, channels, four_bytes = MAX_DURATION_SECONDS, config.decoder.audio_channels, 4
+    assert on_the_host.slot - plan.slot == seconds * 32_000 * channels * four_bytes
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,16 @@ async def test_a_connection_that_is_not_good_stays_in_the_pool(pool):
 
 
 @BOTH
+async def test_a_connection_that_cannot_be_judged_stays_in_the_pool(pool):
+    def fail(_entry):
+        raise OSError
+
+    with pytest.raises(OSError, match=r"^$"):
+        pool.take(fail, nothing)
+    assert pool.checkedin() == 1
+
+
+@BOTH
 async def test_a_connection_that_was_closed_is_not_given(pool):
     warm = pool.take(good, nothing)
     await greenlet_spawn(warm.invalidate)

@@ -281,7 +281,12 @@ def cut(wav):
         (2.0, {"continuation_start": 3}, "continuation_start is 3; use a number from 0 to 2."),
         (2.0, {"continuation_end": 3}, "continuation_end is 3; use a number from 0 to 2."),
         (2.0, {"continuation_start": 1, "continuation_end": 1}, "continuation_start is 1, and the"),
-        (31.0, {"continuation_start": 1}, "continuation_end is 31, and only the first 30 s of a"),
+        (31.0, {"continuation_start": 1}, "continuation_end is not given, and the part from 1 s "),
+        (
+            31.0,
+            {"continuation_start": 0.5, "continuation_end": 31},
+            "continuation_end is 31, and only the first 30 s of a",
+        ),
         (31.0, {}, "input_audio is 31 s long; use a clip of 0.08 to 30 seconds."),
     ],
 )

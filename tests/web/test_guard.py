@@ -144,4 +144,10 @@ def test_which_hosts_are_loopback(host, expected):
 
 
 def test_a_hosts_name_is_read_without_its_port():
-    assert [host_of(each) for each in ("a:1", "[::1]:1", "[", "")] == ["a", "::1", "", ""]
+    assert [host_of(each) for each in ("a:1", "[::1]:1", "[", "b@a", "")] == [
+        "a",
+        "::1",
+        "",
+        "",
+        "",
+    ]

@@ -16,7 +16,7 @@ TEN = b"0123456789"
 
 
 def row(name):
-    return Generation(prompt="a", model_name="x", sha256=name)
+    return Generation(id=name, prompt="a", model_name="x", sha256=name)
 
 
 @pytest.fixture
@@ -40,6 +40,15 @@ async def test_a_file_is_made_once_for_all_who_ask(made):
     await kept.get(row("a"), "flac")
 
     assert made == [("a", "mp3"), ("a", "flac")]
+
+
+async def test_two_rows_of_the_same_bytes_have_a_file_each(made):
+    kept, other = Transcodes(), row("a")
+    other.id = "b"  # its tags name it
+    for each in (row("a"), other):
+        await kept.get(each, "mp3")
+
+    assert made == [("a", "mp3")] * 2
 
 
 async def test_what_was_used_longest_ago_is_forgotten_first(made):

@@ -52,21 +52,21 @@ async def begin(
     site: Site, row: Generation, content: Content, start: int, length: int
 ) -> tuple[bytes, AsyncGenerator[bytes, None]]:
     """Return the first chunk and the rest: so a missing file is noticed before the answer begins."""
-    _check_sent(site, row)
+    check_sent(site, row)
     chunks = content.read(start, length)
     try:
         return await anext(chunks, b""), chunks
     except ArtifactError:
-        await _check_there(row)
+        await check_there(row)
         raise
 
 
 async def _converted(site: Site, row: Generation, wanted: AudioFormat) -> Content:
-    _check_sent(site, row)
+    check_sent(site, row)
     try:
         made = await site.transcodes.get(row, wanted)
     except ArtifactError:
-        await _check_there(row)
+        await check_there(row)
         raise
     except OSError:
         headers = {"Retry-After": str(RETRY_SECONDS)}
@@ -74,7 +74,7 @@ async def _converted(site: Site, row: Generation, wanted: AudioFormat) -> Conten
     return Content(wanted, made.size, made.sha256, made.read)
 
 
-def _check_sent(site: Site, row: Generation) -> None:
+def check_sent(site: Site, row: Generation) -> None:
     """Raise ``ProblemError`` if the file is of another output, and no worker made it for this row."""
     try:
         path = path_of(row)
@@ -85,7 +85,8 @@ def _check_sent(site: Site, row: Generation) -> None:
         raise ProblemError(GONE, _GONE)
 
 
-async def _check_there(row: Generation) -> None:
+async def check_there(row: Generation) -> None:
+    """Raise ``ProblemError`` if the file is gone."""
     path = path_of(row)
     if not await open_place_of(path).exists(path):
-        raise ProblemError(GONE, _GONE) from None
+        raise ProblemError(GONE, _GONE)

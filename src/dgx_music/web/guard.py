@@ -105,7 +105,7 @@ def _place_of(origin: str) -> str | None:
 def host_of(header: str) -> str:
     """Return the name or the address in a ``Host`` header, without its port."""
     try:
-        return urlsplit(f"//{header}").hostname or ""
+        return "" if "@" in header else urlsplit(f"//{header}").hostname or ""
     except ValueError:  # a bracket that is not closed
         return ""
 

@@ -6,6 +6,9 @@ import re
 
 _RANGE = re.compile(r"bytes=\s*(\d*)\s*-\s*(\d*)\s*", re.IGNORECASE | re.ASCII)
 
+_MOST_DIGITS = 1_000
+"""Of a number; Python makes integers of up to 4,300."""
+
 
 class NoSuchRangeError(Exception):
     """The file is shorter than the start of the range."""
@@ -18,7 +21,7 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     that, and no player needs several. Raises ``NoSuchRangeError``.
     """
     found = _RANGE.fullmatch(header or "")
-    if found is None or not (found[1] or found[2]) or max(map(len, found.groups())) > 18:
+    if found is None or not (found[1] or found[2]) or max(map(len, found.groups())) > _MOST_DIGITS:
         return None
     if not found[1]:
         start, end = max(0, size - int(found[2])), size

@@ -18,8 +18,8 @@ from dgx_music.web.options import MOST_TRANSCODES, TRANSCODED_BYTES, TRANSCODED_
 
 _CHUNK_BYTES = 2**18
 
-Key: TypeAlias = tuple[str | None, AudioFormat, str | None]
-"""The hash of the stored file, the format, and the title: all that the new file depends on."""
+Key: TypeAlias = tuple[str, str | None, AudioFormat, str | None]
+"""The row, the hash of its file, the format, and the title: all that the new file depends on."""
 
 
 class Transcode:
@@ -60,7 +60,7 @@ class Transcodes:
         Raises ``ArtifactError`` if the stored audio is not there or damaged, and ``OSError`` if
         there is no room.
         """
-        key = (row.sha256, audio_format, row.title)
+        key = (row.id, row.sha256, audio_format, row.title)
         async with self._making.setdefault(key, Lock()):
             found = self._kept.pop(key, None) or await self._make(row, audio_format)
             self._kept[key] = found  # as the one that was used last

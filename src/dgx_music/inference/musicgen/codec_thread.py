@@ -68,6 +68,8 @@ class CodecThread:
             _answer(clip.result, error)
             del clip  # the error holds this frame
             return
+        if clip.result.cancelled():
+            return
         if clip.work.left:
             self._enter(clip)
         else:

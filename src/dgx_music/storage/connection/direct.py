@@ -19,7 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 from dgx_music.storage.connection.postgres import is_trusted, note_rest
 from dgx_music.storage.connection.postgres_errors import is_unavailable
 from dgx_music.storage.connection.sessions import Session
-from dgx_music.storage.connection.warm_pool import WarmPool
+from dgx_music.storage.connection.warm_pool import WarmPool, give_back
 
 
 class DirectSession(Session):
@@ -83,7 +83,7 @@ class AsyncpgSession(DirectSession):
                 await greenlet_spawn(connection.invalidate)
             raise told from error
         finally:
-            connection.close()
+            await give_back(connection)
         return found
 
     async def _connect(self) -> Any:

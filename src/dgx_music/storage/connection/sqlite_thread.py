@@ -22,7 +22,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.connection.sqlite_file import DatabaseFile, waiting
-from dgx_music.storage.connection.warm_pool import WarmConnection, WarmPool
+from dgx_music.storage.connection.warm_pool import WarmConnection, WarmPool, give_back
 
 T = TypeVar("T")
 Work = Callable[[AsyncSession], Awaitable[T]]
@@ -128,13 +128,20 @@ async def run_on_thread(
         if file is not None and not read_only:
             file.check(connection.info)
     except Exception as error:
-        if must_drop(error) or driver._conn.in_transaction:
+        if must_drop(error) or _is_unfinished(driver):
             await greenlet_spawn(connection.invalidate)
         raise
     else:
         return done
     finally:
-        connection.close()
+        await give_back(connection)
+
+
+def _is_unfinished(driver: Any) -> bool:
+    try:
+        return bool(driver._conn.in_transaction)
+    except (ValueError, sqlite3.Error):  # it was closed underneath
+        return True
 
 
 async def _connect(

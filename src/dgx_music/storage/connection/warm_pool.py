@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import PoolProxiedConnection
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.util import greenlet_spawn
 
 
 class WarmPool(AsyncAdaptedQueuePool):
@@ -32,11 +34,16 @@ class WarmPool(AsyncAdaptedQueuePool):
         if not self.checkedin():
             return None
         entry: Any = self._do_get()
-        is_valid = entry.dbapi_connection is not None and entry.starttime >= self._invalidate_time
-        if is_valid and is_good(entry):
-            return WarmConnection(self, entry, note_rest)
-        self._do_return_conn(entry)
-        return None
+        is_taken = False
+        try:
+            is_valid = (
+                entry.dbapi_connection is not None and entry.starttime >= self._invalidate_time
+            )
+            is_taken = is_valid and is_good(entry)
+        finally:
+            if not is_taken:
+                self._do_return_conn(entry)
+        return WarmConnection(self, entry, note_rest) if is_taken else None
 
     def put(self, entry: ConnectionPoolEntry) -> None:
         """Take back a connection that ``take`` has given."""
@@ -67,7 +74,7 @@ class WarmConnection:
         return self._connection_record.info
 
     def invalidate(self, error: BaseException | None = None) -> None:
-        """Close it, in a greenlet; the pool opens another one when it needs one."""
+        """Close it; call this in a greenlet. The pool opens another one when it needs one."""
         self._connection_record.invalidate(error)
 
     def close(self) -> None:
@@ -75,3 +82,11 @@ class WarmConnection:
         if self.is_valid:
             self._note_rest(self._connection_record)
         self._pool.put(self._connection_record)
+
+
+async def give_back(connection: WarmConnection | PoolProxiedConnection) -> None:
+    """Give a connection back to its pool, one of SQLAlchemy's own in a greenlet: it may roll back."""
+    if isinstance(connection, WarmConnection):
+        connection.close()
+    else:
+        await greenlet_spawn(connection.close)

@@ -13,12 +13,14 @@ from starlette.responses import Response
 
 from dgx_music.client.content import Encoding, content_of, encoded_content, stored_format
 from dgx_music.client.generations import watch_generation
+from dgx_music.errors import ArtifactError
 from dgx_music.statuses import FAILED
 from dgx_music.storage import Generation
 from dgx_music.web import documents
 from dgx_music.web.access import Access
 from dgx_music.web.compat.encodings import MEDIA_TYPES, media_type_of
 from dgx_music.web.compat.fields import renaming
+from dgx_music.web.contents import check_sent, check_there
 from dgx_music.web.enqueue import enqueue_one
 from dgx_music.web.filters import Parameter
 from dgx_music.web.problems import (
@@ -31,7 +33,7 @@ from dgx_music.web.problems import (
 )
 from dgx_music.web.requests import prepared
 from dgx_music.web.rows import base_of, has_audio, url_of
-from dgx_music.web.site import site_of
+from dgx_music.web.site import Site, site_of
 
 HELD_SECONDS = 230.0
 """How long a request for bytes is held; the client of ElevenLabs gives up after 240 s."""
@@ -88,8 +90,7 @@ async def answer_bytes(
     row = await hold(request, row, HELD_SECONDS)
     location = url_of(row, base_of(request))
     _check_completed(row, location)
-    async with site_of(request).transcodes.limiter:
-        content = await _content(row, encoding)
+    content = await _content(site_of(request), row, encoding)
     headers = {"Content-Location": f"{location}/audio"}
     return Response(content, 200, headers, media_type_of(encoding, row))
 
@@ -111,11 +112,17 @@ def _without_audio(kind: Kind, detail: str, location: str) -> ProblemError:
     return ProblemError(kind, detail, headers={"Location": location})
 
 
-async def _content(row: Generation, encoding: Encoding) -> bytes:
+async def _content(site: Site, row: Generation, encoding: Encoding) -> bytes:
     """Return the stored bytes if they are in this encoding, else the encoded ones."""
-    if encoding == Encoding(encoding.codec) and encoding.codec == stored_format(row):
-        return b"".join([chunk async for chunk in content_of(row)])
-    return await encoded_content(row, encoding)
+    check_sent(site, row)
+    try:
+        if encoding == Encoding(encoding.codec) and encoding.codec == stored_format(row):
+            return b"".join([chunk async for chunk in content_of(row)])
+        async with site.transcodes.limiter:
+            return await encoded_content(row, encoding)
+    except ArtifactError:
+        await check_there(row)
+        raise
 
 
 @contextmanager

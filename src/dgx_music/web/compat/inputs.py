@@ -197,6 +197,10 @@ def _part(fields: Mapping[str, Any], seconds: float) -> tuple[float, float]:
     if start >= end:
         problem = f"is {start:g}, and the part ends at {end:g} s"
         raise InvalidRequestError("continuation_start", problem, "use an earlier start")
+    if end > WINDOW_SECONDS and wanted == -1:
+        problem = f"is not given, and the part from {start:g} s on goes to {end:g} s"
+        remedy = f"give one of at most {WINDOW_SECONDS:g}, or send only the part that counts"
+        raise InvalidRequestError("continuation_end", problem, remedy)
     if end > WINDOW_SECONDS:
         problem = f"is {end:g}, and only the first {WINDOW_SECONDS:g} s of a file are kept"
         raise InvalidRequestError("continuation_end", problem, "send only the part that counts")

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from anyio import to_thread
 from starlette.requests import Request
 
 from dgx_music.catalog import short_name
@@ -15,8 +16,11 @@ from dgx_music.errors import ArtifactError
 from dgx_music.statuses import CANCELLED, COMPLETED, FAILED, PENDING, PROCESSING
 from dgx_music.storage import Generation
 from dgx_music.web.compat.hosted_models import reference_of, version_id
+from dgx_music.web.contents import check_sent
 from dgx_music.web.names import media_type_of
+from dgx_music.web.problems import ProblemError
 from dgx_music.web.rows import ROOT, base_of, has_audio, url_of
+from dgx_music.web.site import site_of
 
 METADATA_KEY = "replicate"
 """The key of the metadata under which a generation remembers how it was asked for."""
@@ -59,7 +63,7 @@ async def as_prediction(row: Generation, request: Request, *, held: bool = False
         told["status"] = _HELD
     is_inline = _origin_of(row).get("wait") and request.url.scheme == "http"
     if is_inline and told["output"] and (row.file_size_bytes or 0) <= _MOST_INLINE_BYTES:
-        told["output"] = await _inline(row) or told["output"]
+        told["output"] = await _inline(request, row) or told["output"]
     return told
 
 
@@ -69,8 +73,8 @@ def as_list_prediction(row: Generation, request: Request) -> dict[str, Any]:
     asked = _origin_of(row)
     return {
         "id": row.id,
-        "model": asked.get("model") or "/".join(reference_of(row.model_name)),
-        "version": asked.get("version") or version_id(row.model_name),
+        "model": _text(asked.get("model")) or "/".join(reference_of(row.model_name)),
+        "version": _text(asked.get("version")) or version_id(row.model_name),
         "status": "canceled" if is_cancelled(row) else _STATUSES[row.status],
         "input": _input(row),
         "output": _audio_url(row, request) if has_audio(row) else None,
@@ -94,17 +98,24 @@ def _origin_of(row: Generation) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _text(value: object) -> str | None:
+    """Return the value if it is text: a caller may have written other metadata under this key."""
+    return value if isinstance(value, str) else None
+
+
 def _audio_url(row: Generation, request: Request) -> str:
     return f"{_origin(request)}{url_of(row, base_of(request))}/audio"
 
 
-async def _inline(row: Generation) -> str | None:
+async def _inline(request: Request, row: Generation) -> str | None:
     try:
+        check_sent(site_of(request), row)
         data = b"".join([chunk async for chunk in content_of(row)])
-    except ArtifactError as error:
+    except (ArtifactError, ProblemError) as error:
         logger.warning("web: %s", error)
         return None
-    return f"data:{media_type_of(stored_format(row))};base64,{base64.b64encode(data).decode()}"
+    text = (await to_thread.run_sync(base64.b64encode, data)).decode()
+    return f"data:{media_type_of(stored_format(row))};base64,{text}"
 
 
 def _input(row: Generation) -> dict[str, Any]:
