@@ -114,7 +114,7 @@ def test_a_filtered_page_tells_the_next_one_without_counting(run: Run) -> None:
         (["--until", "0001-01-01T00:00:00+14:00"], "--until is 0001-01-01"),
         (["--meta", "order"], "--meta is 'order'; use KEY=VALUE"),
         (["--tag", " "], "tag is only white space; use tags of"),
-        (["--key", "H"], "key is 'H'; use a key such as"),
+        (["--key", "H"], "--key is 'H'; use a key such as"),
         (["--tenant", ""], "--tenant is empty; name a tenant, or leave it out"),
         (["--model", ""], "model is empty"),
     ],
