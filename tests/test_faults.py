@@ -74,7 +74,7 @@ async def drain_under_fire(database, start, script, *, count, kill_every, second
 async def test_killed_workers_lose_nothing_and_finish_nothing_twice(
     database, tmp_path, start, script
 ):
-    count = 30
+    count = 80
     kills = await drain_under_fire(
         database, start, script, count=count, kill_every=1.5, seconds=0.2
     )
