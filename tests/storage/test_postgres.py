@@ -519,7 +519,7 @@ def proxy(database_url):
         yield proxy
 
 
-QUICK = Limits(connect_seconds=1.5, statement_seconds=0.4, command_seconds=0.5, idle_seconds=0.8)
+QUICK = Limits(connect_seconds=1.5, statement_seconds=0.4, command_seconds=0.5, idle_seconds=2.0)
 
 
 @pytest.fixture

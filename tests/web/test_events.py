@@ -176,7 +176,7 @@ async def test_what_changed_while_nobody_watched_is_not_lost(serve, default_data
     app, site = serve()
     async with watch(app, row_id) as stream:
         last_id = (await stream.next()).id
-    await ended(site)
+    assert await rests(site)
     await label_generation(row_id, title="new")
 
     async with watch(app, row_id, last_id=last_id) as again:
@@ -259,6 +259,8 @@ async def test_a_stream_without_news_says_that_it_lives(serve, default_database)
         await stream.comment()
         await stream.comment()
 
+    assert stream.comments >= 2
+
 
 @pytest.mark.parametrize("room", [1, 1_000])
 async def test_all_streams_end_with_the_server(serve, default_database, room):
@@ -269,7 +271,9 @@ async def test_all_streams_end_with_the_server(serve, default_database, room):
 
         await other.rest()
         await asyncio.wait([stream._answering], timeout=PATIENCE)
-    await ended(site)
+        assert other.is_ended
+        assert stream._answering.done()
+    assert await rests(site)
 
 
 async def test_a_stream_ends_after_a_while_so_that_its_token_is_asked_again(
@@ -279,12 +283,15 @@ async def test_a_stream_ends_after_a_while_so_that_its_token_is_asked_again(
     async with watch(app) as stream:
         await stream.rest()
 
+    assert stream.is_ended
 
-async def ended(site):
-    """Return once the hub rests."""
-    with anyio.fail_after(PATIENCE):
+
+async def rests(site):
+    """Return True once the hub does nothing; False if that does not come."""
+    with anyio.move_on_after(PATIENCE) as waiting:
         while site.hub._running is not None and not site.hub._running.done():
             await asyncio.sleep(0.005)
+    return not waiting.cancelled_caught
 
 
 @pytest.fixture
@@ -305,7 +312,7 @@ async def test_nothing_is_read_while_nobody_watches(serve, default_database, tra
     app, site = serve()
     async with watch(app) as stream:
         await stream.next()
-    await ended(site)
+    assert await rests(site)
     count = len(transactions)
 
     await asyncio.sleep(QUICK["look_seconds"] * 5)
@@ -317,7 +324,7 @@ async def test_the_hub_rests_as_soon_as_all_have_left(serve, default_database):
     app, site = serve({"look_seconds": 1_000.0, "ping_seconds": 0.2})
     async with watch(app) as stream:
         await stream.comment()  # by then the hub waits
-    await ended(site)
+    assert await rests(site)
 
 
 async def test_many_viewers_share_a_look(serve, default_database, transactions):
