@@ -171,7 +171,7 @@ def test_a_given_clip_has_the_codes_of_the_whole_pass(channels: int, length: int
 
 def test_samples_are_there_a_moment_after_their_frames(channels: int) -> None:
     stream, codes = make_codec(channels).open_decoder(), random_codes(channels, 60)
-    first, second = stream.push(codes[:, :50]), stream.push(codes[:, 50:])
+    first, second = stream.step(codes[:, :50]), stream.step(codes[:, 50:])
     assert 46 * FRAME < first.shape[1] < 50 * FRAME
     assert second.shape[1] == 10 * FRAME
     rest = stream.finish(codes[:, :0])
@@ -276,7 +276,7 @@ def codec_thread() -> Iterator[CodecThread]:
 def do_together(thread: CodecThread, works: Sequence[CodecWork]) -> None:
     """Submit all before the first begins, and wait until all are done."""
     held = HeldWork()
-    results = [thread.submit(work) for work in (held, *works)]
+    results = [thread.start(work) for work in (held, *works)]
     held.release.set()
     for result in results:
         result.result(PATIENCE)
@@ -301,10 +301,10 @@ def test_a_short_clip_goes_between_the_windows_of_a_long_one(codec_thread: Codec
         def step(self) -> None:
             super().step()
             if self._left == 2:
-                results.append(codec_thread.submit(FakeWork("short", 1, done)))
+                results.append(codec_thread.start(FakeWork("short", 1, done)))
 
     results: list[Any] = []
-    codec_thread.submit(Interrupted("long", 3, done)).result(PATIENCE)
+    codec_thread.start(Interrupted("long", 3, done)).result(PATIENCE)
     results[0].result(PATIENCE)
     assert done == ["long", "short", "long", "long"]
 
@@ -319,9 +319,9 @@ def test_a_cancelled_clip_is_done_no_further(codec_thread: CodecThread) -> None:
 
     results: list[Any] = []
     held = HeldWork()
-    codec_thread.submit(held)
-    results.append(codec_thread.submit(Cancelled("cancelled", 9, done)))
-    other = codec_thread.submit(FakeWork("other", 10, done))
+    codec_thread.start(held)
+    results.append(codec_thread.start(Cancelled("cancelled", 9, done)))
+    other = codec_thread.start(FakeWork("other", 10, done))
     held.release.set()
     other.result(PATIENCE)
     with pytest.raises(CancelledError):
@@ -332,10 +332,10 @@ def test_a_cancelled_clip_is_done_no_further(codec_thread: CodecThread) -> None:
 def test_a_failure_is_that_of_one_clip(codec_thread: CodecThread) -> None:
     broken = FakeWork("broken", 2, [])
     broken.step = Mock(side_effect=RuntimeError("no window"))  # type: ignore[method-assign]
-    failed = codec_thread.submit(broken)
+    failed = codec_thread.start(broken)
     with pytest.raises(RuntimeError, match="no window"):
         failed.result(PATIENCE)
-    codec_thread.submit(FakeWork("next", 1, [])).result(PATIENCE)
+    codec_thread.start(FakeWork("next", 1, [])).result(PATIENCE)
 
 
 def test_a_clip_for_which_no_thread_can_be_started_is_not_done_later(
@@ -345,6 +345,6 @@ def test_a_clip_for_which_no_thread_can_be_started_is_not_done_later(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("no thread")))
         with pytest.raises(RuntimeError, match="no thread"):
-            codec_thread.submit(FakeWork("lost", 1, done))
-    codec_thread.submit(FakeWork("next", 1, done)).result(PATIENCE)
+            codec_thread.start(FakeWork("lost", 1, done))
+    codec_thread.start(FakeWork("next", 1, done)).result(PATIENCE)
     assert done == ["next"]

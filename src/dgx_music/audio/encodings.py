@@ -1,4 +1,4 @@
-"""The encodings that hosted services name: MP3 or Opus of a bit rate, files and raw samples of a sample rate."""
+"""The encodings that hosted services name: by bit rate (MP3, Opus) or by sample rate (files, raw)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Encoding:
 
     @property
     def is_raw(self) -> bool:
-        """True if the bytes are samples without a header: 16 bits and little-endian, or 8 of G.711."""
+        """True if the bytes are samples alone: of 16 bits, little-endian, or of 8 bits (G.711)."""
         return self.codec in _RAW
 
     def rate_for(self, stored: int) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 _SHORTEST_END = 4
-"""The fewest last characters of an id that are shown, and that mean more than the same within one."""
+"""How many last characters of an id are shown at least; a shorter part must be in no other id."""
 _MOST_NAMED = 3
 _MOST_SHORTENED = 1_000
 

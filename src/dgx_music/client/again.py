@@ -71,9 +71,9 @@ async def again_generation(
 
     They have the prompt, the options and the clips of the old one, except for ``changes``: its
     prompt and the options of ``enqueue``. A clip is left out by ``None``. Priority, start,
-    attempts, title, notes, tags and star are not repeated. ``seed`` may be ``new``, ``same`` or a number;
-    if there are several, their seeds follow each other, and they are a batch. The old one may have
-    any status; the new ones refer to it as ``parent_id``.
+    attempts, title, notes, tags and star are not repeated. ``seed`` may be ``new``, ``same`` or a
+    number; if there are several, their seeds follow each other, and they are a batch. The old one
+    may have any status; the new ones refer to it as ``parent_id``.
 
     Raises ``GenerationNotFoundError``, and what ``enqueue`` raises.
     """

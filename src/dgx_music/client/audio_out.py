@@ -45,8 +45,8 @@ async def save_audio(
     """Write the audio of a completed generation to a file, and return the file's absolute path.
 
     The name may have placeholders such as ``{title}`` and ``{bpm}``; for a folder the default
-    pattern is used in it. Missing folders are made. ``audio_format``, or the suffix of the name, converts
-    the audio; else the file has the bytes that are stored.
+    pattern is used in it. Missing folders are made. ``audio_format``, or the suffix of the name,
+    converts the audio; else the file has the bytes that are stored.
 
     Raises ``NoAudioError`` unless the generation is completed, ``ArtifactError`` if its audio is
     not there or cannot be written, and ``InvalidRequestError`` for a pattern or a format that is

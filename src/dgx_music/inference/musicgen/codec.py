@@ -75,16 +75,16 @@ class CodecStream(ABC):
         self._sides = [Chain(self._layers(model)) for _ in range(channels)]
         self._stream = stream
 
-    def push(self, part: Tensor) -> Tensor:
+    def step(self, part: Tensor) -> Tensor:
         """Return what is decided by the input so far and was not returned yet, on the CPU."""
-        return self._step(part, is_last=False)
+        return self._run(part, is_last=False)
 
     def finish(self, part: Tensor) -> Tensor:
         """Return the rest of the output; ``part``, of any length, is the rest of the input."""
-        return self._step(part, is_last=True)
+        return self._run(part, is_last=True)
 
     @torch.no_grad()
-    def _step(self, part: Tensor, *, is_last: bool) -> Tensor:
+    def _run(self, part: Tensor, *, is_last: bool) -> Tensor:
         # A stream of its own: on a GPU it blocks no other work.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             inputs = self._split(part.to(self._model.device))
@@ -150,7 +150,7 @@ class CodecWork:
     def step(self) -> None:
         """Do the next window."""
         part = self._parts.popleft()
-        made = self._stream.push(part) if self._parts else self._stream.finish(part)
+        made = self._stream.step(part) if self._parts else self._stream.finish(part)
         start, self._end = self._end, self._end + made.shape[1]
         self._result[:, start : self._end] = made
 
@@ -170,8 +170,9 @@ def _check(config: Any) -> None:
         or config.pad_mode != "reflect"
     ):
         raise EngineUnavailableError(
-            "The model's codec reads a clip as a whole or in chunks of its own (normalize, chunk_length_s, norm_type or "
-            "pad_mode in its configuration), which this engine cannot do; use a model with MusicGen's own codec."
+            "The model's codec reads a clip as a whole or in chunks of its own (normalize, "
+            "chunk_length_s, norm_type or pad_mode in its configuration), which this engine cannot "
+            "do; use a model with MusicGen's own codec."
         )
 
 

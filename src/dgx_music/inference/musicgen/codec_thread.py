@@ -38,7 +38,7 @@ class CodecThread:
         self._lock = threading.Lock()  # for the heap
         self._numbers = count()
 
-    def submit(self, work: CodecWork) -> Future[Tensor]:
+    def start(self, work: CodecWork) -> Future[Tensor]:
         """Return what will be the work's result; a cancel ends the work after a window."""
         clip = _Clip(next(self._numbers), work)
         try:

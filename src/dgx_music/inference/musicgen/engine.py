@@ -231,7 +231,7 @@ class MusicGenEngine:
 
     def _in_codec_thread(self, run: Run, work: CodecWork) -> Tensor:
         """Return the work's result; a cancelled generation does not wait for it."""
-        result = self._codec_thread.submit(work)
+        result = self._codec_thread.start(work)
         while not wait((result,), _CANCEL_CHECK_SECONDS).done:
             try:
                 run.check_cancelled()

@@ -20,7 +20,7 @@ from dgx_music.validation import MAX_PROMPT_CHARACTERS, check_between, check_int
 from dgx_music.web.access import MayEnqueue
 from dgx_music.web.compat.encodings import DEFAULT_OUTPUT, OUTPUT_FORMATS, read_output_format
 from dgx_music.web.compat.fields import body_of, check_absent, check_given, given, model_named
-from dgx_music.web.compat.holding import answer_bytes, byte_answers, byte_request
+from dgx_music.web.compat.holding import answer_bytes, as_bytes
 from dgx_music.web.filters import Parameter, read_flag, read_parameters
 from dgx_music.web.route import MusicRoute
 
@@ -104,12 +104,7 @@ else:
     )
 
 
-@router.post(
-    "/music",
-    response_class=Response,
-    responses=byte_answers(),
-    openapi_extra=byte_request(*_PARAMETERS),
-)
+@router.post("/music", **as_bytes(*_PARAMETERS))
 async def compose(body: MusicRequest, request: Request, access: MayEnqueue) -> Response:
     """Make music, and answer with its bytes when it is finished."""
     encoding = _read_encoding(request)
@@ -126,23 +121,13 @@ async def compose(body: MusicRequest, request: Request, access: MayEnqueue) -> R
     return await answer_bytes(options, request, access, encoding, _NAMES)
 
 
-@router.post(
-    "/music/stream",
-    response_class=Response,
-    responses=byte_answers(),
-    openapi_extra=byte_request(*_PARAMETERS),
-)
+@router.post("/music/stream", **as_bytes(*_PARAMETERS))
 async def stream_music(body: MusicRequest, request: Request, access: MayEnqueue) -> Response:
     """Make music, and answer with its bytes: like `POST music`, not sooner."""
     return await compose(body, request, access)
 
 
-@router.post(
-    "/sound-generation",
-    response_class=Response,
-    responses=byte_answers(),
-    openapi_extra=byte_request(*_PARAMETERS),
-)
+@router.post("/sound-generation", **as_bytes(*_PARAMETERS))
 async def make_sound(body: SoundRequest, request: Request, access: MayEnqueue) -> Response:
     """Make what the text says, and answer with its bytes when it is finished."""
     encoding = _read_encoding(request)

@@ -39,18 +39,17 @@ HELD_SECONDS = 230.0
 """How long a request for bytes is held; the client of ElevenLabs gives up after 240 s."""
 
 
-def byte_request(*known: Parameter) -> dict[str, Any]:
-    """Return what OpenAPI says of such a route's parameters and headers."""
-    key = {"Idempotency-Key": "The same request again gets the same audio."}
-    headers, query = documents.headers(key), documents.parameters(*known)
-    return {"parameters": [*query["parameters"], *headers["parameters"]]}
-
-
-def byte_answers() -> dict[int | str, dict[str, Any]]:
-    """Return what OpenAPI says of the answers of a route that answers with audio."""
+def as_bytes(*known: Parameter) -> dict[str, Any]:
+    """Return what FastAPI is told of a route that answers with audio: it reads these parameters."""
     told = documents.answers({200: ("The audio.", None)}, errors=[409, 410, 502, 504])
     told[200]["content"] = dict.fromkeys(MEDIA_TYPES, documents.BYTES)
-    return told
+    key = {"Idempotency-Key": "The same request again gets the same audio."}
+    read = [*documents.parameters(*known)["parameters"], *documents.headers(key)["parameters"]]
+    return {
+        "response_class": Response,
+        "responses": told,
+        "openapi_extra": {"parameters": read},
+    }
 
 
 async def enqueue_as(

@@ -15,7 +15,7 @@ from dgx_music.errors import InvalidRequestError
 from dgx_music.validation import AUDIO_FORMATS, MAX_PROMPT_CHARACTERS, check_between, check_integer
 from dgx_music.web.access import MayEnqueue
 from dgx_music.web.compat.fields import body_of, check_given, check_one_of, given, model_named
-from dgx_music.web.compat.holding import answer_bytes, byte_answers, byte_request
+from dgx_music.web.compat.holding import answer_bytes, as_bytes
 from dgx_music.web.route import MusicRoute
 
 router = APIRouter(route_class=MusicRoute, tags=["for clients of vLLM-Omni"])
@@ -64,12 +64,7 @@ else:
     )
 
 
-@router.post(
-    "/audio/generate",
-    response_class=Response,
-    responses=byte_answers(),
-    openapi_extra=byte_request(),
-)
+@router.post("/audio/generate", **as_bytes())
 async def generate_audio(body: AudioRequest, request: Request, access: MayEnqueue) -> Response:
     """Make audio, and answer with its bytes when it is finished."""
     fields = given(body)
