@@ -11,7 +11,7 @@ from sqlalchemy import func, insert, select, text, update
 from dgx_music import cancel_generation, enqueue, enqueue_many, retry_generation
 from dgx_music.artifacts import MemoryArtifacts
 from dgx_music.config import load_settings
-from dgx_music.errors import IllegalTransitionError
+from dgx_music.errors import GenerationNotFoundError, IllegalTransitionError
 from dgx_music.statuses import FINISHED, GenerationStatus
 from dgx_music.storage import (
     complete_generation,
@@ -111,7 +111,8 @@ class Walker:
                     )
                     await rescue_lapsed(session)
                 case 4:
-                    with suppress(IllegalTransitionError):  # another walker was quicker
+                    # another walker was quicker, and may have pruned it
+                    with suppress(IllegalTransitionError, GenerationNotFoundError):
                         await queue.cancel(session, lease.generation_id)
 
     async def cancel(self, session):
