@@ -69,7 +69,7 @@ build: $(DEVELOPING) ## build sdist and wheel into dist/ and check their metadat
 	$(BIN)/twine check --strict dist/*
 
 soak: $(DEVELOPING) ## run the long tests: worker processes that are killed again and again
-	$(BIN)/pytest -m "soak or any_driver" --both-drivers --timeout=900
+	$(BIN)/pytest -m "soak or any_driver" --both-drivers --timeout=900 -o faulthandler_timeout=1800
 
 db-init: $(INSTALLED) ## create the database and its tables
 	$(BIN)/dgx-music db init
