@@ -43,6 +43,7 @@ class NoopEngine:
         request: GenerationRequest,
         on_progress: Callable[[float], None],
         on_slot_free: Callable[[], None],
+        on_part: Callable[[Audio, int], None],
     ) -> Audio:
         self._arrived(request.prompt)
         if self._seconds:

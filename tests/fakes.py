@@ -15,6 +15,7 @@ from dgx_music.inference.messages import EngineInfo
 class FakeEngine:
     """Makes 0.08 s of silence at once, or what ``script[prompt]`` says: an exception to raise, or an event to wait for.
 
+    ``parts[prompt]`` is handed out at the start, and ``made[prompt]`` is the whole audio.
     A prompt in ``sounding`` frees its slot at once, and its audio is made when that event is set.
     """
 
@@ -24,6 +25,8 @@ class FakeEngine:
         self.sounding = {}
         self.progress = {}
         self.facts = {}
+        self.parts = {}
+        self.made = {}
         self.dies_at_once = False
         self.started = defaultdict(asyncio.Event)
         self.stopped = defaultdict(asyncio.Event)
@@ -60,8 +63,10 @@ class FakeEngine:
             slots=self.slots, device="cpu", model_version="fake", notice=None, pid=self.pid
         )
 
-    async def generate(self, request, on_progress, on_slot_free):
+    async def generate(self, request, on_progress, on_slot_free, on_part):
         self.requests.append(request)
+        for part in self.parts.get(request.prompt, ()):
+            on_part(*part)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.started[request.prompt].set()
@@ -73,9 +78,8 @@ class FakeEngine:
         finally:
             self.running -= 1
             self.stopped[request.prompt].set()
-        return Audio(
-            np.zeros((1, 2560), dtype=np.float32), 32_000, self.facts.get(request.prompt, {})
-        )
+        made = self.made.get(request.prompt, np.zeros((1, 2560), dtype=np.float32))
+        return Audio(made, 32_000, self.facts.get(request.prompt, {}))
 
     async def _decode(self, request, on_progress):
         self.in_slots += 1

@@ -170,6 +170,7 @@ class Engine:
         request: GenerationRequest,
         on_progress: Callable[[float], None],
         on_slot_free: Callable[[], None],
+        on_part: Callable[[Audio, int], None],
     ) -> Audio:
         self._world.note_start(request)
         rng = random.Random(f"{self._world.seed} {request.prompt} {request.attempt}")

@@ -842,3 +842,33 @@ async def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
         "cannot be stored in /proc/audio"
         in await LocalArtifacts(Path("/proc/audio")).find_problem()
     )
+
+
+async def test_a_preview_is_read_part_by_part_until_its_attempt_is_deleted(artifacts):
+    await artifacts.publish_preview("a", 1, 0, b"first")
+    await artifacts.publish_preview("a", 1, 1, b"second")
+    await artifacts.publish_preview("a", 11, 0, b"of another attempt")
+    parts = [await artifacts.read_preview("a", 1, number) for number in range(3)]
+    assert parts == [b"first", b"second", None]
+    assert await listed(artifacts) == {("a", 1, 5), ("a", 1, 6), ("a", 11, 18)}
+    assert await artifacts.delete("a", [1]) == 2
+    assert await artifacts.read_preview("a", 1, 0) is None
+    assert await listed(artifacts) == {("a", 11, 18)}
+
+
+async def test_a_preview_leaves_no_folder_of_its_attempt(local, root):
+    await local.publish_preview("a", 1, 0, b"first")
+    await local.delete("a", [1])
+    assert names_in(root / "previews") == []
+
+
+async def test_a_preview_refuses_ids_that_lead_elsewhere(artifacts):
+    with pytest.raises(InvalidRequestError, match="cannot name a file"):
+        await artifacts.read_preview("../a", 1, 0)
+
+
+async def test_a_preview_that_cannot_be_stored_says_so(local, root):
+    root.parent.mkdir(parents=True)
+    root.write_text("not a folder")
+    with pytest.raises(ArtifactError, match="A preview cannot be stored in"):
+        await local.publish_preview("a", 1, 0, b"first")

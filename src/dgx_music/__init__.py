@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         watch_generation,
     )
     from dgx_music.client.labels import label_generation
+    from dgx_music.client.listening import AudioPart, watch_audio
     from dgx_music.client.requests import RequestOptions
     from dgx_music.errors import (
         ArtifactError,
@@ -94,6 +95,7 @@ __all__ = [
     "ArtifactError",
     "Artifacts",
     "AudioFacts",
+    "AudioPart",
     "BatchNotFoundError",
     "BatchPage",
     "BatchProgress",
@@ -167,6 +169,7 @@ __all__ = [
     "stream_audio",
     "tag_generations",
     "wait_for_generation",
+    "watch_audio",
     "watch_batch",
     "watch_generation",
 ]
@@ -184,6 +187,7 @@ _MODULES = {
     "client.generations": "audio_facts cancel_generation estimate_generation queue_position "
     "retry_generation wait_for_generation watch_generation",
     "client.labels": "label_generation",
+    "client.listening": "AudioPart watch_audio",
     "client.requests": "RequestOptions",
     "errors": "ArtifactError BatchNotFoundError ConfigurationError CountDiffersError DatabaseError "
     "DatabaseNotInitializedError DatabaseNotMigratedError DatabaseUnavailableError DgxMusicError "

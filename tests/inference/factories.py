@@ -51,6 +51,7 @@ class QuietRun:
 
     def __init__(self, *, is_cancelled: bool = False, idle_engines: int = 0) -> None:
         self.progress: list[float] = []
+        self.parts: list[tuple[int, Audio]] = []
         self.is_cancelled = is_cancelled
         self.has_slot = True
         self.idle_engines = idle_engines
@@ -64,6 +65,9 @@ class QuietRun:
 
     def free_slot(self) -> None:
         self.has_slot = False
+
+    def hand_out(self, audio: Audio, start: int) -> None:
+        self.parts.append((start, audio))
 
     def make_room(self) -> bool:
         had_any, self.idle_engines = self.idle_engines > 0, 0

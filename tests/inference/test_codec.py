@@ -240,14 +240,14 @@ class FakeWork(CodecWork):
     """So many windows, which note their names in the order in which they are done."""
 
     def __init__(self, name: str, windows: int, done: list[str]) -> None:
-        self.name, self._left, self._done = name, windows, done
+        self.name, self.left, self._done = name, windows, done
 
     @property
-    def left(self) -> int:
-        return self._left
+    def is_ready(self) -> bool:
+        return self.left > 0
 
     def step(self) -> None:
-        self._left -= 1
+        self.left -= 1
         self._done.append(self.name)
 
     def finish(self) -> Tensor:
@@ -300,7 +300,7 @@ def test_a_short_clip_goes_between_the_windows_of_a_long_one(codec_thread: Codec
     class Interrupted(FakeWork):
         def step(self) -> None:
             super().step()
-            if self._left == 2:
+            if self.left == 2:
                 results.append(codec_thread.start(FakeWork("short", 1, done)))
 
     results: list[Any] = []

@@ -36,6 +36,7 @@ from dgx_music.inference.musicgen.tiny import build_tiny
 from dgx_music.inference.process import EngineProcess
 from dgx_music.sampling import Sampling
 from tests.inference.factories import ignore
+from tests.patience import PATIENCE
 from tests.test_sampling import GIVEN
 
 TINY = "musicgen-tiny-untrained"
@@ -46,6 +47,7 @@ COMMIT = MODELS["musicgen-small"].revision
 class FakeRun:
     cancel_at: int | None = None
     progress: list[float] = field(default_factory=list)
+    parts: list[tuple[int, Any]] = field(default_factory=list)
     freed_at: int | None = None
 
     def report_progress(self, progress: float) -> None:
@@ -57,6 +59,9 @@ class FakeRun:
 
     def free_slot(self) -> None:
         self.freed_at = len(self.progress)
+
+    def hand_out(self, audio: Audio, start: int) -> None:
+        self.parts.append((start, audio.samples))
 
     def make_room(self) -> bool:
         return False
@@ -194,7 +199,9 @@ def test_a_row_has_each_sampling_field_of_its_request(
 ) -> None:
     rows: list[Row] = []
     decode = mono._loop.decode
-    monkeypatch.setattr(mono._loop, "decode", lambda row, run: rows.append(row) or decode(row, run))
+    monkeypatch.setattr(
+        mono._loop, "decode", lambda row, *rest: rows.append(row) or decode(row, *rest)
+    )
     generate(mono, **{"seed": 7, **asked})
     assert [row.sampling for row in rows] == [Sampling(**{"seed": 7, **expected})]
 
@@ -309,6 +316,20 @@ async def test_the_slots_of_the_process_are_those_of_the_settings() -> None:
         assert (await process.start()).slots == 2
         clips = await asyncio.gather(*(process.generate(request, ignore) for request in requests))
     assert [clip.samples.shape for clip in clips] == [(1, 6_400)] * 3
+
+
+async def test_parts_of_the_audio_arrive_from_the_engines_process_before_the_whole() -> None:
+    parts: list[tuple[int, Audio]] = []
+    settings = EngineSettings(engine="musicgen", model=TINY, device="cpu", dtype="float32", slots=1)
+    request = GenerationRequest(generation_id="g", prompt="rain", duration=1.5, model=TINY)
+    async with EngineProcess(settings) as process:
+        await process.start()
+        whole = await process.generate(
+            request, ignore, on_part=lambda audio, start: parts.append((start, audio))
+        )
+    assert parts[0][0] == 0
+    heard = np.concatenate([audio.samples for _, audio in parts], axis=1)
+    assert np.array_equal(heard, whole.samples)
 
 
 def test_facts_tell_how_the_audio_was_made(mono: MusicGenEngine) -> None:
@@ -539,3 +560,40 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "dgx_music.inference.musicgen.engine")
     with pytest.raises(EngineUnavailableError, match=r"pip install '\.\[musicgen\]'"):
         importlib.import_module("dgx_music.inference.musicgen.engine")
+
+
+@pytest.mark.parametrize("duration", [0.5, 2.0, 2.5])
+@pytest.mark.parametrize("name", ["mono", "stereo"])
+def test_the_parts_that_are_handed_out_are_the_audio(
+    name: str, duration: float, request: pytest.FixtureRequest
+) -> None:
+    run = FakeRun()
+    audio = generate(request.getfixturevalue(name), run, duration=duration)
+    lengths = [samples.shape[1] for _, samples in run.parts]
+    assert [start for start, _ in run.parts] == [sum(lengths[:n]) for n in range(len(lengths))]
+    assert np.array_equal(np.concatenate([samples for _, samples in run.parts], 1), audio.samples)
+
+
+def test_the_first_second_is_handed_out_while_the_rest_is_decoded(mono: MusicGenEngine) -> None:
+    class Listener(FakeRun):
+        def hand_out(self, audio: Audio, start: int) -> None:
+            super().hand_out(audio, start)
+            is_heard.set()
+
+        def report_progress(self, progress: float) -> None:
+            super().report_progress(progress)
+            if 0.4 < progress < 0.5:  # two seconds of five
+                assert is_heard.wait(PATIENCE)
+
+    is_heard = threading.Event()
+    generate(mono, Listener(), duration=5.0)
+
+
+def test_a_clip_is_handed_out_from_its_beginning_over_the_edges_of_windows(
+    mono: MusicGenEngine,
+) -> None:
+    clip = Audio(np.full((1, 40_000), 0.1, dtype=np.float32), 32_000)
+    run = FakeRun()
+    audio = generate(mono, run, duration=32.0, continuation=clip, guidance_scale=1.0)
+    assert np.array_equal(np.concatenate([samples for _, samples in run.parts], 1), audio.samples)
+    assert len(run.parts) == 32

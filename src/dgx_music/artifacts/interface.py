@@ -23,6 +23,9 @@ LONGEST_LINK_SECONDS = 7 * 86_400
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(rf"({_ID.pattern})-(0|[1-9]\d*)\.({'|'.join(EXTENSIONS)})({re.escape(PART)})?")
+PREVIEWS = "previews"
+"""The folder with one folder for each attempt that is under way."""
+_PREVIEW = re.compile(rf"{PREVIEWS}/({_ID.pattern})-(0|[1-9]\d*)/\d+({re.escape(PART)})?")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,25 @@ class Artifacts(Protocol):
         """
 
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
-        """Remove all files of these attempts, half-written ones too; return how many."""
+        """Remove all files of these attempts, half-written ones and previews too.
+
+        Returns how many there were.
+        """
+
+    async def publish_preview(
+        self, generation_id: str, attempt: int, number: int, data: bytes
+    ) -> None:
+        """Store a part of an attempt's preview, whole or not at all; parts are counted from 0.
+
+        Unlike a publication it may be lost when the power fails. The attempt must be running:
+        whoever ends it deletes its parts. Raises ``ArtifactError``.
+        """
+
+    async def read_preview(self, generation_id: str, attempt: int, number: int) -> bytes | None:
+        """Return a part of an attempt's preview; ``None`` if it is not there, or not any more.
+
+        Raises ``ArtifactError`` if that cannot be found out.
+        """
 
     def holds(self, path: str) -> bool:
         """Return whether an artifact with this path is, or was, one of this place."""
@@ -106,16 +127,20 @@ class Artifacts(Protocol):
 
 def file_name(generation_id: str, attempt: int, extension: str) -> str:
     """Return the only name that this attempt's file can have; refuses names of other places."""
+    _check_id(generation_id)
+    if extension not in EXTENSIONS:
+        known = ", ".join(EXTENSIONS)
+        raise InvalidRequestError("extension", f"{extension!r} is not known", f"use one of {known}")
+    return f"{generation_id}-{attempt:d}.{extension}"
+
+
+def _check_id(generation_id: str) -> None:
     if not _ID.fullmatch(generation_id):
         raise InvalidRequestError(
             "generation_id",
             f"{generation_id!r} cannot name a file",
             "use 1 to 64 letters, digits, - and _",
         )
-    if extension not in EXTENSIONS:
-        known = ", ".join(EXTENSIONS)
-        raise InvalidRequestError("extension", f"{extension!r} is not known", f"use one of {known}")
-    return f"{generation_id}-{attempt:d}.{extension}"
 
 
 def file_names(generation_id: str, attempts: Iterable[int]) -> list[str]:
@@ -127,9 +152,20 @@ def file_names(generation_id: str, attempts: Iterable[int]) -> list[str]:
     ]
 
 
+def preview_folder(generation_id: str, attempt: int) -> str:
+    """Return where the parts of an attempt's preview are; refuses names of other places."""
+    _check_id(generation_id)
+    return f"{PREVIEWS}/{generation_id}-{attempt:d}"
+
+
+def preview_name(generation_id: str, attempt: int, number: int) -> str:
+    """Return the name of a part of an attempt's preview; refuses names of other places."""
+    return f"{preview_folder(generation_id, attempt)}/{number:d}"
+
+
 def parse_name(name: str) -> tuple[str, int] | None:
     """Return the generation's id and the attempt in a file's name; ``None`` for a foreign file."""
-    found = _NAME.fullmatch(name)
+    found = _NAME.fullmatch(name) or _PREVIEW.fullmatch(name)
     return (found[1], int(found[2])) if found else None
 
 

@@ -8,7 +8,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -18,6 +19,7 @@ from anyio import to_thread, wrap_file
 from dgx_music.artifacts.interface import (
     CHUNK_BYTES,
     PART,
+    PREVIEWS,
     Artifact,
     StoredFile,
     check_held,
@@ -27,6 +29,8 @@ from dgx_music.artifacts.interface import (
     file_names,
     name_is_taken,
     parse_name,
+    preview_folder,
+    preview_name,
 )
 from dgx_music.errors import ArtifactError
 from dgx_music.files import file_mode, flush, flush_folder, give_name, make_folders
@@ -66,8 +70,22 @@ class LocalArtifacts:
 
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
         """See ``Artifacts.delete``."""
+        attempts = [*attempts]
         names = file_names(generation_id, attempts)
-        return await to_thread.run_sync(self._delete, names)
+        previews = [preview_folder(generation_id, attempt) for attempt in attempts]
+        return await to_thread.run_sync(self._delete, names, previews)
+
+    async def publish_preview(
+        self, generation_id: str, attempt: int, number: int, data: bytes
+    ) -> None:
+        """See ``Artifacts.publish_preview``; a cancelled scope waits until the thread has written."""
+        target = self.root / preview_name(generation_id, attempt, number)
+        await to_thread.run_sync(self._publish_preview, target, data)
+
+    async def read_preview(self, generation_id: str, attempt: int, number: int) -> bytes | None:
+        """See ``Artifacts.read_preview``."""
+        file = self.root / preview_name(generation_id, attempt, number)
+        return await to_thread.run_sync(_read_if_there, file)
 
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""
@@ -133,10 +151,25 @@ class LocalArtifacts:
             ) from error
         return describe(str(target), data)
 
-    def _delete(self, names: list[str]) -> int:
+    def _publish_preview(self, target: Path, data: bytes) -> None:
+        part = _part_of(target)
+        try:
+            make_folders(target.parent, is_private=self._is_private)
+            mode = file_mode(is_private=self._is_private)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with os.fdopen(os.open(part, flags, mode), "wb") as file:
+                file.write(data)
+            part.replace(target)
+        except OSError as error:
+            raise ArtifactError(
+                f"A preview cannot be stored in {self.root}: {_explain(error)}."
+            ) from error
+
+    def _delete(self, names: list[str], previews: list[str]) -> int:
         files = [self.root / name for name in names]
         try:
             count = sum(_remove(file) for file in [*files, *map(_part_of, files)])
+            count += sum(_remove_folder(self.root / preview) for preview in previews)
             if count:
                 self._flush_folder(self.root)
         except OSError as error:
@@ -148,7 +181,8 @@ class LocalArtifacts:
     def _scan(self) -> list[StoredFile]:
         try:
             with os.scandir(self.root) as entries:
-                return [file for entry in entries if (file := _look_at(entry)) is not None]
+                files = [file for entry in entries if (file := _look_at(entry)) is not None]
+            return [*files, *_scan_previews(self.root / PREVIEWS)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -252,9 +286,40 @@ def _remove(file: Path) -> bool:
     return True
 
 
-def _look_at(entry: os.DirEntry[str]) -> StoredFile | None:
+def _remove_folder(folder: Path) -> int:
+    """Remove a folder of files; return how many there were."""
+    try:
+        with os.scandir(folder) as entries:
+            count = sum(_remove(Path(entry.path)) for entry in entries)
+        folder.rmdir()
+    except FileNotFoundError:
+        return 0
+    return count
+
+
+def _read_if_there(file: Path) -> bytes | None:
+    try:
+        with _open_regular(file) as opened:
+            return opened.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {_explain(error)}.") from error
+
+
+def _scan_previews(root: Path) -> Iterator[StoredFile]:
+    """Yield the parts of all previews; those of an attempt that ends meanwhile may be left out."""
+    with suppress(FileNotFoundError), os.scandir(root) as folders:
+        for folder in folders:
+            if folder.is_dir(follow_symlinks=False):
+                with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                    files = [_look_at(entry, f"{PREVIEWS}/{folder.name}/") for entry in entries]
+                yield from (file for file in files if file is not None)
+
+
+def _look_at(entry: os.DirEntry[str], prefix: str = "") -> StoredFile | None:
     """Return the file if it is one of ours; a file that has gone meanwhile is not."""
-    named = parse_name(entry.name)
+    named = parse_name(prefix + entry.name)
     if named is None or not entry.is_file(follow_symlinks=False):
         return None
     try:

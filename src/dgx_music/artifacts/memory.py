@@ -15,6 +15,8 @@ from dgx_music.artifacts.interface import (
     file_names,
     name_is_taken,
     parse_name,
+    preview_folder,
+    preview_name,
 )
 from dgx_music.errors import ArtifactError
 
@@ -43,10 +45,24 @@ class MemoryArtifacts:
 
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
         """See ``Artifacts.delete``."""
+        attempts = [*attempts]
+        folders = [f"{preview_folder(generation_id, attempt)}/" for attempt in attempts]
         found = [name for name in file_names(generation_id, attempts) if name in self.files]
+        found += [name for name in self.files if name.startswith(tuple(folders))]
         for name in found:
             del self.files[name], self.modified_at[name]
         return len(found)
+
+    async def publish_preview(
+        self, generation_id: str, attempt: int, number: int, data: bytes
+    ) -> None:
+        """See ``Artifacts.publish_preview``."""
+        name = preview_name(generation_id, attempt, number)
+        self.files[name], self.modified_at[name] = data, datetime.now(UTC)
+
+    async def read_preview(self, generation_id: str, attempt: int, number: int) -> bytes | None:
+        """See ``Artifacts.read_preview``."""
+        return self.files.get(preview_name(generation_id, attempt, number))
 
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""

@@ -38,6 +38,8 @@ from dgx_music.artifacts.interface import (
     file_names,
     name_is_taken,
     parse_name,
+    preview_folder,
+    preview_name,
 )
 from dgx_music.config import PREFIX
 from dgx_music.errors import ArtifactError, ConfigurationError
@@ -113,9 +115,27 @@ class ObjectArtifacts:
 
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
         """See ``Artifacts.delete``; nothing here is ever half-written."""
+        attempts = [*attempts]
         names = file_names(generation_id, attempts)
         with self._explained("Audio cannot be removed from"):
+            for attempt in attempts:
+                folder = preview_folder(generation_id, attempt)
+                names += await _settle(partial(self._preview_parts, folder))
             return sum(await asyncio.gather(*map(self._remove, names)))
+
+    async def publish_preview(
+        self, generation_id: str, attempt: int, number: int, data: bytes
+    ) -> None:
+        """See ``Artifacts.publish_preview``; one request, cancelled as a publication is."""
+        name = preview_name(generation_id, attempt, number)
+        with self._explained("A preview cannot be stored in"):
+            await self._create(name, data)
+
+    async def read_preview(self, generation_id: str, attempt: int, number: int) -> bytes | None:
+        """See ``Artifacts.read_preview``."""
+        name = preview_name(generation_id, attempt, number)
+        with self._explained("A preview cannot be read from"):
+            return await self._read(name)
 
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""
@@ -158,7 +178,7 @@ class ObjectArtifacts:
             )
 
     async def list_files(self) -> AsyncIterator[StoredFile]:
-        """See ``Artifacts.list_files``; objects below a further prefix are left out."""
+        """See ``Artifacts.list_files``; objects below other prefixes are left out."""
         with self._explained("There is no listing of"):
             pages = obstore.list(self._store, chunk_size=1_000)
             while page := await _call(next, pages, None):
@@ -199,6 +219,13 @@ class ObjectArtifacts:
             return await _call(lambda: bytes(obstore.get(self._store, name).bytes()))
         except FileNotFoundError:
             return None
+
+    async def _preview_parts(self, folder: str) -> list[str]:
+        pages = obstore.list(self._store, folder)
+        names: list[str] = []
+        while page := await _call(next, pages, None):
+            names += [entry["path"] for entry in page]
+        return names
 
     async def _remove(self, name: str, patience: float | None = None) -> bool:
         """Delete the object and return whether it was there: the store itself does not say so."""

@@ -48,6 +48,26 @@ def cancels_out(samples: Samples, sample_rate: int) -> bool:
     return bool(lost > _LOST_MUSIC * powers.sum())
 
 
+class ResampledStream:
+    """Samples at another rate, as they arrive; they lag behind by a few hundredths of a second."""
+
+    def __init__(self, to_rate: int, channels: int) -> None:
+        self._to_rate = to_rate
+        self._channels = channels
+        self._stream: soxr.ResampleStream | None = None
+
+    def add(self, samples: Samples, from_rate: int) -> Samples:
+        """Return what follows from these samples; all must have the same rate in Hz."""
+        if from_rate == self._to_rate:
+            return samples
+        if self._stream is None:
+            self._stream = soxr.ResampleStream(
+                from_rate, self._to_rate, self._channels, dtype="float32"
+            )
+        resampled: Samples = self._stream.resample_chunk(np.ascontiguousarray(samples.T))
+        return resampled.reshape(-1, self._channels).T
+
+
 def resample(samples: Samples, from_rate: int, to_rate: int) -> Samples:
     """Return the samples at another rate in Hz, at least one frame.
 

@@ -24,7 +24,7 @@ def transcode(data: bytes, source: str, audio_format: AudioFormat, tags: Tags) -
     From one lossless format to another, no sample changes. Call this in a thread. Raises
     ``ArtifactError`` if the content is not audio.
     """
-    audio = _decode(data, source)
+    audio = decode(data, source)
     return encode(audio.samples, audio.sample_rate, audio_format, tags)
 
 
@@ -33,7 +33,7 @@ def reencode(data: bytes, source: str, encoding: Encoding, tags: Tags) -> bytes:
 
     Call this in a thread. Raises ``ArtifactError`` if the content is not audio.
     """
-    audio = _decode(data, source)
+    audio = decode(data, source)
     rate = encoding.rate_for(audio.sample_rate)
     channels = encoding.channels_for(len(audio.samples))
     samples = match_channels(audio.samples, channels, audio.sample_rate)
@@ -43,7 +43,8 @@ def reencode(data: bytes, source: str, encoding: Encoding, tags: Tags) -> bytes:
     return encode_with(options, samples, rate, tags if has_tags else None)
 
 
-def _decode(data: bytes, source: str) -> Audio:
+def decode(data: bytes, source: str) -> Audio:
+    """Return the audio of a file's content; raises ``ArtifactError`` if it is not audio."""
     try:
         frames, sample_rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:

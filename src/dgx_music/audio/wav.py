@@ -28,10 +28,20 @@ def encode(samples: Samples, sample_rate: int, tags: bytes = b"") -> bytes:
 
     ``tags`` is a chunk to put before the samples.
     """
+    pcm = _to_frames(samples)
+    return header(sample_rate, len(samples), pcm.nbytes, tags) + pcm.tobytes()
+
+
+def to_pcm(samples: Samples) -> bytes:
+    """Return the samples as a file holds them, without a header; what exceeds ±1 is cut off."""
+    return _to_frames(np.clip(samples, -1, 1)).tobytes()
+
+
+def _to_frames(samples: Samples) -> NDArray[Any]:
     pcm = np.empty(samples.shape[::-1], "<i2")  # [frame, channel]
     for channel, column in zip(samples, pcm.T, strict=True):
         column[:] = _to_16_bits(channel)
-    return _header(sample_rate, len(samples), pcm.nbytes, tags) + pcm.tobytes()
+    return pcm
 
 
 def _to_16_bits(channel: Samples) -> NDArray[Any]:
@@ -42,7 +52,8 @@ def _to_16_bits(channel: Samples) -> NDArray[Any]:
     return scaled.astype(np.int32) >> 16
 
 
-def _header(sample_rate: int, channels: int, size: int, tags: bytes) -> bytes:
+def header(sample_rate: int, channels: int, size: int, tags: bytes = b"") -> bytes:
+    """Return what stands before so many bytes of samples."""
     frame_bytes = channels * _SAMPLE_BYTES
     form = _PCM, channels, sample_rate, sample_rate * frame_bytes, frame_bytes, 8 * _SAMPLE_BYTES
     whole = _BYTES_AFTER_SIZE + len(tags) + size

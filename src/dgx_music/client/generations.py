@@ -90,7 +90,7 @@ async def wait_for_generation(generation_id: str, *, timeout: float | None = Non
             async for latest in rows:
                 if latest.is_finished:
                     return latest
-    latest = await _read(await ensure_database(), generation_id)
+    latest = await read_generation(await ensure_database(), generation_id)
     if latest.is_finished:
         return latest
     raise WaitTimeoutError(generation_id, latest.status, timeout or 0.0)
@@ -107,7 +107,7 @@ async def watch_generation(generation_id: str) -> AsyncGenerator[Generation, Non
     # Subscribe before the first read: a change between the two must not be missed.
     with database.changes.subscribe(Topic.DONE, [generation_id]) as changes:
         while True:
-            generation = await _read(database, generation_id)
+            generation = await read_generation(database, generation_id)
             state = (
                 generation.status,
                 generation.attempt,
@@ -130,7 +130,8 @@ def audio_facts(generation: Generation) -> AudioFacts | None:
     return AudioFacts.read(generation.get_metadata().get(queue.AUDIO_KEY))
 
 
-async def _read(database: Database, generation_id: str) -> Generation:
+async def read_generation(database: Database, generation_id: str) -> Generation:
+    """Return the row; raises ``GenerationNotFoundError``."""
     generation = await database.transact(
         lambda session: repository.get_generation(session, generation_id), read_only=True
     )

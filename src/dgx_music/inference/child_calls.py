@@ -31,6 +31,7 @@ from dgx_music.inference.messages import (
     FromChild,
     Generate,
     Load,
+    Part,
     Progress,
     Ready,
     SlotFreed,
@@ -41,6 +42,8 @@ from dgx_music.inference.messages import (
 
 ReportProgress = Callable[[float], None]
 FreeSlot = Callable[[], None]
+HearPart = Callable[[Audio, int], None]
+"""Gets a part of the audio while the rest is being made, and the place of its first sample."""
 
 NOT_RUNNING = "The engine's process is not running."
 
@@ -84,10 +87,12 @@ class _Running:
         slots: anyio.CapacityLimiter,
         on_progress: ReportProgress,
         on_slot_free: FreeSlot,
+        on_part: HearPart,
     ) -> None:
         self.key = key
         self.on_progress = on_progress
         self.on_slot_free = on_slot_free
+        self.on_part = on_part
         self._loop = asyncio.get_running_loop()
         self.outcome: asyncio.Future[Audio | EngineError] = self._loop.create_future()
         self._kill_timer: asyncio.TimerHandle | None = None
@@ -162,13 +167,14 @@ class ChildCalls:
         request: GenerationRequest,
         on_progress: ReportProgress,
         on_slot_free: FreeSlot,
+        on_part: HearPart,
         grace_seconds: float,
     ) -> Audio:
         """Return the audio of one request; see ``EngineProcess.generate``."""
         model = self._models.get(request.model)
         if model is None or model.info is None:
             raise EngineReplacedError(NOT_RUNNING)
-        running = _Running(next(self._keys), model.slots, on_progress, on_slot_free)
+        running = _Running(next(self._keys), model.slots, on_progress, on_slot_free, on_part)
         await model.slots.acquire_on_behalf_of(running)
         try:
             outcome = await self._perform(running, request, grace_seconds)
@@ -210,6 +216,8 @@ class ChildCalls:
         match message:
             case Progress(key, progress):
                 self._report(key, progress)
+            case Part(key, start):
+                self._hear(key, message.audio(), start)
             case Finished(key):
                 self._finish(key, message.audio())
             case Failed(key):
@@ -235,6 +243,11 @@ class ChildCalls:
         if running is not None:  # an engine's own thread may report just after the end
             # not at once: an error in it must reach the loop's handler, and not break the channel
             self._loop.call_soon(running.on_progress, progress)
+
+    def _hear(self, key: int, audio: Audio, start: int) -> None:
+        running = self._running.get(key)
+        if running is not None:
+            self._loop.call_soon(running.on_part, audio, start)
 
     def _free_slot(self, key: int) -> None:
         running = self._running.get(key)

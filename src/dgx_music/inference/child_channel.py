@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import cast
 
+from dgx_music.audio.samples import Audio
 from dgx_music.errors import GenerationCancelledError
 from dgx_music.inference.channel import Decoder, encode
-from dgx_music.inference.messages import FromParent, Progress, SlotFreed
+from dgx_music.inference.messages import FromParent, Part, Progress, SlotFreed
 
 PROGRESS_SECONDS = 0.5
 _READ_BYTES = 65_536
@@ -91,6 +92,10 @@ class ChannelRun:
         if self.has_slot:
             self.has_slot = False
             self._channel.send(encode(SlotFreed(self.key)))
+
+    def hand_out(self, audio: Audio, start: int) -> None:
+        """Send the part to the parent; waits while that is busy."""
+        self._channel.send(encode(Part.of(self.key, audio, start)))
 
     def cancel(self) -> None:
         """Ask the engine to stop this generation, and no other."""

@@ -89,6 +89,14 @@ class Run(Protocol):
         The end of the generation does this too; a second call changes nothing.
         """
 
+    def hand_out(self, audio: Audio, start: int) -> None:
+        """Hand out a part of the audio that is made already, for those who listen meanwhile.
+
+        ``start`` is the place of its first sample in the whole. The parts follow each other without
+        gaps, in the channels and at the rate of the whole. An engine that makes all its audio at
+        once does not call it.
+        """
+
     def make_room(self) -> bool:
         """Unload idle engines after running out of memory; ``True`` if it is worth a retry."""
 

@@ -3,8 +3,8 @@
 The parent sends ``Load``, ``Generate`` and ``Cancel``. The child answers:
 
 - each ``Load`` with one ``Ready`` or one ``Unavailable``;
-- each ``Generate`` with any number of ``Progress``, then at most one ``SlotFreed``, and at the end
-  exactly one ``Finished`` or ``Failed``.
+- each ``Generate`` with any number of ``Progress`` and ``Part``, with at most one ``SlotFreed``
+  among them, and at the end exactly one ``Finished`` or ``Failed``.
 
 The child sends ``SlotsReduced``, ``Unloaded`` and ``DeviceLost`` unasked.
 
@@ -124,6 +124,26 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a generation's audio, ahead of the whole; its first sample is number ``start``."""
+
+    key: int
+    start: int
+    shape: list[int]
+    sample_rate: int
+    samples: bytes | bytearray
+
+    @classmethod
+    def of(cls, key: int, audio: Audio, start: int) -> Self:
+        """Return the message for a part of a generation's audio."""
+        return cls(key, start, list(audio.samples.shape), audio.sample_rate, _to_bytes(audio))
+
+    def audio(self) -> Audio:
+        """Return the audio, without copying the samples."""
+        return Audio(np.frombuffer(self.samples, np.float32).reshape(self.shape), self.sample_rate)
+
+
+@dataclass(frozen=True)
 class SlotFreed:
     """Another generation may have the slot: the tokens are there, only the audio is missing."""
 
@@ -196,7 +216,7 @@ class DeviceLost:
 
 
 FromParent = Load | Generate | Cancel
-Answer = Ready | Unavailable | Progress | SlotFreed | Finished | Failed
+Answer = Ready | Unavailable | Progress | Part | SlotFreed | Finished | Failed
 FromChild = Answer | SlotsReduced | Unloaded | DeviceLost
 Message = FromParent | FromChild
 

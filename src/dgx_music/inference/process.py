@@ -16,7 +16,13 @@ import anyio
 
 from dgx_music.audio.samples import Audio
 from dgx_music.errors import EngineReplacedError, EngineUnavailableError
-from dgx_music.inference.child_calls import NOT_RUNNING, ChildCalls, FreeSlot, ReportProgress
+from dgx_music.inference.child_calls import (
+    NOT_RUNNING,
+    ChildCalls,
+    FreeSlot,
+    HearPart,
+    ReportProgress,
+)
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.messages import EngineInfo
 
@@ -77,13 +83,14 @@ class EngineProcess:
         request: GenerationRequest,
         on_progress: ReportProgress,
         on_slot_free: FreeSlot = lambda: None,
+        on_part: HearPart = lambda _audio, _start: None,
     ) -> Audio:
         """Return the audio of one request; a call waits until its model's engine has a free slot.
 
         A cancelled call returns when its generation has ended, at the latest after the cancel
         grace: a generation that has not stopped by then costs the process. The event loop calls
-        ``on_progress`` often, and ``on_slot_free`` at most once, if the slot is free before the
-        audio is made.
+        ``on_progress`` often, ``on_slot_free`` at most once, if the slot is free before the audio
+        is made, and ``on_part`` with each part of the audio that is made before the end.
 
         Raises ``EngineCrashedError`` if the process died while this ran; ``EngineReplacedError``
         if it was ended for another reason or is not running, if the model is not loaded, or if
@@ -93,7 +100,7 @@ class EngineProcess:
         if self._calls is None:
             raise EngineReplacedError(NOT_RUNNING)
         return await self._calls.generate(
-            request, on_progress, on_slot_free, self._cancel_grace_seconds
+            request, on_progress, on_slot_free, on_part, self._cancel_grace_seconds
         )
 
     async def close(self) -> None:

@@ -37,10 +37,12 @@ class EngineHost(Protocol):
         request: GenerationRequest,
         on_progress: Callable[[float], None],
         on_slot_free: Callable[[], None],
+        on_part: Callable[[Audio, int], None],
     ) -> Audio:
         """Return the audio of one request; cancelling the call stops the generation.
 
-        ``on_slot_free`` is called if the slot becomes free before the audio is made.
+        ``on_slot_free`` is called if the slot becomes free before the audio is made, and
+        ``on_part`` with each part of the audio that is made before the end.
         """
 
     async def close(self) -> None:
@@ -128,9 +130,10 @@ class LiveEngine:
         request: GenerationRequest,
         on_progress: Callable[[float], None],
         on_slot_free: Callable[[], None],
+        on_part: Callable[[Audio, int], None],
     ) -> Audio:
         """Return the audio of one request; see ``EngineHost.generate``."""
-        return await self._host.generate(request, on_progress, on_slot_free)
+        return await self._host.generate(request, on_progress, on_slot_free, on_part)
 
     async def close(self) -> None:
         """End the engine."""

@@ -41,6 +41,7 @@ from dgx_music.worker.leases import Leases, Running, Stop
 from dgx_music.worker.live_engine import LiveEngine
 from dgx_music.worker.lost_files import drop_files
 from dgx_music.worker.outcomes import Completed, Failed, Released, outcome_of
+from dgx_music.worker.preview import Preview, publishing
 from dgx_music.worker.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -118,10 +119,15 @@ class Performing:
         audio.check_format(self._format_of(running.claim), request.sample_rate)
         settings = self._settings
         deadline = settings.deadline_floor_seconds + settings.deadline_factor * request.duration
+        rate, channels = request.sample_rate, request.channels
+        preview = Preview(self._artifacts, running.lease, sample_rate=rate, channels=channels)
         try:
             with anyio.fail_after(deadline):
                 free_slot = partial(self._free_slot, running)
-                return await self._engine.generate(request, running.note_progress, free_slot)
+                async with publishing(preview):
+                    return await self._engine.generate(
+                        request, running.note_progress, free_slot, preview.hear
+                    )
         except TimeoutError:
             message = f"The attempt took longer than its deadline of {deadline:g} s."
             raise TimeoutError(message) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +22,8 @@ from dgx_music.inference.musicgen.streaming import Chain
 
 WINDOW_SECONDS = 1.0
 """Of audio in one pass. A longer window takes more memory, a shorter one more time."""
+
+HearPart = Callable[[Tensor, int], None]
 
 
 class Codec:
@@ -37,7 +40,8 @@ class Codec:
         self.sample_rate: int = model.config.sampling_rate
         self.frame_size: int = model.config.hop_length
         """Samples in a frame."""
-        self._window = round(WINDOW_SECONDS * self.frame_rate)
+        self.window = round(WINDOW_SECONDS * self.frame_rate)
+        """Frames in one pass."""
         self._stream = borrow_stream(self, model.device)
 
     @property
@@ -56,14 +60,23 @@ class Codec:
     def decode(self, codes: Tensor) -> CodecWork:
         """Return the work from ``[codebook, frame]`` to samples ``[channel, sample]``."""
         samples = torch.empty(self.channels, codes.shape[1] * self.frame_size)
-        return CodecWork(self.open_decoder(), codes, self._window, samples)
+        return CodecWork(self.open_decoder(), codes, self.window, samples)
+
+    def begin_decoding(self, frame_count: int, hear: HearPart) -> CodecWork:
+        """Return the work of ``decode`` for a clip whose codes come window by window.
+
+        ``hear`` gets each part of the samples, and the place of its first one.
+        """
+        samples = torch.empty(self.channels, frame_count * self.frame_size)
+        count = math.ceil(frame_count / self.window)
+        return CodecWork(self.open_decoder(), None, self.window, samples, count, hear)
 
     def encode(self, samples: Tensor) -> CodecWork:
         """Return the work from ``[channel, sample]`` to codes ``[codebook, frame]``."""
         frame_count = math.ceil(samples.shape[1] / self.frame_size)
         codebooks = self.channels * _codebook_count(self._model)
         codes = torch.empty(codebooks, frame_count, dtype=torch.long)
-        return CodecWork(self.open_encoder(), samples, self._window * self.frame_size, codes)
+        return CodecWork(self.open_encoder(), samples, self.window * self.frame_size, codes)
 
 
 class CodecStream(ABC):
@@ -134,25 +147,46 @@ class _Encoding(CodecStream):
 
 
 class CodecWork:
-    """A whole clip's way through the codec, one window for each step."""
+    """A whole clip's way through the codec, one window for each step.
 
-    def __init__(self, stream: CodecStream, given: Tensor, window: int, result: Tensor) -> None:
+    If ``given`` is ``None``, ``count`` windows are pushed one after another.
+    """
+
+    def __init__(
+        self,
+        stream: CodecStream,
+        given: Tensor | None,
+        window: int,
+        result: Tensor,
+        count: int = 0,
+        hear: HearPart | None = None,
+    ) -> None:
         self._stream = stream
-        self._parts = deque(torch.split(given, window, dim=1))
+        self._parts = deque(() if given is None else torch.split(given, window, dim=1))
+        self.left = count or len(self._parts)
+        """How many steps are left."""
         self._result = result
+        self._hear = hear
         self._end = 0
 
     @property
-    def left(self) -> int:
-        """How many steps are left."""
-        return len(self._parts)
+    def is_ready(self) -> bool:
+        """True if the next window is there."""
+        return bool(self._parts)
+
+    def push(self, part: Tensor) -> None:
+        """Add the next window, while another thread may do an earlier one."""
+        self._parts.append(part)
 
     def step(self) -> None:
         """Do the next window."""
         part = self._parts.popleft()
-        made = self._stream.step(part) if self._parts else self._stream.finish(part)
+        self.left -= 1
+        made = self._stream.step(part) if self.left else self._stream.finish(part)
         start, self._end = self._end, self._end + made.shape[1]
         self._result[:, start : self._end] = made
+        if self._hear is not None:
+            self._hear(made, start)
 
     def finish(self) -> Tensor:
         """Do all that is left; return the result, on the CPU."""

@@ -14,14 +14,16 @@ from dgx_music.inference.musicgen.codec import CodecWork
 
 
 @dataclass
-class _Clip:
-    """A clip that waits for its next window, and what its caller waits for."""
+class Clip:
+    """A clip on its way through the codec, and what its caller waits for."""
 
     number: int
     work: CodecWork
     result: Future[Tensor] = field(default_factory=Future)
+    has_turn: bool = False
+    """True while it waits for the next window to be done, or that is being done."""
 
-    def __lt__(self, other: _Clip) -> bool:
+    def __lt__(self, other: Clip) -> bool:
         return (self.work.left, self.number) < (other.work.left, other.number)
 
 
@@ -34,13 +36,13 @@ class CodecThread:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, "codec")
-        self._waiting: list[_Clip] = []  # a heap
+        self._waiting: list[Clip] = []  # a heap
         self._lock = threading.Lock()  # for the heap
         self._numbers = count()
 
     def start(self, work: CodecWork) -> Future[Tensor]:
         """Return what will be the work's result; a cancel ends the work after a window."""
-        clip = _Clip(next(self._numbers), work)
+        clip = self.open(work)
         try:
             self._enter(clip)
         except RuntimeError:  # no thread can be started; a later one would still do the work
@@ -48,12 +50,25 @@ class CodecThread:
             raise
         return clip.result
 
+    def open(self, work: CodecWork) -> Clip:
+        """Return a clip whose windows are still to come; see ``push``."""
+        return Clip(next(self._numbers), work)
+
+    def push(self, clip: Clip, part: Tensor) -> None:
+        """Do the next window of the clip when it is its turn. Any thread may call this."""
+        clip.work.push(part)
+        self._enter(clip)
+
     def close(self) -> None:
         """End the thread; no clip may wait."""
         self._executor.shutdown()
 
-    def _enter(self, clip: _Clip) -> None:
+    def _enter(self, clip: Clip) -> None:
+        """Let the clip wait for its turn, unless it does, or has no window to be done."""
         with self._lock:
+            if clip.has_turn or not clip.work.is_ready:
+                return
+            clip.has_turn = True
             heapq.heappush(self._waiting, clip)
         self._executor.submit(self._do_next)
 
@@ -71,6 +86,8 @@ class CodecThread:
         if clip.result.cancelled():
             return
         if clip.work.left:
+            with self._lock:  # a window that is pushed from here on enters it
+                clip.has_turn = False
             self._enter(clip)
         else:
             _answer(clip.result, clip.work.finish())

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import numpy as np
-
 from dgx_music.audio.samples import Audio
 from dgx_music.catalog import WINDOW_SECONDS, ModelInfo, find_model
-from dgx_music.errors import EngineError, EngineUnavailableError, how_to_install
+from dgx_music.errors import EngineUnavailableError, how_to_install
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
 from dgx_music.sampling import Sampling
 
@@ -29,7 +27,7 @@ try:
         max_steps_of,
         plan,
     )
-    from dgx_music.inference.musicgen.codec import Codec, CodecWork
+    from dgx_music.inference.musicgen.codec import Codec
     from dgx_music.inference.musicgen.codec_thread import CodecThread
     from dgx_music.inference.musicgen.conditioning import (
         Conditioner,
@@ -51,6 +49,7 @@ try:
         measure_change,
         trial_requests,
     )
+    from dgx_music.inference.musicgen.live_clip import LiveClip
     from dgx_music.inference.musicgen.loop import DecodingLoop
     from dgx_music.inference.musicgen.slots import Slots
     from dgx_music.inference.musicgen.weights import Weights, load_weights, stored_bytes
@@ -170,12 +169,16 @@ class MusicGenEngine:
         run.check_cancelled()
         sample_count = round(request.duration * self._codec.sample_rate)
         frame_count = math.ceil(sample_count / self._codec.frame_size)
-        codes = self._decode(request, frame_count, run)  # [codebook, frame]
-        run.free_slot()
-        decoded = self._in_codec_thread(run, self._codec.decode(codes))  # [channel, sample]
+        live = LiveClip(self._codec, self._codec_thread, frame_count, sample_count, run)
+        try:
+            codes = self._decode(request, live, run)  # [codebook, frame]
+            run.free_slot()
+            live.push_rest(codes)
+            decoded = _result_of(live.result, run)  # [channel, sample]
+        except BaseException:
+            live.result.cancel()
+            raise
         samples = decoded[:, :sample_count].numpy()
-        if not np.isfinite(samples).all():
-            raise EngineError("The codec's samples are not finite; its weights may be damaged.")
         run.report_progress(1.0)
         device_seconds = time.perf_counter() - started
         return Audio(samples, self._codec.sample_rate, self._facts(request, device_seconds))
@@ -185,8 +188,9 @@ class MusicGenEngine:
         check_room(needed, self._decoder.device, f"a batch of {count}")
         return Slots(self._decoder, count, self._max_steps)
 
-    def _decode(self, request: GenerationRequest, frame_count: int, run: Run) -> Tensor:
+    def _decode(self, request: GenerationRequest, live: LiveClip, run: Run) -> Tensor:
         """Return the codes ``[codebook, frame]``; a long clip is decoded window by window."""
+        frame_count = live.frame_count
         is_long = frame_count > self._longest_window
         # On the CPU: the same numbers on every device.
         random = torch.Generator().manual_seed(request.effective_seed)
@@ -196,7 +200,11 @@ class MusicGenEngine:
             conditions = self._conditioner.read(request, melody_from)
             given = codes[:, window.start :]
             row = self._row(request, conditions, given, window.frame_count, random)
-            decoded = self._loop.decode(row, WindowRun(run, window, frame_count))
+            window_run, listening = (
+                WindowRun(run, window, frame_count),
+                live.seen_from(window.start),
+            )
+            decoded = self._loop.decode(row, window_run, listening)
             codes = torch.cat([codes[:, : window.start], decoded], dim=1)
         return codes
 
@@ -227,18 +235,7 @@ class MusicGenEngine:
         if request.continuation is None:
             return self._no_codes()
         clip = fit(request.continuation, self._codec.sample_rate, self._codec.channels)
-        return self._in_codec_thread(run, self._codec.encode(clip))
-
-    def _in_codec_thread(self, run: Run, work: CodecWork) -> Tensor:
-        """Return the work's result; a cancelled generation does not wait for it."""
-        result = self._codec_thread.start(work)
-        while not wait((result,), _CANCEL_CHECK_SECONDS).done:
-            try:
-                run.check_cancelled()
-            except BaseException:
-                result.cancel()
-                raise
-        return result.result()
+        return _result_of(self._codec_thread.start(self._codec.encode(clip)), run)
 
     def _no_codes(self) -> Tensor:
         return torch.empty(self._decoder.codebook_count, 0, dtype=torch.long)
@@ -300,3 +297,14 @@ class MusicGenEngine:
             "is_untrained": self._is_untrained,
             **self._number_facts,
         }
+
+
+def _result_of(work: Future[Tensor], run: Run) -> Tensor:
+    """Return the result of the codec's thread; a cancelled generation does not wait for it."""
+    while not wait((work,), _CANCEL_CHECK_SECONDS).done:
+        try:
+            run.check_cancelled()
+        except BaseException:
+            work.cancel()
+            raise
+    return work.result()

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +23,28 @@ from dgx_music.inference.trouble import first_line, is_out_of_memory
 logger = logging.getLogger(__name__)
 
 
+class Listening(Protocol):
+    """Takes a row's codes window by window, while later ones are being made."""
+
+    @property
+    def next_start(self) -> int:
+        """The row's frame at which the next window begins."""
+
+    @property
+    def next_end(self) -> int:
+        """The row's frame at which it ends."""
+
+    def push(self, codes: Tensor) -> None:
+        """Take the codes ``[K, frame]`` of the next window; it must not take long."""
+
+
 @dataclass(eq=False)
 class _Ticket:
     """A row, the ``Run`` of its caller, and the codes that the caller waits for."""
 
     row: Row
     run: Run
+    listening: Listening | None = None
     codes: Future[Tensor] = field(default_factory=Future)
 
     def answer(self, ending: Tensor | BaseException) -> None:
@@ -68,14 +85,16 @@ class DecodingLoop:
         """How many rows fit into memory; may shrink, never grows."""
         return self._supply.slot_count
 
-    def decode(self, row: Row, run: Run) -> Tensor:
+    def decode(self, row: Row, run: Run, listening: Listening | None = None) -> Tensor:
         """Wait until the row has been through a slot; return its codes ``[K, frame]``.
+
+        ``listening`` gets codes in the meantime, in the decoding thread.
 
         Any thread may call this. Raises what ``run`` raises, ``EngineReplacedError`` if there was
         no memory for so many rows, the out-of-memory error itself if there is none for one row,
         and ``EngineError`` if decoding fails otherwise, with the error as its cause.
         """
-        ticket = _Ticket(row, run)
+        ticket = _Ticket(row, run, listening)
         with self._lock:
             if not self._is_running:
                 # it waits for the lock
@@ -198,9 +217,17 @@ def _ending_of(ticket: _Ticket, slots: Slots) -> Tensor | BaseException | None:
             # The audio is the last step; a device may be ahead of the row's last step.
             ticket.run.report_progress(min(1.0, row.position / (row.step_count + 1)))
         ticket.run.check_cancelled()
+        if ticket.listening is not None:
+            _pass_on(ticket.listening, row, slots)
         return slots.codes(row) if row.is_done else None
     except BaseException as error:
         return error
+
+
+def _pass_on(listening: Listening, row: Row, slots: Slots) -> None:
+    """Give the next windows of codes to whoever listens, when all their frames are there."""
+    while (end := listening.next_end) <= slots.whole_frames(row) and end < row.frame_count:
+        listening.push(slots.codes(row, listening.next_start, end))
 
 
 def _failed_step(error: BaseException, count: int) -> BaseException:

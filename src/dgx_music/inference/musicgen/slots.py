@@ -153,18 +153,21 @@ class Slots:
         if self._decoder.device.type != "cpu" or not self._state.is_finite[slot]:
             self._cache[:, slot] = 0
 
+    def whole_frames(self, row: Row) -> int:
+        """Return how many frames of a row have all their codes."""
+        return max(0, min(row.position - self._delays[-1], row.frame_count))
+
     @torch.no_grad()
-    def codes(self, row: Row) -> Tensor:
-        """Return the codes ``[K, frame]`` of a row that is done.
+    def codes(self, row: Row, start: int = 0, end: int | None = None) -> Tensor:
+        """Return the codes ``[K, frame]`` of a row's whole frames, by default of a row's end.
 
         Raises ``EngineError`` if one of its numbers was not finite.
         """
+        end = row.frame_count if end is None else end
         with self._launcher.on_stream():
             slot = self.rows.index(row)
             tokens = self._state.tokens[slot, 1 : row.step_count + 1]  # [step, K]
-            codes = [
-                tokens[delay : delay + row.frame_count, k] for k, delay in enumerate(self._delays)
-            ]
+            codes = [tokens[delay + start : delay + end, k] for k, delay in enumerate(self._delays)]
             # With the mark, so that the host waits for the device once.
             numbers = torch.cat([*codes, self._state.is_finite[slot, None]]).cpu()
         if not numbers[-1]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dgx_music.audio.samples import Audio
 from dgx_music.inference.engine import Run
 
 _STRIDE = 0.6
@@ -56,6 +57,10 @@ class WindowRun:
 
     def free_slot(self) -> None:
         """Do nothing: the next window needs a slot."""
+
+    def hand_out(self, audio: Audio, start: int) -> None:
+        """Hand out a part of the whole clip's audio."""
+        self._run.hand_out(audio, start)
 
     def make_room(self) -> bool:
         """Unload idle engines; return whether there were any."""
