@@ -16,7 +16,7 @@ from dgx_music.cli.output import fail
 if TYPE_CHECKING:
     from dgx_music.storage import Generation
 
-_PLAYERS = {
+PLAYERS = {
     "ffplay": ("-nodisp", "-autoexit", "-loglevel", "error"),
     "mpv": ("--no-video", "--really-quiet"),
     "aplay": ("--quiet",),
@@ -35,14 +35,14 @@ def play(row: Generation) -> None:
     from dgx_music.client.content import path_of
 
     path_of(row)
-    name = next((name for name in _PLAYERS if shutil.which(name)), None)
+    name = next((name for name in PLAYERS if shutil.which(name)), None)
     if name is None:
         raise typer.Exit(fail(_NONE, 1))
     with tempfile.TemporaryDirectory(prefix="dgx-music-") as folder:
         # aplay knows no other format
         saving = Saving(Path(folder) / "audio", audio_format="wav" if name == "aplay" else None)
         saved = asyncio.run(saving.save(row))
-        command = [name, *_PLAYERS[name], str(saved.path)]
+        command = [name, *PLAYERS[name], str(saved.path)]
         code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode  # noqa: S603 - no shell
     if code != 0:
         raise typer.Exit(fail(f"{name} could not play {row.file_path}; it ended with {code}.", 1))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dgx_music.cli.options import AsJson, DatabaseUrl, Timeout
 from dgx_music.cli.output import print_json, tell
+from dgx_music.errors import InvalidRequestError
 from dgx_music.validation import check_positive
 
 if TYPE_CHECKING:
@@ -24,25 +27,67 @@ WatchedId = Annotated[
 ]
 
 
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="Write the audio to a new WAV file while it is made; `-` is stdout.",
+        show_default=False,
+    ),
+]
+Play = Annotated[
+    bool, typer.Option("--play", help="Play the audio while it is made (ffplay, mpv or aplay).")
+]
+
+
+@dataclass(frozen=True)
+class _Hearing:
+    """Where the audio goes while it is made, if anywhere: to ``out``, or to a player."""
+
+    out: str | None
+    is_played: bool
+
+    def check(self, *, is_json: bool) -> None:
+        """Refuse options that exclude each other."""
+        if self.out is not None and self.is_played:
+            raise InvalidRequestError("--play", "is given beside --out", "leave one of them out")
+        if self.out == "-" and is_json:
+            problem = "is given, and the audio goes to stdout"
+            raise InvalidRequestError("--json", problem, "leave it out")
+
+    @property
+    def is_wanted(self) -> bool:
+        """True if the audio goes anywhere."""
+        return self.is_played or self.out is not None
+
+
 def watch(
     wanted: WatchedId,
+    out: Out = None,
+    play: Play = False,
     timeout: Timeout = None,
     database_url: DatabaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Watch a generation or a batch until it is finished.
 
+    With --out or --play a generation is also heard while it is made.
     Ends with 1 if it, or one of the batch, failed or was cancelled.
     With --json each change is printed as one line of JSON.
     """
     if timeout is not None:
         check_positive("--timeout", timeout)
-    if not asyncio.run(_watch(wanted, timeout, database_url, as_json=as_json)):
+    hearing = _Hearing(out, play)
+    hearing.check(is_json=as_json)
+    if not asyncio.run(_watch(wanted, hearing, timeout, database_url, as_json=as_json)):
         raise typer.Exit(1)
 
 
 async def _watch(
     wanted: str,
+    hearing: _Hearing,
     timeout: float | None,
     database_url: str | None,
     *,
@@ -54,8 +99,15 @@ async def _watch(
     async with opened(database_url) as database:
         found = await find_generation_or_batch(database, wanted)
         if isinstance(found, str):
+            if hearing.is_wanted:
+                raise InvalidRequestError("ID", "is a batch", "name one generation to hear it")
             return await _watch_batch(found, timeout, as_json=as_json)
-        return await _watch_generation(database, found, timeout, as_json=as_json)
+        follow = partial(_watch_generation, database, found, timeout, as_json=as_json)
+        if not hearing.is_wanted:
+            return await follow()
+        from dgx_music.cli.listen import hear
+
+        return await hear(found, hearing.out, follow)
 
 
 async def _watch_generation(
