@@ -94,6 +94,11 @@ class Stream:
         """Return the JSON of an answer that is no stream."""
         return json.loads((await self._next_message())["body"])
 
+    async def part(self) -> bytes:
+        """Return the next bytes of a stream that is not of events; empty at its end."""
+        body: bytes = (await self._next_message())["body"]
+        return body
+
     async def _read(self) -> None:
         assert not self.is_ended
         message = await self._next_message()

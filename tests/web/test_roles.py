@@ -22,6 +22,7 @@ NEEDED = {
     ("DELETE", ONE): OPERATE,
     ("GET", f"{ONE}/audio"): READ,
     ("GET", f"{ONE}/waveform"): READ,
+    ("GET", f"{ONE}/preview"): READ,
     ("GET", f"{ONE}/events"): READ,
     ("PUT", f"{ONE}/star"): ENQUEUE,
     ("DELETE", f"{ONE}/star"): ENQUEUE,

@@ -20,7 +20,6 @@ from dgx_music.cli.play import PLAYERS
 from dgx_music.errors import ArtifactError, InvalidRequestError, NoAudioError
 
 if TYPE_CHECKING:
-    from dgx_music.client.listening import AudioPart
     from dgx_music.storage import Generation
 
 STDOUT = "-"
@@ -52,13 +51,13 @@ async def hear(row: Generation, out: str | None, follow: Callable[[], Awaitable[
 
 async def _copy(row: Generation, sink: Sink) -> None:
     """Write the audio of the row to the sink while it is made; ends with the generation."""
-    from dgx_music import watch_audio
+    from dgx_music.client.listening import watch_audio, wav_header
 
     with suppress(NoAudioError):  # whoever follows the row says how it ended
         async with aclosing(watch_audio(row.id)) as parts:
             async for part in parts:
                 if part.start == 0:
-                    await sink.begin(_header(row, part))
+                    await sink.begin(wav_header(row))
                 await sink.write(part.pcm)
 
 
@@ -76,13 +75,6 @@ async def opened_sink(out: str | None) -> AsyncIterator[Sink]:
     else:
         with _create(Path(out)) as file:
             yield _File(file)
-
-
-def _header(row: Generation, part: AudioPart) -> bytes:
-    from dgx_music.audio.wav import header
-
-    frames = round(row.duration_seconds * part.sample_rate)
-    return header(part.sample_rate, part.channels, frames * part.channels * 2)
 
 
 def _tell_restart() -> None:

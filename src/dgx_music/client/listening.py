@@ -69,6 +69,17 @@ async def watch_audio(
             await changes.wait(_LOOK_SECONDS)
 
 
+def wav_header(row: Generation) -> bytes:
+    """Return what makes a WAV file of the parts of this row's audio.
+
+    It says the duration that was asked for; the audio is as long, to within one sample.
+    """
+    from dgx_music.audio.wav import header  # imports NumPy
+
+    frames = round(row.duration_seconds * row.sample_rate)
+    return header(row.sample_rate, row.channels, frames * row.channels * _SAMPLE_BYTES)
+
+
 class _Listener:
     """How far one attempt's audio was heard."""
 

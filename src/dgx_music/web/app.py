@@ -31,6 +31,7 @@ from dgx_music.web import (
     login,
     overview,
     page,
+    preview,
     transitions,
     uploads,
 )
@@ -42,7 +43,7 @@ from dgx_music.web.problems import NO_METHOD, internal_problem, problem_of
 from dgx_music.web.site import Site
 
 ROUTERS = (
-    *(enqueue, generations, events, audio, labels, transitions, again, bulk),
+    *(enqueue, generations, events, audio, preview, labels, transitions, again, bulk),
     *(uploads, overview, fleet),
     *(replicate, replicate_files, elevenlabs, vllm_omni),
 )

@@ -66,6 +66,7 @@ ROW: Mapping[str, Any] = {
         "self": _SELF,
         "audio": None,
         "waveform": None,
+        "preview": f"{_SELF}/preview",
         "events": f"{_SELF}/events",
         "cancel": f"{_SELF}/cancel",
         "retry": None,

@@ -24,6 +24,7 @@ from dgx_music.web.route import MusicRoute
 from dgx_music.web.rows import as_list_row, base_of
 from dgx_music.web.site import site_of
 from dgx_music.web.stops import Stops
+from dgx_music.web.streams import cancel_when_left
 from dgx_music.web.viewers import View, Viewer
 
 BEGINNING = b"retry: 2000\n\n"
@@ -121,7 +122,7 @@ class EventStream(Response):
             with self._stops.waiting(self._hub.pace.stream_seconds):
                 await send(start)
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(_cancel_when_left, receive, tasks.cancel_scope)
+                    tasks.start_soon(cancel_when_left, receive, tasks.cancel_scope)
                     await self._send_events(partial(_send_part, send))
                     tasks.cancel_scope.cancel()
         finally:
@@ -170,10 +171,3 @@ def _read_ids(request: Request) -> list[str]:
 
 async def _send_part(send: Send, part: bytes) -> None:
     await send({"type": "http.response.body", "body": part, "more_body": True})
-
-
-async def _cancel_when_left(receive: Receive, scope: anyio.CancelScope) -> None:
-    """Cancel when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()

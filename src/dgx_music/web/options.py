@@ -10,6 +10,8 @@ UPLOAD_BYTES = 100_000_000
 """The largest body of an upload, if nothing else is chosen; the library reads no larger file."""
 MOST_DECODES = 4
 """How many uploads are decoded at a time; others wait."""
+MOST_PREVIEWS = 100
+"""How many may listen at a time to what is being made; each asks the database twice a second."""
 MOST_TRANSCODES = 2
 """How many files are converted to another format at a time; others wait."""
 TRANSCODED_BYTES = 256_000_000

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from starlette.requests import Request
 
 from dgx_music.errors import GenerationNotFoundError
-from dgx_music.statuses import CANCELLED, FAILED
+from dgx_music.statuses import CANCELLED, FAILED, PROCESSING
 from dgx_music.storage import Attempt, Generation, get_generation
 from dgx_music.storage.database import ensure_database
 from dgx_music.web.access import Access
@@ -88,6 +88,7 @@ def _urls(row: Generation, base: str) -> dict[str, str | None]:
         "self": own,
         "audio": f"{own}/audio" if has_audio(row) else None,
         "waveform": f"{own}/waveform" if has_audio(row) else None,
+        "preview": f"{own}/preview" if row.status == PROCESSING else None,
         "events": None if row.is_finished else f"{own}/events",
         "cancel": None if row.is_finished else f"{own}/cancel",
         "retry": f"{own}/retry" if row.status in (FAILED, CANCELLED) else None,

@@ -13,7 +13,13 @@ from dgx_music.client.room import limits_of
 from dgx_music.config import Settings, load_settings
 from dgx_music.storage.room import QueueLimits
 from dgx_music.web.hub import Hub
-from dgx_music.web.options import MAX_PENDING, MAX_PENDING_PER_TENANT, MOST_DECODES, WebOptions
+from dgx_music.web.options import (
+    MAX_PENDING,
+    MAX_PENDING_PER_TENANT,
+    MOST_DECODES,
+    MOST_PREVIEWS,
+    WebOptions,
+)
 from dgx_music.web.stops import Stops
 from dgx_music.web.tokens import Rates, Tokens
 from dgx_music.web.transcodes import Transcodes
@@ -33,6 +39,7 @@ class Site:
         self.login_rates = Rates(LOGINS_PER_MINUTE / 60, at_once=LOGINS_PER_MINUTE)
         self.stops = Stops()
         self.hub = Hub(self.stops, options.most_streams)
+        self.listeners = CapacityLimiter(MOST_PREVIEWS)
         self.decodes = CapacityLimiter(MOST_DECODES)
         self.transcodes = Transcodes()
 
