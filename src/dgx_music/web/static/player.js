@@ -24,9 +24,11 @@ function open(url, place) {
   $("now").textContent = place.querySelector(".prompt, h2").textContent;
   $("now").href = `?show=${id}`;
   $("now-what").textContent = place.querySelector(".what").textContent;
+  const isMade = url.endsWith("/audio");
+  $("save").hidden = !isMade;
   $("save").href = `${url}?download=1`;
   draw([]);
-  send("GET", url.replace(/audio$/, "waveform?points=120")).then(({ peaks }) => id === opened && draw(peaks), () => {});
+  if (isMade) send("GET", url.replace(/audio$/, "waveform?points=120")).then(({ peaks }) => id === opened && draw(peaks), () => {});
 }
 
 function draw(peaks) {
