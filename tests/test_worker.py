@@ -885,6 +885,16 @@ async def test_a_rescue_removes_the_lost_attempts_file_by_itself(database, make_
     assert ((await read(database, generation)).status, list(output.iterdir())) == ("pending", [])
 
 
+async def test_a_rescue_removes_the_lost_attempts_preview(database, make_worker, output):
+    generation = await add(database)
+    async with database.session() as session:
+        await queue.claim(session, worker_id="dead", model_name=MODEL, limit=1, lease_seconds=30)
+        await back_date(session, generation.id, lease_expires_at=1)
+    await LocalArtifacts(output).publish_preview(generation.id, 1, 0, b"a second of music")
+    await make_worker()._sweeping.rescue()
+    assert [*output.glob("previews/*")] == []
+
+
 async def test_files_of_earlier_attempts_are_removed_before_completion(
     database, make_worker, output, monkeypatch
 ):
