@@ -110,3 +110,47 @@ def test_66_seconds_have_audiocrafts_tokens_at_the_true_size_of_windows(scale: S
     assert scale.shortfall("mono", codes) < ROUNDING
     codes[0, 2_400] += 1  # the first frame of the third window
     assert scale.shortfall("mono", codes) > ROUNDING
+
+
+# where windows meet
+
+
+def changes(samples: Any) -> dict[str, Any]:
+    """Return how much the sound changes from each frame to the next, by three measures."""
+    frames = samples.reshape(-1, FRAME)
+    levels = 20 * np.log10(np.sqrt(np.square(frames).mean(axis=1)))
+    spectra = np.log(np.abs(np.fft.rfft(frames * np.hanning(FRAME))) + 1e-3)
+    bends = np.abs(np.diff(samples, n=2, prepend=0, append=0)).reshape(-1, FRAME)
+    return {
+        "level": np.abs(np.diff(levels)),
+        "click": np.maximum(bends[:-1, -8:].max(axis=1), bends[1:, :8].max(axis=1)),
+        "spectrum": np.abs(np.diff(spectra, axis=0)).mean(axis=1),
+    }
+
+
+def outstanding(samples: Any, joints: list[int]) -> set[str]:
+    """Return the measures by which the joints, each before this frame, differ from other places.
+
+    The mean of their ranks is then off by more than three standard deviations, or one of them is
+    larger than all of its neighbours by a quarter.
+    """
+    found = set()
+    for name, sizes in changes(samples).items():
+        own = sizes[np.array(joints) - 1]
+        others = np.delete(sizes, np.array(joints) - 1)
+        ranks = (others[:, None] < own).mean(axis=0)
+        if ranks.mean() > 0.5 + 3 / np.sqrt(12 * len(joints)) or own.max() > 1.25 * others.max():
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("scale", ["half a second"], indirect=True)
+def test_nobody_hears_where_windows_meet(scale: Scale) -> None:
+    frames = scale.frames(300)
+    samples = greedy(scale.engines["mono"], "choir", frames, temperature=1, seed=3)[0]
+    of_tokens, of_codec = list(range(25, frames, 15)), list(range(50, frames, 50))
+    assert outstanding(samples, of_tokens) == set()
+    assert outstanding(samples, of_codec) == set()
+    for joint in of_codec:
+        samples[joint * FRAME - 2] *= 9  # a click that it would hear
+    assert outstanding(samples, of_codec) >= {"click"}
