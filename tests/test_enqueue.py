@@ -769,6 +769,16 @@ async def test_a_long_batch_keeps_its_order_and_counts_every_prompt(database):
     }
 
 
+async def test_a_batch_is_stored_as_it_is_returned(database):
+    """SQLite inserts 50 rows with one statement, then 8, then one."""
+    prompts = [f"rain {number % 55}" for number in range(59)]
+    rows = await enqueue_many(prompts, seed=7, metadata={"from": ["a", "test"]})
+    stored = await read_all(database, select(Generation).order_by(Generation.id))
+
+    assert [row.prompt for row in rows] == prompts
+    assert [row.to_dict() for row in stored] == [row.to_dict() for row in rows]
+
+
 async def test_a_long_batch_said_again_gives_the_same_rows(database):
     requests = [{"prompt": "rain", "idempotency_key": f"key {number}"} for number in range(600)]
     first = await enqueue_many(requests)

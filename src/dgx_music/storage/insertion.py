@@ -152,7 +152,7 @@ async def _insert_on_sqlite(
         }
         for row in rows
     ]
-    await _INSERT_ON_SQLITE.run_each(session, wanted)
+    await _INSERT_ON_SQLITE.insert_each(session, wanted)
     if raced := await _find_raced(session, rows):
         await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
     return [_as_inserted(row) for row in wanted if row["id"] not in raced]

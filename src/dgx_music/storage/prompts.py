@@ -146,10 +146,7 @@ async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[s
 
     It has the prompt's ``id``, and the time of the database as ``now``.
     """
-    counted = {}
-    for values in uses_of(texts):
-        (counted[values["text"]],) = await _COUNT_ON_SQLITE.rows(session, values)
-    return counted
+    return {row.text: row for row in await _COUNT_ON_SQLITE.rows_of_each(session, uses_of(texts))}
 
 
 def uses_of(texts: Iterable[str]) -> list[dict[str, Any]]:
@@ -225,5 +222,5 @@ _COUNT_ON_SQLITE = Prepared(
         sqlite.insert(_prompts).values(
             {name: bindparam(name) for name in ("text", "text_hash", "search_text", "used_count")}
         )
-    ).returning(_p.id, now().label("now"))
+    ).returning(_p.id, _p.text, now().label("now"))
 )
