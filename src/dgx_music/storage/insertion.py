@@ -212,7 +212,9 @@ async def _insert_chunk(
 
 
 def _as_inserted(row: Row) -> Generation:
-    return as_inserted({name: row[name] for name in _ATTRIBUTES})
+    values = {name: row[name] for name in _ATTRIBUTES}
+    values["sampling"] = dict(values["sampling"])  # rows of one batch share theirs
+    return as_inserted(values)
 
 
 _GIVEN = (
