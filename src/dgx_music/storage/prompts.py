@@ -165,7 +165,7 @@ def uses_of(texts: Iterable[str]) -> list[dict[str, Any]]:
 def counted_prompts() -> CTE:
     """Return the part of PostgreSQL's INSERT that counts prompts, as ``count_prompt_uses`` does.
 
-    Its parameter ``texts`` is the JSON of ``uses_of``; it returns ids and hashes of what it counted.
+    Its parameter ``texts`` is the JSON of ``uses_of``; it returns ids and texts of what it counted.
     """
     columns = (_p.text, _p.text_hash, _p.search_text, _p.used_count)
     uses = json_rows("texts", [column(each.name, each.type) for each in columns])
@@ -179,7 +179,7 @@ def counted_prompts() -> CTE:
     upsert = postgresql.insert(_prompts).from_select(
         [each.name for each in columns], counted, include_defaults=False
     )
-    return cast("CTE", _counting(upsert).returning(_p.id, _p.text_hash).cte("counted"))
+    return cast("CTE", _counting(upsert).returning(_p.id, _p.text).cte("counted"))
 
 
 def use_of(text: str) -> dict[str, Any]:
