@@ -7,6 +7,7 @@ repeated idempotency key inserts nothing and gives the row that is there already
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from itertools import product
 from operator import is_, itemgetter
@@ -157,7 +158,11 @@ async def _insert_on_sqlite(
     await _INSERT_ON_SQLITE.insert_each(session, wanted)
     if raced := await _find_raced(session, rows):
         await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
-    return [_as_inserted(row) for row in wanted if row["id"] not in raced]
+    return [
+        _as_inserted(row, row["prompt_id"], at, row["run_at"])
+        for row in wanted
+        if row["id"] not in raced
+    ]
 
 
 async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
@@ -186,8 +191,7 @@ async def _insert_one(session: AsyncSession, row: Row) -> Generation:
     """Insert a row without a key: the statement for many takes the server a third longer."""
     values = {**row, **use_of(row["prompt"])}
     (made,) = await _INSERT_ONE_ON_POSTGRES.rows(session, values)
-    at = {"prompt_id": made.prompt_id, "created_at": made.created_at, "run_at": made.run_at}
-    return _as_inserted({**row, **at})
+    return _as_inserted(row, made.prompt_id, made.created_at, made.run_at)
 
 
 async def _insert_chunk(
@@ -209,9 +213,7 @@ async def _insert_chunk(
     counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
     await uncount_prompt_uses(session, counted)
     return [
-        _as_inserted(
-            {**row, "prompt_id": at.prompt_id, "created_at": at.created_at, "run_at": at.run_at}
-        )
+        _as_inserted(row, at.prompt_id, at.created_at, at.run_at)
         for row, at in found
         if at.created_at is not None
     ]
@@ -229,9 +231,12 @@ def _split(rows: list[Row]) -> tuple[Row, list[Row]]:
     return {}, [{name: row[name] for name in (*_OWN, *_REST)} for row in rows]
 
 
-def _as_inserted(row: Row) -> Generation:
-    values = {name: row[name] for name in _ATTRIBUTES}
+def _as_inserted(
+    row: Row, prompt_id: int | None, created_at: datetime, run_at: datetime
+) -> Generation:
+    values = dict(zip(_ATTRIBUTES, _values_of(row), strict=True))
     values["sampling"] = dict(values["sampling"])  # rows of one batch share theirs
+    values["prompt_id"], values["created_at"], values["run_at"] = prompt_id, created_at, run_at
     return as_inserted(values)
 
 
@@ -315,9 +320,10 @@ def _insert_on_postgres_statement(*, has_keys: bool, has_batches: bool) -> Any:
 
 _OWN = ("id", "prompt", "request_hash")
 """The columns that rows never have in common, even if they are alike."""
-_REST = ("wanted_run_at", *(name for name in map(_attribute, _GIVEN) if name not in _OWN))
+_ATTRIBUTES = tuple(map(_attribute, _GIVEN))
+_values_of = itemgetter(*_ATTRIBUTES)
+_REST = ("wanted_run_at", *(name for name in _ATTRIBUTES if name not in _OWN))
 _rest_of = itemgetter(*_REST)
-_ATTRIBUTES = (*map(_attribute, _GIVEN), "prompt_id", "created_at", "run_at")
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
 _INSERT_ONE_ON_POSTGRES = Prepared(_insert_one_on_postgres_statement)
 _INSERTS_ON_POSTGRES = {
