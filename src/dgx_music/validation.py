@@ -402,6 +402,8 @@ def _check_says_something(field: str, text: str, remedy: str) -> None:
 
 
 def _clean_text(field: str, value: object, remedy: str) -> str:
+    if type(value) is str and value.isascii() and value.isprintable():  # nearly always
+        return value
     if not isinstance(value, str):
         raise InvalidRequestError(field, f"is {shown(value)}", "use text")
     if (found := _SURROGATE.search(value)) is not None:
