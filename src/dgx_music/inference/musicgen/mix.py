@@ -37,7 +37,7 @@ _LEAP_COST = 0.6
 """For each octave, beside a strongest note of 1: a tune seldom leaps far."""
 
 _LEAST_SHARE = 0.015
-_LEAST_FRAMES = 0.8
+_LEAST_FRAMES = 0.9
 """In so many frames a mix has at least that share of bass, and of something above it."""
 _LEAST_FREE_FRAMES = 0.25
 """In so many frames what is above the bass is none of its overtones. In a low solo it always is."""
