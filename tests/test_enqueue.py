@@ -284,6 +284,8 @@ BAD = [
     ("seed", "7"),
     ("negative_prompt", ""),
     ("negative_prompt", 7),
+    ("melody_kind", "drums"),
+    ("melody_kind", "mix"),  # without a melody
     ("priority", 1_001),
     ("priority", -1_001),
     ("priority", None),

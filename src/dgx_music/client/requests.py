@@ -249,6 +249,8 @@ def plan(
         or (origin is not None and "melody" in origin.clips)
     ):
         validation.check_hears_melody(model)
+    else:
+        validation.check_has_melody(request.melody_kind)
     identity, circumstances = _identity(request, options), _circumstances(request, options)
     wanted_count = options.get("variations", DEFAULTS["variations"])
     variations = validation.check_integer("variations", wanted_count, 1, MAX_VARIATIONS)
