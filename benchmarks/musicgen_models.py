@@ -99,6 +99,19 @@ def build_tokenizer() -> ByT5Tokenizer:
     return ByT5Tokenizer(extra_ids=0)
 
 
+def shortened_config(layers: int) -> MusicgenConfig:
+    """Return a model with the true codec and so many layers of the small model's width.
+
+    Its text encoder is a toy that reads bytes.
+    """
+    config = _config("toy")
+    decoder = _config("small").decoder
+    decoder.num_hidden_layers = layers
+    return MusicgenConfig(
+        text_encoder=config.text_encoder, audio_encoder=_codec_config("small"), decoder=decoder
+    )
+
+
 def _config(size: str) -> MusicgenConfig:
     shape = SHAPES[size]
     t5 = {

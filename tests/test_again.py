@@ -263,6 +263,19 @@ async def test_a_clip_may_be_left_out_or_be_another_one():
     assert other.continuation_sha256 not in (None, old.continuation_sha256)
 
 
+async def test_how_a_melody_is_read_goes_with_the_melody():
+    old = await enqueue(
+        "x", model="musicgen-melody", melody=audio_file(), melody_kind="mix", temperature=0.5
+    )
+
+    (same,) = await again_generation(old.id)
+    (without,) = await again_generation(old.id, melody=None)
+
+    assert same.sampling["melody_kind"] == "mix"
+    assert "melody_kind" not in without.sampling
+    assert without.sampling["temperature"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,6 +2,7 @@ import io
 import math
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -482,3 +483,18 @@ def test_warm_up_imports_the_meter(monkeypatch):
     warm_up()
 
     assert "pyloudnorm" in sys.modules
+
+
+@pytest.mark.parametrize("audio_format", ["wav", "flac"])
+def test_a_longer_clip_takes_twice_its_samples_to_finish_and_no_more(audio_format):
+    """Once for the samples at their level, and once for what is measured, or for the file."""
+
+    def peak_bytes(seconds):
+        clip = noise(seconds, channels=1)
+        tracemalloc.start()
+        finished(clip, audio_format=audio_format)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    assert peak_bytes(60) - peak_bytes(30) < 2.2 * noise(30, channels=1).samples.nbytes

@@ -402,7 +402,6 @@ async def test_kills_and_cancels_neither_lose_nor_change_what_others_become(data
     ashes = await burn_and_check(fire, seconds=240)
     assert len(ashes.killed) >= fire.kill_count == 2
     assert ashes.completed(least_attempts=2)
-    assert "cancelled: completion refused" in fire.daemon.said()
     await check_same_as_undisturbed(database, ashes.completed())
 
 
@@ -416,6 +415,7 @@ async def test_two_hundred_requests_survive_a_kill_every_twenty_seconds(database
     print(f"\n{describe(fire, ashes)}")
     assert len(ashes.killed) >= fire.kill_count >= 3
     assert len(fire.cancelled) >= 15
+    assert "cancelled: completion refused" in fire.daemon.said()
     await check_same_as_undisturbed(database, ashes.completed())
 
 

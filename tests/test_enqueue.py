@@ -284,6 +284,8 @@ BAD = [
     ("seed", "7"),
     ("negative_prompt", ""),
     ("negative_prompt", 7),
+    ("melody_kind", "drums"),
+    ("melody_kind", "mix"),  # without a melody
     ("priority", 1_001),
     ("priority", -1_001),
     ("priority", None),
@@ -767,6 +769,38 @@ async def test_a_long_batch_keeps_its_order_and_counts_every_prompt(database):
     assert await uses(database) == {
         f"rain {number}": 2 if number < 500 else 1 for number in range(700)
     }
+
+
+async def test_a_batch_is_stored_as_it_is_returned(database):
+    """SQLite inserts 50 rows with one statement, then 8, then one."""
+    prompts = [f"rain {number % 55}" for number in range(59)]
+    rows = await enqueue_many(prompts, seed=7, metadata={"from": ["a", "test"]})
+    stored = await read_all(database, select(Generation).order_by(Generation.id))
+
+    assert [row.prompt for row in rows] == prompts
+    assert [row.to_dict() for row in stored] == [row.to_dict() for row in rows]
+
+
+async def test_a_prompt_of_a_batch_is_the_request_that_it_is_alone(database):
+    prompts = ["lofi rain", 'a "quoted" \\ one', "Müller\nvoilà", {"prompt": ""}]
+    options = {"seed": 3, "tenant": "ada", "negative_prompt": "drums"}
+    rows = await enqueue_many(prompts, **options)
+    alone = [await enqueue(row.prompt, **options) for row in rows]
+
+    assert [row.prompt for row in rows] == ["lofi rain", 'a "quoted" \\ one', "Müller\nvoilà", ""]
+    assert [row.request_hash for row in rows] == [row.request_hash for row in alone]
+    assert [row.sampling for row in rows] == [row.sampling for row in alone]
+
+
+async def test_generations_of_a_batch_share_no_object(database):
+    """Who changes the options of one must not change those of the others."""
+    first, second = await enqueue_many(["a", "b"], metadata={"list": []}, tags=["x"])
+    third, fourth = await enqueue_many(["a", "b"])
+
+    assert first.metadata_ is not second.metadata_
+    assert first.metadata_["list"] is not second.metadata_["list"]
+    assert first.tags is not second.tags
+    assert third.sampling is not fourth.sampling
 
 
 async def test_a_long_batch_said_again_gives_the_same_rows(database):

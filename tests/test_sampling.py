@@ -18,6 +18,7 @@ GIVEN = {
     "top_p": 0.9,
     "seed": 7,
     "negative_prompt": "drums",
+    "melody_kind": "mix",
 }
 
 

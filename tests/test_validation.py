@@ -66,6 +66,18 @@ def test_a_negative_prompt_is_refused_in_one_sentence(text: object, sentence: st
     assert refused(validation.check_negative_prompt, text) == sentence
 
 
+@pytest.mark.parametrize("kind", ["", "drums", 7, None, ["mix"]])
+def test_another_kind_of_melody_is_refused(kind: object) -> None:
+    message = f"melody_kind is {validation.shown(kind)}; use auto, solo or mix."
+    assert refused(validation.check_melody_kind, kind) == message
+
+
+def test_a_kind_of_melody_needs_a_melody() -> None:
+    told = "melody_kind is mix, but there is no melody; give a melody, or leave it out."
+    assert refused(validation.check_has_melody, "mix") == told
+    validation.check_has_melody("auto")
+
+
 def test_a_negative_prompt_is_clean_text_too() -> None:
     assert validation.check_negative_prompt(" drums\r\nand bass ") == "drums\nand bass"
 

@@ -130,9 +130,10 @@ class Settings:
         ),
     ] = "auto"
     weights: Annotated[
-        Literal["full", "int8"],
+        Literal["full", "int8", "int4"],
         Setting(
-            "`int8` rounds the language model's weights to 8 bits, unless that changes too much",
+            "`int8` and `int4` round the language model's weights to 8 or 4 bits, unless that changes "
+            "too much",
             panel=_MODEL,
         ),
     ] = "full"

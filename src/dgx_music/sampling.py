@@ -12,9 +12,11 @@ from typing import Annotated, Any, TypedDict
 
 from dgx_music.validation import (
     MAX_TOP_K,
+    MelodyKind,
     check_between,
     check_guided,
     check_integer,
+    check_melody_kind,
     check_negative_prompt,
     check_seed,
 )
@@ -41,6 +43,11 @@ class SamplingOptions(TypedDict, total=False):
     negative_prompt: Annotated[
         str | None,
         "What the music must not be like; needs a guidance_scale above 1.",
+    ]
+    melody_kind: Annotated[
+        MelodyKind,
+        "What the melody's clip holds: solo, a tune alone; mix, a tune above a bass; auto, "
+        "whichever of the two it sounds like.",
     ]
 
 
@@ -71,7 +78,8 @@ class Sampling:
     ``set_generation_params``): top_k 250, top_p off, temperature 1.0, guidance 3.0. ``top_p``
     narrows ``top_k``, as in transformers; in audiocraft it replaces ``top_k``, which is ``top_k`` 0
     here. ``temperature`` 0 decodes greedily. ``negative_prompt`` is the text of the unconditional
-    pass: what the music must not be like.
+    pass: what the music must not be like. ``melody_kind`` says how a melody's clip is read, which is
+    no sampling but goes the same way, from the options through the row to the engine.
     """
 
     guidance_scale: float = _always_stored(3.0, check_between, low=1, high=20)
@@ -80,6 +88,9 @@ class Sampling:
     top_p: float | None = _always_stored(None, check_between, low=0.01, high=1)
     seed: int | None = _always_stored(None, lambda _name, value: check_seed(value))
     negative_prompt: str | None = _checked(None, lambda _name, value: check_negative_prompt(value))
+    melody_kind: MelodyKind = _checked(  # noqa: RUF009
+        "auto", lambda _name, value: check_melody_kind(value)
+    )
 
     def __post_init__(self) -> None:
         for each in _fields_of(Sampling):

@@ -31,6 +31,8 @@ def says_something(text: str) -> bool:
 
     White space, accents alone, and signs that stand for something lost do not count.
     """
+    if text[:1].isalpha() and text.isascii():  # nearly always
+        return True
     return any(is_seen(each) and category(each)[0] != "M" and each not in _LOST for each in text)
 
 

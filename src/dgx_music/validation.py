@@ -23,6 +23,8 @@ from dgx_music.text import says_something
 
 AudioFormat: TypeAlias = Literal["wav", "flac", "mp3", "ogg"]
 AUDIO_FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
+MelodyKind: TypeAlias = Literal["auto", "solo", "mix"]
+MELODY_KINDS: tuple[MelodyKind, ...] = get_args(MelodyKind)
 MAX_PROMPT_CHARACTERS = 2_000
 MAX_NAME_CHARACTERS = 200
 MAX_NOTES_CHARACTERS = 10_000
@@ -196,6 +198,14 @@ def check_audio_format(value: object, field: str = "audio_format") -> AudioForma
     raise InvalidRequestError(field, f"is {shown(value)}", f"use {one_of(AUDIO_FORMATS)}")
 
 
+def check_melody_kind(value: object, field: str = "melody_kind") -> MelodyKind:
+    """Return how a melody's clip is read: ``auto``, ``solo`` or ``mix``."""
+    for known in MELODY_KINDS:
+        if value == known:
+            return known
+    raise InvalidRequestError(field, f"is {shown(value)}", f"use {one_of(MELODY_KINDS)}")
+
+
 def one_of(names: Sequence[str]) -> str:
     """Return the names as a list that ends with ``or``."""
     return f"{', '.join(names[:-1])} or {names[-1]}"
@@ -238,6 +248,13 @@ def check_continuation(clip_seconds: float, duration: float, field: str = "conti
         counted = f"the duration of {exactly(duration)} s counts from its start"
         problem = f"is {exactly(clip_seconds)} s long, and {counted}"
         raise InvalidRequestError(field, problem, "use a longer duration, or a shorter clip")
+
+
+def check_has_melody(kind: MelodyKind, field: str = "melody_kind") -> None:
+    """Refuse, for a request without a melody, any way to read one but the default."""
+    if kind != "auto":
+        problem = f"is {kind}, but there is no melody"
+        raise InvalidRequestError(field, problem, "give a melody, or leave it out")
 
 
 def check_hears_melody(model: ModelInfo, field: str = "melody") -> None:
@@ -402,6 +419,8 @@ def _check_says_something(field: str, text: str, remedy: str) -> None:
 
 
 def _clean_text(field: str, value: object, remedy: str) -> str:
+    if type(value) is str and value.isascii() and value.isprintable():  # nearly always
+        return value
     if not isinstance(value, str):
         raise InvalidRequestError(field, f"is {shown(value)}", "use text")
     if (found := _SURROGATE.search(value)) is not None:

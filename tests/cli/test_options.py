@@ -17,7 +17,8 @@ def test_enqueue_has_each_option_of_the_library() -> None:
 def test_the_help_says_each_default_of_the_library(name: str, default: object) -> None:
     text = REQUEST_OPTIONS[name].__metadata__[0].help
     assert "None" not in text
-    assert default is None or f"; default {default:g}." in text
+    shown = f"{default:g}" if isinstance(default, int | float) else default
+    assert default is None or f"; default {shown}." in text
 
 
 @pytest.mark.parametrize(

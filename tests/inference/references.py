@@ -159,6 +159,56 @@ def audiocraft_long_form(
 
 
 @torch.inference_mode()
+def long_form_shortfall(
+    model: Model,
+    tokenizer: ByT5Tokenizer,
+    prompt: str | None,
+    codes: Tensor,
+    guidance_scale: float,
+    *,
+    window: int,
+    stride: int,
+    given: int = 0,
+    chroma_at: Callable[[int], Tensor | None] = lambda offset: None,
+) -> float:
+    """Return by how much, in logits, the codes ``[K, total]`` fall short of the likeliest ones.
+
+    0 says that they are those of ``audiocraft_long_form``, of which the first ``given`` frames were
+    forced. Each window is read in one pass, so this takes a second for minutes of music. Two tokens
+    that are as good as equally likely fall short by a rounding error.
+    """
+    offset, worst, total = 0, 0.0, codes.shape[1]
+    while offset + given < total:
+        own = codes[:, offset : offset + window]
+        if given < own.shape[1]:
+            conditions = _conditions(model, tokenizer, [prompt, None], chroma_at(offset))
+            scores = _scores(model, own, conditions, guidance_scale)[:, given:]
+            made = scores.gather(-1, own[:, given:, None])[..., 0]
+            worst = max(worst, float((scores.amax(-1) - made).max()))
+        given = own.shape[1] - stride
+        offset += stride
+    return worst
+
+
+def _scores(model: Model, codes: Tensor, conditions: list[Tensor], guidance_scale: float) -> Tensor:
+    """Return the guided logits ``[K, frame, V]`` of each frame, given the frames before it."""
+    config = model.decoder.config
+    delays = [codebook // config.audio_channels for codebook in range(config.num_codebooks)]
+    frames = codes.shape[1]
+    inputs = torch.full((len(delays), frames + delays[-1]), PAD)  # [K, position]
+    for codebook, delay in enumerate(delays):
+        end = min(frames, inputs.shape[1] - 1 - delay)
+        inputs[codebook, 1 + delay : 1 + delay + end] = codes[codebook, :end]
+    logits = [  # each [K, position, V]
+        model.decoder(inputs, encoder_hidden_states=states, use_cache=False).logits
+        for states in conditions
+    ]
+    scores = logits[1] + (logits[0] - logits[1]) * guidance_scale
+    scores = scores[:, -inputs.shape[1] :]  # behind a melody model's prefix
+    return torch.stack([scores[k, delay:][:frames] for k, delay in enumerate(delays)])
+
+
+@torch.inference_mode()
 def melody_prefix(
     model: MusicgenMelodyForConditionalGeneration,
     tokenizer: ByT5Tokenizer,

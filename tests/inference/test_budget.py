@@ -44,7 +44,7 @@ def with_free(patch: pytest.MonkeyPatch, free: int | None) -> None:
     patch.setattr(budget, "free_bytes", lambda _device: free)
 
 
-@pytest.mark.parametrize("weights", ["full", "int8"])
+@pytest.mark.parametrize("weights", ["full", "int8", "int4"])
 def test_the_plan_is_what_the_engine_then_takes(
     folder: Path, weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -78,3 +80,12 @@ def test_a_request_travels_with_its_clips(clips: dict[str, Audio]) -> None:
     for name, given_clip in clips.items():
         assert getattr(received, name).sample_rate == given_clip.sample_rate
         np.testing.assert_array_equal(getattr(received, name).samples, given_clip.samples)
+
+
+def test_a_long_clip_is_copied_once_to_be_sent() -> None:
+    clip = Audio(np.zeros((1, 320_000), np.float32), 32_000)
+    tracemalloc.start()
+    encode(Finished.of(1, clip))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.1 * clip.samples.nbytes

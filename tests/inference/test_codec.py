@@ -329,9 +329,12 @@ def test_a_cancelled_clip_is_done_no_further(codec_thread: CodecThread) -> None:
     assert done == ["cancelled", *["other"] * 10]
 
 
-def test_a_failure_is_that_of_one_clip(codec_thread: CodecThread) -> None:
+@pytest.mark.parametrize("failing", ["step", "finish"])
+def test_a_failure_is_that_of_one_clip(
+    codec_thread: CodecThread, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     broken = FakeWork("broken", 2, [])
-    broken.step = Mock(side_effect=RuntimeError("no window"))  # type: ignore[method-assign]
+    monkeypatch.setattr(broken, failing, Mock(side_effect=RuntimeError("no window")))
     failed = codec_thread.start(broken)
     with pytest.raises(RuntimeError, match="no window"):
         failed.result(PATIENCE)

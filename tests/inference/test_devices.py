@@ -28,6 +28,12 @@ def test_8_bit_weights_are_refused_on_a_gpu_before_any_are_loaded(
         load(device="cuda", dtype="float16", weights="int8")
 
 
+def test_weights_of_4_bits_need_fast_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(EngineUnavailableError, match=r"int4 needs a processor with AVX2.*=full"):
+        load(weights="int4")
+
+
 @pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
 def test_auto_takes_the_gpu_if_there_is_one(
     has_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""Weights of 8 bits, and the gate that they must pass."""
+"""Weights of 8 and of 4 bits, and the gate that they must pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dgx_music.inference.musicgen import engine as musicgen
 from dgx_music.inference.musicgen.batch import Row, delays
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.layers import linear
-from dgx_music.inference.musicgen.quantised import Int8
+from dgx_music.inference.musicgen.quantised import Int4, Int8
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from dgx_music.sampling import Sampling
@@ -45,6 +45,23 @@ def test_a_matrix_is_exact_to_half_a_level_of_each_row() -> None:
     error = (rounded.values * rounded.scales[:, None] - weight).abs()
     assert rounded.values.dtype == torch.int8
     assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_matrix_of_4_bits_is_exact_to_half_a_level_of_each_group(dtype: torch.dtype) -> None:
+    weight = (make_matrix(96, 64) * torch.logspace(-3, 2, 96)[:, None]).to(dtype)
+    rounded = Int4.of(weight).apply(torch.eye(64, dtype=dtype)).T.float()
+    groups = weight.float().unflatten(1, (2, 32))
+    levels = (groups.amax(-1) - groups.amin(-1)) / 15
+    error = (rounded - weight.float()).unflatten(1, (2, 32)).abs().amax(-1)
+    rounding = 2 * torch.finfo(dtype).eps * weight.float().abs().amax(1, keepdim=True)
+    assert (error <= 0.5001 * levels + 2 * rounding).all()
+
+
+def test_equal_weights_are_exact_in_4_bits() -> None:
+    weight = torch.full((16, 64), 0.25)
+    weight[3] = 0.0
+    assert torch.equal(Int4.of(weight).apply(torch.eye(64)).T, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -85,17 +102,19 @@ def test_a_row_of_zeros_stays_zero() -> None:
     )
 
 
-def test_a_product_does_not_depend_on_the_rest_of_the_batch() -> None:
-    x, weight = make_matrix(16, 64).bfloat16(), Int8.of(make_matrix(96, 64, seed=1))
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_a_product_does_not_depend_on_the_rest_of_the_batch(kind: type[Int8 | Int4]) -> None:
+    x, weight = make_matrix(16, 64).bfloat16(), kind.of(make_matrix(96, 64, seed=1).bfloat16())
     together = linear(x, weight, 16)
     for line in range(16):
         assert torch.equal(linear(x[line : line + 1], weight, 16)[0], together[line])
 
 
-def test_all_weights_that_every_step_reads_are_rounded() -> None:
+@pytest.mark.parametrize(("bits", "kind"), [("int8", Int8), ("int4", Int4)])
+def test_all_weights_that_every_step_reads_are_rounded(bits: str, kind: type[Int8 | Int4]) -> None:
     decoder = make_decoder()
     before = decoder.weight_bytes
-    decoder.quantise()
+    decoder.quantise(bits)
     for layer in decoder.layers:
         assert layer.cross is not None
         for weight in (
@@ -106,13 +125,14 @@ def test_all_weights_that_every_step_reads_are_rounded() -> None:
             layer.mlp_in,
             layer.mlp_out,
         ):
-            assert isinstance(weight, Int8)
+            assert isinstance(weight, kind)
     assert decoder.weight_bytes < before
 
 
-def test_a_seeded_row_is_the_same_alone_and_in_a_batch() -> None:
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_seeded_row_is_the_same_alone_and_in_a_batch(bits: str) -> None:
     decoder = make_decoder()
-    decoder.quantise()
+    decoder.quantise(bits)
     alone = decode([make_row(PROMPTS[1], 20, seed=1)], slots=Slots(decoder, 1, MAX_STEPS))[0]
     rows = [make_row(prompt, 20 + seed, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     assert torch.equal(decode(rows, slots=Slots(decoder, 4, MAX_STEPS))[1][:, :17], alone[:, :17])
@@ -246,11 +266,16 @@ def test_each_trial_gives_its_cache_back_before_the_next_one(
     assert len(caches) == 4
 
 
-BITS = [{"weights": "int8"}, {"kv_cache": "fp8"}, {"weights": "int8", "kv_cache": "fp8"}]
+BITS = [
+    {"weights": "int8"},
+    {"weights": "int4"},
+    {"kv_cache": "fp8"},
+    {"weights": "int8", "kv_cache": "fp8"},
+]
 
 
 @pytest.mark.parametrize("bits", BITS, ids=str)
-def test_the_facts_tell_which_numbers_have_8_bits(
+def test_the_facts_tell_which_numbers_have_fewer_bits(
     bits: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(musicgen, "MAX_NATS", 10.0)

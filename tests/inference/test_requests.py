@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dgx_music.errors import GenerationCancelledError, GenerationRejectedError
 from dgx_music.inference.musicgen.conditioning import LONGEST_PREFIX_TEXT
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.melody import chroma
+from dgx_music.inference.musicgen.mix import tune_of
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from dgx_music.inference.musicgen.windows import Window, WindowRun, cut
 from tests.inference.references import audiocraft_long_form, plain_greedy
@@ -150,6 +151,19 @@ def test_a_melody_is_followed(engines: dict[str, MusicGenEngine], name: str) -> 
         *MODELS[name](), "choir", 12, 3.0, chroma=chroma(torch.from_numpy(tune.samples[0]), RATE)
     )
     assert np.array_equal(greedy(engines[name], "choir", 12, melody=tune), sound(name, expected))
+
+
+@pytest.mark.parametrize(("kind", "read"), [("solo", chroma), ("mix", tune_of)])
+def test_how_a_melody_is_read_is_as_the_request_says(
+    engines: dict[str, MusicGenEngine], kind: str, read: Callable[[Tensor, int], Tensor]
+) -> None:
+    both = make_clip(100, hertz=110.0).samples + 0.2 * make_clip(100, hertz=659.26).samples
+    samples = torch.from_numpy(both[0])
+    assert not torch.equal(chroma(samples, RATE), tune_of(samples, RATE))
+    heard = read(samples, RATE)
+    expected = plain_greedy(*MODELS["melody"](), "choir", 12, 3.0, chroma=heard)
+    made = greedy(engines["melody"], "choir", 12, melody=Audio(both, RATE), melody_kind=kind)
+    assert np.array_equal(made, sound("melody", expected))
 
 
 def test_a_melody_needs_no_prompt(engines: dict[str, MusicGenEngine]) -> None:

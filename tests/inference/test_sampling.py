@@ -132,8 +132,8 @@ def test_the_coldest_options_take_the_likeliest_token(options: dict[str, Any]) -
     assert set(draw(100, **options).tolist()) == {int(SCORES.argmax())}
 
 
-def test_the_sampler_has_a_column_for_each_sampling_field_but_the_seed_and_the_text() -> None:
-    used_before = {"seed", "negative_prompt"}  # they make the uniforms and the unconditional pass
+def test_the_sampler_has_a_column_for_each_field_but_the_seed_the_text_and_the_melody() -> None:
+    used_before = {"seed", "negative_prompt", "melody_kind"}  # they make what the passes read
     assert {*SamplerState._fields} == {each.name for each in fields(Sampling)} - used_before
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import anyio
 import pytest
+from asyncpg.exceptions import InternalClientError
 from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
@@ -30,7 +31,11 @@ from dgx_music.storage import (
     reset_database,
 )
 from dgx_music.storage.connection.postgres_drivers import Limits
-from dgx_music.storage.connection.postgres_errors import is_of_another_schema, is_unavailable
+from dgx_music.storage.connection.postgres_errors import (
+    is_of_another_schema,
+    is_unavailable,
+    known_reason,
+)
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.connection.sessions import finish
 from dgx_music.storage.database import Database, ensure_database
@@ -449,6 +454,14 @@ def test_a_servers_errors_are_known_in_every_language(told, is_passing):
     error = ProgrammingError("SELECT 1", {}, told)
 
     assert (is_unavailable(error) or is_of_another_schema(error, Base.metadata)) == is_passing
+
+
+def test_a_farewell_of_the_server_that_is_read_before_the_end_is_an_idle_transaction():
+    told = InternalClientError(
+        "cannot switch to state 15; another operation (2) is in progress"
+    )  # COMMIT
+
+    assert "idle transaction" in str(known_reason(DBAPIError("COMMIT", {}, told), 0.5))
 
 
 @on(*POSTGRES)

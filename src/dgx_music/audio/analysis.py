@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from dgx_music.audio import key, tempo
 from dgx_music.audio.conversion import match_channels, resample
 from dgx_music.audio.loudness import SILENCE_PEAK
@@ -37,7 +35,7 @@ def analyse(samples: Samples, sample_rate: int) -> Analysis:
     if samples.shape[1] < LEAST_SECONDS * sample_rate:
         return Analysis()
     wave = resample(match_channels(samples, 1, sample_rate), sample_rate, RATE)[0]
-    peak = np.abs(wave).max()
+    peak = max(wave.max(), -wave.min())
     if peak < SILENCE_PEAK:
         return Analysis()
     wave = wave / peak

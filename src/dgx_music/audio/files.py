@@ -145,7 +145,8 @@ def _normalise(
     lufs = meter.measure(scaled, sample_rate)
     if loudness == "peak" or lufs is None or lufs <= TARGET_LUFS:
         return scaled, lufs
-    return scaled * np.float32(10 ** ((TARGET_LUFS - lufs) / 20)), TARGET_LUFS
+    scaled *= np.float32(10 ** ((TARGET_LUFS - lufs) / 20))
+    return scaled, TARGET_LUFS
 
 
 def encode(
@@ -199,8 +200,11 @@ def _describe(
 
 def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
     """Return the peak of each of at most ``points`` equal parts."""
-    envelope = np.abs(samples).max(axis=0)  # [frame]
-    points = min(points, len(envelope))
-    starts = np.arange(points) * len(envelope) // points
+    frames = samples.shape[1]
+    points = min(points, frames)
+    starts = np.arange(points) * frames // points
+    highest = np.maximum.reduceat(samples, starts, axis=1)  # [channel, point]
+    lowest = np.minimum.reduceat(samples, starts, axis=1)
     # As float64: 0.1 of float32 would print as 0.10000000149.
-    return np.maximum.reduceat(envelope, starts).astype(np.float64)
+    envelope: NDArray[np.float64] = np.maximum(highest, -lowest).max(axis=0).astype(np.float64)
+    return envelope

@@ -74,7 +74,8 @@ def _heard(wave: NDArray[np.float32]) -> Numbers:
     """Return the magnitudes of the windows that are not pauses, ``[window, bin]``."""
     bins = _bins()
     parts = magnitudes(wave, _WINDOW_FRAMES, _STEP_FRAMES)
-    spectra: Numbers = np.concatenate([part[:, bins] for part in parts]).astype(np.float64)
+    # Copies: a view would keep all the other bins as well.
+    spectra: Numbers = np.concatenate([part[:, bins].astype(np.float64) for part in parts])
     tops = spectra.max(axis=1)
     heard: Numbers = spectra[tops > _HEARD_SHARE * tops.max()]
     return heard

@@ -9,6 +9,8 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,8 +46,7 @@ def measure(samples: Samples, sample_rate: int) -> float | None:
     """
     if samples.shape[1] < BLOCK_SECONDS * sample_rate:
         return None
-    squares = _square_weighted(samples, sample_rate)
-    return _gate(_block_powers(squares, sample_rate))
+    return _gate(_block_powers(samples, sample_rate))
 
 
 def import_filters() -> Any:
@@ -71,20 +72,18 @@ def import_filters() -> Any:
     return pyloudnorm
 
 
-def _square_weighted(samples: Samples, sample_rate: int) -> Samples:
-    """Return the square of each sample after the K-weighting filters, ``[channel, frame]``."""
+def _square_weighted(samples: Samples, sample_rate: int) -> Iterator[Samples]:
+    """Yield the squares of the samples after the K-weighting filters, ``[channel, frame]``."""
     filters = _filters(sample_rate)
     from scipy.signal import lfilter
 
-    squares = np.empty(samples.shape, np.float32)
     states = [np.zeros((len(samples), 2)) for _ in filters]
     for start in range(0, samples.shape[1], _PART_FRAMES):
         part = samples[:, start : start + _PART_FRAMES]
         for number, (numerator, denominator) in enumerate(filters):
             filtered, states[number] = lfilter(numerator, denominator, part, zi=states[number])
             part = filtered.astype(np.float32)
-        np.square(part, out=squares[:, start : start + _PART_FRAMES])
-    return squares
+        yield np.square(part)
 
 
 def _filters(sample_rate: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
@@ -95,18 +94,31 @@ def _filters(sample_rate: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     return [shelf.generate_coefficients(), high_pass.generate_coefficients()]
 
 
-def _block_powers(squares: Samples, sample_rate: int) -> NDArray[np.float64]:
+def _block_powers(samples: Samples, sample_rate: int) -> NDArray[np.float64]:
     """Return the mean square of each gating block, ``[channel, block]``."""
-    seconds = squares.shape[1] / sample_rate
+    share = 1.0 / (BLOCK_SECONDS * sample_rate)
+    blocks = deque(_blocks(samples.shape[1] / sample_rate, sample_rate))
+    powers: list[list[Any]] = []  # [block, channel]
+    squares = np.empty((len(samples), 0), np.float32)
+    first = 0  # the frame that the squares begin with
+    for part in _square_weighted(samples, sample_rate):
+        squares = np.concatenate([squares, part], axis=1)
+        is_last = first + squares.shape[1] == samples.shape[1]
+        while blocks and (is_last or blocks[0][1] <= first + squares.shape[1]):
+            start, end = blocks.popleft()
+            powers.append([share * row[start - first : end - first].sum() for row in squares])
+        if blocks:
+            squares, first = squares[:, blocks[0][0] - first :], blocks[0][0]
+    return np.array(powers, np.float64).T
+
+
+def _blocks(seconds: float, sample_rate: int) -> Iterable[tuple[int, int]]:
+    """Return the first frame of each gating block, and the one after its last."""
     count = int(np.round((seconds - BLOCK_SECONDS) / (BLOCK_SECONDS * _STEP))) + 1
     offsets = np.arange(count) * _STEP  # in blocks
     starts = (BLOCK_SECONDS * offsets * sample_rate).astype(int)
     ends = (BLOCK_SECONDS * (offsets + 1) * sample_rate).astype(int)
-    blocks = [slice(*each) for each in zip(starts, ends, strict=True)]
-    share = 1.0 / (BLOCK_SECONDS * sample_rate)
-    return np.array(
-        [[share * channel[block].sum() for block in blocks] for channel in squares], np.float64
-    )
+    return zip(starts.tolist(), ends.tolist(), strict=True)
 
 
 def _gate(powers: NDArray[np.float64]) -> float | None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 RATE = 32_000
 """In Hz: the rate of all audio that tempo and key are measured in, and that of MusicGen."""
-_PART_WINDOWS = 256
+_PART_WINDOWS = 32
 """How many are in memory at once; they then stay in the processor's cache."""
 
 

@@ -17,6 +17,8 @@ _DATA_HEADER = struct.Struct("<4sI")
 _BYTES_AFTER_SIZE = 36
 """What the two headers hold after the size of the whole."""
 _PCM = 1
+_PART_FRAMES = 65_536
+"""So many are converted at once: on its way, a sample takes six times the memory."""
 _SAMPLE_BYTES = 2
 _FULL_SCALE = np.float32(2**31)
 _LARGEST = np.float32(2**31 - 2**7)
@@ -29,7 +31,7 @@ def encode(samples: Samples, sample_rate: int, tags: bytes = b"") -> bytes:
     ``tags`` is a chunk to put before the samples.
     """
     pcm = _to_frames(samples)
-    return header(sample_rate, len(samples), pcm.nbytes, tags) + pcm.tobytes()
+    return b"".join((header(sample_rate, len(samples), pcm.nbytes, tags), pcm.data))
 
 
 def to_pcm(samples: Samples) -> bytes:
@@ -39,8 +41,10 @@ def to_pcm(samples: Samples) -> bytes:
 
 def _to_frames(samples: Samples) -> NDArray[Any]:
     pcm = np.empty(samples.shape[::-1], "<i2")  # [frame, channel]
-    for channel, column in zip(samples, pcm.T, strict=True):
-        column[:] = _to_16_bits(channel)
+    for start in range(0, len(pcm), _PART_FRAMES):
+        part = slice(start, start + _PART_FRAMES)
+        for channel, column in zip(samples, pcm.T, strict=True):
+            column[part] = _to_16_bits(channel[part])
     return pcm
 
 

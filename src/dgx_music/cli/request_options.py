@@ -47,7 +47,8 @@ def _in_options(meaning: str, default: object) -> str:
     meaning = re.sub(r"\w+_\w+", lambda name: f"--{name[0].replace('_', '-')}", meaning)
     if default is None:
         return meaning.replace("None for", "default:")
-    return f"{meaning.removesuffix('.')}; default {default:g}."
+    shown = default if isinstance(default, str) else f"{default:g}"
+    return f"{meaning.removesuffix('.')}; default {shown}."
 
 
 REQUEST_OPTIONS: dict[str, Any] = {

@@ -165,12 +165,15 @@ async def _enqueue_from(
 def _options_of(parent: Generation, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the prompt and the options of the parent's request, without clips and circumstances."""
     metadata = {key: item for key, item in parent.get_metadata().items() if key != AUDIO_KEY}
+    sampling = Sampling.pick(parent.sampling or {})
+    if changes.get("melody", parent.melody_sha256) is None:
+        sampling.pop("melody_kind", None)  # there is nothing that it could say something of
     return {
         "prompt": parent.prompt,
         "model": parent.model_name,
         "duration": parent.duration_seconds,
         **_form_of(parent, changes.get("model")),
-        **Sampling.pick(parent.sampling or {}),
+        **sampling,
         "audio_format": parent.audio_format,
         "tenant": parent.tenant or None,
         "metadata": metadata or None,

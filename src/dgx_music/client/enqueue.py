@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio.to_thread
 from typing_extensions import Unpack
 
+from dgx_music.client.alike import check_alike
 from dgx_music.client.requests import (
     CheckedRequests,
     Plan,
@@ -78,9 +79,8 @@ async def enqueue_many(
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         remedy = "send a list of prompts, or call enqueue for one"
         raise InvalidRequestError("requests", "are not a list", remedy)
-    defaults = cast("Mapping[str, Any]", options)
-    plans = [plan_numbered(number, request, defaults) for number, request in enumerate(requests, 1)]
-    return await store((await read_clips_beside(plans)).in_batch(batch), session=session)
+    checked = await check_many([*requests], cast("Mapping[str, Any]", options))
+    return await store(checked.in_batch(batch), session=session)
 
 
 @takes_options
@@ -116,6 +116,17 @@ async def _store_alone(checked: CheckedRequests) -> Generation:
         return (await database.insert(checked.rows, checked.clips, queue_limits()))[0]
     finally:
         await database.dispose()
+
+
+async def check_many(requests: Sequence[object], options: Mapping[str, Any]) -> CheckedRequests:
+    """Return the checked requests: each a prompt, or a mapping with one and options of its own.
+
+    Raises ``InvalidRequestError`` that names the first refused one by its place, from 1.
+    """
+    if (alike := check_alike(requests, options)) is not None:
+        return alike
+    plans = [plan_numbered(number, each, options) for number, each in enumerate(requests, 1)]
+    return await read_clips_beside(plans)
 
 
 async def read_clips_beside(plans: Sequence[Plan]) -> CheckedRequests:

@@ -249,6 +249,8 @@ def plan(
         or (origin is not None and "melody" in origin.clips)
     ):
         validation.check_hears_melody(model)
+    else:
+        validation.check_has_melody(request.melody_kind)
     identity, circumstances = _identity(request, options), _circumstances(request, options)
     wanted_count = options.get("variations", DEFAULTS["variations"])
     variations = validation.check_integer("variations", wanted_count, 1, MAX_VARIATIONS)
@@ -277,12 +279,9 @@ def read_clips(plans: Sequence[Plan]) -> CheckedRequests:
     Raises ``InvalidRequestError`` if there are too many, or for the first one whose clips cannot be
     read. Reading clips takes a while: if there are any, call this in a thread.
     """
-    count = sum(plan.variations for plan in plans)
-    if count > MAX_BATCH:
-        remedy = f"send at most {MAX_BATCH:,} at a time"
-        raise InvalidRequestError("requests", f"are {count:,}", remedy)
+    check_count(sum(plan.variations for plan in plans))
     if not any(plan.sources for plan in plans):
-        return CheckedRequests([row for plan in plans for row in _rows(plan)], {})
+        return CheckedRequests([row for plan in plans for row in rows_of(plan)], {})
     from dgx_music.audio.clips import Reader  # imports NumPy
 
     reader = Reader()
@@ -291,9 +290,16 @@ def read_clips(plans: Sequence[Plan]) -> CheckedRequests:
         with naming(plan.name):
             clips = reader.read(plan.sources, plan.model, plan.identity["duration_seconds"])
         sources = {name: clip.source_sha256 for name, clip in clips.items()}
-        return _rows(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
+        return rows_of(plan, sources, {name: clip.sha256 for name, clip in clips.items()})
 
     return CheckedRequests([row for plan in plans for row in read(plan)], reader.data)
+
+
+def check_count(count: int) -> None:
+    """Refuse more rows than one call may add."""
+    if count > MAX_BATCH:
+        remedy = f"send at most {MAX_BATCH:,} at a time"
+        raise InvalidRequestError("requests", f"are {count:,}", remedy)
 
 
 def _check_names(options: Mapping[Any, Any]) -> None:
@@ -377,7 +383,7 @@ def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**labels, "search_text": words}
 
 
-def _rows(
+def rows_of(
     plan: Plan,
     sources: Mapping[str, str] = {},
     clips: Mapping[str, str] = {},
@@ -417,7 +423,8 @@ def _uploaded_clips(plan: Plan) -> dict[str, str]:
 
 def _hash(identity: Mapping[str, Any]) -> str:
     """Identify what was asked for, not when or how urgently: the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(_as_canonical_json(identity).encode()).hexdigest()
+    return hashlib.sha256(as_canonical_json(identity).encode()).hexdigest()
 
 
-_as_canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=True).encode
+as_canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=True).encode
+"""The JSON of which the hashes are made: names in order, in ASCII."""

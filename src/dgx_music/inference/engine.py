@@ -141,7 +141,7 @@ class EngineSettings:
     """``None`` for as many as there is memory for."""
     revision: str | None = None
     weights: str = "full"
-    """``int8`` rounds the language model's weights to 8 bits."""
+    """``int8`` and ``int4`` round the language model's weights to 8 or 4 bits."""
     kv_cache: str = "full"
     """``fp8`` keeps attention's keys and values in 8 bits."""
     kernels: str = "auto"

@@ -85,7 +85,7 @@ class Generate:
     key: int
     fields: dict[str, Any]
     clips: dict[str, list[int]]
-    samples: bytes | bytearray
+    samples: bytes | bytearray | memoryview
 
     @classmethod
     def of(cls, key: int, request: GenerationRequest) -> Self:
@@ -95,7 +95,7 @@ class Generate:
             key,
             {name: value for name, value in vars(request).items() if name not in clips},
             {name: [*clip.samples.shape, clip.sample_rate] for name, clip in clips.items()},
-            b"".join(_to_bytes(clip) for clip in clips.values()),
+            b"".join(_bytes_of(clip) for clip in clips.values()),
         )
 
     def request(self) -> GenerationRequest:
@@ -131,12 +131,12 @@ class Part:
     start: int
     shape: list[int]
     sample_rate: int
-    samples: bytes | bytearray
+    samples: bytes | bytearray | memoryview
 
     @classmethod
     def of(cls, key: int, audio: Audio, start: int) -> Self:
         """Return the message for a part of a generation's audio."""
-        return cls(key, start, list(audio.samples.shape), audio.sample_rate, _to_bytes(audio))
+        return cls(key, start, list(audio.samples.shape), audio.sample_rate, _bytes_of(audio))
 
     def audio(self) -> Audio:
         """Return the audio, without copying the samples."""
@@ -158,13 +158,13 @@ class Finished:
     shape: list[int]
     sample_rate: int
     facts: dict[str, Any]
-    samples: bytes | bytearray
+    samples: bytes | bytearray | memoryview
 
     @classmethod
     def of(cls, key: int, audio: Audio) -> Self:
         """Return the message for a generation's audio."""
         shape = list(audio.samples.shape)
-        return cls(key, shape, audio.sample_rate, dict(audio.facts), _to_bytes(audio))
+        return cls(key, shape, audio.sample_rate, dict(audio.facts), _bytes_of(audio))
 
     def audio(self) -> Audio:
         """Return the audio, without copying the samples; after the channel they are writable."""
@@ -221,5 +221,7 @@ FromChild = Answer | SlotsReduced | Unloaded | DeviceLost
 Message = FromParent | FromChild
 
 
-def _to_bytes(audio: Audio) -> bytes:
-    return np.asarray(audio.samples, dtype=np.float32).tobytes()
+def _bytes_of(audio: Audio) -> memoryview:
+    """Return the samples as bytes, without copying them if they lie one after another."""
+    samples = np.ascontiguousarray(audio.samples, dtype=np.float32)
+    return samples.reshape(-1).view(np.uint8).data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -22,6 +23,7 @@ from sqlalchemy import (
 from sqlalchemy import text as sql
 from sqlalchemy.orm import (
     Mapped,
+    Mapper,
     class_mapper,
     mapped_column,
     validates,
@@ -393,12 +395,20 @@ def as_inserted(values: Mapping[str, Any]) -> Generation:
 
     It is detached, as if it had been read, and spares a SELECT. A session can ``add`` it.
     """
-    mapper = class_mapper(Generation)
+    mapper = _mapper()
     generation: Generation = mapper.class_manager.new_instance()
-    generation.__dict__.update({**_FRESH, **values})
+    attributes = generation.__dict__
+    attributes.update(_FRESH)
+    attributes.update(values)
     # All that make_transient_to_detached would do for an object without unloaded attributes.
-    instance_state(generation).key = mapper.identity_key_from_primary_key((generation.id,))
+    key = mapper.identity_key_from_primary_key((attributes["id"],))
+    instance_state(generation).key = key
     return generation
+
+
+@cache
+def _mapper() -> Mapper[Generation]:
+    return class_mapper(Generation)
 
 
 def copy_of(generation: Generation) -> Generation:

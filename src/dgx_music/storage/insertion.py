@@ -7,6 +7,10 @@ repeated idempotency key inserts nothing and gives the row that is there already
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from itertools import product
+from operator import is_, itemgetter
 from typing import Any, cast
 
 from sqlalchemy import DefaultClause, bindparam, column, func, select
@@ -19,8 +23,7 @@ from dgx_music.storage.batches import add_batches, added_batches, drop_batches
 from dgx_music.storage.clips import hold_clips, keep_clips
 from dgx_music.storage.connection.direct import DirectSession
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
-from dgx_music.storage.models import text_hash
-from dgx_music.storage.prepared import Prepared, as_json, json_rows
+from dgx_music.storage.prepared import Prepared, as_json, json_rows_sharing
 from dgx_music.storage.prompts import (
     count_on_sqlite,
     counted_prompt,
@@ -29,7 +32,7 @@ from dgx_music.storage.prompts import (
     use_of,
     uses_of,
 )
-from dgx_music.storage.schema import HashText, UtcDateTime, dialect_of, now, written
+from dgx_music.storage.schema import UtcDateTime, dialect_of, now, written
 
 Row = Mapping[str, Any]
 """The columns of a new generation, by their names; ``wanted_run_at`` is ``None`` to run at once.
@@ -152,10 +155,14 @@ async def _insert_on_sqlite(
         }
         for row in rows
     ]
-    await _INSERT_ON_SQLITE.run_each(session, wanted)
+    await _INSERT_ON_SQLITE.insert_each(session, wanted)
     if raced := await _find_raced(session, rows):
         await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
-    return [_as_inserted(row) for row in wanted if row["id"] not in raced]
+    return [
+        _as_inserted(row, row["prompt_id"], at, row["run_at"])
+        for row in wanted
+        if row["id"] not in raced
+    ]
 
 
 async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
@@ -184,35 +191,53 @@ async def _insert_one(session: AsyncSession, row: Row) -> Generation:
     """Insert a row without a key: the statement for many takes the server a third longer."""
     values = {**row, **use_of(row["prompt"])}
     (made,) = await _INSERT_ONE_ON_POSTGRES.rows(session, values)
-    at = {"prompt_id": made.prompt_id, "created_at": made.created_at, "run_at": made.run_at}
-    return _as_inserted({**row, **at})
+    return _as_inserted(row, made.prompt_id, made.created_at, made.run_at)
 
 
 async def _insert_chunk(
     session: AsyncSession, rows: list[Row], batches: Mapping[str, str | None]
 ) -> list[Generation]:
-    hashed = [{**row, "text_hash": text_hash(row["prompt"])} for row in rows]
-    values = {"rows": as_json(hashed), "texts": as_json(uses_of(row["prompt"] for row in rows))}
-    statement = _INSERT_ON_POSTGRES
+    shared, own = _split(rows)
+    values = {
+        "shared": as_json(shared),
+        "rows": as_json(own),
+        "texts": as_json(uses_of(row["prompt"] for row in rows)),
+    }
     if batches:
-        statement = _INSERT_WITH_BATCHES
         values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
+    has_keys = any(row["idempotency_key"] for row in rows)
+    statement = _INSERTS_ON_POSTGRES[has_keys, bool(batches)]
     made = {row.id: row for row in await statement.rows(session, values)}
     found = [(row, made[row["id"]]) for row in rows]
     raced = [(row, at) for row, at in found if at.created_at is None]
     counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
     await uncount_prompt_uses(session, counted)
     return [
-        _as_inserted(
-            {**row, "prompt_id": at.prompt_id, "created_at": at.created_at, "run_at": at.run_at}
-        )
+        _as_inserted(row, at.prompt_id, at.created_at, at.run_at)
         for row, at in found
         if at.created_at is not None
     ]
 
 
-def _as_inserted(row: Row) -> Generation:
-    return as_inserted({name: row[name] for name in _ATTRIBUTES})
+def _split(rows: list[Row]) -> tuple[Row, list[Row]]:
+    """Return what these rows have in common, and what each has of its own: so the JSON is short.
+
+    Only the same objects count as equal: ``1`` and ``True`` are equal, but not as JSON.
+    """
+    first = _rest_of(rows[0])
+    if all(all(map(is_, first, _rest_of(row))) for row in rows):
+        shared = dict(zip(_REST, first, strict=True))
+        return shared, [{name: row[name] for name in _OWN} for row in rows]
+    return {}, [{name: row[name] for name in (*_OWN, *_REST)} for row in rows]
+
+
+def _as_inserted(
+    row: Row, prompt_id: int | None, created_at: datetime, run_at: datetime
+) -> Generation:
+    values = dict(zip(_ATTRIBUTES, _values_of(row), strict=True))
+    values["sampling"] = dict(values["sampling"])  # rows of one batch share theirs
+    values["prompt_id"], values["created_at"], values["run_at"] = prompt_id, created_at, run_at
+    return as_inserted(values)
 
 
 _GIVEN = (
@@ -260,43 +285,50 @@ def _insert_one_on_postgres_statement() -> Any:
     return statement.returning(g.prompt_id, g.created_at, g.run_at)
 
 
-def _insert_on_postgres_statement() -> Any:
+def _insert_on_postgres_statement(*, has_keys: bool, has_batches: bool) -> Any:
     """Return PostgreSQL's INSERT of any number of rows, which counts their prompts as well.
 
     It returns all of them: with ``prompt_id`` what was counted, with times what was inserted.
     """
     names = {name: _attribute(name) for name in _GIVEN}
     columns = [column(name, g[each].type) for each, name in names.items()]
-    extra = [column("wanted_run_at", UtcDateTime), column("text_hash", HashText)]
-    given = json_rows("rows", [*columns, *extra])
+    given = json_rows_sharing("shared", "rows", [*columns, column("wanted_run_at", UtcDateTime)])
     counted = counted_prompts()
+    of_prompts = given.outerjoin(counted, counted.c.text == given.c.prompt)
     chosen = (
         select(
             *(given.c[name] for name in names.values()),
             counted.c.id,
             func.coalesce(given.c.wanted_run_at, now()),
         )
-        .select_from(given.outerjoin(counted, counted.c.text_hash == given.c.text_hash))
+        .select_from(of_prompts)
         .order_by(given.c.idempotency_key, given.c.id)
     )
     into = [*names, "prompt_id", "run_at"]
     statement = postgresql.insert(generations).from_select(into, chosen, include_defaults=False)
-    statement = statement.on_conflict_do_nothing(index_elements=["idempotency_key"])
+    if has_keys:  # rows without keys meet no others, and looking for them takes the server time
+        statement = statement.on_conflict_do_nothing(index_elements=["idempotency_key"])
     inserted = statement.returning(g.id, g.created_at, g.run_at).cte("inserted")
-    return select(
+    query = select(
         given.c.id,
         counted.c.id.label("prompt_id"),
         inserted.c.created_at,
         inserted.c.run_at,
-    ).select_from(
-        given.outerjoin(counted, counted.c.text_hash == given.c.text_hash).outerjoin(
-            inserted, inserted.c.id == given.c.id
-        )
-    )
+    ).select_from(of_prompts.outerjoin(inserted, inserted.c.id == given.c.id))
+    return query.add_cte(added_batches()) if has_batches else query
 
 
-_ATTRIBUTES = (*map(_attribute, _GIVEN), "prompt_id", "created_at", "run_at")
+_OWN = ("id", "prompt", "request_hash")
+"""The columns that rows never have in common, even if they are alike."""
+_ATTRIBUTES = tuple(map(_attribute, _GIVEN))
+_values_of = itemgetter(*_ATTRIBUTES)
+_REST = ("wanted_run_at", *(name for name in _ATTRIBUTES if name not in _OWN))
+_rest_of = itemgetter(*_REST)
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
 _INSERT_ONE_ON_POSTGRES = Prepared(_insert_one_on_postgres_statement)
-_INSERT_ON_POSTGRES = Prepared(_insert_on_postgres_statement)
-_INSERT_WITH_BATCHES = Prepared(lambda: _insert_on_postgres_statement().add_cte(added_batches()))
+_INSERTS_ON_POSTGRES = {
+    (has_keys, has_batches): Prepared(
+        partial(_insert_on_postgres_statement, has_keys=has_keys, has_batches=has_batches)
+    )
+    for has_keys, has_batches in product((False, True), repeat=2)
+}

@@ -6,12 +6,13 @@ itself. Only what a burst of requests or a worker repeats for each generation is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select
+from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select, true
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -19,6 +20,10 @@ from dgx_music.storage.connection.direct import DirectSession
 
 _FLOAT8 = 701
 """PostgreSQL's number of the type of doubles; SQLAlchemy asks for it where it reads numbers."""
+
+
+_ROWS_OF_A_STATEMENT = (50, 8, 1)
+"""With more rows, SQLite's compiler takes longer than is saved."""
 
 
 class Prepared:
@@ -44,13 +49,38 @@ class Prepared:
         rows = await session.fetch(compiled.text, compiled.parameters(values))
         return [compiled.row(row) for row in rows]
 
-    async def run_each(self, session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:
+    async def rows_of_each(
+        self, session: AsyncSession, each: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
+        """Execute SQLite's INSERT of each of these, many at a time, and return the rows.
+
+        In sessions of our own, one statement inserts up to 50 of them. For each statement SQLite
+        keeps a copy of the pages that it changes, so one for each row takes three times as long.
+        """
+        if not isinstance(session, DirectSession):
+            return [row for values in each for row in await self.rows(session, values)]
+        compiled = self._for(session.dialect)
+        given = compiled.parameters_of_each(each)
+        found: list[Any] = []
+        for start, count in _shares(len(given)):
+            parameters = list(chain.from_iterable(given[start : start + count]))
+            found += await session.fetch(compiled.text_of(count), parameters)
+        return [compiled.row(row) for row in found]
+
+    async def insert_each(self, session: AsyncSession, each: Sequence[Mapping[str, Any]]) -> None:
+        """Do the same with an INSERT that returns no rows."""
+        if isinstance(session, DirectSession):
+            await self.rows_of_each(session, each)
+        else:
+            await self.run_each(session, each)
+
+    async def run_each(self, session: AsyncSession, each: Sequence[Mapping[str, Any]]) -> None:
         """Execute it once for each of these values, if there are any; it returns no rows."""
         if isinstance(session, DirectSession):
             compiled = self._for(session.dialect)
-            await session.fetch_none(compiled.text, [compiled.parameters(row) for row in rows])
-        elif rows:
-            await session.execute(self.statement, rows)
+            await session.fetch_none(compiled.text, compiled.parameters_of_each(each))
+        elif each:
+            await session.execute(self.statement, each)
 
     def _for(self, dialect: Dialect) -> _Compiled:
         if (found := self._compiled.get(dialect.driver)) is None:
@@ -64,6 +94,7 @@ class _Compiled:
     def __init__(self, statement: Any, dialect: Dialect) -> None:
         compiled = statement.compile(dialect=dialect)
         self.text = str(compiled)
+        self._texts: dict[int, str] = {}
         binds = compiled.binds
         self._names = compiled.positiontup
         self._defaults = {
@@ -78,12 +109,37 @@ class _Compiled:
 
     def parameters(self, values: Mapping[str, Any]) -> list[Any]:
         """Return the parameters in their order, as the driver takes them."""
-        if self._defaults:
-            values = {**self._defaults, **values}
-        found = [values[name] for name in self._names]
+        found = self._in_order(values)
         for place, to in self._converters:
             found[place] = to(found[place])
         return found
+
+    def parameters_of_each(self, each: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+        """Return the parameters of each; a value that many share is converted once."""
+        found = [self._in_order(values) for values in each]
+        for place, to in self._converters:
+            given, converted = None, to(None)
+            for row in found:
+                if (value := row[place]) is not given:
+                    given, converted = value, to(value)
+                row[place] = converted
+        return found
+
+    def _in_order(self, values: Mapping[str, Any]) -> list[Any]:
+        if self._defaults:
+            values = {**self._defaults, **values}
+        return [values[name] for name in self._names]
+
+    def text_of(self, count: int) -> str:
+        """Return the text of an INSERT of so many rows that says ON CONFLICT."""
+        if (found := self._texts.get(count)) is None:
+            found = self._texts[count] = self._repeated(count)
+        return found
+
+    def _repeated(self, count: int) -> str:
+        into, _, rest = self.text.partition(" VALUES ")
+        values, _, conflict = rest.partition(" ON CONFLICT ")
+        return f"{into} VALUES {', '.join([values] * count)} ON CONFLICT {conflict}"
 
     def row(self, values: Sequence[Any]) -> SimpleNamespace:
         """Return a row of the driver with its columns as attributes."""
@@ -91,6 +147,18 @@ class _Compiled:
         return SimpleNamespace(
             **{name: value if to is None else to(value) for (name, to), value in pairs}
         )
+
+
+def _shares(count: int) -> Iterator[tuple[int, int]]:
+    """Yield where each statement's share of so many rows starts, and how many rows it has.
+
+    The sizes are few, so that the driver keeps the compiled statements.
+    """
+    start = 0
+    for size in _ROWS_OF_A_STATEMENT:
+        while count - start >= size:
+            yield start, size
+            start += size
 
 
 def json_rows(parameter: str, columns: Sequence[Any]) -> CTE:
@@ -101,6 +169,23 @@ def json_rows(parameter: str, columns: Sequence[Any]) -> CTE:
     rows = func.jsonb_to_recordset(cast(bindparam(parameter, type_=Text), JSONB))
     given = rows.table_valued(*columns, name="given").render_derived(with_types=True)
     return select(given).cte(f"given_{parameter}").prefix_with("MATERIALIZED")
+
+
+def json_rows_sharing(shared: str, parameter: str, columns: Sequence[Any]) -> CTE:
+    """Do the same for rows that have values in common, which the parameter ``shared`` holds.
+
+    It is a JSON object. A row whose column is not in ``shared`` or null there has its own value.
+    """
+    record = func.jsonb_to_record(cast(bindparam(shared, type_=Text), JSONB))
+    common = record.table_valued(*columns, name="common").render_derived(with_types=True)
+    rows = func.jsonb_to_recordset(cast(bindparam(parameter, type_=Text), JSONB))
+    own = rows.table_valued(*columns, name="own").render_derived(with_types=True)
+    values = [
+        func.coalesce(own.c[each.name], common.c[each.name], type_=each.type).label(each.name)
+        for each in columns
+    ]
+    both = select(*values).select_from(own.join(common, true()))
+    return both.cte(f"given_{parameter}").prefix_with("MATERIALIZED")
 
 
 def as_json(value: Any) -> str:

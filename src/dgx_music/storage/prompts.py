@@ -146,10 +146,7 @@ async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[s
 
     It has the prompt's ``id``, and the time of the database as ``now``.
     """
-    counted = {}
-    for values in uses_of(texts):
-        (counted[values["text"]],) = await _COUNT_ON_SQLITE.rows(session, values)
-    return counted
+    return {row.text: row for row in await _COUNT_ON_SQLITE.rows_of_each(session, uses_of(texts))}
 
 
 def uses_of(texts: Iterable[str]) -> list[dict[str, Any]]:
@@ -168,7 +165,7 @@ def uses_of(texts: Iterable[str]) -> list[dict[str, Any]]:
 def counted_prompts() -> CTE:
     """Return the part of PostgreSQL's INSERT that counts prompts, as ``count_prompt_uses`` does.
 
-    Its parameter ``texts`` is the JSON of ``uses_of``; it returns ids and hashes of what it counted.
+    Its parameter ``texts`` is the JSON of ``uses_of``; it returns ids and texts of what it counted.
     """
     columns = (_p.text, _p.text_hash, _p.search_text, _p.used_count)
     uses = json_rows("texts", [column(each.name, each.type) for each in columns])
@@ -182,7 +179,7 @@ def counted_prompts() -> CTE:
     upsert = postgresql.insert(_prompts).from_select(
         [each.name for each in columns], counted, include_defaults=False
     )
-    return cast("CTE", _counting(upsert).returning(_p.id, _p.text_hash).cte("counted"))
+    return cast("CTE", _counting(upsert).returning(_p.id, _p.text).cte("counted"))
 
 
 def use_of(text: str) -> dict[str, Any]:
@@ -225,5 +222,5 @@ _COUNT_ON_SQLITE = Prepared(
         sqlite.insert(_prompts).values(
             {name: bindparam(name) for name in ("text", "text_hash", "search_text", "used_count")}
         )
-    ).returning(_p.id, now().label("now"))
+    ).returning(_p.id, _p.text, now().label("now"))
 )

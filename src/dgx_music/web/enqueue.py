@@ -9,9 +9,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from dgx_music.client.enqueue import read_clips_beside, store
+from dgx_music.client.enqueue import check_many, read_clips_beside, store
 from dgx_music.client.generations import watch_generation
-from dgx_music.client.requests import CheckedRequests, plan, plan_numbered
+from dgx_music.client.requests import CheckedRequests, plan
 from dgx_music.errors import IdempotencyConflictError, InvalidRequestError
 from dgx_music.storage import Generation
 from dgx_music.web import documents
@@ -71,8 +71,7 @@ async def enqueue_generation(
 async def enqueue_batch(body: BatchRequest, request: Request, access: MayEnqueue) -> Response:
     """Add many generations to the queue, all or none."""
     requests, name, options = await prepared_batch(body, access)
-    plans = [plan_numbered(number, each, options) for number, each in enumerate(requests, 1)]
-    rows = await _store((await read_clips_beside(plans)).in_batch(name), access)
+    rows = await _store((await check_many(requests, options)).in_batch(name), access)
     base = base_of(request)
     return JSONResponse({"generations": [as_row(row, access, base) for row in rows]}, 202)
 

@@ -85,7 +85,7 @@ def plan(config: Any, dtype: torch.dtype, settings: EngineSettings, kind: str) -
     model.decoder.to(dtype)
     decoder = Decoder(model.decoder, None, max_positions_of(config))
     if settings.weights != "full":
-        decoder.quantise()
+        decoder.quantise(settings.weights)
     if settings.kv_cache != "full":
         decoder.shrink_cache()
     return budget_of(model, decoder, kind)

@@ -79,18 +79,15 @@ class CodecThread:
             return
         try:
             clip.work.step()
-        except BaseException as error:
+            if clip.work.left:
+                with self._lock:  # a window that is pushed from here on enters it
+                    clip.has_turn = False
+                self._enter(clip)
+            else:
+                _answer(clip.result, clip.work.finish())
+        except BaseException as error:  # without an answer the caller would wait for ever
             _answer(clip.result, error)
             del clip  # the error holds this frame
-            return
-        if clip.result.cancelled():
-            return
-        if clip.work.left:
-            with self._lock:  # a window that is pushed from here on enters it
-                clip.has_turn = False
-            self._enter(clip)
-        else:
-            _answer(clip.result, clip.work.finish())
 
 
 def _answer(result: Future[Tensor], ending: Tensor | BaseException) -> None:

@@ -15,7 +15,8 @@ from dgx_music.catalog import WINDOW_SECONDS
 from dgx_music.errors import GenerationRejectedError
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.musicgen.decoder import Decoder
-from dgx_music.inference.musicgen.melody import MelodyReader, chroma
+from dgx_music.inference.musicgen.melody import MelodyReader
+from dgx_music.inference.musicgen.mix import choose_reader
 
 LONGEST_PREFIX_TEXT = 512
 """How many tokens of text a melody model can read: they take room in every slot."""
@@ -79,11 +80,12 @@ class Conditioner:
         if request.melody is None:
             return None
         samples = fit(request.melody, self._sample_rate, 1)[0]
+        read = choose_reader(samples, self._sample_rate, request.melody_kind)
         if begin is not None:
             first = int(begin * self._sample_rate)
             last = first + round(WINDOW_SECONDS * self._sample_rate)
             samples = samples[torch.arange(first, last) % len(samples)]
-        return chroma(samples, self._sample_rate)
+        return read(samples, self._sample_rate)
 
     def _states(self, text: str) -> Tensor | None:
         """Return the text encoder's states ``[token, width]``; ``None`` for no text.

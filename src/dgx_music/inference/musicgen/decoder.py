@@ -133,11 +133,11 @@ class Decoder:
     # ------------------------------------------------------------------------------------- setup
 
     @torch.no_grad()
-    def quantise(self) -> None:
-        """Round to 8 bits whatever every step reads; embeddings and norms stay as they are."""
+    def quantise(self, bits: str = "int8") -> None:
+        """Round to ``int8`` or ``int4`` whatever every step reads, but no embeddings and norms."""
         for index in range(len(self.layers)):
-            self.layers[index] = self.layers[index].quantise(self.attention.native)
-        self._heads = quantise(self._heads, self.attention.native)
+            self.layers[index] = self.layers[index].quantise(bits, self.attention.native)
+        self._heads = quantise(self._heads, bits, self.attention.native)
 
     def shrink_cache(self) -> None:
         """Keep keys and values in 8 bits (e4m3: 4 of exponent, 3 of mantissa) from now on.

@@ -52,12 +52,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def check_weights(name: str, device: torch.device) -> None:
     """Raise ``EngineUnavailableError`` if such weights make the device slower."""
+    if name == "int4" and not _has_products_of_4_bits(device):
+        raise EngineUnavailableError(
+            "DGX_MUSIC_WEIGHTS=int4 needs a processor with AVX2 or AVX-512, and no GPU; "
+            "use DGX_MUSIC_WEIGHTS=full."
+        )
     if name == "int8" and device.type == "cuda":
         raise EngineUnavailableError(
             "DGX_MUSIC_WEIGHTS=int8 makes a GPU slower, not faster (a step of musicgen-small takes "
             "3.6 times as long on an H100); use DGX_MUSIC_WEIGHTS=full, and DGX_MUSIC_KV_CACHE=fp8 "
             "for many slots."
         )
+
+
+def _has_products_of_4_bits(device: torch.device) -> bool:
+    """Return whether torch has fast ones; elsewhere its products of 4 bits are a plain loop."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def _multiplies_bfloat16() -> bool:

@@ -251,7 +251,7 @@ class MusicGenEngine:
         return facts
 
     def _reduce_bits(self, settings: EngineSettings) -> dict[str, Any]:
-        """Use 8 bits if the settings ask for it; return the facts about that.
+        """Use 8 or 4 bits if the settings ask for it; return the facts about that.
 
         Raises ``EngineUnavailableError`` if the model then draws its tokens too differently.
         """
@@ -262,7 +262,7 @@ class MusicGenEngine:
 
         def change() -> None:
             if "weights" in wanted:
-                self._decoder.quantise()
+                self._decoder.quantise(wanted["weights"])
             if "kv_cache" in wanted:
                 self._decoder.shrink_cache()
 

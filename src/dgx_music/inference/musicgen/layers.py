@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dgx_music.inference.musicgen.native import Native
-from dgx_music.inference.musicgen.quantised import Int8
+from dgx_music.inference.musicgen.quantised import Int4, Int8
 
-Weight: TypeAlias = Tensor | Int8
+Weight: TypeAlias = Tensor | Int8 | Int4
 
 EPSILON = 1e-5
 """What every layer norm of MusicGen adds to the variance."""
@@ -92,18 +92,20 @@ class Layer:
             text.out_proj.weight.to(device),
         )
 
-    def quantise(self, native: Native | None) -> Layer:
-        """Return the layer with 8-bit versions of all weights that every step reads."""
+    def quantise(self, bits: str, native: Native | None) -> Layer:
+        """Return the layer with all weights that every step reads in ``int8`` or ``int4``."""
         cross = self.cross
         if cross is not None:
-            cross = replace(cross, q=quantise(cross.q, native), out=quantise(cross.out, native))
+            cross = replace(
+                cross, q=quantise(cross.q, bits, native), out=quantise(cross.out, bits, native)
+            )
         return replace(
             self,
-            self_qkv=quantise(self.self_qkv, native),
-            self_out=quantise(self.self_out, native),
+            self_qkv=quantise(self.self_qkv, bits, native),
+            self_out=quantise(self.self_out, bits, native),
             cross=cross,
-            mlp_in=quantise(self.mlp_in, native),
-            mlp_out=quantise(self.mlp_out, native),
+            mlp_in=quantise(self.mlp_in, bits, native),
+            mlp_out=quantise(self.mlp_out, bits, native),
         )
 
     @property
@@ -125,9 +127,11 @@ def norm_of(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias)
 
 
-def quantise(weight: Weight, native: Native | None) -> Int8:
-    """Return the weight in 8 bits; it may be in 8 bits already."""
-    return weight if isinstance(weight, Int8) else Int8.of(weight, native)
+def quantise(weight: Weight, bits: str, native: Native | None) -> Int8 | Int4:
+    """Return the weight in ``int8`` or ``int4``; one that was rounded before stays as it is."""
+    if isinstance(weight, Int8 | Int4):
+        return weight
+    return Int4.of(weight) if bits == "int4" else Int8.of(weight, native)
 
 
 def linear(x: Tensor, weight: Weight, padded_rows: int) -> Tensor:
@@ -139,8 +143,8 @@ def linear(x: Tensor, weight: Weight, padded_rows: int) -> Tensor:
     added: how a product is rounded depends on its number of rows, and a row's numbers must not
     depend on how many others there are. That costs next to nothing.
     """
-    if isinstance(weight, Int8):
-        return weight.apply(x)  # sums of integers are not rounded
+    if isinstance(weight, Int8 | Int4):
+        return weight.apply(x)  # rounds each row as if it were alone
     count = x.shape[0]
     if x.device.type != "cpu" or count > max(padded_rows, _FEW_ROWS):
         return functional.linear(x, weight)

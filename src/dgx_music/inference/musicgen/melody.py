@@ -21,7 +21,9 @@ from transformers.audio_utils import chroma_filter_bank
 PITCH_CLASSES = 12
 """C, C sharp, …, B."""
 
-_WINDOW, _HOP = 16_384, 4_096  # samples
+WINDOW = 16_384
+"""Samples that a frame is made of; the next frame begins ``_HOP`` of them later."""
+_HOP = 4_096
 _LONGEST_SECONDS = 30
 
 
@@ -34,17 +36,29 @@ def chroma(samples: Tensor, sample_rate: int) -> Tensor:
 
     The steps are those of transformers' ``MusicgenMelodyFeatureExtractor``, without its torchaudio.
     audiocraft, which trained the models, first removes drums and bass (it separates stems with
-    demucs). Here nothing is removed: a loud bass line counts as the melody, so the model follows a
-    melody best if it stands alone.
+    demucs). Here nothing is removed, and a loud bass counts as the melody: see ``mix.py``.
+    """
+    strengths = spectrum(samples, sample_rate)  # [frequency, frame]
+    energies = _filters(sample_rate).to(strengths.device) @ strengths.square()  # [class, frame]
+    return one_hot(energies.argmax(dim=0))
+
+
+def spectrum(samples: Tensor, sample_rate: int) -> Tensor:
+    """Return how strong each frequency is in each frame: float32 ``[frequency, frame]``.
+
+    The frequencies are evenly spaced, from 0 to half the sample rate. The samples are cut and
+    padded as ``chroma`` says.
     """
     samples = samples[: _LONGEST_SECONDS * sample_rate].float()
-    missing = max(0, _WINDOW - len(samples))
+    missing = max(0, WINDOW - len(samples))
     samples = functional.pad(samples, (missing // 2, missing - missing // 2))
-    window = torch.hann_window(_WINDOW, device=samples.device)
-    # [frequency, frame]
-    spectrum = torch.stft(samples, _WINDOW, _HOP, window=window, return_complex=True)
-    energies = _filters(sample_rate).to(samples.device) @ spectrum.abs().square()  # [class, frame]
-    return functional.one_hot(energies.argmax(dim=0), PITCH_CLASSES).float()
+    window = torch.hann_window(WINDOW, device=samples.device)
+    return torch.stft(samples, WINDOW, _HOP, window=window, return_complex=True).abs()
+
+
+def one_hot(classes: Tensor) -> Tensor:
+    """Return the pitch classes ``[frame]`` in the form that a model reads: ``[frame, 12]``."""
+    return functional.one_hot(classes, PITCH_CLASSES).float()
 
 
 class MelodyReader:
@@ -102,7 +116,7 @@ class MelodyReader:
 def _filters(sample_rate: int) -> Tensor:
     """Return how much each frequency adds to each pitch class: ``[class, frequency]``."""
     filters = chroma_filter_bank(
-        num_frequency_bins=_WINDOW,
+        num_frequency_bins=WINDOW,
         num_chroma=PITCH_CLASSES,
         sampling_rate=sample_rate,
     )
