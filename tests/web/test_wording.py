@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from dgx_music.web.wording import curl_of, facts_of, outlook_of, seconds, status_of
+from dgx_music.web.wording import curl_of, facts_of, outlook_of, seconds, sounds_of, status_of
 
 ROW = {
     "prompt": "rock 'n' roll",
@@ -22,7 +22,7 @@ ROW = {
     "tags": ["night"],
     "sampling": {"seed": "4711"},
     "estimate": {"position": 3, "done_in_seconds": None, "unknown_because": "no worker is alive"},
-    "urls": {"self": "/music/v1/generations/01a2"},
+    "urls": {"self": "/music/v1/generations/01a2", "audio": None, "preview": None},
 }
 
 
@@ -68,3 +68,15 @@ def test_the_command_for_the_same_survives_a_shell():
         "duration": 16.0,
         "seed": "4711",
     }
+
+
+@pytest.mark.parametrize(
+    ("urls", "links"),
+    [
+        ({}, []),
+        ({"preview": "1/preview"}, [("1/preview", "Listen while it is made")]),
+        ({"audio": "1/audio"}, [("1/audio", "Play")]),
+    ],
+)
+def test_it_links_to_what_can_be_heard(urls: dict[str, str], links: list[tuple[str, str]]) -> None:
+    assert sounds_of({"urls": {"audio": None, "preview": None} | urls}) == links

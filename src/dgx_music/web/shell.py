@@ -47,6 +47,7 @@ _templates.filters |= {
     "facts_of": wording.facts_of,
     "problem_of": wording.problem_of_row,
     "outlook_of": wording.outlook_of,
+    "sounds_of": wording.sounds_of,
     "request_of": wording.request_of,
     "worker_facts": wording.worker_facts,
     "model_facts": wording.model_facts,

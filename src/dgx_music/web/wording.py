@@ -81,6 +81,12 @@ def problem_of_row(row: Row) -> str | None:
     return row["error_message"] if row["status"] in (FAILED, PENDING) else None
 
 
+def sounds_of(row: Row) -> list[tuple[str, str]]:
+    """Return where the generation is heard, and what a link to it says; nowhere if it waits."""
+    names = {"audio": "Play", "preview": "Listen while it is made"}
+    return [(row["urls"][kind], name) for kind, name in names.items() if row["urls"][kind]]
+
+
 def outlook_of(row: Row) -> str:
     """Return its place in the queue and when it is likely to be done; empty if it is finished."""
     estimate = row["estimate"]

@@ -11,7 +11,7 @@ const show = (button, shape) => button.querySelector("use").setAttribute("href",
 // Plays what a link leads to, or goes on with what was played; a second time it pauses.
 export async function play(link) {
   const place = link?.closest(".row, [data-id]");
-  if (place && idOf(place) !== id) open(link.href, place);
+  if (place && link.href !== audio.src) open(link.href, place);
   else if (!id) return false;
   else if (!audio.paused) return audio.pause();
   await audio.play().catch(() => {}); // the audio's own error is told below
@@ -24,11 +24,11 @@ function open(url, place) {
   $("now").textContent = place.querySelector(".prompt, h2").textContent;
   $("now").href = `?show=${id}`;
   $("now-what").textContent = place.querySelector(".what").textContent;
-  const isMade = url.endsWith("/audio");
-  $("save").hidden = !isMade;
+  const isWhole = url.endsWith("/audio");
+  $("save").hidden = !isWhole;
   $("save").href = `${url}?download=1`;
   draw([]);
-  if (isMade) send("GET", url.replace(/audio$/, "waveform?points=120")).then(({ peaks }) => id === opened && draw(peaks), () => {});
+  if (isWhole) send("GET", url.replace(/audio$/, "waveform?points=120")).then(({ peaks }) => id === opened && draw(peaks), () => {});
 }
 
 function draw(peaks) {
