@@ -234,7 +234,8 @@ def check_attempts(row: Generation, made: list[Attempt]) -> None:
 def check_audio(rows: dict[str, Generation], folder: Path) -> None:
     """Each completed row has the one file that it names, as long as was asked for to the frame; there are no others."""
     completed = {str(row.file_path): row for row in rows.values() if row.status == COMPLETED}
-    assert sorted(map(str, folder.iterdir())) == sorted(completed)
+    files = [str(file) for file in folder.rglob("*") if file.is_file()]  # previews, too
+    assert sorted(files) == sorted(completed)
     for path, row in completed.items():
         data, file = Path(path).read_bytes(), soundfile.info(path)
         frames = round(round(row.duration_seconds * 32_000) * row.sample_rate / 32_000)

@@ -20,6 +20,7 @@ from dgx_music.inference import checkpoint, integrity
 from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import engine as musicgen
 from dgx_music.inference.musicgen import inventory, weights
+from dgx_music.inference.musicgen.live_clip import LiveClip
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import QuietRun
 from tests.inference.repositories import LAYOUTS, fill_cache, write_plainly, write_repository
@@ -75,7 +76,7 @@ def settings(model: str | Path, **fields: Any) -> EngineSettings:
 
 def greedy_codes(model: str | Path, **fields: Any) -> Tensor:
     """Return the tokens of a prompt, decoded greedily."""
-    engine = musicgen.load(settings(model, **fields))
+    engine: Any = musicgen.load(settings(model, **fields))
     try:
         asked = {
             "generation_id": "g",
@@ -84,9 +85,11 @@ def greedy_codes(model: str | Path, **fields: Any) -> Tensor:
             "temperature": 0.0,
             "seed": 7,
         }
-        return engine._decode(GenerationRequest(**asked), 10, QuietRun())  # type: ignore[attr-defined]
+        live = LiveClip(engine._codec, engine._codec_thread, 10, 6_400, QuietRun())
+        codes: Tensor = engine._decode(GenerationRequest(**asked), live, QuietRun())
+        return codes
     finally:
-        engine.close()  # type: ignore[attr-defined]
+        engine.close()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

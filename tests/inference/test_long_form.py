@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dgx_music.audio.samples import Audio
 from dgx_music.inference.musicgen.engine import MusicGenEngine
+from dgx_music.inference.musicgen.live_clip import LiveClip
 from dgx_music.inference.musicgen.melody import chroma
 from tests.inference import test_requests
 from tests.inference.references import long_form_shortfall
@@ -28,11 +29,16 @@ ROUNDING = 1e-3
 def make_codes(engine: MusicGenEngine, frames: int, **fields: Any) -> Tensor:
     """Return the codes ``[K, frame]`` of greedy music, before they become audio."""
     heard: list[Tensor] = []
-    decode = engine._codec.decode
+    push = LiveClip.push
+
+    def listen(clip: LiveClip, codes: Tensor) -> None:
+        heard.append(codes)
+        push(clip, codes)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._codec, "decode", lambda codes: heard.append(codes) or decode(codes))
+        patch.setattr(LiveClip, "push", listen)
         greedy(engine, "choir", frames, **fields)
-    return heard[0]
+    return torch.cat(heard, dim=1)
 
 
 class Scale:

@@ -200,12 +200,10 @@ class MusicGenEngine:
             conditions = self._conditioner.read(request, melody_from)
             given = codes[:, window.start :]
             row = self._row(request, conditions, given, window.frame_count, random)
-            window_run, listening = (
-                WindowRun(run, window, frame_count),
-                live.seen_from(window.start),
-            )
-            decoded = self._loop.decode(row, window_run, listening)
-            codes = torch.cat([codes[:, : window.start], decoded], dim=1)
+            before = codes[:, : window.start]
+            window_run = WindowRun(run, window, frame_count)
+            decoded = self._loop.decode(row, window_run, live.seen_after(before))
+            codes = torch.cat([before, decoded], dim=1)
         return codes
 
     def _row(

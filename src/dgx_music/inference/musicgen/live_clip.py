@@ -53,9 +53,14 @@ class LiveClip:
         while self.next_start < self.frame_count:
             self.push(codes[:, self.next_start : self.next_end])
 
-    def seen_from(self, frame: int) -> _SeenFrom:
-        """Return it for a row whose first frame is this one of the clip."""
-        return _SeenFrom(self, frame)
+    def seen_after(self, before: Tensor) -> _SeenAfter:
+        """Return it for a row that begins after these codes ``[codebook, frame]`` of the clip.
+
+        Takes the windows that end in them: the row does not have their frames.
+        """
+        while self.next_end <= before.shape[1]:
+            self.push(before[:, self.next_start : self.next_end])
+        return _SeenAfter(self, before)
 
     def _hand_out(self, made: Tensor, start: int) -> None:
         samples = made[:, : max(0, self._sample_count - start)]
@@ -64,26 +69,27 @@ class LiveClip:
             self._run.hand_out(Audio(samples.numpy(), self._sample_rate), start)
 
 
-class _SeenFrom:
+class _SeenAfter:
     """A clip as a row sees it that decodes a part of the clip."""
 
-    def __init__(self, clip: LiveClip, frame: int) -> None:
+    def __init__(self, clip: LiveClip, before: Tensor) -> None:
         self._clip = clip
-        self._frame = frame
+        self._before = before
 
     @property
     def next_start(self) -> int:
-        """The row's frame at which the next window begins."""
-        return self._clip.next_start - self._frame
+        """The row's frame at which the next window begins; 0 if that is before the row."""
+        return max(0, self._clip.next_start - self._before.shape[1])
 
     @property
     def next_end(self) -> int:
         """The row's frame at which the next window ends."""
-        return self._clip.next_end - self._frame
+        return self._clip.next_end - self._before.shape[1]
 
     def push(self, codes: Tensor) -> None:
-        """Take the codes of the next window."""
-        self._clip.push(codes)
+        """Take the codes of the next window, or of its part that is in the row."""
+        earlier = self._before[:, self._clip.next_start :]
+        self._clip.push(torch.cat([earlier, codes], dim=1))
 
 
 def check_finite(samples: Tensor) -> None:
