@@ -231,7 +231,9 @@ async def check_everything_is_true(database: Database, folder: Path, count: int)
         assert (
             former.generation_id != latter.generation_id or former.finished_at <= latter.started_at
         )
-    files = {str(file): file.read_bytes() for file in (folder / "audio").iterdir()}
+    files = {
+        str(file): file.read_bytes() for file in (folder / "audio").iterdir() if file.is_file()
+    }
     assert sorted(files) == sorted(str(row.file_path) for row in rows.values())
     said = {row.file_path: (row.file_size_bytes, row.sha256) for row in rows.values()}
     assert said == {

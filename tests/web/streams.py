@@ -58,6 +58,11 @@ class Stream:
         self.headers = {k.decode(): v.decode() for k, v in start["headers"]}
         return self
 
+    @property
+    def is_full(self) -> bool:
+        """True if the application waits until something is read."""
+        return self._sent.full()
+
     async def __aexit__(self, *_error: object) -> None:
         self._has_left.set()
         while not self._answering.done():

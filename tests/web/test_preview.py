@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 
+import anyio
 import pytest
 import soundfile
 
 from dgx_music import enqueue
-from dgx_music.artifacts import open_output
+from dgx_music.artifacts import LocalArtifacts, open_output
 from dgx_music.storage import queue
-from dgx_music.web import WebOptions, create_app
+from dgx_music.web import WebOptions, create_app, preview
 from dgx_music.web.site import Site
 from tests.factories import MODEL, completion_of
+from tests.patience import PATIENCE
 from tests.web.streams import Stream
 from tests.web.working import DATA, claim_soon, complete_next, fail_next
 
@@ -77,11 +79,34 @@ async def test_an_answer_ends_before_the_next_attempt(app, lease, default_databa
     assert len(b"".join(heard)) == HEADER_BYTES + len(PART)
 
 
-async def test_an_answer_ends_if_the_generation_fails(app, lease, default_database):
+@pytest.mark.parametrize("retry_in_seconds", [None, 600.0])
+async def test_an_answer_ends_if_its_attempt_fails(app, lease, default_database, retry_in_seconds):
     async with Stream(app, path_of(lease)) as stream:
         await stream.part(), await stream.part()
         async with default_database.session() as session:
-            await queue.fail(session, lease, "no luck", retry_in_seconds=None)
+            await queue.fail(session, lease, "no luck", retry_in_seconds=retry_in_seconds)
+        assert await stream.part() == b""
+
+
+async def test_a_slow_client_gets_the_end(app, lease, default_database, output, monkeypatch):
+    monkeypatch.setattr(preview, "_END_SECONDS", 0.0)
+    async with Stream(app, path_of(lease), room=1) as stream:
+        await stream.part(), await stream.part()
+        await complete(default_database, output, lease)
+        with anyio.fail_after(PATIENCE):
+            while not stream.is_full:
+                await anyio.sleep(0.01)
+        assert [len(await stream.part()), await stream.part()] == [1_600 * 2, b""]
+
+
+async def test_no_other_file_is_sent(app, lease, default_database, output, tmp_path):
+    foreign = LocalArtifacts(tmp_path / "elsewhere")
+    stored = await foreign.publish("other", 1, "wav", DATA)
+    told = {"file_size_bytes": stored.size_bytes, "sha256": stored.sha256}
+    async with Stream(app, path_of(lease)) as stream:
+        await stream.part(), await stream.part()
+        async with default_database.session() as session:
+            await queue.complete(session, [completion_of(lease, file_path=stored.path, **told)])
         assert await stream.part() == b""
 
 

@@ -287,13 +287,17 @@ def _remove(file: Path) -> bool:
 
 
 def _remove_folder(folder: Path) -> int:
-    """Remove a folder of files; return how many there were."""
+    """Remove a folder of files, but not what a link leads to; return how many there were."""
+    if folder.is_symlink() or folder.parent.is_symlink():
+        return 0
     try:
         with os.scandir(folder) as entries:
-            count = sum(_remove(Path(entry.path)) for entry in entries)
-        folder.rmdir()
+            files = [entry.path for entry in entries if not entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return 0
+    count = sum(_remove(Path(file)) for file in files)
+    with suppress(OSError):  # somebody else's folder is in it
+        folder.rmdir()
     return count
 
 

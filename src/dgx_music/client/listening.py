@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
+import anyio
 from anyio import to_thread
 
 from dgx_music import validation
 from dgx_music.artifacts import Artifacts, open_output
-from dgx_music.client.content import content_of, stored_format
+from dgx_music.artifacts.interface import parse_name
+from dgx_music.client.content import content_of, path_of, stored_format
 from dgx_music.client.generations import read_generation
 from dgx_music.config import load_settings
-from dgx_music.errors import NoAudioError
+from dgx_music.errors import ArtifactError, NoAudioError
+from dgx_music.statuses import PROCESSING
 from dgx_music.storage.connection.changes import Topic
 from dgx_music.storage.database import ensure_database
 from dgx_music.storage.models import Generation
 
 _LOOK_SECONDS = 0.5
 _SAMPLE_BYTES = 2
+_BLOCK = 2**16
+_decoding = anyio.CapacityLimiter(2)
+"""A decoded file of five minutes takes some 200 MB, and many listeners may wait for one end."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +58,42 @@ async def watch_audio(
     """
     validation.check_name("generation_id", generation_id)
     place = artifacts or open_output(load_settings().output)
+    async with aclosing(_watch(generation_id, None, place)) as parts:
+        async for part in parts:
+            yield part
+
+
+async def watch_attempt(
+    generation_id: str, attempt: int, artifacts: Artifacts
+) -> AsyncGenerator[AudioPart, None]:
+    """Yield the audio of one attempt as ``watch_audio`` does; ends if the attempt fails."""
+    async with aclosing(_watch(generation_id, attempt, artifacts)) as parts:
+        async for part in parts:
+            yield part
+
+
+async def _watch(
+    generation_id: str, only: int | None, place: Artifacts
+) -> AsyncGenerator[AudioPart, None]:
     database = await ensure_database()
     # Subscribe before the first read: a change between the two must not be missed.
     with database.changes.subscribe(Topic.DONE, [generation_id]) as changes:
-        listener = _Listener(place, await read_generation(database, generation_id))
+        listener: _Listener | None = None
         while True:
             row = await read_generation(database, generation_id)
-            if row.attempt != listener.attempt:
+            is_over = row.attempt != only or not (row.is_complete or row.status == PROCESSING)
+            if only is not None and is_over:
+                return
+            if listener is None or row.attempt != listener.attempt:
                 listener = _Listener(place, row)
             if row.is_complete:
                 yield await listener.read_rest(row)
                 return
             if row.is_finished:
                 raise NoAudioError(row.id, row.status)
-            async for part in listener.read_preview():
-                yield part
+            if row.status == PROCESSING:
+                async for part in listener.read_preview():
+                    yield part
             await changes.wait(_LOOK_SECONDS)
 
 
@@ -100,8 +128,19 @@ class _Listener:
 
     async def read_rest(self, row: Generation) -> AudioPart:
         """Return what was not heard yet of the finished audio, as loud as what was heard."""
-        data = b"".join([chunk async for chunk in content_of(row)])
-        return self._part(await to_thread.run_sync(self._rest_of, data, stored_format(row)))
+        self._check_own(row)
+        async with _decoding:
+            data = b"".join([chunk async for chunk in content_of(row)])
+            return self._part(await to_thread.run_sync(self._rest_of, data, stored_format(row)))
+
+    def _check_own(self, row: Generation) -> None:
+        """Refuse the file of another generation in another place, which a row may name."""
+        path = path_of(row)
+        named = parse_name(path.rpartition("/")[2])
+        if not (self._place.holds(path) or (named is not None and named[0] == row.id)):
+            raise ArtifactError(
+                f"Generation {row.id} is completed with {path}, which is not its own."
+            )
 
     def _part(self, pcm: bytes) -> AudioPart:
         start = self._frames
@@ -115,7 +154,12 @@ class _Listener:
         from dgx_music.audio.wav import to_pcm
 
         samples = decode(data, audio_format).samples  # [channel, frame]
-        heard = float(np.square(samples[:, : self._frames], dtype=np.float64).sum())
+        heard = sum(
+            float(
+                np.square(samples[:, at : min(at + _BLOCK, self._frames)], dtype=np.float64).sum()
+            )
+            for at in range(0, self._frames, _BLOCK)
+        )
         gain = (self._energy / heard) ** 0.5 if self._energy and heard else 1.0
         return to_pcm(samples[:, self._frames :] * np.float32(gain))
 

@@ -88,7 +88,7 @@ async def get_audio(generation_id: str, request: Request, access: MayRead) -> Re
     }
     if is_known(request.headers.get("if-none-match"), headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    return await _send(row, content, request, headers)
+    return await send_content(row, content, request, headers)
 
 
 @router.head("/audio", include_in_schema=False)
@@ -128,10 +128,13 @@ async def _find_completed(generation_id: str, access: Access) -> Generation:
     return row
 
 
-async def _send(
+async def send_content(
     row: Generation, content: Content, request: Request, headers: dict[str, str]
 ) -> Response:
-    """Return the answer with the file, or the part of it that the request asks for."""
+    """Return the answer with the file, or the part of it that the request asks for.
+
+    Of the headers, ``ETag`` must be given.
+    """
     size, part = content.size, None
     if is_same(request.headers.get("if-range"), headers["ETag"]):
         part = _find_part(request.headers.get("range"), size)

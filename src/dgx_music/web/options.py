@@ -10,7 +10,7 @@ UPLOAD_BYTES = 100_000_000
 """The largest body of an upload, if nothing else is chosen; the library reads no larger file."""
 MOST_DECODES = 4
 """How many uploads are decoded at a time; others wait."""
-MOST_PREVIEWS = 100
+MOST_PREVIEWS = 32
 """How many may listen at a time to what is being made; each asks the database twice a second."""
 MOST_TRANSCODES = 2
 """How many files are converted to another format at a time; others wait."""

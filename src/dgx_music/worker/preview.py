@@ -40,13 +40,14 @@ class Preview:
         self._heard = 0
         self._waiting: list[Audio] = []
         self._has_news = asyncio.Event()
+        self._is_over = False
 
     def hear(self, audio: Audio, start: int) -> None:
         """Take a part of the engine's audio; ``start`` is the place of its first sample.
 
         An engine that had to begin again hands out the same audio again: that is left out.
         """
-        if start == self._heard:
+        if start == self._heard and not self._is_over:
             self._heard += audio.samples.shape[1]
             self._waiting.append(audio)
             self._has_news.set()
@@ -60,6 +61,8 @@ class Preview:
                 self._has_news.clear()
                 heard, self._waiting = self._waiting, []
                 data = await anyio.to_thread.run_sync(self._convert, heard)
+                if not data:  # the resampler keeps what is too short
+                    continue
                 lease = self._lease
                 await self._artifacts.publish_preview(
                     lease.generation_id, lease.attempt, number, data
@@ -67,6 +70,8 @@ class Preview:
                 number += 1
                 await anyio.sleep(_PAUSE_SECONDS)
         except (ArtifactError, MemoryError, RuntimeError) as error:
+            self._is_over = True
+            self._waiting.clear()
             logger.warning("%s: its preview ends: %s", self._lease, error)
 
     def _convert(self, heard: list[Audio]) -> bytes:

@@ -44,7 +44,12 @@ class LiveClip:
         return min(self.next_start + self._window, self.frame_count)
 
     def push(self, codes: Tensor) -> None:
-        """Take the codes ``[codebook, frame]`` of the next window; returns at once."""
+        """Take the codes ``[codebook, frame]`` of the next window; returns at once.
+
+        Raises what an earlier window has failed with: no more steps are made for it.
+        """
+        if self.result.done():
+            self.result.result()
         self.next_start = self.next_end
         self._thread.push(self._clip, codes)
 
