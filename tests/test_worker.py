@@ -195,14 +195,16 @@ async def test_an_engine_that_has_come_to_have_fewer_slots_is_given_no_more_and_
         raise EngineReplacedError("There is no memory for as many generations at a time.")
 
     engine.script["prompt 3"] = [shrink, None]
-    held = engine.hold("prompt 9")
+    held = {prompt: engine.hold(prompt) for prompt in ("prompt 9", "prompt 10")}
     worker = make_worker()
     async with at_work(worker):
-        await until(database, rows[3], "completed")
         with anyio.fail_after(PATIENCE):
+            for prompt in held:  # which fill the two slots
+                await engine.started[prompt].wait()
             while await slots_of(database) != 2:
                 await anyio.sleep(0.01)
-        held.set()
+        for go_on in held.values():
+            go_on.set()
         for row in rows:
             await until(database, row, "completed")
     assert (engine.most_in_slots, await attempts_of(database, rows[3])) == (

@@ -302,7 +302,7 @@ def test_idle_engines_give_way_before_slots_do(decode: Decode) -> None:
     assert loop.slot_count == 8
 
 
-class OrphanedRun(QuietRun):
+class OrphanedRun(HeldRun):
     def make_room(self) -> bool:
         raise ConnectionError("the parent is gone")
 
@@ -310,8 +310,11 @@ class OrphanedRun(QuietRun):
 def test_rows_of_a_step_without_memory_are_answered_even_if_no_room_can_be_asked_for(
     decode: Decode,
 ) -> None:
-    loop = make_loop(Memory(stepped=0))
-    both = [decode(loop, OrphanedRun()), decode(loop, OrphanedRun())]
+    loop, run = make_loop(Memory(stepped=1)), OrphanedRun(threading.Event())
+    first = decode(loop, run, step_count=40)
+    assert run.has_begun.wait(PATIENCE)
+    both = [first, decode_next(loop, decode)]
+    run.go_on.set()
     for row in both:
         with pytest.raises(EngineError, match="the parent is gone"):
             row.result(PATIENCE)
