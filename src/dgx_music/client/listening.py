@@ -66,7 +66,10 @@ async def watch_audio(
 async def watch_attempt(
     generation_id: str, attempt: int, artifacts: Artifacts
 ) -> AsyncGenerator[AudioPart, None]:
-    """Yield the audio of one attempt as ``watch_audio`` does; ends if the attempt fails."""
+    """Yield the audio of one attempt as ``watch_audio`` does; ends if the attempt fails.
+
+    Raises ``ArtifactError`` if the row names a file that is neither in ``artifacts`` nor its own.
+    """
     async with aclosing(_watch(generation_id, attempt, artifacts)) as parts:
         async for part in parts:
             yield part
@@ -87,6 +90,8 @@ async def _watch(
             if listener is None or row.attempt != listener.attempt:
                 listener = _Listener(place, row)
             if row.is_complete:
+                if only is not None:
+                    listener.check_own(row)
                 yield await listener.read_rest(row)
                 return
             if row.is_finished:
@@ -128,12 +133,11 @@ class _Listener:
 
     async def read_rest(self, row: Generation) -> AudioPart:
         """Return what was not heard yet of the finished audio, as loud as what was heard."""
-        self._check_own(row)
         async with _decoding:
             data = b"".join([chunk async for chunk in content_of(row)])
             return self._part(await to_thread.run_sync(self._rest_of, data, stored_format(row)))
 
-    def _check_own(self, row: Generation) -> None:
+    def check_own(self, row: Generation) -> None:
         """Refuse the file of another generation in another place, which a row may name."""
         path = path_of(row)
         named = parse_name(path.rpartition("/")[2])
