@@ -862,6 +862,15 @@ async def test_a_preview_leaves_no_folder_of_its_attempt(local, root):
     assert names_in(root / "previews") == []
 
 
+async def test_what_a_link_leads_to_is_not_deleted(local, root, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "song").write_bytes(b"music")
+    (root / "previews").mkdir(parents=True)
+    (root / "previews" / "a-1").symlink_to(tmp_path / "mine")
+    await local.delete("a", [1])
+    assert (tmp_path / "mine" / "song").read_bytes() == b"music"
+
+
 async def test_a_preview_refuses_ids_that_lead_elsewhere(artifacts):
     with pytest.raises(InvalidRequestError, match="cannot name a file"):
         await artifacts.read_preview("../a", 1, 0)

@@ -16,6 +16,8 @@ from dgx_music.errors import (
     GenerationNotFoundError,
     NoAudioError,
 )
+from dgx_music.storage.queue import Lease
+from dgx_music.worker.preview import Preview
 from dgx_music.worker.worker import Worker
 from tests.factories import MODEL
 from tests.fakes import FakeEngine
@@ -69,6 +71,17 @@ async def add(prompt, **options):
     return (await enqueue(prompt, model=MODEL, **{"duration": 2, "channels": 1} | options)).id
 
 
+async def hear_all(worker, place, generation, let_go):
+    """Return all parts; the engine may go on once the first one was heard."""
+    parts = []
+    async with at_work(worker):
+        with anyio.fail_after(PATIENCE):
+            async for part in watch_audio(generation, artifacts=place):
+                parts.append(part)
+                let_go.set()
+    return parts
+
+
 def samples_of(parts):
     data = b"".join(part.pcm for part in parts)
     return np.frombuffer(data, "<i2").reshape(-1, parts[0].channels).T / 2**15
@@ -84,12 +97,7 @@ async def test_what_was_heard_is_the_whole_audio(worker, engine, place, channels
     hand_out(engine, "rain", made, seconds=1)
     let_go = engine.hold("rain")
     generation = await add("rain", channels=channels)
-    parts = []
-    async with at_work(worker):
-        with anyio.fail_after(PATIENCE):
-            async for part in watch_audio(generation, artifacts=place):
-                parts.append(part)
-                let_go.set()
+    parts = await hear_all(worker, place, generation, let_go)
     assert [part.start for part in parts] == [0, RATE]
     assert samples_of(parts) == pytest.approx(made, abs=3e-4)
     assert parts_in(place) == []
@@ -180,18 +188,25 @@ async def test_a_preview_that_cannot_be_stored_costs_no_generation(
     assert [part.start for part in parts] == [0]
 
 
+async def test_a_preview_that_cannot_be_stored_keeps_no_audio(place, monkeypatch):
+    async def refuse(*_):
+        raise ArtifactError("The disk is full.")
+
+    monkeypatch.setattr(place, "publish_preview", refuse)
+    preview = Preview(place, Lease("rain", 1), sample_rate=RATE, channels=1)
+    preview.hear(Audio(music(1), RATE), 0)
+    await preview.publish()
+    preview.hear(Audio(music(1), RATE), RATE)
+    assert preview._waiting == []
+
+
 async def test_audio_that_an_engine_makes_again_is_heard_once(worker, engine, place):
     made = music(2)
     hand_out(engine, "rain", made, seconds=1)
     engine.parts["rain"] += engine.parts["rain"]
     let_go = engine.hold("rain")
     generation = await add("rain")
-    parts = []
-    async with at_work(worker):
-        with anyio.fail_after(PATIENCE):
-            async for part in watch_audio(generation, artifacts=place):
-                parts.append(part)
-                let_go.set()
+    parts = await hear_all(worker, place, generation, let_go)
     assert samples_of(parts) == pytest.approx(made, abs=3e-4)
 
 

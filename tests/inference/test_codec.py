@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from functools import cache
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,8 +21,10 @@ from transformers import EncodecConfig, EncodecModel
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference.musicgen.codec import Codec, CodecWork
 from dgx_music.inference.musicgen.codec_thread import CodecThread
+from dgx_music.inference.musicgen.live_clip import LiveClip
 from dgx_music.inference.musicgen.streaming import Chain
 from dgx_music.inference.musicgen.tiny import build_tiny
+from tests.inference.factories import QuietRun
 from tests.patience import PATIENCE
 
 TOLERANCE = 1e-4
@@ -339,6 +342,18 @@ def test_a_failure_is_that_of_one_clip(
     with pytest.raises(RuntimeError, match="no window"):
         failed.result(PATIENCE)
     codec_thread.start(FakeWork("next", 1, [])).result(PATIENCE)
+
+
+def test_no_more_steps_are_made_for_a_clip_whose_codec_has_failed(
+    codec_thread: CodecThread,
+) -> None:
+    broken = Mock(left=3, is_ready=True, step=Mock(side_effect=RuntimeError("no window")))
+    codec: Any = SimpleNamespace(sample_rate=1, window=1, begin_decoding=lambda *_: broken)
+    clip = LiveClip(codec, codec_thread, frame_count=3, sample_count=3, run=QuietRun())
+    clip.push(torch.zeros(1, 1))
+    assert clip.result.exception(PATIENCE) is not None
+    with pytest.raises(RuntimeError, match="no window"):
+        clip.push(torch.zeros(1, 1))
 
 
 def test_a_clip_for_which_no_thread_can_be_started_is_not_done_later(
