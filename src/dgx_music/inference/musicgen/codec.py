@@ -182,6 +182,7 @@ class CodecWork:
     ) -> None:
         self._direction = direction
         self._states = direction.begin()
+        self._phase = phase(self._states[0])
         self._parts: deque[Tensor] = deque()
         self.left = count
         """How many windows are left."""
@@ -198,7 +199,7 @@ class CodecWork:
     def phase(self) -> Hashable:
         """Works of the same phase can do their next windows together."""
         is_last = self.left == 1
-        return self._direction, is_last, self._parts[0].shape, phase(self._states[0])
+        return self._direction, is_last, self._parts[0].shape, self._phase
 
     def push(self, part: Tensor) -> None:
         """Add the next window, while another thread may do an earlier one."""
@@ -215,8 +216,8 @@ class CodecWork:
             [work._states for work in works],
             is_last=self.left == 1,
         )
-        for work, state in zip(works, states, strict=True):
-            work._states = state
+        for work, own in zip(works, states, strict=True):
+            work._states, work._phase = own, phase(own[0])
             work._parts.popleft()
             work.left -= 1
         return list(made)
