@@ -133,11 +133,8 @@ class EventStream(Response):
     async def _send_events(self, send_part: Any) -> None:
         await send_part(BEGINNING)
         while not self._hub.is_over(self._viewer):
-            part = PING
-            with anyio.move_on_after(self._hub.pace.ping_seconds):
-                await self._viewer.wait()
-                part = self._hub.take(self._viewer)
-            await send_part(part)
+            await self._viewer.wait()
+            await send_part(self._hub.take(self._viewer) or PING)
 
 
 def _view(request: Request, access: Access) -> View:
