@@ -151,6 +151,30 @@ async def test_errors_are_problems_in_another_application_too(connect):
     assert wrong.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.parametrize("scheme", ["Basic", "basic", "Negotiate"])
+async def test_what_browsers_send_by_themselves_is_no_token(connect, scheme):
+    client = connect(mounted(authorize=who))
+    client.headers.update({"X-User": "label-7", "Authorization": f"{scheme} bGFiZWw6Nw=="})
+    foreign = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+
+    refused = await client.post("/music/v1/generations", json={"prompt": "a"}, headers=foreign)
+    own = await client.post("/music/v1/generations", json={"prompt": "a"})
+
+    assert (refused.status_code, own.status_code) == (403, 202)
+
+
+async def test_the_page_leads_to_the_log_in_of_the_application(connect):
+    async def redirect() -> Access:
+        raise HTTPException(303, headers={"Location": "/login"})
+
+    sent = await connect(mounted(authorize=redirect)).get("/music/")
+    told = await connect(mounted(authorize=who)).get("/music/")
+
+    assert (sent.status_code, sent.headers["location"]) == (303, "/login")
+    assert (told.status_code, "Log in first." in told.text) == (401, True)
+    assert "<form" not in told.text  # it would ask for a token of ours, which is of no use here
+
+
 async def test_the_other_applications_own_errors_stay_its_own(connect):
     answer = await connect(mounted()).get("/nothing")
 
