@@ -72,6 +72,26 @@ def test_two_browsers_see_each_other(visit, server):
     other.wait_for_selector("#detail", state="hidden")
 
 
+def test_a_change_is_fetched_alone(page, server):
+    post(server, "/v1/pause", {})
+    for number in range(3):
+        post(server, "/v1/generations", {"prompt": f"number {number}"})
+    page.wait_for_selector(".row")
+    page.reload()
+    page.wait_for_selector("#live[data-state=live]")
+    asked = []
+    page.on("request", lambda each: asked.append(each.url) if "/?" in each.url else None)
+    last = page.query_selector_all(".row")[-1].get_attribute("id")
+    post(server, f"/v1/generations/{last}/cancel", {})
+    wait_for_row(page, "cancelled")
+    post(server, "/v1/generations", {"prompt": "one more"})
+    page.wait_for_selector("#fresh:not([hidden])")
+
+    assert asked
+    assert all("ids=" in url for url in asked)
+    assert page.inner_text("#tools") == "Cancel the 3 that wait"
+
+
 def test_back_and_forward_keep_filters_details_and_player(page):
     enqueue(page, "lofi rain", duration="24")
     play_first(page)

@@ -151,6 +151,67 @@ async def test_errors_are_problems_in_another_application_too(connect):
     assert wrong.headers["x-content-type-options"] == "nosniff"
 
 
+@pytest.mark.parametrize("scheme", ["Basic", "basic", "Negotiate"])
+async def test_what_browsers_send_by_themselves_is_no_token(connect, scheme):
+    client = connect(mounted(authorize=who))
+    client.headers.update({"X-User": "label-7", "Authorization": f"{scheme} bGFiZWw6Nw=="})
+    foreign = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+
+    refused = await client.post("/music/v1/generations", json={"prompt": "a"}, headers=foreign)
+    own = await client.post("/music/v1/generations", json={"prompt": "a"})
+
+    assert (refused.status_code, own.status_code) == (403, 202)
+
+
+async def test_the_page_leads_to_the_log_in_of_the_application(connect):
+    async def redirect() -> Access:
+        raise HTTPException(303, headers={"Location": "/login"})
+
+    sent = await connect(mounted(authorize=redirect)).get("/music/")
+    told = await connect(mounted(authorize=who)).get("/music/")
+
+    assert (sent.status_code, sent.headers["location"]) == (303, "/login")
+    assert (told.status_code, "Log in first." in told.text) == (401, True)
+    assert "<form" not in told.text  # it would ask for a token of ours, which is of no use here
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("application/json", b'{"prompt": "a", "duration": 4}'),
+        ("application/vnd.x+JSON; charset=utf-8", b'{"prompt": "a"}'),
+        ("application/json", b""),
+        ("application/json", b"{"),
+        ("application/json", b"\xff"),
+        ("application/json", b"[" * 100_000),
+        ("application/json", b"null"),
+        ("application/json", b'["a"]'),
+        ("application/json", b"{}"),
+        ("application/json", b'{"prompt": "a", "\\ud800": 1}'),
+        ("application/json", b'{"prompt": "a", "colour": 1}'),
+        ("application/json", b'{"prompt": "' + b"a" * 2**20 + b'"}'),
+        ("text/plain", b'{"prompt": "a"}'),
+        ("", b'{"prompt": "a"}'),
+    ],
+)
+async def test_it_enqueues_alike_whoever_says_who_asks(connect, kind, body):
+    """By our own tokens it goes another way than by the framework's dependencies."""
+
+    async def all_may() -> Access:
+        return Access("operate")
+
+    answers = []
+    for client, prefix in ((connect(), ""), (connect(mounted(authorize=all_may)), "/music")):
+        headers = {"Content-Type": kind} if kind else {}
+        url = f"{prefix}/v1/generations"
+        answers.append(await client.post(url, content=body, headers=headers))
+    one, other = answers
+
+    told = [each.json() if each.status_code >= 400 else {} for each in answers]
+    assert (one.status_code, told[0]) == (other.status_code, told[1])
+    assert {*one.headers} == {*other.headers}
+
+
 async def test_the_other_applications_own_errors_stay_its_own(connect):
     answer = await connect(mounted()).get("/nothing")
 

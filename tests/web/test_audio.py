@@ -29,8 +29,8 @@ FACTS = {
 }
 
 
-@pytest.fixture
-def complete(default_database, output):
+@pytest.fixture(name="complete")
+def complete_fixture(default_database, output):
     """Returns a generation's path, once its audio is stored as a worker does it."""
 
     async def make(data=DATA, extension="wav", **values):

@@ -262,6 +262,23 @@ async def test_a_stream_without_news_says_that_it_lives(serve, default_database)
     assert stream.comments >= 2
 
 
+async def test_streams_live_while_the_database_does_not_answer(
+    serve, default_database, monkeypatch
+):
+    (row_id,) = await add(default_database)
+    app, _ = serve({"ping_seconds": 0.01})
+
+    async def hang(*_args, **_options):
+        await anyio.sleep_forever()
+
+    async with watch(app, row_id) as stream:
+        await stream.next()
+        monkeypatch.setattr(Database, "transact", hang)
+        for _ in range(3):
+            await stream.comment()
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("room", [1, 1_000])
 async def test_all_streams_end_with_the_server(serve, default_database, room):
     app, site = serve()

@@ -283,7 +283,7 @@ async def test_workers_have_a_view_of_their_own(client):
 async def test_a_status_keeps_the_other_filters(client):
     text = (await client.get("/?q=rain&status=failed")).text
 
-    assert '<a href="/?q=rain&amp;status=failed" aria-current="true">Failed</a>' in text
+    assert '<a href="/?q=rain&amp;status=failed" aria-current=true>Failed</a>' in text
     assert '<a href="/?q=rain&amp;starred=1">Starred</a>' in text
     assert '<input type="hidden" name="status" value="failed">' in text
 
@@ -310,6 +310,71 @@ async def test_what_does_not_wait_cannot_be_cancelled_at_once(client, default_da
         await add(default_database, prompt="rain")
 
     assert "data-count" not in (await client.get(f"/?{query}")).text
+
+
+# ---- for its scripts
+
+
+async def news(client, rows, query="", since=None):
+    """Return what an open page with these rows gets; the last one is the newest that it shows."""
+    ids = ",".join(row.id for row in rows)
+    return (await client.get(f"/?{query}&since={since or rows[-1].id}&ids={ids}")).text
+
+
+async def test_of_an_open_page_only_what_changed_is_made_again(client, default_database):
+    rows = [await add(default_database, prompt=f"rain {number}") for number in range(3)]
+    text = await news(client, rows[1:], since=rows[1].id)
+
+    assert [row.id in text for row in rows] == [False, True, True]
+    assert 'id="fresh" class="go" href="/">1 new</a>' in text
+    assert 'data-count="3"' in text
+    assert "<form" not in text
+    assert len(text) < 6_000
+
+
+async def test_what_does_not_fit_the_filters_is_not_news(client, default_database):
+    here, gone = [await add(default_database, status=status) for status in ("pending", "failed")]
+    await add(default_database, status="failed")
+    text = await news(client, [here, gone], "status=pending&view=workers")
+
+    assert (here.id in text, gone.id in text) == (True, False)
+    assert 'id="fresh" class="go" href="/?status=pending" hidden>' in text
+    assert "<h1>Models</h1>" in text
+
+
+@pytest.mark.parametrize("query", ["q=rain", "sort=created", "reverse=0", "after={next}"])
+async def test_what_is_no_list_from_the_newest_on_tells_its_rows(client, default_database, query):
+    for number in range(3):
+        await client.post("/v1/generations", json={"prompt": f"rain {number}"})
+    rows = (await rows_of(default_database))[::-1]
+    first = (await client.get("/v1/generations?limit=1")).json()
+    text = await news(client, [rows[0]], query.format_map(first), since=rows[1].id)
+
+    assert rows[0].id in text
+    assert ("1 new" in text) == (not query.startswith("after"))
+
+
+async def test_news_have_the_details_that_are_open(client, default_database):
+    shown, other = [await add(default_database) for _ in range(2)]
+
+    assert f'data-id="{shown.id}"' in await news(client, [other], f"show={shown.id}")
+
+
+async def test_news_of_another_tenant_are_nobodys(locked, default_database):
+    client, secret = await locked(tenant="shop")
+    await log_in(client, secret)
+    own, other = [await add(default_database, tenant=name) for name in ("shop", "bar")]
+    text = await news(client, [other, own], since=own.id)
+
+    assert (own.id in text, other.id in text) == (True, False)
+    assert "0 new" in text
+
+
+@pytest.mark.parametrize("query", ["ids=a", "ids=,&since=a%00", f"since=a&ids={'a,' * 201}"])
+async def test_news_of_what_is_no_page_are_refused(client, query):
+    numbered = query.replace("a,", "{},").format(*range(201)) if "a," in query else query
+
+    assert (await client.get(f"/?{numbered}")).status_code == 422
 
 
 # ---- who may

@@ -15,7 +15,9 @@ from dgx_music.validation import AUDIO_FORMATS, check_integer
 EXTENSIONS: tuple[str, ...] = AUDIO_FORMATS
 PART = ".part"
 """The suffix of a half-written file."""
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 2**18
+"""How much of a file is read at a time: each client of a server that reads slowly holds two or three
+of them."""
 MAX_BYTES = 2**63 - 1
 """No file is larger."""
 LONGEST_LINK_SECONDS = 7 * 86_400
@@ -97,7 +99,7 @@ class Artifacts(Protocol):
     def stream(
         self, path: str, start: int = 0, length: int | None = None
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the content of a published file in chunks of some megabytes.
+        """Yield the content of a published file in chunks of 256 KiB.
 
         ``path`` is the ``file_path`` of its row. With ``start`` and ``length`` only these bytes of
         it are read, and fewer if the file ends before. A reader that leaves early closes it. Raises

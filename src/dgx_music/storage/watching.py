@@ -6,15 +6,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.attributes import set_committed_value
 
 from dgx_music.statuses import GenerationStatus
+from dgx_music.storage.filters import Filters, conditions
 from dgx_music.storage.generation import AUDIO_KEY, g
 from dgx_music.storage.listing import list_generations
 from dgx_music.storage.models import Generation
 from dgx_music.storage.statistics import get_database_stats
+
+MOST_NEW = 1_000
+"""So many newer rows are counted at most."""
 
 State = tuple[Any, ...]
 """What may change of a row, by which a change is noticed."""
@@ -45,6 +49,22 @@ async def look_at(session: AsyncSession, ids: Collection[str], known: Mapping[st
     states = await _read_states(session, wanted)
     changed = [each for each, state in states.items() if known.get(each) != state]
     return Seen(states, await _read_rows(session, changed))
+
+
+async def find_news(
+    session: AsyncSession, ids: Sequence[str], since: str, filters: Filters
+) -> tuple[list[Generation], int]:
+    """Return those of these rows that fit the filters, and how many fit that are newer than an id.
+
+    Of the newer ones at most ``MOST_NEW`` are counted. Raises ``InvalidRequestError``.
+    """
+    fitting = conditions(filters, Generation)
+    newer = select(Generation.id).where(Generation.id > since, *fitting).limit(MOST_NEW)
+    count = await session.scalar(select(func.count()).select_from(newer.subquery()))
+    if not ids:
+        return [], count or 0
+    some = select(Generation).where(Generation.id.in_(_padded(ids)), *fitting)
+    return [*await session.scalars(some)], count or 0
 
 
 async def read_queue(session: AsyncSession, tenant: str | None) -> dict[str, Any]:

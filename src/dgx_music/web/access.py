@@ -115,13 +115,18 @@ def _enter(request: Request, site: Site, access: Access) -> None:
     request.state.music_access = access
 
 
+def access_of(request: Request, role: Role) -> Access:
+    """Return what whoever asks may do; raises ``ProblemError`` if this role is not included."""
+    access = cast("Access", request.state.music_access)
+    if not access.may(role):
+        detail = f"This needs the role {role}, and the token has {access.role}."
+        raise ProblemError(FORBIDDEN, detail)
+    return access
+
+
 def _needing(role: Role) -> Callable[[Request], Coroutine[Any, Any, Access]]:
     async def find(request: Request) -> Access:
-        access = cast("Access", request.state.music_access)
-        if not access.may(role):
-            detail = f"This needs the role {role}, and the token has {access.role}."
-            raise ProblemError(FORBIDDEN, detail)
-        return access
+        return access_of(request, role)
 
     return find
 

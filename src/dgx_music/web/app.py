@@ -35,8 +35,9 @@ from dgx_music.web import (
     transitions,
     uploads,
 )
-from dgx_music.web.access import entrance, identification
+from dgx_music.web.access import TokenScheme, entrance, identification
 from dgx_music.web.compat import elevenlabs, replicate, replicate_files, vllm_omni
+from dgx_music.web.direct import direct_enqueue
 from dgx_music.web.guard import Guard
 from dgx_music.web.options import WebOptions
 from dgx_music.web.problems import NO_METHOD, internal_problem, problem_of
@@ -112,7 +113,11 @@ def _include(
     has_page: bool,
 ) -> None:
     """Add all routes, each router for itself: every level of routers costs every request."""
-    known = [Depends(identification(site, authorize))]
+    identify = identification(site, authorize)
+    known = [Depends(identify)]
+    if isinstance(identify, TokenScheme):
+        way = direct_enqueue(identify)
+        target.add_route("/v1/generations", way, methods=["POST"], include_in_schema=False)
     for module in ROUTERS:
         target.include_router(module.router, prefix="/v1", dependencies=known)
     target.include_router(health.router)

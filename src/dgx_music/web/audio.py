@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Send
 
 from dgx_music.client.generations import audio_facts
-from dgx_music.errors import InvalidRequestError, NoAudioError
+from dgx_music.errors import ArtifactError, InvalidRequestError, NoAudioError
 from dgx_music.storage import Generation
 from dgx_music.validation import check_integer, shown
 from dgx_music.web import documents
@@ -23,6 +26,8 @@ from dgx_music.web.ranges import NoSuchRangeError, is_known, is_same, parse_rang
 from dgx_music.web.route import MusicRoute
 from dgx_music.web.rows import find_row
 from dgx_music.web.site import site_of
+
+logger = logging.getLogger(__name__)
 
 MOST_POINTS = 1_000
 _DEFAULT_POINTS = 200
@@ -142,12 +147,15 @@ async def send_content(
     headers |= {"Content-Length": str(length)}
     if part is not None:
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{size}"
-    first, rest = await begin(site_of(request), row, content, start, length)
+    is_head = request.method == "HEAD"  # one byte says that the file is there
+    first, rest = await begin(
+        site_of(request), row, content, start, min(length, 1) if is_head else length
+    )
     status, media_type = 200 if part is None else 206, media_type_of(content.audio_format)
-    if request.method == "HEAD":
+    if is_head:
         await rest.aclose()
         return Response(None, status, headers, media_type)
-    return StreamingResponse(_joined(first, rest), status, headers, media_type)
+    return PartOfFile(_joined(first, rest), length, status, headers, media_type)
 
 
 def _find_part(header: str | None, size: int) -> tuple[int, int] | None:
@@ -157,6 +165,30 @@ def _find_part(header: str | None, size: int) -> tuple[int, int] | None:
         detail = f"The file has {size:,} bytes; ask for some of them."
         headers = {"Content-Range": f"bytes */{size}"}
         raise ProblemError(NO_SUCH_RANGE, detail, headers=headers) from None
+
+
+class PartOfFile(StreamingResponse):
+    """Sends so many bytes; if there are fewer, the connection ends, and the client notices it."""
+
+    def __init__(self, content: AsyncIterator[bytes], length: int, *args: Any) -> None:
+        super().__init__(content, *args)
+        self._length = length
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the answer; one that is broken off is told to the log only."""
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        left, why = self._length, "it is shorter than its row says"
+        try:
+            async for chunk in self.body_iterator:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                left -= len(chunk)
+        except ArtifactError as error:
+            why = str(error)
+        if left:
+            logger.warning("web: audio is broken off in the middle: %s", why)
+            return  # the server below then ends the connection
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _joined(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:

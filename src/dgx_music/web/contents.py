@@ -55,10 +55,13 @@ async def begin(
     check_sent(site, row)
     chunks = content.read(start, length)
     try:
-        return await anext(chunks, b""), chunks
+        first = await anext(chunks, b"")
     except ArtifactError:
         await check_there(row)
         raise
+    if length and not first:  # somebody has put a shorter file in its place
+        raise ProblemError(GONE, _GONE)
+    return first, chunks
 
 
 async def _converted(site: Site, row: Generation, wanted: AudioFormat) -> Content:

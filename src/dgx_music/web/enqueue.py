@@ -54,8 +54,13 @@ async def enqueue_generation(
     body: GenerationRequest, request: Request, access: MayEnqueue
 ) -> Response:
     """Add one generation to the queue; of several `variations`, the answer is the first take."""
+    return await enqueue_options(given(body), request, access)
+
+
+async def enqueue_options(wanted: dict[str, Any], request: Request, access: Access) -> Response:
+    """Add what these fields of a body ask for, and return the answer."""
     key = request.headers.get("idempotency-key")
-    options = _with_key(await prepared(given(body), access), key)
+    options = _with_key(await prepared(wanted, access), key)
     row, is_new = await enqueue_one(options, access)
     seconds = wait_seconds(request.headers.get("prefer"))
     if seconds:

@@ -13,13 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dgx_music.errors import GenerationNotFoundError, InvalidRequestError
-from dgx_music.validation import check_name
+from dgx_music.errors import GenerationNotFoundError
 from dgx_music.web import documents
 from dgx_music.web.access import Access, MayRead
-from dgx_music.web.filters import Parameter, read_parameters
+from dgx_music.web.filters import IDS, read_parameters, split_ids
 from dgx_music.web.hub import Hub
-from dgx_music.web.options import MOST_ROWS
 from dgx_music.web.route import MusicRoute
 from dgx_music.web.rows import as_list_row, base_of
 from dgx_music.web.site import site_of
@@ -32,12 +30,6 @@ BEGINNING = b"retry: 2000\n\n"
 PING = b": ping\n\n"
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _END_SECONDS = 1.0
-_IDS = Parameter(
-    "ids",
-    {"type": "string", "minLength": 1},
-    f"The generations to watch, at most {MOST_ROWS}: their ids, separated by commas.",
-    is_repeatable=True,
-)
 _LAST_ID = documents.headers(
     {"Last-Event-ID": "The id of the last event that the client has; browsers send it."}
 )
@@ -88,13 +80,13 @@ async def watch_one(generation_id: str, request: Request, access: MayRead) -> Re
     "/events",
     response_class=StreamingResponse,
     responses=_OF_MANY,
-    openapi_extra={"parameters": [_IDS.described, *_LAST_ID["parameters"]]},
+    openapi_extra={"parameters": [IDS.described, *_LAST_ID["parameters"]]},
 )
 async def watch_many(request: Request, access: MayRead) -> Response:
     """Send the generations now, each of them after each change, and the queue's counts."""
     viewer = Viewer(
         _view(request, access),
-        _read_ids(request),
+        split_ids(read_parameters(request, IDS).get(IDS.name, [])),
         last_id=request.headers.get("last-event-id"),
         has_queue=True,
     )
@@ -133,11 +125,8 @@ class EventStream(Response):
     async def _send_events(self, send_part: Any) -> None:
         await send_part(BEGINNING)
         while not self._hub.is_over(self._viewer):
-            part = PING
-            with anyio.move_on_after(self._hub.pace.ping_seconds):
-                await self._viewer.wait()
-                part = self._hub.take(self._viewer)
-            await send_part(part)
+            await self._viewer.wait()
+            await send_part(self._hub.take(self._viewer) or PING)
 
 
 def _view(request: Request, access: Access) -> View:
@@ -159,14 +148,6 @@ async def _joined(request: Request, viewer: Viewer) -> Hub:
         hub.leave(viewer)
         raise
     return hub
-
-
-def _read_ids(request: Request) -> list[str]:
-    texts = read_parameters(request, _IDS).get("ids", [])
-    ids = [*dict.fromkeys(each for text in texts for each in text.split(",") if each)]
-    if len(ids) > MOST_ROWS:
-        raise InvalidRequestError("ids", f"has {len(ids):,} ids", f"use at most {MOST_ROWS}")
-    return [check_name("ids", each) for each in ids]
 
 
 async def _send_part(send: Send, part: bytes) -> None:

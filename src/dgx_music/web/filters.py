@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from dgx_music.errors import InvalidRequestError
 from dgx_music.statuses import GenerationStatus
 from dgx_music.storage.filters import Sort
-from dgx_music.validation import check_integer, shown
+from dgx_music.validation import check_integer, check_name, shown
 from dgx_music.web.access import Access, check_tenant
 from dgx_music.web.options import MOST_ROWS
 
@@ -101,6 +101,20 @@ PAGING = (
     ),
     Parameter("after", _TEXT, "The `next` of the page before, with the same filters."),
 )
+IDS = Parameter(
+    "ids",
+    {"type": "string", "minLength": 1},
+    f"The generations to watch, at most {MOST_ROWS}: their ids, separated by commas.",
+    is_repeatable=True,
+)
+
+
+def split_ids(texts: Iterable[str]) -> list[str]:
+    """Return the ids that are separated by commas, each once; raises ``InvalidRequestError``."""
+    ids = [*dict.fromkeys(each for text in texts for each in text.split(",") if each)]
+    if len(ids) > MOST_ROWS:
+        raise InvalidRequestError(IDS.name, f"has {len(ids):,} ids", f"use at most {MOST_ROWS}")
+    return [check_name(IDS.name, each) for each in ids]
 
 
 def read_parameters(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +28,8 @@ SECURITY_HEADERS: Mapping[str, str] = {
 }
 """On each answer that does not say otherwise."""
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
-TOKEN_HEADERS = ("authorization", "xi-api-key")
+_SENT_BY_BROWSERS = ("basic", "digest", "negotiate", "ntlm")
+"""The schemes of ``Authorization`` that browsers also send for the pages of other sites."""
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _PROBES = ("/healthz", "/readyz")
@@ -83,7 +85,7 @@ def check_same_site(request: Request) -> None:
     no browser. A token in a header proves that the sender knows it.
     """
     headers = request.headers
-    if request.method in _SAFE or any(name in headers for name in TOKEN_HEADERS):
+    if request.method in _SAFE or _has_token(headers):
         return
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
@@ -92,6 +94,12 @@ def check_same_site(request: Request) -> None:
         is_ours = origin is None or _place_of(origin) == headers.get("host", "").lower()
     if not is_ours:
         raise ProblemError(CROSS_SITE, "The page of another site sent this; nothing is changed.")
+
+
+def _has_token(headers: Headers) -> bool:
+    """Return True if the sender knows a token; a browser adds what it asked a person for by itself."""
+    scheme = headers.get("authorization", "").partition(" ")[0].lower()
+    return "xi-api-key" in headers or scheme not in ("", *_SENT_BY_BROWSERS)
 
 
 def _place_of(origin: str) -> str | None:

@@ -20,7 +20,7 @@ from dgx_music.storage.watching import Seen, State, look_at, read_queue
 from dgx_music.web.history import History
 from dgx_music.web.problems import RETRY_SECONDS, TOO_MANY_STREAMS, ProblemError
 from dgx_music.web.stops import Stops, is_server_stopping
-from dgx_music.web.viewers import Event, Kind, ShownRow, Viewer, message, to_json
+from dgx_music.web.viewers import Event, Kind, Pings, ShownRow, Viewer, message, to_json
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -89,6 +89,7 @@ class Hub:
         self._most_streams = most_streams
         self._history = History()
         self._viewers: set[Viewer] = set()
+        self._pings = Pings(self._viewers)
         self._new: set[Viewer] = set()
         self._watchers: dict[str, set[Viewer]] = {}
         self._rows: dict[str, _Watched] = {}
@@ -103,6 +104,8 @@ class Hub:
     def join(self, viewer: Viewer) -> None:
         """Let the viewer watch; raises ``ProblemError`` if there are too many."""
         self._check_room(viewer)
+        if not self._viewers:
+            self._pings.begin(self.pace.ping_seconds)
         self._viewers.add(viewer)
         self._new.add(viewer)
         for each in viewer.ids:

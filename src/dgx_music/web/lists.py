@@ -16,11 +16,21 @@ from dgx_music.statuses import PENDING, PROCESSING
 from dgx_music.storage import count_generations
 from dgx_music.storage.bulk import find_ids
 from dgx_music.storage.database import ensure_database
+from dgx_music.storage.watching import find_news
+from dgx_music.validation import check_name
 from dgx_music.web.access import Access
-from dgx_music.web.filters import FILTERS, PAGING, SORTING, read_parameters, within_tenant
+from dgx_music.web.filters import (
+    FILTERS,
+    PAGING,
+    SORTING,
+    read_parameters,
+    split_ids,
+    within_tenant,
+)
 from dgx_music.web.generations import read_page
+from dgx_music.web.rows import as_list_row
 
-OWN = ("show", "view")
+OWN = ("show", "view", "ids", "since")
 """The parameters of the page's URL that are not those of the list."""
 _CHIPS: Sequence[tuple[str, dict[str, str]]] = (
     ("All", {}),
@@ -30,6 +40,9 @@ _CHIPS: Sequence[tuple[str, dict[str, str]]] = (
     ("Failed", {"status": "failed"}),
     ("Starred", {"starred": "1"}),
 )
+_FILTERS = frozenset(each.name for each in FILTERS)
+_IN_ORDER = frozenset({"q", "sort", "reverse"})
+"""With these, only the whole list tells which rows are in it."""
 _FINER = ("key", "bpm_from", "bpm_to", "tag", "model")
 
 
@@ -50,6 +63,32 @@ async def read_list(request: Request, access: Access, root: str) -> dict[str, An
         "chips": _chips(root, kept),
         "filters": dict(kept),
         "is_finer": any(name in _FINER for name, _ in kept),
+        "new_count": _count_newer(request, page["generations"]),
+    }
+
+
+async def read_news(request: Request, access: Access, root: str) -> dict[str, Any]:
+    """Return what the list's template needs to show what has changed; raises as ``read_page`` does.
+
+    The URL names the rows that may have changed (``ids``) and the newest one that is shown
+    (``since``). Only those of them that still fit the filters are returned.
+    """
+    values = read_parameters(request, *FILTERS, *SORTING, *PAGING, ignored=OWN)
+    if not _IN_ORDER.isdisjoint(values):
+        return await read_list(request, access, root)
+    filters: Any = within_tenant(
+        {name: values[name] for name in values if name in _FILTERS}, access
+    )
+    ids = split_ids(request.query_params.getlist("ids"))
+    since = check_name("since", request.query_params.get("since", ""))
+    find = partial(find_news, ids=ids, since=since, filters=filters)
+    rows, newer = await (await ensure_database()).transact(find, read_only=True)
+    return {
+        "is_news": True,
+        "rows": [as_list_row(row, access, root) for row in rows],
+        "reason": None,
+        "bulk": await _find_bulk(request, access, None),
+        "new_count": 0 if "after" in values else newer,
     }
 
 
@@ -74,20 +113,29 @@ def _chips(root: str, kept: list[tuple[str, str]]) -> list[tuple[str, str, bool]
 
 
 async def _find_bulk(
-    request: Request, access: Access, page: dict[str, Any]
+    request: Request, access: Access, page: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Return the filters of what waits in this list, and its number; ``None`` if nothing is offered."""
+    """Return the filters of what waits in this list, and its number; ``None`` if nothing is offered.
+
+    Those on the ``page`` are all, if it is known and has all of the list.
+    """
     values = read_parameters(request, *FILTERS, *SORTING, *PAGING, ignored=OWN)
-    waiting = sum(row["status"] == PENDING for row in page["generations"])
     is_open = {PENDING, PROCESSING}.issuperset(values.get("status", ()))
-    if not (waiting and is_open and access.may(Role.OPERATE)) or "q" in values:
+    if not (is_open and access.may(Role.OPERATE)) or "q" in values:
         return None
-    names = {each.name for each in FILTERS}
-    filters = {name: value for name, value in values.items() if name in names}
+    filters = {name: value for name, value in values.items() if name in _FILTERS}
     filters["status"] = [PENDING]
-    if page["next"] or "after" in values:
+    rows = [] if page is None else page["generations"]
+    waiting = sum(row["status"] == PENDING for row in rows)
+    if page is None or (waiting and (page["next"] or "after" in values)):
         waiting = await _count(filters, access)
     return {"count": waiting, "filters": json.dumps(filters)} if waiting > 1 else None
+
+
+def _count_newer(request: Request, rows: list[dict[str, Any]]) -> int:
+    """Return how many of the rows are newer than the newest one that is shown, if the URL names it."""
+    since = request.query_params.get("since")
+    return sum(row["id"] > since for row in rows) if since else 0
 
 
 async def _count(filters: dict[str, Any], access: Access) -> int:

@@ -22,7 +22,7 @@ from dgx_music.web.drawer import read_drawer
 from dgx_music.web.enqueue import enqueue_one
 from dgx_music.web.filters import read_integer, read_number
 from dgx_music.web.fleet import read_workers
-from dgx_music.web.lists import kept_of, link_to, read_list
+from dgx_music.web.lists import kept_of, link_to, read_list, read_news
 from dgx_music.web.overview import read_models
 from dgx_music.web.problems import ProblemError, problem_of
 from dgx_music.web.requests import check_only, prepared
@@ -43,7 +43,10 @@ _EXAMPLES = (
 
 @router.get("/")
 async def get_page(request: Request, access: MayRead) -> Response:
-    """Show what the URL asks for; fields of a form that are empty leave the URL."""
+    """Show what the URL asks for; fields of a form that are empty leave the URL.
+
+    With ``ids`` it is only what may have changed of a page that is open, for its scripts.
+    """
     pairs = request.query_params.multi_items()
     if any(text == "" for _, text in pairs):
         kept = urlencode([pair for pair in pairs if pair[1] != ""])
@@ -83,27 +86,36 @@ async def _show(
     form: dict[str, str] | None = None,
     problem: ProblemError | None = None,
 ) -> Response:
-    root, is_of_workers = root_of(request), request.query_params.get("view") == "workers"
-    models = await read_models()
+    read = read_news if "ids" in request.query_params else read_list
     values: dict[str, Any] = {
         **_visitor(request, access),
-        **await read_list(request, access, root),
-        "models": models,
+        **await _fleet(request, access),
+        **await read(request, access, root_of(request)),
         "counts": await _count(access),
-        "is_served": any(model["is_served"] for model in models),
-        "is_paused": all(model["is_paused"] for model in models),
-        "workers": await read_workers(access) if is_of_workers else None,
-        "chosen_model": (form or {}).get("model") or _first_choice(models),
         "form": form or {},
         "problem": problem,
         "key": secrets.token_urlsafe(16),
         "examples": _EXAMPLES,
         "keys": KEYS,
     }
+    values["chosen_model"] = values["form"].get("model") or _first_choice(values["models"])
     status = problem.kind.status if problem else 422 if values["reason"] else 200
     if shown := request.query_params.get("show"):
         status = await _add_detail(values, shown, access, request) or status
     return render(request, "page.html", values, status)
+
+
+async def _fleet(request: Request, access: Access) -> dict[str, Any]:
+    """Return the models, and the workers if they are shown and the list is not."""
+    models = await read_models()
+    is_away = request.query_params.get("view") == "workers"
+    return {
+        "is_away": is_away,
+        "models": models,
+        "is_served": any(model["is_served"] for model in models),
+        "is_paused": all(model["is_paused"] for model in models),
+        "workers": await read_workers(access) if is_away else None,
+    }
 
 
 async def _count(access: Access) -> dict[str, int] | None:

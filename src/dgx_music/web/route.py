@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi.routing import APIRoute
 from starlette.requests import Request
@@ -15,6 +15,29 @@ from dgx_music.web.guard import secure
 from dgx_music.web.options import JSON_BYTES
 from dgx_music.web.problems import problem_of
 
+Handle: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def answering(
+    handle: Handle,
+    receive: Callable[[Request], Request],
+    refuse: Callable[[Request, Exception], Response | None],
+) -> Handle:
+    """Return what answers a request: limited, with known errors as problems, and secured."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            with own_limits():
+                response = await handle(receive(request))
+        except Exception as error:
+            if (refused := refuse(request, error)) is None:
+                raise
+            response = refused
+        secure(response.raw_headers)
+        return response
+
+    return answer
+
 
 class MusicRoute(APIRoute):
     """Limits the body, turns known errors into problems, and secures the answer."""
@@ -24,22 +47,9 @@ class MusicRoute(APIRoute):
     most_bytes = JSON_BYTES
     """The largest body that is limited here."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Handle:
         """Return what answers a request."""
-        handle = super().get_route_handler()
-
-        async def answer(request: Request) -> Response:
-            try:
-                with own_limits():
-                    response = await handle(self._received(request))
-            except Exception as error:
-                if (refused := self.answer_problem(request, error)) is None:
-                    raise
-                response = refused
-            secure(response.raw_headers)
-            return response
-
-        return answer
+        return answering(super().get_route_handler(), self._received, self.answer_problem)
 
     def _received(self, request: Request) -> Request:
         return limited(request, self.most_bytes) if self.is_limited else request

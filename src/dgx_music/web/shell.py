@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from jinja2 import Environment, FileSystemLoader
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -61,7 +62,11 @@ class PageRoute(MusicRoute):
     def answer_problem(self, request: Request, error: Exception) -> Response | None:
         """Return the answer to a known error, or ``None``."""
         problem = problem_of(request, error)
-        return None if problem is None else refusal(request, problem)
+        if problem is None:
+            return None
+        # If the application around us asks for its own log-in, our tokens are of no use there.
+        is_foreign = isinstance(error, HTTPException)
+        return refusal(request, problem, may_log_in=not is_foreign)
 
 
 async def read_form(request: Request) -> dict[str, str]:
@@ -94,9 +99,9 @@ def login_page(request: Request, reason: str | None, status: int) -> Response:
     return render(request, "alone.html", values, status)
 
 
-def refusal(request: Request, problem: ProblemError) -> Response:
-    """Return the page that a problem leads to."""
-    if problem.kind is NO_TOKEN:
+def refusal(request: Request, problem: ProblemError, *, may_log_in: bool = True) -> Response:
+    """Return the page that a problem leads to: if a token is missing, the form for one."""
+    if problem.kind is NO_TOKEN and may_log_in:
         reason = problem.detail if login_of(request) else None
         page = login_page(request, reason, problem.kind.status)
     else:

@@ -11,12 +11,11 @@ from typing import TypeAlias
 
 from anyio import CapacityLimiter, Lock, to_thread
 
+from dgx_music.artifacts.interface import CHUNK_BYTES
 from dgx_music.client.content import content_of
 from dgx_music.storage import Generation
 from dgx_music.validation import AudioFormat
 from dgx_music.web.options import MOST_TRANSCODES, TRANSCODED_BYTES, TRANSCODED_FILES
-
-_CHUNK_BYTES = 2**18
 
 Key: TypeAlias = tuple[str, str | None, AudioFormat, str | None]
 """The row, the hash of its file, the format, and the title: all that the new file depends on."""
@@ -38,7 +37,7 @@ class Transcode:
         """Yield so many bytes from there on."""
         end = start + length
         while start < end:
-            count = min(_CHUNK_BYTES, end - start)
+            count = min(CHUNK_BYTES, end - start)
             chunk = await to_thread.run_sync(os.pread, self._file, count, start)
             start += len(chunk)
             yield chunk

@@ -153,8 +153,12 @@ class Viewer:
         else:
             self.opened.set_exception(error)
 
+    def ping(self) -> None:
+        """Have the stream say that it is alive, unless there is something else to say."""
+        self._has_news.set()
+
     async def wait(self) -> None:
-        """Wait until there are news, or the end."""
+        """Wait until there are news, a ping, or the end."""
         await self._has_news.wait()
 
     def take(self) -> list[Event]:
@@ -164,6 +168,26 @@ class Viewer:
         self.needs_snapshot = False
         self._has_news.clear()
         return taken
+
+
+class Pings:
+    """Pings all viewers in turn, with one timer: one for each of them costs more than its events."""
+
+    def __init__(self, viewers: Collection[Viewer]) -> None:
+        self._viewers = viewers
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, seconds: float) -> None:
+        """Ping so often while there are viewers; called when the first one has come."""
+        if self._timer is not None:
+            self._timer.cancel()  # the one of viewers who have left
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._ping, seconds)
+
+    def _ping(self, seconds: float) -> None:
+        for each in self._viewers:
+            each.ping()
+        if self._viewers:
+            self.begin(seconds)
 
 
 def message(event_id: str, kind: Kind, text: str) -> bytes:

@@ -4,8 +4,8 @@ import "./form.js";
 import { begin } from "./live.js";
 import * as player from "./player.js";
 
+let changed = new Set(); // rows to look at soon; null: all
 let turn = 0;
-let unseen = 0;
 let soon, typing;
 
 async function visit(url, replaces = url === location.href) {
@@ -20,9 +20,13 @@ async function load() {
   $("list").ariaBusy = "false";
 }
 
-async function refresh() {
-  const [asked, query] = [turn, new URLSearchParams(location.search)];
-  query.set("limit", Math.min(200, Math.max(50, all(".row").length + unseen + 9)));
+// Reads the page: another one, or of this one some rows, or with null all.
+async function refresh(some) {
+  const [asked, query, ids] = [turn, new URLSearchParams(location.search), all(".row").map(idOf).sort()];
+  const newest = ids.at(-1);
+  if (some !== undefined) query.set("limit", Math.min(200, ids.length + 60));
+  if (newest) query.set("since", newest);
+  if (newest && some?.size < 99) query.set("ids", [...some, newest]);
   const page = await read(`?${query}`);
   if (asked !== turn) return;
   const parts = Object.fromEntries(all("[id]", page).map((part) => [part.id, part]));
@@ -30,22 +34,16 @@ async function refresh() {
   if (!$("filters").contains(document.activeElement)) swap($("filters"), parts.filters);
   $("home").hidden = parts.home.hidden;
   showDetail(parts.detail, parts["of-detail"]);
-  const isSame = $("list").dataset.query === parts.list.dataset.query;
-  if (isSame && $("rows").children.length) update(parts);
-  else swap($("list"), parts.list);
+  if (newest && $("list").dataset.query === parts.list.dataset.query) {
+    const found = [...parts.rows.children];
+    for (const row of found) if ($(row.id)) swap($(row.id), row);
+    for (const id of ids) if (!parts[id] && (some ? some.has(id) : !parts.older || id > found.at(-1).id)) leave($(id));
+    for (const id of ["tools", "fresh"]) swap($(id), parts[id]);
+  } else if (!query.has("ids")) {
+    swap($("list"), parts.list);
+    $("fresh").hidden = true;
+  }
   emit("rows");
-}
-
-// New rows wait behind a button; what is gone, or fits no longer, goes.
-function update(parts) {
-  const found = [...parts.rows.children];
-  const ids = all(".row").map(idOf).sort();
-  for (const row of found) if ($(row.id)) swap($(row.id), row);
-  for (const id of ids) if (!parts[id] && (!parts.older || id > found.at(-1).id)) leave($(id));
-  swap($("tools"), parts.tools);
-  unseen = found.filter(({ id }) => id > ids.at(-1)).length;
-  $("fresh").hidden = !unseen;
-  $("fresh").textContent = `${unseen} new`;
 }
 
 function leave(row) {
@@ -67,10 +65,13 @@ function showDetail(part, of) {
   else if (document.activeElement === document.body) $(idOf(old))?.querySelector(".prompt").focus();
 }
 
-function renew() {
+function renew(id) {
+  if (id) changed?.add(id);
+  else changed = null;
   soon ??= setTimeout(() => {
+    refresh(changed).catch(() => {}); // live.js tells it
     soon = null;
-    refresh().catch(() => {}); // live.js tells it
+    changed = new Set();
   }, 100);
 }
 
@@ -88,7 +89,7 @@ on("row", ({ row, isFirst }) => {
   const isSame = item?.dataset.status === row.status;
   if (isSame && row.status === "processing" && !row.cancel_requested) return showProgress(item, row.progress);
   if (isSame && isFirst) return;
-  renew();
+  renew(row.id);
   const word = { processing: "running", completed: "done", failed: "failed" }[row.status];
   if (word && !isSame && (mine.has(row.id) || mine.has(row.batch_id))) toast(`${word}: ${(row.title || row.prompt).slice(0, 80)}`);
 });
@@ -146,7 +147,7 @@ document.addEventListener("click", async (event) => {
   if (!isOurs && !element.dataset.do) return;
   event.preventDefault();
   if (element.dataset.do) return act(element);
-  const isMore = element.id === "fresh" || element.id === "older";
+  const isMore = ["fresh", "older"].includes(element.id);
   if (isMore) delete $("list").dataset.query;
   await visit(element.href);
   if (isMore) $("rows").querySelector(".prompt")?.focus();
@@ -162,13 +163,13 @@ document.addEventListener("input", ({ target }) => {
   typing = setTimeout(act, 300, target.form);
 });
 
-$("keys-on").checked = !localStorage.getItem("keys-off");
-$("keys-on").onchange = ({ target }) => localStorage.setItem("keys-off", target.checked ? "" : "1");
+$("keys-on").checked = !localStorage.keysOff;
+$("keys-on").onchange = ({ target }) => (localStorage.keysOff = target.checked ? "" : 1);
 
 function step(by) {
   const rows = all(".row");
   const at = rows.indexOf(document.activeElement.closest(".row"));
-  rows[Math.max(0, Math.min(rows.length - 1, at + by))]?.querySelector(".prompt").focus();
+  (rows[at + by] ?? rows[at] ?? rows[0])?.querySelector(".prompt").focus();
 }
 
 const keys = {
@@ -192,6 +193,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 addEventListener("popstate", load);
-setInterval(() => document.hidden || emit("look"), 15000);
+setInterval(() => document.hidden || emit("look", "-"), 15000);
 dress(document);
-begin(refresh);
+begin(() => refresh(null));

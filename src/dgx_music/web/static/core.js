@@ -8,7 +8,7 @@ export const on = (name, run) => document.addEventListener(name, (event) => run(
 export const idOf = (place) => place?.dataset.id ?? place?.id;
 
 // Such a request parses a page without running anything, and says how much was sent.
-export function send(method, url, { body, headers = {}, type = "json", onprogress = null } = {}) {
+export function send(method, url, { body, headers = {}, type = "json", onprogress } = {}) {
   return new Promise((done, fail) => {
     const request = new XMLHttpRequest();
     request.open(method, url);
@@ -53,6 +53,7 @@ const keyOf = (each) => each.id || each.dataset.do || each.name || each.textCont
 
 // Puts what is new in the place of what was there; the focus stays where it was.
 export function swap(old, fresh) {
+  if (!fresh) return;
   const details = all("details", old);
   all("details", fresh).forEach((each, at) => (each.open = details[at]?.open ?? each.open));
   if (old.isEqualNode(fresh)) return;

@@ -1,7 +1,6 @@
 // What changes elsewhere: a stream of events while the page is seen, else a look every 5 s.
 import { $, all, emit, idOf, on, root } from "./core.js";
 
-const LOOK_MS = 5000;
 let stream = null;
 let watched = null;
 let newest; // null while there is none
@@ -18,7 +17,7 @@ function tell(state, text, away) {
 
 function queue({ counts, newest_id: latest }) {
   if (counts) $("counts").textContent = `${counts.processing ?? 0} running · ${counts.pending ?? 0} waiting`;
-  if (newest !== undefined && latest !== newest) emit("look");
+  if (newest !== undefined && latest !== newest) emit("look", latest);
   newest = latest;
 }
 
@@ -79,5 +78,5 @@ document.addEventListener("visibilitychange", () => {
 export function begin(again) {
   refresh = again;
   open();
-  setInterval(look, LOOK_MS);
+  setInterval(look, 5000);
 }
