@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import math
 import os
 import stat
 import time
@@ -29,15 +27,14 @@ from dgx_music.audio.conversion import cancels_out, match_channels, resample
 from dgx_music.audio.decoding import Stream, decode_quietly, open_stream
 from dgx_music.audio.files import encode
 from dgx_music.audio.formats import FORMATS, open_source
-from dgx_music.audio.samples import Audio, Samples
+from dgx_music.audio.mending import mend_scale, tell, tell_silence
+from dgx_music.audio.samples import Audio
 from dgx_music.catalog import SAMPLE_RATE, WINDOW_SECONDS, ModelInfo
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError, UnreadableAudioError
 from dgx_music.validation import CLIP_FIELDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-logger = logging.getLogger(__name__)
 
 Source: TypeAlias = "os.PathLike[str] | bytes"
 """A file's path, or its content."""
@@ -54,14 +51,6 @@ _COUNTED_SECONDS = 600
 _PATIENCE_SECONDS = 60.0
 _TOLD_SECONDS = 0.1
 """A header that is wrong by less is not worth a warning."""
-_LOUDEST = 2.0
-"""+6 dBFS: audio above this is not just a little too loud."""
-_MEANT_PEAK = 100.0
-"""No music is mixed 40 dB too loud: such samples are integers, or were."""
-_INTEGER_SCALES = (2**7, 2**15, 2**23, 2**31)
-_STRAY_SHARE = 0.999
-_QUIETEST = 1e-4
-"""-80 dBFS: no recording is so quiet; its samples were divided once too often."""
 _MIN_RATE, _MAX_RATE = 8_000, 192_000
 
 
@@ -155,13 +144,13 @@ def read_forms(name: str, content: bytes) -> Forms:
     """
     try:
         audio, seconds = _decode_counted(name, content)
-        samples = _mend_scale(name, audio.samples)
+        samples = mend_scale(name, audio.samples)
     except InvalidRequestError as error:
         raise UnreadableAudioError(error.field, error.problem, error.remedy) from None
     if seconds > _COUNTED_SECONDS:
         problem = f"is longer than {_COUNTED_SECONDS} s"
         raise InvalidRequestError(name, problem, "use a part of it")
-    _tell_silence(name, audio.samples)
+    tell_silence(name, audio.samples)
     source = Audio(samples, audio.sample_rate), hashlib.sha256(content).hexdigest()
     mono, stereo = (_formed(name, *source, channels, SAMPLE_RATE) for channels in (1, 2))
     is_whole = seconds <= WINDOW_SECONDS
@@ -198,10 +187,10 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
     Logs a warning about each repair, and if the header was wrong.
     """
     audio = _decode(name, content)
-    samples = _mend_scale(name, audio.samples)
+    samples = mend_scale(name, audio.samples)
     source = Audio(samples, audio.sample_rate), hashlib.sha256(content).hexdigest()
     clip = _formed(name, *source, channels or min(2, len(samples)), sample_rate)
-    _tell_silence(name, audio.samples)
+    tell_silence(name, audio.samples)
     return clip
 
 
@@ -209,7 +198,7 @@ def _formed(name: str, audio: Audio, source_sha256: str, channels: int, sample_r
     """Return the clip of these samples with so many channels, at this rate."""
     samples = audio.samples
     if len(samples) > channels and cancels_out(samples, audio.sample_rate):
-        _tell(
+        tell(
             name,
             "channels of opposite phase would cancel each other; the loudest of them is used alone",
         )
@@ -317,7 +306,7 @@ def _check_whole(audio: Audio, seconds: float | None) -> None:
 
 def _compare(name: str, promised: float | None, seconds: float) -> None:
     if promised is not None and abs(promised - seconds) > _TOLD_SECONDS:
-        _tell(
+        tell(
             name,
             f"its header says {promised:,.4g} s, but it holds {seconds:,.4g} s of audio, all of which is used",
         )
@@ -331,51 +320,6 @@ def _too_long(name: str, seconds: float) -> InvalidRequestError:
 
 def _form_of(audio: Audio) -> tuple[int, int]:
     return audio.sample_rate, len(audio.samples)
-
-
-def _mend_scale(name: str, samples: Samples) -> Samples:
-    """Return the samples at the scale they were meant to have; a little too loud is left alone."""
-    peak = float(np.abs(samples).max())
-    if peak <= _LOUDEST:
-        return samples
-    usual = float(np.quantile(np.abs(samples), _STRAY_SHARE))
-    if peak > _LOUDEST * _INTEGER_SCALES[-1] or peak > _MEANT_PEAK * max(usual, 1.0):
-        problem = f"holds samples of {peak:.3g}, where 1 is full scale"
-        raise InvalidRequestError(name, problem, "use another clip")
-    if peak > _MEANT_PEAK or _are_integers(samples):
-        scale = next(scale for scale in _INTEGER_SCALES if peak <= _LOUDEST * scale)
-        _tell(
-            name,
-            f"its samples reach {peak:,.0f}, where 1 is full scale; they are divided by {scale:,}",
-        )
-        return samples / np.float32(scale)
-    _tell(
-        name,
-        f"it is {20 * math.log10(peak):.0f} dB louder than full scale; it is turned down by that",
-    )
-    return samples / np.float32(peak)
-
-
-def _tell_silence(name: str, samples: Samples) -> None:
-    """Warn if the clip is silent, and say whether it is empty or only too quiet."""
-    loudest = float(np.ptp(samples, axis=1).max()) / 2
-    if loudest == 0:
-        _tell(name, "it holds no sound, only silence or a constant level")
-    elif loudest < _QUIETEST:
-        below = -20 * math.log10(loudest)
-        _tell(
-            name,
-            f"its sound is {below:.0f} dB below full scale, as good as silence; is its scale right?",
-        )
-
-
-def _are_integers(samples: Samples) -> bool:
-    return bool((samples == np.rint(samples)).all())
-
-
-def _tell(name: str, what: str) -> None:
-    """Log a warning about a clip that is not what it seems; the command line shows it on stderr."""
-    logger.warning("%s: %s", name, what)
 
 
 def _check_form(name: str, file: Stream) -> None:
