@@ -27,7 +27,7 @@ _QUIETEST = 1e-4
 
 def mend_scale(name: str, samples: Samples) -> Samples:
     """Return the samples at the scale they were meant to have; a little too loud is left alone."""
-    peak = float(np.abs(samples).max())
+    peak = max(float(samples.max()), -float(samples.min()))
     if peak <= _LOUDEST:
         return samples
     usual = float(np.quantile(np.abs(samples), _STRAY_SHARE))

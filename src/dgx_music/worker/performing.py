@@ -148,8 +148,9 @@ class Performing:
         if not wanted:
             return {}
         found = await self._find_clips(claim.lease, wanted.values())
+        read = partial(clips.load, duration=claim.duration_seconds)
         return {
-            name: await anyio.to_thread.run_sync(clips.load, name, found.get(sha256, b""), sha256)
+            name: await anyio.to_thread.run_sync(read, name, found.get(sha256, b""), sha256)
             for name, sha256 in wanted.items()
         }
 
