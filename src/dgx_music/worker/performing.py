@@ -184,6 +184,7 @@ class Performing:
             audio_format=audio_format,
             loudness=self._settings.loudness,
             tags=_tags_of(claim, made),
+            may_overwrite=True,
         )
         is_quick = audio_format == "wav" and made.duration < _SHORT_SECONDS
         finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)
