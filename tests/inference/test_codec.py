@@ -297,6 +297,21 @@ def test_equal_clips_are_done_one_after_another(codec_thread: CodecThread) -> No
     assert done == ["a", "a", "b", "b", "c", "c"]
 
 
+def test_a_long_clip_waits_for_no_more_than_its_own_length_while_short_ones_keep_coming(
+    codec_thread: CodecThread,
+) -> None:
+    done: list[str] = []
+
+    class FollowedByAnother(FakeWork):
+        def step(self) -> None:
+            super().step()
+            if len(done) < 30:
+                codec_thread.start(FollowedByAnother("short", 1, done))
+
+    do_together(codec_thread, [FakeWork("long", 6, done), FollowedByAnother("short", 1, done)])
+    assert done[:11] == ["short"] * 5 + ["long"] * 6
+
+
 def test_a_short_clip_goes_between_the_windows_of_a_long_one(codec_thread: CodecThread) -> None:
     done: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The thread of the codec: it does one window at a time, of the clip that will be done soonest."""
+"""The thread of the codec: it does one window at a time, of the clip that has the least to wait for."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ class Clip:
     """A clip on its way through the codec, and what its caller waits for."""
 
     number: int
+    entered_at: int
+    """How many windows of all clips had been done when this clip came."""
     work: CodecWork
     result: Future[Tensor] = field(default_factory=Future)
     has_turn: bool = False
     """True while it waits for the next window to be done, or that is being done."""
 
     def __lt__(self, other: Clip) -> bool:
-        return (self.work.left, self.number) < (other.work.left, other.number)
+        return self._key < other._key
+
+    @property
+    def _key(self) -> tuple[int, int]:
+        # A smaller entered_at is a longer wait. No key changes while its clip waits.
+        return self.work.left + self.entered_at, self.number
 
 
 class CodecThread:
@@ -32,6 +39,8 @@ class CodecThread:
 
     The clip with the fewest windows left goes first, and of two the one that came first: a clip of
     five seconds does not wait for one of five minutes, and equal clips are done one after another.
+    Each window that is done counts for the clips that were there already, as if they had one less:
+    so a clip waits for no more windows of clips that come after it than it has itself.
     """
 
     def __init__(self) -> None:
@@ -39,6 +48,7 @@ class CodecThread:
         self._waiting: list[Clip] = []  # a heap
         self._lock = threading.Lock()  # for the heap
         self._numbers = count()
+        self._done_count = 0  # of windows; changed by the thread alone
 
     def start(self, work: CodecWork) -> Future[Tensor]:
         """Return what will be the work's result; a cancel ends the work after a window."""
@@ -52,7 +62,7 @@ class CodecThread:
 
     def open(self, work: CodecWork) -> Clip:
         """Return a clip whose windows are still to come; see ``push``."""
-        return Clip(next(self._numbers), work)
+        return Clip(next(self._numbers), self._done_count, work)
 
     def push(self, clip: Clip, part: Tensor) -> None:
         """Do the next window of the clip when it is its turn. Any thread may call this."""
@@ -79,6 +89,7 @@ class CodecThread:
             return
         try:
             clip.work.step()
+            self._done_count += 1
             if clip.work.left:
                 with self._lock:  # a window that is pushed from here on enters it
                     clip.has_turn = False
