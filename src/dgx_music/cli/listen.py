@@ -74,7 +74,11 @@ async def opened_sink(out: str | None) -> AsyncIterator[Sink]:
         yield _Stdout()
     else:
         with _create(Path(out)) as file:
-            yield _File(file)
+            try:
+                yield _File(file)
+            finally:
+                if not file.tell():  # nothing came: the generation failed, or it was not heard
+                    Path(out).unlink(missing_ok=True)
 
 
 def _tell_restart() -> None:
