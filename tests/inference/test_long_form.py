@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dgx_music.audio.samples import Audio
+from dgx_music.inference.musicgen import heap
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.live_clip import LiveClip
 from dgx_music.inference.musicgen.melody import chroma
@@ -126,6 +128,17 @@ def test_how_a_tune_is_read_is_chosen_once(
     monkeypatch.setattr("dgx_music.inference.musicgen.conditioning.choose_reader", choose)
     greedy(scale.engines["melody"], "choir", frames, melody=make_clip(75))
     assert heard == [seconds]
+
+
+@pytest.mark.parametrize("scale", ["half a second"], indirect=True)
+@pytest.mark.parametrize(("seconds", "count"), [(30, 0), (66, 2)])
+def test_free_memory_is_given_back_between_windows(
+    scale: Scale, seconds: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trim = Mock(wraps=heap.return_free_memory)
+    monkeypatch.setattr("dgx_music.inference.musicgen.engine.return_free_memory", trim)
+    greedy(scale.engines["mono"], "choir", scale.frames(seconds))
+    assert trim.call_count == count
 
 
 @pytest.mark.parametrize("scale", ["30 s"], indirect=True)
