@@ -73,7 +73,7 @@ def finish(
     )
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
-    is_own = may_overwrite or not np.shares_memory(samples, audio.samples)
+    is_own = may_overwrite or not np.may_share_memory(samples, audio.samples)
     samples, lufs = _normalise(samples, sample_rate, loudness, is_own and samples.flags.writeable)
     data = encode(samples, sample_rate, audio_format, tags)
     facts = _describe(samples, sample_rate, audio_format, lufs, analysis)

@@ -184,7 +184,7 @@ class Performing:
             audio_format=audio_format,
             loudness=self._settings.loudness,
             tags=_tags_of(claim, made),
-            may_overwrite=True,
+            may_overwrite=True,  # they came from the engine's process: nobody else has them
         )
         is_quick = audio_format == "wav" and made.duration < _SHORT_SECONDS
         finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)
