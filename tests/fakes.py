@@ -79,7 +79,8 @@ class FakeEngine:
             self.running -= 1
             self.stopped[request.prompt].set()
         made = self.made.get(request.prompt, np.zeros((1, 2560), dtype=np.float32))
-        return Audio(made, 32_000, self.facts.get(request.prompt, {}))
+        # A copy: audio from a process belongs to whoever asked for it.
+        return Audio(made.copy(), 32_000, self.facts.get(request.prompt, {}))
 
     async def _decode(self, request, on_progress):
         self.in_slots += 1

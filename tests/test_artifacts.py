@@ -856,6 +856,16 @@ async def test_a_preview_is_read_part_by_part_until_its_attempt_is_deleted(artif
     assert await listed(artifacts) == {("a", 11, 18)}
 
 
+async def test_a_preview_can_go_before_the_audio_of_its_attempt(artifacts):
+    audio = await artifacts.publish("a", 1, "wav", b"music")
+    await artifacts.publish_preview("a", 1, 0, b"first")
+    await artifacts.publish_preview("a", 11, 0, b"of another attempt")
+    removed = [await artifacts.delete_preview("a", 1) for _ in range(2)]
+    left = {(file.attempt, file.is_preview) async for file in artifacts.list_files()}
+    assert (removed, left) == ([1, 0], {(1, False), (11, True)})
+    assert await artifacts.exists(audio.path)
+
+
 async def test_a_preview_leaves_no_folder_of_its_attempt(local, root):
     await local.publish_preview("a", 1, 0, b"first")
     await local.delete("a", [1])

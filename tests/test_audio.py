@@ -486,15 +486,36 @@ def test_warm_up_imports_the_meter(monkeypatch):
 
 
 @pytest.mark.parametrize("audio_format", ["wav", "flac"])
-def test_a_longer_clip_takes_twice_its_samples_to_finish_and_no_more(audio_format):
-    """Once for the samples at their level, and once for what is measured, or for the file."""
+@pytest.mark.parametrize(("may_overwrite", "copies"), [(False, 1.7), (True, 0.7)])
+def test_a_longer_clip_takes_its_file_and_one_copy_of_its_samples(
+    audio_format, may_overwrite, copies
+):
+    """The copy is at the level of the file; in place, there is none."""
 
     def peak_bytes(seconds):
         clip = noise(seconds, channels=1)
         tracemalloc.start()
-        finished(clip, audio_format=audio_format)
+        finished(clip, audio_format=audio_format, may_overwrite=may_overwrite)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return peak
 
-    assert peak_bytes(60) - peak_bytes(30) < 2.2 * noise(30, channels=1).samples.nbytes
+    assert peak_bytes(90) - peak_bytes(60) < copies * noise(30, channels=1).samples.nbytes
+
+
+@pytest.mark.parametrize("loudness", ["lufs", "peak", "none"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_file_is_the_same_whether_its_samples_may_be_overwritten_or_not(loudness, channels):
+    clip = noise(2, channels=1)
+    options = {"loudness": loudness, "channels": channels}
+    kept, before = finished(clip, **options), clip.samples.copy()
+
+    assert np.array_equal(clip.samples, before)
+    assert finished(clip, **options, may_overwrite=True).data == kept.data
+
+
+def test_samples_that_cannot_be_overwritten_are_copied():
+    clip = noise(1, channels=1)
+    clip.samples.flags.writeable = False
+
+    assert finished(clip, may_overwrite=True).data == finished(clip).data

@@ -77,10 +77,38 @@ def test_the_channels_are_the_models_and_a_melody_has_one(source, model, name, c
 
 
 def test_a_long_melody_is_cut_and_a_long_continuation_refused() -> None:
-    data = audio_file(31.5, 8_000)
+    data = audio_file(301.5, 8_000)
 
-    assert read(data, MELODY, "melody").duration_seconds == 30
-    assert refused(data) == "continuation is 31.5 s long; use a clip of 0.08 to 30 seconds."
+    assert read(data, MELODY, "melody").duration_seconds == 300
+    assert refused(data) == "continuation is 301.5 s long; use a clip of 0.08 to 30 seconds."
+
+
+@pytest.mark.parametrize(("duration", "heard"), [(10, 30), (30, 30), (30.5, 50), (300, 50)])
+def test_music_of_one_window_hears_30_s_of_a_melody_and_longer_music_all_of_it(
+    duration: float, heard: float
+) -> None:
+    clip = read(audio_file(50, 8_000), MELODY, "melody")
+
+    loaded = clips.load("melody", clip.data, clip.sha256, duration=duration)
+
+    assert loaded.duration == heard
+    np.testing.assert_array_equal(loaded.samples, samples_of(clip)[:, : loaded.samples.shape[1]])
+
+
+@pytest.mark.parametrize("name", ["melody", "file"])
+def test_a_melody_that_would_take_too_much_memory_is_cut_and_that_is_told(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr(clips, "_MOST_SAMPLES", 40 * 2 * 8_000)
+    data = audio_file(50, 8_000, channels=2)
+
+    kept = read(data, MELODY, name) if name == "melody" else clips.read_forms(name, data).mono
+
+    assert kept.duration_seconds == 40
+    assert caplog.messages == [
+        f"{name}: only its first 40 s are used; there is no room for more of it at its rate and "
+        "with its channels"
+    ]
 
 
 def test_a_clip_of_the_whole_window_is_accepted() -> None:

@@ -587,7 +587,10 @@ def test_a_long_mp3_says_how_long_it_is() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 1_600])
-def test_a_melody_of_a_long_mp3_has_all_of_its_30_seconds(count: int) -> None:
+def test_a_melody_of_a_long_mp3_has_all_of_the_seconds_that_are_kept(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clips, "MELODY_SECONDS", 30)
     data = mp3("CONSTANT", 40)
 
     assert read(put(data, data.index(b"Info") + 8, ">I", count), "melody")[0] == 30

@@ -191,6 +191,29 @@ async def test_the_files_of_attempts_that_can_never_complete_go(
     assert set(artifacts.files) == {names[number] for number in kept}
 
 
+@pytest.mark.parametrize(
+    ("status", "kept"),
+    [("completed", {3}), ("processing", {2, 3}), ("pending", {3}), ("failed", {3})],
+)
+async def test_the_previews_of_attempts_that_are_over_go_and_no_audio_with_them(
+    database: Database, status: str, kept: set[int]
+) -> None:
+    artifacts, known = await with_a_known_file(database)
+    values = {"worker_id": "worker-1"} if status == "processing" else {"status": status}
+    async with database.session() as session:
+        row = await add_generation(session, **values | {"attempt": 2})
+    audio = {await publish(artifacts, row.id, 2)} if status == "completed" else set()
+    for attempt in (1, 2, 3):
+        for number in (0, 1):
+            await artifacts.publish_preview(row.id, attempt, number, b"music")
+    for name in artifacts.files:
+        artifacts.modified_at[name] -= timedelta(days=2)
+
+    assert await prune_orphans(database, artifacts) == 2 * (3 - len(kept))
+    parts = {f"previews/{row.id}-{attempt}/{number}" for attempt in kept for number in (0, 1)}
+    assert set(artifacts.files) == {known} | audio | parts
+
+
 async def test_the_file_that_a_row_names_is_never_an_orphan(database: Database) -> None:
     artifacts = MemoryArtifacts()
     generation_id = str(uuid4())

@@ -2,11 +2,13 @@
 
 import asyncio
 import hashlib
+import io
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 import soundfile
 from sqlalchemy import select, text, update
@@ -1188,6 +1190,19 @@ async def test_the_engine_gets_what_the_request_brings(database, make_worker, en
         (1, 8_000),
     )
     assert (request.continuation.sample_rate, request.melody.sample_rate) == (32_000, 32_000)
+
+
+async def test_the_engine_hears_a_tune_of_50_s_whole_if_the_music_is_long(
+    database, make_worker, engine
+):
+    tune = audio_file(50)
+    for duration in (60, 30):
+        await add(database, duration=duration, melody=tune, model="musicgen-melody")
+    await make_worker(model="musicgen-melody").run(drain=True)
+    expected, rate = soundfile.read(io.BytesIO(tune), dtype="float32")
+    heard = {request.duration: request.melody.samples for request in engine.requests}
+    assert np.array_equal(heard[60], expected[None])
+    assert np.array_equal(heard[30], expected[None, : 30 * rate])
 
 
 async def test_a_clip_that_is_damaged_fails_its_generation_for_good(database, make_worker):

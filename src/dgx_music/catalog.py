@@ -8,7 +8,7 @@ from pathlib import PurePath
 MIN_DURATION_SECONDS = 0.08
 MAX_DURATION_SECONDS = 300.0
 WINDOW_SECONDS = 30.0
-"""The longest audio that a model hears at a time: the end of longer music, or a clip."""
+"""The longest audio that a model hears at a time: the end of longer music, or a part of a tune."""
 SAMPLE_RATE = 32_000
 MUSICGEN_LICENCE = "CC-BY-NC 4.0"
 

@@ -17,7 +17,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
 
-from dgx_music.catalog import MIN_DURATION_SECONDS, MODELS, WINDOW_SECONDS, ModelInfo, find_model
+from dgx_music.catalog import (
+    MAX_DURATION_SECONDS,
+    MIN_DURATION_SECONDS,
+    MODELS,
+    WINDOW_SECONDS,
+    ModelInfo,
+    find_model,
+)
 from dgx_music.errors import InvalidRequestError
 from dgx_music.text import says_something
 
@@ -41,6 +48,8 @@ MAX_ATTEMPTS_LIMIT = 25
 CLIP_FIELDS = ("continuation", "melody")
 """The fields of a request that take audio; its row refers to each clip as ``<field>_sha256``."""
 CLIP_REMEDY = f"use a clip of {MIN_DURATION_SECONDS:g} to {WINDOW_SECONDS:g} seconds"
+MELODY_SECONDS = MAX_DURATION_SECONDS
+"""So much of a melody is kept: as much as the longest music can follow."""
 
 _KEY = re.compile(r"([A-G])([#♯b♭]?) *(m|min|minor|maj|major)?", re.IGNORECASE)
 _KEY_NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
@@ -266,10 +275,11 @@ def check_hears_melody(model: ModelInfo, field: str = "melody") -> None:
         raise InvalidRequestError(field, problem, f"use {able.name}")
 
 
-def check_clip(field: str, clip_seconds: float) -> None:
-    """Refuse a clip of another length than 0.08 to 30 s."""
-    if not MIN_DURATION_SECONDS <= clip_seconds <= WINDOW_SECONDS:
-        raise InvalidRequestError(field, f"is {exactly(clip_seconds)} s long", CLIP_REMEDY)
+def check_clip(field: str, clip_seconds: float, longest: float = WINDOW_SECONDS) -> None:
+    """Refuse a clip of less than 0.08 s, or of more than ``longest`` seconds."""
+    if not MIN_DURATION_SECONDS <= clip_seconds <= longest:
+        remedy = f"use a clip of {MIN_DURATION_SECONDS:g} to {longest:g} seconds"
+        raise InvalidRequestError(field, f"is {exactly(clip_seconds)} s long", remedy)
 
 
 def check_positive(field: str, value: object) -> float:

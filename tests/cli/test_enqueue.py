@@ -362,7 +362,7 @@ def test_what_the_request_brings_is_shown(run: Run) -> None:
         "--continuation",
         write_clip(),
         "--melody",
-        write_clip("tune.wav", 40),
+        write_clip("tune.wav", 50),
     )
     generation_id = run("enqueue", "rain", *options, "--model", "musicgen-melody").out.strip()
 
@@ -371,7 +371,7 @@ def test_what_the_request_brings_is_shown(run: Run) -> None:
     assert "negative prompt   drums\n" in shown
     assert shown.count("drums") == 1
     assert "continuation      1 s, clip " in shown
-    assert "melody            30 s, clip " in shown
+    assert "melody            50 s, clip " in shown
     assert run("list").out.endswith("rain (with continuation and melody)\n")
 
 

@@ -105,3 +105,11 @@ def test_a_batch_cannot_be_heard(run: Run) -> None:
     result = run("watch", add_batch(), "--out", "x.wav")
     assert result.code == 2
     assert "name one generation to hear it" in result.err
+
+
+@pytest.mark.parametrize("values", [{}, {"status": "failed", "error_message": "no memory"}])
+def test_where_nothing_was_heard_no_file_is_left(run: Run, values: dict[str, str]) -> None:
+    (generation_id,) = add("lofi rain", **values)
+    result = run("watch", generation_id, "--out", "heard.wav", "--timeout", 0.1)
+    assert result.code != 0
+    assert not Path("heard.wav").exists()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgx_music.audio.samples import Audio
-from dgx_music.inference.channel import Decoder, encode
+from dgx_music.inference.channel import Decoder, encode, encode_in_parts
 from dgx_music.inference.messages import EngineInfo, Finished, Generate, Message, Progress, Ready
 from tests.inference.factories import make_request
 
@@ -82,10 +83,29 @@ def test_a_request_travels_with_its_clips(clips: dict[str, Audio]) -> None:
         np.testing.assert_array_equal(getattr(received, name).samples, given_clip.samples)
 
 
-def test_a_long_clip_is_copied_once_to_be_sent() -> None:
-    clip = Audio(np.zeros((1, 320_000), np.float32), 32_000)
+def peak_bytes(work: Callable[[], object]) -> int:
     tracemalloc.start()
-    encode(Finished.of(1, clip))
-    _, peak = tracemalloc.get_traced_memory()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.1 * clip.samples.nbytes
+    return peak
+
+
+def test_a_long_clip_is_sent_without_a_copy_and_read_to_where_it_stays() -> None:
+    long = Audio(np.zeros((1, 320_000), np.float32), 32_000)
+    finished = Finished.of(1, long)
+    sent = encode(finished)
+    pieces = [memoryview(sent)[at : at + 65_536] for at in range(0, len(sent), 65_536)]
+    decoder = Decoder()
+
+    assert peak_bytes(lambda: encode_in_parts(finished)) < 0.1 * long.samples.nbytes
+    assert (
+        peak_bytes(lambda: [message for piece in pieces for message in decoder.feed(piece)])
+        < 1.1 * long.samples.nbytes
+    )
+
+
+def test_a_request_with_one_clip_is_sent_without_a_copy() -> None:
+    tune = clip(1, 320_000, 32_000)
+    request = make_request(model="musicgen-melody", duration=5, melody=tune)
+    assert peak_bytes(lambda: encode_in_parts(Generate.of(1, request))) < 0.1 * tune.samples.nbytes

@@ -379,6 +379,21 @@ def test_equal_clips_are_done_one_after_another(codec_thread: CodecThread) -> No
     assert done == ["a", "a", "b", "b", "c", "c"]
 
 
+def test_a_long_clip_waits_for_no_more_than_its_own_length_while_short_ones_keep_coming(
+    codec_thread: CodecThread,
+) -> None:
+    done: list[str] = []
+
+    class FollowedByAnother(FakeWork):
+        def step(self, *others: CodecWork) -> list[Any]:
+            if len(done) < 30:
+                codec_thread.start(FollowedByAnother("short", 1, done))
+            return super().step(*others)
+
+    do_together(codec_thread, [FakeWork("long", 6, done), FollowedByAnother("short", 1, done)])
+    assert done[:11] == ["short"] * 5 + ["long"] * 6
+
+
 @pytest.fixture
 def joint_thread() -> Iterator[CodecThread]:
     """A thread as for a GPU, but of at most two clips at a time."""

@@ -113,7 +113,8 @@ def test_a_negative_prompt_is_part_of_what_is_stored_where_it_is_given_only() ->
         {"prompt": "", "negative_prompt": "drums"},
         {"duration": 31, "continuation": clip(30, 2)},
         {"duration": 0.09, "continuation": clip(0.08)},
-        {"duration": 300, "melody": clip(30), "model": "musicgen-melody"},
+        {"duration": 300, "melody": clip(300), "model": "musicgen-melody"},
+        {"duration": 1, "melody": clip(50), "model": "musicgen-melody"},
         {"melody": clip(), "model": "/models/mine"},
         {
             "duration": 2,
@@ -142,7 +143,7 @@ def test_what_a_request_may_bring(fields: dict[str, Any]) -> None:
         ("continuation", {"continuation": clip(1, fill=float("nan"))}),
         ("continuation", {"continuation": clip(1, fill=float("inf"))}),
         ("melody", {"melody": clip()}),
-        ("melody", {"melody": clip(30.1), "model": "musicgen-melody"}),
+        ("melody", {"melody": clip(300.1), "model": "musicgen-melody"}),
         ("melody", {"melody": clip(1, channels=2), "model": "musicgen-melody"}),
     ],
 )

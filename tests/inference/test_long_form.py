@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from dgx_music.audio.samples import Audio
+from dgx_music.inference.musicgen import heap
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.live_clip import LiveClip
 from dgx_music.inference.musicgen.melody import chroma
+from dgx_music.inference.musicgen.mix import Reader, choose_reader
+from dgx_music.validation import MelodyKind
 from tests.inference import test_requests
 from tests.inference.references import long_form_shortfall
 from tests.inference.test_musicgen import load
@@ -90,7 +94,6 @@ def test_a_clip_goes_on_for_minutes(
     assert scale.shortfall(name, codes, given=given) < ROUNDING
 
 
-@pytest.mark.parametrize("scale", ["half a second"], indirect=True)  # a request has 30 s at most
 @pytest.mark.parametrize("name", ["melody", "stereo melody"])
 @pytest.mark.parametrize("clip_seconds", [0, 10])
 def test_a_tune_longer_than_a_window_is_heard_to_its_end_and_again(
@@ -109,6 +112,33 @@ def test_a_tune_longer_than_a_window_is_heard_to_its_end_and_again(
     codes = make_codes(scale.engines[name], scale.frames(90), melody=melody, **clip)
     assert scale.shortfall(name, codes, given=given, chroma_at=chroma_at) < ROUNDING
     assert scale.shortfall(name, codes, given=given, chroma_at=lambda _: chroma_at(0)) > ROUNDING
+
+
+@pytest.mark.parametrize("scale", ["half a second"], indirect=True)
+@pytest.mark.parametrize(("frames", "seconds"), [(90, 1.5), (20, 0.5)])
+def test_how_a_tune_is_read_is_chosen_once(
+    scale: Scale, frames: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[float] = []
+
+    def choose(samples: Tensor, rate: int, kind: MelodyKind) -> Reader:
+        heard.append(len(samples) / rate)
+        return choose_reader(samples, rate, kind)
+
+    monkeypatch.setattr("dgx_music.inference.musicgen.conditioning.choose_reader", choose)
+    greedy(scale.engines["melody"], "choir", frames, melody=make_clip(75))
+    assert heard == [seconds]
+
+
+@pytest.mark.parametrize("scale", ["half a second"], indirect=True)
+@pytest.mark.parametrize(("seconds", "count"), [(30, 0), (66, 2)])
+def test_free_memory_is_given_back_between_windows(
+    scale: Scale, seconds: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trim = Mock(wraps=heap.return_free_memory)
+    monkeypatch.setattr("dgx_music.inference.musicgen.engine.return_free_memory", trim)
+    greedy(scale.engines["mono"], "choir", scale.frames(seconds))
+    assert trim.call_count == count
 
 
 @pytest.mark.parametrize("scale", ["30 s"], indirect=True)

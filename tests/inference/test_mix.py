@@ -13,7 +13,7 @@ from benchmarks import tune as benchmark
 from benchmarks.mixes import RATE, make_mix, make_solo
 from benchmarks.tune import Result, is_a_mix
 from dgx_music.inference.musicgen.melody import chroma
-from dgx_music.inference.musicgen.mix import choose_reader, tune_of
+from dgx_music.inference.musicgen.mix import Reader, choose_reader, tune_of
 from dgx_music.validation import MelodyKind
 from tests.inference.test_melody import classes, noise, song, tone
 
@@ -102,3 +102,26 @@ def test_the_benchmark_prints_a_table(capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert "| all | 1 |" in printed
     assert "mixes that auto takes for mixes: 1 of 1" in printed
+
+
+# clips of any length
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "reader"),
+    [
+        (tone(587.33, 2), tone(587.33, 20) + tone(110, 20), tune_of),
+        (tone(587.33, 4) + tone(110, 4), tone(587.33, 4), chroma),
+    ],
+    ids=["a mix after a tune alone", "a tune alone after a mix"],
+)
+def test_a_long_clip_is_judged_by_all_of_it(
+    first: Tensor, then: Tensor, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dgx_music.inference.musicgen.mix.LONGEST_SECONDS", 2)
+    assert choose_reader(torch.cat([first, then]), RATE, "auto") is reader
+
+
+def test_a_tune_is_read_for_30_s_at_most() -> None:
+    samples = song(31 * RATE, 1)
+    assert torch.equal(tune_of(samples, RATE), tune_of(samples[: 30 * RATE], RATE))

@@ -267,6 +267,19 @@ async def test_a_part_of_a_file_is_cut_out(ours, default_database):
     assert rows[0].continuation_sha256 == rows[1].continuation_sha256
 
 
+async def test_a_part_of_a_melody_may_be_long_and_late(ours, default_database):
+    part = {"continuation_start": 20, "continuation_end": 55}
+    file = await ours.files.async_create(io.BytesIO(audio_file(60.0, channels=2)))
+    made = await predict(ours, model_version="melody", input_audio=file.urls["get"], **part)
+
+    row = await read(default_database, made.id)
+    lengths = {
+        each.sha256: each.duration_seconds
+        for each in await read_all(default_database, select(Clip))
+    }
+    assert lengths[row.melody_sha256] == 35
+
+
 def cut(wav):
     """Return the second second of a WAV of one channel at 32 kHz."""
     second = 64_000

@@ -48,6 +48,8 @@ class StoredFile:
     path: str
     size_bytes: int
     modified_at: datetime
+    is_preview: bool = False
+    """True for a part of a preview, which no audio needs once its attempt is over."""
 
 
 class Artifacts(Protocol):
@@ -86,6 +88,9 @@ class Artifacts(Protocol):
 
         Raises ``ArtifactError`` if that cannot be found out.
         """
+
+    async def delete_preview(self, generation_id: str, attempt: int) -> int:
+        """Remove all parts of an attempt's preview, and no audio; return how many there were."""
 
     def holds(self, path: str) -> bool:
         """Return whether an artifact with this path is, or was, one of this place."""
@@ -169,6 +174,11 @@ def parse_name(name: str) -> tuple[str, int] | None:
     """Return the generation's id and the attempt in a file's name; ``None`` for a foreign file."""
     found = _NAME.fullmatch(name) or _PREVIEW.fullmatch(name)
     return (found[1], int(found[2])) if found else None
+
+
+def is_preview(name: str) -> bool:
+    """Return whether this is the name of a part of a preview."""
+    return _PREVIEW.fullmatch(name) is not None
 
 
 def describe(path: str, data: bytes) -> Artifact:

@@ -87,6 +87,11 @@ class LocalArtifacts:
         file = self.root / preview_name(generation_id, attempt, number)
         return await to_thread.run_sync(_read_if_there, file)
 
+    async def delete_preview(self, generation_id: str, attempt: int) -> int:
+        """See ``Artifacts.delete_preview``."""
+        folder = preview_folder(generation_id, attempt)
+        return await to_thread.run_sync(self._delete, [], [folder])
+
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""
         place = Path(path).absolute()
@@ -331,7 +336,11 @@ def _look_at(entry: os.DirEntry[str], prefix: str = "") -> StoredFile | None:
     except FileNotFoundError:
         return None
     return StoredFile(
-        *named, entry.path, facts.st_size, datetime.fromtimestamp(facts.st_mtime, UTC)
+        *named,
+        entry.path,
+        facts.st_size,
+        datetime.fromtimestamp(facts.st_mtime, UTC),
+        is_preview=bool(prefix),
     )
 
 

@@ -13,6 +13,7 @@ from dgx_music.artifacts.interface import (
     describe,
     file_name,
     file_names,
+    is_preview,
     name_is_taken,
     parse_name,
     preview_folder,
@@ -46,12 +47,11 @@ class MemoryArtifacts:
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
         """See ``Artifacts.delete``."""
         attempts = [*attempts]
-        folders = [f"{preview_folder(generation_id, attempt)}/" for attempt in attempts]
         found = [name for name in file_names(generation_id, attempts) if name in self.files]
-        found += [name for name in self.files if name.startswith(tuple(folders))]
         for name in found:
             del self.files[name], self.modified_at[name]
-        return len(found)
+        parts = [await self.delete_preview(generation_id, attempt) for attempt in attempts]
+        return len(found) + sum(parts)
 
     async def publish_preview(
         self, generation_id: str, attempt: int, number: int, data: bytes
@@ -63,6 +63,14 @@ class MemoryArtifacts:
     async def read_preview(self, generation_id: str, attempt: int, number: int) -> bytes | None:
         """See ``Artifacts.read_preview``."""
         return self.files.get(preview_name(generation_id, attempt, number))
+
+    async def delete_preview(self, generation_id: str, attempt: int) -> int:
+        """See ``Artifacts.delete_preview``."""
+        folder = f"{preview_folder(generation_id, attempt)}/"
+        found = [name for name in self.files if name.startswith(folder)]
+        for name in found:
+            del self.files[name], self.modified_at[name]
+        return len(found)
 
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""
@@ -92,7 +100,8 @@ class MemoryArtifacts:
         """See ``Artifacts.list_files``."""
         for name, data in [*self.files.items()]:
             if (named := parse_name(name)) is not None:
-                yield StoredFile(*named, f"{_SCHEME}{name}", len(data), self.modified_at[name])
+                path, changed_at = f"{_SCHEME}{name}", self.modified_at[name]
+                yield StoredFile(*named, path, len(data), changed_at, is_preview=is_preview(name))
 
     async def find_problem(self) -> str | None:
         """Return ``None``: memory is always there."""

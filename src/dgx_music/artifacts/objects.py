@@ -36,6 +36,7 @@ from dgx_music.artifacts.interface import (
     describe,
     file_name,
     file_names,
+    is_preview,
     name_is_taken,
     parse_name,
     preview_folder,
@@ -119,8 +120,7 @@ class ObjectArtifacts:
         names = file_names(generation_id, attempts)
         with self._explained("Audio cannot be removed from"):
             for attempt in attempts:
-                folder = preview_folder(generation_id, attempt)
-                names += await _settle(partial(self._preview_parts, folder))
+                names += await self._preview_parts(generation_id, attempt)
             return sum(await asyncio.gather(*map(self._remove, names)))
 
     async def publish_preview(
@@ -136,6 +136,12 @@ class ObjectArtifacts:
         name = preview_name(generation_id, attempt, number)
         with self._explained("A preview cannot be read from"):
             return await self._read(name)
+
+    async def delete_preview(self, generation_id: str, attempt: int) -> int:
+        """See ``Artifacts.delete_preview``."""
+        with self._explained("A preview cannot be removed from"):
+            names = await self._preview_parts(generation_id, attempt)
+            return sum(await asyncio.gather(*map(self._remove, names)))
 
     def holds(self, path: str) -> bool:
         """See ``Artifacts.holds``."""
@@ -185,7 +191,8 @@ class ObjectArtifacts:
                 for entry in page:
                     if (named := parse_name(entry["path"])) is not None:
                         path = f"{self.url}/{entry['path']}"
-                        yield StoredFile(*named, path, entry["size"], entry["last_modified"])
+                        facts = entry["size"], entry["last_modified"]
+                        yield StoredFile(*named, path, *facts, is_preview=is_preview(entry["path"]))
 
     async def find_problem(self) -> str | None:
         """See ``Artifacts.find_problem``; writes and deletes an object, always the same one."""
@@ -220,7 +227,10 @@ class ObjectArtifacts:
         except FileNotFoundError:
             return None
 
-    async def _preview_parts(self, folder: str) -> list[str]:
+    async def _preview_parts(self, generation_id: str, attempt: int) -> list[str]:
+        return await _settle(partial(self._names_in, preview_folder(generation_id, attempt)))
+
+    async def _names_in(self, folder: str) -> list[str]:
         pages = obstore.list(self._store, folder)
         names: list[str] = []
         while page := await _call(next, pages, None):

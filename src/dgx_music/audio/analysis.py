@@ -35,12 +35,11 @@ def analyse(samples: Samples, sample_rate: int) -> Analysis:
     if samples.shape[1] < LEAST_SECONDS * sample_rate:
         return Analysis()
     wave = resample(match_channels(samples, 1, sample_rate), sample_rate, RATE)[0]
-    peak = max(wave.max(), -wave.min())
+    peak = float(max(wave.max(), -wave.min()))
     if peak < SILENCE_PEAK:
         return Analysis()
-    wave = wave / peak
-    bpm, bpm_confidence = tempo.measure(wave) or (None, None)
-    name, key_confidence = key.measure(wave) or (None, None)
+    bpm, bpm_confidence = tempo.measure(wave, peak) or (None, None)
+    name, key_confidence = key.measure(wave, peak) or (None, None)
     return Analysis(
         None if bpm is None else round(bpm, 1),
         None if bpm_confidence is None else round(bpm_confidence, 2),

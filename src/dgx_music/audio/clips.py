@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import math
 import os
 import stat
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,15 +28,14 @@ from dgx_music.audio.conversion import cancels_out, match_channels, resample
 from dgx_music.audio.decoding import Stream, decode_quietly, open_stream
 from dgx_music.audio.files import encode
 from dgx_music.audio.formats import FORMATS, open_source
-from dgx_music.audio.samples import Audio, Samples
-from dgx_music.catalog import SAMPLE_RATE, WINDOW_SECONDS, ModelInfo
+from dgx_music.audio.mending import mend_scale, tell, tell_silence
+from dgx_music.audio.samples import Audio
+from dgx_music.catalog import MAX_DURATION_SECONDS, SAMPLE_RATE, WINDOW_SECONDS, ModelInfo
 from dgx_music.errors import GenerationRejectedError, InvalidRequestError, UnreadableAudioError
-from dgx_music.validation import CLIP_FIELDS
+from dgx_music.validation import CLIP_FIELDS, MELODY_SECONDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-logger = logging.getLogger(__name__)
 
 Source: TypeAlias = "os.PathLike[str] | bytes"
 """A file's path, or its content."""
@@ -51,17 +49,11 @@ _MAX_CHANNELS = 8
 _SCALE = 32_768  # what libsndfile divides 16 bits by, so that a file of 16 bits stays what it is
 _COUNTED_SECONDS = 600
 """How far a clip that is too long is decoded, to tell its length."""
+_MOST_SAMPLES = 30 * 8 * 192_000
+"""In memory, of all channels: 30 s of any file that is accepted, and 300 s of stereo at 76.8 kHz."""
 _PATIENCE_SECONDS = 60.0
 _TOLD_SECONDS = 0.1
 """A header that is wrong by less is not worth a warning."""
-_LOUDEST = 2.0
-"""+6 dBFS: audio above this is not just a little too loud."""
-_MEANT_PEAK = 100.0
-"""No music is mixed 40 dB too loud: such samples are integers, or were."""
-_INTEGER_SCALES = (2**7, 2**15, 2**23, 2**31)
-_STRAY_SHARE = 0.999
-_QUIETEST = 1e-4
-"""-80 dBFS: no recording is so quiet; its samples were divided once too often."""
 _MIN_RATE, _MAX_RATE = 8_000, 192_000
 
 
@@ -82,13 +74,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class Forms:
-    """The clips of a file in all forms that a request can need, whatever its model and its field.
-
-    If the file is longer than 30 s, they are of its first 30 s.
-    """
+    """The clips of a file in all forms that a request can need, whatever its model and its field."""
 
     mono: Clip
+    """Of its first 300 s: a melody has one channel."""
     stereo: Clip
+    """Of its first 30 s: longer audio cannot be continued."""
     source_channels: int
     duration_seconds: float
     """Of the whole file."""
@@ -154,16 +145,20 @@ def read_forms(name: str, content: bytes) -> Forms:
     that can be read, and ``InvalidRequestError`` if it is not 0.08 to 600 s long.
     """
     try:
-        audio, seconds = _decode_counted(name, content)
-        samples = _mend_scale(name, audio.samples)
+        with _refusing_damage(name):
+            audio, seconds = _decode_counted(name, content)
+        samples = None if audio is None else mend_scale(name, audio.samples)
     except InvalidRequestError as error:
         raise UnreadableAudioError(error.field, error.problem, error.remedy) from None
-    if seconds > _COUNTED_SECONDS:
+    if audio is None or samples is None:
         problem = f"is longer than {_COUNTED_SECONDS} s"
         raise InvalidRequestError(name, problem, "use a part of it")
-    _tell_silence(name, audio.samples)
-    source = Audio(samples, audio.sample_rate), hashlib.sha256(content).hexdigest()
-    mono, stereo = (_formed(name, *source, channels, SAMPLE_RATE) for channels in (1, 2))
+    validation.check_clip(name, min(seconds, WINDOW_SECONDS))
+    tell_silence(name, audio.samples)
+    rate, source_sha256 = audio.sample_rate, hashlib.sha256(content).hexdigest()
+    beginning = Audio(samples[:, : round(WINDOW_SECONDS * rate)], rate)
+    stereo = _formed(name, beginning, source_sha256, 2, SAMPLE_RATE)
+    mono = _formed(name, Audio(samples, rate), source_sha256, 1, SAMPLE_RATE)
     is_whole = seconds <= WINDOW_SECONDS
     return Forms(mono, stereo, len(samples), mono.duration_seconds if is_whole else seconds)
 
@@ -175,8 +170,8 @@ def cut(data: bytes, start: float, end: float) -> bytes:
     return encode(pcm[:, round(start * rate) : round(end * rate)], rate, "flac")
 
 
-def load(name: str, data: bytes, sha256: str) -> Audio:
-    """Return the samples of a stored clip.
+def load(name: str, data: bytes, sha256: str, duration: float = MAX_DURATION_SECONDS) -> Audio:
+    """Return the samples of a stored clip that music of this duration can hear.
 
     Raises ``GenerationRejectedError`` if they are not the samples that were stored.
     """
@@ -189,7 +184,10 @@ def load(name: str, data: bytes, sha256: str) -> Audio:
         raise GenerationRejectedError(
             f"The {name} is damaged in the database; enqueue the request again with the clip."
         )
-    return Audio(pcm.astype(np.float32) / _SCALE, sample_rate)  # [channel, frame]
+    heard = WINDOW_SECONDS if duration <= WINDOW_SECONDS else MELODY_SECONDS
+    samples = pcm[:, : round(heard * sample_rate)].astype(np.float32)  # [channel, frame]
+    samples /= _SCALE
+    return Audio(samples, sample_rate)
 
 
 def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> Clip:
@@ -197,11 +195,14 @@ def _make(name: str, content: bytes, channels: int | None, sample_rate: int) -> 
 
     Logs a warning about each repair, and if the header was wrong.
     """
-    audio = _decode(name, content)
-    samples = _mend_scale(name, audio.samples)
+    with _refusing_damage(name):
+        audio = _decode(name, content)
+    longest = MELODY_SECONDS if name == "melody" else WINDOW_SECONDS
+    validation.check_clip(name, audio.duration, longest)
+    samples = mend_scale(name, audio.samples)
     source = Audio(samples, audio.sample_rate), hashlib.sha256(content).hexdigest()
     clip = _formed(name, *source, channels or min(2, len(samples)), sample_rate)
-    _tell_silence(name, audio.samples)
+    tell_silence(name, audio.samples)
     return clip
 
 
@@ -209,13 +210,12 @@ def _formed(name: str, audio: Audio, source_sha256: str, channels: int, sample_r
     """Return the clip of these samples with so many channels, at this rate."""
     samples = audio.samples
     if len(samples) > channels and cancels_out(samples, audio.sample_rate):
-        _tell(
+        tell(
             name,
             "channels of opposite phase would cancel each other; the loudest of them is used alone",
         )
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
-    validation.check_clip(name, samples.shape[1] / sample_rate)
     pcm = np.clip(np.rint(samples * _SCALE), -_SCALE, _SCALE - 1).astype(np.int16)
     return Clip(
         _fingerprint(pcm, sample_rate),
@@ -226,28 +226,27 @@ def _formed(name: str, audio: Audio, source_sha256: str, channels: int, sample_r
 
 
 def _decode(name: str, content: bytes) -> Audio:
-    """Return the audio of a file; a melody's first 30 s, while a longer continuation is refused."""
-    longest = WINDOW_SECONDS if name == "melody" else _COUNTED_SECONDS
-    with _refusing_damage(name):
-        container = open_source(content, longest)
-        if name == "continuation":
-            _check_window(name, container.seconds)
-        audio, seconds = _read(name, container, longest)
-    if name == "continuation":
-        _check_window(name, seconds)
-    return _finite(name, audio)
+    """Return the audio of a file; a melody's first 300 s, while a long continuation is refused."""
+    if name == "melody":
+        kept, _ = _read(name, open_source(content, MELODY_SECONDS), MELODY_SECONDS, MELODY_SECONDS)
+        return _joined(name, kept, MELODY_SECONDS)
+    container = open_source(content, _COUNTED_SECONDS)
+    _check_window(name, container.seconds)
+    kept, seconds = _read(name, container, WINDOW_SECONDS, _COUNTED_SECONDS)
+    _check_window(name, seconds)
+    return _joined(name, kept, WINDOW_SECONDS)
 
 
-def _decode_counted(name: str, content: bytes) -> tuple[Audio, float]:
-    """Return the first 30 s of a file, and how long it is; beyond 600 s that is not counted."""
+def _decode_counted(name: str, content: bytes) -> tuple[Audio | None, float]:
+    """Return the first 300 s of a file, and how long it is; no audio if that is beyond 600 s."""
     longest = _COUNTED_SECONDS + 1
-    with _refusing_damage(name):
-        container = open_source(content, longest)
-        known = container.seconds
-        if known is not None and known > WINDOW_SECONDS:
-            container = open_source(content, WINDOW_SECONDS)  # an MP3 is decoded whole
-        audio, counted = _read(name, container, longest)
-    return _finite(name, audio), counted if known is None else known
+    container = open_source(content, longest)
+    known = container.seconds
+    if known is not None and known > MELODY_SECONDS:
+        container = open_source(content, MELODY_SECONDS)  # an MP3 is decoded whole
+    kept, counted = _read(name, container, MELODY_SECONDS, longest)
+    seconds = counted if known is None else known
+    return None if seconds > _COUNTED_SECONDS else _joined(name, kept, MELODY_SECONDS), seconds
 
 
 @contextmanager
@@ -258,29 +257,25 @@ def _refusing_damage(name: str) -> Iterator[None]:
         raise InvalidRequestError(name, error.problem, error.remedy) from None
 
 
-def _finite(name: str, audio: Audio) -> Audio:
-    if not np.isfinite(audio.samples).all():
-        raise InvalidRequestError(name, "holds NaN or infinite samples", "use another clip")
-    return audio
-
-
 def _check_window(name: str, seconds: float | None) -> None:
     if seconds is not None and seconds > WINDOW_SECONDS:
         raise _too_long(name, seconds)
 
 
-def _read(name: str, container: Container, longest: float) -> tuple[Audio, float]:
-    """Return the first 30 s, and how long the audio is to its true end, whatever the header says.
+def _read(
+    name: str, container: Container, kept_seconds: float, longest: float
+) -> tuple[deque[Audio], float]:
+    """Return what holds the first seconds, and how long the audio is to its true end.
 
-    It is read no further than ``longest``.
+    The header is not believed. It is read no further than ``longest``.
     """
-    kept: list[Audio] = []
+    kept: deque[Audio] = deque()
     count, give_up_at = 0, time.monotonic() + _PATIENCE_SECONDS
     for block in _blocks_of(name, container):
         if kept and _form_of(block) != _form_of(kept[0]):
             problem = "changes its sample rate or channels on the way"
             raise InvalidRequestError(name, problem, "use another clip")
-        if count < WINDOW_SECONDS * block.sample_rate:
+        if count < _most_frames(block, kept_seconds):
             kept.append(block)
         count += block.samples.shape[1]
         if count >= longest * block.sample_rate:
@@ -289,12 +284,35 @@ def _read(name: str, container: Container, longest: float) -> tuple[Audio, float
             raise InvalidRequestError(name, "takes too long to decode", "use a shorter clip")
     if not kept:
         raise InvalidRequestError(name, "holds no audio", "use another clip")
-    rate = kept[0].sample_rate
-    limit = round(WINDOW_SECONDS * rate)
-    if count < limit:
-        _compare(name, container.promised_seconds, count / rate)
-    samples = np.concatenate([block.samples for block in kept], axis=1)[:, :limit]
-    return Audio(samples, rate), count / rate
+    seconds = count / kept[0].sample_rate
+    if count < _most_frames(kept[0], kept_seconds):
+        _compare(name, container.promised_seconds, seconds)
+    return kept, seconds
+
+
+def _joined(name: str, blocks: deque[Audio], seconds: float) -> Audio:
+    """Return the first seconds of the blocks, which are given up one by one."""
+    whole = sum(block.samples.shape[1] for block in blocks)
+    (rate, channels), limit = _form_of(blocks[0]), _most_frames(blocks[0], seconds)
+    if limit < min(whole, round(seconds * rate)):
+        room = "there is no room for more of it at its rate and with its channels"
+        tell(name, f"only its first {limit / rate:.0f} s are used; {room}")
+    samples = blocks[0].samples[:, :limit]
+    if len(blocks) > 1:
+        samples = np.empty((min(whole, limit), channels), np.float32).T  # as it is decoded
+        start = 0
+        while blocks:
+            part = blocks.popleft().samples[:, : samples.shape[1] - start]
+            samples[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
+    if not np.isfinite([samples.min(), samples.max()]).all():  # NaN is both
+        raise InvalidRequestError(name, "holds NaN or infinite samples", "use another clip")
+    return Audio(samples, rate)
+
+
+def _most_frames(block: Audio, seconds: float) -> int:
+    """Return how many frames of such audio are kept."""
+    return min(round(seconds * block.sample_rate), _MOST_SAMPLES // len(block.samples))
 
 
 def _blocks_of(name: str, container: Container) -> Iterator[Audio]:
@@ -317,7 +335,7 @@ def _check_whole(audio: Audio, seconds: float | None) -> None:
 
 def _compare(name: str, promised: float | None, seconds: float) -> None:
     if promised is not None and abs(promised - seconds) > _TOLD_SECONDS:
-        _tell(
+        tell(
             name,
             f"its header says {promised:,.4g} s, but it holds {seconds:,.4g} s of audio, all of which is used",
         )
@@ -331,51 +349,6 @@ def _too_long(name: str, seconds: float) -> InvalidRequestError:
 
 def _form_of(audio: Audio) -> tuple[int, int]:
     return audio.sample_rate, len(audio.samples)
-
-
-def _mend_scale(name: str, samples: Samples) -> Samples:
-    """Return the samples at the scale they were meant to have; a little too loud is left alone."""
-    peak = float(np.abs(samples).max())
-    if peak <= _LOUDEST:
-        return samples
-    usual = float(np.quantile(np.abs(samples), _STRAY_SHARE))
-    if peak > _LOUDEST * _INTEGER_SCALES[-1] or peak > _MEANT_PEAK * max(usual, 1.0):
-        problem = f"holds samples of {peak:.3g}, where 1 is full scale"
-        raise InvalidRequestError(name, problem, "use another clip")
-    if peak > _MEANT_PEAK or _are_integers(samples):
-        scale = next(scale for scale in _INTEGER_SCALES if peak <= _LOUDEST * scale)
-        _tell(
-            name,
-            f"its samples reach {peak:,.0f}, where 1 is full scale; they are divided by {scale:,}",
-        )
-        return samples / np.float32(scale)
-    _tell(
-        name,
-        f"it is {20 * math.log10(peak):.0f} dB louder than full scale; it is turned down by that",
-    )
-    return samples / np.float32(peak)
-
-
-def _tell_silence(name: str, samples: Samples) -> None:
-    """Warn if the clip is silent, and say whether it is empty or only too quiet."""
-    loudest = float(np.ptp(samples, axis=1).max()) / 2
-    if loudest == 0:
-        _tell(name, "it holds no sound, only silence or a constant level")
-    elif loudest < _QUIETEST:
-        below = -20 * math.log10(loudest)
-        _tell(
-            name,
-            f"its sound is {below:.0f} dB below full scale, as good as silence; is its scale right?",
-        )
-
-
-def _are_integers(samples: Samples) -> bool:
-    return bool((samples == np.rint(samples)).all())
-
-
-def _tell(name: str, what: str) -> None:
-    """Log a warning about a clip that is not what it seems; the command line shows it on stderr."""
-    logger.warning("%s: %s", name, what)
 
 
 def _check_form(name: str, file: Stream) -> None:
@@ -423,5 +396,5 @@ def _check_size(what: str, size: int) -> None:
 def _fingerprint(pcm: NDArray[np.int16], sample_rate: int) -> str:
     """Return the SHA-256 of 16-bit samples ``[channel, frame]``, their rate and channel count."""
     digest = hashlib.sha256(f"{sample_rate} Hz, {len(pcm)} channels\n".encode())
-    digest.update(pcm.T.astype("<i2").tobytes())
+    digest.update(np.ascontiguousarray(pcm.T, "<i2").data)
     return digest.hexdigest()

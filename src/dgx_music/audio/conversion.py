@@ -41,9 +41,9 @@ def cancels_out(samples: Samples, sample_rate: int) -> bool:
     if len(samples) == 1:
         return False
     starts = np.arange(0, samples.shape[1], sample_rate)
-    seconds = [samples[:, start : start + sample_rate].astype(np.float64) for start in starts]
-    powers = np.array([np.square(second).sum() for second in seconds])
-    mixed = np.array([np.square(second.sum(axis=0)).sum() for second in seconds])
+    seconds = (samples[:, start : start + sample_rate].astype(np.float64) for start in starts)
+    both = [(np.square(each).sum(), np.square(each.sum(axis=0)).sum()) for each in seconds]
+    powers, mixed = np.array(both).T
     lost = powers[mixed < _LOST_SHARE * powers].sum()
     return bool(lost > _LOST_MUSIC * powers.sum())
 

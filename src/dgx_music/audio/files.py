@@ -55,13 +55,16 @@ def finish(
     audio_format: AudioFormat,
     loudness: Loudness,
     tags: Tags | None = None,
+    may_overwrite: bool = False,
 ) -> FinishedAudio:
     """Return the audio as a file of 1 or 2 ``channels`` at ``sample_rate`` Hz.
 
     A lossless file has 16 bits, and exactly the frames of the audio, or ``round(frames *
     sample_rate / audio.sample_rate)`` of them. The facts describe the samples that were encoded;
-    the noise of untrained weights has no tempo and no key. Raises ``EngineError`` if the audio is
-    empty or not finite, and ``GenerationRejectedError`` if the format cannot hold the sample rate.
+    the noise of untrained weights has no tempo and no key. With ``may_overwrite`` the samples are
+    changed in place if they can be, which saves a copy of them. Raises ``EngineError`` if the audio
+    is empty or not finite, and ``GenerationRejectedError`` if the format cannot hold the sample
+    rate.
     """
     check_format(audio_format, sample_rate)
     samples = _check_samples(audio.samples)
@@ -70,7 +73,8 @@ def finish(
     )
     samples = match_channels(samples, channels, audio.sample_rate)
     samples = resample(samples, audio.sample_rate, sample_rate)
-    samples, lufs = _normalise(samples, sample_rate, loudness)
+    is_own = may_overwrite or not np.may_share_memory(samples, audio.samples)
+    samples, lufs = _normalise(samples, sample_rate, loudness, is_own and samples.flags.writeable)
     data = encode(samples, sample_rate, audio_format, tags)
     facts = _describe(samples, sample_rate, audio_format, lufs, analysis)
     return FinishedAudio(data, audio_format, facts.to_dict())
@@ -128,20 +132,21 @@ def _peak_of(samples: Samples) -> float:
 
 
 def _normalise(
-    samples: Samples, sample_rate: int, loudness: Loudness
+    samples: Samples, sample_rate: int, loudness: Loudness, in_place: bool
 ) -> tuple[Samples, float | None]:
     """Return the samples at the level asked for, within ±1, and their loudness in LUFS.
 
     ``lufs`` starts from the peak limit and only ever turns down, so it can neither clip nor pass
     the limit. A clip that is too short to be measured stays at the limit.
     """
+    out = samples if in_place else np.empty_like(samples)
     if loudness == "none":
-        clipped = np.clip(samples, -1, 1)
+        clipped = np.clip(samples, -1, 1, out=out)
         return clipped, meter.measure(clipped, sample_rate)
     peak = _peak_of(samples)
     if peak < meter.SILENCE_PEAK:
         return samples, None
-    scaled = samples * np.float32(PEAK_LIMIT / peak)
+    scaled = np.multiply(samples, np.float32(PEAK_LIMIT / peak), out=out)
     lufs = meter.measure(scaled, sample_rate)
     if loudness == "peak" or lufs is None or lufs <= TARGET_LUFS:
         return scaled, lufs

@@ -50,13 +50,13 @@ _TEMPERATURE = 0.1
 """Makes the confidence about as high as the share of keys that are right."""
 
 
-def measure(wave: NDArray[np.float32]) -> tuple[str, float] | None:
+def measure(wave: NDArray[np.float32], peak: float) -> tuple[str, float] | None:
     """Return the key, such as ``C`` or ``F#m``, and the confidence, up to 1.
 
     ``None`` for noise, speech, most drums, and one note or chord that is held. ``wave`` is one
-    channel at ``spectra.RATE``.
+    channel at ``spectra.RATE``, with this peak.
     """
-    spectra = _heard(wave)
+    spectra = _heard(wave, peak)
     if not len(spectra) or _flatness(spectra) > _MOST_FLATNESS:
         return None
     semitones = _semitones()
@@ -70,10 +70,10 @@ def measure(wave: NDArray[np.float32]) -> tuple[str, float] | None:
     return _name(mixture + _OPENING_WEIGHT * classes[:_OPENING_WINDOWS].mean(axis=0))
 
 
-def _heard(wave: NDArray[np.float32]) -> Numbers:
+def _heard(wave: NDArray[np.float32], peak: float) -> Numbers:
     """Return the magnitudes of the windows that are not pauses, ``[window, bin]``."""
     bins = _bins()
-    parts = magnitudes(wave, _WINDOW_FRAMES, _STEP_FRAMES)
+    parts = magnitudes(wave, peak, _WINDOW_FRAMES, _STEP_FRAMES)
     # Copies: a view would keep all the other bins as well.
     spectra: Numbers = np.concatenate([part[:, bins].astype(np.float64) for part in parts])
     tops = spectra.max(axis=1)

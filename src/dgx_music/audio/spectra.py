@@ -16,16 +16,19 @@ _PART_WINDOWS = 32
 """How many are in memory at once; they then stay in the processor's cache."""
 
 
-def magnitudes(wave: NDArray[np.float32], frames: int, step: int) -> Iterator[NDArray[np.float32]]:
+def magnitudes(
+    wave: NDArray[np.float32], peak: float, frames: int, step: int
+) -> Iterator[NDArray[np.float32]]:
     """Yield the magnitudes of windows of so many frames, ``[window, bin]``, in several parts.
 
     A window begins ``step`` frames after the one before it. ``wave`` is one channel at ``RATE``,
-    and no shorter than a window.
+    and no shorter than a window; the magnitudes are those of a wave with a peak of 1.
     """
     windows = np.lib.stride_tricks.sliding_window_view(wave, frames)[::step]
     shape = np.hanning(frames + 1)[:-1].astype(np.float32)
     for start in range(0, len(windows), _PART_WINDOWS):
-        part = windows[start : start + _PART_WINDOWS] * shape
+        part = windows[start : start + _PART_WINDOWS] / np.float32(peak)
+        part *= shape
         yield np.abs(np.fft.rfft(part)).astype(np.float32, copy=False)
 
 

@@ -47,13 +47,13 @@ _COMPARED_SHARE = 0.8
 _REFINED_BEATS = 0.1
 
 
-def measure(wave: NDArray[np.float32]) -> tuple[float, float] | None:
+def measure(wave: NDArray[np.float32], peak: float) -> tuple[float, float] | None:
     """Return beats per minute and the confidence, up to 1; ``None`` if there is no clear beat.
 
-    ``wave`` is one channel at ``spectra.RATE``, with a peak of 1. The tempo may be the half or the
+    ``wave`` is one channel at ``spectra.RATE``, with this peak. The tempo may be the half or the
     double of what a listener would say.
     """
-    likeness = _likeness(_rises(wave))
+    likeness = _likeness(_rises(wave, peak))
     scores = _scores(likeness)
     usual = np.exp(-0.5 * (np.log2(_TEMPOS / _USUAL_BPM) / _USUAL_OCTAVES) ** 2)
     best = int(np.argmax(scores * usual))
@@ -63,14 +63,14 @@ def measure(wave: NDArray[np.float32]) -> tuple[float, float] | None:
     return 60 * _STEPS_PER_SECOND / beat, min(1.0, float(scores[best]))
 
 
-def _rises(wave: NDArray[np.float32]) -> Curve:
+def _rises(wave: NDArray[np.float32], peak: float) -> Curve:
     """Return how much the sound rises in each step, less the mean of the second around it."""
     starts = _band_starts()
     scale = np.float32(_COMPRESSION)
     levels = np.concatenate(
         [
             np.log1p(scale * np.add.reduceat(part[:, : starts[-1]], starts[:-1], axis=1))
-            for part in magnitudes(wave, _WINDOW_FRAMES, _STEP_FRAMES)
+            for part in magnitudes(wave, peak, _WINDOW_FRAMES, _STEP_FRAMES)
         ]
     )  # [step, band]
     rises = np.maximum(levels[_RISE_STEPS:] - levels[:-_RISE_STEPS], 0).sum(axis=1, dtype=float)

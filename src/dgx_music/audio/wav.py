@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,22 +32,23 @@ def encode(samples: Samples, sample_rate: int, tags: bytes = b"") -> bytes:
 
     ``tags`` is a chunk to put before the samples.
     """
-    pcm = _to_frames(samples)
-    return b"".join((header(sample_rate, len(samples), pcm.nbytes, tags), pcm.data))
+    file = io.BytesIO()  # grows without a second copy, which joined parts would need
+    file.write(header(sample_rate, len(samples), samples.size * _SAMPLE_BYTES, tags))
+    file.writelines(_parts(samples))
+    return file.getvalue()
 
 
 def to_pcm(samples: Samples) -> bytes:
     """Return the samples as a file holds them, without a header; what exceeds ±1 is cut off."""
-    return _to_frames(np.clip(samples, -1, 1)).tobytes()
+    return b"".join(_parts(np.clip(samples, -1, 1)))
 
 
-def _to_frames(samples: Samples) -> NDArray[Any]:
-    pcm = np.empty(samples.shape[::-1], "<i2")  # [frame, channel]
-    for start in range(0, len(pcm), _PART_FRAMES):
-        part = slice(start, start + _PART_FRAMES)
-        for channel, column in zip(samples, pcm.T, strict=True):
-            column[part] = _to_16_bits(channel[part])
-    return pcm
+def _parts(samples: Samples) -> Iterator[bytes]:
+    for start in range(0, samples.shape[1], _PART_FRAMES):
+        part = samples[:, start : start + _PART_FRAMES]
+        yield np.stack(
+            [_to_16_bits(channel) for channel in part], axis=1, dtype="<i2", casting="same_kind"
+        ).tobytes()
 
 
 def _to_16_bits(channel: Samples) -> NDArray[Any]:

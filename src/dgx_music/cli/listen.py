@@ -6,8 +6,8 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -124,7 +124,18 @@ class _File:
             raise ArtifactError(f"{self._file.name} cannot be written: {why}.") from error
 
 
-def _create(path: Path) -> BinaryIO:
+@contextmanager
+def _create(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file; if nothing is written to it, it is gone at the end."""
+    with _open_new(path) as file:
+        try:
+            yield file
+        finally:
+            if not file.tell():
+                path.unlink(missing_ok=True)
+
+
+def _open_new(path: Path) -> BinaryIO:
     try:
         return path.open("xb")
     except FileExistsError:

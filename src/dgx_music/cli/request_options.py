@@ -65,7 +65,7 @@ REQUEST_OPTIONS: dict[str, Any] = {
     ),
     "melody": _music(
         Path,
-        "Follow the tune of this audio's first 30 s; for musicgen-melody and its like.",
+        "Follow the tune of this audio's first 300 s; for musicgen-melody and its like.",
         metavar="FILE",
     ),
     "channels": _music(int, "1 or 2; default: the model's own, 1 for a local folder."),

@@ -46,14 +46,17 @@ async def prune_orphans(
     """Delete the files that no generation has or can get, if they are older; return how many.
 
     They belong to generations that are gone, and to attempts that can never complete: a crash at
-    the wrong moment leaves them. With ``dry_run`` nothing is deleted. Raises ``ArtifactError`` if
-    the database knows none of the files that are here: they are then probably another database's.
-    Two databases must never share one output.
+    the wrong moment leaves them. Of attempts that are over, previews are deleted too. With
+    ``dry_run`` nothing is deleted. Raises ``ArtifactError`` if the database knows none of the files
+    that are here: they are then probably another database's. Two databases must never share one
+    output.
     """
     orphans = await _find_orphans(database, artifacts, timedelta(seconds=older_than_seconds))
     if not dry_run:
-        for lease in dict.fromkeys(Lease(file.generation_id, file.attempt) for file in orphans):
+        for lease in _leases_of(orphans, of_previews=False):
             await artifacts.delete(lease.generation_id, [lease.attempt])
+        for lease in _leases_of(orphans, of_previews=True):
+            await artifacts.delete_preview(lease.generation_id, lease.attempt)
     return len(orphans)
 
 
@@ -124,7 +127,17 @@ async def _find_orphans(
 
 
 def _is_dead(file: StoredFile, owner: Owner | None) -> bool:
-    return owner is None or not owner.may_have(file.attempt, file.path)
+    if owner is None:
+        return True
+    if file.is_preview:
+        return not owner.may_have_preview(file.attempt)
+    return not owner.may_have(file.attempt, file.path)
+
+
+def _leases_of(files: list[StoredFile], *, of_previews: bool) -> list[Lease]:
+    """Return whose files these are, or whose previews, each attempt once."""
+    found = (file for file in files if file.is_preview is of_previews)
+    return [*dict.fromkeys(Lease(file.generation_id, file.attempt) for file in found)]
 
 
 async def _chunks(artifacts: Artifacts) -> AsyncIterator[list[StoredFile]]:

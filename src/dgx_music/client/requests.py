@@ -69,7 +69,7 @@ class MusicOptions(TypedDict, total=False):
     ]
     melody: Annotated[
         os.PathLike[str] | bytes | None,
-        "The music follows the tune of the first 30 s of this audio: a pathlib.Path or bytes. "
+        "The music follows the tune of the first 300 s of this audio: a pathlib.Path or bytes. "
         "Only for models that can hear a melody.",
     ]
 

@@ -34,12 +34,15 @@ async def add_upload(file: BinaryIO, *, tenant: str | None, decodes: CapacityLim
     return await database.transact(partial(uploads.add_upload, values=values, clips=contents))
 
 
-async def add_part(upload: Upload, start: float, end: float, *, decodes: CapacityLimiter) -> Upload:
+async def add_part(
+    upload: Upload, start: float, end: float, *, channels: int | None, decodes: CapacityLimiter
+) -> Upload:
     """Store the part of an upload between these seconds as a new upload, and return its row.
 
-    The part must lie in the first 30 s, which alone are stored.
+    The part must lie in what is stored: in the first 30 s, and with one channel in the first 300 s.
+    ``channels`` of ``None`` keeps those of the file, 2 at most.
     """
-    sha256 = upload.clip_sha256(None)
+    sha256 = upload.clip_sha256(channels)
     read = partial(clips.read_clips, sha256s=[sha256])
     data = (await (await ensure_database()).transact(read, read_only=True))[sha256]
     part = await anyio.to_thread.run_sync(_cut, data, start, end, limiter=decodes)

@@ -31,7 +31,7 @@ from dgx_music.errors import (
     GenerationCancelledError,
     GenerationRejectedError,
 )
-from dgx_music.inference.channel import encode
+from dgx_music.inference.channel import Bytes, encode, encode_in_parts
 from dgx_music.inference.child_channel import Channel, ChannelRun
 from dgx_music.inference.engine import Engine, EngineSettings, GenerationRequest, Run
 from dgx_music.inference.messages import (
@@ -166,19 +166,19 @@ class Server:
             return
         reply = self._reply(message, run)
         del self._runs[run.key]
-        self._channel.send(reply)
+        self._channel.send(*reply)
 
-    def _reply(self, message: Generate, run: ChannelRun) -> bytes:
-        """Return the encoded reply to one ``Generate``.
+    def _reply(self, message: Generate, run: ChannelRun) -> tuple[Bytes, ...]:
+        """Return the parts of the encoded reply to one ``Generate``.
 
         No exception leaves it, because a slot without a reply would be lost for ever.
         """
         try:
             run.check_cancelled()
-            reply = encode(Finished.of(run.key, self._generate(message.request(), run)))
+            reply = encode_in_parts(Finished.of(run.key, self._generate(message.request(), run)))
         except BaseException as error:
             self._exit_if_the_device_is_lost(error)
-            return encode(self._failure(error, message, run))
+            return encode_in_parts(self._failure(error, message, run))
         self._free_failures = 0
         return reply
 

@@ -11,7 +11,7 @@ from typing import cast
 
 from dgx_music.audio.samples import Audio
 from dgx_music.errors import GenerationCancelledError
-from dgx_music.inference.channel import Decoder, encode
+from dgx_music.inference.channel import Bytes, Decoder, encode, encode_in_parts
 from dgx_music.inference.messages import FromParent, Part, Progress, SlotFreed
 
 PROGRESS_SECONDS = 0.5
@@ -30,10 +30,11 @@ class Channel:
         self._received = memoryview(bytearray(_READ_BYTES))
         """Made once: a message must be read even if there is no memory left for its generation."""
 
-    def send(self, message: bytes) -> None:
-        """Send one encoded message whole. Raises ``ConnectionError`` if the parent is gone."""
+    def send(self, *message: Bytes) -> None:
+        """Send one encoded message, or its parts. Raises ``ConnectionError`` if the parent is gone."""
         with self._sending:
-            self._connection.sendall(message)
+            for part in message:
+                self._connection.sendall(part)
 
     def offer(self, message: bytes) -> bool:
         """Send a short encoded message if that needs no waiting; return whether it was sent.
@@ -95,7 +96,7 @@ class ChannelRun:
 
     def hand_out(self, audio: Audio, start: int) -> None:
         """Send the part to the parent; waits while that is busy."""
-        self._channel.send(encode(Part.of(self.key, audio, start)))
+        self._channel.send(*encode_in_parts(Part.of(self.key, audio, start)))
 
     def cancel(self) -> None:
         """Ask the engine to stop this generation, and no other."""

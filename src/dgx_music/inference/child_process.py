@@ -20,7 +20,7 @@ from dgx_music.errors import (
     EngineReplacedError,
     EngineUnavailableError,
 )
-from dgx_music.inference.channel import Decoder, encode
+from dgx_music.inference.channel import Decoder, encode_in_parts
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.messages import FromChild, FromParent
 
@@ -154,7 +154,8 @@ class _Channel(asyncio.Protocol):
         self._decoder = Decoder()
 
     def send(self, message: FromParent) -> None:
-        self._transport.write(encode(message))
+        for part in encode_in_parts(message):
+            self._transport.write(part)
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()

@@ -22,7 +22,7 @@ class GenerationRequest(Sampling):
     An empty ``prompt`` asks for unconditional music. ``channels`` and ``sample_rate`` are those of
     the file, whatever the model produces. The music starts with ``continuation``, at most 30 s of 1
     or 2 channels, and ``duration`` counts from its start. The music follows the tune of ``melody``,
-    at most 30 s of 1 channel. Each clip has its own sample rate.
+    at most 300 s of 1 channel. Each clip has its own sample rate.
     """
 
     generation_id: str
@@ -50,7 +50,7 @@ class GenerationRequest(Sampling):
         if self.melody is not None:
             validation.check_hears_melody(model)
             _check_samples("melody", self.melody, channels=1)
-            validation.check_clip("melody", self.melody.duration)
+            validation.check_clip("melody", self.melody.duration, validation.MELODY_SECONDS)
 
     @property
     def effective_seed(self) -> int:

@@ -95,7 +95,7 @@ class Generate:
             key,
             {name: value for name, value in vars(request).items() if name not in clips},
             {name: [*clip.samples.shape, clip.sample_rate] for name, clip in clips.items()},
-            b"".join(_bytes_of(clip) for clip in clips.values()),
+            _joined([_bytes_of(clip) for clip in clips.values()]),
         )
 
     def request(self) -> GenerationRequest:
@@ -219,6 +219,11 @@ FromParent = Load | Generate | Cancel
 Answer = Ready | Unavailable | Progress | Part | SlotFreed | Finished | Failed
 FromChild = Answer | SlotsReduced | Unloaded | DeviceLost
 Message = FromParent | FromChild
+
+
+def _joined(parts: list[memoryview]) -> bytes | memoryview:
+    """Return the parts one after another; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _bytes_of(audio: Audio) -> memoryview:

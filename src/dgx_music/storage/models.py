@@ -276,7 +276,7 @@ class Upload(Base):
     """Of the file as it was sent: a repeated request is known by it."""
     source_channels: Mapped[int]
     duration_seconds: Mapped[float]
-    """Of the whole file; its clips are of the first 30 s."""
+    """Of the whole file; the clip of one channel has its first 300 s, the other one 30 s."""
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 

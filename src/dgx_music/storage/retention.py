@@ -29,6 +29,8 @@ class Owner:
     """Its last attempt."""
     is_live: bool
     """True if that attempt runs or has completed, so that it may have a file."""
+    is_running: bool
+    """True if it runs, so that it may have a preview."""
     file_path: str | None
     """The file that the row names."""
 
@@ -36,6 +38,10 @@ class Owner:
         """Return True if this attempt's file belongs to the generation, or may later: keep it."""
         is_own = attempt > self.attempt or (attempt == self.attempt and self.is_live)
         return is_own or (path is not None and path == self.file_path)
+
+    def may_have_preview(self, attempt: int) -> bool:
+        """Return True if this attempt's preview is needed, or may be later: keep it."""
+        return attempt > self.attempt or (attempt == self.attempt and self.is_running)
 
 
 async def find_prunable(
@@ -135,7 +141,12 @@ async def find_owners(session: AsyncSession, generation_ids: Collection[str]) ->
     query = select(g.id, g.attempt, g.status, g.file_path).where(g.id.in_(generation_ids))
     rows = (await session.execute(query)).all()
     return {
-        row.id: Owner(row.attempt, row.status in (PROCESSING, COMPLETED), row.file_path)
+        row.id: Owner(
+            row.attempt,
+            row.status in (PROCESSING, COMPLETED),
+            row.status == PROCESSING,
+            row.file_path,
+        )
         for row in rows
     }
 

@@ -39,7 +39,7 @@ _NULLABLE = frozenset(SamplingOptions.__annotations__)
 _MEANINGS: Mapping[str, str] = {
     "continuation": "The id of an upload of at most 30 s: the music starts with it, and the duration "
     "counts from its start.",
-    "melody": "The id of an upload: the music follows the tune of its first 30 s.",
+    "melody": "The id of an upload: the music follows the tune of its first 300 s.",
     "model": f"A name of `GET models`, such as {DEFAULT_MODEL}; the server's default if not given.",
     "seed": "The same seed, model and settings make the same audio; in answers it is text.",
 }

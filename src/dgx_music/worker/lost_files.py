@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 async def drop_files(artifacts: Artifacts, lease: Lease, attempts: Iterable[int]) -> None:
     """Delete the files of attempts that can never complete.
 
-    Raises nothing: a file that stays is deleted by the next attempt or by pruning, and what stays
-    of a completed attempt's preview with its generation.
+    Raises nothing: a file that stays is deleted by the next attempt or by pruning, and so is what
+    stays of a completed attempt's preview.
     """
     try:
         await artifacts.delete(lease.generation_id, attempts)

@@ -148,8 +148,9 @@ class Performing:
         if not wanted:
             return {}
         found = await self._find_clips(claim.lease, wanted.values())
+        read = partial(clips.load, duration=claim.duration_seconds)
         return {
-            name: await anyio.to_thread.run_sync(clips.load, name, found.get(sha256, b""), sha256)
+            name: await anyio.to_thread.run_sync(read, name, found.get(sha256, b""), sha256)
             for name, sha256 in wanted.items()
         }
 
@@ -183,6 +184,7 @@ class Performing:
             audio_format=audio_format,
             loudness=self._settings.loudness,
             tags=_tags_of(claim, made),
+            may_overwrite=True,  # they came from the engine's process: nobody else has them
         )
         is_quick = audio_format == "wav" and made.duration < _SHORT_SECONDS
         finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)

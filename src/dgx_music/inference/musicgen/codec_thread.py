@@ -1,4 +1,4 @@
-"""The thread of the codec: it does window after window, of the clip that will be done soonest."""
+"""The thread of the codec: it does window after window, of the clip with the least to wait for."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ class Clip:
     """A clip on its way through the codec, and what its caller waits for."""
 
     number: int
+    entered_at: int
+    """How many turns had been taken when this clip came."""
     work: CodecWork
     result: Future[Tensor] = field(default_factory=Future)
     has_turn: bool = False
     """True while it waits for the next window to be done, or that is being done."""
 
     def __lt__(self, other: Clip) -> bool:
-        return (self.work.left, self.number) < (other.work.left, other.number)
+        return self._key < other._key
+
+    @property
+    def _key(self) -> tuple[int, int]:
+        # A smaller entered_at is a longer wait. No key changes while its clip waits.
+        return self.work.left + self.entered_at, self.number
 
 
 class CodecThread:
@@ -32,6 +39,9 @@ class CodecThread:
     The clip with the fewest windows left goes first, and of two the one that came first: a clip of
     five seconds does not wait for one of five minutes, and equal clips are done one after another;
     or so many of them together, as a GPU does in hardly more time than one.
+
+    Each turn counts for the clips that were there already, as if they had one window less: so a
+    clip waits for no more turns of clips that come after it than it has windows.
     """
 
     def __init__(self, most_together: int = 1) -> None:
@@ -40,6 +50,7 @@ class CodecThread:
         self._waiting: list[Clip] = []
         self._lock = threading.Lock()  # for those that wait
         self._numbers = count()
+        self._turn_count = 0  # changed by the thread alone
 
     def start(self, work: CodecWork) -> Future[Tensor]:
         """Return what will be the work's result; a cancel ends the work after a window."""
@@ -53,7 +64,7 @@ class CodecThread:
 
     def open(self, work: CodecWork) -> Clip:
         """Return a clip whose windows are still to come; see ``push``."""
-        return Clip(next(self._numbers), work)
+        return Clip(next(self._numbers), self._turn_count, work)
 
     def push(self, clip: Clip, part: Tensor) -> None:
         """Do the next window of the clip when it is its turn. Any thread may call this."""
@@ -77,6 +88,7 @@ class CodecThread:
         clips = self._next_clips()
         if clips:
             self._do(clips)
+            self._turn_count += 1
 
     def _next_clips(self) -> list[Clip]:
         """Take the clip whose turn it is from those that wait, and others that can go with it.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader
 from dgx_music.inference.musicgen.mix import choose_reader
+from dgx_music.validation import MelodyKind
 
 LONGEST_PREFIX_TEXT = 512
 """How many tokens of text a melody model can read: they take room in every slot."""
@@ -30,6 +33,10 @@ class Conditions(NamedTuple):
     prefix: Tensor | None
     is_guided: bool
     """False if the conditional and the unconditional pass would read the same."""
+
+
+ReadWindow: TypeAlias = Callable[[float], Conditions]
+"""Returns what the window reads that begins at this second of the clip."""
 
 
 class Conditioner:
@@ -49,13 +56,16 @@ class Conditioner:
         self._melody = None if decoder.reads_text else MelodyReader(model, decoder.device)
         self._reading = threading.Lock()
 
-    @torch.no_grad()
-    def read(self, request: GenerationRequest, melody_from: float | None = None) -> Conditions:
-        """Return the request's conditions.
+    def read(self, request: GenerationRequest) -> Conditions:
+        """Return the conditions of a request of one window; raises as ``open`` does."""
+        return self.open(request, is_long=False)(0)
 
-        ``melody_from`` is the second at which the window of a longer clip begins: its melody begins
-        there as well and is repeated, as in audiocraft. Raises ``GenerationRejectedError`` if this
-        model cannot read the request.
+    @torch.no_grad()
+    def open(self, request: GenerationRequest, *, is_long: bool) -> ReadWindow:
+        """Return the request as its windows read it; what they have in common is read here, once.
+
+        In each window of a long clip the melody begins where the window begins, and is repeated, as
+        in audiocraft. Raises ``GenerationRejectedError`` if this model cannot read the request.
         """
         if request.melody is not None and self._melody is None:
             other = "musicgen-melody" if self._decoder.channels == 1 else "musicgen-stereo-melody"
@@ -65,27 +75,19 @@ class Conditioner:
         texts = request.prompt, request.negative_prompt or ""
         is_guided = any(texts) or request.melody is not None
         if self._melody is None:
-            return Conditions(self._read_text(texts[0]), self._read_text(texts[1]), None, is_guided)
+            text, negative = map(self._read_text, texts)
+            return lambda _begin: Conditions(text, negative, None, is_guided)
+        tune = None
+        if request.melody is not None:
+            samples = fit(request.melody, self._sample_rate, 1)[0]
+            tune = _Tune(samples, self._sample_rate, request.melody_kind, is_long=is_long)
         text, negative = map(self._states, texts)
-        prefix = self._melody.prefix(text, self._chroma(request, melody_from), negative)
-        return Conditions(None, None, prefix, is_guided)
+        return partial(_read_window, self._melody, text, negative, tune, is_guided)
 
     def _read_text(self, text: str) -> Tensor | None:
         """Return cross-attention's keys and values ``[L, 2, H, X, D]``; ``None`` for no text."""
         states = self._states(text)
         return None if states is None else self._decoder.read_text(states)
-
-    def _chroma(self, request: GenerationRequest, begin: float | None) -> Tensor | None:
-        """Return the melody's pitch classes ``[frame, 12]``; ``None`` if there is no melody."""
-        if request.melody is None:
-            return None
-        samples = fit(request.melody, self._sample_rate, 1)[0]
-        read = choose_reader(samples, self._sample_rate, request.melody_kind)
-        if begin is not None:
-            first = int(begin * self._sample_rate)
-            last = first + round(WINDOW_SECONDS * self._sample_rate)
-            samples = samples[torch.arange(first, last) % len(samples)]
-        return read(samples, self._sample_rate)
 
     def _states(self, text: str) -> Tensor | None:
         """Return the text encoder's states ``[token, width]``; ``None`` for no text.
@@ -106,8 +108,40 @@ class Conditioner:
         return states
 
 
+class _Tune:
+    """A melody, and the way to read it, which is chosen once and for all of it."""
+
+    def __init__(
+        self, samples: Tensor, sample_rate: int, kind: MelodyKind, *, is_long: bool
+    ) -> None:
+        window = round(WINDOW_SECONDS * sample_rate)
+        self._samples = samples if is_long else samples[:window]
+        self._length = window if is_long else len(self._samples)
+        self._sample_rate = sample_rate
+        self._read = choose_reader(self._samples, sample_rate, kind)
+
+    def read_from(self, begin: float) -> Tensor:
+        """Return the pitch classes ``[frame, 12]`` of the window that begins at this second."""
+        first = int(begin * self._sample_rate)
+        heard = torch.arange(first, first + self._length) % len(self._samples)
+        return self._read(self._samples[heard], self._sample_rate)
+
+
+@torch.no_grad()
+def _read_window(
+    reader: MelodyReader,
+    text: Tensor | None,
+    negative: Tensor | None,
+    tune: _Tune | None,
+    is_guided: bool,
+    begin: float,
+) -> Conditions:
+    chroma = None if tune is None else tune.read_from(begin)
+    return Conditions(None, None, reader.prefix(text, chroma, negative), is_guided)
+
+
 def fit(clip: Audio, sample_rate: int, channels: int) -> Tensor:
     """Return the clip's samples ``[channel, sample]`` at that rate, in one channel or in two."""
     samples = match_channels(clip.samples, channels, clip.sample_rate)
     samples = resample(samples, clip.sample_rate, sample_rate)
-    return torch.from_numpy(samples.copy())  # a request's own samples may be read-only
+    return torch.from_numpy(samples if samples.flags.writeable else samples.copy())

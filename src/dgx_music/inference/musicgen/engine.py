@@ -49,6 +49,7 @@ try:
         measure_change,
         trial_requests,
     )
+    from dgx_music.inference.musicgen.heap import return_free_memory
     from dgx_music.inference.musicgen.live_clip import LiveClip
     from dgx_music.inference.musicgen.loop import DecodingLoop
     from dgx_music.inference.musicgen.slots import Slots
@@ -192,12 +193,14 @@ class MusicGenEngine:
         """Return the codes ``[codebook, frame]``; a long clip is decoded window by window."""
         frame_count = live.frame_count
         is_long = frame_count > self._longest_window
+        read_window = self._conditioner.open(request, is_long=is_long)
         # On the CPU: the same numbers on every device.
         random = torch.Generator().manual_seed(request.effective_seed)
         codes = self._read_clip(request, run)[:, : frame_count - 1]  # [codebook, frame]
         for window in cut(frame_count, codes.shape[1], self._longest_window):
-            melody_from = window.start / self._codec.frame_rate if is_long else None
-            conditions = self._conditioner.read(request, melody_from)
+            if window.start:
+                return_free_memory()  # or a clip of many windows would take more than one of one
+            conditions = read_window(window.start / self._codec.frame_rate)
             given = codes[:, window.start :]
             row = self._row(request, conditions, given, window.frame_count, random)
             before = codes[:, : window.start]

@@ -24,7 +24,7 @@ PITCH_CLASSES = 12
 WINDOW = 16_384
 """Samples that a frame is made of; the next frame begins ``_HOP`` of them later."""
 _HOP = 4_096
-_LONGEST_SECONDS = 30
+LONGEST_SECONDS = 30
 
 
 def chroma(samples: Tensor, sample_rate: int) -> Tensor:
@@ -49,7 +49,7 @@ def spectrum(samples: Tensor, sample_rate: int) -> Tensor:
     The frequencies are evenly spaced, from 0 to half the sample rate. The samples are cut and
     padded as ``chroma`` says.
     """
-    samples = samples[: _LONGEST_SECONDS * sample_rate].float()
+    samples = samples[: LONGEST_SECONDS * sample_rate].float()
     missing = max(0, WINDOW - len(samples))
     samples = functional.pad(samples, (missing // 2, missing - missing // 2))
     window = torch.hann_window(WINDOW, device=samples.device)

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from dgx_music.inference.musicgen.melody import PITCH_CLASSES, WINDOW, chroma, one_hot, spectrum
+from dgx_music.inference.musicgen.melody import (
+    LONGEST_SECONDS,
+    PITCH_CLASSES,
+    WINDOW,
+    chroma,
+    one_hot,
+    spectrum,
+)
 from dgx_music.validation import MelodyKind
 
 _LOWEST_HZ, _SPLIT_HZ, _HIGHEST_HZ, _TOP_HZ = 38.0, 200.0, 2_100.0, 3_000.0
@@ -69,17 +76,18 @@ def choose_reader(samples: Tensor, sample_rate: int, kind: MelodyKind) -> Reader
 
 def tune_of(samples: Tensor, sample_rate: int) -> Tensor:
     """Return the pitch classes of the tune in a mix, as ``chroma`` does those of a solo."""
-    return one_hot(_follow(find_notes(samples, sample_rate)))
+    heard = samples[: LONGEST_SECONDS * sample_rate]
+    return one_hot(_follow(find_notes(heard, sample_rate)))
 
 
 def find_notes(samples: Tensor, sample_rate: int) -> Notes:
     """Return the notes of each frame of mono samples ``[sample]``, which are on the CPU.
 
-    Loudness does not matter.
+    A clip may have any length: it is heard in parts of 30 s. Loudness does not matter.
     """
     spectra, sounds = _model(sample_rate)
-    heard = spectrum(samples, sample_rate)[: len(spectra)]  # [frequency, frame]
-    heard = heard * (heard > _HEARD_SHARE * heard.amax(dim=0))
+    parts = torch.split(samples, LONGEST_SECONDS * sample_rate)
+    heard = torch.cat([_hear(part, sample_rate, len(spectra)) for part in parts], dim=1)
     heard = heard / heard.amax().clamp(min=torch.finfo().tiny) + 1e-9
     strengths = spectra.T @ heard  # [note, frame]
     for _ in range(_ROUNDS):
@@ -87,6 +95,12 @@ def find_notes(samples: Tensor, sample_rate: int) -> Notes:
     bass_count = len(_bass_pitches())
     bass = strengths[: sounds * bass_count].view(sounds, bass_count, -1).sum(dim=0)
     return Notes(bass, strengths[sounds * bass_count :])
+
+
+def _hear(samples: Tensor, sample_rate: int, lowest: int) -> Tensor:
+    """Return how strong the lowest frequencies are in each frame, without the noise between them."""
+    heard = spectrum(samples, sample_rate)[:lowest]  # [frequency, frame]
+    return heard * (heard > _HEARD_SHARE * heard.amax(dim=0))
 
 
 def is_mix(notes: Notes) -> bool:

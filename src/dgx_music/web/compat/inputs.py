@@ -18,6 +18,7 @@ from dgx_music.storage.models import Upload
 from dgx_music.validation import (
     AUDIO_FORMATS,
     MAX_PROMPT_CHARACTERS,
+    MELODY_SECONDS,
     check_between,
     check_boolean,
     check_name,
@@ -157,9 +158,11 @@ async def _clip(fields: Mapping[str, Any], request: Request, access: Access) -> 
         return {}
     with renaming(NAMES):
         upload = await _upload(fields["input_audio"], request, access)
-    start, end = _part(fields, upload.duration_seconds)
+    kept, channels = (WINDOW_SECONDS, None) if fields.get("continuation") else (MELODY_SECONDS, 1)
+    start, end = _part(fields, upload.duration_seconds, kept)
     if (start, end) != (0, upload.duration_seconds):
-        upload = await add_part(upload, start, end, decodes=site_of(request).decodes)
+        decodes = site_of(request).decodes
+        upload = await add_part(upload, start, end, channels=channels, decodes=decodes)
     return {"continuation" if fields.get("continuation") else "melody": upload.id}
 
 
@@ -187,8 +190,11 @@ def _decoded(given: object) -> bytes:
         raise InvalidRequestError("input_audio", problem, _OTHERS_REMEDY) from None
 
 
-def _part(fields: Mapping[str, Any], seconds: float) -> tuple[float, float]:
-    """Return the start and the end, in seconds, of the part of the input audio that counts."""
+def _part(fields: Mapping[str, Any], seconds: float, kept: float) -> tuple[float, float]:
+    """Return the start and the end, in seconds, of the part of the input audio that counts.
+
+    Of the audio, so many seconds are ``kept`` for this use.
+    """
     start = check_between("continuation_start", fields.get("continuation_start", 0), 0, seconds)
     wanted = fields.get("continuation_end", -1)
     end = seconds if wanted == -1 else check_between("continuation_end", wanted, 0, seconds)
@@ -197,11 +203,11 @@ def _part(fields: Mapping[str, Any], seconds: float) -> tuple[float, float]:
     if start >= end:
         problem = f"is {start:g}, and the part ends at {end:g} s"
         raise InvalidRequestError("continuation_start", problem, "use an earlier start")
-    if end > WINDOW_SECONDS and wanted == -1:
+    if end > kept and wanted == -1:
         problem = f"is not given, and the part from {start:g} s on goes to {end:g} s"
-        remedy = f"give one of at most {WINDOW_SECONDS:g}, or send only the part that counts"
+        remedy = f"give one of at most {kept:g}, or send only the part that counts"
         raise InvalidRequestError("continuation_end", problem, remedy)
-    if end > WINDOW_SECONDS:
-        problem = f"is {end:g}, and only the first {WINDOW_SECONDS:g} s of a file are kept"
+    if end > kept:
+        problem = f"is {end:g}, and only the first {kept:g} s of a file are kept for this"
         raise InvalidRequestError("continuation_end", problem, "send only the part that counts")
     return start, end

@@ -73,7 +73,7 @@ async def get_file(file_id: str, request: Request, access: MayEnqueue) -> Respon
 
 
 async def _as_file(upload: Upload, request: Request) -> dict[str, Any]:
-    """Return the upload as JSON values: the first 30 s as FLAC, since nothing else is kept."""
+    """Return the upload as JSON values: the clip that is kept of it, which is FLAC."""
     kept = upload.clip_sha256(None)
     read = partial(read_clips, sha256s=[kept])
     data = (await (await ensure_database()).transact(read, read_only=True))[kept]
