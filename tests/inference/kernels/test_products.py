@@ -85,8 +85,9 @@ def test_a_product_is_added_to_every_so_many_rows(
     assert_rounded_alike(there.cpu(), expected, 2)
 
 
-def test_every_other_row_is_read(device: str) -> None:
-    x, norm = noise(6, 64, dtype=torch.float32), norm_of(64, torch.float32)
+@pytest.mark.parametrize("count", [3, 6])
+def test_every_other_row_is_read(device: str, count: int) -> None:
+    x, norm = noise(2 * count, 64, dtype=torch.float32), norm_of(64, torch.float32)
     weight = weights(32, 64, torch.float32)
     there = Norm(*(each.to(device) for each in norm))
     made = read_normed(x.to(device)[::2], there, weight.to(device)).cpu()
