@@ -29,6 +29,8 @@ class MemoryArtifacts:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.modified_at: dict[str, datetime] = {}
+        self._previews: dict[str, set[str]] = {}
+        """The names of an attempt's preview, by its folder."""
 
     def __str__(self) -> str:
         return "memory"
@@ -46,9 +48,9 @@ class MemoryArtifacts:
     async def delete(self, generation_id: str, attempts: Iterable[int]) -> int:
         """See ``Artifacts.delete``."""
         attempts = [*attempts]
-        folders = [f"{preview_folder(generation_id, attempt)}/" for attempt in attempts]
         found = [name for name in file_names(generation_id, attempts) if name in self.files]
-        found += [name for name in self.files if name.startswith(tuple(folders))]
+        for attempt in attempts:
+            found += self._previews.pop(preview_folder(generation_id, attempt), ())
         for name in found:
             del self.files[name], self.modified_at[name]
         return len(found)
@@ -59,6 +61,7 @@ class MemoryArtifacts:
         """See ``Artifacts.publish_preview``."""
         name = preview_name(generation_id, attempt, number)
         self.files[name], self.modified_at[name] = data, datetime.now(UTC)
+        self._previews.setdefault(preview_folder(generation_id, attempt), set()).add(name)
 
     async def read_preview(self, generation_id: str, attempt: int, number: int) -> bytes | None:
         """See ``Artifacts.read_preview``."""
