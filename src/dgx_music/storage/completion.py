@@ -32,7 +32,6 @@ from dgx_music.storage.prepared import Prepared, as_json, json_rows
 from dgx_music.storage.schema import (
     HashText,
     Id,
-    JsonObject,
     LongText,
     ShortText,
     dialect_of,
@@ -101,7 +100,7 @@ async def find_completable(session: AsyncSession, leases: Collection[Lease]) -> 
 async def _complete_each(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> set[Lease]:
     done: set[Lease] = set()
     for row in rows:
-        moved = await _COMPLETE.rows(session, {**row, "audio": as_json(row["audio"])})
+        moved = await _COMPLETE.rows(session, row)
         done |= {Lease(each.id, each.attempt) for each in moved}
     ended = [row for row in rows if Lease(row["lease_id"], row["lease_attempt"]) in done]
     await _END_ATTEMPT.run_each(session, ended)
@@ -192,7 +191,7 @@ _COLUMNS = (
     column("hash", HashText),
     column("version", ShortText),
     column("seconds", Double),
-    column("audio", JsonObject),
+    column("audio", LongText),
     column("bpm", Double),
     column("musical_key", ShortText),
 )
@@ -216,7 +215,7 @@ def _values(completion: Completion) -> dict[str, Any]:
         "hash": completion.sha256,
         "version": completion.model_version,
         "seconds": completion.generation_time_seconds,
-        "audio": completion.audio,
+        "audio": as_json(completion.audio),
         "bpm": completion.audio.get("bpm"),
         "musical_key": completion.audio.get("key"),
     }

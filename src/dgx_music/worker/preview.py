@@ -104,7 +104,7 @@ async def publishing(preview: Preview) -> AsyncIterator[None]:
         yield
     finally:
         preview.on_first = None
-        scope.cancel()
         if tasks:
+            scope.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.wait(tasks)
