@@ -6,6 +6,7 @@ dBFS is an amplitude of 1.
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from dgx_music.audio.tags import Tags
 from dgx_music.config import PREFIX, Loudness
 from dgx_music.errors import ConfigurationError, EngineError, GenerationRejectedError
 from dgx_music.validation import AudioFormat
+from dgx_music.waveform import STEPS, Waveform
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +42,7 @@ _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overf
 
 @dataclass(frozen=True)
 class FinishedAudio:
-    """A file's content, its extension without the dot, and its ``facts`` (plain JSON)."""
+    """A file's content, its extension without the dot, and the ``facts`` as they are stored."""
 
     data: bytes
     extension: str
@@ -73,7 +75,7 @@ def finish(
     samples, lufs = _normalise(samples, sample_rate, loudness)
     data = encode(samples, sample_rate, audio_format, tags)
     facts = _describe(samples, sample_rate, audio_format, lufs, analysis)
-    return FinishedAudio(data, audio_format, facts.to_dict())
+    return FinishedAudio(data, audio_format, dict(vars(facts)))
 
 
 def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
@@ -193,9 +195,14 @@ def _describe(
         format=audio_format,
         peak=round(float(points.max()), 4),
         loudness_lufs=None if lufs is None else round(lufs, 2),
-        waveform=points.round(4).tolist(),
+        waveform=_waveform_of(points),
         **vars(analysis),
     )
+
+
+def _waveform_of(points: NDArray[np.float64]) -> Waveform:
+    steps = (points * STEPS).round().astype("<u2")
+    return Waveform(base64.b64encode(steps.tobytes()).decode("ascii"))
 
 
 def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:

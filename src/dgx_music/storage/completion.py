@@ -25,8 +25,9 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.statuses import COMPLETED, PROCESSING, AttemptOutcome
-from dgx_music.storage.generation import AUDIO_KEY, g, generations
+from dgx_music.storage.generation import g, generations
 from dgx_music.storage.leases import Lease, is_among, is_held_by
+from dgx_music.storage.metadata import AUDIO_KEY, facts_as_json
 from dgx_music.storage.models import attempts
 from dgx_music.storage.prepared import Prepared, as_json, json_rows
 from dgx_music.storage.schema import (
@@ -215,7 +216,7 @@ def _values(completion: Completion) -> dict[str, Any]:
         "hash": completion.sha256,
         "version": completion.model_version,
         "seconds": completion.generation_time_seconds,
-        "audio": as_json(completion.audio),
+        "audio": facts_as_json(completion.audio),
         "bpm": completion.audio.get("bpm"),
         "musical_key": completion.audio.get("key"),
     }
