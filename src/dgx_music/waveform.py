@@ -10,21 +10,28 @@ from typing import overload
 
 STEPS = 10_000
 """A peak is stored as a whole number of steps; full scale, 1, has so many."""
+PREFIX = "u16:"
+"""Begins each text, so that no other text is taken for a waveform."""
 
 
 class Waveform(Sequence[float]):
     """The peaks of equal parts of the audio, first to last; full scale is 1.
 
-    ``text`` is base64 of two bytes for each peak, the lower byte first. A database stores it in a
-    tenth of the time that it needs for a list of 1,000 numbers.
+    ``text`` is ``u16:`` and the base64 of two bytes for each peak, the lower byte first. A database
+    stores it in a tenth of the time that it needs for a list of 1,000 numbers.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
 
+    @classmethod
+    def of_steps(cls, data: bytes) -> Waveform:
+        """Return the waveform whose peaks are these whole numbers of steps, two bytes each."""
+        return cls(PREFIX + base64.b64encode(data).decode("ascii"))
+
     @cached_property
     def _peaks(self) -> list[float]:
-        data = base64.b64decode(self.text)
+        data = base64.b64decode(self.text.removeprefix(PREFIX))
         return [step / STEPS for step in struct.unpack(f"<{len(data) // 2}H", data)]
 
     def __len__(self) -> int:

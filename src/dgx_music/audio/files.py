@@ -6,7 +6,6 @@ dBFS is an amplitude of 1.
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Mapping
@@ -201,8 +200,7 @@ def _describe(
 
 
 def _waveform_of(points: NDArray[np.float64]) -> Waveform:
-    steps = (points * STEPS).round().astype("<u2")
-    return Waveform(base64.b64encode(steps.tobytes()).decode("ascii"))
+    return Waveform.of_steps((points * STEPS).round().astype("<u2").tobytes())
 
 
 def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
@@ -210,8 +208,7 @@ def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
     frames = samples.shape[1]
     points = min(points, frames)
     starts = np.arange(points) * frames // points
-    highest = np.maximum.reduceat(samples, starts, axis=1)  # [channel, point]
-    lowest = np.minimum.reduceat(samples, starts, axis=1)
+    peaks = np.maximum.reduceat(np.abs(samples), starts, axis=1)  # [channel, point]
     # As float64: 0.1 of float32 would print as 0.10000000149.
-    envelope: NDArray[np.float64] = np.maximum(highest, -lowest).max(axis=0).astype(np.float64)
+    envelope: NDArray[np.float64] = peaks.max(axis=0).astype(np.float64)
     return envelope

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Dialect
 from sqlalchemy.types import TypeDecorator
 
 from dgx_music.storage.prepared import as_json
 from dgx_music.storage.schema import JsonObject
-from dgx_music.waveform import Waveform
+from dgx_music.waveform import PREFIX, Waveform
 
 AUDIO_KEY = "audio"
 """The key in the metadata under which completion writes the facts of the audio."""
@@ -32,8 +32,10 @@ class Metadata(TypeDecorator[dict[str, Any]]):
     ) -> dict[str, Any] | None:
         """Return plain JSON values."""
         facts = value.get(AUDIO_KEY) if isinstance(value, dict) else None
-        if isinstance(facts, dict) and isinstance(text := facts.get(WAVEFORM_KEY), str):
-            facts[WAVEFORM_KEY] = list(Waveform(text))
+        text = facts.get(WAVEFORM_KEY) if isinstance(facts, dict) else None
+        if isinstance(text, str) and text.startswith(PREFIX):
+            facts = {**cast("dict[str, Any]", facts), WAVEFORM_KEY: list(Waveform(text))}
+            return {**cast("dict[str, Any]", value), AUDIO_KEY: facts}
         return value
 
 

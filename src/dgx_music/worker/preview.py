@@ -91,20 +91,23 @@ async def publishing(preview: Preview) -> AsyncIterator[None]:
 
     The task starts with the first part: most short generations have none.
     """
-    scope = anyio.CancelScope()
-    tasks: list[asyncio.Task[None]] = []
+    started: list[tuple[anyio.CancelScope, asyncio.Task[None]]] = []
 
-    async def publish() -> None:
+    def start() -> None:
+        scope = anyio.CancelScope()
+        # Not in a task group, which would wrap the block's own errors.
+        started.append((scope, asyncio.create_task(publish_in(scope), name="preview")))
+
+    async def publish_in(scope: anyio.CancelScope) -> None:
         with scope:
             await preview.publish()
 
-    # Not in a task group, which would wrap the block's own errors.
-    preview.on_first = lambda: tasks.append(asyncio.create_task(publish(), name="preview"))
+    preview.on_first = start
     try:
         yield
     finally:
         preview.on_first = None
-        if tasks:
+        for scope, task in started:
             scope.cancel()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait(tasks)
+                await asyncio.wait((task,))
