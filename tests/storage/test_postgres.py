@@ -375,6 +375,18 @@ async def test_running_rows_that_the_statistics_do_not_know_make_no_completion_w
     assert rows_read(await run_plan_of(surprised, complete_three)) < 30
 
 
+async def test_a_completion_finds_its_rows_by_their_ids_in_a_table_without_statistics(database):
+    async def complete_one(session):
+        (claimed,) = await claim_up_to(session, 1)
+        assert len(await queue.complete(session, [completion_of(claimed.lease)])) == 1
+
+    await add_many(database, 1)
+    nodes = await run_plan_of(database, complete_one)
+
+    assert "Seq Scan" not in kinds(nodes)
+    assert "pk_generations" in {node.get("Index Name") for node in nodes}
+
+
 async def test_a_tenant_with_20000_waiting_is_not_walked_through_for_anothers_claim(crowded):
     nodes = await run_plan_of(crowded, claim_three_of_at_most_two_each)
 
