@@ -244,7 +244,7 @@ def _with_json_key_sqlite(element: with_json_key, compiler: SQLCompiler, **kwarg
 def _with_json_key_postgresql(element: with_json_key, compiler: SQLCompiler, **kwargs: Any) -> str:
     column, key, value = (compiler.process(clause, **kwargs) for clause in element.clauses)
     # The object is made as text: jsonb_build_object would go through the parsed value once more.
-    added = f"('{{' || to_json({key}::text) || ':' || {value} || '}}')::jsonb"
+    added = f"('{{' || to_json({key}::text) || ':' || ({value}) || '}}')::jsonb"
     return f"(coalesce({column}, '{{}}'::jsonb) || {added})"
 
 
