@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from functools import cache
 from itertools import pairwise
@@ -22,7 +22,7 @@ from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference.musicgen.codec import Codec, CodecWork
 from dgx_music.inference.musicgen.codec_thread import CodecThread
 from dgx_music.inference.musicgen.live_clip import LiveClip
-from dgx_music.inference.musicgen.streaming import Chain
+from dgx_music.inference.musicgen.streaming import Chain, State, join, phase, split
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import QuietRun
 from tests.patience import PATIENCE
@@ -73,8 +73,13 @@ def cuts_of(length: int) -> Iterator[list[int]]:
 
 def in_windows(layers: Any, x: Tensor, cuts: Sequence[int]) -> Tensor:
     chain, places = Chain(layers), [0, *cuts, x.shape[-1]]
-    parts = [chain.step(x[..., start:end], is_last=False) for start, end in pairwise(places[:-1])]
-    return torch.cat([*parts, chain.step(x[..., places[-2] :], is_last=True)], dim=-1)
+    parts: list[Tensor] = []
+    state: State = None
+    for start, end in pairwise(places):
+        is_last = len(parts) == len(cuts)
+        part, state = chain.step(x[..., start:end], state, is_last=is_last)
+        parts.append(part)
+    return torch.cat(parts, dim=-1)
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -100,6 +105,34 @@ def test_encoding_in_windows_makes_what_the_whole_pass_makes(shape: str, samples
     expected = encoder(x)
     for cuts in cuts_of(samples):
         assert_near(in_windows(encoder.layers, x, cuts), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_clips_go_together_when_they_are_in_the_same_phase(shape: str) -> None:
+    """The later one begins two windows after the other; both make what they make alone."""
+    chain, x = Chain(make_model(shape).decoder.layers), noise(2, 8, 70)
+    alone = [
+        in_windows(make_model(shape).decoder.layers, each, [20, 40, 60]) for each in x.split(1)
+    ]
+    states: list[State] = [None, None]
+    made: list[list[Tensor]] = [[], []]
+
+    def go_on(clips: list[int], place: int) -> None:
+        parts = torch.cat([x[clip : clip + 1, :, starts[clip] : place] for clip in clips])
+        assert len({phase(states[clip]) for clip in clips}) == 1
+        out, after = chain.step(parts, join([states[c] for c in clips]), is_last=place == 70)
+        for clip, part, state in zip(clips, out.split(1), split(after, len(clips)), strict=True):
+            made[clip].append(part)
+            states[clip], starts[clip] = state, place
+
+    starts = [0, 0]
+    go_on([0], 20)
+    go_on([1], 20)
+    for place in (40, 60, 70):
+        go_on([1, 0], place)
+    for clip in (0, 1):
+        assert_near(torch.cat(made[clip], dim=-1), alone[clip])
 
 
 @torch.no_grad()
@@ -138,8 +171,8 @@ def make_codec(channels: int) -> Codec:
     return Codec(build_tiny(channels)[0].audio_encoder, channels)
 
 
-def random_codes(channels: int, frames: int) -> Tensor:
-    random = torch.Generator().manual_seed(frames)
+def random_codes(channels: int, frames: int, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(frames + seed)
     return torch.randint(2_048, (4 * channels, frames), generator=random)
 
 
@@ -173,11 +206,11 @@ def test_a_given_clip_has_the_codes_of_the_whole_pass(channels: int, length: int
 
 
 def test_samples_are_there_a_moment_after_their_frames(channels: int) -> None:
-    stream, codes = make_codec(channels).open_decoder(), random_codes(channels, 60)
-    first, second = stream.step(codes[:, :50]), stream.step(codes[:, 50:])
+    codes = random_codes(channels, 110)
+    work = make_codec(channels).decode(codes)
+    (first,), (second,), (rest,) = work.step(), work.step(), work.step()
     assert 46 * FRAME < first.shape[1] < 50 * FRAME
-    assert second.shape[1] == 10 * FRAME
-    rest = stream.finish(codes[:, :0])
+    assert second.shape[1] == 50 * FRAME
     assert_near(torch.cat([first, second, rest], dim=1), whole(channels, codes))
 
 
@@ -186,9 +219,48 @@ def test_two_clips_at_a_time_do_not_mix(channels: int) -> None:
     works = [make_codec(channels).decode(codes) for codes in clips]
     while any(work.left for work in works):
         for work in works:
-            work.step()
+            work.take(*work.step())
     for work, codes in zip(works, clips, strict=True):
         assert_near(work.finish(), whole(channels, codes))
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_clips_that_go_together_make_what_they_make_alone(
+    channels: int, is_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = make_codec(channels)
+    if is_on_gpu:  # there, all channels of all clips are one batch
+        monkeypatch.setattr(codec._decoding, "_sides_at_once", None)
+        monkeypatch.setattr(codec._encoding, "_sides_at_once", None)
+    codes = [random_codes(channels, 120, seed) for seed in (1, 2, 3)]
+    samples = [whole(channels, each) for each in codes]
+    decoded = together([codec.decode(each) for each in codes])
+    for ours, expected in zip(decoded, samples, strict=True):
+        assert_near(ours, expected)
+    alone = [codec.encode(each).finish() for each in samples]
+    encoded = together([codec.encode(each) for each in samples])
+    for ours, expected in zip(encoded, alone, strict=True):
+        assert (ours == expected).float().mean() > 0.99  # a tie may fall the other way
+
+
+def together(works: list[CodecWork]) -> list[Tensor]:
+    first, *others = works
+    while first.left:
+        assert len({work.phase for work in works}) == 1
+        for work, part in zip(works, first.step(*others), strict=True):
+            work.take(part)
+    return [work.finish() for work in works]
+
+
+def test_a_step_that_fails_changes_nothing(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, codes = make_codec(channels), random_codes(channels, 120)
+    work = codec.decode(codes)
+    work.take(*work.step())
+    with monkeypatch.context() as patch:
+        patch.setattr(codec._decoding, "_gather", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            work.step()
+    assert_near(work.finish(), whole(channels, codes))
 
 
 class _Largest(TorchDispatchMode):
@@ -249,9 +321,19 @@ class FakeWork(CodecWork):
     def is_ready(self) -> bool:
         return self.left > 0
 
-    def step(self) -> None:
-        self.left -= 1
-        self._done.append(self.name)
+    @property
+    def phase(self) -> Hashable:
+        return self.left
+
+    def step(self, *others: CodecWork) -> list[Any]:
+        for work in (self, *others):
+            work.left -= 1
+        self._done.append(
+            "+".join(work.name for work in (self, *others) if isinstance(work, FakeWork))
+        )
+        return [None] * (1 + len(others))
+
+    def take(self, made: Any) -> None: ...
 
     def finish(self) -> Tensor:
         return torch.zeros(1)
@@ -264,9 +346,9 @@ class HeldWork(FakeWork):
         super().__init__("held", 1, [])
         self.release = threading.Event()
 
-    def step(self) -> None:
+    def step(self, *others: CodecWork) -> list[Any]:
         assert self.release.wait(PATIENCE)
-        super().step()
+        return super().step(*others)
 
 
 @pytest.fixture
@@ -297,14 +379,54 @@ def test_equal_clips_are_done_one_after_another(codec_thread: CodecThread) -> No
     assert done == ["a", "a", "b", "b", "c", "c"]
 
 
+@pytest.fixture
+def joint_thread() -> Iterator[CodecThread]:
+    """A thread as for a GPU, but of at most two clips at a time."""
+    thread = CodecThread(2)
+    yield thread
+    thread.close()
+
+
+def test_clips_in_the_same_phase_go_together(joint_thread: CodecThread) -> None:
+    done: list[str] = []
+    works = [FakeWork("long", 3, done), *(FakeWork(name, 2, done) for name in ("a", "b", "c"))]
+    do_together(joint_thread, works)
+    assert done == ["a+b", "a+b", "c", "c", "long", "long", "long"]
+
+
+@pytest.mark.parametrize("failing", ["step", "take"])
+def test_of_clips_that_go_together_only_the_broken_one_fails(
+    joint_thread: CodecThread, failing: str
+) -> None:
+    class Broken(FakeWork):
+        def step(self, *others: CodecWork) -> list[Any]:
+            if failing == "step":
+                raise RuntimeError("no window")
+            return super().step(*others)
+
+        def take(self, made: Any) -> None:
+            raise RuntimeError("no window")
+
+    held = HeldWork()
+    joint_thread.start(held)
+    broken = joint_thread.start(Broken("broken", 2, []))
+    done: list[str] = []
+    other = joint_thread.start(FakeWork("other", 2, done))
+    held.release.set()
+    other.result(PATIENCE)
+    assert isinstance(broken.exception(PATIENCE), RuntimeError)
+    assert done.count("other") == 2 - (failing == "take")
+
+
 def test_a_short_clip_goes_between_the_windows_of_a_long_one(codec_thread: CodecThread) -> None:
     done: list[str] = []
 
     class Interrupted(FakeWork):
-        def step(self) -> None:
-            super().step()
+        def step(self, *others: CodecWork) -> list[Any]:
+            made = super().step(*others)
             if self.left == 2:
                 results.append(codec_thread.start(FakeWork("short", 1, done)))
+            return made
 
     results: list[Any] = []
     codec_thread.start(Interrupted("long", 3, done)).result(PATIENCE)
@@ -316,9 +438,9 @@ def test_a_cancelled_clip_is_done_no_further(codec_thread: CodecThread) -> None:
     done: list[str] = []
 
     class Cancelled(FakeWork):
-        def step(self) -> None:
-            super().step()
+        def step(self, *others: CodecWork) -> list[Any]:
             results[0].cancel()
+            return super().step(*others)
 
     results: list[Any] = []
     held = HeldWork()

@@ -35,6 +35,8 @@ from tests.inference.test_slots import (
     text_states,
 )
 
+CPU = torch.device("cpu")
+
 NEGATIVE = "drums"
 
 
@@ -153,7 +155,7 @@ def test_given_frames_are_read_in_several_chunks(monkeypatch: pytest.MonkeyPatch
 @cache
 def melody_parts(channels: int) -> tuple[Decoder, MelodyReader]:
     model, _ = build_tiny_melody(channels)
-    reader = MelodyReader(model)
+    reader = MelodyReader(model, CPU)
     return Decoder(model.decoder, None, 235 + 60 + 40), reader
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
+from dgx_music.inference.musicgen.attention import no_plans
 from dgx_music.inference.musicgen.batch import Row
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.launches import (
@@ -137,6 +138,28 @@ def test_a_text_of_unusual_length_takes_recordings_of_its_own(launcher: NotingLa
     slots.admit(usual)
     slots.step()
     assert [plan in launcher.recorded for plan in launcher.plans] == [False, True]
+
+
+def test_few_sequences_on_a_gpu_take_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = decoder()
+    takes = own._takes_few_kernels
+    assert not takes(2)  # on a CPU
+    monkeypatch.setattr(own.attention, "has_kernel", True)
+    assert [takes(count) for count in (1, 16, 17)] == [True, True, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(own.attention, "head_count", 1_536 // own.attention.head_size)
+        assert [takes(count) for count in (2, 4)] == [True, False]  # as a wide layer
+    monkeypatch.setattr(own, "_has_gelu", False)
+    assert not takes(2)
+
+
+def test_a_prefill_on_a_gpu_makes_cudnn_plan_nothing() -> None:
+    """A plan for each new length would take longer than the prefill, and all rows would wait."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with no_plans(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def make_plan(

@@ -6,10 +6,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dgx_music.errors import EngineError, GenerationCancelledError
 from dgx_music.inference.musicgen.loop import DecodingLoop
@@ -90,6 +92,55 @@ def test_a_row_joins_in_mid_flight_and_does_not_wait_for_longer_ones(
     short.result(PATIENCE)
     assert len(long_run.progress) < 70
     long.result(PATIENCE)
+
+
+class Heard:
+    """Keeps a row's windows of codes."""
+
+    def __init__(self, frames: int) -> None:
+        self._frames = frames
+        self.windows: list[Tensor] = []
+
+    @property
+    def next_start(self) -> int:
+        return self._frames * len(self.windows)
+
+    @property
+    def next_end(self) -> int:
+        return self.next_start + self._frames
+
+    def push(self, codes: Tensor) -> None:
+        self.windows.append(codes)
+
+
+def test_codes_that_are_due_together_are_read_together(
+    loop: DecodingLoop, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reading waits for the device, and all rows wait with it."""
+    readings, read = [], Slots.read
+
+    def note(slots: Slots, parts: Any) -> Any:
+        readings.append([end - start for _, start, end in parts])
+        return read(slots, parts)
+
+    monkeypatch.setattr(Slots, "read", note)
+    monkeypatch.setattr(loop, "_admit", partial(admit_pair, loop, loop._admit))
+    heard = [Heard(4), Heard(4)]
+    calls = [
+        pool.submit(loop.decode, make_row(frames=10, seed=seed), QuietRun(), own)
+        for seed, own in enumerate(heard)
+    ]
+    codes = sorted((call.result(PATIENCE) for call in calls), key=lambda each: each.tolist())
+    windows = sorted((torch.cat(own.windows, 1) for own in heard), key=lambda each: each.tolist())
+    for ours, all_codes in zip(windows, codes, strict=True):
+        assert torch.equal(ours, all_codes[:, :8])
+    assert [each for each in readings if each] == [[4, 4], [4, 4], [10, 10]]
+
+
+def admit_pair(loop: DecodingLoop, admit: Callable[[], None]) -> None:
+    """Admit rows when there are two."""
+    if len(loop._waiting) == 2:
+        admit()
 
 
 def test_progress_rises_with_every_step_and_leaves_one_for_the_audio(loop: DecodingLoop) -> None:

@@ -17,6 +17,8 @@ from dgx_music.inference.musicgen.melody import MelodyReader, chroma
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from tests.inference.references import PAD, melody_inputs, melody_prefix
 
+CPU = torch.device("cpu")
+
 RATE = 32_000
 PROMPTS = ("lo-fi piano", "a very fast and loud drum solo in a small wet cave", "", None)
 LENGTHS = [0, 1, 2, 8_191, 8_193, 16_383, 16_384, 16_385, 20_480, 100_000]
@@ -172,7 +174,7 @@ def toy(channels: int = 1) -> tuple[MusicgenMelodyForConditionalGeneration, ByT5
 
 @cache
 def reader(channels: int = 1) -> MelodyReader:
-    return MelodyReader(toy(channels)[0])
+    return MelodyReader(toy(channels)[0], CPU)
 
 
 @torch.inference_mode()
@@ -263,7 +265,9 @@ def test_the_prefix_is_in_the_decoders_number_format(dtype: torch.dtype) -> None
     model, _ = build_tiny_melody()
     for part in (model.decoder, model.enc_to_dec_proj, model.audio_enc_to_dec_proj):
         part.to(dtype)
-    made = MelodyReader(model).prefix(text_states(PROMPTS[0]), melody(47), text_states(PROMPTS[1]))
+    made = MelodyReader(model, CPU).prefix(
+        text_states(PROMPTS[0]), melody(47), text_states(PROMPTS[1])
+    )
     assert made.dtype == dtype
     exact = reader().prefix(text_states(PROMPTS[0]), melody(47), text_states(PROMPTS[1]))
     torch.testing.assert_close(made.float(), exact, atol=0.05, rtol=0.05)
@@ -272,7 +276,8 @@ def test_the_prefix_is_in_the_decoders_number_format(dtype: torch.dtype) -> None
 def test_widths_that_agree_need_no_projection() -> None:
     """As in transformers, which has none in this case."""
     decoder = SimpleNamespace(lm_heads=[torch.nn.Linear(12, 5)])
-    bare = MelodyReader(SimpleNamespace(config=SimpleNamespace(chroma_length=7), decoder=decoder))
+    model: Any = SimpleNamespace(config=SimpleNamespace(chroma_length=7), decoder=decoder)
+    bare = MelodyReader(model, CPU)
     made = bare.prefix(torch.ones(3, 12), melody(7), None)
     assert torch.equal(made[0], torch.cat([melody(7), torch.ones(3, 12)]))
     assert made[1, :, 0].tolist() == [1] * 7 + [0] * 3
@@ -280,11 +285,19 @@ def test_widths_that_agree_need_no_projection() -> None:
 
 def test_the_reader_copies_no_weights() -> None:
     model, _ = build_tiny_melody()
-    before = MelodyReader(model)
+    before = MelodyReader(model, CPU)
     with torch.no_grad():
         model.audio_enc_to_dec_proj.bias += 1
-    after = MelodyReader(model)
+    after = MelodyReader(model, CPU)
     assert torch.equal(before.prefix(None, None, None), after.prefix(None, None, None))
+
+
+def test_the_prefix_is_where_the_projections_are_and_not_the_decoder() -> None:
+    """The decoder's weights stay on the host until its layers are fused."""
+    model, _ = build_tiny_melody()
+    model.decoder.to("meta")
+    made = MelodyReader(model, CPU).prefix(text_states(PROMPTS[0]), melody(47), None)
+    assert torch.equal(made, reader().prefix(text_states(PROMPTS[0]), melody(47), None))
 
 
 # the toys

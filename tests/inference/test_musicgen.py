@@ -299,7 +299,7 @@ def test_a_cancelled_generation_does_not_wait_for_its_audio() -> None:
                 raise GenerationCancelledError("cancelled")
 
     engine, is_over, run = load(), threading.Event(), LateCancelRun()
-    engine._codec_thread.start(Mock(left=0, step=lambda: is_over.wait(20)))
+    engine._codec_thread.start(Mock(left=0, step=lambda: [is_over.wait(20)]))
     with pytest.raises(GenerationCancelledError):
         generate(engine, run)
     assert len(run.progress) == 13

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -28,7 +28,7 @@ class FakeRow:
     """The part of a ``Row`` that the loop uses."""
 
     def __init__(self, step_count: int = 8) -> None:
-        self.step_count = step_count
+        self.step_count = self.frame_count = step_count
         self.position = 0
 
     @property
@@ -74,8 +74,8 @@ class FakeSlots:
         for row in self.rows:
             row.position += STRIDE
 
-    def codes(self, row: FakeRow) -> Tensor:
-        return torch.zeros(1, row.step_count)
+    def read(self, parts: Sequence[tuple[FakeRow, int, int]]) -> list[Tensor]:
+        return [torch.zeros(1, row.step_count) for row, _, _ in parts]
 
     def retire(self, row: FakeRow) -> None:
         self.rows.remove(row)

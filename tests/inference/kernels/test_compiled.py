@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dgx_music.inference.musicgen import products
 from dgx_music.inference.musicgen.cached_attention import BLOCK
 from tests.inference.gpu import needs_compiler, needs_triton
 
@@ -49,10 +50,15 @@ def test_attention_cache_and_norms_compile_for_a_gpu(
         "scale": "fp32",
     } | workspace
     for is_whole in (0, 1):
-        steps = {"head_size": 64, "block": BLOCK, "is_whole": is_whole}
+        steps = {
+            "head_size": 64,
+            "block": BLOCK,
+            "is_whole": is_whole,
+            "overlaps": capability >= 90,
+        }
         assert compile_kernel("attend_split", pointers, steps, capability)["cubin"]
     merged = {"out": "*bf16"} | workspace
-    steps = {"head_size": 64, "padded_count": 32}
+    steps = {"head_size": 64, "padded_count": 32, "overlaps": capability >= 90}
     assert compile_kernel("merge_splits", merged, steps, capability)["cubin"]
     pointers = {
         "x": "*bf16",
@@ -87,3 +93,31 @@ def test_input_and_sampling_compile_for_a_gpu(
     pointers |= {"is_finite": "*i1", "tie_break": "fp32"}
     sizes = {"passes": 2, "vocabulary": 2048, "block": 2048}
     assert compile_kernel("draw_next", pointers, sizes, capability, "draw")["cubin"]
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("count", [2, 16])
+def test_products_of_few_sequences_compile_for_a_gpu(
+    count: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    is_few = count <= 4
+    sizes_of = products._few_sizes if is_few else products._more_sizes
+    for ending, cache_type in ((products.GELU, "bf16"), (products.CACHE, "bf16")):
+        sizes = {
+            name: size for name, size in sizes_of(3072, 1024, count).items() if name[:4] != "num_"
+        }
+        sizes |= {"count": count, "padded": 2 if is_few else 16, "inner": 1024, "outer": 3072}
+        sizes |= {"has_norm": 1, "ending": ending, "passes": 2, "head_size": 64}
+        sizes |= {"overlaps": capability >= 90}
+        pointers = dict.fromkeys(("x", "weight", "scale", "shift", "out"), "*bf16")
+        pointers |= {
+            "cache": f"*{cache_type}",
+            "positions": "*i64",
+            "epsilon": "fp32",
+            "limit": "fp32",
+        }
+        name = "multiply_few" if is_few else "multiply_more"
+        assert compile_kernel(name, pointers, sizes, capability, "skinny")["cubin"]

@@ -5,12 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dgx_music.inference.musicgen import products
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.gpu import IS_INTERPRETED
 from tests.inference.test_conditions import NEGATIVE, make_codes, make_negative
 from tests.inference.test_slots import GREEDY, MAX_STEPS, PROMPTS, decode, make_row
+
+
+@pytest.fixture(autouse=True)
+def _large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small block as for a large one."""
+    if IS_INTERPRETED:
+        large = {"block_out": 64, "block_in": 64, "num_warps": 1}
+        monkeypatch.setattr(products, "_few_sizes", lambda *_: large)
 
 
 @pytest.mark.parametrize("is_in_fp8", [False, True], ids=["full", "fp8"])

@@ -8,11 +8,13 @@ X text tokens; C positions that a prefill reads at once; L layers.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dgx_music.inference.musicgen.cached_attention import attend_cached
 from dgx_music.inference.musicgen.kernel_check import can_launch, is_available
@@ -139,7 +141,7 @@ class Attention:
         q, fresh = torch.split_with_sizes(qkv, (normed.shape[1], 2 * normed.shape[1]), 1)
         self._write(fresh.view(-1, 2, self.head_count, self.head_size), index, cache, context)
         q = q.view(-1, self.head_count, 1, self.head_size)
-        read = [self._read(_select(part, q), index, part) for part in context.segments]
+        read = [self.read(_select(part, q), index, part) for part in context.segments]
         return linear(_join(read), layer.self_out, padded_rows)
 
     def attend_cross(
@@ -153,7 +155,7 @@ class Attention:
         """Return what the sequences ``[N, hidden]`` read from their texts."""
         q = linear(normed, cross.q, padded_rows).contiguous()
         q = q.view(-1, self.head_count, 1, self.head_size)
-        read = [self._read(_select(text, q), index, text) for text in texts]
+        read = [self.read(_select(text, q), index, text) for text in texts]
         return linear(_join(read), cross.out, padded_rows)
 
     def _write(self, fresh: Tensor, index: int, cache: Tensor, context: Context) -> None:
@@ -171,11 +173,12 @@ class Attention:
             slots = torch.arange(len(rows), device=self.device)
             _copyable(cache)[slots, : context.passes, :, :, context.positions] = rows
 
-    def _read(self, q: Tensor, index: int, segment: Segment) -> Tensor:
+    def read(self, q: Tensor, index: int, segment: Segment, *, overlaps: bool = False) -> Tensor:
         """Return what queries ``[N, H, 1, D]`` read from a layer's cache or text: ``[N, H * D]``."""
         keys, values = segment.keys[index], segment.values[index]
         if self.has_kernel:
-            return attend_cached(q.squeeze(2), keys, values, segment.last, keys.shape[-2])
+            length, q = keys.shape[-2], q.squeeze(2)
+            return attend_cached(q, keys, values, segment.last, length, overlaps=overlaps)
         # Nothing is converted, unless the cache is in 8 bits.
         return self._attend(q, keys.to(self.dtype), values.to(self.dtype), segment.mask)
 
@@ -254,6 +257,19 @@ def _select(segment: Segment, x: Tensor) -> Tensor:
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def no_plans(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a GPU's attention is that of torch's own kernels.
+
+    cuDNN makes a plan for each new shape: 0.5 to 1.8 s for a prefill on an H100, where the prefill
+    itself takes 0.03 s. All rows would wait for it.
+    """
+    if device.type == "cpu":
+        return nullcontext()
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    context: AbstractContextManager[object] = sdpa_kernel(backends)
+    return context
 
 
 def _attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

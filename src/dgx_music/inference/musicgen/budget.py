@@ -69,7 +69,7 @@ def budget_of(model: Any, decoder: Decoder, kind: str) -> Budget:
     return Budget(
         weights=decoder.weight_bytes + other_bytes,
         slot=decoder.slot_bytes + decoder.text_bytes(USUAL_TEXT) + own_clip,
-        codec=_CODEC_TENSORS * widest,
+        codec=_CODEC_TENSORS * widest * (1 if kind == "cpu" else codec.MOST_TOGETHER),
         steps=_STEPS_BYTES[kind],
     )
 

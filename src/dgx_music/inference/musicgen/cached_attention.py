@@ -10,6 +10,7 @@ Shapes: N sequences, H heads of size D, T positions, S splits of the cache.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,32 @@ Those that end early then find more to do. An estimate from registers and bandwi
 _UNCUT_BLOCKS = 2
 OPTIONS = {"enable_fp_fusion": True}
 """Multiply and add as one: the default until Triton 3.9, which warns that it will change."""
+
+
+_OVERLAP_CAPABILITY = (9, 0)  # Hopper
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Return whether a kernel can begin there while the one before still runs.
+
+    It then does what does not depend on that one, and waits for it (programmatic dependent launch).
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _OVERLAP_CAPABILITY:
+        return False
+    from triton.language.extra import cuda
+
+    return hasattr(cuda, "gdc_wait")  # not in Triton before 3.4
+
+
+def launch_options(device: torch.device, *, overlaps: bool) -> dict[str, bool]:
+    """Return how to launch a kernel on the device, and its constant ``overlaps``.
+
+    It pays only among kernels that all do so: beside torch's own, attention takes longer with it.
+    """
+    if not (overlaps and can_overlap(device)):
+        return {"overlaps": False, **OPTIONS}
+    return {"overlaps": True, "launch_pdl": True, **OPTIONS}
 
 
 def cut(pairs: int, context_length: int) -> tuple[int, int]:
@@ -53,6 +80,8 @@ def attend_cached(
     values: Tensor,
     positions: Tensor,
     context_length: int,
+    *,
+    overlaps: bool = False,
 ) -> Tensor:
     """Return what a query ``[N, H, D]`` reads from ``[N, H, T, D]``: ``[N, H * D]`` in q's dtype.
 
@@ -61,20 +90,22 @@ def attend_cached(
     there: nothing here waits for it, and the launches depend on shapes alone. Scores, softmax and
     sums are in float32 whatever the cache is, fp8 (``torch.float8_e4m3fn``, without a scale)
     included. The tensors may be views with any strides, their last dimension contiguous and a power
-    of two. Their device must be the current one. Raises ``ValueError`` if they do not fit together.
+    of two. Their device must be the current one. ``overlaps`` lets the kernels run at the same time
+    as their neighbours, where the device can. Raises ``ValueError`` if they do not fit together.
     """
     _check(q, keys, values, positions, context_length)
     n, heads, head_size = q.shape
     splits = cut(n * heads, context_length)
     out = torch.empty(n, heads * head_size, dtype=q.dtype, device=q.device)
     if splits[0] == 1:
-        _attend_splits(q, keys, values, positions, (out, out, out), out, context_length, splits)
+        whole = (out, out, out)
+        _attend_splits(q, keys, values, positions, whole, out, context_length, splits, overlaps)
         return out
     sums = torch.empty(n, heads, splits[0], head_size, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, n, heads, splits[0], dtype=torch.float32, device=q.device)
     results = (sums, peaks, totals)
-    _attend_splits(q, keys, values, positions, results, out, context_length, splits)
-    _merge_splits(results, positions, out, context_length, splits)
+    _attend_splits(q, keys, values, positions, results, out, context_length, splits, overlaps)
+    _merge_splits(results, positions, out, context_length, splits, overlaps)
     return out
 
 
@@ -87,6 +118,7 @@ def _attend_splits(
     out: Tensor,
     context_length: int,
     splits: tuple[int, int],
+    overlaps: bool,
 ) -> None:
     """Attend to each split of each sequence, and write the results: sums, peaks and totals.
 
@@ -113,7 +145,7 @@ def _attend_splits(
         block=BLOCK,
         is_whole=split_count == 1,
         num_warps=4,
-        **OPTIONS,
+        **launch_options(q.device, overlaps=overlaps),
     )
 
 
@@ -123,6 +155,7 @@ def _merge_splits(
     out: Tensor,
     context_length: int,
     splits: tuple[int, int],
+    overlaps: bool,
 ) -> None:
     """Merge the results of all splits into ``out``, ``[N, H * D]``."""
     from dgx_music.inference.musicgen.split_kv import merge_splits
@@ -138,7 +171,7 @@ def _merge_splits(
         head_size=head_size,
         padded_count=power_of_two(split_count),
         num_warps=1,  # enough for 24 splits of 64 numbers; more warps would wait for each other
-        **OPTIONS,
+        **launch_options(out.device, overlaps=overlaps),
     )
 
 

@@ -46,7 +46,7 @@ class Conditioner:
         self._text_encoder = model.text_encoder
         self._decoder = decoder
         self._sample_rate = sample_rate
-        self._melody = None if decoder.reads_text else MelodyReader(model)
+        self._melody = None if decoder.reads_text else MelodyReader(model, decoder.device)
         self._reading = threading.Lock()
 
     @torch.no_grad()

@@ -13,14 +13,15 @@ that a prefill reads at once.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dgx_music.inference.musicgen.attention import Attention, Context, Segment, Text
+from dgx_music.inference.musicgen.attention import Attention, Text, no_plans
 from dgx_music.inference.musicgen.embedding import Embedding
+from dgx_music.inference.musicgen.few_rows import Step, advance, can_advance
 from dgx_music.inference.musicgen.kernels import add_norm, embed
 from dgx_music.inference.musicgen.launches import Span, borrow_stream
 from dgx_music.inference.musicgen.layers import (
@@ -32,26 +33,13 @@ from dgx_music.inference.musicgen.layers import (
     norm_of,
     quantise,
 )
+from dgx_music.inference.musicgen.products import fits, most_sequences, read_normed
 
 _PREFILL_POSITIONS = 256
 """How many positions a prefill reads at once.
 
 Enough to make reading the weights cheap, few enough for the memory that attention needs.
 """
-
-
-class _Step(NamedTuple):
-    """What all layers share in one decode step."""
-
-    context: Context
-    texts: tuple[Segment, ...]  # none if no row has a text
-    text_every: int
-    """2 if only every second sequence reads a text, else 1.
-
-    The unconditional pass may have none. Its text states would then be zero, and so would be what
-    cross-attention reads from them.
-    """
-    padded_rows: int
 
 
 class Decoder:
@@ -79,6 +67,7 @@ class Decoder:
         self.vocabulary: int = config.vocab_size
         self.pad_token: int = config.pad_token_id
         self.max_positions = max_positions
+        self._has_gelu = config.activation_function == "gelu"
         self._text_projection = text_projection
         self._embedding = Embedding(decoder.embed_tokens, max_positions, device)
         self.device, self.dtype = self._embedding.device, self._embedding.dtype
@@ -204,12 +193,29 @@ class Decoder:
         """
         context = self.attention.context(positions, cache, passes, spans)
         texts, text_every = ((), 1) if text is None else (text.segments(), passes // text.passes)
-        step = _Step(context, texts, text_every, padded_rows)
+        step = Step(context, texts, text_every, padded_rows)
         x, normed = self._embed(tokens, positions, passes)
-        for index, layer_cache in enumerate(cache.unbind(0)):
-            normed = self._step_layer(index, x, normed, layer_cache, step)
-        logits = linear(normed, self._heads, padded_rows).float()  # [N, K * V]
+        if self._takes_few_kernels(len(x)):
+            logits = self._advance_few(x, cache, step)
+        else:
+            for index, layer_cache in enumerate(cache.unbind(0)):
+                normed = self._step_layer(index, x, normed, layer_cache, step)
+            logits = linear(normed, self._heads, padded_rows).float()  # [N, K * V]
         return logits.view(len(tokens), passes, self.codebook_count, -1)
+
+    def _takes_few_kernels(self, sequence_count: int) -> bool:
+        """Return whether so many sequences go through each layer in few kernels."""
+        most = most_sequences(self._hidden_size)
+        if not (self.attention.has_kernel and self._has_gelu and sequence_count <= most):
+            return False
+        is_plain = isinstance(self._heads, Tensor) and fits(self._heads)
+        return is_plain and all(map(can_advance, self.layers))
+
+    def _advance_few(self, x: Tensor, cache: Tensor, step: Step) -> Tensor:
+        """Return the logits ``[N, K * V]`` of few sequences; x ``[N, hidden]`` is written to."""
+        for index, (layer, own) in enumerate(zip(self.layers, cache.unbind(0), strict=True)):
+            advance(layer, index, x, own, step, self.attention)
+        return read_normed(x, self._final_norm, cast("Tensor", self._heads), torch.float32)
 
     def _embed(self, tokens: Tensor, positions: Tensor, passes: int) -> tuple[Tensor, Tensor]:
         """Return what goes into the first layer ``[N, hidden]``, and the same normalised for it."""
@@ -221,7 +227,7 @@ class Decoder:
         return x, norm(x)
 
     def _step_layer(
-        self, index: int, x: Tensor, normed: Tensor, cache: Tensor, step: _Step
+        self, index: int, x: Tensor, normed: Tensor, cache: Tensor, step: Step
     ) -> Tensor:
         """Add one layer's results to x ``[N, hidden]``, in place.
 
@@ -275,8 +281,9 @@ class Decoder:
         embedded = self._embedding.of_tokens(tokens).expand(2, -1, -1)  # [pass, P, hidden]
         x = embedded if prefix is None else torch.cat([prefix.to(self.dtype), embedded], dim=1)
         x = x + self._embedding.positions[: x.shape[1]]
-        for start in range(0, x.shape[1], _PREFILL_POSITIONS):
-            self._prefill_chunk(x[:, start : start + _PREFILL_POSITIONS], start, cache, text)
+        with no_plans(self.device):
+            for start in range(0, x.shape[1], _PREFILL_POSITIONS):
+                self._prefill_chunk(x[:, start : start + _PREFILL_POSITIONS], start, cache, text)
 
     def _prefill_chunk(self, x: Tensor, start: int, cache: Tensor, text: Text | None) -> None:
         """Read C positions ``[pass, C, hidden]`` at once, from ``start`` on."""

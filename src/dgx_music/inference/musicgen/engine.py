@@ -137,7 +137,7 @@ class MusicGenEngine:
             self._make_slots,
             slot_count,
         )
-        self._codec_thread = CodecThread()
+        self._codec_thread = CodecThread(self._codec.most_together)
         self._is_untrained = info.is_untrained
         self.device = describe(device)
         self.model_version = weights.version

@@ -14,6 +14,8 @@ from dgx_music.inference.musicgen.batch import BatchState
 from dgx_music.inference.musicgen.cached_attention import BLOCK, attend_cached
 from dgx_music.inference.musicgen.embedding import Embedding
 from dgx_music.inference.musicgen.kernels import add_norm, draw_next, embed, store_newest
+from dgx_music.inference.musicgen.layers import Norm
+from dgx_music.inference.musicgen.products import MOST, add_product, read_normed, read_queries
 from dgx_music.inference.musicgen.sampling import SamplerState, sample
 from dgx_music.inference.trouble import first_line, has_lost_the_device, is_out_of_memory
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 _CAPABILITY = (8, 0)  # Ampere: what Triton supports, and the first with bfloat16
 _HEAD_SIZE, _HIDDEN, _CODEBOOKS, _VOCABULARY = 64, 1024, 4, 2048  # musicgen-small's
+_WIDTH = 256  # of the products: enough for every block size
 _TOLERANCE = 1e-3
 
 
@@ -58,6 +61,7 @@ def can_launch(device: torch.device, cache_dtype: torch.dtype) -> bool:
             _check_attention(device, cache_dtype)
             _check_input(device)
             _check_sampling(device)
+            _check_products(device)
     except Exception as error:  # compilers raise errors of many kinds
         if is_out_of_memory(error) or has_lost_the_device(error):
             raise
@@ -90,6 +94,30 @@ def _check_input(device: torch.device) -> None:
     _agree(normed, functional.layer_norm(x, [_HIDDEN], weight, bias))
     added = functional.layer_norm(x + normed, [_HIDDEN], weight, bias)
     _agree(add_norm(x, normed, weight, bias), added)
+
+
+def _check_products(device: torch.device) -> None:
+    """Check those of few sequences and of more, before and after the other work of a layer."""
+    weight = torch.arange(_WIDTH * _WIDTH, device=device).sin().view(_WIDTH, _WIDTH) / 16
+    norm = Norm(weight[0], weight[1])
+    for count in (2, MOST):
+        x = weight[:count].clone()
+        exact = functional.gelu(functional.linear(norm(x), weight))
+        _agree(read_normed(x, norm, weight, gelu=True), exact)
+        added = x + functional.linear(x, weight)
+        add_product(x, x.clone(), weight)
+        _agree(x, added)
+        _check_queries(x, norm, weight)
+
+
+def _check_queries(x: Tensor, norm: Norm, weight: Tensor) -> None:
+    """Check the product that writes keys and values into the cache."""
+    count, positions = len(x), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    cache = torch.zeros(count, 1, 2, _WIDTH // _HEAD_SIZE, 1, _HEAD_SIZE, device=x.device)
+    qkv = torch.cat([weight, weight.flip(0), weight.flip(1)])
+    q = read_queries(x, norm, qkv, cache, positions, passes=1)
+    found = torch.cat([q, cache.flatten(1)], dim=1)
+    _agree(found, functional.linear(norm(x), qkv))
 
 
 def _check_sampling(device: torch.device) -> None:

@@ -176,20 +176,35 @@ class DecodingLoop:
     def _advance(self, slots: Slots) -> None:
         """Retire the rows that have ended, and make one step with the others."""
         try:
-            for ticket in list(self._admitted):
-                self._retire_if_ended(slots, ticket)
+            self._drop_troubled(slots)
+            self._take_codes(slots)
             if slots.rows:
                 slots.step()
         except BaseException as error:
             self._fail(error)
 
-    def _retire_if_ended(self, slots: Slots, ticket: _Ticket) -> None:
-        """Free the slot of a row that has ended, and answer its caller."""
-        ending = _ending_of(ticket, slots)
-        if ending is not None:
-            slots.retire(ticket.row)
-            self._admitted.remove(ticket)
-            ticket.answer(ending)
+    def _drop_troubled(self, slots: Slots) -> None:
+        """Report the rows' progress; free the slots of those that are cancelled."""
+        for ticket in list(self._admitted):
+            try:
+                _report(ticket)
+            except BaseException as error:
+                self._retire(slots, ticket, error)
+
+    def _take_codes(self, slots: Slots) -> None:
+        """Answer the rows that are done, and give windows of codes to whoever listens to others."""
+        due = [(ticket, span) for ticket in self._admitted if (span := _due(ticket, slots))]
+        # All at once, so that the host waits for the device once.
+        found = slots.read([(ticket.row, *span) for ticket, span in due])
+        for (ticket, _), codes in zip(due, found, strict=True):
+            ending = _ending_of(ticket, codes)
+            if ending is not None:
+                self._retire(slots, ticket, ending)
+
+    def _retire(self, slots: Slots, ticket: _Ticket, ending: Tensor | BaseException) -> None:
+        slots.retire(ticket.row)
+        self._admitted.remove(ticket)
+        ticket.answer(ending)
 
     def _fail(self, error: BaseException) -> None:
         """Answer all rows of a failed step, and free memory if that was the trouble."""
@@ -206,28 +221,35 @@ class DecodingLoop:
             ticket.answer(_no_room(error) if has_room else _failed_step(error, len(failed)))
 
 
-def _ending_of(ticket: _Ticket, slots: Slots) -> Tensor | BaseException | None:
-    """Report a row's progress; return its codes if it is done, or the error that ends it.
-
-    Returns ``None`` if it goes on.
-    """
+def _report(ticket: _Ticket) -> None:
+    """Report a row's progress. Raises the error that ends it if it is cancelled."""
     row = ticket.row
+    if row.position:
+        # The audio is the last step; a device may be ahead of the row's last step.
+        ticket.run.report_progress(min(1.0, row.position / (row.step_count + 1)))
+    ticket.run.check_cancelled()
+
+
+def _due(ticket: _Ticket, slots: Slots) -> tuple[int, int] | None:
+    """Return which frames of a row are to be read: all when it is done, or a window, or none."""
+    row, listening = ticket.row, ticket.listening
+    if row.is_done:
+        return 0, row.frame_count
+    if listening is None:
+        return None
+    start, end = listening.next_start, listening.next_end
+    return (start, end) if end <= slots.whole_frames(row) and end < row.frame_count else None
+
+
+def _ending_of(ticket: _Ticket, codes: Tensor | EngineError) -> Tensor | BaseException | None:
+    """Return a done row's codes or the error that ends it; else give whoever listens the codes."""
+    if ticket.row.is_done or isinstance(codes, EngineError) or ticket.listening is None:
+        return codes
     try:
-        if row.position:
-            # The audio is the last step; a device may be ahead of the row's last step.
-            ticket.run.report_progress(min(1.0, row.position / (row.step_count + 1)))
-        ticket.run.check_cancelled()
-        if ticket.listening is not None:
-            _pass_on(ticket.listening, row, slots)
-        return slots.codes(row) if row.is_done else None
+        ticket.listening.push(codes)
     except BaseException as error:
         return error
-
-
-def _pass_on(listening: Listening, row: Row, slots: Slots) -> None:
-    """Give the next windows of codes to whoever listens, when all their frames are there."""
-    while (end := listening.next_end) <= slots.whole_frames(row) and end < row.frame_count:
-        listening.push(slots.codes(row, listening.next_start, end))
+    return None
 
 
 def _failed_step(error: BaseException, count: int) -> BaseException:

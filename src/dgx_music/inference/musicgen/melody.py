@@ -64,14 +64,15 @@ def one_hot(classes: Tensor) -> Tensor:
 class MelodyReader:
     """Makes the prefixes of a loaded model from its projections; copies nothing, needs no layers."""
 
-    def __init__(self, model: MusicgenMelodyForConditionalGeneration) -> None:
+    def __init__(self, model: MusicgenMelodyForConditionalGeneration, device: torch.device) -> None:
+        """Take over the projections, which are on the device already."""
         self.melody_length: int = model.config.chroma_length
         """How many embeddings of a prefix are melody; those of the text follow."""
         self._text_projection: nn.Linear | None = getattr(model, "enc_to_dec_proj", None)
         self._melody_projection: nn.Linear | None = getattr(model, "audio_enc_to_dec_proj", None)
         head = model.decoder.lm_heads[0].weight  # [V, hidden]
         self._hidden_size: int = head.shape[1]
-        self._device: torch.device = head.device
+        self._device = device  # the decoder's own weights may be on the host still
         self._dtype: torch.dtype = head.dtype
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ and else 1; K codebooks of V tokens; T positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -157,24 +157,47 @@ class Slots:
         """Return how many frames of a row have all their codes."""
         return max(0, min(row.position - self._delays[-1], row.frame_count))
 
-    @torch.no_grad()
-    def codes(self, row: Row, start: int = 0, end: int | None = None) -> Tensor:
-        """Return the codes ``[K, frame]`` of a row's whole frames, by default of a row's end.
+    def codes(self, row: Row) -> Tensor:
+        """Return the codes ``[K, frame]`` of a row at its end.
 
         Raises ``EngineError`` if one of its numbers was not finite.
         """
-        end = row.frame_count if end is None else end
+        (codes,) = self.read([(row, 0, row.frame_count)])
+        if isinstance(codes, EngineError):
+            raise codes
+        return codes
+
+    @torch.no_grad()
+    def read(self, parts: Sequence[tuple[Row, int, int]]) -> list[Tensor | EngineError]:
+        """Return the codes ``[K, frame]`` of rows' frames, from one to before another.
+
+        The frames must be whole. Waits for the device once, however many parts there are. In place
+        of the codes of a row whose numbers were not all finite is an error.
+        """
+        if not parts:
+            return []
+        slots = [self.rows.index(row) for row, _, _ in parts]
+        places = [
+            self._places(slot, start, end)
+            for slot, (_, start, end) in zip(slots, parts, strict=True)
+        ]
         with self._launcher.on_stream():
-            slot = self.rows.index(row)
-            tokens = self._state.tokens[slot, 1 : row.step_count + 1]  # [step, K]
-            codes = [tokens[delay + start : delay + end, k] for k, delay in enumerate(self._delays)]
-            # With the mark, so that the host waits for the device once.
-            numbers = torch.cat([*codes, self._state.is_finite[slot, None]]).cpu()
-        if not numbers[-1]:
-            raise EngineError(
-                "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
-            )
-        return numbers[:-1].view(len(codes), -1)
+            there = torch.cat(places).to(self._decoder.device)
+            found = self._state.tokens.flatten()[there]
+            are_finite = self._state.is_finite[: len(self.rows)].to(found.dtype)
+            numbers = torch.cat([found, are_finite]).cpu()
+        codes = torch.split(numbers[: len(found)], [len(each) for each in places])
+        marks = numbers[len(found) :]
+        return [
+            own.view(len(self._delays), -1) if marks[slot] else _not_finite()
+            for slot, own in zip(slots, codes, strict=True)
+        ]
+
+    def _places(self, slot: int, start: int, end: int) -> Tensor:
+        """Return where the codes of a slot's frames are among all tokens: ``[K * frame]``."""
+        steps = torch.arange(start, end) + torch.tensor(self._delays)[:, None] + 1  # [K, frame]
+        _, length, codebooks = self._state.tokens.shape
+        return ((slot * length + steps) * codebooks + torch.arange(codebooks)[:, None]).flatten()
 
     # --------------------------------------------------------------------------------------- step
 
@@ -301,6 +324,12 @@ class Slots:
         if not passes:
             return None
         return Text(self._texts, self._text_mask, self._text_last, passes, spans)
+
+
+def _not_finite() -> EngineError:
+    return EngineError(
+        "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
+    )
 
 
 def _spans(lengths: Iterable[tuple[int, bool]]) -> tuple[Span, ...]:

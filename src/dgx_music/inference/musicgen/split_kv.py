@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,11 +39,15 @@ def attend_split(
     head_size: tl.constexpr,
     block: tl.constexpr,
     is_whole: tl.constexpr,  # true if there is one split
+    overlaps: tl.constexpr,  # true if the kernels before and after may run at the same time
 ) -> None:
     """Attend with one head to one split of one sequence; the grid is [H, N, S].
 
     Returns at once if the split lies past the sequence's position.
     """
+    if overlaps:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     visible = tl.minimum(tl.load(positions + sequence) + 1, context_length).to(tl.int32)
     start = split * split_size
@@ -119,8 +124,12 @@ def merge_splits(
     split_count: tl.tensor,
     head_size: tl.constexpr,
     padded_count: tl.constexpr,  # S rounded up to a power of two
+    overlaps: tl.constexpr,
 ) -> None:
     """Merge a sequence's splits, each weighted by its largest score; the grid is [H, N]."""
+    if overlaps:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     head, sequence = tl.program_id(0), tl.program_id(1)
     visible = tl.minimum(tl.load(positions + sequence) + 1, context_length).to(tl.int32)
     place = sequence.to(tl.int64) * tl.num_programs(0) + head
