@@ -359,6 +359,17 @@ async def test_a_claims_prepared_plan_reads_its_index_as_well(crowded, postgres)
     assert not kinds(nodes) & {"Sort", "Incremental Sort"}
 
 
+async def test_the_plan_of_a_claim_of_one_row_is_kept(crowded):
+    query = "SELECT max(generic_plans) FROM pg_prepared_statements WHERE statement LIKE 'WITH chosen%'"
+    async with crowded.session() as session:
+        for _ in range(14):  # psycopg prepares after 5, and PostgreSQL keeps a plan after 5 more
+            assert len(await claim_up_to(session, 1)) == 1
+        kept = await session.scalar(text(query))
+        await session.rollback()
+
+    assert kept > 0
+
+
 async def test_a_burst_that_the_statistics_do_not_know_makes_no_claim_walk_it(surprised):
     nodes = await run_plan_of(surprised, claim_three)
 
