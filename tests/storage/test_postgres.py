@@ -360,7 +360,9 @@ async def test_a_claims_prepared_plan_reads_its_index_as_well(crowded, postgres)
 
 
 async def test_the_plan_of_a_claim_of_one_row_is_kept(crowded):
-    query = "SELECT max(generic_plans) FROM pg_prepared_statements WHERE statement LIKE 'WITH chosen%'"
+    query = (
+        "SELECT max(generic_plans) FROM pg_prepared_statements WHERE statement LIKE 'WITH chosen%'"
+    )
     async with crowded.session() as session:
         for _ in range(14):  # psycopg prepares after 5, and PostgreSQL keeps a plan after 5 more
             assert len(await claim_up_to(session, 1)) == 1
