@@ -6,14 +6,12 @@ repeated idempotency key inserts nothing and gives the row that is there already
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from itertools import product
 from operator import is_, itemgetter
-from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from sqlalchemy import DefaultClause, bindparam, column, func, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -43,8 +41,6 @@ Row = Mapping[str, Any]
 """
 
 _CHUNK = 1_000
-
-T = TypeVar("T")
 
 
 async def insert_generations(
@@ -211,31 +207,16 @@ async def _insert_chunk(
         values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
     has_keys = any(row["idempotency_key"] for row in rows)
     statement = _INSERTS_ON_POSTGRES[has_keys, bool(batches)]
-    asked = statement.rows(session, values)
-    found, made = await _meanwhile(session, asked, lambda: [_as_pending(row) for row in rows])
-    told = {row.id: row for row in found}
-    raced = [each for each in made if told[each.id].created_at is None]
-    counted = [each.prompt for each in raced if told[each.id].prompt_id is not None]
+    made = {row.id: row for row in await statement.rows(session, values)}
+    found = [(row, made[row["id"]]) for row in rows]
+    raced = [(row, at) for row, at in found if at.created_at is None]
+    counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
     await uncount_prompt_uses(session, counted)
-    return [_with_times(each, told[each.id]) for each in made if told[each.id].created_at]
-
-
-async def _meanwhile(
-    session: AsyncSession, asked: Coroutine[Any, Any, Sequence[Any]], make: Callable[[], T]
-) -> tuple[Sequence[Any], T]:
-    """Return the answer of the database, and what ``make`` returns while the server works.
-
-    In a caller's own session one comes after the other: a task of ours must not use it.
-    """
-    if not isinstance(session, DirectSession):
-        return await asked, make()
-    asking = asyncio.create_task(asked)
-    try:
-        await asyncio.sleep(0)  # the statement is sent
-        made = make()
-    finally:
-        await asyncio.wait([asking])
-    return asking.result(), made
+    return [
+        _as_inserted(row, at.prompt_id, at.created_at, at.run_at)
+        for row, at in found
+        if at.created_at is not None
+    ]
 
 
 def _split(rows: list[Row]) -> tuple[Row, list[Row]]:
@@ -253,22 +234,10 @@ def _split(rows: list[Row]) -> tuple[Row, list[Row]]:
 def _as_inserted(
     row: Row, prompt_id: int | None, created_at: datetime, run_at: datetime
 ) -> Generation:
-    times = SimpleNamespace(prompt_id=prompt_id, created_at=created_at, run_at=run_at)
-    return _with_times(_as_pending(row), times)
-
-
-def _as_pending(row: Row) -> Generation:
-    """Return the object of a row that is being inserted, without what the database adds."""
     values = dict(zip(_ATTRIBUTES, _values_of(row), strict=True))
     values["sampling"] = dict(values["sampling"])  # rows of one batch share theirs
+    values["prompt_id"], values["created_at"], values["run_at"] = prompt_id, created_at, run_at
     return as_inserted(values)
-
-
-def _with_times(generation: Generation, told: Any) -> Generation:
-    """Return the object with what the database has added."""
-    added = {"prompt_id": told.prompt_id, "created_at": told.created_at, "run_at": told.run_at}
-    generation.__dict__.update(added)
-    return generation
 
 
 _GIVEN = (
