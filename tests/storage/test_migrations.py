@@ -1,7 +1,9 @@
 """The migrations: up from nothing, down and up again with rows in place, from the library, the command line and the wheel."""
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -25,6 +27,7 @@ from dgx_music.storage import (
     get_database_stats,
     init_db,
     migrations,
+    queue,
     search_generations,
 )
 from dgx_music.storage.clips import keep_clips
@@ -44,7 +47,17 @@ from dgx_music.storage.models import (
 from dgx_music.storage.uploads import add_upload
 from dgx_music.storage.words import search_text
 from dgx_music.storage.workers import end_worker, register_worker
-from tests.factories import POSTGRES, ROOT, Program, add_generation, read, read_all, start_one
+from dgx_music.waveform import Waveform
+from tests.factories import (
+    POSTGRES,
+    ROOT,
+    Program,
+    add_generation,
+    completion_of,
+    read,
+    read_all,
+    start_one,
+)
 
 pytestmark = pytest.mark.any_driver
 
@@ -157,6 +170,23 @@ async def test_a_step_down_and_up_again_keeps_the_rows_and_their_counts(database
         assert await get_database_stats(session) == stats
     assert (await read(database, lease.generation_id)).to_dict() == before
     await run(database, check)
+
+
+async def test_an_older_version_finds_a_list_where_a_waveform_was_a_text(database):
+    waveform = Waveform.of_steps(struct.pack("<3H", 0, 5_000, 10_000))
+    lease = await start_one(database, metadata={"order": 7})
+    async with database.session() as session:
+        done = completion_of(lease, audio={"peak": 1.0, "waveform": waveform})
+        await queue.complete(session, [done])
+
+    await run(database, to("0009"))
+    query = text("SELECT metadata FROM generations")
+    found = await run(database, lambda connection: connection.scalar(query))
+
+    stored = json.loads(found) if isinstance(found, str) else found
+    assert stored == {"order": 7, "audio": {"peak": 1.0, "waveform": [0.0, 0.5, 1.0]}}
+    await database.migrate()
+    assert (await read(database, lease.generation_id)).get_metadata() == stored
 
 
 async def test_prompts_of_before_are_found_afterwards(database):

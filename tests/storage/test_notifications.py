@@ -148,13 +148,15 @@ async def cancel_in(database, generation_id):
 async def test_nothing_is_heard_of_what_is_rolled_back(database):
     async with database.session() as session:
         row = await add_generation(session)
-    async with listening(database, Topic.WORK) as subscription:
+    async with (
+        listening(database, Topic.DONE) as later,
+        listening(database, Topic.WORK) as subscription,
+    ):
         async with database.session() as session:
             await enqueue_one(session)
             await session.rollback()
-        async with listening(database, Topic.DONE) as later:
-            await cancel_in(database, row.id)
-            await later.wait(LONG)
+        await cancel_in(database, row.id)
+        await later.wait(LONG)
 
         assert not subscription._changed.is_set()
 
@@ -344,6 +346,33 @@ async def test_who_subscribes_right_after_the_last_one_has_left_is_told_as_well(
         async with database.session() as session:
             await enqueue_one(session)
         assert await is_woken(subscription)
+
+
+async def test_a_worker_is_not_told_of_every_end(database, monkeypatch):
+    heard, wake = [], database.changes._wake
+
+    def note(topic, key):
+        heard.append(topic)
+        wake(topic, key)
+
+    monkeypatch.setattr(database.changes, "_wake", note)
+    lease = await start_one(database)
+    async with listening(database, Topic.WORK) as subscription:
+        async with database.session() as session:
+            await queue.complete(session, [completion_of(lease)])
+        async with database.session() as session:
+            await enqueue_one(session)
+        assert await is_woken(subscription)
+    assert {*heard} == {Topic.WORK}
+
+
+async def test_who_waits_for_an_end_beside_a_worker_is_told(database):
+    lease = await start_one(database)
+    async with listening(database, Topic.WORK), listening(database, Topic.DONE) as end:
+        assert await is_woken(end)  # the connection that hears more listens
+        async with database.session() as session:
+            await queue.complete(session, [completion_of(lease)])
+        assert await is_woken(end)
 
 
 async def test_who_waits_for_a_generation_is_woken_by_its_end_only(default_database):

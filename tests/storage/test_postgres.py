@@ -359,6 +359,19 @@ async def test_a_claims_prepared_plan_reads_its_index_as_well(crowded, postgres)
     assert not kinds(nodes) & {"Sort", "Incremental Sort"}
 
 
+async def test_the_plan_of_a_claim_of_one_row_is_kept(crowded):
+    query = (
+        "SELECT max(generic_plans) FROM pg_prepared_statements WHERE statement LIKE 'WITH chosen%'"
+    )
+    async with crowded.session() as session:
+        for _ in range(14):  # psycopg prepares after 5, and PostgreSQL keeps a plan after 5 more
+            assert len(await claim_up_to(session, 1)) == 1
+        kept = await session.scalar(text(query))
+        await session.rollback()
+
+    assert kept > 0
+
+
 async def test_a_burst_that_the_statistics_do_not_know_makes_no_claim_walk_it(surprised):
     nodes = await run_plan_of(surprised, claim_three)
 
@@ -373,6 +386,18 @@ async def test_running_rows_that_the_statistics_do_not_know_make_no_completion_w
         assert len(await queue.complete(session, done)) == 3
 
     assert rows_read(await run_plan_of(surprised, complete_three)) < 30
+
+
+async def test_a_completion_finds_its_rows_by_their_ids_in_a_table_without_statistics(database):
+    async def complete_one(session):
+        (claimed,) = await claim_up_to(session, 1)
+        assert len(await queue.complete(session, [completion_of(claimed.lease)])) == 1
+
+    await add_many(database, 1)
+    nodes = await run_plan_of(database, complete_one)
+
+    assert "Seq Scan" not in kinds(nodes)
+    assert "pk_generations" in {node.get("Index Name") for node in nodes}
 
 
 async def test_a_tenant_with_20000_waiting_is_not_walked_through_for_anothers_claim(crowded):

@@ -42,7 +42,7 @@ def test_ids_made_a_microsecond_apart_sort_by_time(monkeypatch):
         (
             with_json_key(column("data"), column("name"), column("value")),
             "json_set(coalesce(data, '{}'), '$.' || name, json(value))",
-            "(coalesce(data, '{}'::jsonb) || jsonb_build_object(name::text, (value)::jsonb))",
+            "(coalesce(data, '{}'::jsonb) || ('{' || to_json(name::text) || ':' || (value) || '}')::jsonb)",
         ),
     ],
 )

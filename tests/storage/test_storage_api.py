@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import struct
 import uuid
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -41,7 +42,8 @@ from dgx_music.storage import (
     update_generation_status,
 )
 from dgx_music.storage.repository import find_generation_ids
-from tests.factories import add_generation, back_date, read, read_all, start_one
+from dgx_music.waveform import Waveform
+from tests.factories import add_generation, back_date, completion_of, read, read_all, start_one
 from tests.storage.plans import analyze, plan_of
 
 pytestmark = pytest.mark.any_driver
@@ -705,6 +707,23 @@ def test_metadata_is_read_and_replaced_as_a_copy():
 def test_a_generation_without_metadata_has_an_empty_one():
     assert Generation(**WISH).get_metadata() == {}
     assert Generation(**WISH).to_dict()["metadata"] is None
+
+
+@pytest.mark.parametrize("stored", [[0.0, 0.5], Waveform.of_steps(struct.pack("<2H", 0, 5_000))])
+async def test_a_waveform_is_read_as_a_list_in_whichever_form_it_was_stored(database, stored):
+    lease = await start_one(database)
+    async with database.session() as session:
+        await queue.complete(session, [completion_of(lease, audio={"waveform": stored})])
+
+    row = await read(database, lease.generation_id)
+    assert row.to_dict(with_waveform=True)["metadata"] == {"audio": {"waveform": [0.0, 0.5]}}
+
+
+async def test_a_text_of_somebody_else_is_no_waveform(database):
+    async with database.session() as session:
+        row = await add_generation(session, metadata_={"audio": {"waveform": "AAAA"}})
+
+    assert (await read(database, row.id)).get_metadata() == {"audio": {"waveform": "AAAA"}}
 
 
 def test_a_row_as_json_has_the_waveform_only_if_asked():

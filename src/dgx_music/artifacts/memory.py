@@ -30,6 +30,8 @@ class MemoryArtifacts:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.modified_at: dict[str, datetime] = {}
+        self._previews: dict[str, set[str]] = {}
+        """The names of an attempt's preview, by its folder."""
 
     def __str__(self) -> str:
         return "memory"
@@ -59,6 +61,7 @@ class MemoryArtifacts:
         """See ``Artifacts.publish_preview``."""
         name = preview_name(generation_id, attempt, number)
         self.files[name], self.modified_at[name] = data, datetime.now(UTC)
+        self._previews.setdefault(preview_folder(generation_id, attempt), set()).add(name)
 
     async def read_preview(self, generation_id: str, attempt: int, number: int) -> bytes | None:
         """See ``Artifacts.read_preview``."""

@@ -46,4 +46,4 @@ class AudioFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain JSON values."""
-        return dict(vars(self))
+        return {**vars(self), "waveform": list(self.waveform)}

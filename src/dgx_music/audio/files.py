@@ -26,6 +26,7 @@ from dgx_music.audio.tags import Tags
 from dgx_music.config import PREFIX, Loudness
 from dgx_music.errors import ConfigurationError, EngineError, GenerationRejectedError
 from dgx_music.validation import AudioFormat
+from dgx_music.waveform import STEPS, Waveform
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +41,7 @@ _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overf
 
 @dataclass(frozen=True)
 class FinishedAudio:
-    """A file's content, its extension without the dot, and its ``facts`` (plain JSON)."""
+    """A file's content, its extension without the dot, and the ``facts`` as they are stored."""
 
     data: bytes
     extension: str
@@ -77,7 +78,7 @@ def finish(
     samples, lufs = _normalise(samples, sample_rate, loudness, is_own and samples.flags.writeable)
     data = encode(samples, sample_rate, audio_format, tags)
     facts = _describe(samples, sample_rate, audio_format, lufs, analysis)
-    return FinishedAudio(data, audio_format, facts.to_dict())
+    return FinishedAudio(data, audio_format, dict(vars(facts)))
 
 
 def check_format(audio_format: AudioFormat, sample_rate: int) -> None:
@@ -198,9 +199,13 @@ def _describe(
         format=audio_format,
         peak=round(float(points.max()), 4),
         loudness_lufs=None if lufs is None else round(lufs, 2),
-        waveform=points.round(4).tolist(),
+        waveform=_waveform_of(points),
         **vars(analysis),
     )
+
+
+def _waveform_of(points: NDArray[np.float64]) -> Waveform:
+    return Waveform.of_steps((points * STEPS).round().astype("<u2").tobytes())
 
 
 def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
@@ -208,8 +213,7 @@ def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
     frames = samples.shape[1]
     points = min(points, frames)
     starts = np.arange(points) * frames // points
-    highest = np.maximum.reduceat(samples, starts, axis=1)  # [channel, point]
-    lowest = np.minimum.reduceat(samples, starts, axis=1)
+    peaks = np.maximum.reduceat(np.abs(samples), starts, axis=1)  # [channel, point]
     # As float64: 0.1 of float32 would print as 0.10000000149.
-    envelope: NDArray[np.float64] = np.maximum(highest, -lowest).max(axis=0).astype(np.float64)
+    envelope: NDArray[np.float64] = peaks.max(axis=0).astype(np.float64)
     return envelope

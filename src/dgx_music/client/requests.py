@@ -23,8 +23,9 @@ from dgx_music.config import default_model
 from dgx_music.errors import InvalidRequestError
 from dgx_music.inference.engine import GenerationRequest
 from dgx_music.sampling import Sampling, SamplingOptions
-from dgx_music.storage.generation import AUDIO_KEY, words_of_labels
+from dgx_music.storage.generation import words_of_labels
 from dgx_music.storage.labels import checked_labels
+from dgx_music.storage.metadata import AUDIO_KEY
 from dgx_music.storage.models import Upload
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
 from dgx_music.validation import CLIP_FIELDS

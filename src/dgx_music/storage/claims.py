@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Integer, Select, bindparam, insert, literal, select, update
+from sqlalchemy import Integer, Select, bindparam, insert, literal, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import DatabaseNotMigratedError
@@ -67,11 +67,13 @@ async def claim(
         await take_turns(session)
     dialect = dialect_of(session)
     if tenant_limit is None:
-        statement = _claim_statement(dialect, worker_id, model_name, lease_seconds)
+        options = (worker_id, model_name, lease_seconds)
+        statement = _claim_statement(dialect, *options, is_of_one=limit == 1)
     else:
         due = due_rows(dialect, model_name, limit, tenant_limit)
         statement = _claim(dialect, due, worker_id, lease_seconds)
-    claimed = await statement.rows(session, {"most": limit})
+    is_given = tenant_limit is None and limit != 1
+    claimed = await statement.rows(session, {"most": limit} if is_given else {})
     rows = sorted(claimed, key=lambda row: (row.claim_order, row.id))
     if rows and dialect != "postgresql":
         made = [
@@ -97,10 +99,15 @@ async def check_schema(session: AsyncSession) -> None:
 
 @lru_cache
 def _claim_statement(
-    dialect: str, worker_id: str, model_name: str, lease_seconds: float
+    dialect: str, worker_id: str, model_name: str, lease_seconds: float, *, is_of_one: bool
 ) -> Prepared:
-    """Return the statement that claims at most ``most``, which is its parameter; made once."""
-    due = due_rows(dialect, model_name, bindparam("most", type_=Integer))
+    """Return the statement that claims at most ``most``, which is its parameter; made once.
+
+    A claim of one row, the usual one of a busy worker, says so in its text. For a parameter
+    PostgreSQL expects a tenth of all rows that wait, and so makes a new plan for each claim.
+    """
+    most = literal_column("1", Integer) if is_of_one else bindparam("most", type_=Integer)
+    due = due_rows(dialect, model_name, most)
     return _claim(dialect, due, worker_id, lease_seconds)
 
 

@@ -19,19 +19,20 @@ from sqlalchemy import (
     not_,
     null,
     select,
+    true,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.statuses import COMPLETED, PROCESSING, AttemptOutcome
-from dgx_music.storage.generation import AUDIO_KEY, g, generations
-from dgx_music.storage.leases import Lease, is_among, is_held_by, is_one_of
+from dgx_music.storage.generation import g, generations
+from dgx_music.storage.leases import Lease, is_among, is_held_by
+from dgx_music.storage.metadata import AUDIO_KEY, facts_as_json
 from dgx_music.storage.models import attempts
 from dgx_music.storage.prepared import Prepared, as_json, json_rows
 from dgx_music.storage.schema import (
     HashText,
     Id,
-    JsonObject,
     LongText,
     ShortText,
     dialect_of,
@@ -100,7 +101,7 @@ async def find_completable(session: AsyncSession, leases: Collection[Lease]) -> 
 async def _complete_each(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> set[Lease]:
     done: set[Lease] = set()
     for row in rows:
-        moved = await _COMPLETE.rows(session, {**row, "audio": as_json(row["audio"])})
+        moved = await _COMPLETE.rows(session, row)
         done |= {Lease(each.id, each.attempt) for each in moved}
     ended = [row for row in rows if Lease(row["lease_id"], row["lease_attempt"]) in done]
     await _END_ATTEMPT.run_each(session, ended)
@@ -165,11 +166,20 @@ def _end_attempt(completed: Any) -> Any:
 
 
 def _complete_together() -> Any:
-    """Return PostgreSQL's UPDATE of many rows and their attempts; it locks in the order of ids."""
+    """Return PostgreSQL's UPDATE of many rows and their attempts; it locks in the order of ids.
+
+    It looks each row up by its id. A join of all rows at once would make PostgreSQL read the whole
+    table wherever its statistics, or those of a plan that it keeps, say that the table is small.
+    """
     given = json_rows("completions", _COLUMNS)
-    free = select(g.id).where(_is_completable(given.c)).order_by(g.id)
-    free = free.with_for_update(of=generations, skip_locked=True, key_share=True)
-    completed = _complete_with(given.c).where(is_one_of(free)).cte("completed")
+    is_free = select(g.status).where(_is_completable(given.c)).correlate(given)
+    is_free = is_free.with_for_update(skip_locked=True, key_share=True)
+    free = is_free.limit(1).lateral("free")
+    chosen = select(given, free.c.status).join_from(given, free, true())
+    locked = chosen.cte("locked").prefix_with("MATERIALIZED")
+    # PostgreSQL expects one row of such a condition, and then joins by the index as well.
+    is_one = rechecked(locked.c.status) == PROCESSING
+    completed = _complete_with(locked.c).where(is_one).cte("completed")
     ended = _end_attempt(completed.c).cte("ended")
     return select(completed.c.id, completed.c.attempt).add_cte(ended)
 
@@ -182,7 +192,7 @@ _COLUMNS = (
     column("hash", HashText),
     column("version", ShortText),
     column("seconds", Double),
-    column("audio", JsonObject),
+    column("audio", LongText),
     column("bpm", Double),
     column("musical_key", ShortText),
 )
@@ -206,7 +216,7 @@ def _values(completion: Completion) -> dict[str, Any]:
         "hash": completion.sha256,
         "version": completion.model_version,
         "seconds": completion.generation_time_seconds,
-        "audio": completion.audio,
+        "audio": facts_as_json(completion.audio),
         "bpm": completion.audio.get("bpm"),
         "musical_key": completion.audio.get("key"),
     }

@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any, cast
 
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     Interval,
     Select,
@@ -48,7 +47,7 @@ _TURN_LOCK = 0x6467_7874  # "dgxt": an advisory lock's number
 def due_rows(
     dialect: str,
     model_name: str,
-    limit: int | BindParameter[int],
+    limit: int | ColumnElement[int],
     tenant_limit: int | None = None,
 ) -> Select[Any]:
     """Return the query for the ids of up to ``limit`` due generations, most urgent first.

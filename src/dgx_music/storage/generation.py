@@ -42,6 +42,7 @@ from dgx_music.statuses import (
     GenerationStatus,
 )
 from dgx_music.storage.base import Base
+from dgx_music.storage.metadata import AUDIO_KEY, Metadata
 from dgx_music.storage.schema import (
     DEFAULT_MAX_ATTEMPTS,
     HashText,
@@ -59,8 +60,6 @@ from dgx_music.storage.words import search_text
 from dgx_music.validation import CLIP_FIELDS
 
 CLIP_COLUMNS = tuple(f"{name}_sha256" for name in CLIP_FIELDS)
-AUDIO_KEY = "audio"
-"""The key in the metadata under which completion writes the facts of the audio."""
 CANCEL_REQUESTED = "its cancellation was requested"
 
 _ONLY_ALONE = (
@@ -157,7 +156,7 @@ class Generation(Base):
     generation_time_seconds: Mapped[float | None]
     error_message: Mapped[str | None] = mapped_column(LongText)
     """Why the last attempt failed; kept while the next one runs, null when it has completed."""
-    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", JsonObject)
+    metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata", Metadata)
     bpm: Mapped[float | None]
     """The tempo that was measured, in beats per minute; null if none is sure enough."""
     musical_key: Mapped[str | None] = mapped_column(ShortText)

@@ -22,9 +22,9 @@ from dgx_music.storage.completion import (
     find_completable,
     find_completed,
 )
-from dgx_music.storage.generation import AUDIO_KEY
 from dgx_music.storage.lease_end import backoff_seconds, fail, release, release_all
 from dgx_music.storage.leases import Held, Lease, find_cancel_requests, find_leases, renew
+from dgx_music.storage.metadata import AUDIO_KEY
 from dgx_music.storage.rescue import RESCUE_CHUNK, WORKER_LOST, Rescued, hasten, read_clock, rescue
 
 __all__ = [

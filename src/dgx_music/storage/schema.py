@@ -243,9 +243,9 @@ def _with_json_key_sqlite(element: with_json_key, compiler: SQLCompiler, **kwarg
 @compiles(with_json_key, "postgresql")
 def _with_json_key_postgresql(element: with_json_key, compiler: SQLCompiler, **kwargs: Any) -> str:
     column, key, value = (compiler.process(clause, **kwargs) for clause in element.clauses)
-    return (
-        f"(coalesce({column}, '{{}}'::jsonb) || jsonb_build_object({key}::text, ({value})::jsonb))"
-    )
+    # The object is made as text: jsonb_build_object would go through the parsed value once more.
+    added = f"('{{' || to_json({key}::text) || ':' || ({value}) || '}}')::jsonb"
+    return f"(coalesce({column}, '{{}}'::jsonb) || {added})"
 
 
 class has_json_value(FunctionElement[bool]):  # noqa: N801 - reads as the SQL term it is

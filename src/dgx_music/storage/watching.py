@@ -12,8 +12,9 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from dgx_music.statuses import GenerationStatus
 from dgx_music.storage.filters import Filters, conditions
-from dgx_music.storage.generation import AUDIO_KEY, g
+from dgx_music.storage.generation import g
 from dgx_music.storage.listing import list_generations
+from dgx_music.storage.metadata import AUDIO_KEY
 from dgx_music.storage.models import Generation
 from dgx_music.storage.statistics import get_database_stats
 

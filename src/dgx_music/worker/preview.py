@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
@@ -41,6 +41,8 @@ class Preview:
         self._waiting: list[Audio] = []
         self._has_news = asyncio.Event()
         self._is_over = False
+        self.on_first: Callable[[], None] | None = None
+        """Called once, when the first part is heard."""
 
     def hear(self, audio: Audio, start: int) -> None:
         """Take a part of the engine's audio; ``start`` is the place of its first sample.
@@ -51,6 +53,9 @@ class Preview:
             self._heard += audio.samples.shape[1]
             self._waiting.append(audio)
             self._has_news.set()
+            on_first, self.on_first = self.on_first, None
+            if on_first is not None:
+                on_first()
 
     async def publish(self) -> None:
         """Publish what was heard, until cancelled; if that fails, publish nothing more."""
@@ -82,18 +87,27 @@ class Preview:
 
 @asynccontextmanager
 async def publishing(preview: Preview) -> AsyncIterator[None]:
-    """Publish the preview while the block runs; nothing more is written when this has ended."""
-    scope = anyio.CancelScope()
+    """Publish the preview while the block runs; nothing more is written when this has ended.
 
-    async def publish() -> None:
+    The task starts with the first part: most short generations have none.
+    """
+    started: list[tuple[anyio.CancelScope, asyncio.Task[None]]] = []
+
+    def start() -> None:
+        scope = anyio.CancelScope()
+        # Not in a task group, which would wrap the block's own errors.
+        started.append((scope, asyncio.create_task(publish_in(scope), name="preview")))
+
+    async def publish_in(scope: anyio.CancelScope) -> None:
         with scope:
             await preview.publish()
 
-    # Not in a task group, which would wrap the block's own errors.
-    task = asyncio.create_task(publish(), name="preview")
+    preview.on_first = start
     try:
         yield
     finally:
-        scope.cancel()
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait((task,))
+        preview.on_first = None
+        for scope, task in started:
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait((task,))

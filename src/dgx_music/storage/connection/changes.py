@@ -41,7 +41,11 @@ class Subscription:
     def wants(self, topic: str, key: str) -> bool:
         """Return True if this waiter wants to hear of this change."""
         is_own = not self._keys or key in self._keys or key == EVERYTHING
-        return is_own and self._topic in (None, topic)
+        return is_own and self.hears(topic)
+
+    def hears(self, topic: str) -> bool:
+        """Return True if this waiter wants to hear of any change of this kind."""
+        return self._topic in (None, topic)
 
     def wake(self) -> None:
         """Wake the waiter; from any thread.

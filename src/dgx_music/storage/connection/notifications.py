@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _CHECK_SECONDS = 10.0
 """After so long without a notification the connection is tested."""
 _RETRY_SECONDS = (0.1, 0.5, 1.0, 2.0)
+_FOR_WORKERS = (Topic.WORK, Topic.CANCEL)
 
 
 class Notifications(Changes):
@@ -35,14 +36,25 @@ class Notifications(Changes):
         self._answer_seconds = limits.command_seconds
         self._is_possible = not is_pooled_by_transaction(url)
         self._listen = _listen_asyncpg if url.get_driver_name() == "asyncpg" else _listen_psycopg
+        self._topics: tuple[Topic, ...] = ()
         self._listening: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
     def _begin(self, *, is_first: bool) -> None:
-        """Listen, unless a listener runs already; also if a former one has ended."""
-        if self._is_possible and (self._listening is None or self._listening.done()):
-            listen = self._listen_for_ever()
-            self._listening = asyncio.create_task(listen, name="dgx-music-notifications")
+        """Listen, unless a listener runs already that hears enough; also if a former one has ended.
+
+        Workers do not listen to the ends of generations: each of them would hear of all that the
+        others complete.
+        """
+        wants_ends = any(each.hears(Topic.DONE) for each in self._subscriptions)
+        topics = tuple(Topic) if wants_ends else _FOR_WORKERS
+        is_running = self._listening is not None and not self._listening.done()
+        if not self._is_possible or (is_running and {*topics} <= {*self._topics}):
+            return
+        self._end()
+        self._topics = topics
+        listen = self._listen_for_ever()
+        self._listening = asyncio.create_task(listen, name="dgx-music-notifications")
 
     def _end(self) -> None:
         if self._listening is not None:
@@ -71,7 +83,8 @@ class Notifications(Changes):
             try:
                 connection = await self._connect()
                 failures = 0
-                await self._listen(connection, self._wake_all, self._wake, self._answer_seconds)
+                callbacks = self._wake_all, self._wake
+                await self._listen(connection, self._topics, *callbacks, self._answer_seconds)
             except Exception as error:  # also the drivers' own
                 is_told = isinstance(error, DatabaseUnavailableError)
                 why = error if is_told else f"the connection was lost ({error})"
@@ -94,7 +107,11 @@ Wake = Callable[[str, str], None]
 
 
 async def _listen_asyncpg(
-    connection: Any, start: Callable[[], None], wake: Wake, answer_seconds: float
+    connection: Any,
+    topics: Iterable[Topic],
+    start: Callable[[], None],
+    wake: Wake,
+    answer_seconds: float,
 ) -> None:
     """Listen until the connection is lost."""
     lost = asyncio.Event()
@@ -105,7 +122,7 @@ async def _listen_asyncpg(
     connection.add_termination_listener(lambda _connection: lost.set())
     try:
         async with asyncio.timeout(answer_seconds):
-            for topic in Topic:
+            for topic in topics:
                 await connection.add_listener(topic.value, hear)
         start()
         while not lost.is_set():
@@ -117,13 +134,17 @@ async def _listen_asyncpg(
 
 
 async def _listen_psycopg(
-    connection: Any, start: Callable[[], None], wake: Wake, answer_seconds: float
+    connection: Any,
+    topics: Iterable[Topic],
+    start: Callable[[], None],
+    wake: Wake,
+    answer_seconds: float,
 ) -> None:
     """Listen until the connection is lost."""
     try:
         async with asyncio.timeout(answer_seconds):
             await connection.set_autocommit(True)
-            for topic in Topic:
+            for topic in topics:
                 await connection.execute(f"LISTEN {topic.value}")
         start()
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCHEMA_REVISION = "0009"
+SCHEMA_REVISION = "0010"
 """The newest migration; a constant, so that start-up need not import Alembic."""
 
 VERSION_TABLE = "dgx_music_alembic_version"
