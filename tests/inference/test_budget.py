@@ -13,7 +13,8 @@ from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.musicgen import budget, devices, inventory
 from dgx_music.inference.musicgen import engine as musicgen
 from dgx_music.inference.musicgen.batch import Row
-from dgx_music.inference.musicgen.budget import Budget
+from dgx_music.inference.musicgen.budget import Budget, budget_of
+from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.shapes import published_config
 from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from dgx_music.inference.residents import Residents
@@ -156,3 +157,17 @@ def test_on_a_gpu_what_torch_holds_unused_is_free_too(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 20)
     assert budget.available_bytes(torch.device("cuda")) == 130
     assert budget.available_bytes(torch.device("cpu")) == 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "windows"), [("cpu", 1, 1), ("cpu", 2, 1), ("cuda", 1, 8), ("cuda", 2, 16)]
+)
+def test_the_codec_may_do_as_many_windows_at_a_time_as_are_reserved(
+    kind: str, channels: int, windows: int
+) -> None:
+    """On a GPU eight clips go together, with all their channels."""
+    model, _ = build_tiny(channels)
+    own = Decoder(model.decoder, model.enc_to_dec_proj, 10)
+    config = model.config.audio_encoder
+    one = 30 * config.sampling_rate * config.num_filters * 4
+    assert budget_of(model, own, kind).codec == windows * one

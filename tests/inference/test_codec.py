@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from functools import cache
@@ -110,29 +112,30 @@ def test_encoding_in_windows_makes_what_the_whole_pass_makes(shape: str, samples
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_clips_go_together_when_they_are_in_the_same_phase(shape: str) -> None:
-    """The later one begins two windows after the other; both make what they make alone."""
-    chain, x = Chain(make_model(shape).decoder.layers), noise(2, 8, 70)
-    alone = [
-        in_windows(make_model(shape).decoder.layers, each, [20, 40, 60]) for each in x.split(1)
-    ]
+    """One is two windows ahead when they meet; both make what they make alone."""
+    layers, x = make_model(shape).decoder.layers, noise(2, 8, 130)
+    chain, ends = Chain(layers), (130, 90)
     states: list[State] = [None, None]
     made: list[list[Tensor]] = [[], []]
+    places = [0, 0]
 
-    def go_on(clips: list[int], place: int) -> None:
-        parts = torch.cat([x[clip : clip + 1, :, starts[clip] : place] for clip in clips])
+    def go_on(*clips: int) -> None:
+        is_last = places[clips[0]] + 30 > ends[clips[0]]
+        width = 10 if is_last else 20
+        parts = [x[clip : clip + 1, :, places[clip] : places[clip] + width] for clip in clips]
         assert len({phase(states[clip]) for clip in clips}) == 1
-        out, after = chain.step(parts, join([states[c] for c in clips]), is_last=place == 70)
+        together = join([states[clip] for clip in clips])
+        out, after = chain.step(torch.cat(parts), together, is_last=is_last)
         for clip, part, state in zip(clips, out.split(1), split(after, len(clips)), strict=True):
             made[clip].append(part)
-            states[clip], starts[clip] = state, place
+            states[clip], places[clip] = state, places[clip] + width
 
-    starts = [0, 0]
-    go_on([0], 20)
-    go_on([1], 20)
-    for place in (40, 60, 70):
-        go_on([1, 0], place)
-    for clip in (0, 1):
-        assert_near(torch.cat(made[clip], dim=-1), alone[clip])
+    for clips in ((0,), (0,), (0,), (1,), (0, 1), (1, 0), (0, 1), (1, 0)):
+        go_on(*clips)
+    assert places == list(ends)
+    for clip, end in enumerate(ends):
+        alone = in_windows(layers, x[clip : clip + 1, :, :end], list(range(20, end, 20)))
+        assert_near(torch.cat(made[clip], dim=-1), alone)
 
 
 @torch.no_grad()
@@ -400,6 +403,80 @@ def joint_thread() -> Iterator[CodecThread]:
     thread = CodecThread(2)
     yield thread
     thread.close()
+
+
+def test_a_clip_is_not_credited_for_turns_in_which_it_had_no_window(
+    codec_thread: CodecThread,
+) -> None:
+    done: list[str] = []
+
+    class Late(FakeWork):
+        def push(self, part: Tensor) -> None: ...
+
+    early = codec_thread.open(Late("early, long", 9, done))
+    for number in range(9):
+        codec_thread.start(FakeWork(f"before {number}", 1, [])).result(PATIENCE)
+    held = HeldWork()
+    codec_thread.start(held)
+    codec_thread.push(early, torch.zeros(1))
+    short = codec_thread.start(FakeWork("short", 1, done))
+    held.release.set()
+    short.result(PATIENCE)
+    early.result.result(PATIENCE)
+    assert done == ["short", *["early, long"] * 9]
+
+
+def test_a_failed_step_holds_no_memory_while_each_clip_is_tried_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codec, thread = make_codec(1), CodecThread(8)
+    gather = codec._decoding._gather
+    joint: list[weakref.ref[Tensor]] = []
+    are_alive: list[bool] = []
+
+    def broken(x: Tensor) -> Tensor:
+        are_alive.extend(each() is not None for each in joint)
+        if len(x) > 1:
+            joint.append(weakref.ref(x))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gather(x)
+
+    monkeypatch.setattr(codec._decoding, "_gather", broken)
+    monkeypatch.setattr(codec._decoding, "_sides_at_once", None)
+    held = HeldWork()
+    thread.start(held)
+    results = [thread.start(codec.decode(random_codes(1, 50, seed))) for seed in range(3)]
+    held.release.set()
+    for seed, result in enumerate(results):
+        assert_near(result.result(PATIENCE), whole(1, random_codes(1, 50, seed)))
+    thread.close()
+    assert are_alive == [False] * 3
+
+
+def test_a_failed_clip_is_freed_at_once(codec_thread: CodecThread) -> None:
+    """Not by the garbage collector: on a GPU its memory is wanted soon."""
+    work = FakeWork("broken", 1, [])
+    work.step = Mock(side_effect=RuntimeError("no window"))  # type: ignore[method-assign]
+    there = weakref.ref(work)
+    gc.collect()
+    gc.disable()
+    try:
+        result = codec_thread.start(work)
+        assert result.exception(PATIENCE) is not None
+        codec_thread.start(FakeWork("next", 1, [])).result(PATIENCE)
+        del work, result
+        assert there() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("cpu", 1), ("cuda", 8)])
+def test_only_a_gpu_does_windows_together(
+    kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = make_codec(1)
+    monkeypatch.setattr(codec, "_model", SimpleNamespace(device=torch.device(kind)))
+    assert codec.most_together == most
 
 
 def test_clips_in_the_same_phase_go_together(joint_thread: CodecThread) -> None:

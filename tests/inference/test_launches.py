@@ -156,9 +156,26 @@ def test_few_sequences_on_a_gpu_take_few_kernels(monkeypatch: pytest.MonkeyPatch
 def test_a_prefill_on_a_gpu_makes_cudnn_plan_nothing() -> None:
     """A plan for each new length would take longer than the prefill, and all rows would wait."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with no_plans(torch.device("cuda")):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    seen = []
+
+    def prefill_chunk(*_: Any) -> None:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    own = decoder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "_prefill_chunk", prefill_chunk)
+        own.prefill(None, torch.zeros(3, own.codebook_count, dtype=torch.long), None, None)
+    assert seen == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def test_two_prefills_at_once_leave_torch_as_it_was() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    no_plans.__enter__()
+    no_plans.__enter__()
+    no_plans.__exit__()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    no_plans.__exit__()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 

@@ -17,6 +17,7 @@ from dgx_music.errors import EngineError, GenerationCancelledError
 from dgx_music.inference.musicgen.loop import DecodingLoop
 from dgx_music.inference.musicgen.slots import Slots
 from tests.inference.factories import QuietRun
+from tests.inference.test_conditions import make_codes
 from tests.inference.test_slots import PROMPTS, decode, make_row, make_slots
 from tests.patience import PATIENCE
 
@@ -135,6 +136,34 @@ def test_codes_that_are_due_together_are_read_together(
     for ours, all_codes in zip(windows, codes, strict=True):
         assert torch.equal(ours, all_codes[:, :8])
     assert [each for each in readings if each] == [[4, 4], [4, 4], [10, 10]]
+
+
+def test_what_a_clip_was_given_is_heard_before_the_first_step(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, step = Heard(4), Slots.step
+    heard_before: list[int] = []
+
+    def note(slots: Slots) -> None:
+        heard_before.append(len(heard.windows))
+        step(slots)
+
+    monkeypatch.setattr(Slots, "step", note)
+    codes = loop.decode(make_row(frames=30, given=make_codes(26)), QuietRun(), heard)
+    assert heard_before[0] == 5
+    assert torch.equal(torch.cat(heard.windows, dim=1), codes[:, :28])
+
+
+def test_a_row_that_somebody_listens_to_fails_at_the_window_that_is_not_finite(
+    loop: DecodingLoop,
+) -> None:
+    row, heard = make_row(frames=30), Heard(4)
+    row.text = torch.full_like(row.text, torch.nan)
+    run = QuietRun()
+    with pytest.raises(EngineError, match="not finite"):
+        loop.decode(row, run, heard)
+    assert heard.windows == []
+    assert max(run.progress) < 0.5
 
 
 def admit_pair(loop: DecodingLoop, admit: Callable[[], None]) -> None:

@@ -31,6 +31,7 @@ from dgx_music.inference.engine import EngineSettings, GenerationRequest
 from dgx_music.inference.musicgen import engine as musicgen
 from dgx_music.inference.musicgen import weights
 from dgx_music.inference.musicgen.batch import Row
+from dgx_music.inference.musicgen.codec import Codec
 from dgx_music.inference.musicgen.engine import MusicGenEngine
 from dgx_music.inference.musicgen.tiny import build_tiny
 from dgx_music.inference.process import EngineProcess
@@ -290,6 +291,13 @@ def test_a_text_that_cannot_be_read_fails_alone(
         with pytest.raises(RuntimeError, match="no text"):
             generate(mono)
     assert np.array_equal(generate(mono).samples, expected.samples)
+
+
+def test_the_codecs_thread_does_as_many_windows_together_as_the_codec_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Codec, "most_together", 3)
+    assert load()._codec_thread._most_together == 3
 
 
 def test_a_cancelled_generation_does_not_wait_for_its_audio() -> None:

@@ -69,8 +69,7 @@ class MemoryArtifacts:
 
     async def delete_preview(self, generation_id: str, attempt: int) -> int:
         """See ``Artifacts.delete_preview``."""
-        folder = f"{preview_folder(generation_id, attempt)}/"
-        found = [name for name in self.files if name.startswith(folder)]
+        found = self._previews.pop(preview_folder(generation_id, attempt), set())
         for name in found:
             del self.files[name], self.modified_at[name]
         return len(found)

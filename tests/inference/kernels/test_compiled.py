@@ -97,27 +97,38 @@ def test_input_and_sampling_compile_for_a_gpu(
 
 @needs_triton
 @needs_compiler
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    ("dtype", "cache_type", "capability"),
+    [
+        ("bf16", "bf16", 80),
+        ("fp16", "fp8e4nv", 89),
+        ("bf16", "fp8e4nv", 90),
+        ("fp32", "fp32", 90),
+        ("bf16", "bf16", 100),
+        ("bf16", "fp8e4nv", 120),
+    ],
+)
+@pytest.mark.parametrize("outer", [1_024, 3_072, 8_192])
 @pytest.mark.parametrize("count", [2, 16])
 def test_products_of_few_sequences_compile_for_a_gpu(
-    count: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int,
+    outer: int,
+    dtype: str,
+    cache_type: str,
+    capability: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    is_few = count <= 4
-    sizes_of = products._few_sizes if is_few else products._more_sizes
-    for ending, cache_type in ((products.GELU, "bf16"), (products.CACHE, "bf16")):
-        sizes = {
-            name: size for name, size in sizes_of(3072, 1024, count).items() if name[:4] != "num_"
-        }
-        sizes |= {"count": count, "padded": 2 if is_few else 16, "inner": 1024, "outer": 3072}
-        sizes |= {"has_norm": 1, "ending": ending, "passes": 2, "head_size": 64}
-        sizes |= {"overlaps": capability >= 90}
-        pointers = dict.fromkeys(("x", "weight", "scale", "shift", "out"), "*bf16")
-        pointers |= {
-            "cache": f"*{cache_type}",
-            "positions": "*i64",
-            "epsilon": "fp32",
-            "limit": "fp32",
-        }
-        name = "multiply_few" if is_few else "multiply_more"
-        assert compile_kernel(name, pointers, sizes, capability, "skinny")["cubin"]
+    if count <= 4:
+        name, found = "multiply_few", products._few_sizes(outer, 1_024, count)
+    else:
+        name, found = "multiply_more", products._more_sizes(outer, 1_024)
+    sizes = {name: size for name, size in found.items() if not name.startswith("num_")}
+    sizes |= {"count": count, "padded": max(2, count), "inner": 1_024, "outer": outer}
+    sizes |= {"has_norm": outer > 1_024, "passes": 2, "head_size": 64}
+    sizes |= {"overlaps": capability >= 90}
+    sizes["ending"] = {1_024: products.ADD, 3_072: products.CACHE, 8_192: products.GELU}[outer]
+    pointers = dict.fromkeys(("x", "weight", "scale", "shift", "out"), f"*{dtype}")
+    pointers |= {"cache": f"*{cache_type}", "positions": "*i64", "epsilon": "fp32", "limit": "fp32"}
+    assert compile_kernel(name, pointers, sizes, capability, "skinny")["cubin"]

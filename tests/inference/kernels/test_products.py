@@ -21,6 +21,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COUNTS = [1, 2, 3, 4, 5, 8, 13, MOST]
 
 
+# Several sizes of blocks, and with 3,088 one that larger blocks do not divide.
+MANY = [1_536, 3_072, 3_088, 8_192]
+
+
 def needs(dtype: torch.dtype, count: int) -> None:
     if IS_INTERPRETED and dtype == torch.bfloat16 and count > 4:
         pytest.skip("the interpreter multiplies matrices in bfloat16 as if they were integers")
@@ -67,6 +71,17 @@ def test_a_product_of_what_is_normed_is_torchs(
     assert made.dtype == torch.float32
     exact = made.cpu().double()
     torch.testing.assert_close(exact, expected, rtol=0, atol=4 * torch.finfo(dtype).eps + 1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("outer", MANY)
+def test_all_of_many_results_are_computed(device: str, count: int, outer: int) -> None:
+    if IS_INTERPRETED and count == 2 and outer < MANY[-1]:
+        pytest.skip("the interpreter takes long for so many small blocks, which smaller tests have")
+    x, weight = noise(count, 64, dtype=torch.float32), weights(outer, 64, torch.float32)
+    to = torch.zeros(count, outer, device=device)
+    add_product(to, x.to(device), weight.to(device))
+    assert_rounded_alike(to.cpu(), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -164,11 +179,21 @@ def write_constants(device: str, cache_dtype: torch.dtype, constants: list[float
 @pytest.mark.parametrize(
     ("weight", "does_fit"),
     [
-        (torch.zeros(16, 16), True),
-        (torch.zeros(24, 16), False),
-        (torch.zeros(16, 24), False),
-        (torch.zeros(16, 32)[:, ::2], False),
+        (torch.zeros(16, 64), True),
+        (torch.zeros(24, 64), False),
+        (torch.zeros(16, 72), False),
+        (torch.zeros(16, 48), False),
+        (torch.zeros(16, 128)[:, ::2], False),
     ],
 )
 def test_a_weight_that_is_not_in_blocks_is_left_to_torch(weight: Tensor, does_fit: bool) -> None:
     assert fits(weight) is does_fit
+
+
+@pytest.mark.parametrize(
+    ("to", "x"),
+    [(torch.zeros(2, 16), torch.zeros(2, 80)), (torch.zeros(3, 16), torch.zeros(2, 64))],
+)
+def test_what_does_not_fit_together_is_refused(to: Tensor, x: Tensor) -> None:
+    with pytest.raises(ValueError, match="do not fit together"):
+        add_product(to, x, torch.zeros(16, 64))

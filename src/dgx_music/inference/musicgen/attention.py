@@ -8,13 +8,12 @@ X text tokens; C positions that a prefill reads at once; L layers.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dgx_music.inference.musicgen.cached_attention import attend_cached
 from dgx_music.inference.musicgen.kernel_check import can_launch, is_available
@@ -43,6 +42,20 @@ class Context(NamedTuple):
     is_exact: bool
     """True if no sequence reads past its own position, so that the host knows the positions."""
     segments: tuple[Segment, ...]
+
+
+class Step(NamedTuple):
+    """What all layers share in one decode step."""
+
+    context: Context
+    texts: tuple[Segment, ...]  # none if no row has a text
+    text_every: int
+    """2 if only every second sequence reads a text, else 1.
+
+    The unconditional pass may have none. Its text states would then be zero, and so would be what
+    cross-attention reads from them.
+    """
+    padded_rows: int
 
 
 class Text(NamedTuple):
@@ -259,17 +272,33 @@ def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def no_plans(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which a GPU's attention is that of torch's own kernels.
+class _NoPlans:
+    """Leaves cuDNN's attention out while any thread is in here: it is a setting of the process.
 
     cuDNN makes a plan for each new shape: 0.5 to 1.8 s for a prefill on an H100, where the prefill
     itself takes 0.03 s. All rows would wait for it.
     """
-    if device.type == "cpu":
-        return nullcontext()
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    context: AbstractContextManager[object] = sdpa_kernel(backends)
-    return context
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._was_on = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._was_on = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                torch.backends.cuda.enable_cudnn_sdp(self._was_on)
+
+
+no_plans = _NoPlans()
 
 
 def _attend_by_torch(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

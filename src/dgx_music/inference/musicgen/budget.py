@@ -66,10 +66,11 @@ def budget_of(model: Any, decoder: Decoder, kind: str) -> Budget:
     clip_bytes = round(MAX_DURATION_SECONDS * own.sampling_rate) * decoder.channels * 4
     own_clip = clip_bytes if kind == "cpu" else 0  # finished audio is in the host's memory
     widest = round(codec.WINDOW_SECONDS * own.sampling_rate) * own.num_filters * 4
+    at_once = 1 if kind == "cpu" else codec.MOST_TOGETHER * decoder.channels
     return Budget(
         weights=decoder.weight_bytes + other_bytes,
         slot=decoder.slot_bytes + decoder.text_bytes(USUAL_TEXT) + own_clip,
-        codec=_CODEC_TENSORS * widest * (1 if kind == "cpu" else codec.MOST_TOGETHER),
+        codec=_CODEC_TENSORS * widest * at_once,
         steps=_STEPS_BYTES[kind],
     )
 

@@ -17,31 +17,30 @@ class Clip:
     """A clip on its way through the codec, and what its caller waits for."""
 
     number: int
-    entered_at: int
-    """How many turns had been taken when this clip came."""
     work: CodecWork
     result: Future[Tensor] = field(default_factory=Future)
-    has_turn: bool = False
-    """True while it waits for the next window to be done, or that is being done."""
+    is_in_line: bool = False
+    """True from when a window waits for its turn until that window is done."""
+    turns_waited: int = 0
+    """How many turns others had while a window of this clip waited."""
 
     def __lt__(self, other: Clip) -> bool:
         return self._key < other._key
 
     @property
     def _key(self) -> tuple[int, int]:
-        # A smaller entered_at is a longer wait. No key changes while its clip waits.
-        return self.work.left + self.entered_at, self.number
+        return self.work.left - self.turns_waited, self.number
 
 
 class CodecThread:
     """Does the windows of all clips in one thread, so that the slots wait for none.
 
     The clip with the fewest windows left goes first, and of two the one that came first: a clip of
-    five seconds does not wait for one of five minutes, and equal clips are done one after another;
-    or so many of them together, as a GPU does in hardly more time than one.
+    five seconds does not wait for one of five minutes, and equal clips are done one after another.
+    Each turn of another counts for a clip as if it had one window less: so a clip waits for no more
+    turns of clips that come after it than it has windows.
 
-    Each turn counts for the clips that were there already, as if they had one window less: so a
-    clip waits for no more turns of clips that come after it than it has windows.
+    With the first clip go others whose next windows are alike, up to ``most_together`` in all.
     """
 
     def __init__(self, most_together: int = 1) -> None:
@@ -50,7 +49,6 @@ class CodecThread:
         self._waiting: list[Clip] = []
         self._lock = threading.Lock()  # for those that wait
         self._numbers = count()
-        self._turn_count = 0  # changed by the thread alone
 
     def start(self, work: CodecWork) -> Future[Tensor]:
         """Return what will be the work's result; a cancel ends the work after a window."""
@@ -64,7 +62,7 @@ class CodecThread:
 
     def open(self, work: CodecWork) -> Clip:
         """Return a clip whose windows are still to come; see ``push``."""
-        return Clip(next(self._numbers), self._turn_count, work)
+        return Clip(next(self._numbers), work)
 
     def push(self, clip: Clip, part: Tensor) -> None:
         """Do the next window of the clip when it is its turn. Any thread may call this."""
@@ -78,17 +76,17 @@ class CodecThread:
     def _enter(self, clip: Clip) -> None:
         """Let the clip wait for its turn, unless it does, or has no window to be done."""
         with self._lock:
-            if clip.has_turn or not clip.work.is_ready:
+            if clip.is_in_line or not clip.work.is_ready:
                 return
-            clip.has_turn = True
+            clip.is_in_line = True
             self._waiting.append(clip)
         self._executor.submit(self._do_next)
 
     def _do_next(self) -> None:
         clips = self._next_clips()
-        if clips:
-            self._do(clips)
-            self._turn_count += 1
+        if clips and not self._do(clips):
+            while clips:  # each alone: it may be the trouble of one, or of all at a time
+                self._do([clips.pop(0)])
 
     def _next_clips(self) -> list[Clip]:
         """Take the clip whose turn it is from those that wait, and others that can go with it.
@@ -101,22 +99,29 @@ class CodecThread:
             alike = [clip for clip in self._waiting if clip.work.phase == first[0].work.phase]
             chosen = alike[: self._most_together]
             self._waiting = [clip for clip in self._waiting if clip not in chosen]
+            for clip in self._waiting:
+                clip.turns_waited += 1
         return chosen
 
-    def _do(self, clips: list[Clip]) -> None:
+    def _do(self, clips: list[Clip]) -> bool:
+        """Do the clips' next windows; return ``False`` if that failed for several clips.
+
+        Clips are taken from the list when they are answered or go on.
+        """
         first, *others = clips
         try:
             parts = first.work.step(*(clip.work for clip in others))
-        except BaseException as error:  # without an answer the callers would wait for ever
-            if others:  # each alone: it may be the trouble of one, or of all at a time
-                for clip in clips:
-                    self._do([clip])
-            else:
-                _answer(first.result, error)
-            del first, clips  # the error holds this frame
-        else:
-            for clip, part in zip(clips, parts, strict=True):
-                self._go_on(clip, part)
+        except BaseException as error:
+            if others:
+                return False  # not tried again here: the error holds the memory of the failed step
+            _answer(first.result, error)  # else the caller would wait for ever
+            clips.clear()
+            del first  # the error holds this frame
+            return True
+        del first, others
+        for part in parts:
+            self._go_on(clips.pop(0), part)
+        return True
 
     def _go_on(self, clip: Clip, part: Tensor) -> None:
         """Keep what the clip's window made, and let the clip wait for its next one."""
@@ -124,7 +129,7 @@ class CodecThread:
             clip.work.take(part)
             if clip.work.left:
                 with self._lock:  # a window that is pushed from here on enters it
-                    clip.has_turn = False
+                    clip.is_in_line = False
                 self._enter(clip)
             else:
                 _answer(clip.result, clip.work.finish())

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dgx_music.inference.musicgen.attention import Attention, Text, no_plans
+from dgx_music.inference.musicgen.attention import Attention, Step, Text, no_plans
 from dgx_music.inference.musicgen.embedding import Embedding
-from dgx_music.inference.musicgen.few_rows import Step, advance, can_advance
+from dgx_music.inference.musicgen.few_rows import advance, can_advance
 from dgx_music.inference.musicgen.kernels import add_norm, embed
 from dgx_music.inference.musicgen.launches import Span, borrow_stream
 from dgx_music.inference.musicgen.layers import (
@@ -281,7 +281,7 @@ class Decoder:
         embedded = self._embedding.of_tokens(tokens).expand(2, -1, -1)  # [pass, P, hidden]
         x = embedded if prefix is None else torch.cat([prefix.to(self.dtype), embedded], dim=1)
         x = x + self._embedding.positions[: x.shape[1]]
-        with no_plans(self.device):
+        with no_plans:
             for start in range(0, x.shape[1], _PREFILL_POSITIONS):
                 self._prefill_chunk(x[:, start : start + _PREFILL_POSITIONS], start, cache, text)
 

@@ -1,32 +1,19 @@
 """A layer's decode step in few kernels: for so few sequences that a GPU mostly waits.
 
-The plain way, in ``decoder``, takes about sixteen kernels a layer and this one nine or ten. What
-each computes is the same, but for numbers that are rounded less often.
+The plain way, in ``decoder``, takes about sixteen kernels a layer; this one takes nine, or ten with
+a text of more than 128 tokens. What each computes is the same, but for numbers that are rounded less
+often.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 from torch import Tensor
 
-from dgx_music.inference.musicgen.attention import Attention, Context, Segment
+from dgx_music.inference.musicgen.attention import Attention, Step
 from dgx_music.inference.musicgen.layers import Layer
 from dgx_music.inference.musicgen.products import add_product, fits, read_normed, read_queries
-
-
-class Step(NamedTuple):
-    """What all layers share in one decode step."""
-
-    context: Context
-    texts: tuple[Segment, ...]  # none if no row has a text
-    text_every: int
-    """2 if only every second sequence reads a text, else 1.
-
-    The unconditional pass may have none. Its text states would then be zero, and so would be what
-    cross-attention reads from them.
-    """
-    padded_rows: int
 
 
 def can_advance(layer: Layer) -> bool:

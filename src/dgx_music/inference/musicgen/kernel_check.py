@@ -81,7 +81,9 @@ def _check_attention(device: torch.device, cache_dtype: torch.dtype) -> None:
     _agree(cache[..., -1, :].float(), fresh)
     q, (keys, values) = numbers[0, :, 0, :, 7], cache[0].unbind(1)  # [N, H, D], [N, H, T, D]
     exact = functional.scaled_dot_product_attention(q[:, :, None], keys.float(), values.float())
-    _agree(attend_cached(q, keys, values, last, length), exact.flatten(1))
+    for overlaps in (False, True):
+        read = attend_cached(q, keys, values, last, length, overlaps=overlaps)
+        _agree(read, exact.flatten(1))
 
 
 def _check_input(device: torch.device) -> None:

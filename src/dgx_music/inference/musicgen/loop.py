@@ -193,13 +193,14 @@ class DecodingLoop:
 
     def _take_codes(self, slots: Slots) -> None:
         """Answer the rows that are done, and give windows of codes to whoever listens to others."""
-        due = [(ticket, span) for ticket in self._admitted if (span := _due(ticket, slots))]
-        # All at once, so that the host waits for the device once.
-        found = slots.read([(ticket.row, *span) for ticket, span in due])
-        for (ticket, _), codes in zip(due, found, strict=True):
-            ending = _ending_of(ticket, codes)
-            if ending is not None:
-                self._retire(slots, ticket, ending)
+        # Again, as long as there are windows: a clip that is continued begins with many.
+        while due := [(t, span) for t in self._admitted if (span := _due(t, slots))]:
+            # All rows at once, so that the host waits for the device once.
+            found = slots.read([(ticket.row, *span) for ticket, span in due])
+            for (ticket, _), codes in zip(due, found, strict=True):
+                ending = _ending_of(ticket, codes)
+                if ending is not None:
+                    self._retire(slots, ticket, ending)
 
     def _retire(self, slots: Slots, ticket: _Ticket, ending: Tensor | BaseException) -> None:
         slots.retire(ticket.row)

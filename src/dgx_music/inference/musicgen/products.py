@@ -30,9 +30,11 @@ _FEW = 4
 _PROGRAMS = 96
 """So many at least keep a large GPU's memory busy."""
 _MANY = 8192
-"""So many results, as those of all codebooks, need no small blocks to fill a GPU."""
+"""From so many results on, as for all codebooks, even large blocks are enough for all of a GPU."""
 _LEAST_BLOCK = 16
-"""A product needs so many numbers in a row, or a multiple."""
+"""A weight must have a multiple of so many rows and columns."""
+_LEAST_WIDTH = 64
+"""A weight must have so many columns."""
 
 
 class _Cache(NamedTuple):
@@ -51,7 +53,8 @@ def most_sequences(width: int) -> int:
 def fits(weight: Tensor) -> bool:
     """Return whether the weight ``[O, I]`` can be multiplied here."""
     outer, inner = weight.shape
-    return weight.is_contiguous() and inner % _LEAST_BLOCK == 0 and outer % 16 == 0
+    is_in_blocks = inner % _LEAST_BLOCK == 0 and outer % _LEAST_BLOCK == 0
+    return weight.is_contiguous() and is_in_blocks and inner >= _LEAST_WIDTH
 
 
 def read_normed(
@@ -104,7 +107,9 @@ def _multiply(
     scale, shift = norm or (weight, weight)
     is_same = written.dtype == x.dtype
     kernel = skinny.multiply_few if count <= _FEW else skinny.multiply_more
-    sizes = (_few_sizes if count <= _FEW else _more_sizes)(outer, inner, count)
+    if x.shape[1] != inner or x.stride(1) != 1 or len(out) != count:
+        raise ValueError("The sequences, the weight and what is written do not fit together.")
+    sizes = _few_sizes(outer, inner, count) if count <= _FEW else _more_sizes(outer, inner)
     kernel[(outer // sizes["block_out"],)](
         x,
         weight,
@@ -149,9 +154,10 @@ def _block(count: int, most: int) -> int:
 
 
 @remember
-def _more_sizes(outer: int, inner: int, _count: int) -> dict[str, Any]:
+def _more_sizes(outer: int, inner: int) -> dict[str, Any]:
     """Return the block sizes; the best of seven for each product of the small model on an H100."""
-    block_out = next((size for size in (32, 16) if outer // size >= _PROGRAMS), 8)
+    fitting = (size for size in (32, 16) if outer % size == 0 and outer // size >= _PROGRAMS)
+    block_out = next(fitting, 8)
     at_once = _divisor(inner, 256 if block_out > 8 else 512)
     parts = min(4, at_once // _LEAST_BLOCK)
     return {

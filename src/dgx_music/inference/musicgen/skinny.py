@@ -21,9 +21,6 @@ _GELU, _ADD, _CACHE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 are added to what is there; with 3 the first third, queries, is kept, and the others, keys and
 values, go to the cache. ``products`` has the same numbers."""
 
-_LINE = tl.constexpr(64)
-"""Numbers of 16 bits in a line of 128 bytes, of which memory is read at a time."""
-
 
 @triton.jit  # type: ignore[untyped-decorator]
 def multiply_few(
@@ -138,8 +135,10 @@ def multiply_more(
 def _begin(weight: tl.tensor, o: tl.tensor, inner: tl.constexpr, overlaps: tl.constexpr) -> None:
     """Bring the weights nearer, wait for the kernel before, and let the next one begin."""
     if overlaps:
-        line = tl.arange(0, triton.next_power_of_2(inner) // _LINE)
-        place = tl.minimum(line * _LINE, inner - 1)
+        # Memory is read in lines of 128 bytes.
+        length: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        line = tl.arange(0, triton.next_power_of_2(inner) // length)
+        place = tl.minimum(line * length, inner - 1)
         there = (weight + o[:, None] * inner + place[None, :]).to(tl.int64)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",

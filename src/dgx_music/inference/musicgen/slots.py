@@ -169,7 +169,7 @@ class Slots:
 
     @torch.no_grad()
     def read(self, parts: Sequence[tuple[Row, int, int]]) -> list[Tensor | EngineError]:
-        """Return the codes ``[K, frame]`` of rows' frames, from one to before another.
+        """Return codes ``[K, frame]`` of rows, each from its first frame up to before its last.
 
         The frames must be whole. Waits for the device once, however many parts there are. In place
         of the codes of a row whose numbers were not all finite is an error.
@@ -182,7 +182,7 @@ class Slots:
             for slot, (_, start, end) in zip(slots, parts, strict=True)
         ]
         with self._launcher.on_stream():
-            there = torch.cat(places).to(self._decoder.device)
+            there = _upload(torch.cat(places), self._decoder.device)
             found = self._state.tokens.flatten()[there]
             are_finite = self._state.is_finite[: len(self.rows)].to(found.dtype)
             numbers = torch.cat([found, are_finite]).cpu()
@@ -324,6 +324,13 @@ class Slots:
         if not passes:
             return None
         return Text(self._texts, self._text_mask, self._text_last, passes, spans)
+
+
+def _upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return the numbers on the device, without waiting for it."""
+    if device.type == "cpu":
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _not_finite() -> EngineError:
