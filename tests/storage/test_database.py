@@ -456,12 +456,15 @@ def test_a_servers_errors_are_known_in_every_language(told, is_passing):
     assert (is_unavailable(error) or is_of_another_schema(error, Base.metadata)) == is_passing
 
 
-def test_a_farewell_of_the_server_that_is_read_before_the_end_is_an_idle_transaction():
+def test_a_farewell_of_the_server_that_is_read_before_the_end_is_a_lost_connection():
     told = InternalClientError(
         "cannot switch to state 15; another operation (2) is in progress"
     )  # COMMIT
 
-    assert "idle transaction" in str(known_reason(DBAPIError("COMMIT", {}, told), 0.5))
+    error = DBAPIError("COMMIT", {}, told)
+
+    assert "idle transaction" in str(known_reason(error, 0.5))
+    assert is_unavailable(error)
 
 
 @on(*POSTGRES)

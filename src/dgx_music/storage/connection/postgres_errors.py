@@ -16,19 +16,25 @@ _TRANSIENT = {
 """Serialisation, deadlock, timeouts, shutdown; 25006: the server has become a replica."""
 _FORBIDDEN = "42501"
 _LOCK_NOT_HAD, _IDLE_TOO_LONG = "55P03", "25P03"
+_FAREWELL = "another operation (2) is in progress"
+"""asyncpg's words after the server's farewell was read, and before the connection ends."""
 _ASYNCPGS_IDLE_TOO_LONG = (
     "underlying connection is closed",
     "idle-in-transaction timeout",
-    "another operation (2) is in progress",
+    _FAREWELL,
 )
-"""The last one: the server's farewell has been read, the end of the connection not yet."""
 _WORTH_REPEATING = {"40001", "40P01"}
 _STALE_PLAN = ("cached plan must not change result type", "cached statement plan is invalid")
 _NOT_THERE, _NO_COLUMN, _NO_SCHEMA = "42P01", "42703", "3F000"
 _BEHIND_A_POOLER = {"26000", "42P05"}
 _UNAVAILABLE_CLASSES = ("08", "53", "58", "XX")
 """Connections, resources, the server's own disk, and what it calls an internal error."""
-_LOST = ("connection is closed", "connection was closed", "connection has been closed")
+_LOST = (
+    "connection is closed",
+    "connection was closed",
+    "connection has been closed",
+    _FAREWELL,
+)
 
 
 def is_unavailable(error: BaseException) -> bool:
