@@ -68,7 +68,7 @@ def test_a_negative_prompt_is_refused_in_one_sentence(text: object, sentence: st
 
 @pytest.mark.parametrize("kind", ["", "drums", 7, None, ["mix"]])
 def test_another_kind_of_melody_is_refused(kind: object) -> None:
-    message = f"melody_kind is {validation.shown(kind)}; use auto, solo or mix."
+    message = f"melody_kind is {validation.shown(kind)}; use auto, solo, mix or stems."
     assert refused(validation.check_melody_kind, kind) == message
 
 

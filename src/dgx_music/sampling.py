@@ -47,7 +47,7 @@ class SamplingOptions(TypedDict, total=False):
     melody_kind: Annotated[
         MelodyKind,
         "What the melody's clip holds: solo, a tune alone; mix, a tune above a bass; auto, "
-        "whichever of the two it sounds like.",
+        "whichever of the two it sounds like; stems, a mix whose drums and bass demucs takes away.",
     ]
 
 

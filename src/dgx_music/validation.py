@@ -30,7 +30,7 @@ from dgx_music.text import says_something
 
 AudioFormat: TypeAlias = Literal["wav", "flac", "mp3", "ogg"]
 AUDIO_FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
-MelodyKind: TypeAlias = Literal["auto", "solo", "mix"]
+MelodyKind: TypeAlias = Literal["auto", "solo", "mix", "stems"]
 MELODY_KINDS: tuple[MelodyKind, ...] = get_args(MelodyKind)
 MAX_PROMPT_CHARACTERS = 2_000
 MAX_NAME_CHARACTERS = 200
@@ -208,7 +208,7 @@ def check_audio_format(value: object, field: str = "audio_format") -> AudioForma
 
 
 def check_melody_kind(value: object, field: str = "melody_kind") -> MelodyKind:
-    """Return how a melody's clip is read: ``auto``, ``solo`` or ``mix``."""
+    """Return how a melody's clip is read: ``auto``, ``solo``, ``mix`` or ``stems``."""
     for known in MELODY_KINDS:
         if value == known:
             return known

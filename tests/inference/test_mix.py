@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import get_args
 
 import pytest
 import torch
@@ -66,7 +65,7 @@ def test_a_clip_of_any_length_has_the_frames_of_a_solo(sample_count: int) -> Non
     assert chosen(samples, "auto").shape == chroma(samples, RATE).shape
 
 
-@pytest.mark.parametrize("kind", get_args(MelodyKind))
+@pytest.mark.parametrize("kind", ["auto", "solo", "mix"])
 def test_silence_is_the_same_as_no_melody(kind: MelodyKind) -> None:
     assert set(chosen(torch.zeros(3 * RATE), kind).argmax(1).tolist()) == {0}
 

@@ -19,6 +19,7 @@ from dgx_music.inference.engine import GenerationRequest
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader
 from dgx_music.inference.musicgen.mix import choose_reader
+from dgx_music.inference.musicgen.stems import separate
 from dgx_music.validation import MelodyKind
 
 LONGEST_PREFIX_TEXT = 512
@@ -79,10 +80,17 @@ class Conditioner:
             return lambda _begin: Conditions(text, negative, None, is_guided)
         tune = None
         if request.melody is not None:
-            samples = fit(request.melody, self._sample_rate, 1)[0]
-            tune = _Tune(samples, self._sample_rate, request.melody_kind, is_long=is_long)
+            tune = self._tune(request.melody, request.melody_kind, is_long=is_long)
         text, negative = map(self._states, texts)
         return partial(_read_window, self._melody, text, negative, tune, is_guided)
+
+    def _tune(self, melody: Audio, kind: MelodyKind, *, is_long: bool) -> _Tune:
+        if kind == "stems":
+            heard = melody.samples if is_long else melody.samples[:, : _window(melody.sample_rate)]
+            melody = separate(Audio(heard, melody.sample_rate), self._decoder.device)
+            kind = "solo"
+        samples = fit(melody, self._sample_rate, 1)[0]
+        return _Tune(samples, self._sample_rate, kind, is_long=is_long)
 
     def _read_text(self, text: str) -> Tensor | None:
         """Return cross-attention's keys and values ``[L, 2, H, X, D]``; ``None`` for no text."""
@@ -114,7 +122,7 @@ class _Tune:
     def __init__(
         self, samples: Tensor, sample_rate: int, kind: MelodyKind, *, is_long: bool
     ) -> None:
-        window = round(WINDOW_SECONDS * sample_rate)
+        window = _window(sample_rate)
         self._samples = samples if is_long else samples[:window]
         self._length = window if is_long else len(self._samples)
         self._sample_rate = sample_rate
@@ -125,6 +133,11 @@ class _Tune:
         first = int(begin * self._sample_rate)
         heard = torch.arange(first, first + self._length) % len(self._samples)
         return self._read(self._samples[heard], self._sample_rate)
+
+
+def _window(sample_rate: int) -> int:
+    """Return the samples of the longest window."""
+    return round(WINDOW_SECONDS * sample_rate)
 
 
 @torch.no_grad()
