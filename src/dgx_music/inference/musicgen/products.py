@@ -100,15 +100,15 @@ def _multiply(
     norm: Norm | None = None,
     cache: _Cache | None = None,
 ) -> None:
+    count, (outer, inner) = len(x), weight.shape
+    if x.shape[1] != inner or x.stride(1) != 1 or len(out) != count:
+        raise ValueError("The sequences, the weight and what is written do not fit together.")
     from dgx_music.inference.musicgen import skinny
 
-    count, (outer, inner) = len(x), weight.shape
     written, positions, passes = cache or _Cache(out[None, None, None, None], out, 1)
     scale, shift = norm or (weight, weight)
     is_same = written.dtype == x.dtype
     kernel = skinny.multiply_few if count <= _FEW else skinny.multiply_more
-    if x.shape[1] != inner or x.stride(1) != 1 or len(out) != count:
-        raise ValueError("The sequences, the weight and what is written do not fit together.")
     sizes = _few_sizes(outer, inner, count) if count <= _FEW else _more_sizes(outer, inner)
     kernel[(outer // sizes["block_out"],)](
         x,
