@@ -60,7 +60,6 @@ _OF_WAVEFORM = (
         read_integer,
     ),
 )
-_BYTES = {"schema": {"type": "string", "format": "binary"}}
 _AUDIO_ANSWERS = documents.answers(
     {
         200: ("The file.", None),
@@ -70,7 +69,7 @@ _AUDIO_ANSWERS = documents.answers(
     errors=[404, 409, 410, 416],
 )
 for _status in (200, 206):
-    _AUDIO_ANSWERS[_status]["content"] = dict.fromkeys(MEDIA_TYPES.values(), _BYTES)
+    _AUDIO_ANSWERS[_status]["content"] = dict.fromkeys(MEDIA_TYPES.values(), documents.BYTES)
 
 
 @router.get(

@@ -109,7 +109,7 @@ _ESTIMATE = {
 }
 _LISTS = {"type": "array", "items": _ROW_SCHEMA}
 
-BYTES = {"schema": {"type": "string", "format": "binary"}}
+BYTES = {"schema": {"type": "string", "format": "binary"}, "example": "RIFF…WAVEfmt …"}
 ONE = {"schema": _ROW_SCHEMA, "example": ROW}
 MANY = {
     "schema": {

@@ -38,8 +38,7 @@ _ANSWERS = documents.answers(
     errors=[404, 409, 410, 416],
 )
 for _status in (200, 206):
-    _BYTES = {"schema": {"type": "string", "format": "binary"}}
-    _ANSWERS[_status]["content"] = {MEDIA_TYPES["wav"]: _BYTES}
+    _ANSWERS[_status]["content"] = {MEDIA_TYPES["wav"]: documents.BYTES}
 
 logger = logging.getLogger(__name__)
 router = APIRouter(

@@ -192,7 +192,7 @@ async def _serve_until_signal(
 def _greeting(listener: socket.socket, options: WebOptions) -> str:
     host, port = listener.getsockname()[:2]
     where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    who = "; until the first token is made, everybody on this machine may use it"
+    who = "; while there is no token, everybody on this machine may use it"
     return (
         f"Serving the page at {where}/ and the API at {where}/v1{who if options.is_open else ''}."
     )
