@@ -35,7 +35,8 @@ TARGET_LUFS = -14.0
 PEAK_LIMIT = 10 ** (-1 / 20)  # -1 dBFS: room for what a lossy decoder adds to a peak
 WAVEFORM_POINTS = 1_000
 _BLOCK_FRAMES = 65_536
-"""libsndfile overflows the stack on a long OGG file that is written in one call."""
+"""How many frames are worked on at once: libsndfile overflows the stack on a long OGG file that is
+written in one call, and the peaks of all frames at once take as much memory as the audio."""
 _CEILING = 100.0  # +40 dBFS: no engine means more, and float32 arithmetic overflows on much more
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -30,7 +30,7 @@ def direct_enqueue(scheme: TokenScheme) -> Handle:
     async def handle(request: Request) -> Response:
         await scheme(request)
         access = access_of(request, Role.ENQUEUE)
-        body = await read_body(request, GenerationRequest)
+        body = await _read_body(request)
         return await enqueue_options(given(body), request, access)
 
     def refuse(request: Request, error: Exception) -> Response | None:
@@ -40,11 +40,11 @@ def direct_enqueue(scheme: TokenScheme) -> Handle:
     return answering(handle, limited, refuse)
 
 
-async def read_body(request: Request, model: type[BaseModel]) -> BaseModel:
-    """Return the body as this model; raises as the framework does."""
+async def _read_body(request: Request) -> GenerationRequest:
+    """Return what the body asks for; raises as the framework does."""
     value = await _read_json(request)
     try:
-        return model.model_validate(value)
+        return GenerationRequest.model_validate(value)
     except ValidationError as error:
         found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         raise RequestValidationError(found) from error

@@ -20,12 +20,12 @@ from tests.inference.gpu import IS_INTERPRETED, assert_rounded_alike
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COUNTS = [1, 2, 3, 4, 5, 8, 13, MOST]
 
-
 # Several sizes of blocks, and with 3,088 one that larger blocks do not divide.
 MANY = [1_536, 3_072, 3_088, 8_192]
 
 
-def needs(dtype: torch.dtype, count: int) -> None:
+def skip_what_the_interpreter_miscomputes(dtype: torch.dtype, count: int) -> None:
+    """Skip the test if only a GPU computes it rightly."""
     if IS_INTERPRETED and dtype == torch.bfloat16 and count > 4:
         pytest.skip("the interpreter multiplies matrices in bfloat16 as if they were integers")
 
@@ -55,7 +55,7 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
 def test_a_product_of_what_is_normed_is_torchs(
     device: str, dtype: torch.dtype, count: int, outer: int, inner: int
 ) -> None:
-    needs(dtype, count)
+    skip_what_the_interpreter_miscomputes(dtype, count)
     x, weight, norm = (
         noise(count, inner, dtype=dtype),
         weights(outer, inner, dtype),
@@ -90,7 +90,7 @@ def test_all_of_many_results_are_computed(device: str, count: int, outer: int) -
 def test_a_product_is_added_to_every_so_many_rows(
     device: str, dtype: torch.dtype, count: int, every: int
 ) -> None:
-    needs(dtype, count)
+    skip_what_the_interpreter_miscomputes(dtype, count)
     to, x = noise(every * count, 48, dtype=dtype), noise(count, 256, dtype=dtype, seed=3)
     weight = weights(48, 256, dtype)
     expected = to.double()

@@ -24,11 +24,9 @@ class Clip:
     turns_waited: int = 0
     """How many turns others had while a window of this clip waited."""
 
-    def __lt__(self, other: Clip) -> bool:
-        return self._key < other._key
-
     @property
-    def _key(self) -> tuple[int, int]:
+    def turn(self) -> tuple[int, int]:
+        """Return what is smallest of the clip that goes next."""
         return self.work.left - self.turns_waited, self.number
 
 
@@ -94,7 +92,8 @@ class CodecThread:
         Returns none if they went with an earlier one.
         """
         with self._lock:
-            self._waiting = sorted(clip for clip in self._waiting if not clip.result.cancelled())
+            wanted = [clip for clip in self._waiting if not clip.result.cancelled()]
+            self._waiting = sorted(wanted, key=lambda clip: clip.turn)
             first = self._waiting[:1]
             alike = [clip for clip in self._waiting if clip.work.phase == first[0].work.phase]
             chosen = alike[: self._most_together]
