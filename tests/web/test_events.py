@@ -278,6 +278,8 @@ async def test_streams_live_while_the_database_does_not_answer(
             await stream.comment()
         monkeypatch.undo()
 
+    assert stream.comments >= 3
+
 
 @pytest.mark.parametrize("room", [1, 1_000])
 async def test_all_streams_end_with_the_server(serve, default_database, room):
