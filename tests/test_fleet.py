@@ -378,6 +378,7 @@ async def test_a_new_worker_waits_for_the_living_after_everybody_was_silent(data
 def test_a_worker_waits_for_the_database_no_longer_than_a_quarter_of_its_lease():
     limited = within_lease(load_settings(lease_seconds=8, connect_timeout_seconds=1))
     assert (limited.connect_timeout_seconds, limited.command_timeout_seconds) == (1, 2)
+    assert limited.idle_transaction_timeout_seconds == 4
     assert within_lease(load_settings(lease_seconds=3600)) == load_settings(lease_seconds=3600)
 
 

@@ -58,6 +58,7 @@ DESCRIBED = {
     "lease_seconds": 30.0,
 }
 CLAIMS = b"INSERT INTO attempts"
+BEATS = b"heartbeat_at"
 COMPLETES = b"generation_time_seconds"
 
 
@@ -311,6 +312,28 @@ async def test_connections_that_a_network_has_forgotten_cost_no_lease(
 
 
 @MOSTLY_ASYNCPG
+async def test_a_heartbeat_that_a_network_has_forgotten_half_done_costs_no_lease(
+    database, tmp_path, start, script, proxy, proxied
+):
+    """The server keeps its locks, for which the next heartbeats wait, until it undoes the transaction."""
+    await add_many(database, 3)
+    settings = QUICK | {"lease_seconds": 8.0}
+    daemon = start(
+        url=proxied,
+        script=script({"do": "wait", "seconds": 10.0}),
+        idle_transaction_timeout_seconds=600,
+        **settings,
+    )
+    await until_in_hand(database, [daemon], 3)
+    loss = proxy.lose_request(after=BEATS, cut=False)
+    other = start(**settings)
+    await until_registered(database, [other])
+    await loss.wait()
+    await until_all(database, is_finished)
+    await check_nothing_ran_twice(database, tmp_path, 3)
+
+
+@MOSTLY_ASYNCPG
 async def test_a_worker_behind_a_black_hole_changes_nothing_of_what_another_has_finished(
     database, tmp_path, start, script, proxy, proxied
 ):
@@ -373,7 +396,8 @@ async def test_a_claim_whose_commit_arrives_when_the_worker_has_given_it_up_is_g
 ):
     await add_many(database, 3)
     loss = proxy.lose_request(after=CLAIMS, cut=False)
-    daemon = start(url=proxied, **QUICK | {"lease_seconds": 6.0})
+    # so long that the server still has the transaction when the commit arrives
+    daemon = start(url=proxied, **QUICK | {"lease_seconds": 60.0})
     await loss.wait()
     await daemon.says("cannot claim")
     await until(database, await add(database, "after"), is_finished)

@@ -62,11 +62,13 @@ def within_lease(settings: Settings) -> Settings:
     """Return the settings with no wait for the database longer than a quarter of the lease.
 
     Else a connection that a network has forgotten, and making a new one, could cost a healthy
-    worker its leases.
+    worker its leases. So could the locks that the server keeps for that connection: it undoes an
+    idle transaction within half of the lease, when the worker has given it up.
     """
-    names = ("connect_timeout_seconds", "statement_timeout_seconds", "command_timeout_seconds")
-    longest = settings.lease_seconds / 4
-    limits = {name: min(getattr(settings, name), longest) for name in names}
+    waits = {"connect": 4, "statement": 4, "command": 4, "idle_transaction": 2}
+    names = {f"{wait}_timeout_seconds": part for wait, part in waits.items()}
+    lease = settings.lease_seconds
+    limits = {name: min(getattr(settings, name), lease / part) for name, part in names.items()}
     return replace(settings, **limits)
 
 
