@@ -7,6 +7,7 @@ import gc
 import os
 import secrets
 import shutil
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Otherwise each of the many processes that tests start compiles the package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# In the background of a script, or under nohup, these are ignored, and a program that ignores them is started ignoring
+# them. One that handles them is not, so the processes that tests start hear the signals that tests send.
+for _hidden in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_hidden) is signal.SIG_IGN:
+        signal.signal(_hidden, lambda *_: None)
 
 pytest_plugins = ["tests.postgres", "tests.daemons"]
 
