@@ -12,6 +12,7 @@ import asyncpg
 from benchmarks.contestants import DURATION, MODEL, Arrived, ClaimingQueue
 from benchmarks.worker import NoopEngine, noop_worker
 from dgx_music import Database, close_db, enqueue, enqueue_many, init_db
+from dgx_music.garbage import spare_collections
 from dgx_music.storage import queue
 
 ADD_FINISHED_SQLITE = """
@@ -74,6 +75,7 @@ class DgxMusic(ClaimingQueue):
 
     async def work(self, slots: int, arrived: Arrived) -> None:
         self._worker = noop_worker(self._database, NoopEngine(slots, arrived))
+        spare_collections()  # as the command does
         await self._worker.run()
 
     async def stop(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from dgx_music.storage import queue
 from dgx_music.worker.completions import Completions
+from dgx_music.worker.turns import Turns
 from tests.factories import SQLITE, add_generation, claim_up_to, completion_of, on
 from tests.patience import PATIENCE
 
@@ -20,8 +21,63 @@ async def leases(database):
         return [claimed.lease for claimed in await claim_up_to(session, 2)]
 
 
+@pytest.fixture
+def transactions(monkeypatch):
+    """The number of completions in each transaction."""
+    found, complete = [], queue.complete
+
+    async def counting(session, completions):
+        found.append(len(completions))
+        return await complete(session, completions)
+
+    monkeypatch.setattr(queue, "complete", counting)
+    return found
+
+
+async def test_those_that_are_ready_at_once_share_a_transaction(database, leases, transactions):
+    completions = Completions(database, Turns())
+    done = await asyncio.gather(*(completions.write(completion_of(lease)) for lease in leases))
+    assert (done, transactions) == ([True, True], [2])
+
+
+async def test_one_whose_audio_is_in_line_to_be_finished_goes_with_it(
+    database, leases, transactions
+):
+    turns = Turns()
+    completions = Completions(database, turns)
+
+    async def finish_and_write(lease):
+        await turns.do(lambda: None)
+        return await completions.write(completion_of(lease))
+
+    second = asyncio.create_task(finish_and_write(leases[1]))
+    await asyncio.sleep(0)
+    assert await completions.write(completion_of(leases[0])) is True
+    assert await second is True
+    assert transactions == [2]
+
+
+async def test_one_that_comes_while_others_are_written_goes_with_the_next(
+    database, leases, transactions, monkeypatch
+):
+    completions, transact = Completions(database, Turns()), database.transact
+    later = []
+
+    async def transact_while_another_comes(work, **options):
+        if not later:
+            later.append(asyncio.create_task(completions.write(completion_of(leases[1]))))
+            await asyncio.sleep(0)
+        return await transact(work, **options)
+
+    monkeypatch.setattr(database, "transact", transact_while_another_comes)
+    assert await completions.write(completion_of(leases[0])) is True
+    async with asyncio.timeout(PATIENCE):
+        assert await later[0] is True
+    assert transactions == [1, 1]
+
+
 async def test_one_that_cannot_be_stored_does_not_take_another_with_it(database, leases):
-    completions = Completions(database)
+    completions = Completions(database, Turns())
     bad, good = completion_of(leases[0], audio={"x": "\ud800"}), completion_of(leases[1])
     outcomes = await asyncio.gather(
         completions.write(bad), completions.write(good), return_exceptions=True
@@ -33,7 +89,7 @@ async def test_one_that_cannot_be_stored_does_not_take_another_with_it(database,
 async def test_one_that_is_cancelled_leaves_another_of_its_transaction_to_be_written(
     database, leases, monkeypatch
 ):
-    completions, began = Completions(database), asyncio.Event()
+    completions, began = Completions(database, Turns()), asyncio.Event()
     complete = queue.complete
 
     async def complete_or_be_cancelled(session, given):

@@ -171,6 +171,36 @@ async def test_no_more_than_as_many_again_wait_for_their_audio(database, make_wo
     assert (most, engine.most_in_slots) == (4, 2)
 
 
+class SlowArtifacts(MemoryArtifacts):
+    """A place where nothing is stored before it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting, self.go_on = 0, asyncio.Event()
+
+    async def publish(self, *arguments):
+        self.waiting += 1
+        await self.go_on.wait()
+        return await super().publish(*arguments)
+
+
+async def test_three_times_as_many_as_slots_are_claimed_while_storing_is_slow(
+    database, make_worker, engine
+):
+    engine.slots, artifacts = 2, SlowArtifacts()
+    rows = [await add(database, f"prompt {number}") for number in range(9)]
+    worker = make_worker(artifacts)
+    async with at_work(worker):
+        with anyio.fail_after(PATIENCE):
+            while artifacts.waiting < 6:
+                await anyio.sleep(0.01)
+        await anyio.sleep(0.3)
+        assert (artifacts.waiting, len(worker._leases.running)) == (6, 6)
+        artifacts.go_on.set()
+        for row in rows:
+            await until(database, row, "completed")
+
+
 async def test_a_generation_whose_slot_is_free_can_be_cancelled(database, make_worker, engine):
     generation = await add(database)
     engine.sounding["lofi rain"] = asyncio.Event()

@@ -10,6 +10,7 @@ from dgx_music.client.enqueue import enqueue, enqueue_many
 from dgx_music.storage import queue
 from dgx_music.storage.queue import Lease
 from dgx_music.worker.completions import Completions
+from dgx_music.worker.turns import Turns
 from tests.factories import (
     MODEL,
     POSTGRES,
@@ -60,7 +61,7 @@ async def test_a_lease_that_is_lost_is_told_from_one_that_is_locked(database, th
 
 
 async def test_completions_go_on_without_the_one_that_a_caller_has_locked(database, three):
-    completions = Completions(database)
+    completions = Completions(database, Turns())
     async with database.session() as caller:
         await queue.cancel(caller, three[1].generation_id)
         writing = [asyncio.create_task(completions.write(completion_of(lease))) for lease in three]
@@ -75,7 +76,7 @@ async def test_completions_go_on_without_the_one_that_a_caller_has_locked(databa
 async def test_a_completion_whose_row_is_cancelled_meanwhile_is_refused_in_the_end(database, three):
     async with database.session() as caller:
         await queue.cancel(caller, three[1].generation_id)
-        writing = asyncio.create_task(Completions(database).write(completion_of(three[1])))
+        writing = asyncio.create_task(Completions(database, Turns()).write(completion_of(three[1])))
         await asyncio.sleep(0.1)
     with anyio.fail_after(PATIENCE):
         assert await writing is False

@@ -23,6 +23,7 @@ from dgx_music.storage.estimates import estimate
 from dgx_music.storage.models import Base, Generation, Prompt
 from dgx_music.storage.workers import get_workers, heartbeat_worker
 from dgx_music.worker.completions import Completions
+from dgx_music.worker.turns import Turns
 from tests.factories import (
     MODEL,
     POSTGRES,
@@ -690,7 +691,9 @@ async def test_a_completion_whose_commit_was_not_answered_is_said_again(
     await loss.wait()
 
     with anyio.fail_after(PATIENCE):
-        assert await Completions(distant).write(completion_of(lease, file_path="again.wav"))
+        assert await Completions(distant, Turns()).write(
+            completion_of(lease, file_path="again.wav")
+        )
     assert (await read(database, lease.generation_id)).file_path == (
         "first.wav" if is_done else "again.wav"
     )

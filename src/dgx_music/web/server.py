@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -16,6 +15,7 @@ from dgx_music.client import tokens
 from dgx_music.config import Settings
 from dgx_music.early import stopping_signals
 from dgx_music.errors import ConfigurationError
+from dgx_music.garbage import spare_collections
 from dgx_music.storage import close_db, init_db
 from dgx_music.web.app import create_app
 from dgx_music.web.child import WorkerProcess
@@ -58,21 +58,11 @@ async def serve(
             site = Site(settings, options)
             server = _Server(_config(settings, listening, site), site.stops)
             async with _beside(worker_variables, settings, tell) as worker:
-                _spare_collections()
+                spare_collections()
                 tell(_greeting(listener, options))
                 await _serve_until_signal(server, listener, worker)
     finally:
         await close_db()
-
-
-def _spare_collections() -> None:
-    """Keep what is there at the start out of every later search for garbage.
-
-    All that was imported is more than 100,000 objects. To search them takes a tenth of a second
-    or several, in which no viewer hears anything.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 async def _prepare(settings: Settings, listening: Listening, options: WebOptions) -> WebOptions:

@@ -35,7 +35,7 @@ Perform = Callable[[Running], Coroutine[Any, Any, None]]
 
 logger = logging.getLogger(__name__)
 
-_GATHER_TURNS = 3
+_MOST_GATHER_TURNS = 8
 """Of the event loop, for the slots that are about to be free: one claim of many rows costs hardly
 more than of one."""
 _SPREAD_SECONDS = 0.05
@@ -111,9 +111,7 @@ class Claiming:
     async def _claim(self) -> list[Claim]:
         """Return what was claimed: nothing if no slot is free, or database or engine is away."""
         self._notice_lost_file()
-        for _ in range(_GATHER_TURNS if self._leases.running else 0):
-            await anyio.lowlevel.checkpoint()
-        free = self.free_slots()
+        free = await self._gather_slots()
         claims = await self._try_to_claim(free) if free else []
         self._found_fewer = len(claims) < free
         return claims
@@ -135,14 +133,23 @@ class Claiming:
         except DatabaseUnavailableError:
             return True
 
-    def free_slots(self) -> int:
-        """Return how many slots the engine has free.
+    async def _gather_slots(self) -> int:
+        """Return how many slots are free, after those that are about to be free."""
+        if self._leases.running:
+            for _ in range(min(_MOST_GATHER_TURNS, self._engine.info.slots)):
+                await anyio.lowlevel.checkpoint()
+        return self.free_slots()
 
-        At most as many generations as it has slots may wait for their audio to be made and stored.
+    def free_slots(self) -> int:
+        """Return how many generations may be claimed for the engine's free slots.
+
+        At most as many generations as it has slots may wait there for their audio to be made, and
+        as many more for it to be stored and their rows to be completed.
         """
-        slots, running = self._engine.info.slots, self._leases.running
-        in_slots = sum(each.has_slot for each in running.values())
-        return min(slots - in_slots, 2 * slots - len(running))
+        slots, running = self._engine.info.slots, self._leases.running.values()
+        in_slots = sum(each.has_slot for each in running)
+        in_engine = sum(each.is_in_engine for each in running)
+        return min(slots - in_slots, 2 * slots - in_engine, 3 * slots - len(running))
 
     async def _try_to_claim(self, limit: int) -> list[Claim]:
         try:

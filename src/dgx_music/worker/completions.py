@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
-import anyio.lowlevel
 
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.retrying import for_ever, keep_trying
 from dgx_music.storage import queue
 from dgx_music.storage.database import Database
 from dgx_music.storage.queue import Completion, Lease
+from dgx_music.worker.turns import Turns
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,6 +30,8 @@ class _Entry:
     completion: Completion
     is_done: bool | None = None
     error: Exception | None = None
+    is_locked: bool = False
+    """True if somebody else had its row locked when it was last written."""
 
     @property
     def is_open(self) -> bool:
@@ -37,12 +39,17 @@ class _Entry:
 
 
 class Completions:
-    """Group commit: while one transaction is written, those that arrive gather for the next."""
+    """Group commit: while one transaction is written, those that arrive gather for the next.
 
-    def __init__(self, database: Database) -> None:
+    It is written for those that are in line of the ``turns`` as well: they are about to be ready.
+    """
+
+    def __init__(self, database: Database, turns: Turns) -> None:
         self._database = database
+        self._turns = turns
         self._waiting: list[_Entry] = []
-        self._turn = asyncio.Lock()
+        self._writing: asyncio.Event | None = None
+        """Set when the transaction that is being written has ended."""
 
     async def write(self, completion: Completion) -> bool:
         """Return True once the row is completed, False if its lease was lost or a cancel requested.
@@ -53,22 +60,28 @@ class Completions:
         entry = _Entry(completion)
         self._waiting.append(entry)
         while entry.is_open:
-            async with self._turn:
-                if entry.is_open:  # no earlier turn has written it
-                    await anyio.lowlevel.checkpoint()  # others may be ready in this moment
-                    await self._write_waiting()
-            if entry.is_open:  # its row is locked: the others go on without it
+            if self._writing is None:
+                await self._write_next()
+            else:
+                await self._writing.wait()
+            if entry.is_locked:  # the others go on without it
                 await anyio.sleep(_LOCKED_SECONDS)
         if entry.error is not None:
             raise entry.error
         return bool(entry.is_done)
 
-    async def _write_waiting(self) -> None:
-        batch, self._waiting = self._waiting, []
+    async def _write_next(self) -> None:
+        """Write those that wait in one transaction, then wake all of them at once."""
+        writing = self._writing = asyncio.Event()
+        batch: list[_Entry] = []
         try:
+            await self._turns.wait()
+            batch, self._waiting = self._waiting, []
             await self._write(batch)
-        finally:  # if this task was cancelled, the next in turn writes them; twice is harmless
+        finally:  # if this task was cancelled, another of them writes the rest; twice is harmless
             self._waiting = [entry for entry in batch if entry.is_open] + self._waiting
+            self._writing = None
+            writing.set()
 
     async def _write(self, batch: list[_Entry]) -> None:
         """Write them together; if one of them cannot be stored, one by one."""
@@ -82,7 +95,8 @@ class Completions:
                 await self._write([entry])
         else:
             for entry in batch:
-                if entry.completion.lease not in locked:
+                entry.is_locked = entry.completion.lease in locked
+                if not entry.is_locked:
                     entry.is_done = entry.completion.lease in done
 
     async def _settle(self, entry: _Entry, error: Exception) -> None:

@@ -15,6 +15,7 @@ from dgx_music.audio import files as audio
 from dgx_music.config import Settings
 from dgx_music.early import stopping_signals
 from dgx_music.errors import ArtifactError, DgxMusicError
+from dgx_music.garbage import spare_collections
 from dgx_music.inference import tone
 from dgx_music.inference.engine import EngineSettings
 from dgx_music.inference.process import EngineProcess
@@ -98,6 +99,7 @@ async def _warm_up(worker: Worker) -> None:
     """Load the libraries that finish audio; a worker without them stops before it claims."""
     try:
         await anyio.to_thread.run_sync(audio.warm_up)
+        spare_collections()
     except ArtifactError as error:
         worker.give_up(error)
     # Python raises RuntimeError for a thread that it cannot start.

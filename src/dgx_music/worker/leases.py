@@ -48,6 +48,7 @@ class Running:
     progress: float = 0.0
     stopped_for: Stop | None = None
     has_slot: bool = True
+    is_in_engine: bool = True
     is_completing: bool = False
     started: float = field(default_factory=time.monotonic)
 
@@ -64,6 +65,10 @@ class Running:
     def free_slot(self) -> None:
         """Note that the engine's slot can serve another generation."""
         self.has_slot = False
+
+    def leave_engine(self) -> None:
+        """Note that the engine has nothing more to do for it."""
+        self.has_slot = self.is_in_engine = False
 
     def stop(self, reason: Stop) -> None:
         """Stop it, unless its completion is being written: that write says who owns the row."""

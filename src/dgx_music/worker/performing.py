@@ -16,6 +16,7 @@ import anyio.lowlevel
 from dgx_music.artifacts import Artifact, Artifacts
 from dgx_music.audio import clips
 from dgx_music.audio import files as audio
+from dgx_music.audio.files import FinishedAudio
 from dgx_music.audio.samples import Audio
 from dgx_music.audio.tags import Tags, tags_of
 from dgx_music.config import Settings
@@ -43,6 +44,7 @@ from dgx_music.worker.lost_files import drop_files
 from dgx_music.worker.outcomes import Completed, Failed, Released, outcome_of
 from dgx_music.worker.preview import Preview, publishing
 from dgx_music.worker.stopping import Stopping
+from dgx_music.worker.turns import Turns
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -74,7 +76,8 @@ class Performing:
         self._leases = leases
         self._stopping = stopping
         self._rng = rng
-        self._completions = Completions(database)
+        self._turns = Turns()
+        self._completions = Completions(database, self._turns)
 
     async def run(self, running: Running) -> None:
         """Perform one generation; write any other outcome with one call of the storage."""
@@ -121,23 +124,21 @@ class Performing:
         deadline = settings.deadline_floor_seconds + settings.deadline_factor * request.duration
         rate, channels = request.sample_rate, request.channels
         preview = Preview(self._artifacts, running.lease, sample_rate=rate, channels=channels)
+        free_slot = partial(self._free_slot, running)
         try:
-            with anyio.fail_after(deadline):
-                free_slot = partial(self._free_slot, running)
+            with anyio.move_on_after(deadline):
                 async with publishing(preview):
                     return await self._engine.generate(
                         request, running.note_progress, free_slot, preview.hear
                     )
-        except TimeoutError:
-            message = f"The attempt took longer than its deadline of {deadline:g} s."
-            raise TimeoutError(message) from None
         finally:
-            self._free_slot(running)
+            running.leave_engine()
+            self._stopping.wake()
+        raise TimeoutError(f"The attempt took longer than its deadline of {deadline:g} s.")
 
     def _free_slot(self, running: Running) -> None:
-        if running.has_slot:
-            running.free_slot()
-            self._stopping.wake()
+        running.free_slot()
+        self._stopping.wake()
 
     async def _read_clips(self, claim: Claim) -> dict[str, Audio]:
         """Return the clips of a claimed row by the names of their fields.
@@ -174,7 +175,20 @@ class Performing:
 
     async def _store(self, running: Running, made: Audio) -> tuple[Artifact, dict[str, object]]:
         """Return the published file, and what is known of its audio."""
-        claim, lease = running.claim, running.lease
+        lease = running.lease
+        finished = await self._finish(running.claim, made)
+        # Files of these names were never completed and never can be: this attempt holds the claim.
+        await drop_files(self._artifacts, lease, range(1, lease.attempt + 1))
+        artifact = await self._artifacts.publish(
+            lease.generation_id,
+            lease.attempt,
+            finished.extension,
+            finished.data,
+        )
+        return artifact, {**finished.facts, **made.facts}
+
+    async def _finish(self, claim: Claim, made: Audio) -> FinishedAudio:
+        """Return the audio as the file that the request asks for; a longer one is made in a thread."""
         audio_format = self._format_of(claim)
         finish = partial(
             audio.finish,
@@ -186,17 +200,13 @@ class Performing:
             tags=_tags_of(claim, made),
             may_overwrite=True,  # they came from the engine's process: nobody else has them
         )
-        is_quick = audio_format == "wav" and made.duration < _SHORT_SECONDS
-        finished = finish() if is_quick else await anyio.to_thread.run_sync(finish)
-        # Files of these names were never completed and never can be: this attempt holds the claim.
-        await drop_files(self._artifacts, lease, range(1, lease.attempt + 1))
-        artifact = await self._artifacts.publish(
-            lease.generation_id,
-            lease.attempt,
-            finished.extension,
-            finished.data,
-        )
-        return artifact, {**finished.facts, **made.facts}
+        if audio_format != "wav" or made.duration >= _SHORT_SECONDS:
+            return await anyio.to_thread.run_sync(finish)
+        if (
+            self._database.is_embedded
+        ):  # SQLite is in this process: the two would wait for each other
+            return finish()
+        return await self._turns.do(finish)
 
     def _format_of(self, claim: Claim) -> AudioFormat:
         """Return the format that the request asks for, or this worker's own."""
