@@ -30,9 +30,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # In the background of a script, or under nohup, these are ignored, and a program that ignores them is started ignoring
 # them. One that handles them is not, so the processes that tests start hear the signals that tests send.
-for _hidden in (signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(_hidden) is signal.SIG_IGN:
-        signal.signal(_hidden, lambda *_: None)
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 pytest_plugins = ["tests.postgres", "tests.daemons"]
 

@@ -12,13 +12,15 @@ from tests.patience import PATIENCE
 
 pytestmark = on(SQLITE)
 
+COUNT = 8
+
 
 @pytest.fixture
 async def leases(database):
     async with database.session() as session:
-        for _ in range(2):
+        for _ in range(COUNT):
             await add_generation(session)
-        return [claimed.lease for claimed in await claim_up_to(session, 2)]
+        return [claimed.lease for claimed in await claim_up_to(session, COUNT)]
 
 
 @pytest.fixture
@@ -34,27 +36,44 @@ def transactions(monkeypatch):
     return found
 
 
-async def test_those_that_are_ready_at_once_share_a_transaction(database, leases, transactions):
-    completions = Completions(database, Turns())
-    done = await asyncio.gather(*(completions.write(completion_of(lease)) for lease in leases))
-    assert (done, transactions) == ([True, True], [2])
+async def count_turns(turns):
+    while True:
+        turns.append(None)
+        await asyncio.sleep(0)
 
 
-async def test_one_whose_audio_is_in_line_to_be_finished_goes_with_it(
+async def test_those_that_are_ready_at_once_share_a_transaction_and_go_on_at_once(
+    database, leases, transactions
+):
+    completions, passed, ended = Completions(database, Turns()), [], []
+
+    async def write(lease):
+        assert await completions.write(completion_of(lease)) is True
+        ended.append(len(passed))
+
+    counting = asyncio.create_task(count_turns(passed))
+    await asyncio.gather(*map(write, leases))
+    counting.cancel()
+    assert transactions == [COUNT]
+    assert max(ended) - min(ended) <= 2
+
+
+async def test_those_whose_audio_is_in_line_to_be_finished_go_with_it(
     database, leases, transactions
 ):
     turns = Turns()
     completions = Completions(database, turns)
+    first, *others = leases
 
     async def finish_and_write(lease):
         await turns.do(lambda: None)
         return await completions.write(completion_of(lease))
 
-    second = asyncio.create_task(finish_and_write(leases[1]))
+    finishing = [asyncio.create_task(finish_and_write(lease)) for lease in others]
     await asyncio.sleep(0)
-    assert await completions.write(completion_of(leases[0])) is True
-    assert await second is True
-    assert transactions == [2]
+    assert await completions.write(completion_of(first)) is True
+    assert await asyncio.gather(*finishing) == [True] * len(others)
+    assert transactions == [COUNT]
 
 
 async def test_one_that_comes_while_others_are_written_goes_with_the_next(
@@ -100,7 +119,7 @@ async def test_one_that_is_cancelled_leaves_another_of_its_transaction_to_be_wri
 
     monkeypatch.setattr(queue, "complete", complete_or_be_cancelled)
     first, second = (
-        asyncio.create_task(completions.write(completion_of(lease))) for lease in leases
+        asyncio.create_task(completions.write(completion_of(lease))) for lease in leases[:2]
     )
     await asyncio.wait([first])
     assert first.cancelled()

@@ -33,7 +33,7 @@ from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.models import Attempt, Clip, Generation, WorkerInfo
 from dgx_music.storage.queue import Lease
 from dgx_music.storage.schema import now_plus
-from dgx_music.worker import performing
+from dgx_music.worker import daemon, performing
 from dgx_music.worker.daemon import run_worker
 from dgx_music.worker.engine_deaths import BROKEN_AFTER
 from dgx_music.worker.leases import Stop
@@ -301,6 +301,44 @@ async def test_only_an_unexpected_error_is_logged_with_its_trace(
     assert sum(log.levelname == "WARNING" for log in caplog.records) == 3
 
 
+async def test_a_timeout_of_the_engine_itself_is_not_taken_for_the_deadline(
+    database, make_worker, engine
+):
+    generation = await add(database, max_attempts=1)
+    engine.script["lofi rain"] = TimeoutError("slow")
+    await make_worker().run(drain=True)
+    assert (await read(database, generation)).error_message == "slow"
+
+
+async def test_only_beside_a_server_clips_are_finished_in_turns(
+    database, make_worker, engine, monkeypatch
+):
+    notes, finish = [], performing.audio.finish
+
+    def note_and_finish(*arguments, **options):
+        notes.append("finished")
+        return finish(*arguments, **options)
+
+    async def note_each_turn():
+        while True:
+            notes.append("turn")
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(performing.audio, "finish", note_and_finish)
+    engine.slots = 4
+    for number in range(4):
+        await add(database, f"prompt {number}")
+    ticking = asyncio.create_task(note_each_turn())
+    await make_worker(MemoryArtifacts()).run(drain=True)
+    ticking.cancel()
+    from_first_to_last = " ".join(notes).partition("finished")[2].rpartition("finished")[0]
+    assert notes.count("finished") == 4
+    if database.is_embedded:
+        assert from_first_to_last.split() == ["finished"] * 2
+    else:
+        assert "finished finished" not in from_first_to_last
+
+
 async def test_a_rejected_generation_is_not_retried(database, make_worker, engine):
     generation = await add(database)
     engine.script["lofi rain"] = GenerationRejectedError("not this one")
@@ -367,6 +405,18 @@ async def test_a_worker_whose_own_format_cannot_be_written_does_not_start(monkey
     monkeypatch.setattr("soundfile.available_formats", dict)
     with pytest.raises(ConfigurationError, match=r"^DGX_MUSIC_AUDIO_FORMAT is ogg, which this"):
         await run_worker(load_settings(audio_format="ogg", output=str(tmp_path)))
+
+
+@on(SQLITE)
+async def test_a_daemon_keeps_what_it_has_imported_out_of_the_search_for_garbage(
+    database, monkeypatch, output
+):
+    spared = []
+    monkeypatch.setattr(daemon, "spare_collections", lambda: spared.append(True))
+    settings = load_settings(engine="tone", database_url=str(database.url), output=str(output))
+    with anyio.fail_after(PATIENCE):
+        await run_worker(settings, drain=True)
+    assert spared == [True]
 
 
 async def test_a_replaced_engine_costs_no_budget(database, make_worker, engine):

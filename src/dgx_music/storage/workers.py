@@ -142,7 +142,7 @@ def served_models(worker: Any) -> frozenset[str]:
 
 
 async def count_free_workers(session: AsyncSession, model_name: str) -> int:
-    """Return how many living workers have this model loaded and a free slot."""
+    """Return how many living workers have this model loaded, and hold fewer than they have slots."""
     is_free = and_(
         IS_LIVING,
         WorkerInfo.state == WorkerState.SERVING.value,

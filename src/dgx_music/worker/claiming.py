@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_GATHER_TURNS = 8
 """Of the event loop, for the slots that are about to be free: one claim of many rows costs hardly
-more than of one."""
+more than of one. A worker waits no more turns than it has slots."""
 _SPREAD_SECONDS = 0.05
 
 
@@ -143,8 +143,8 @@ class Claiming:
     def free_slots(self) -> int:
         """Return how many generations may be claimed for the engine's free slots.
 
-        At most as many generations as it has slots may wait there for their audio to be made, and
-        as many more for it to be stored and their rows to be completed.
+        At most twice as many generations as it has slots are in the engine: some only wait for
+        their audio to be made. With those that are stored and completed, it is three times as many.
         """
         slots, running = self._engine.info.slots, self._leases.running.values()
         in_slots = sum(each.has_slot for each in running)

@@ -31,7 +31,7 @@ class _Entry:
     is_done: bool | None = None
     error: Exception | None = None
     is_locked: bool = False
-    """True if somebody else had its row locked when it was last written."""
+    """True if somebody else had its row locked when it was last tried."""
 
     @property
     def is_open(self) -> bool:
@@ -41,7 +41,7 @@ class _Entry:
 class Completions:
     """Group commit: while one transaction is written, those that arrive gather for the next.
 
-    It is written for those that are in line of the ``turns`` as well: they are about to be ready.
+    Before that it waits for the line of ``turns``: many of those in it are about to be ready.
     """
 
     def __init__(self, database: Database, turns: Turns) -> None:
@@ -60,12 +60,13 @@ class Completions:
         entry = _Entry(completion)
         self._waiting.append(entry)
         while entry.is_open:
-            if self._writing is None:
+            if entry.is_locked:  # the others go on without it
+                entry.is_locked = False
+                await anyio.sleep(_LOCKED_SECONDS)
+            elif self._writing is None:
                 await self._write_next()
             else:
                 await self._writing.wait()
-            if entry.is_locked:  # the others go on without it
-                await anyio.sleep(_LOCKED_SECONDS)
         if entry.error is not None:
             raise entry.error
         return bool(entry.is_done)

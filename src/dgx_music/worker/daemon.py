@@ -99,12 +99,12 @@ async def _warm_up(worker: Worker) -> None:
     """Load the libraries that finish audio; a worker without them stops before it claims."""
     try:
         await anyio.to_thread.run_sync(audio.warm_up)
-        spare_collections()
     except ArtifactError as error:
         worker.give_up(error)
     # Python raises RuntimeError for a thread that it cannot start.
     except (ImportError, MemoryError, RuntimeError) as error:
         logger.warning("worker %s: the audio's libraries are not loaded yet: %s", worker.id, error)
+    spare_collections()  # all that a worker imports is there now
 
 
 async def _stop_on_signals(worker: Worker, signals: AsyncIterator[signal.Signals]) -> None:

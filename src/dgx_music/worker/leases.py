@@ -49,6 +49,7 @@ class Running:
     stopped_for: Stop | None = None
     has_slot: bool = True
     is_in_engine: bool = True
+    """From the claim until its audio is made."""
     is_completing: bool = False
     started: float = field(default_factory=time.monotonic)
 

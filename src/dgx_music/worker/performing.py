@@ -113,6 +113,7 @@ class Performing:
         claim = running.claim
         self._engine.speeds.note(claim.model_name, device_seconds, claim.duration_seconds)
         artifact, facts = await self._store(running, made)
+        del made  # its samples: the completion may wait long for a database that is away
         await self._complete(running, artifact, facts, device_seconds)
 
     # ----------------------------------------------------------------------- infer
@@ -202,9 +203,8 @@ class Performing:
         )
         if audio_format != "wav" or made.duration >= _SHORT_SECONDS:
             return await anyio.to_thread.run_sync(finish)
-        if (
-            self._database.is_embedded
-        ):  # SQLite is in this process: the two would wait for each other
+        # SQLite works in this process: beside it, this would only wait for Python's lock.
+        if self._database.is_embedded:
             return finish()
         return await self._turns.do(finish)
 

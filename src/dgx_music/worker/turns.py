@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Has pieces of work wait in line: one in each turn of the event loop.
+    """Has pieces of work wait in line: at most one in each turn of the event loop.
 
-    If many short clips are ready at once, the next claim is sent after the first of them, and not
-    when all are stored: the database and the worker then work at the same time.
+    If many short clips are ready at once, the next claim is sent after the first few of them, and
+    not when all are finished: the database and the worker then work at the same time.
     """
 
     def __init__(self) -> None:
