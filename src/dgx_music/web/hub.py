@@ -21,6 +21,7 @@ from dgx_music.web.history import History
 from dgx_music.web.problems import RETRY_SECONDS, TOO_MANY_STREAMS, ProblemError
 from dgx_music.web.stops import Stops, is_server_stopping
 from dgx_music.web.viewers import Event, Kind, Pings, ShownRow, Viewer, message, to_json
+from dgx_music.web.watched import WatchedRow, WatchedRows
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 MOST_WATCHED = 5_000
 """How many rows may be watched at a time."""
-_ROWS_KEPT = 1_000
-"""How many rows are remembered that nobody watches any more, for viewers who come again."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +48,6 @@ class Pace:
     """A stream says so often that it is alive, if there is nothing else to say."""
     stream_seconds: float = 900.0
     """A stream ends after so long; its client comes again, and is asked for its token again."""
-
-
-@dataclass
-class _Watched:
-    """A row as it was seen last."""
-
-    since: int
-    """The number of the last event when it was seen first: later changes of it are events."""
-    state: State | None
-    """``None`` if there is no such row."""
-    shown: ShownRow | None
-
-    @property
-    def is_live(self) -> bool:
-        """True if the row is there and unfinished."""
-        return self.shown is not None and not self.shown.row.is_finished
 
 
 @dataclass(frozen=True)
@@ -91,9 +74,7 @@ class Hub:
         self._viewers: set[Viewer] = set()
         self._pings = Pings(self._viewers)
         self._new: set[Viewer] = set()
-        self._watchers: dict[str, set[Viewer]] = {}
-        self._rows: dict[str, _Watched] = {}
-        self._left: dict[str, None] = {}  # rows that nobody watches any more, oldest first
+        self._rows = WatchedRows()
         self._queue_viewers: Counter[str | None] = Counter()
         self._queues: dict[str | None, dict[str, Any]] = {}
         self._is_stale = False
@@ -108,9 +89,7 @@ class Hub:
             self._pings.begin(self.pace.ping_seconds)
         self._viewers.add(viewer)
         self._new.add(viewer)
-        for each in viewer.ids:
-            self._watchers.setdefault(each, set()).add(viewer)
-            self._left.pop(each, None)
+        self._rows.join(viewer)
         if viewer.has_queue:
             self._queue_viewers[viewer.view.tenant] += 1
         if self._running is None or self._running.done():
@@ -123,12 +102,7 @@ class Hub:
             return
         self._viewers.discard(viewer)
         self._new.discard(viewer)
-        for each in viewer.ids:
-            self._watchers[each].discard(viewer)
-            if not self._watchers[each]:
-                del self._watchers[each]
-                self._left[each] = None
-        self._forget_left_rows()
+        self._rows.leave(viewer)
         if viewer.has_queue:
             self._forget_queue(viewer.view.tenant)
         if not self._viewers:
@@ -154,22 +128,15 @@ class Hub:
         return shown is not None and viewer.sees(shown.row.tenant)
 
     def _check_room(self, viewer: Viewer) -> None:
-        added = sum(each not in self._watchers for each in viewer.ids)
         what = None
         if len(self._viewers) >= self._most_streams:
             what = f"{self._most_streams:,} streams are open"
-        elif len(self._watchers) + added > MOST_WATCHED:
+        elif self._rows.count_with(viewer) > MOST_WATCHED:
             what = f"{MOST_WATCHED:,} generations are watched"
         if what is not None:
             detail = f"{what}, and the server allows no more; try again in some seconds."
             headers = {"Retry-After": str(RETRY_SECONDS)}
             raise ProblemError(TOO_MANY_STREAMS, detail, headers=headers)
-
-    def _forget_left_rows(self) -> None:
-        while len(self._left) > _ROWS_KEPT:
-            oldest = next(iter(self._left))
-            del self._left[oldest]
-            self._rows.pop(oldest, None)
 
     def _forget_queue(self, tenant: str | None) -> None:
         self._queue_viewers[tenant] -= 1
@@ -230,10 +197,10 @@ class Hub:
         pace = self.pace
         if now - self._finished_read_at >= pace.finished_seconds or self._is_stale:
             self._finished_read_at = now
-            ids: Collection[str] = [*self._watchers]
+            ids: Collection[str] = [*self._rows]
         else:
             of_new = dict.fromkeys(each for viewer in new for each in viewer.ids)
-            live = (each for each in self._watchers if self._is_live(each))
+            live = (each for each in self._rows if self._is_live(each))
             ids = dict.fromkeys((*of_new, *live))
         if now - self._queues_read_at >= pace.look_seconds * 0.9:
             self._queues_read_at = now
@@ -253,7 +220,7 @@ class Hub:
 
     def _note_rows(self, look: _Look, seen: Seen) -> None:
         for each in look.ids:
-            if each not in self._watchers:
+            if not self._rows.watchers_of(each):
                 continue  # everybody has left meanwhile
             state, row = seen.states.get(each), seen.rows.get(each)
             shown = None if row is None else ShownRow(row)
@@ -262,7 +229,7 @@ class Hub:
                 self._note_change(each, state, shown)
             # A state without its row was known before the look, and has been forgotten meanwhile.
             elif watched is None and (state is None or row is not None):
-                self._rows[each] = _Watched(self._history.number, state, shown)
+                self._rows[each] = WatchedRow(self._history.number, state, shown)
 
     def _note_change(self, generation_id: str, state: State | None, shown: ShownRow | None) -> None:
         watched = self._rows[generation_id]
@@ -274,7 +241,7 @@ class Hub:
             generation_id=generation_id,
             tenant=None if latest is None else latest.row.tenant,
         )
-        self._tell(event, self._watchers[generation_id])
+        self._tell(event, self._rows.watchers_of(generation_id))
 
     def _note_queues(self, queues: Mapping[str | None, dict[str, Any]]) -> None:
         for tenant, queue in queues.items():
