@@ -21,6 +21,9 @@ from transformers import (
     MusicgenConfig,
     MusicgenDecoderConfig,
     MusicgenForConditionalGeneration,
+    MusicgenMelodyConfig,
+    MusicgenMelodyDecoderConfig,
+    MusicgenMelodyForConditionalGeneration,
     T5Config,
 )
 
@@ -104,44 +107,71 @@ def shortened_config(layers: int) -> MusicgenConfig:
 
     Its text encoder is a toy that reads bytes.
     """
-    config = _config("toy")
-    decoder = _config("small").decoder
-    decoder.num_hidden_layers = layers
-    return MusicgenConfig(
-        text_encoder=config.text_encoder, audio_encoder=_codec_config("small"), decoder=decoder
+    config = _whole_config("small", channels=1)
+    config.decoder.num_hidden_layers = layers
+    return config
+
+
+@torch.no_grad()
+def build_whole(
+    size: str, channels: int, dtype: torch.dtype, *, hears_melody: bool = False
+) -> MusicgenForConditionalGeneration | MusicgenMelodyForConditionalGeneration:
+    """Return a model on the host, with the true codec and a toy text encoder that reads bytes."""
+    config = _whole_config(size, channels, hears_melody=hears_melody)
+    family = (
+        MusicgenMelodyForConditionalGeneration if hears_melody else MusicgenForConditionalGeneration
+    )
+    with torch.device("meta"):
+        model = family(config).eval()
+    model.decoder.to(dtype)
+    for name, part in model.named_children():
+        if name.endswith("_proj"):
+            part.to(dtype)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        _fill(parameter)
+    positions = model.decoder.model.decoder.embed_positions
+    positions.make_weights(positions.num_positions, positions.embedding_dim)
+    model.audio_encoder = build_codec("toy" if size == "toy" else "small", torch.device("cpu"))
+    return model
+
+
+def _whole_config(size: str, channels: int, *, hears_melody: bool = False) -> Any:
+    family = MusicgenMelodyConfig if hears_melody else MusicgenConfig
+    decoder = MusicgenMelodyDecoderConfig if hears_melody else MusicgenDecoderConfig
+    codec = _codec_config("toy" if size == "toy" else "small")
+    return family(
+        text_encoder=_text_config("toy"),
+        audio_encoder=codec,
+        decoder=_decoder_config(decoder, size, channels),
     )
 
 
 def _config(size: str) -> MusicgenConfig:
-    shape = SHAPES[size]
-    t5 = {
-        "d_model": 768,
-        "d_kv": 64,
-        "d_ff": 3072,
-        "num_layers": 12,
-        "num_heads": 12,
-        "vocab_size": 32_128,
-    }
-    if size == "toy":
-        t5 = {
-            "d_model": 32,
-            "d_kv": 16,
-            "d_ff": 64,
-            "num_layers": 2,
-            "num_heads": 2,
-            "vocab_size": 259,
-        }
     return MusicgenConfig(
-        text_encoder=T5Config(**t5),
+        text_encoder=_text_config(size),
         audio_encoder=_codec_config("toy"),
-        decoder=MusicgenDecoderConfig(
-            num_hidden_layers=shape.layers,
-            hidden_size=shape.hidden,
-            num_attention_heads=shape.heads,
-            ffn_dim=4 * shape.hidden,
-            num_codebooks=shape.codebooks,
-            vocab_size=shape.vocabulary,
-        ),
+        decoder=_decoder_config(MusicgenDecoderConfig, size, channels=1),
+    )
+
+
+def _text_config(size: str) -> T5Config:
+    """Return the shape of T5-base, or of a toy that reads bytes."""
+    if size == "toy":
+        return T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=259)
+    return T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32_128)
+
+
+def _decoder_config(family: type[Any], size: str, channels: int) -> Any:
+    shape = SHAPES[size]
+    return family(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        ffn_dim=4 * shape.hidden,
+        num_codebooks=shape.codebooks * channels,
+        vocab_size=shape.vocabulary,
+        audio_channels=channels,
     )
 
 

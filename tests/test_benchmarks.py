@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import arrivals, cells, inference, measures, queue, roofline
+from benchmarks import arrivals, cells, inference, listening, measures, queue, roofline
 from benchmarks.comparison import Comparison
 from benchmarks.musicgen_models import SHAPES
 from benchmarks.ours import DgxMusic, DgxMusicThroughPsycopg
@@ -41,6 +41,22 @@ def test_the_inference_benchmark_fills_every_table(capsys, tmp_path):
     assert shown.count("### ") == 5
     assert [cell["loop"] for cell in numbers["cells"]] == ["`generate`", "slots"]
     assert [cell["way"] for cell in numbers["codec"]] == ["one pass", "windows"]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("channels", ["1", "2"])
+def test_the_listening_benchmark_compares_both_ways(capsys, channels):
+    options = "--device cpu --size toy --seconds 2.1 --clips 2 --rounds 1 --channels"
+
+    listening.main([*options.split(), channels])
+
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    cells = {(line[0], line[1]): line for line in lines if len(line) == len(listening.TITLES)}
+    for clips in ("| 2 at once", "| 2 slots, a full queue"):
+        early, late = cells[clips, "while codes are made"], cells[clips, "after the codes"]
+        seconds = [float(cell.removesuffix(" s")) for cell in (*early[2:6], *late[2:6])]
+        assert min(seconds) > 0
+        assert early[7].endswith(" ×")
 
 
 @pytest.mark.parametrize(

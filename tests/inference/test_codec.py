@@ -20,13 +20,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EncodecConfig, EncodecModel
 
+from benchmarks.musicgen_models import build_codec
 from dgx_music.errors import EngineUnavailableError
 from dgx_music.inference.musicgen.codec import Codec, CodecWork
 from dgx_music.inference.musicgen.codec_thread import CodecThread
+from dgx_music.inference.musicgen.devices import keep_float32
 from dgx_music.inference.musicgen.live_clip import LiveClip
 from dgx_music.inference.musicgen.streaming import Chain, State, join, phase, split
 from dgx_music.inference.musicgen.tiny import build_tiny
 from tests.inference.factories import QuietRun
+from tests.inference.gpu import needs_gpu
 from tests.patience import PATIENCE
 
 TOLERANCE = 1e-4
@@ -580,3 +583,29 @@ def test_a_clip_for_which_no_thread_can_be_started_is_not_done_later(
             codec_thread.start(FakeWork("lost", 1, done))
     codec_thread.start(FakeWork("next", 1, done)).result(PATIENCE)
     assert done == ["next"]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_samples_depend_neither_on_windows_nor_on_other_clips(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In TF32 they would, by a thousandth of the peak; a toy is too small to show it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    keep_float32()
+    with torch.no_grad():
+        models = []
+        for _ in range(2):
+            torch.manual_seed(7)
+            models.append(build_codec("small", torch.device("cpu")).to("cuda"))
+        codec = Codec(models[0], 1)
+        clips = [torch.randint(0, 2048, (4, 210)) for _ in range(8)]
+        whole = models[1].decode(clips[0][None, None].cuda(), [None]).audio_values[0].cpu()
+        alone = codec.decode(clips[0]).finish()
+        together = [codec.decode(clip) for clip in clips]
+        while together[0].left:
+            for work, made in zip(together, together[0].step(*together[1:]), strict=True):
+                work.take(made)
+        beside = together[0].finish()
+    for samples in (alone, beside):
+        assert (samples - whole).abs().max() < 1e-4 * whole.abs().max()

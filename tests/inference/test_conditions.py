@@ -6,10 +6,10 @@ The tokens are the same, greedily, in float32.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ from tests.inference.test_slots import (
     reference_codes,
     text_states,
 )
+from tests.patience import PATIENCE
 
 CPU = torch.device("cpu")
 
@@ -231,18 +232,44 @@ def test_a_melody_and_a_continuation_go_together() -> None:
     assert torch.equal(decode_melodies([row])[0], expected)
 
 
-# one text at a time
+# one thread
 
 
-def test_texts_of_two_threads_are_read_one_after_the_other() -> None:
-    meeting = threading.Barrier(2)  # it breaks unless two are in the tokenizer at the same time
+@pytest.mark.parametrize("hears_melody", [False, True])
+def test_requests_of_many_threads_are_read_in_one(
+    monkeypatch: pytest.MonkeyPatch, hears_melody: bool
+) -> None:
+    """Tokenizers are not safe in two, and a GPU's libraries take memory for each one."""
+    model, tokenizer = build_tiny_melody() if hears_melody else reference(1)
+    projection = None if hears_melody else model.enc_to_dec_proj
+    own = Decoder(model.decoder, projection, 600)
+    conditioner = Conditioner(model, tokenizer, own, 32_000)
+    threads: set[int] = set()
 
-    def tokenizer(_text: str, **_options: str) -> None:
-        meeting.wait(0.5)
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            threads.add(threading.get_ident())
+            return function(*arguments, **options)
 
-    model, decoder = SimpleNamespace(text_encoder=None), SimpleNamespace(reads_text=True)
-    conditioner = Conditioner(model, cast(Any, tokenizer), cast(Any, decoder), 32_000)
-    with ThreadPoolExecutor(2) as threads:
-        readings = [threads.submit(conditioner.read, make_request()) for _ in range(2)]
+        return noted
 
-    assert [type(reading.exception()) for reading in readings] == [threading.BrokenBarrierError] * 2
+    monkeypatch.setattr(conditioner, "_tokenizer", note(tokenizer))
+    monkeypatch.setattr(conditioner, "_text_encoder", note(model.text_encoder))
+    if hears_melody:
+        monkeypatch.setattr(conditioner._melody, "prefix", note(conditioner._melody.prefix))
+    else:
+        monkeypatch.setattr(own, "read_text", note(own.read_text))
+    together = threading.Barrier(8)
+
+    def read(number: int) -> Tensor:
+        together.wait(PATIENCE)
+        found = conditioner.read(make_request(prompt=PROMPTS[number % 4]))
+        return found.prefix if hears_melody else found.text
+
+    with ThreadPoolExecutor(8) as callers:
+        found = list(callers.map(read, range(8)))
+    assert len(threads) == 1
+    assert threads.isdisjoint({threading.get_ident()})
+    for number, states in enumerate(found):
+        assert torch.equal(states, found[number % 4])
+    conditioner.close()

@@ -289,6 +289,22 @@ def test_a_launch_copies_nothing_to_the_host() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+def test_codes_are_read_while_steps_go_on() -> None:
+    slots = make_slots_on_gpu()
+    row = make_row(frames=40)
+    slots.admit(row)
+    for _ in range(3):
+        slots.step()
+    with nobody_may_wait():
+        reading = slots.read([(row, 0, 10)])
+        slots.step()
+    (codes,) = reading.codes()
+    assert torch.equal(codes, decode([make_row(frames=40)])[0][:, :10])
+    assert reading.is_there
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_two_engines_record_at_the_same_time(caplog: pytest.LogCaptureFixture) -> None:
     expected = decode(list(make_rows()), slots=make_slots_on_gpu())
     both = [make_slots_on_gpu(), make_slots_on_gpu()]

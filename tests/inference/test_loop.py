@@ -138,6 +138,137 @@ def test_codes_that_are_due_together_are_read_together(
     assert [each for each in readings if each] == [[4, 4], [4, 4], [10, 10]]
 
 
+class Late:
+    """Codes that arrive when ``is_there`` says so, as a device's do; until then, a wait for them."""
+
+    def __init__(self, reading: Any, is_there: Callable[[], bool]) -> None:
+        self._reading = reading
+        self._is_there = is_there
+
+    @property
+    def is_there(self) -> bool:
+        return self._is_there()
+
+    def codes(self) -> Any:
+        return self._reading.codes()
+
+
+def delay_readings(monkeypatch: pytest.MonkeyPatch, is_there: Callable[[Slots], bool]) -> list[Any]:
+    """Have codes arrive when ``is_there`` says so of the slots; return what is read, as it is."""
+    readings, read = [], Slots.read
+
+    def late(slots: Slots, parts: Any) -> Late:
+        readings.append(parts)
+        return Late(read(slots, parts), lambda: is_there(slots))
+
+    monkeypatch.setattr(Slots, "read", late)
+    return readings
+
+
+def after_steps(count: int) -> Callable[[Slots], bool]:
+    """Return an answer that is yes every so many times it is asked: once before each step."""
+    asked = iter(range(10_000))
+    return lambda _slots: next(asked) % count == count - 1
+
+
+@pytest.mark.parametrize("steps_late", [1, 2, 3, 9])
+def test_steps_go_on_while_codes_are_on_their_way(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, steps_late: int
+) -> None:
+    readings = delay_readings(monkeypatch, after_steps(steps_late))
+    run, heard = QuietRun(), Heard(4)
+    codes = loop.decode(make_row(frames=30), run, heard)
+    assert torch.equal(codes, decode([make_row(frames=30)])[0])
+    assert torch.equal(torch.cat(heard.windows, dim=1), codes[:, : 4 * len(heard.windows)])
+    spans = [(start, end) for ((_, start, end),) in readings]
+    windows, whole = spans[:-1], spans[-1]
+    assert whole == (0, 30)
+    assert [start % 4 for start, _ in windows] == [0] * len(windows)
+    assert len(set(windows)) == len(windows) >= 2
+    assert len(run.progress) == 33  # no step was lost, none was made twice
+
+
+def test_windows_that_became_whole_meanwhile_are_read_together(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = delay_readings(monkeypatch, after_steps(9))
+    heard = Heard(4)
+    loop.decode(make_row(frames=30), QuietRun(), heard)
+    spans = [(start, end) for ((_, start, end),) in readings]
+    assert spans == [(0, 4), (4, 13), (12, 22), (0, 30)]
+    assert [window.shape[1] for window in heard.windows] == [4] * 5
+
+
+def test_a_row_that_has_ended_frees_its_slot_before_its_codes_arrive(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, go_on = make_loop(slot_count=1), threading.Event()
+    first_run, next_run = SignallingRun(go_on), SignallingRun()
+    expected = [decode([make_row(frames=4)])[0], decode([make_row(frames=9, seed=1)])[0]]
+    readings = delay_readings(monkeypatch, lambda _slots: next_run.has_begun.is_set())
+    first = pool.submit(loop.decode, make_row(frames=4), first_run)
+    assert first_run.has_begun.wait(PATIENCE)
+    following = pool.submit(loop.decode, make_row(frames=9, seed=1), next_run)
+    while not loop._waiting:  # it is about to wait for the slot
+        pass
+    go_on.set()
+    assert torch.equal(first.result(PATIENCE), expected[0])
+    assert torch.equal(following.result(PATIENCE), expected[1])
+    assert [end for ((_, _, end),) in readings] == [4, 9]
+
+
+def test_a_row_that_is_cancelled_while_its_codes_are_on_their_way_hears_no_more(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, heard = QuietRun(), Heard(4)
+
+    def cancel(slots: Slots) -> bool:
+        run.is_cancelled = True
+        return not slots.rows
+
+    delay_readings(monkeypatch, cancel)
+    with pytest.raises(GenerationCancelledError):
+        loop.decode(make_row(frames=30), run, heard)
+    assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
+    assert heard.windows == []
+
+
+def test_a_row_that_has_ended_has_its_codes_though_a_later_step_fails(
+    pool: ThreadPoolExecutor,
+    loop: DecodingLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (expected,) = decode([make_row(frames=4)])
+    monkeypatch.setattr(loop, "_admit", partial(admit_pair, loop, loop._admit))
+    readings = delay_readings(monkeypatch, lambda _slots: False)
+    break_steps(monkeypatch, lambda slots: bool(readings))
+    with caplog.at_level(logging.CRITICAL):
+        short, long = (
+            pool.submit(loop.decode, make_row(frames=frames), QuietRun()) for frames in (4, 30)
+        )
+        with pytest.raises(EngineError, match="step of 1 generations failed"):
+            long.result(PATIENCE)
+    assert torch.equal(short.result(PATIENCE), expected)
+
+
+def test_codes_that_do_not_arrive_fail_their_row_and_the_next_one_is_made(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Lost:
+        is_there = True
+
+        def codes(self) -> Any:
+            raise RuntimeError("the copy failed")
+
+    read = Slots.read
+    monkeypatch.setattr(Slots, "read", lambda _slots, _parts: Lost())
+    with caplog.at_level(logging.CRITICAL), pytest.raises(EngineError, match="the copy failed"):
+        loop.decode(make_row(), QuietRun())
+    monkeypatch.setattr(Slots, "read", read)
+    assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
+
+
 def test_what_a_clip_was_given_is_heard_before_the_first_step(
     loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,18 @@ class Memory:
         return FakeSlots(slot_count, self)
 
 
+class FakeReading:
+    """Codes that are there at once."""
+
+    is_there = True
+
+    def __init__(self, codes: list[Tensor]) -> None:
+        self._codes = codes
+
+    def codes(self) -> list[Tensor]:
+        return self._codes
+
+
 class FakeSlots:
     """Advances every row by ``STRIDE`` positions at a time, past its end too, as a GPU does."""
 
@@ -74,8 +86,8 @@ class FakeSlots:
         for row in self.rows:
             row.position += STRIDE
 
-    def read(self, parts: Sequence[tuple[FakeRow, int, int]]) -> list[Tensor]:
-        return [torch.zeros(1, row.step_count) for row, _, _ in parts]
+    def read(self, parts: Sequence[tuple[FakeRow, int, int]]) -> FakeReading:
+        return FakeReading([torch.zeros(1, row.step_count) for row, _, _ in parts])
 
     def retire(self, row: FakeRow) -> None:
         self.rows.remove(row)

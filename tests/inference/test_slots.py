@@ -289,7 +289,7 @@ def test_a_row_whose_numbers_overflow_fails_alone_and_leaves_no_trace(
         slots.step()
     with pytest.raises(EngineError, match="not finite"):
         slots.codes(rows["broken"])
-    error, codes = slots.read([(rows["broken"], 0, 3), (rows["far"], 2, 9)])
+    error, codes = slots.read([(rows["broken"], 0, 3), (rows["far"], 2, 9)]).codes()
     assert isinstance(error, EngineError)
     assert isinstance(codes, Tensor)
     assert torch.equal(codes, decode([make_row(frames=40, seed=1)])[0][:, 2:9])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -41,7 +40,11 @@ ReadWindow: TypeAlias = Callable[[float], Conditions]
 
 
 class Conditioner:
-    """Reads requests, in one thread at a time: fast tokenizers are not safe in two."""
+    """Reads requests; the models that read work in one thread, whoever asks.
+
+    Fast tokenizers are not safe in two threads at a time. On a GPU, libraries take memory for each
+    thread that calls them: 64 threads took 5 GB of an H200.
+    """
 
     def __init__(
         self,
@@ -55,34 +58,44 @@ class Conditioner:
         self._decoder = decoder
         self._sample_rate = sample_rate
         self._melody = None if decoder.reads_text else MelodyReader(model, decoder.device)
-        self._reading = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "reading")
+
+    def close(self) -> None:
+        """End the thread; nothing may be read any more."""
+        self._thread.shutdown()
 
     def read(self, request: GenerationRequest) -> Conditions:
         """Return the conditions of a request of one window; raises as ``open`` does."""
         return self.open(request, is_long=False)(0)
 
-    @torch.no_grad()
     def open(self, request: GenerationRequest, *, is_long: bool) -> ReadWindow:
         """Return the request as its windows read it; what they have in common is read here, once.
 
         In each window of a long clip the melody begins where the window begins, and is repeated, as
         in audiocraft. Raises ``GenerationRejectedError`` if this model cannot read the request.
         """
-        if request.melody is not None and self._melody is None:
+        reader = self._melody
+        if request.melody is not None and reader is None:
             other = "musicgen-melody" if self._decoder.channels == 1 else "musicgen-stereo-melody"
             raise GenerationRejectedError(
                 f"The model {request.model} hears no melody; use {other}."
             )
         texts = request.prompt, request.negative_prompt or ""
         is_guided = any(texts) or request.melody is not None
-        if self._melody is None:
-            text, negative = map(self._read_text, texts)
+        if reader is None:
+            text, negative = self._thread.map(self._read_text, texts)
             return lambda _begin: Conditions(text, negative, None, is_guided)
         tune = None
         if request.melody is not None:
             tune = self._tune(request.melody, request.melody_kind, is_long=is_long)
-        text, negative = map(self._states, texts)
-        return partial(_read_window, self._melody, text, negative, tune, is_guided)
+        text, negative = self._thread.map(self._states, texts)
+
+        def read_window(begin: float) -> Conditions:
+            chroma = None if tune is None else tune.read_from(begin)
+            prefix = self._thread.submit(reader.prefix, text, chroma, negative)
+            return Conditions(None, None, prefix.result(), is_guided)
+
+        return read_window
 
     def _tune(self, melody: Audio, kind: MelodyKind, *, is_long: bool) -> _Tune:
         if kind == "stems":
@@ -92,11 +105,13 @@ class Conditioner:
         samples = fit(melody, self._sample_rate, 1)[0]
         return _Tune(samples, self._sample_rate, kind, is_long=is_long)
 
+    @torch.no_grad()
     def _read_text(self, text: str) -> Tensor | None:
         """Return cross-attention's keys and values ``[L, 2, H, X, D]``; ``None`` for no text."""
         states = self._states(text)
         return None if states is None else self._decoder.read_text(states)
 
+    @torch.no_grad()
     def _states(self, text: str) -> Tensor | None:
         """Return the text encoder's states ``[token, width]``; ``None`` for no text.
 
@@ -104,15 +119,12 @@ class Conditioner:
         """
         if not text:
             return None
-        with self._reading:
-            tokens = self._tokenizer(text, return_tensors="pt").to(self._decoder.device)
-            count = tokens.input_ids.shape[1]
-            if self._melody is not None and count > LONGEST_PREFIX_TEXT:
-                problem = f"A text of {count} tokens is too long for a model that hears melodies"
-                raise GenerationRejectedError(
-                    f"{problem}; use at most {LONGEST_PREFIX_TEXT} tokens."
-                )
-            states: Tensor = self._text_encoder(**tokens).last_hidden_state[0]
+        tokens = self._tokenizer(text, return_tensors="pt").to(self._decoder.device)
+        count = tokens.input_ids.shape[1]
+        if self._melody is not None and count > LONGEST_PREFIX_TEXT:
+            problem = f"A text of {count} tokens is too long for a model that hears melodies"
+            raise GenerationRejectedError(f"{problem}; use at most {LONGEST_PREFIX_TEXT} tokens.")
+        states: Tensor = self._text_encoder(**tokens).last_hidden_state[0]
         return states
 
 
@@ -138,19 +150,6 @@ class _Tune:
 def _window(sample_rate: int) -> int:
     """Return the samples of the longest window."""
     return round(WINDOW_SECONDS * sample_rate)
-
-
-@torch.no_grad()
-def _read_window(
-    reader: MelodyReader,
-    text: Tensor | None,
-    negative: Tensor | None,
-    tune: _Tune | None,
-    is_guided: bool,
-    begin: float,
-) -> Conditions:
-    chroma = None if tune is None else tune.read_from(begin)
-    return Conditions(None, None, reader.prefix(text, chroma, negative), is_guided)
 
 
 def fit(clip: Audio, sample_rate: int, channels: int) -> Tensor:

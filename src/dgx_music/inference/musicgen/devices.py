@@ -77,6 +77,16 @@ def _multiplies_bfloat16() -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
+def keep_float32() -> None:
+    """Have cuDNN compute in float32 what is in float32: the codec.
+
+    torch lets it round to the 10 bits of TF32. Then a clip's samples depend on the windows and on
+    the clips beside it, by 1e-3 of the peak on an H200 instead of 1e-6. Eight windows take 6 % less
+    time with it, and one takes 9 % more.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def leave_a_core_free() -> None:
     """Leave one core to the parent process: at every step torch waits for its slowest thread."""
     if "OMP_NUM_THREADS" not in os.environ:

@@ -41,6 +41,7 @@ try:
         choose_dtype,
         describe,
         fitting_slots,
+        keep_float32,
         leave_a_core_free,
     )
     from dgx_music.inference.musicgen.drift import (
@@ -93,6 +94,8 @@ def build(settings: EngineSettings, kind: type[E]) -> E:
     weights = load_weights(info, settings.revision, dtype, check)
     if device.type == "cpu":
         leave_a_core_free()
+    else:
+        keep_float32()
     return kind(weights, device, info, settings)
 
 
@@ -105,9 +108,9 @@ def estimate_bytes(settings: EngineSettings) -> int | None:
 class MusicGenEngine:
     """One MusicGen model on one device.
 
-    The language model may be in 16 bits; T5 and EnCodec stay in float32. ``generate`` reads the
-    request in the caller's thread; the decoding thread makes the steps, which all generations
-    share; a third thread makes the audio. So the slots wait for neither.
+    The language model may be in 16 bits; T5 and EnCodec stay in float32. One thread reads the
+    requests; the decoding thread makes the steps, which all generations share; a third thread makes
+    the audio. So the slots wait for neither.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class MusicGenEngine:
     def close(self) -> None:
         """Drop everything; no generation may run, and none can run afterwards."""
         self._codec_thread.close()
+        self._conditioner.close()
         vars(self).clear()
 
     def generate(self, request: GenerationRequest, run: Run) -> Audio:

@@ -7,8 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from dgx_music.errors import EngineError, EngineReplacedError
 from dgx_music.inference.engine import Run
 from dgx_music.inference.musicgen.batch import Row
+from dgx_music.inference.musicgen.reading import Reading
 from dgx_music.inference.musicgen.slots import Slots
 from dgx_music.inference.musicgen.supply import SlotSupply
 from dgx_music.inference.trouble import first_line, is_out_of_memory
@@ -46,6 +48,8 @@ class _Ticket:
     run: Run
     listening: Listening | None = None
     codes: Future[Tensor] = field(default_factory=Future)
+    is_being_read: bool = False
+    """True while codes for whoever listens are on their way to the host."""
 
     def answer(self, ending: Tensor | BaseException) -> None:
         """Give the caller its codes, or have it raise the error."""
@@ -53,6 +57,22 @@ class _Ticket:
             self.codes.set_exception(ending)
         else:
             self.codes.set_result(ending)
+
+
+class _Part(NamedTuple):
+    """Codes that are being read: all of the ticket's row, or some for whoever listens to it."""
+
+    ticket: _Ticket
+    start: int
+    """The row's frame at which they begin."""
+    is_whole: bool
+
+
+class _OnTheWay(NamedTuple):
+    """A reading, and what each of its parts is for."""
+
+    reading: Reading
+    parts: list[_Part]
 
 
 class DecodingLoop:
@@ -73,7 +93,9 @@ class DecodingLoop:
         make_slots: Callable[[int], Slots],
         slot_count: int,
     ) -> None:
-        self._admitted: list[_Ticket] = []  # for the decoding thread only
+        # These two are for the decoding thread only.
+        self._admitted: list[_Ticket] = []
+        self._on_the_way: deque[_OnTheWay] = deque()  # in the order in which they arrive
         # Only the decoding thread removes rows from those that wait.
         self._waiting: deque[_Ticket] = deque()
         self._is_running = False
@@ -109,8 +131,7 @@ class DecodingLoop:
                 while self._has_work():
                     self._drop_cancelled()
                     self._admit()
-                    if self._supply.slots is not None:
-                        self._advance(self._supply.slots)
+                    self._advance()
         except BaseException as error:
             logger.exception("the decoding thread ends")
             self._fail_all(error)
@@ -119,8 +140,7 @@ class DecodingLoop:
         """Fail all rows, as their thread ends; the next row starts a new one, with fresh slots."""
         self._supply.give_up()
         with self._lock:
-            tickets = [*self._admitted, *self._waiting]
-            self._admitted.clear()
+            tickets = [*self._let_go(), *self._waiting]
             self._waiting.clear()
             self._is_running = False
         for ticket in tickets:
@@ -129,7 +149,7 @@ class DecodingLoop:
 
     def _has_work(self) -> bool:
         with self._lock:
-            self._is_running = bool(self._admitted or self._waiting)
+            self._is_running = bool(self._admitted or self._on_the_way or self._waiting)
             return self._is_running
 
     def _drop_cancelled(self) -> None:
@@ -173,12 +193,16 @@ class DecodingLoop:
         for ticket in surplus:
             ticket.answer(_no_room(error))
 
-    def _advance(self, slots: Slots) -> None:
-        """Retire the rows that have ended, and make one step with the others."""
+    def _advance(self) -> None:
+        """Make one step with the rows that have not ended; hand over what has been read."""
+        slots = self._supply.slots
         try:
-            self._drop_troubled(slots)
-            self._take_codes(slots)
-            if slots.rows:
+            if slots is not None:
+                self._drop_troubled(slots)
+                self._begin_to_read(slots)
+            has_rows = slots is not None and bool(slots.rows)
+            self._hand_over(waits=not (has_rows or self._waiting))
+            if slots is not None and slots.rows:
                 slots.step()
         except BaseException as error:
             self._fail(error)
@@ -189,31 +213,65 @@ class DecodingLoop:
             try:
                 _report(ticket)
             except BaseException as error:
-                self._retire(slots, ticket, error)
+                self._retire(slots, ticket)
+                ticket.answer(error)
 
-    def _take_codes(self, slots: Slots) -> None:
-        """Answer the rows that are done, and give windows of codes to whoever listens to others."""
-        # Again, as long as there are windows: a clip that is continued begins with many.
-        while due := [(t, span) for t in self._admitted if (span := _due(t, slots))]:
-            # All rows at once, so that the host waits for the device once.
-            found = slots.read([(ticket.row, *span) for ticket, span in due])
-            for (ticket, _), codes in zip(due, found, strict=True):
-                ending = _ending_of(ticket, codes)
+    def _begin_to_read(self, slots: Slots) -> None:
+        """Ask for the codes of rows that have ended, and of windows that somebody listens to.
+
+        The steps go on meanwhile, and a row that has ended frees its slot at once.
+        """
+        due = [(ticket, span) for ticket in self._admitted if (span := _due(ticket, slots))]
+        if not due:
+            return
+        reading = slots.read([(ticket.row, *span) for ticket, span in due])
+        parts = [_Part(ticket, start, ticket.row.is_done) for ticket, (start, _) in due]
+        self._on_the_way.append(_OnTheWay(reading, parts))
+        for ticket, _, is_whole in parts:
+            ticket.is_being_read = True
+            if is_whole:
+                self._retire(slots, ticket)
+
+    def _hand_over(self, *, waits: bool) -> None:
+        """Give callers and whoever listens the codes that have arrived, or ``waits`` for all."""
+        while self._on_the_way and (waits or self._on_the_way[0].reading.is_there):
+            reading, parts = self._on_the_way[0]
+            found = reading.codes()
+            self._on_the_way.popleft()  # not earlier: the rows of a reading that fails are answered
+            for part, codes in zip(parts, found, strict=True):
+                part.ticket.is_being_read = False
+                if part.ticket.codes.done():  # cancelled in the meantime
+                    continue
+                ending = _ending_of(part, codes)
                 if ending is not None:
-                    self._retire(slots, ticket, ending)
+                    self._retire(self._supply.slots, part.ticket)
+                    part.ticket.answer(ending)
 
-    def _retire(self, slots: Slots, ticket: _Ticket, ending: Tensor | BaseException) -> None:
-        slots.retire(ticket.row)
-        self._admitted.remove(ticket)
-        ticket.answer(ending)
+    def _retire(self, slots: Slots | None, ticket: _Ticket) -> None:
+        """Free the ticket's slot if it still has one."""
+        if slots is not None and ticket in self._admitted:
+            slots.retire(ticket.row)
+            self._admitted.remove(ticket)
+
+    def _let_go(self) -> list[_Ticket]:
+        """Return all tickets that nobody has answered, and forget them."""
+        read = (part.ticket for _, parts in self._on_the_way for part in parts)
+        tickets = dict.fromkeys([*self._admitted, *read])
+        self._admitted.clear()
+        self._on_the_way.clear()
+        return [ticket for ticket in tickets if not ticket.codes.done()]
 
     def _fail(self, error: BaseException) -> None:
         """Answer all rows of a failed step, and free memory if that was the trouble."""
-        failed, self._admitted = self._admitted, []
+        with suppress(Exception):  # what was read before the step that failed is whole
+            self._hand_over(waits=True)
+        failed = self._let_go()
         logger.error("decoding step failed with %d generations in it", len(failed), exc_info=error)
         self._supply.give_up()
         try:
-            has_room = is_out_of_memory(error) and self._supply.make_room(failed[0].run, error)
+            has_room = (
+                failed and is_out_of_memory(error) and self._supply.make_room(failed[0].run, error)
+            )
         except BaseException:
             self._admitted = failed  # the end of this thread answers them
             raise
@@ -232,22 +290,26 @@ def _report(ticket: _Ticket) -> None:
 
 
 def _due(ticket: _Ticket, slots: Slots) -> tuple[int, int] | None:
-    """Return which frames of a row are to be read: all when it is done, or a window, or none."""
+    """Return which frames of a row are to be read: all when it is done, or windows, or none."""
     row, listening = ticket.row, ticket.listening
     if row.is_done:
         return 0, row.frame_count
-    if listening is None:
+    if listening is None or ticket.is_being_read:
         return None
-    start, end = listening.next_start, listening.next_end
-    return (start, end) if end <= slots.whole_frames(row) and end < row.frame_count else None
+    end = min(slots.whole_frames(row), row.frame_count - 1)  # the last window comes with the whole
+    return (listening.next_start, end) if listening.next_end <= end else None
 
 
-def _ending_of(ticket: _Ticket, codes: Tensor | EngineError) -> Tensor | BaseException | None:
+def _ending_of(part: _Part, codes: Tensor | EngineError) -> Tensor | BaseException | None:
     """Return a done row's codes or the error that ends it; else give whoever listens the codes."""
-    if ticket.row.is_done or isinstance(codes, EngineError) or ticket.listening is None:
+    listening = part.ticket.listening
+    if part.is_whole or isinstance(codes, EngineError) or listening is None:
         return codes
     try:
-        ticket.listening.push(codes)
+        end = part.start + codes.shape[1]
+        while listening.next_end <= end:
+            window = slice(listening.next_start - part.start, listening.next_end - part.start)
+            listening.push(codes[:, window])
     except BaseException as error:
         return error
     return None

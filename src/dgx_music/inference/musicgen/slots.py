@@ -38,6 +38,7 @@ from dgx_music.inference.musicgen.launches import (
     round_up,
     text_room,
 )
+from dgx_music.inference.musicgen.reading import Reading
 from dgx_music.inference.musicgen.sampling import SamplerState, effective_top_k, sample
 from dgx_music.sampling import Sampling
 
@@ -158,24 +159,21 @@ class Slots:
         return max(0, min(row.position - self._delays[-1], row.frame_count))
 
     def codes(self, row: Row) -> Tensor:
-        """Return the codes ``[K, frame]`` of a row at its end.
+        """Wait for the codes ``[K, frame]`` of a row at its end.
 
         Raises ``EngineError`` if one of its numbers was not finite.
         """
-        (codes,) = self.read([(row, 0, row.frame_count)])
+        (codes,) = self.read([(row, 0, row.frame_count)]).codes()
         if isinstance(codes, EngineError):
             raise codes
         return codes
 
     @torch.no_grad()
-    def read(self, parts: Sequence[tuple[Row, int, int]]) -> list[Tensor | EngineError]:
-        """Return codes ``[K, frame]`` of rows, each from its first frame up to before its last.
+    def read(self, parts: Sequence[tuple[Row, int, int]]) -> Reading:
+        """Begin to read codes of rows, each from its first frame up to before its last.
 
-        The frames must be whole. Waits for the device once, however many parts there are. In place
-        of the codes of a row whose numbers were not all finite is an error.
+        The frames must be whole. Waits for nothing; the rows may go on or be retired meanwhile.
         """
-        if not parts:
-            return []
         slots = [self.rows.index(row) for row, _, _ in parts]
         places = [
             self._places(slot, start, end)
@@ -185,13 +183,8 @@ class Slots:
             there = _upload(torch.cat(places), self._decoder.device)
             found = self._state.tokens.flatten()[there]
             are_finite = self._state.is_finite[: len(self.rows)].to(found.dtype)
-            numbers = torch.cat([found, are_finite]).cpu()
-        codes = torch.split(numbers[: len(found)], [len(each) for each in places])
-        marks = numbers[len(found) :]
-        return [
-            own.view(len(self._delays), -1) if marks[slot] else _not_finite()
-            for slot, own in zip(slots, codes, strict=True)
-        ]
+            lengths = list(zip(slots, map(len, places), strict=True))
+            return Reading(torch.cat([found, are_finite]), lengths, len(self._delays))
 
     def _places(self, slot: int, start: int, end: int) -> Tensor:
         """Return where the codes of a slot's frames are among all tokens: ``[K * frame]``."""
@@ -331,12 +324,6 @@ def _upload(numbers: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return numbers
     return numbers.pin_memory().to(device, non_blocking=True)
-
-
-def _not_finite() -> EngineError:
-    return EngineError(
-        "The model's numbers are not finite; try DGX_MUSIC_DTYPE=float32, or else other weights."
-    )
 
 
 def _spans(lengths: Iterable[tuple[int, bool]]) -> tuple[Span, ...]:
