@@ -20,7 +20,7 @@ from dgx_music.inference.musicgen.conditioning import Conditioner
 from dgx_music.inference.musicgen.decoder import Decoder
 from dgx_music.inference.musicgen.melody import MelodyReader
 from dgx_music.inference.musicgen.slots import Slots
-from dgx_music.inference.musicgen.tiny import build_tiny_melody
+from dgx_music.inference.musicgen.tiny import build_tiny, build_tiny_melody
 from dgx_music.sampling import Sampling
 from tests.inference.factories import make_request
 from tests.inference.references import plain_greedy
@@ -240,7 +240,7 @@ def test_requests_of_many_threads_are_read_in_one(
     monkeypatch: pytest.MonkeyPatch, hears_melody: bool
 ) -> None:
     """Tokenizers are not safe in two, and a GPU's libraries take memory for each one."""
-    model, tokenizer = build_tiny_melody() if hears_melody else reference(1)
+    model, tokenizer = build_tiny_melody() if hears_melody else build_tiny()
     projection = None if hears_melody else model.enc_to_dec_proj
     own = Decoder(model.decoder, projection, 600)
     conditioner = Conditioner(model, tokenizer, own, 32_000)
