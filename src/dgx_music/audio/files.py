@@ -214,13 +214,12 @@ def _points_of(samples: Samples, points: int) -> NDArray[np.float64]:
     frames = samples.shape[1]
     points = min(points, frames)
     starts = np.arange(points) * frames // points
+    peaks = np.empty(points, dtype=np.float32)
     # Group by group: the absolute values of all samples would take as much memory as these.
-    groups = np.array_split(starts, min(points, 1 + frames // _BLOCK_FRAMES))
-    ends = [*(group[0] for group in groups[1:]), frames]
-    peaks = [
-        np.maximum.reduceat(np.abs(samples[:, group[0] : end]), group - group[0], axis=1)
-        for group, end in zip(groups, ends, strict=True)
-    ]  # of each group [channel, point]
-    # As float64: 0.1 of float32 would print as 0.10000000149.
-    envelope: NDArray[np.float64] = np.hstack(peaks).max(axis=0).astype(np.float64)
-    return envelope
+    size = -(-points * _BLOCK_FRAMES // frames)
+    for first in range(0, points, size):
+        group = starts[first : first + size]
+        end = starts[first + size] if first + size < points else frames
+        loudest = np.abs(samples[:, group[0] : end]).max(axis=0)
+        np.maximum.reduceat(loudest, group - group[0], out=peaks[first : first + size])
+    return peaks.astype(np.float64)  # 0.1 of float32 would print as 0.10000000149

@@ -6,15 +6,16 @@ repeated idempotency key inserts nothing and gives the row that is there already
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import product
 from operator import is_, itemgetter
 from typing import Any, cast
 
-from sqlalchemy import DefaultClause, bindparam, column, func, select
+from sqlalchemy import CTE, BigInteger, DefaultClause, Text, bindparam, column, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
@@ -70,11 +71,13 @@ async def insert_generations(
         by_key |= found
         # The other producer's row is gone again: insert once more.
         fresh = [row for row in raced if row["idempotency_key"] not in found]
-    if batches:
-        await drop_batches(session, batches.keys() - {row.batch_id for row in inserted.values()})
-    by_key |= {
-        row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
-    }
+    if len(inserted) < len(rows):
+        if batches:
+            used = {row.batch_id for row in inserted.values()}
+            await drop_batches(session, batches.keys() - used)
+        by_key |= {
+            row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
+        }
     return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
 
 
@@ -87,8 +90,7 @@ async def insert_all(
 
 def is_single(rows: Sequence[Row]) -> bool:
     """Return True if PostgreSQL inserts these rows with one statement, and nothing beside it."""
-    has_more = any(row[name] for row in rows for name in ("idempotency_key", *CLIP_COLUMNS))
-    return len(rows) <= _CHUNK and not has_more
+    return len(rows) <= _CHUNK and not any(any(_waits_for(row)) for row in rows)
 
 
 def _without_repeats(rows: Sequence[Row], by_key: Mapping[str, Generation]) -> list[Row]:
@@ -159,7 +161,7 @@ async def _insert_on_sqlite(
     if raced := await _find_raced(session, rows):
         await uncount_prompt_uses(session, [row["prompt"] for row in rows if row["id"] in raced])
     return [
-        _as_inserted(row, row["prompt_id"], at, row["run_at"])
+        _add_times(_as_inserted(row), row["prompt_id"], at, row["run_at"])
         for row in wanted
         if row["id"] not in raced
     ]
@@ -191,7 +193,7 @@ async def _insert_one(session: AsyncSession, row: Row) -> Generation:
     """Insert a row without a key: the statement for many takes the server a third longer."""
     values = {**row, **use_of(row["prompt"])}
     (made,) = await _INSERT_ONE_ON_POSTGRES.rows(session, values)
-    return _as_inserted(row, made.prompt_id, made.created_at, made.run_at)
+    return _add_times(_as_inserted(row), made.prompt_id, made.created_at, made.run_at)
 
 
 async def _insert_chunk(
@@ -205,15 +207,30 @@ async def _insert_chunk(
     }
     if batches:
         values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
-    has_keys = any(row["idempotency_key"] for row in rows)
-    statement = _INSERTS_ON_POSTGRES[has_keys, bool(batches)]
+    if any(row["idempotency_key"] for row in rows):
+        return await _insert_with_keys(session, rows, values)
+    asked = asyncio.ensure_future(_INSERTS_ON_POSTGRES[bool(batches)].rows(session, values))
+    await asyncio.sleep(0)  # it is sent now; while the server works, the objects are made
+    objects = [_as_inserted(row) for row in rows]
+    (made,) = await asked
+    prompt_ids = dict(zip(made.texts or (), made.prompt_ids or (), strict=True))
+    return [
+        _add_times(each, prompt_ids.get(row["prompt"]), made.at, row["wanted_run_at"] or made.at)
+        for each, row in zip(objects, rows, strict=True)
+    ]
+
+
+async def _insert_with_keys(
+    session: AsyncSession, rows: list[Row], values: Mapping[str, Any]
+) -> list[Generation]:
+    statement = _INSERTS_WITH_KEYS_ON_POSTGRES["batches" in values]
     made = {row.id: row for row in await statement.rows(session, values)}
     found = [(row, made[row["id"]]) for row in rows]
     raced = [(row, at) for row, at in found if at.created_at is None]
     counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
     await uncount_prompt_uses(session, counted)
     return [
-        _as_inserted(row, at.prompt_id, at.created_at, at.run_at)
+        _add_times(_as_inserted(row), at.prompt_id, at.created_at, at.run_at)
         for row, at in found
         if at.created_at is not None
     ]
@@ -231,13 +248,19 @@ def _split(rows: list[Row]) -> tuple[Row, list[Row]]:
     return {}, [{name: row[name] for name in (*_OWN, *_REST)} for row in rows]
 
 
-def _as_inserted(
-    row: Row, prompt_id: int | None, created_at: datetime, run_at: datetime
-) -> Generation:
+def _as_inserted(row: Row) -> Generation:
+    """Return the object of a row; what the database adds to it is still missing."""
     values = dict(zip(_ATTRIBUTES, _values_of(row), strict=True))
     values["sampling"] = dict(values["sampling"])  # rows of one batch share theirs
-    values["prompt_id"], values["created_at"], values["run_at"] = prompt_id, created_at, run_at
     return as_inserted(values)
+
+
+def _add_times(
+    generation: Generation, prompt_id: int | None, created_at: datetime, run_at: datetime
+) -> Generation:
+    """Add what the database has added to the row."""
+    vars(generation).update(prompt_id=prompt_id, created_at=created_at, run_at=run_at)
+    return generation
 
 
 _GIVEN = (
@@ -285,30 +308,31 @@ def _insert_one_on_postgres_statement() -> Any:
     return statement.returning(g.prompt_id, g.created_at, g.run_at)
 
 
-def _insert_on_postgres_statement(*, has_keys: bool, has_batches: bool) -> Any:
-    """Return PostgreSQL's INSERT of any number of rows, which counts their prompts as well.
+def _insert_on_postgres_statement(*, has_batches: bool) -> Any:
+    """Return PostgreSQL's INSERT of any number of rows without keys, which counts their prompts.
 
-    It returns all of them: with ``prompt_id`` what was counted, with times what was inserted.
+    It returns one row: ``texts`` and ``prompt_ids`` of the prompts that it counted, two arrays, and
+    ``at``, the time of the database.
     """
-    names = {name: _attribute(name) for name in _GIVEN}
-    columns = [column(name, g[each].type) for each, name in names.items()]
-    given = json_rows_sharing("shared", "rows", [*columns, column("wanted_run_at", UtcDateTime)])
-    counted = counted_prompts()
-    of_prompts = given.outerjoin(counted, counted.c.text == given.c.prompt)
-    chosen = (
-        select(
-            *(given.c[name] for name in names.values()),
-            counted.c.id,
-            func.coalesce(given.c.wanted_run_at, now()),
-        )
-        .select_from(of_prompts)
-        .order_by(given.c.idempotency_key, given.c.id)
-    )
-    into = [*names, "prompt_id", "run_at"]
-    statement = postgresql.insert(generations).from_select(into, chosen, include_defaults=False)
-    if has_keys:  # rows without keys meet no others, and looking for them takes the server time
-        statement = statement.on_conflict_do_nothing(index_elements=["idempotency_key"])
-    inserted = statement.returning(g.id, g.created_at, g.run_at).cte("inserted")
+    clock = _clock()
+    _, counted, _, insert = _parts_of_insert(clock)
+    query = select(
+        func.array_agg(counted.c.text, type_=ARRAY(Text)).label("texts"),
+        func.array_agg(counted.c.id, type_=ARRAY(BigInteger)).label("prompt_ids"),
+        select(clock.c.at).scalar_subquery().label("at"),
+    ).add_cte(insert.cte("inserted"))
+    return query.add_cte(added_batches()) if has_batches else query
+
+
+def _insert_with_keys_on_postgres_statement(*, has_batches: bool) -> Any:
+    """Return PostgreSQL's INSERT of any number of rows, those whose keys are free.
+
+    It returns all of them: with ``prompt_id`` what was counted, with times what was inserted. Rows
+    without keys meet no others: to look for them takes the server time.
+    """
+    given, counted, of_prompts, insert = _parts_of_insert(_clock())
+    insert = insert.on_conflict_do_nothing(index_elements=["idempotency_key"])
+    inserted = insert.returning(g.id, g.created_at, g.run_at).cte("inserted")
     query = select(
         given.c.id,
         counted.c.id.label("prompt_id"),
@@ -318,6 +342,34 @@ def _insert_on_postgres_statement(*, has_keys: bool, has_batches: bool) -> Any:
     return query.add_cte(added_batches()) if has_batches else query
 
 
+def _clock() -> CTE:
+    """Return the time ``at`` at which the rows of a statement are created, the same for all."""
+    return select(now().label("at")).cte("clock").prefix_with("MATERIALIZED")
+
+
+def _parts_of_insert(clock: CTE) -> tuple[CTE, CTE, Any, postgresql.Insert]:
+    """Return the rows given, the prompts counted, both joined, and the INSERT of these."""
+    names = {name: _attribute(name) for name in _GIVEN}
+    columns = [column(name, g[each].type) for each, name in names.items()]
+    given = json_rows_sharing("shared", "rows", [*columns, column("wanted_run_at", UtcDateTime)])
+    counted = counted_prompts()
+    of_prompts = given.outerjoin(counted, counted.c.text == given.c.prompt)
+    chosen = (
+        select(
+            *(given.c[name] for name in names.values()),
+            counted.c.id,
+            clock.c.at,
+            func.coalesce(given.c.wanted_run_at, clock.c.at),
+        )
+        .select_from(of_prompts.join(clock, true()))
+        .order_by(given.c.idempotency_key, given.c.id)
+    )
+    into = [*names, "prompt_id", "created_at", "run_at"]
+    insert = postgresql.insert(generations).from_select(into, chosen, include_defaults=False)
+    return given, counted, of_prompts, insert
+
+
+_waits_for = itemgetter("idempotency_key", *CLIP_COLUMNS)
 _OWN = ("id", "prompt", "request_hash")
 """The columns that rows never have in common, even if they are alike."""
 _ATTRIBUTES = tuple(map(_attribute, _GIVEN))
@@ -326,9 +378,8 @@ _REST = ("wanted_run_at", *(name for name in _ATTRIBUTES if name not in _OWN))
 _rest_of = itemgetter(*_REST)
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
 _INSERT_ONE_ON_POSTGRES = Prepared(_insert_one_on_postgres_statement)
-_INSERTS_ON_POSTGRES = {
-    (has_keys, has_batches): Prepared(
-        partial(_insert_on_postgres_statement, has_keys=has_keys, has_batches=has_batches)
-    )
-    for has_keys, has_batches in product((False, True), repeat=2)
-}
+_INSERTS_ON_POSTGRES, _INSERTS_WITH_KEYS_ON_POSTGRES = (
+    {has: Prepared(partial(statement, has_batches=has)) for has in (False, True)}
+    for statement in (_insert_on_postgres_statement, _insert_with_keys_on_postgres_statement)
+)
+"""By whether batches are added with them."""

@@ -6,10 +6,10 @@ itself. Only what a burst of requests or a worker repeats for each generation is
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select, true
@@ -102,10 +102,10 @@ class _Compiled:
         }
         converters = [_to_driver(binds[name].type, dialect) for name in self._names]
         self._converters = [(place, to) for place, to in enumerate(converters) if to is not None]
-        self._columns = [
-            (column.key, _from_driver(column.type, dialect))
-            for column in statement.exported_columns
-        ]
+        columns = list(statement.exported_columns)
+        self._make_row = _row_of(*(column.key for column in columns))
+        readers = [_from_driver(column.type, dialect) for column in columns]
+        self._readers = [(place, read) for place, read in enumerate(readers) if read is not None]
 
     def parameters(self, values: Mapping[str, Any]) -> list[Any]:
         """Return the parameters in their order, as the driver takes them."""
@@ -141,12 +141,19 @@ class _Compiled:
         values, _, conflict = rest.partition(" ON CONFLICT ")
         return f"{into} VALUES {', '.join([values] * count)} ON CONFLICT {conflict}"
 
-    def row(self, values: Sequence[Any]) -> SimpleNamespace:
+    def row(self, values: Sequence[Any]) -> Any:
         """Return a row of the driver with its columns as attributes."""
-        pairs = zip(self._columns, values, strict=True)
-        return SimpleNamespace(
-            **{name: value if to is None else to(value) for (name, to), value in pairs}
-        )
+        found = list(values)
+        for place, read in self._readers:
+            found[place] = read(found[place])
+        return self._make_row(found)
+
+
+def _row_of(*names: str) -> Callable[[Sequence[Any]], Any]:
+    """Return what makes a tuple with these attributes of values."""
+    row: Any = namedtuple("Row", names)  # type: ignore[misc]  # names that are known later
+    make: Callable[[Sequence[Any]], Any] = row._make
+    return make
 
 
 def _shares(count: int) -> Iterator[tuple[int, int]]:

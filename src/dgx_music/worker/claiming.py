@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -9,8 +10,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import anyio
-import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from dgx_music.config import Settings
@@ -137,7 +136,7 @@ class Claiming:
         """Return how many slots are free, after those that are about to be free."""
         if self._leases.running:
             for _ in range(min(_MOST_GATHER_TURNS, self._engine.info.slots)):
-                await anyio.lowlevel.checkpoint()
+                await asyncio.sleep(0)
         return self.free_slots()
 
     def free_slots(self) -> int:

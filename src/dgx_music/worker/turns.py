@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-import anyio.lowlevel
-
 T = TypeVar("T")
 
 
@@ -24,7 +22,7 @@ class Turns:
     async def do(self, work: Callable[[], T]) -> T:
         """Return what the work returns, done when all that came before is done."""
         async with self._line:
-            await anyio.lowlevel.checkpoint()
+            await asyncio.sleep(0)
             return work()
 
     async def wait(self) -> None:
