@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import chain
 
 import anyio
@@ -14,7 +15,7 @@ from sqlalchemy import event, func, literal_column, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from dgx_music import enqueue
+from dgx_music import close_db, enqueue, enqueue_many, init_db
 from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage import count_generations, create_generation, due, queue
 from dgx_music.storage.connection.postgres_drivers import Limits
@@ -191,6 +192,32 @@ async def test_a_key_that_another_transaction_is_using_is_waited_for(database, i
 
     assert (second.id == first_id) is is_committed
     assert await read_all(database, select(Generation.id)) == [second.id]
+
+
+@pytest.mark.parametrize("has_session", [False, True])
+async def test_a_shutdown_that_cancels_all_tasks_does_not_break_off_an_insert_of_many(
+    database_url, has_session
+):
+    database = await init_db(database_url)
+    async with database.session() as other:
+        await other.execute(text("LOCK TABLE generations IN EXCLUSIVE MODE"))
+        add = partial(enqueue_many, ["a", "b", "c"])
+        inserting = asyncio.create_task(add_in(database, add) if has_session else add())
+        await until_blocked(database)
+        for each in asyncio.all_tasks() - {asyncio.current_task()}:
+            each.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await inserting
+
+    # In the caller's session it is undone, but only after the statement has ended.
+    assert await read_all(database, select(func.count(Generation.id))) == [0 if has_session else 3]
+    await close_db()
+
+
+async def add_in(database, add):
+    async with database.session() as session:
+        return await add(session=session)
 
 
 async def enqueue_in(database, **options):

@@ -23,6 +23,7 @@ from dgx_music.statuses import PENDING
 from dgx_music.storage.batches import add_batches, added_batches, drop_batches
 from dgx_music.storage.clips import hold_clips, keep_clips
 from dgx_music.storage.connection.direct import DirectSession
+from dgx_music.storage.connection.sessions import start_to_finish
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, as_inserted, g, generations
 from dgx_music.storage.prepared import Prepared, as_json, json_rows_sharing
 from dgx_music.storage.prompts import (
@@ -209,7 +210,7 @@ async def _insert_chunk(
         values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
     if any(row["idempotency_key"] for row in rows):
         return await _insert_with_keys(session, rows, values)
-    asked = asyncio.ensure_future(_INSERTS_ON_POSTGRES[bool(batches)].rows(session, values))
+    asked = start_to_finish(_INSERTS_ON_POSTGRES[bool(batches)].rows(session, values))
     await asyncio.sleep(0)  # it is sent now; while the server works, the objects are made
     objects = [_as_inserted(row) for row in rows]
     (made,) = await asked
