@@ -34,6 +34,7 @@ from benchmarks.codec import measure_codec, windows_seconds
 from benchmarks.loops import Stock
 from benchmarks.musicgen_models import SHAPES
 from benchmarks.tables import SECTIONS, Report
+from dgx_music.inference.musicgen.devices import keep_float32
 
 FROM_CELLS = {"throughput", "memory"}
 """The sections that show the same runs; that of the codec uses them if they are there."""
@@ -183,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
+    if options.device.type == "cuda":
+        keep_float32()  # as the engine does
     run(options)
 
 

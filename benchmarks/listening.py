@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -100,20 +100,32 @@ class Times:
         return cls(*map(statistics.median, columns))
 
 
-def load(size: str, channels: int, slots: int, device: torch.device) -> MusicGenEngine:
+NAMES = {
+    (1, False): "musicgen-small",
+    (2, False): "musicgen-stereo-small",
+    (1, True): "musicgen-melody",
+    (2, True): "musicgen-stereo-melody",
+}
+"""A model by its channels and whether it hears melodies; its size is of no account here."""
+
+
+def load(
+    size: str, channels: int, slots: int, device: torch.device, *, hears_melody: bool = False
+) -> MusicGenEngine:
     """Return the engine with random weights of the true shapes."""
     if device.type == "cpu":
         leave_a_core_free()
     else:
         keep_float32()
-    model = build_whole(size, channels, choose_dtype("auto", device))
-    name = "musicgen-small" if channels == 1 else "musicgen-stereo-small"
+    dtype = choose_dtype("auto", device)
+    model = build_whole(size, channels, dtype, hears_melody=hears_melody)
+    name = NAMES[channels, hears_melody]
     settings = EngineSettings(engine="musicgen", model=name, device=str(device), slots=slots)
     weights = Weights(model, build_tokenizer(), "random", None)
     return MusicGenEngine(weights, device, ModelInfo(name, channels), settings)
 
 
-def make_clips(engine: MusicGenEngine, durations: Sequence[float], at_once: int) -> Times:
+def make_clips(engine: MusicGenEngine, durations: Sequence[float], at_once: int) -> list[Clip]:
     """Make clips of these lengths; so many have a slot at a time."""
     free = threading.Semaphore(at_once)
     started = time.perf_counter()
@@ -124,12 +136,16 @@ def make_clips(engine: MusicGenEngine, durations: Sequence[float], at_once: int)
         request = GenerationRequest(
             generation_id=str(number), prompt=PROMPT, duration=durations[number], seed=number
         )
-        engine.generate(request, clips[number])
+        try:
+            engine.generate(request, clips[number])
+        except BaseException:
+            free.release()  # or the clips that wait for the slot would wait for ever
+            raise
         clips[number].finish()
 
     with ThreadPoolExecutor(3 * at_once) as threads:
         list(threads.map(make, range(len(durations))))
-    return Times.of(clips)
+    return clips
 
 
 @contextmanager
@@ -175,10 +191,11 @@ def measure(
     """Make the clips once for nothing, and then in both ways, in turn."""
     cell = Cell(name, sum(durations), [], [])
     make_clips(engine, durations[:at_once], at_once)
-    for _ in range(rounds):
-        cell.heard.append(make_clips(engine, durations, at_once))
-        with nobody_listens(engine):
-            cell.unheard.append(make_clips(engine, durations, at_once))
+    for number in range(rounds):
+        for is_heard in (True, False) if number % 2 == 0 else (False, True):
+            with nullcontext() if is_heard else nobody_listens(engine):
+                times = Times.of(make_clips(engine, durations, at_once))
+            (cell.heard if is_heard else cell.unheard).append(times)
     return cell
 
 
@@ -209,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--size", choices=["toy", "small", "medium", "large"], default="small")
     parser.add_argument("--channels", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--melody", action="store_true", help="a model that hears melodies")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each clip")
     parser.add_argument("--clips", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--rounds", type=int, default=3)
@@ -216,7 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = choose_device(options.device)
     print(describe(device), flush=True)
-    engine = load(options.size, options.channels, max(options.clips), device)
+    most = max(options.clips)
+    engine = load(options.size, options.channels, most, device, hears_melody=options.melody)
     print("\n" + table(TITLES, []), flush=True)
     for count in options.clips:
         for name, durations in (

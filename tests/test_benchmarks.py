@@ -44,11 +44,11 @@ def test_the_inference_benchmark_fills_every_table(capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("channels", ["1", "2"])
-def test_the_listening_benchmark_compares_both_ways(capsys, channels):
-    options = "--device cpu --size toy --seconds 2.1 --clips 2 --rounds 1 --channels"
+@pytest.mark.parametrize("kind", ["--channels 1", "--channels 2 --melody"])
+def test_the_listening_benchmark_compares_both_ways(capsys, kind):
+    options = f"--device cpu --size toy --seconds 2.1 --clips 2 --rounds 1 {kind}"
 
-    listening.main([*options.split(), channels])
+    listening.main(options.split())
 
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     cells = {(line[0], line[1]): line for line in lines if len(line) == len(listening.TITLES)}
@@ -57,6 +57,30 @@ def test_the_listening_benchmark_compares_both_ways(capsys, channels):
         seconds = [float(cell.removesuffix(" s")) for cell in (*early[2:6], *late[2:6])]
         assert min(seconds) > 0
         assert early[7].endswith(" ×")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_with_nobody_listening_a_clip_is_made_after_its_codes():
+    engine = listening.load("toy", 1, 2, torch.device("cpu"))
+    with listening.nobody_listens(engine):
+        late = listening.make_clips(engine, [2.1, 1.1, 2.1], 2)
+    early = listening.make_clips(engine, [10.0], 1)
+    engine.close()
+
+    assert all(clip.parts[0] >= clip.codes > 0 for clip in late)
+    assert [len(clip.parts) for clip in (*late, *early)] == [3, 2, 3, 10]
+    assert early[0].parts[0] < early[0].codes
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_clip_that_fails_holds_up_no_other(monkeypatch):
+    engine = listening.load("toy", 1, 2, torch.device("cpu"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "generate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            listening.make_clips(engine, [1.0] * 6, 2)
+    engine.close()
 
 
 @pytest.mark.parametrize(

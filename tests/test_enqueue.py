@@ -10,7 +10,12 @@ import anyio
 import numpy as np
 import pytest
 from sqlalchemy import event, func, select, text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import Session
 
 from dgx_music import (
@@ -360,6 +365,22 @@ async def test_what_is_no_session_is_refused(database, session):
         ):
             await call("x", session=session)
     await assert_unchanged(database)
+
+
+async def test_a_scoped_session_is_the_one_of_the_callers_task(database):
+    """The work runs in another task, where the same object would be another session."""
+    scoped = async_scoped_session(async_sessionmaker(database.engine), asyncio.current_task)
+
+    one = (await enqueue("one", session=scoped)).id
+    many = [row.id for row in await enqueue_many(["two", "three"], session=scoped)]
+    await cancel_generation(one, session=scoped)
+    await scoped.commit()
+    await scoped.remove()
+
+    found = await read_all(database, select(Generation.prompt).order_by(Generation.prompt))
+    assert found == ["one", "three", "two"]
+    assert (await read(database, one)).status == "cancelled"
+    assert (await read(database, many[0])).status == "pending"
 
 
 @on(SQLITE)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dgx_music.errors import EngineUnavailableError
-from dgx_music.inference.musicgen import devices
+from dgx_music.inference.musicgen import devices, engine
+from tests.inference.factories import make_settings
 from tests.inference.test_musicgen import load
 
 
@@ -68,6 +69,25 @@ def test_auto_is_16_bit_on_a_processor_that_multiplies_bfloat16(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert devices.choose_dtype("auto", torch.device("cpu")) is dtype
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("cuda", 1), ("cpu", 0)])
+def test_a_gpus_codec_computes_in_float32(
+    kind: str, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[None] = []
+    monkeypatch.setattr(engine, "choose_device", lambda _name: torch.device(kind))
+    monkeypatch.setattr(engine, "keep_float32", lambda: kept.append(None))
+    monkeypatch.setattr(engine, "leave_a_core_free", lambda: None)
+    settings = make_settings(engine="musicgen", model="musicgen-tiny-untrained", dtype="float32")
+    engine.build(settings, lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert len(kept) == wanted
+
+
+def test_float32_is_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    devices.keep_float32()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("cores", [1, 2, 16])

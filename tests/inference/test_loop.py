@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -117,7 +118,7 @@ class Heard:
 def test_codes_that_are_due_together_are_read_together(
     loop: DecodingLoop, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each reading waits for the device, and all rows wait with it."""
+    """Each reading takes the device and the host some time, however short it is."""
     readings, read = [], Slots.read
 
     def note(slots: Slots, parts: Any) -> Any:
@@ -141,34 +142,42 @@ def test_codes_that_are_due_together_are_read_together(
 class Late:
     """Codes that arrive when ``is_there`` says so, as a device's do; until then, a wait for them."""
 
-    def __init__(self, reading: Any, is_there: Callable[[], bool]) -> None:
+    def __init__(
+        self, slots: Slots, parts: Any, reading: Any, is_there: Callable[[Late], bool]
+    ) -> None:
+        self.slots = slots
+        self.spans = [(start, end) for _, start, end in parts]
+        self.was_waited_for = False
         self._reading = reading
-        self._is_there = is_there
+        self._find_out = is_there
+        self._is_there = False
 
     @property
     def is_there(self) -> bool:
-        return self._is_there()
+        self._is_there = self._find_out(self)
+        return self._is_there
 
     def codes(self) -> Any:
+        self.was_waited_for |= not self._is_there
         return self._reading.codes()
 
 
-def delay_readings(monkeypatch: pytest.MonkeyPatch, is_there: Callable[[Slots], bool]) -> list[Any]:
-    """Have codes arrive when ``is_there`` says so of the slots; return what is read, as it is."""
+def delay_readings(monkeypatch: pytest.MonkeyPatch, is_there: Callable[[Late], bool]) -> list[Late]:
+    """Have codes arrive when ``is_there`` says so of them; return what is read."""
     readings, read = [], Slots.read
 
     def late(slots: Slots, parts: Any) -> Late:
-        readings.append(parts)
-        return Late(read(slots, parts), lambda: is_there(slots))
+        readings.append(Late(slots, parts, read(slots, parts), is_there))
+        return readings[-1]
 
     monkeypatch.setattr(Slots, "read", late)
     return readings
 
 
-def after_steps(count: int) -> Callable[[Slots], bool]:
+def after_steps(count: int) -> Callable[[Late], bool]:
     """Return an answer that is yes every so many times it is asked: once before each step."""
     asked = iter(range(10_000))
-    return lambda _slots: next(asked) % count == count - 1
+    return lambda _late: next(asked) % count == count - 1
 
 
 @pytest.mark.parametrize("steps_late", [1, 2, 3, 9])
@@ -180,7 +189,7 @@ def test_steps_go_on_while_codes_are_on_their_way(
     codes = loop.decode(make_row(frames=30), run, heard)
     assert torch.equal(codes, decode([make_row(frames=30)])[0])
     assert torch.equal(torch.cat(heard.windows, dim=1), codes[:, : 4 * len(heard.windows)])
-    spans = [(start, end) for ((_, start, end),) in readings]
+    spans = [span for reading in readings for span in reading.spans]
     windows, whole = spans[:-1], spans[-1]
     assert whole == (0, 30)
     assert [start % 4 for start, _ in windows] == [0] * len(windows)
@@ -194,7 +203,7 @@ def test_windows_that_became_whole_meanwhile_are_read_together(
     readings = delay_readings(monkeypatch, after_steps(9))
     heard = Heard(4)
     loop.decode(make_row(frames=30), QuietRun(), heard)
-    spans = [(start, end) for ((_, start, end),) in readings]
+    spans = [span for reading in readings for span in reading.spans]
     assert spans == [(0, 4), (4, 13), (12, 22), (0, 30)]
     assert [window.shape[1] for window in heard.windows] == [4] * 5
 
@@ -205,16 +214,18 @@ def test_a_row_that_has_ended_frees_its_slot_before_its_codes_arrive(
     loop, go_on = make_loop(slot_count=1), threading.Event()
     first_run, next_run = SignallingRun(go_on), SignallingRun()
     expected = [decode([make_row(frames=4)])[0], decode([make_row(frames=9, seed=1)])[0]]
-    readings = delay_readings(monkeypatch, lambda _slots: next_run.has_begun.is_set())
+    readings = delay_readings(monkeypatch, lambda _late: next_run.has_begun.is_set())
     first = pool.submit(loop.decode, make_row(frames=4), first_run)
     assert first_run.has_begun.wait(PATIENCE)
     following = pool.submit(loop.decode, make_row(frames=9, seed=1), next_run)
-    while not loop._waiting:  # it is about to wait for the slot
-        pass
+    late = time.monotonic() + PATIENCE
+    while not loop._waiting and time.monotonic() < late:  # it is about to wait for the slot
+        time.sleep(0.001)
     go_on.set()
     assert torch.equal(first.result(PATIENCE), expected[0])
     assert torch.equal(following.result(PATIENCE), expected[1])
-    assert [end for ((_, _, end),) in readings] == [4, 9]
+    assert [reading.spans for reading in readings] == [[(0, 4)], [(0, 9)]]
+    assert not readings[0].was_waited_for
 
 
 def test_a_row_that_is_cancelled_while_its_codes_are_on_their_way_hears_no_more(
@@ -222,9 +233,9 @@ def test_a_row_that_is_cancelled_while_its_codes_are_on_their_way_hears_no_more(
 ) -> None:
     run, heard = QuietRun(), Heard(4)
 
-    def cancel(slots: Slots) -> bool:
+    def cancel(late: Late) -> bool:
         run.is_cancelled = True
-        return not slots.rows
+        return not late.slots.rows
 
     delay_readings(monkeypatch, cancel)
     with pytest.raises(GenerationCancelledError):
@@ -241,7 +252,7 @@ def test_a_row_that_has_ended_has_its_codes_though_a_later_step_fails(
 ) -> None:
     (expected,) = decode([make_row(frames=4)])
     monkeypatch.setattr(loop, "_admit", partial(admit_pair, loop, loop._admit))
-    readings = delay_readings(monkeypatch, lambda _slots: False)
+    readings = delay_readings(monkeypatch, lambda _late: False)
     break_steps(monkeypatch, lambda slots: bool(readings))
     with caplog.at_level(logging.CRITICAL):
         short, long = (
@@ -250,6 +261,107 @@ def test_a_row_that_has_ended_has_its_codes_though_a_later_step_fails(
         with pytest.raises(EngineError, match="step of 1 generations failed"):
             long.result(PATIENCE)
     assert torch.equal(short.result(PATIENCE), expected)
+
+
+class Refusing(Heard):
+    """Raises instead of taking a window."""
+
+    def push(self, codes: Tensor) -> None:
+        raise EngineError("the codec has failed")
+
+
+def test_all_rows_of_a_reading_are_answered_though_one_of_them_cannot_be_retired(
+    pool: ThreadPoolExecutor,
+    loop: DecodingLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (expected,) = decode([make_row(frames=8)])
+    retire = Slots.retire
+
+    def lose(slots: Slots, row: Any) -> None:
+        if row.frame_count == 30:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        retire(slots, row)
+
+    monkeypatch.setattr(loop, "_admit", partial(admit_in_order, loop, loop._admit))
+    monkeypatch.setattr(Slots, "retire", lose)
+    with caplog.at_level(logging.CRITICAL):
+        # Its only window arrives with all that the other row has.
+        listened = pool.submit(loop.decode, make_row(frames=30), QuietRun(), Refusing(11))
+        short = pool.submit(loop.decode, make_row(frames=8), QuietRun())
+        with pytest.raises(EngineError, match="the codec has failed"):
+            listened.result(PATIENCE)
+        assert short.exception(PATIENCE) or torch.equal(short.result(), expected)
+
+
+def admit_in_order(loop: DecodingLoop, admit: Callable[[], None]) -> None:
+    """Admit the two rows when both are there, the longer one first."""
+    if len(loop._waiting) == 2:
+        ordered = sorted(loop._waiting, key=lambda ticket: -ticket.row.frame_count)
+        loop._waiting.clear()
+        loop._waiting.extend(ordered)
+        admit()
+
+
+def test_what_is_on_its_way_arrives_though_no_row_is_left(
+    pool: ThreadPoolExecutor, loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last row ends at the first window that it hands out, while other codes are on their way."""
+    (expected,) = decode([make_row(frames=8)])
+    monkeypatch.setattr(loop, "_admit", partial(admit_in_order, loop, loop._admit))
+
+    def is_there(late: Late) -> bool:
+        return late.spans == [(0, 4)] and late.slots.rows[0].position > 12
+
+    readings = delay_readings(monkeypatch, is_there)
+    listened = pool.submit(loop.decode, make_row(frames=30), QuietRun(), Refusing(4))
+    short = pool.submit(loop.decode, make_row(frames=8), QuietRun())
+    with pytest.raises(EngineError, match="the codec has failed"):
+        listened.result(PATIENCE)
+    assert torch.equal(short.result(PATIENCE), expected)
+    assert [reading.spans for reading in readings] == [[(0, 4)], [(0, 8)]]
+
+
+def test_rows_are_answered_though_their_codes_fail_after_a_step(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Lost:
+        is_there = False
+
+        def codes(self) -> Any:
+            raise RuntimeError("the device is lost")
+
+    read = Slots.read
+    monkeypatch.setattr(Slots, "read", lambda _slots, _parts: Lost())
+    break_steps(monkeypatch, lambda slots: slots.rows[0].position == 12)
+    with caplog.at_level(logging.CRITICAL), pytest.raises(EngineError, match="shapes differ"):
+        loop.decode(make_row(frames=30), QuietRun(), Heard(4))
+    monkeypatch.setattr(Slots, "read", read)
+    assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
+
+
+def test_codes_that_arrive_at_the_second_try_fail_nobody(
+    loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (expected,) = decode([make_row()])
+    read, tries = Slots.read, iter([torch.OutOfMemoryError("CUDA out of memory"), None])
+
+    class Hesitant:
+        is_there = True
+
+        def __init__(self, reading: Any) -> None:
+            self._reading = reading
+
+        def codes(self) -> Any:
+            if (error := next(tries)) is not None:
+                raise error
+            return self._reading.codes()
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL):
+        patch.setattr(Slots, "read", lambda slots, parts: Hesitant(read(slots, parts)))
+        assert torch.equal(loop.decode(make_row(), QuietRun()), expected)
+    assert torch.equal(loop.decode(make_row(), QuietRun()), expected)
 
 
 def test_codes_that_do_not_arrive_fail_their_row_and_the_next_one_is_made(

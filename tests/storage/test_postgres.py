@@ -16,12 +16,13 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from dgx_music import close_db, enqueue, enqueue_many, init_db
-from dgx_music.errors import DatabaseUnavailableError
+from dgx_music.errors import DatabaseUnavailableError, IdempotencyConflictError
 from dgx_music.storage import count_generations, create_generation, due, queue
 from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import estimate
-from dgx_music.storage.models import Base, Generation, Prompt
+from dgx_music.storage.models import Base, Batch, Generation, Prompt
+from dgx_music.storage.prompts import count_overlooked_prompts
 from dgx_music.storage.workers import get_workers, heartbeat_worker
 from dgx_music.worker.completions import Completions
 from dgx_music.worker.turns import Turns
@@ -192,6 +193,45 @@ async def test_a_key_that_another_transaction_is_using_is_waited_for(database, i
 
     assert (second.id == first_id) is is_committed
     assert await read_all(database, select(Generation.id)) == [second.id]
+
+
+async def test_a_conflict_that_shows_late_leaves_nothing_of_its_call_in_the_callers_transaction(
+    database,
+):
+    async def enqueue_beside():
+        async with database.session() as session:
+            requests = ["x1", {"prompt": "theirs", "idempotency_key": "r"}]
+            with pytest.raises(IdempotencyConflictError):
+                await enqueue_many(requests, session=session)
+            await enqueue("after", session=session)
+
+    async with database.session() as session:
+        await enqueue("mine", idempotency_key="r", session=session)
+        beside = asyncio.create_task(enqueue_beside())
+        await until_blocked(database)
+    await beside
+
+    assert sorted(await read_all(database, select(Generation.prompt))) == ["after", "mine"]
+    assert sorted(await read_all(database, select(Prompt.text))) == ["after", "mine"]
+    assert await read_all(database, select(func.count(Batch.id))) == [0]
+
+
+async def test_a_prompt_whose_count_is_taken_back_is_counted_once_in_the_end(database):
+    """Its first use was overlooked, and the second one turned out to be the same generation."""
+    async with database.session() as first:
+        async with database.session() as counting:
+            await enqueue("lofi rain", session=counting)
+            await enqueue("lofi rain", idempotency_key="k", session=first)
+            await counting.rollback()
+        repeating = asyncio.create_task(enqueue_in(database, idempotency_key="k"))
+        await until_blocked(database)
+    await repeating
+    assert await read_all(database, select(Prompt.used_count)) == []
+
+    await database.transact(count_overlooked_prompts)
+
+    assert await read_all(database, select(Prompt.used_count)) == [1]
+    assert await read_all(database, select(func.count(Generation.prompt_id))) == [1]
 
 
 @pytest.mark.parametrize("has_session", [False, True])

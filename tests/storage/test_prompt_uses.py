@@ -52,12 +52,20 @@ async def test_counting_nothing_counts_nothing(database):
         assert await count_prompt_uses(session, []) == []
 
 
-async def test_a_use_is_taken_back_but_never_the_last(database):
+async def test_a_use_is_taken_back_and_with_the_last_one_the_prompt(database):
     async with database.session() as session:
-        await count_prompt_uses(session, ["rain", "rain", "sun"])
-        await prompts.uncount_prompt_uses(session, ["rain", "sun"])
+        await count_prompt_uses(session, ["rain", "rain", "sun", "sun", "wind"])
+        await prompts.uncount_prompt_uses(session, ["rain", "sun", "sun"])
 
-    assert await uses(database) == {"rain": 1, "sun": 1}
+    assert await uses(database) == {"rain": 1, "wind": 1}
+
+
+async def test_a_prompt_of_a_generation_stays_whatever_is_taken_back(database):
+    async with database.session() as session:
+        await create_generation(session, "rain", MODEL, 8.0, 32_000, 1)
+        await prompts.uncount_prompt_uses(session, ["rain"])
+
+    assert await uses(database) == {"rain": 1}
 
 
 async def test_who_tracks_a_prompt_beside_others_misses_no_count(database):

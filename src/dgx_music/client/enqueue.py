@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Generation
 from dgx_music.storage.room import inserting
+from dgx_music.storage.schema import dialect_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -106,7 +107,24 @@ async def store(
     if session is None:
         # ends in storage/insertion.py: insert_generations
         return await (await ensure_database()).insert(checked.rows, checked.clips, limits)
-    return await transact(session, inserting(checked.rows, checked.clips, limits))
+    insert = inserting(checked.rows, checked.clips, limits)
+    has_keys = any(row["idempotency_key"] for row in checked.rows)
+    may_end_half_way = has_keys and len(checked.rows) > 1
+    return await transact(session, partial(_all_or_none, insert) if may_end_half_way else insert)
+
+
+async def _all_or_none(
+    insert: Callable[[AsyncSession], Coroutine[Any, Any, list[Generation]]], session: AsyncSession
+) -> list[Generation]:
+    """Insert in the caller's transaction, which may go on after a conflict of keys.
+
+    On PostgreSQL a key may turn out to be another producer's only when the other rows are there.
+    """
+    if dialect_of(session) != "postgresql":
+        return await insert(session)
+    connection = await session.connection()  # the session's own savepoints look like its commits
+    async with connection.begin_nested():
+        return await insert(session)
 
 
 async def _store_alone(checked: CheckedRequests) -> Generation:

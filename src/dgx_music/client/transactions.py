@@ -28,7 +28,7 @@ async def transact(
     called.
     """
     if session is not None:
-        check_session(session)
+        own = check_session(session)
         check_variables()
-        return await finish(work(session))
+        return await finish(work(own))
     return await (await ensure_database()).transact(work, read_only=read_only)

@@ -178,11 +178,11 @@ class Database:
     ) -> T:
         """Return what ``work`` returns, done in its own transaction, which a cancel does not stop.
 
-        The work may only await the calls of its session, and leaves commit and rollback to us. It
-        is repeated if it was a deadlock's victim, and repeated on the primary if the read replica
-        fails: a replica also ends a query that delays what it copies. A transaction that
-        ``is_single`` writes with one statement: PostgreSQL then needs no BEGIN and no COMMIT, and
-        an error undoes nothing else.
+        The work may only await the calls of its session (on PostgreSQL also other tasks of its
+        own), and leaves commit and rollback to us. It is repeated if it was a deadlock's victim,
+        and repeated on the primary if the read replica fails: a replica also ends a query that
+        delays what it copies. A transaction that ``is_single`` writes with one statement:
+        PostgreSQL then needs no BEGIN and no COMMIT, and an error undoes nothing else.
         """
 
         async def run(*, may_lag: bool) -> T:

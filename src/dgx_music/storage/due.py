@@ -149,8 +149,8 @@ def overtaken(dialect: str, model_name: str) -> ColumnElement[bool]:
     """Return the condition that a row of this model waits, but was due when it was stored.
 
     It was due when it was made, or when its last attempt began, and nobody has postponed it since.
-    PostgreSQL reads its clock for each column of a new row, so those times may differ a little. The
-    statement's time is a constant for it, so that an index finds what is later.
+    PostgreSQL reads its clock for each column of a row that is inserted alone, so those times may
+    differ a little. The statement's time is a constant for it, so that an index finds what is later.
     """
     is_postgres = dialect == "postgresql"
     made_at = g.created_at + _ONE_INSERT if is_postgres else g.created_at

@@ -211,7 +211,7 @@ async def _insert_chunk(
     if any(row["idempotency_key"] for row in rows):
         return await _insert_with_keys(session, rows, values)
     asked = start_to_finish(_INSERTS_ON_POSTGRES[bool(batches)].rows(session, values))
-    await asyncio.sleep(0)  # it is sent now; while the server works, the objects are made
+    await asyncio.sleep(0)  # it begins now; while the server works, the objects are made
     objects = [_as_inserted(row) for row in rows]
     (made,) = await asked
     prompt_ids = dict(zip(made.texts or (), made.prompt_ids or (), strict=True))

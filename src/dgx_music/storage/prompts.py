@@ -12,11 +12,12 @@ from sqlalchemy import (
     Integer,
     Select,
     Table,
-    and_,
     bindparam,
     column,
+    delete,
     func,
     literal_column,
+    not_,
     select,
     update,
 )
@@ -70,11 +71,15 @@ async def count_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> list
 
 
 async def uncount_prompt_uses(session: AsyncSession, texts: Iterable[str]) -> None:
-    """Take back one use for each text given."""
+    """Take back one use for each text given; a prompt that was used for nothing else is deleted."""
     for text, count in sorted(Counter(texts).items()):
-        is_counted = and_(Prompt.text_hash == text_hash(text), Prompt.used_count > count)
+        is_it = Prompt.text_hash == text_hash(text)
+        is_used = select(Generation.id).where(Generation.prompt_id == Prompt.id).exists()
+        unused = delete(Prompt).where(is_it, Prompt.used_count <= count, not_(is_used))
+        await session.execute(unused)
         values = {"used_count": Prompt.used_count - count}
-        await session.execute(update(Prompt).where(is_counted).values(values))
+        counted = update(Prompt).where(is_it, Prompt.used_count > count).values(values)
+        await session.execute(counted)
 
 
 async def count_overlooked_prompts(session: AsyncSession, limit: int = 500) -> int:

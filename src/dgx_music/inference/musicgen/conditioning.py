@@ -43,7 +43,8 @@ class Conditioner:
     """Reads requests; the models that read work in one thread, whoever asks.
 
     Fast tokenizers are not safe in two threads at a time. On a GPU, libraries take memory for each
-    thread that calls them: 64 threads took 5 GB of an H200.
+    thread that calls them: 64 threads took 5 GB of an H200. A cancel does not end the wait for that
+    thread, which needs hundredths of a second for each request.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Conditioner:
         self._sample_rate = sample_rate
         self._melody = None if decoder.reads_text else MelodyReader(model, decoder.device)
         self._thread = ThreadPoolExecutor(1, "reading")
+        self._thread.submit(int)  # if it could only not start later, it would read refused requests
 
     def close(self) -> None:
         """End the thread; nothing may be read any more."""
@@ -92,8 +94,9 @@ class Conditioner:
 
         def read_window(begin: float) -> Conditions:
             chroma = None if tune is None else tune.read_from(begin)
-            prefix = self._thread.submit(reader.prefix, text, chroma, negative)
-            return Conditions(None, None, prefix.result(), is_guided)
+            # Without a name for the future: it and its error would keep each other alive.
+            prefix = self._thread.submit(reader.prefix, text, chroma, negative).result()
+            return Conditions(None, None, prefix, is_guided)
 
         return read_window
 

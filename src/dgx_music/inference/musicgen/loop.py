@@ -236,16 +236,21 @@ class DecodingLoop:
         """Give callers and whoever listens the codes that have arrived, or ``waits`` for all."""
         while self._on_the_way and (waits or self._on_the_way[0].reading.is_there):
             reading, parts = self._on_the_way[0]
-            found = reading.codes()
-            self._on_the_way.popleft()  # not earlier: the rows of a reading that fails are answered
-            for part, codes in zip(parts, found, strict=True):
-                part.ticket.is_being_read = False
-                if part.ticket.codes.done():  # cancelled in the meantime
-                    continue
-                ending = _ending_of(part, codes)
-                if ending is not None:
-                    self._retire(self._supply.slots, part.ticket)
-                    part.ticket.answer(ending)
+            for part, codes in zip(parts, reading.codes(), strict=True):
+                self._give(part, codes)
+            # Not earlier: if that fails, all of these rows are answered all the same.
+            self._on_the_way.popleft()
+
+    def _give(self, part: _Part, codes: Tensor | EngineError) -> None:
+        """Give the part to whom it is for; end its row if that was all, or if there is an error."""
+        ticket = part.ticket
+        ticket.is_being_read = False
+        if ticket.codes.done():  # cancelled in the meantime
+            return
+        ending = _ending_of(part, codes)
+        if ending is not None:
+            ticket.answer(ending)
+            self._retire(self._supply.slots, ticket)
 
     def _retire(self, slots: Slots | None, ticket: _Ticket) -> None:
         """Free the ticket's slot if it still has one."""
@@ -270,7 +275,9 @@ class DecodingLoop:
         self._supply.give_up()
         try:
             has_room = (
-                failed and is_out_of_memory(error) and self._supply.make_room(failed[0].run, error)
+                bool(failed)
+                and is_out_of_memory(error)
+                and self._supply.make_room(failed[0].run, error)
             )
         except BaseException:
             self._admitted = failed  # the end of this thread answers them

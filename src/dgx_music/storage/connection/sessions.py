@@ -28,12 +28,19 @@ class NoAnswerError(Exception):
         super().__init__(why)
 
 
-def check_session(session: object) -> None:
-    """Raise ``InvalidRequestError`` unless this is SQLAlchemy's ``AsyncSession``."""
-    if not isinstance(session, AsyncSession | async_scoped_session):
+def check_session(session: object) -> AsyncSession:
+    """Return the session; raise ``InvalidRequestError`` unless it is SQLAlchemy's ``AsyncSession``.
+
+    Of an ``async_scoped_session`` it is the one of the caller's scope: usually that of the caller's
+    task, and the work runs in another one.
+    """
+    if isinstance(session, async_scoped_session):
+        session = session()
+    if not isinstance(session, AsyncSession):
         kind = type(session).__name__
         remedy = "use an AsyncSession of SQLAlchemy, or leave it out for one of our own"
         raise InvalidRequestError("session", f"is of the type {kind}", remedy)
+    return session
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:
