@@ -299,7 +299,8 @@ def test_codes_are_read_while_steps_go_on() -> None:
         reading = slots.read([(row, 0, 10)])
         slots.step()
     (codes,) = reading.codes()
-    assert torch.equal(codes, decode([make_row(frames=40)])[0][:, :10])
+    expected = decode([make_row(frames=40)], slots=make_slots_on_gpu())[0]
+    assert torch.equal(codes, expected[:, :10])
     assert reading.is_there
 
 
