@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.device import describe
-from benchmarks.markdown import table
+from benchmarks.markdown import line, table
 from benchmarks.musicgen_models import build_tokenizer, build_whole
 from dgx_music.audio.samples import Audio
 from dgx_music.catalog import ModelInfo
@@ -243,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (f"{count} slots, a full queue", a_full_queue(options.seconds, TURNS * count)),
         ):
             cell = measure(engine, name, durations, count, options.rounds)
-            for line in cell.lines():
-                print(table(line, []).partition("\n")[0], flush=True)
+            for cells in cell.lines():
+                print(line(cells), flush=True)  # at once: the rest may take minutes
     engine.close()
 
 

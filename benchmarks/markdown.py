@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(
-        f"| {' | '.join(map(str, line))} |".replace("| --- ", "|---") for line in lines
-    )
+    return "\n".join(map(line, [titles, ["---"] * len(titles), *rows]))
+
+
+def line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |".replace("| --- ", "|---")

@@ -71,16 +71,7 @@ def build_model(
     As in the engine, T5 is in float32 whatever the dtype of the language model. No weight is held
     twice: the model is built without memory, and each weight is then made once, on the device.
     """
-    config = _config(size)
-    with torch.device("meta"):
-        model = MusicgenForConditionalGeneration(config).eval()
-    model.decoder.to(dtype)
-    model.enc_to_dec_proj.to(dtype)
-    model.to_empty(device=device)
-    for parameter in model.parameters():
-        _fill(parameter)
-    positions = model.decoder.model.decoder.embed_positions
-    positions.make_weights(positions.num_positions, positions.embedding_dim)
+    model = _fill_model(MusicgenForConditionalGeneration, _config(size), dtype, device)
     model.text_encoder.register_forward_hook(_hand_on(dtype))
     return model
 
@@ -121,18 +112,23 @@ def build_whole(
     family = (
         MusicgenMelodyForConditionalGeneration if hears_melody else MusicgenForConditionalGeneration
     )
+    model = _fill_model(family, config, dtype, torch.device("cpu"))
+    model.audio_encoder = build_codec("toy" if size == "toy" else "small", torch.device("cpu"))
+    return model
+
+
+def _fill_model(family: type[Any], config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model with noise for weights; its language model and projections in the dtype."""
     with torch.device("meta"):
         model = family(config).eval()
-    model.decoder.to(dtype)
     for name, part in model.named_children():
-        if name.endswith("_proj"):
+        if name == "decoder" or name.endswith("_proj"):
             part.to(dtype)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     for parameter in model.parameters():
         _fill(parameter)
     positions = model.decoder.model.decoder.embed_positions
     positions.make_weights(positions.num_positions, positions.embedding_dim)
-    model.audio_encoder = build_codec("toy" if size == "toy" else "small", torch.device("cpu"))
     return model
 
 

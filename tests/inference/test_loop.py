@@ -323,21 +323,24 @@ def test_what_is_on_its_way_arrives_though_no_row_is_left(
     assert [reading.spans for reading in readings] == [[(0, 4)], [(0, 8)]]
 
 
+class Lost:
+    """Codes that never arrive."""
+
+    def __init__(self, *, is_there: bool) -> None:
+        self.is_there = is_there
+
+    def codes(self) -> Any:
+        raise RuntimeError("the copy failed")
+
+
 def test_rows_are_answered_though_their_codes_fail_after_a_step(
     loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Lost:
-        is_there = False
-
-        def codes(self) -> Any:
-            raise RuntimeError("the device is lost")
-
-    read = Slots.read
-    monkeypatch.setattr(Slots, "read", lambda _slots, _parts: Lost())
-    break_steps(monkeypatch, lambda slots: slots.rows[0].position == 12)
-    with caplog.at_level(logging.CRITICAL), pytest.raises(EngineError, match="shapes differ"):
-        loop.decode(make_row(frames=30), QuietRun(), Heard(4))
-    monkeypatch.setattr(Slots, "read", read)
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL):
+        patch.setattr(Slots, "read", lambda _slots, _parts: Lost(is_there=False))
+        break_steps(patch, lambda slots: slots.rows[0].position == 12)
+        with pytest.raises(EngineError, match="shapes differ"):
+            loop.decode(make_row(frames=30), QuietRun(), Heard(4))
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
 
 
@@ -367,17 +370,10 @@ def test_codes_that_arrive_at_the_second_try_fail_nobody(
 def test_codes_that_do_not_arrive_fail_their_row_and_the_next_one_is_made(
     loop: DecodingLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Lost:
-        is_there = True
-
-        def codes(self) -> Any:
-            raise RuntimeError("the copy failed")
-
-    read = Slots.read
-    monkeypatch.setattr(Slots, "read", lambda _slots, _parts: Lost())
-    with caplog.at_level(logging.CRITICAL), pytest.raises(EngineError, match="the copy failed"):
-        loop.decode(make_row(), QuietRun())
-    monkeypatch.setattr(Slots, "read", read)
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL):
+        patch.setattr(Slots, "read", lambda _slots, _parts: Lost(is_there=True))
+        with pytest.raises(EngineError, match="the copy failed"):
+            loop.decode(make_row(), QuietRun())
     assert torch.equal(loop.decode(make_row(), QuietRun()), decode([make_row()])[0])
 
 

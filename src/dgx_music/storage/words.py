@@ -35,19 +35,14 @@ _LONGEST = 250
 def words_of(text: str) -> list[str]:
     """Return the text's words without case, accents and punctuation, each in ASCII."""
     if text.isascii():
-        found: list[str] = _ASCII_WORD.findall(text.lower())
+        found = _ASCII_WORD.findall(text.lower())
     else:
         folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
         composed = unicodedata.normalize("NFC", _MARKS.sub("", folded))
         kinds = ((char, unicodedata.category(char)[0]) for char in composed)
         spaced = "".join(char if kind in "LMN" else " " for char, kind in kinds)
         found = _WITHOUT_SPACES.sub(r" \1 ", spaced).split()
-    return [
-        word  # nearly all: a call for each would double the time
-        if word.isalpha() and word.isascii() and len(word) <= _LONGEST
-        else _in_ascii(word[:_LONGEST])
-        for word in found
-    ]
+    return [_in_ascii(word[:_LONGEST]) for word in found]
 
 
 def search_text(text: str) -> str:

@@ -60,7 +60,8 @@ class Conditioner:
         self._sample_rate = sample_rate
         self._melody = None if decoder.reads_text else MelodyReader(model, decoder.device)
         self._thread = ThreadPoolExecutor(1, "reading")
-        self._thread.submit(int)  # if it could only not start later, it would read refused requests
+        # Started now: if there is no memory for it later, refused requests would stay in its queue.
+        self._thread.submit(int)
 
     def close(self) -> None:
         """End the thread; nothing may be read any more."""

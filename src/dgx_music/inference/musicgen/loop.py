@@ -242,7 +242,7 @@ class DecodingLoop:
             self._on_the_way.popleft()
 
     def _give(self, part: _Part, codes: Tensor | EngineError) -> None:
-        """Give the part to whom it is for; end its row if that was all, or if there is an error."""
+        """Hand over one part of a reading; answer its row if it has ended or failed."""
         ticket = part.ticket
         ticket.is_being_read = False
         if ticket.codes.done():  # cancelled in the meantime
