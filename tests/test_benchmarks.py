@@ -64,12 +64,10 @@ def test_with_nobody_listening_a_clip_is_made_after_its_codes():
     engine = listening.load("toy", 1, 2, torch.device("cpu"))
     with listening.nobody_listens(engine):
         late = listening.make_clips(engine, [2.1, 1.1, 2.1], 2)
-    early = listening.make_clips(engine, [10.0], 1)
     engine.close()
 
     assert all(clip.parts[0] >= clip.codes > 0 for clip in late)
-    assert [len(clip.parts) for clip in (*late, *early)] == [3, 2, 3, 10]
-    assert early[0].parts[0] < early[0].codes
+    assert [len(clip.parts) for clip in late] == [3, 2, 3]
 
 
 @pytest.mark.usefixtures("one_thread")
