@@ -21,7 +21,7 @@ from dgx_music.client import variations
 from dgx_music.client.prune import prune_batches
 from dgx_music.errors import IdempotencyConflictError, InvalidRequestError
 from dgx_music.forecast import LEAST_MEASURED
-from dgx_music.storage import batch_progress, delete_generation, insertion
+from dgx_music.storage import batch_progress, delete_generation, insertion_postgres
 from dgx_music.storage.batches import count_empty_batches
 from dgx_music.storage.estimates import record_speed
 from dgx_music.storage.models import Batch, Clip, Generation, WorkerInfo
@@ -62,13 +62,26 @@ async def test_what_is_enqueued_together_is_a_batch_with_a_name(database):
     assert (await read(database, rows[1].id)).to_dict() == rows[1].to_dict()
 
 
-async def test_rows_of_several_statements_are_one_batch(database, monkeypatch):
-    monkeypatch.setattr(insertion, "_CHUNK", 2)
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda _: {},
+        lambda prompt: {"priority": ord(prompt)},
+        lambda prompt: {"idempotency_key": prompt},
+    ],
+    ids=["alike", "each with its own options", "with keys"],
+)
+async def test_rows_of_several_statements_are_one_batch(database, monkeypatch, own):
+    monkeypatch.setattr(insertion_postgres, "CHUNK", 2)
 
-    rows = await enqueue_many(["a", "b", "c", "d", "e"], batch="monday")
+    requests = [{"prompt": prompt, **own(prompt)} for prompt in "edcba"]
+    rows = await enqueue_many(requests, batch="monday")
 
+    assert [row.prompt for row in rows] == [*"edcba"]
     assert await batches_of(database) == {rows[0].batch_id: "monday"}
-    assert await count_rows(database) == 5
+    assert [(await read(database, row.id)).to_dict() for row in rows] == [
+        row.to_dict() for row in rows
+    ]
 
 
 async def test_one_request_in_a_list_is_a_batch_too_and_no_request_is_none(database):

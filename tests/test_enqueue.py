@@ -741,6 +741,19 @@ async def test_a_refusal_leaves_the_callers_transaction_usable(database, own, re
     assert await uses(database) == {"lofi rain": 1, "rain": 1}
 
 
+async def test_the_callers_session_has_the_new_objects(database, own):
+    alone = await enqueue("lofi rain", session=own)
+    alike = await enqueue_many(["a", "b"], session=own)
+    (with_key,) = await enqueue_many([{"prompt": "c", "idempotency_key": "k"}], session=own)
+    (again,) = await enqueue_many([{"prompt": "c", "idempotency_key": "k"}], session=own)
+
+    assert all(row in own for row in (alone, *alike, with_key))
+    assert again is with_key
+    alike[1].title = "mine"
+    await own.commit()
+    assert (await read(database, alike[1].id)).title == "mine"
+
+
 async def test_a_generation_of_the_callers_session_counts_from_its_view(database, own):
     generation = await enqueue("lofi rain", session=own)
 
@@ -809,8 +822,11 @@ async def test_a_prompt_of_a_batch_is_the_request_that_it_is_alone(database):
     alone = [await enqueue(row.prompt, **options) for row in rows]
 
     assert [row.prompt for row in rows] == ["lofi rain", 'a "quoted" \\ one', "Müller\nvoilà", ""]
-    assert [row.request_hash for row in rows] == [row.request_hash for row in alone]
-    assert [row.sampling for row in rows] == [row.sampling for row in alone]
+    others = ("id", "batch_id", "created_at", "run_at")
+    for one, other in zip(rows, alone, strict=True):
+        own, same = one.to_dict(), other.to_dict()
+        assert {name for name in own if own[name] != same[name]} == {*others}
+        assert one.prompt_id == other.prompt_id
 
 
 async def test_generations_of_a_batch_share_no_object(database):
@@ -1091,16 +1107,27 @@ async def test_a_negative_prompt_is_kept_with_the_sampling(database):
 
 
 async def test_a_request_without_news_has_the_hash_that_it_always_had(database):
-    row = await enqueue("lofi rain", model="musicgen-small", duration=16, seed=7)
+    options = {"model": "musicgen-small", "duration": 16, "seed": 7}
+    row = await enqueue("lofi rain", idempotency_key="k", **options)
 
     assert row.request_hash == "f8ae04fb4fa169055e20d5c4d246a69b22e94e4e8b1be7938d336f964fa50717"
+    assert (await read(database, row.id)).request_hash == row.request_hash
 
 
-async def test_a_format_is_stored_and_makes_it_another_request():
-    plain, flac = await enqueue("lofi rain"), await enqueue("lofi rain", audio_format="flac")
+async def test_only_a_request_with_a_key_has_a_hash(database):
+    alone, (one, other) = await enqueue("rain"), await enqueue_many(["rain", "sun"], variations=1)
+
+    assert [row.request_hash for row in (alone, one, other)] == [None] * 3
+    assert await read_all(database, select(Generation.request_hash).distinct()) == [None]
+
+
+async def test_a_format_is_stored_and_makes_it_another_request(database):
+    plain = await enqueue("lofi rain", idempotency_key="k")
+    flac = await enqueue("lofi rain", audio_format="flac")
 
     assert (plain.audio_format, flac.audio_format) == (None, "flac")
-    assert plain.request_hash != flac.request_hash
+    with pytest.raises(IdempotencyConflictError):
+        await enqueue("lofi rain", audio_format="flac", idempotency_key="k")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dgx_music.errors import DatabaseUnavailableError, IdempotencyConflictError
 from dgx_music.storage import gathering
 from dgx_music.storage.connection.sessions import NoAnswerError
 from dgx_music.storage.generation import CLIP_COLUMNS
-from dgx_music.storage.insertion import is_single
+from dgx_music.storage.insertion_postgres import is_single
 from dgx_music.storage.models import Generation, Prompt
 from tests.factories import on, read_all
 

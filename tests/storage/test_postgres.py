@@ -203,6 +203,7 @@ async def test_a_conflict_that_shows_late_leaves_nothing_of_its_call_in_the_call
             requests = ["x1", {"prompt": "theirs", "idempotency_key": "r"}]
             with pytest.raises(IdempotencyConflictError):
                 await enqueue_many(requests, session=session)
+            assert [row for row in session.identity_map.values() if row.prompt == "x1"] == []
             await enqueue("after", session=session)
 
     async with database.session() as session:

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import column, literal
 from sqlalchemy.dialects import postgresql, sqlite
 
-from dgx_music.storage.schema import Status, new_id, now, now_plus, with_json_key
+from dgx_music.storage.schema import Status, new_id, new_ids, now, now_plus, with_json_key
 
 
 def test_ids_are_uuids_of_version_7_that_say_when_they_were_made():
@@ -28,6 +28,21 @@ def test_ids_made_a_microsecond_apart_sort_by_time(monkeypatch):
 
     assert ids == sorted(ids)
     assert len(set(ids)) == 2000
+
+
+def test_ids_made_together_sort_in_their_order(monkeypatch):
+    last_quarter = 1_800_000_000_000_999_900  # the next ones are in the next millisecond
+    monkeypatch.setattr("dgx_music.storage.schema.time.time_ns", lambda: last_quarter)
+    ids = new_ids(10_000)
+
+    assert ids == sorted(ids)
+    assert len(set(ids)) == 10_000
+    made = [uuid.UUID(each) for each in ids]
+    assert {(each.version, each.variant) for each in made} == {(7, uuid.RFC_4122)}
+    milliseconds = [each.int >> 80 for each in made]
+    assert (milliseconds[0], milliseconds[-1]) == (1_800_000_000_000, 1_800_000_000_003)
+    assert len({each.int & (1 << 62) - 1 for each in made}) == 10_000
+    assert new_ids(0) == []
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ from dgx_music.storage.schema import dialect_of
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    Insert = Callable[[AsyncSession], Coroutine[Any, Any, list[Generation]]]
+
 
 @takes_options
 async def enqueue(
@@ -109,13 +111,19 @@ async def store(
         return await (await ensure_database()).insert(checked.rows, checked.clips, limits)
     insert = inserting(checked.rows, checked.clips, limits)
     has_keys = any(row["idempotency_key"] for row in checked.rows)
-    may_end_half_way = has_keys and len(checked.rows) > 1
-    return await transact(session, partial(_all_or_none, insert) if may_end_half_way else insert)
+    if has_keys and len(checked.rows) > 1:
+        insert = partial(_all_or_none, insert)
+    return await transact(session, partial(_insert_and_add, insert))
 
 
-async def _all_or_none(
-    insert: Callable[[AsyncSession], Coroutine[Any, Any, list[Generation]]], session: AsyncSession
-) -> list[Generation]:
+async def _insert_and_add(insert: Insert, session: AsyncSession) -> list[Generation]:
+    """Insert in the caller's session, which has the objects then as if it had read them."""
+    made = await insert(session)
+    session.add_all(made)
+    return made
+
+
+async def _all_or_none(insert: Insert, session: AsyncSession) -> list[Generation]:
     """Insert in the caller's transaction, which may go on after a conflict of keys.
 
     On PostgreSQL a key may turn out to be another producer's only when the other rows are there.

@@ -27,6 +27,7 @@ from dgx_music.storage.generation import words_of_labels
 from dgx_music.storage.labels import checked_labels
 from dgx_music.storage.metadata import AUDIO_KEY
 from dgx_music.storage.models import Upload
+from dgx_music.storage.new_rows import AlikeRows, Row
 from dgx_music.storage.schema import DEFAULT_MAX_ATTEMPTS, new_id
 from dgx_music.validation import CLIP_FIELDS
 
@@ -37,7 +38,7 @@ _AUDIO = ("channels", "sample_rate")
 _OPTIONAL: dict[str, Any] = dict.fromkeys(
     (
         *("audio_format", "batch_id", "batch_name", "take", "parent_id"),
-        *("title", "notes", "tags", "search_text"),
+        *("title", "notes", "tags", "search_text", "request_hash"),
     )
 ) | {"is_starred": False}
 """The columns of a row that most requests leave empty; ``batch_name`` is one of its batch."""
@@ -193,7 +194,7 @@ class Plan:
 class CheckedRequests:
     """Checked requests: rows to insert, and their clips (content and seconds by ``sha256``)."""
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[Row]
     clips: Mapping[str, tuple[bytes, float]]
 
     def in_batch(self, name: str | None = None) -> CheckedRequests:
@@ -203,6 +204,8 @@ class CheckedRequests:
         """
         checked = None if name is None else validation.check_name("batch", name)
         batch = {"batch_id": new_id(), "batch_name": checked}
+        if isinstance(self.rows, AlikeRows):
+            return replace(self, rows=self.rows.with_all(batch))
         return replace(self, rows=[{**row, **batch} for row in self.rows])
 
     def in_batch_if_many(self) -> CheckedRequests:
@@ -391,11 +394,10 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return the columns of each row; ``sources`` and ``clips`` are hashes, by field.
 
-    The hashes of takes are of the seed that was asked for: so a repeated request has the same ones,
-    also if the seeds are chosen here.
+    Rows with an idempotency key have the hash of what was asked for. Those of takes are of the seed
+    that was asked for: so a repeated request has the same ones, also if the seeds are chosen here.
     """
-    uploaded = {name: each.source_sha256 for name, each in plan.uploads.items()}
-    asked: dict[str, Any] = {**plan.identity, **sources, **uploaded}
+    asked: dict[str, Any] = {**plan.identity, **sources, **_uploaded_sources(plan)}
     clips = {**clips, **_uploaded_clips(plan)}
     optional = _OPTIONAL
     if (origin := plan.origin) is not None:
@@ -404,14 +406,16 @@ def rows_of(
         optional = {**_OPTIONAL, "parent_id": origin.parent_id}
     columns = {f"{name}_sha256": clips.get(name) for name in CLIP_FIELDS}
     row = {**optional, **plan.circumstances, **plan.identity, **columns}
-    if plan.variations == 1:
-        row["request_hash"] = _hash(asked)
-        return [row]
-    takes = takes_of(row, plan.variations)
-    count = {"variations": plan.variations}
-    return [
-        {**take, "request_hash": _hash({**asked, **count, "take": take["take"]})} for take in takes
-    ]
+    takes = [row] if plan.variations == 1 else takes_of(row, plan.variations)
+    if row["idempotency_key"] is None:
+        return takes
+    if plan.variations > 1:
+        asked["variations"] = plan.variations
+    return [{**take, "request_hash": _hash(asked, take["take"])} for take in takes]
+
+
+def _uploaded_sources(plan: Plan) -> dict[str, str]:
+    return {name: upload.source_sha256 for name, upload in plan.uploads.items()}
 
 
 def _uploaded_clips(plan: Plan) -> dict[str, str]:
@@ -422,10 +426,11 @@ def _uploaded_clips(plan: Plan) -> dict[str, str]:
     }
 
 
-def _hash(identity: Mapping[str, Any]) -> str:
+def _hash(identity: Mapping[str, Any], take: int | None) -> str:
     """Identify what was asked for, not when or how urgently: the SHA-256 of its canonical JSON."""
-    return hashlib.sha256(as_canonical_json(identity).encode()).hexdigest()
+    asked = identity if take is None else {**identity, "take": take}
+    return hashlib.sha256(_as_canonical_json(asked).encode()).hexdigest()
 
 
-as_canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=True).encode
+_as_canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=True).encode
 """The JSON of which the hashes are made: names in order, in ASCII."""

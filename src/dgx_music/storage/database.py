@@ -33,8 +33,9 @@ from dgx_music.storage.connection.sqlite_file import GONE, DatabaseFile
 from dgx_music.storage.connection.urls import file_of, normalise_url, shown
 from dgx_music.storage.gathering import Gathering
 from dgx_music.storage.generation import Generation
-from dgx_music.storage.insertion import Row, is_single
+from dgx_music.storage.insertion_postgres import is_single
 from dgx_music.storage.models import Base
+from dgx_music.storage.new_rows import Row
 from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")

@@ -17,7 +17,8 @@ from dgx_music.errors import DatabaseUnavailableError
 from dgx_music.storage.connection.postgres_errors import is_of_one_statement
 from dgx_music.storage.connection.sessions import NoAnswerError, finish, start_to_finish
 from dgx_music.storage.generation import Generation, copy_of
-from dgx_music.storage.insertion import Row, is_single
+from dgx_music.storage.insertion_postgres import is_single
+from dgx_music.storage.new_rows import Row
 from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")
@@ -153,7 +154,9 @@ class Gathering:
         return []
 
     async def _insert(self, inserts: Sequence[_Insert]) -> list[Generation]:
-        rows = [row for insert in inserts for row in insert.rows]
+        rows = inserts[0].rows
+        if len(inserts) > 1:
+            rows = [row for insert in inserts for row in insert.rows]
         clips = {sha256: clip for insert in inserts for sha256, clip in insert.clips.items()}
         work = inserting(rows, clips, inserts[0].limits)
         return await self._transact(work, is_single=is_single(rows))

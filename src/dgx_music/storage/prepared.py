@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select, true
+from sqlalchemy import CTE, Dialect, Text, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -176,23 +176,6 @@ def json_rows(parameter: str, columns: Sequence[Any]) -> CTE:
     rows = func.jsonb_to_recordset(cast(bindparam(parameter, type_=Text), JSONB))
     given = rows.table_valued(*columns, name="given").render_derived(with_types=True)
     return select(given).cte(f"given_{parameter}").prefix_with("MATERIALIZED")
-
-
-def json_rows_sharing(shared: str, parameter: str, columns: Sequence[Any]) -> CTE:
-    """Do the same for rows that have values in common, which the parameter ``shared`` holds.
-
-    It is a JSON object. A row whose column is not in ``shared`` or null there has its own value.
-    """
-    record = func.jsonb_to_record(cast(bindparam(shared, type_=Text), JSONB))
-    common = record.table_valued(*columns, name="common").render_derived(with_types=True)
-    rows = func.jsonb_to_recordset(cast(bindparam(parameter, type_=Text), JSONB))
-    own = rows.table_valued(*columns, name="own").render_derived(with_types=True)
-    values = [
-        func.coalesce(own.c[each.name], common.c[each.name], type_=each.type).label(each.name)
-        for each in columns
-    ]
-    both = select(*values).select_from(own.join(common, true()))
-    return both.cte(f"given_{parameter}").prefix_with("MATERIALIZED")
 
 
 def as_json(value: Any) -> str:

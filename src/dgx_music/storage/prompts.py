@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dgx_music import validation
 from dgx_music.storage.listing import limited
 from dgx_music.storage.models import Generation, Prompt, text_hash
-from dgx_music.storage.prepared import Prepared, json_rows
+from dgx_music.storage.prepared import Prepared
 from dgx_music.storage.schema import dialect_of, insert, now
 from dgx_music.storage.words import search_text
 
@@ -126,7 +126,7 @@ async def _count(session: AsyncSession, texts: Iterable[str]) -> list[Prompt]:
     """Count in the order of the texts: two transactions with different orders would deadlock."""
     statement = _count_statement(dialect_of(session))
     options = {"populate_existing": True}
-    return list(await session.scalars(statement, uses_of(texts), execution_options=options))
+    return list(await session.scalars(statement, _rows(texts), execution_options=options))
 
 
 @cache
@@ -151,39 +151,44 @@ async def count_on_sqlite(session: AsyncSession, texts: Iterable[str]) -> dict[s
 
     It has the prompt's ``id``, and the time of the database as ``now``.
     """
-    return {row.text: row for row in await _COUNT_ON_SQLITE.rows_of_each(session, uses_of(texts))}
+    return {row.text: row for row in await _COUNT_ON_SQLITE.rows_of_each(session, _rows(texts))}
 
 
-def uses_of(texts: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the columns of a prompt's row for each text, with the number of its uses here."""
-    return [
-        {
-            "text": text,
-            "text_hash": text_hash(text),
-            "search_text": search_text(text),
-            "used_count": count,
-        }
-        for text, count in sorted(Counter(texts).items())
-    ]
+def _rows(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the row to insert for each text."""
+    return [dict(zip(_USE, row, strict=True)) for row in zip(*_columns(texts), strict=True)]
+
+
+def _columns(texts: Iterable[str]) -> tuple[Sequence[Any], ...]:
+    """Return the columns ``_USE`` of these texts, each once, in order."""
+    uses = Counter(texts)
+    once = sorted(uses)
+    counts = [uses[text] for text in once]
+    return once, [*map(text_hash, once)], [*map(search_text, once)], counts
+
+
+def uses_of(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the parameters of ``counted_prompts`` for one use of each text given."""
+    return dict(zip(map("texts_{}".format, _USE), _columns(texts), strict=True))
 
 
 def counted_prompts() -> CTE:
     """Return the part of PostgreSQL's INSERT that counts prompts, as ``count_prompt_uses`` does.
 
-    Its parameter ``texts`` is the JSON of ``uses_of``; it returns ids and texts of what it counted.
+    Its parameters are those of ``uses_of``; it returns ids and texts of what it counted.
     """
-    columns = (_p.text, _p.text_hash, _p.search_text, _p.used_count)
-    uses = json_rows("texts", [column(each.name, each.type) for each in columns])
-    bucket = func.get_byte(func.decode(uses.c.text_hash, "hex"), 0)
+    types = {name: _p[name].type for name in _USE}
+    arrays = [bindparam(f"texts_{name}", type_=ARRAY(types[name])) for name in _USE]
+    each = func.unnest(*arrays).table_valued(*(column(name, types[name]) for name in _USE))
+    uses = _once(select(*each.render_derived(name="given").c), "uses")
+    bucket = func.get_byte(func.decode(func.left(uses.c.text_hash, 2), "hex"), 0)
     is_usual = func.current_setting("transaction_isolation") == "read committed"
     buckets = _once(select(bucket.label("bucket")).distinct().where(is_usual), "buckets")
     is_free = func.pg_try_advisory_xact_lock(_COUNT_LOCK, buckets.c.bucket)
     free = _once(select(buckets.c.bucket).where(is_free), "free")
     # In the order of the texts: two transactions with different orders would deadlock.
     counted = select(uses).where(bucket.in_(select(free.c.bucket))).order_by(uses.c.text)
-    upsert = postgresql.insert(_prompts).from_select(
-        [each.name for each in columns], counted, include_defaults=False
-    )
+    upsert = postgresql.insert(_prompts).from_select([*_USE], counted, include_defaults=False)
     return cast("CTE", _counting(upsert).returning(_p.id, _p.text).cte("counted"))
 
 
@@ -222,10 +227,10 @@ def _once(query: Select[Any], name: str) -> CTE:
 
 _prompts = cast("Table", Prompt.__table__)
 _p = _prompts.c
+_USE = ("text", "text_hash", "search_text", "used_count")
+"""The columns of a prompt's row that are given."""
 _COUNT_ON_SQLITE = Prepared(
     lambda: _counting(
-        sqlite.insert(_prompts).values(
-            {name: bindparam(name) for name in ("text", "text_hash", "search_text", "used_count")}
-        )
+        sqlite.insert(_prompts).values({name: bindparam(name) for name in _USE})
     ).returning(_p.id, _p.text, now().label("now"))
 )

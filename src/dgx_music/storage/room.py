@@ -18,7 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dgx_music.errors import QueueFullError
 from dgx_music.statuses import PENDING
 from dgx_music.storage.generation import Generation, g, generations
-from dgx_music.storage.insertion import Row, find_by_key, insert_all
+from dgx_music.storage.insertion import find_by_key, insert_all
+from dgx_music.storage.new_rows import Row
 from dgx_music.storage.prepared import Prepared
 from dgx_music.storage.schema import written
 

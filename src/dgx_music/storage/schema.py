@@ -365,14 +365,28 @@ def schema_revision() -> Select[Any]:
 
 
 def new_id() -> str:
-    """Return a UUID version 7 as text (RFC 9562, 5.7).
+    """Return a UUID version 7 as text (RFC 9562, 5.7); a later one sorts later."""
+    return new_ids(1)[0]
 
-    A later id sorts later, to a quarter of a microsecond. The 12 bits behind the milliseconds are
-    the fraction of the millisecond (RFC 9562, 6.2, method 3).
+
+def new_ids(count: int) -> list[str]:
+    """Return so many UUIDs version 7 as text (RFC 9562, 5.7), in order.
+
+    Those of a later call sort later, to a quarter of a microsecond for each. The 12 bits behind the
+    milliseconds are the fraction of the millisecond (RFC 9562, 6.2, method 3).
     """
-    nanoseconds = time.time_ns()
-    milliseconds, rest = divmod(nanoseconds, 1_000_000)
-    fraction = rest * 4096 // 1_000_000
-    random = int.from_bytes(os.urandom(8), "big") >> 2
+    ticks, random = time.time_ns() * _TICKS // 1_000_000, os.urandom(8 * count)
+    return [
+        _uuid(ticks + number, int.from_bytes(random[8 * number : 8 * number + 8], "big") >> 2)
+        for number in range(count)
+    ]
+
+
+def _uuid(ticks: int, random: int) -> str:
+    milliseconds, fraction = divmod(ticks, _TICKS)
     digits = f"{milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | random:032x}"
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+_TICKS = 4096
+"""In a millisecond."""

@@ -1,0 +1,229 @@
+"""The insert of new rows on PostgreSQL: one statement, which counts their prompts as well.
+
+There is a statement for one row, for rows that are alike, for any rows, and for rows with keys:
+what a statement need not look at takes the server no time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from sqlalchemy import CTE, BigInteger, Text, bindparam, cast, column, func, select, true
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from dgx_music.storage.batches import added_batches
+from dgx_music.storage.connection.sessions import start_to_finish
+from dgx_music.storage.generation import Generation, g, generations
+from dgx_music.storage.new_rows import (
+    GIVEN,
+    AlikeRows,
+    Row,
+    add_times,
+    attribute,
+    object_of,
+    parameters,
+    waits_for_others,
+)
+from dgx_music.storage.prepared import Prepared, as_json, json_rows
+from dgx_music.storage.prompts import (
+    counted_prompt,
+    counted_prompts,
+    uncount_prompt_uses,
+    use_of,
+    uses_of,
+)
+from dgx_music.storage.schema import Id, LongText, UtcDateTime, now
+
+CHUNK = 1_000
+"""How many rows a statement inserts."""
+
+
+def is_single(rows: Sequence[Row]) -> bool:
+    """Return True if one statement inserts these rows, and nothing beside it."""
+    return len(rows) <= CHUNK and not waits_for_others(rows)
+
+
+async def insert_on_postgres(
+    session: AsyncSession, rows: Sequence[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
+    """Add the batches, count the prompts, insert the rows; return those whose key was free."""
+    if len(rows) == 1 and rows[0]["idempotency_key"] is None and not batches:
+        return [await _insert_one(session, rows[0])]
+    inserted: list[Generation] = []
+    for start in range(0, len(rows), CHUNK):
+        inserted += await _insert_chunk(session, rows[start : start + CHUNK], batches)
+        batches = {}
+    return inserted
+
+
+async def _insert_one(session: AsyncSession, row: Row) -> Generation:
+    """Insert a row without a key: the statement for many takes the server a third longer."""
+    values = {**row, **use_of(row["prompt"])}
+    (made,) = await _INSERT_ONE.rows(session, values)
+    return add_times(object_of(row), made.prompt_id, made.created_at, made.run_at)
+
+
+async def _insert_chunk(
+    session: AsyncSession, rows: Sequence[Row], batches: Mapping[str, str | None]
+) -> list[Generation]:
+    prompts = _prompts_of(rows)
+    values = {**_given(rows), **uses_of(prompts)}
+    if batches:
+        values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
+    if not isinstance(rows, AlikeRows) and any(row["idempotency_key"] for row in rows):
+        return await _insert_with_keys(session, rows, values)
+    insert = (_INSERT_ALIKE if isinstance(rows, AlikeRows) else _INSERT)[bool(batches)]
+    asked = start_to_finish(insert.rows(session, values))
+    await asyncio.sleep(0)  # it begins now; while the server works, the objects are made
+    objects = [object_of(row) for row in rows]
+    wanted = [row["wanted_run_at"] for row in rows]
+    (made,) = await asked
+    prompt_ids = dict(zip(made.texts or (), made.prompt_ids or (), strict=True))
+    return [
+        add_times(each, prompt_ids.get(prompt), made.at, run_at or made.at)
+        for each, prompt, run_at in zip(objects, prompts, wanted, strict=True)
+    ]
+
+
+def _prompts_of(rows: Sequence[Row]) -> Sequence[str]:
+    return rows.prompts if isinstance(rows, AlikeRows) else [row["prompt"] for row in rows]
+
+
+def _given(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the parameters that hold these rows."""
+    if isinstance(rows, AlikeRows):
+        return {"shared": as_json(rows.shared), "ids": rows.ids, "prompts": rows.prompts}
+    return {"rows": as_json(rows)}
+
+
+async def _insert_with_keys(
+    session: AsyncSession, rows: Sequence[Row], values: Mapping[str, Any]
+) -> list[Generation]:
+    statement = _INSERT_WITH_KEYS["batches" in values]
+    made = {row.id: row for row in await statement.rows(session, values)}
+    found = [(row, made[row["id"]]) for row in rows]
+    raced = [(row, at) for row, at in found if at.created_at is None]
+    counted = [row["prompt"] for row, at in raced if at.prompt_id is not None]
+    await uncount_prompt_uses(session, counted)
+    return [
+        add_times(object_of(row), at.prompt_id, at.created_at, at.run_at)
+        for row, at in found
+        if at.created_at is not None
+    ]
+
+
+# ---------------------------------------------------------------------------------- the statements
+
+
+def _insert_one_statement() -> Any:
+    """Return the INSERT of a row without a key."""
+    counted = counted_prompt()
+    run_at = func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now())
+    values = parameters(GIVEN) | {
+        "prompt_id": select(counted.c.id).scalar_subquery(),
+        "run_at": run_at,
+    }
+    row = select(*values.values())
+    statement = postgresql.insert(generations).from_select(list(values), row, False)
+    return statement.returning(g.prompt_id, g.created_at, g.run_at)
+
+
+def _insert_statement(given: Callable[[], CTE], *, has_batches: bool) -> Any:
+    """Return the INSERT of the given rows, which have no keys.
+
+    It returns one row: ``texts`` and ``prompt_ids`` of the prompts that it counted, two arrays, and
+    ``at``, the time of the database.
+    """
+    rows, counted, clock = given(), counted_prompts(), _clock()
+    insert = _insert_of(rows, _with_prompts(rows, counted), counted, clock)
+    query = select(
+        func.array_agg(counted.c.text, type_=ARRAY(Text)).label("texts"),
+        func.array_agg(counted.c.id, type_=ARRAY(BigInteger)).label("prompt_ids"),
+        select(clock.c.at).scalar_subquery().label("at"),
+    ).add_cte(insert.cte("inserted"))
+    return query.add_cte(added_batches()) if has_batches else query
+
+
+def _insert_with_keys_statement(*, has_batches: bool) -> Any:
+    """Return the INSERT of the given rows whose keys are free.
+
+    It returns all of them: with ``prompt_id`` what was counted, with times what was inserted.
+    """
+    rows, counted, clock = _given_rows(), counted_prompts(), _clock()
+    with_prompts = _with_prompts(rows, counted)
+    # In one order: two batches must not wait for each other in a circle.
+    order = (rows.c.idempotency_key, rows.c.id)
+    insert = _insert_of(rows, with_prompts, counted, clock, order)
+    insert = insert.on_conflict_do_nothing(index_elements=["idempotency_key"])
+    inserted = insert.returning(g.id, g.created_at, g.run_at).cte("inserted")
+    query = select(
+        rows.c.id,
+        counted.c.id.label("prompt_id"),
+        inserted.c.created_at,
+        inserted.c.run_at,
+    ).select_from(with_prompts.outerjoin(inserted, inserted.c.id == rows.c.id))
+    return query.add_cte(added_batches()) if has_batches else query
+
+
+def _given_rows() -> CTE:
+    """Return the rows of the parameter ``rows``, a JSON array."""
+    return json_rows("rows", _columns(GIVEN))
+
+
+def _given_alike() -> CTE:
+    """Return the rows of an ``AlikeRows``: of the parameters ``shared``, ``ids`` and ``prompts``."""
+    ids, prompts = bindparam("ids", type_=ARRAY(Id)), bindparam("prompts", type_=ARRAY(LongText))
+    each = func.unnest(ids, prompts).table_valued(column("id", Id), column("prompt", LongText))
+    own = each.render_derived(name="own")
+    record = func.jsonb_to_record(cast(bindparam("shared", type_=Text), JSONB))
+    names = [name for name in GIVEN if name not in own.c]
+    shared = record.table_valued(*_columns(names), name="shared").render_derived(with_types=True)
+    rows = select(*own.c, *shared.c).select_from(own.join(shared, true()))
+    return rows.cte("given_rows")
+
+
+def _columns(names: Sequence[str]) -> list[Any]:
+    given = [column(attribute(name), g[name].type) for name in names]
+    return [*given, column("wanted_run_at", UtcDateTime)]
+
+
+def _clock() -> CTE:
+    """Return the time ``at`` at which the rows of a statement are created, the same for all."""
+    return select(now().label("at")).cte("clock").prefix_with("MATERIALIZED")
+
+
+def _with_prompts(rows: CTE, counted: CTE) -> Any:
+    return rows.outerjoin(counted, counted.c.text == rows.c.prompt)
+
+
+def _insert_of(
+    rows: CTE, with_prompts: Any, counted: CTE, clock: CTE, order: Sequence[Any] = ()
+) -> postgresql.Insert:
+    chosen = (
+        select(
+            *(rows.c[attribute(name)] for name in GIVEN),
+            counted.c.id,
+            clock.c.at,
+            func.coalesce(rows.c.wanted_run_at, clock.c.at),
+        )
+        .select_from(with_prompts.join(clock, true()))
+        .order_by(*order)
+    )
+    into = [*GIVEN, "prompt_id", "created_at", "run_at"]
+    return postgresql.insert(generations).from_select(into, chosen, include_defaults=False)
+
+
+_INSERT_ONE = Prepared(_insert_one_statement)
+_INSERT, _INSERT_ALIKE = (
+    {has: Prepared(partial(_insert_statement, given, has_batches=has)) for has in (False, True)}
+    for given in (_given_rows, _given_alike)
+)
+_INSERT_WITH_KEYS = {
+    has: Prepared(partial(_insert_with_keys_statement, has_batches=has)) for has in (False, True)
+}
+"""By whether batches are added with them, as the two before it."""
