@@ -601,15 +601,16 @@ async def test_producers_that_race_with_one_key_share_one_row(database_url, data
     ids = [await program.rest() for program in programs]
 
     assert ids[0] == ids[1]
-    assert (await count(database), await uses(database, with_overlooked=False)) == (
-        1,
-        {"lofi rain": 1},
-    )
+    # On PostgreSQL the one that is stored may leave its count to the workers: the other one held it.
+    assert (await count(database), await uses(database)) == (1, {"lofi rain": 1})
 
 
 @pytest.fixture
-def quicker_rival(monkeypatch):
-    """Return a function that lets a rival enqueue between our look for a key and our insert."""
+def quicker_rival(monkeypatch, database):
+    """Return a function that lets a rival enqueue between our look for a key and our insert.
+
+    On SQLite nobody else can write then, so the rival uses our transaction.
+    """
 
     def arrange(rival):
         look = insertion.find_by_key
@@ -617,7 +618,11 @@ def quicker_rival(monkeypatch):
         async def look_too_early(session, rows):
             found = await look(session, rows)
             monkeypatch.setattr(insertion, "find_by_key", look)
-            await rival(session)
+            if database.is_embedded:
+                await rival(session)
+                return found
+            async with database.session() as other:
+                await rival(other)
             return found
 
         monkeypatch.setattr(insertion, "find_by_key", look_too_early)
@@ -646,7 +651,7 @@ async def test_a_producer_whose_rival_asked_for_something_else_is_refused(databa
     with pytest.raises(IdempotencyConflictError):
         await enqueue("lofi rain", idempotency_key="order-7")
 
-    await assert_unchanged(database)
+    assert await uses(database) == ({} if database.is_embedded else {"sun": 1})
 
 
 # the caller's own session
@@ -838,6 +843,15 @@ async def test_generations_of_a_batch_share_no_object(database):
     assert first.metadata_["list"] is not second.metadata_["list"]
     assert first.tags is not second.tags
     assert third.sampling is not fourth.sampling
+
+
+async def test_keys_of_all_kinds_are_known_again(database):
+    keys = ["a", 'an "odd" \\ one', "ключ", "[1]", "null", "'", "%_"]
+    requests = [{"prompt": "rain", "idempotency_key": key} for key in keys]
+    made, again = await enqueue_many(requests), await enqueue_many(requests)
+
+    assert [row.id for row in again] == [row.id for row in made]
+    assert [(await enqueue(**each)).id for each in requests] == [row.id for row in made]
 
 
 async def test_a_long_batch_said_again_gives_the_same_rows(database):

@@ -4,16 +4,17 @@ import asyncio
 from contextvars import ContextVar
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from dgx_music import enqueue, enqueue_many
 from dgx_music.errors import DatabaseUnavailableError, IdempotencyConflictError
-from dgx_music.storage import gathering
+from dgx_music.storage import Database, gathering
 from dgx_music.storage.connection.sessions import NoAnswerError
 from dgx_music.storage.generation import CLIP_COLUMNS
 from dgx_music.storage.insertion_postgres import is_single
-from dgx_music.storage.models import Generation, Prompt
+from dgx_music.storage.models import Batch, Generation, Prompt
 from tests.factories import on, read_all
+from tests.patience import PATIENCE
 
 pytestmark = [pytest.mark.usefixtures("default_database"), pytest.mark.any_driver]
 
@@ -36,7 +37,7 @@ def transactions(database, monkeypatch):
     seen.hold.set()
 
     async def noted(work, **options):
-        seen.append(len(work.args[0]))
+        seen.append(len(work.keywords["rows"]))
         seen.begun.set()
         await seen.hold.wait()
         if seen.error is not None:
@@ -166,16 +167,139 @@ async def test_a_call_that_is_cancelled_as_its_transaction_ends_disturbs_no_othe
     assert await prompts(database) == ["first", "second"]
 
 
-@on("asyncpg", "psycopg")
-async def test_what_waits_for_another_producers_key_holds_up_nobody_else(database):
-    async with database.session() as session:
-        await enqueue("rain", idempotency_key="k", session=session)
-        keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
-        made = await enqueue("sun")
-        assert not keyed.done()
+async def test_calls_with_keys_share_a_transaction_too(database, transactions):
+    keys = [f"k{number}" for number in range(16)]
+    made = await asyncio.gather(*[enqueue("rain", idempotency_key=key) for key in keys])
 
-    assert (await keyed).id != made.id
+    assert [each.idempotency_key for each in made] == keys
+    assert (sum(transactions), len(transactions) <= 2) == (16, True)
+
+
+ON_SERVERS = on("asyncpg", "psycopg")
+
+
+@pytest.fixture
+async def rival(database):
+    """A producer whose open transaction has the key ``k``, until it is committed or rolled back."""
+    own = Database(database.url.render_as_string(hide_password=False))
+    async with own.session() as session:
+        session.generation = await enqueue("rain", idempotency_key="k", session=session)
+        yield session
+    await own.dispose()
+
+
+async def waits(database):
+    """Return once one of our statements waits for another transaction."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    async with asyncio.timeout(PATIENCE):
+        while (await read_all(database, text(query)))[0] == 0:
+            await asyncio.sleep(0.01)
+
+
+@ON_SERVERS
+async def test_what_waits_for_another_producers_key_holds_up_nobody_else(database, rival):
+    keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
+    together = asyncio.create_task(
+        enqueue_many([{"prompt": "rain", "idempotency_key": "k"}, "too"])
+    )
+    await asyncio.gather(
+        enqueue("sun"),
+        enqueue("snow", idempotency_key="j"),
+        enqueue_many([{"prompt": "hail", "idempotency_key": "h"}, "fog"]),
+    )
+    for key in (None, "l"):
+        await enqueue("wind", idempotency_key=key)
+    assert await prompts(database) == ["fog", "hail", "snow", "sun", "wind", "wind"]
+    assert [keyed.done(), together.done()] == [False, False]
+    await rival.commit()
+
+    same = rival.generation.id
+    assert (await keyed).id == same
+    assert [(row.id == same, row.prompt) for row in await together] == [
+        (True, "rain"),
+        (False, "too"),
+    ]
+
+
+@ON_SERVERS
+async def test_who_waits_for_a_key_gets_it_if_its_rival_gives_up(database, rival):
+    keyed = asyncio.create_task(enqueue("sun", idempotency_key="k"))
+    await waits(database)
+    await rival.rollback()
+
+    assert (await keyed).prompt == "sun"
+    assert await prompts(database) == ["sun"]
+
+
+@ON_SERVERS
+async def test_who_waits_for_a_key_of_another_request_is_refused(database, rival):
+    keyed = asyncio.create_task(enqueue_many(["new", {"prompt": "sun", "idempotency_key": "k"}]))
+    await waits(database)
+    await rival.commit()
+
+    with pytest.raises(IdempotencyConflictError):
+        await keyed
+    assert await prompts(database) == ["rain"]
+    assert await read_all(database, select(Batch.id)) == []
+
+
+@ON_SERVERS
+async def test_a_call_that_is_cancelled_while_it_waits_for_a_key_ends_first(database, rival):
+    keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
+    await waits(database)
+    keyed.cancel()
+    await enqueue("sun")
+    assert not keyed.done()
+    await rival.commit()
+
+    with pytest.raises(asyncio.CancelledError):
+        await keyed
     assert await prompts(database) == ["rain", "sun"]
+
+
+@ON_SERVERS
+async def test_a_closed_database_has_written_what_waited_for_a_key(database, rival):
+    keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
+    await waits(database)
+    closing = asyncio.create_task(database.dispose())
+    await asyncio.wait([closing], timeout=0.3)  # long enough for one that does not wait
+    assert not closing.done()
+    await rival.commit()
+    await closing
+
+    assert keyed.done()
+    assert (await keyed).id == rival.generation.id
+
+
+@ON_SERVERS
+async def test_a_writer_that_is_stopped_while_it_waits_for_a_key_tells_its_caller(
+    database, rival, monkeypatch
+):
+    transact = database.transact
+
+    async def stopped_if_patient(work, **options):
+        if work.keywords["lock_timeout"] is None:
+            raise asyncio.CancelledError
+        return await transact(work, **options)
+
+    monkeypatch.setattr(database, "transact", stopped_if_patient)
+    with pytest.raises(NoAnswerError):
+        await enqueue("rain", idempotency_key="k")
+
+
+@ON_SERVERS
+async def test_a_short_wait_for_a_key_leaves_no_setting_behind(database):
+    async def read_setting(session):
+        return await session.scalar(text("SHOW lock_timeout"))
+
+    await asyncio.gather(*[enqueue("rain", idempotency_key=f"k{number}") for number in range(4)])
+    assert await database.transact(read_setting) == "0"
+
+    async with database.session() as session:
+        await session.execute(text("SET LOCAL lock_timeout = '7s'"))
+        await enqueue("rain", idempotency_key="a", session=session)
+        await enqueue_many([{"prompt": "rain", "idempotency_key": "b"}, "sun"], session=session)
+        assert await read_setting(session) == "7s"
 
 
 async def test_only_so_many_rows_share_a_transaction(database, transactions, monkeypatch):
@@ -245,11 +369,11 @@ async def test_the_writer_does_not_run_in_its_first_callers_context(transactions
     assert seen == ["nobody"]
 
 
-@pytest.mark.parametrize("name", ["idempotency_key", *CLIP_COLUMNS])
-def test_a_key_or_a_clip_needs_more_than_one_statement(name):
+@pytest.mark.parametrize("name", CLIP_COLUMNS)
+def test_a_clip_needs_more_than_one_statement(name):
     row = dict.fromkeys(["idempotency_key", *CLIP_COLUMNS])
 
-    assert is_single([row])
+    assert is_single([row, {**row, "idempotency_key": "k"}])
     assert not is_single([row, {**row, name: "x"}])
 
 

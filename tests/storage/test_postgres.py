@@ -21,6 +21,7 @@ from dgx_music.storage import count_generations, create_generation, due, queue
 from dgx_music.storage.connection.postgres_drivers import Limits
 from dgx_music.storage.database import Database
 from dgx_music.storage.estimates import estimate
+from dgx_music.storage.insertion import _ARE_STORED, _HAVE_KEYS
 from dgx_music.storage.models import Base, Batch, Generation, Prompt
 from dgx_music.storage.prompts import count_overlooked_prompts
 from dgx_music.storage.workers import get_workers, heartbeat_worker
@@ -42,6 +43,7 @@ from tests.factories import (
 )
 from tests.patience import PATIENCE
 from tests.proxy import Proxy
+from tests.storage.plans import plan_of
 
 WISH = ("lofi rain", MODEL, 8.0, 32_000, 1)
 
@@ -397,6 +399,20 @@ async def claim_three_of_at_most_two_each(session):
         "whale",
         "minnow",
     ]
+
+
+@pytest.mark.parametrize(
+    ("statement", "name", "index"),
+    [
+        (_HAVE_KEYS, "keys", "uq_generations_idempotency_key"),
+        (_ARE_STORED, "ids", "pk_generations"),
+    ],
+)
+async def test_keys_and_ids_of_any_number_are_found_by_their_index(crowded, statement, name, index):
+    plan = await plan_of(crowded, lambda session: statement.rows(session, {name: '["a", "b"]'}))
+
+    assert index in plan
+    assert "Seq Scan on generations" not in plan
 
 
 async def test_a_claim_reads_its_index_in_order_and_sorts_nothing(crowded):

@@ -31,6 +31,7 @@ from dgx_music.storage import (
 from dgx_music.storage.connection import sqlite
 from dgx_music.storage.connection.revision import VERSION_TABLE
 from dgx_music.storage.database import Database
+from dgx_music.storage.insertion import _ARE_STORED, _HAVE_KEYS
 from dgx_music.storage.models import Base, Generation
 from dgx_music.storage.workers import get_workers
 from tests.factories import MODEL, Program, add_generation, claim_up_to, read_all
@@ -624,6 +625,18 @@ async def test_rows_that_are_known_by_id_are_found_by_id(database, work):
     assert {step.partition(" USING ")[2].split()[1] for step in steps} == {
         "sqlite_autoindex_generations_1"
     }
+
+
+@pytest.mark.parametrize(
+    ("statement", "name", "condition"),
+    [(_HAVE_KEYS, "keys", "idempotency_key=?"), (_ARE_STORED, "ids", "id=?")],
+)
+async def test_keys_and_ids_of_any_number_are_found_by_their_index(
+    database, statement, name, condition
+):
+    plan = await plan_of(database, lambda session: statement.rows(session, {name: '["a", "b"]'}))
+
+    assert f"({condition})" in plan.partition("SEARCH generations USING ")[2].splitlines()[0]
 
 
 def test_a_source_tree_and_a_wheel_have_the_migrations_in_their_own_places(tmp_path, monkeypatch):

@@ -212,8 +212,7 @@ class Database:
         """Insert generations in a transaction, which calls at the same time share; return them.
 
         See ``insert_generations`` for the rows and the clips, ``inserting`` for the limits. On
-        PostgreSQL what may have to wait for another transaction, with its key or its clip, shares
-        none: the others would wait too.
+        PostgreSQL what needs several statements shares none: the others would wait for it.
         """
         if not (self.is_embedded or is_single(rows)):
             return await self.transact(inserting(rows, clips, limits))

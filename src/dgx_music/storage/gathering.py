@@ -1,7 +1,8 @@
 """Inserts that are called at the same time share a transaction: a group commit.
 
 While one transaction is written, those that arrive gather for the next. Nobody waits for others to
-arrive, and each caller returns only when its own rows are committed.
+arrive, and each caller returns only when its own rows are committed. On PostgreSQL a row with an
+idempotency key may have to wait for another open transaction with that key: then it waits apart.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from dgx_music.errors import DatabaseUnavailableError
-from dgx_music.storage.connection.postgres_errors import is_of_one_statement
+from dgx_music.storage.connection.postgres_errors import is_locked, is_of_one_statement
 from dgx_music.storage.connection.sessions import NoAnswerError, finish, start_to_finish
 from dgx_music.storage.generation import Generation, copy_of
 from dgx_music.storage.insertion_postgres import is_single
-from dgx_music.storage.new_rows import Row
+from dgx_music.storage.new_rows import Row, have_keys
 from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ Transact = Callable[..., Awaitable[list[Generation]]]
 """``Database.transact``."""
 
 _MOST_ROWS = 1_000
+_LOCK_TIMEOUT = "20ms"
+"""How long a shared transaction waits for a key that another producer is about to commit."""
 
 
 def _new_future() -> asyncio.Future[Any]:
@@ -43,6 +46,9 @@ class _Insert:
     done: asyncio.Future[list[Generation]] = field(default_factory=_new_future)
     woken: asyncio.Future[None] = field(default_factory=_new_future)
     """What its caller waits for; a cancelled caller cancels this one, and not ``done``."""
+
+    def __post_init__(self) -> None:
+        self.may_wait = have_keys(self.rows)
 
     def succeed(self, made: list[Generation]) -> None:
         """Tell the caller that these are its rows."""
@@ -66,6 +72,7 @@ class Gathering:
         self._transact = transact
         self._waiting: list[_Insert] = []
         self._writing: asyncio.Task[None] | None = None
+        self._apart = set[asyncio.Task[None]]()
 
     async def insert(
         self,
@@ -95,8 +102,8 @@ class Gathering:
 
     async def close(self) -> None:
         """Return when everything is written."""
-        while self._writing is not None:
-            await asyncio.wait([self._writing])
+        while writing := [*self._apart, *([self._writing] if self._writing else [])]:
+            await asyncio.wait(writing)
 
     async def _write_all(self) -> None:
         taken: list[_Insert] = []
@@ -104,14 +111,26 @@ class Gathering:
             while self._waiting:
                 taken = self._take()
                 await self._write(taken)
-        except BaseException:  # not an error of the database: nobody else would tell them
+        except BaseException:
             unwritten, self._waiting = [*taken, *self._waiting], []
-            for insert in unwritten:
-                if not insert.done.done():
-                    insert.fail(NoAnswerError("its writer was stopped"))
+            _tell_that_nobody_writes(unwritten)
             raise
         finally:
             self._writing = None
+
+    def _write_apart(self, insert: _Insert) -> None:
+        """Write it alone, however long it has to wait; nobody waits for it but its caller."""
+
+        async def write() -> None:
+            try:
+                await self._write([insert], is_patient=True)
+            except BaseException:
+                _tell_that_nobody_writes([insert])
+                raise
+
+        task = start_to_finish(write(), Context())
+        self._apart.add(task)
+        task.add_done_callback(self._apart.discard)
 
     def _take(self) -> list[_Insert]:
         """Return the next ones that may share a transaction: at least one."""
@@ -124,11 +143,19 @@ class Gathering:
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
         return taken
 
-    async def _write(self, inserts: list[_Insert]) -> None:
+    async def _write(self, inserts: list[_Insert], *, is_patient: bool = False) -> None:
         """Write them together; if one of them cannot be stored, in halves, until it is alone."""
+        is_hasty = not is_patient and any(insert.may_wait for insert in inserts)
         try:
-            made = await self._insert(inserts)
+            made = await self._insert(inserts, _LOCK_TIMEOUT if is_hasty else None)
         except DatabaseUnavailableError as error:
+            if is_hasty and is_locked(error.__cause__):
+                for insert in inserts:
+                    if insert.may_wait:
+                        self._write_apart(insert)
+                if others := [insert for insert in inserts if not insert.may_wait]:
+                    await self._write(others)
+                return
             if len(inserts) > 1 and is_of_one_statement(error.__cause__):
                 inserts = await self._write_until_two_fail(inserts)
             for insert in inserts:
@@ -153,13 +180,22 @@ class Gathering:
                 return inserts[number:]
         return []
 
-    async def _insert(self, inserts: Sequence[_Insert]) -> list[Generation]:
+    async def _insert(
+        self, inserts: Sequence[_Insert], lock_timeout: str | None
+    ) -> list[Generation]:
         rows = inserts[0].rows
         if len(inserts) > 1:
             rows = [row for insert in inserts for row in insert.rows]
         clips = {sha256: clip for insert in inserts for sha256, clip in insert.clips.items()}
-        work = inserting(rows, clips, inserts[0].limits)
+        work = inserting(rows, clips, inserts[0].limits, lock_timeout)
         return await self._transact(work, is_single=is_single(rows))
+
+
+def _tell_that_nobody_writes(inserts: Sequence[_Insert]) -> None:
+    """Fail those that have no result yet, after what is no error of the database."""
+    for insert in inserts:
+        if not insert.done.done():
+            insert.fail(NoAnswerError("its writer was stopped"))
 
 
 def _hand_out(made: Sequence[Generation], inserts: Sequence[_Insert]) -> None:

@@ -122,7 +122,10 @@ class Generation(Base):
     """How many failures it takes to give up."""
     idempotency_key: Mapped[str | None] = mapped_column(ShortText, unique=True)
     request_hash: Mapped[str | None] = mapped_column(HashText)
-    """SHA-256 of what was asked for: tells a repeated request from another with its key."""
+    """SHA-256 of what was asked for: tells a repeated request from another with its key.
+
+    Null without a key: nothing is compared then.
+    """
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
 
     # Its place in life: moved by the guarded statements that queue.py lists.

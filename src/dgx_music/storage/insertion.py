@@ -6,17 +6,20 @@ repeated idempotency key inserts nothing and gives the row that is there already
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from sqlalchemy import DefaultClause, select
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.errors import IdempotencyConflictError
 from dgx_music.statuses import PENDING
 from dgx_music.storage.batches import add_batches, drop_batches
 from dgx_music.storage.clips import hold_clips, keep_clips
+from dgx_music.storage.connection.direct import AsyncpgSession
+from dgx_music.storage.connection.postgres_errors import is_taken
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, g, generations
 from dgx_music.storage.insertion_postgres import insert_on_postgres
 from dgx_music.storage.new_rows import (
@@ -27,16 +30,19 @@ from dgx_music.storage.new_rows import (
     object_of,
     parameters,
 )
-from dgx_music.storage.prepared import Prepared
+from dgx_music.storage.prepared import Prepared, as_json
 from dgx_music.storage.prompts import count_on_sqlite, uncount_prompt_uses
-from dgx_music.storage.schema import dialect_of, written
+from dgx_music.storage.schema import dialect_of, is_among, written
 
 _CHUNK = 1_000
-"""How many rows are looked for at a time."""
+"""How many rows are read at a time."""
 
 
 async def insert_generations(
-    session: AsyncSession, rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]]
+    session: AsyncSession,
+    rows: Sequence[Row],
+    clips: Mapping[str, tuple[bytes, float]],
+    lock_timeout: str | None = None,
 ) -> list[Generation]:
     """Insert these rows and return the generations in the same order.
 
@@ -45,16 +51,23 @@ async def insert_generations(
     inserted: the existing generation is returned in its place. A batch is added with its first row.
     The objects are in no session. Raises ``IdempotencyConflictError`` if an existing row belongs to
     a different request.
+
+    On PostgreSQL a key that another open transaction has inserted is waited for: until that ends,
+    or for a ``lock_timeout``.
     """
     if isinstance(rows, AlikeRows):
         return await _insert(session, rows, _batches_of([rows.shared]))
+    if isinstance(session, AsyncpgSession):
+        return await _insert_by_one_statement(session, rows, lock_timeout)
     by_key = await find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
     batches = _batches_of(fresh)
     to_add: Mapping[str, str | None] = batches
     inserted: dict[str, Generation] = {}
     while fresh:
-        inserted |= {row.id: row for row in await _insert_fresh(session, fresh, clips, to_add)}
+        await _keep_clips(session, fresh, clips)
+        made = await _insert(session, _by_key(fresh), to_add, lock_timeout)
+        inserted |= {row.id: row for row in made}
         to_add = {}
         # Another producer was faster with the same key.
         raced = [row for row in fresh if row["id"] not in inserted]
@@ -65,21 +78,39 @@ async def insert_generations(
         by_key |= found
         # The other producer's row is gone again: insert once more.
         fresh = [row for row in raced if row["idempotency_key"] not in found]
-    if len(inserted) < len(rows):
-        if batches:
-            used = {row.batch_id for row in inserted.values()}
-            await drop_batches(session, batches.keys() - used)
-        by_key |= {
-            row.idempotency_key: row for row in inserted.values() if row.idempotency_key is not None
-        }
-    return [inserted.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
+    await drop_batches(session, batches.keys() - {row.batch_id for row in inserted.values()})
+    return _in_order(rows, inserted.values(), by_key)
 
 
-async def insert_all(
-    rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]], session: AsyncSession
+async def _insert_by_one_statement(
+    session: AsyncpgSession, rows: Sequence[Row], lock_timeout: str | None
 ) -> list[Generation]:
-    """Do ``insert_generations`` as the work of a transaction."""
-    return await insert_generations(session, rows, clips)
+    """Insert rows without clips where each statement is a transaction: all, or none if one fails.
+
+    Another producer may be faster with the same key: then the statement fails, and what that
+    producer has stored is found.
+    """
+    while True:
+        by_key = await find_by_key(session, rows)
+        fresh = _without_repeats(rows, by_key)
+        try:
+            inserted = await _insert(session, _by_key(fresh), _batches_of(fresh), lock_timeout)
+        except DBAPIError as error:
+            if not is_taken(error, "uq_generations_idempotency_key"):
+                raise
+        else:
+            return _in_order(rows, inserted, by_key)
+
+
+def _in_order(
+    rows: Sequence[Row], inserted: Iterable[Generation], by_key: Mapping[str, Generation]
+) -> list[Generation]:
+    """Return the generation of each row: the one inserted for it, or the one that has its key."""
+    by_id = {row.id: row for row in inserted}
+    if len(by_id) < len(rows):
+        own = {row.idempotency_key: row for row in by_id.values() if row.idempotency_key}
+        by_key = {**by_key, **own}
+    return [by_id.get(row["id"]) or by_key[row["idempotency_key"]] for row in rows]
 
 
 def _batches_of(rows: Sequence[Row]) -> dict[str, str | None]:
@@ -103,40 +134,41 @@ def _check_same_request(row: Row, owner_id: str, request_hash: str | None) -> No
 
 async def find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, Generation]:
     """Return the generations that have the idempotency keys of these rows, by key."""
-    keys = sorted({row["idempotency_key"] for row in rows} - {None})
-    found: dict[str, Generation] = {}
-    for start in range(0, len(keys), _CHUNK):
-        is_among = Generation.idempotency_key.in_(keys[start : start + _CHUNK])
-        query = select(Generation).where(is_among)
-        found |= {str(row.idempotency_key): row for row in await session.scalars(query)}
-    return found
+    keys = {row["idempotency_key"] for row in rows} - {None}
+    # Nearly always there are none, and to find that out so is quick.
+    if not keys or not (found := await _HAVE_KEYS.rows(session, {"keys": as_json([*keys])})):
+        return {}
+    ids, by_key = [row.id for row in found], dict[str, Generation]()
+    for start in range(0, len(ids), _CHUNK):
+        query = select(Generation).where(Generation.id.in_(ids[start : start + _CHUNK]))
+        by_key |= {str(row.idempotency_key): row for row in await session.scalars(query)}
+    return by_key
 
 
-async def _insert_fresh(
-    session: AsyncSession,
-    rows: list[Row],
-    clips: Mapping[str, tuple[bytes, float]],
-    batches: Mapping[str, str | None],
-) -> list[Generation]:
-    """Keep the rows' clips, count their prompts, insert them; return those whose key was free.
+def _by_key(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows in one order: two inserts must not wait for each other in a circle."""
+    return sorted(rows, key=lambda row: row["idempotency_key"] or "")
 
-    ``batches`` are added before them.
-    """
+
+async def _keep_clips(
+    session: AsyncSession, rows: list[Row], clips: Mapping[str, tuple[bytes, float]]
+) -> None:
+    """Store the clips that the rows refer to, and hold those that are stored already."""
     used = {row[name] for row in rows for name in CLIP_COLUMNS} - {None}
     if used:
         await keep_clips(session, {sha256: clips[sha256] for sha256 in used & clips.keys()})
         await hold_clips(session, used - clips.keys())
-    # In one order: two batches must not wait for each other in a circle.
-    rows = sorted(rows, key=lambda row: row["idempotency_key"] or "")
-    return await _insert(session, rows, batches)
 
 
 async def _insert(
-    session: AsyncSession, rows: Sequence[Row], batches: Mapping[str, str | None]
+    session: AsyncSession,
+    rows: Sequence[Row],
+    batches: Mapping[str, str | None],
+    lock_timeout: str | None = None,
 ) -> list[Generation]:
     """Add the batches, count the prompts, insert the rows; return those whose key was free."""
     if dialect_of(session) == "postgresql":
-        return await insert_on_postgres(session, rows, batches)
+        return await insert_on_postgres(session, rows, batches, lock_timeout)
     return await _insert_on_sqlite(session, [*rows], batches)
 
 
@@ -168,11 +200,9 @@ async def _insert_on_sqlite(
 async def _find_raced(session: AsyncSession, rows: list[Row]) -> set[str]:
     """Return the ids that were not inserted: another producer was faster with the same key."""
     ids = [row["id"] for row in rows if row["idempotency_key"] is not None]
-    found: set[str] = set()
-    for start in range(0, len(ids), _CHUNK):
-        query = select(g.id).where(g.id.in_(ids[start : start + _CHUNK]))
-        found.update(await session.scalars(query))
-    return {*ids} - found
+    if not ids:
+        return set()
+    return {*ids} - {row.id for row in await _ARE_STORED.rows(session, {"ids": as_json(ids)})}
 
 
 def _insert_on_sqlite_statement() -> Any:
@@ -189,3 +219,5 @@ def _insert_on_sqlite_statement() -> Any:
 
 
 _INSERT_ON_SQLITE = Prepared(_insert_on_sqlite_statement)
+_HAVE_KEYS = Prepared(lambda: select(g.id).where(is_among(g.idempotency_key, "keys")))
+_ARE_STORED = Prepared(lambda: select(g.id).where(is_among(g.id, "ids")))

@@ -1,7 +1,7 @@
 """The insert of new rows on PostgreSQL: one statement, which counts their prompts as well.
 
-There is a statement for one row, for rows that are alike, for any rows, and for rows with keys:
-what a statement need not look at takes the server no time.
+There is a statement for one row, for rows that are alike, for any rows, and for rows whose keys
+other producers may have: what a statement need not look at takes the server no time.
 """
 
 from __future__ import annotations
@@ -11,12 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sqlalchemy import CTE, BigInteger, Text, bindparam, cast, column, func, select, true
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Text,
+    bindparam,
+    case,
+    cast,
+    column,
+    func,
+    select,
+    true,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.batches import added_batches
+from dgx_music.storage.connection.direct import AsyncpgSession
 from dgx_music.storage.connection.sessions import start_to_finish
 from dgx_music.storage.generation import Generation, g, generations
 from dgx_music.storage.new_rows import (
@@ -25,9 +38,10 @@ from dgx_music.storage.new_rows import (
     Row,
     add_times,
     attribute,
+    have_clips,
+    have_keys,
     object_of,
     parameters,
-    waits_for_others,
 )
 from dgx_music.storage.prepared import Prepared, as_json, json_rows
 from dgx_music.storage.prompts import (
@@ -44,67 +58,77 @@ CHUNK = 1_000
 
 
 def is_single(rows: Sequence[Row]) -> bool:
-    """Return True if one statement inserts these rows, and nothing beside it."""
-    return len(rows) <= CHUNK and not waits_for_others(rows)
+    """Return True if one statement inserts these rows, and nothing is written beside it."""
+    return len(rows) <= CHUNK and not have_clips(rows)
 
 
 async def insert_on_postgres(
-    session: AsyncSession, rows: Sequence[Row], batches: Mapping[str, str | None]
+    session: AsyncSession,
+    rows: Sequence[Row],
+    batches: Mapping[str, str | None],
+    lock_timeout: str | None = None,
 ) -> list[Generation]:
-    """Add the batches, count the prompts, insert the rows; return those whose key was free."""
-    if len(rows) == 1 and rows[0]["idempotency_key"] is None and not batches:
-        return [await _insert_one(session, rows[0])]
+    """Add the batches, count the prompts, insert the rows; return those whose key was free.
+
+    If each statement is a transaction, a key that was not free is an error, and undoes all of it.
+    ``lock_timeout`` is PostgreSQL's setting for how long to wait for a rival's transaction.
+    """
+    may_meet = have_keys(rows) and not isinstance(session, AsyncpgSession)
+    if len(rows) == 1 and not may_meet and not batches:
+        return [await _insert_one(session, rows[0], lock_timeout)]
     inserted: list[Generation] = []
     for start in range(0, len(rows), CHUNK):
-        inserted += await _insert_chunk(session, rows[start : start + CHUNK], batches)
+        chunk = rows[start : start + CHUNK]
+        values = _values(chunk, batches) | {"lock_timeout": lock_timeout}
+        insert = _insert_those_free if may_meet else _insert_all
+        inserted += await insert(session, chunk, values)
         batches = {}
     return inserted
 
 
-async def _insert_one(session: AsyncSession, row: Row) -> Generation:
-    """Insert a row without a key: the statement for many takes the server a third longer."""
-    values = {**row, **use_of(row["prompt"])}
-    (made,) = await _INSERT_ONE.rows(session, values)
-    return add_times(object_of(row), made.prompt_id, made.created_at, made.run_at)
-
-
-async def _insert_chunk(
-    session: AsyncSession, rows: Sequence[Row], batches: Mapping[str, str | None]
-) -> list[Generation]:
-    prompts = _prompts_of(rows)
-    values = {**_given(rows), **uses_of(prompts)}
+def _values(rows: Sequence[Row], batches: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return the parameters that hold rows and batches."""
+    values = uses_of(_prompts_of(rows))
+    if isinstance(rows, AlikeRows):
+        values |= {"shared": as_json(rows.shared), "ids": rows.ids, "prompts": rows.prompts}
+    else:
+        values["rows"] = as_json(rows)
     if batches:
         values["batches"] = as_json([{"id": key, "name": batches[key]} for key in batches])
-    if not isinstance(rows, AlikeRows) and any(row["idempotency_key"] for row in rows):
-        return await _insert_with_keys(session, rows, values)
-    insert = (_INSERT_ALIKE if isinstance(rows, AlikeRows) else _INSERT)[bool(batches)]
-    asked = start_to_finish(insert.rows(session, values))
-    await asyncio.sleep(0)  # it begins now; while the server works, the objects are made
-    objects = [object_of(row) for row in rows]
-    wanted = [row["wanted_run_at"] for row in rows]
-    (made,) = await asked
-    prompt_ids = dict(zip(made.texts or (), made.prompt_ids or (), strict=True))
-    return [
-        add_times(each, prompt_ids.get(prompt), made.at, run_at or made.at)
-        for each, prompt, run_at in zip(objects, prompts, wanted, strict=True)
-    ]
+    return values
 
 
 def _prompts_of(rows: Sequence[Row]) -> Sequence[str]:
     return rows.prompts if isinstance(rows, AlikeRows) else [row["prompt"] for row in rows]
 
 
-def _given(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the parameters that hold these rows."""
-    if isinstance(rows, AlikeRows):
-        return {"shared": as_json(rows.shared), "ids": rows.ids, "prompts": rows.prompts}
-    return {"rows": as_json(rows)}
+async def _insert_one(session: AsyncSession, row: Row, lock_timeout: str | None) -> Generation:
+    """Insert a row by itself: the statement for many takes the server a third longer."""
+    values = {**row, **use_of(row["prompt"]), "lock_timeout": lock_timeout}
+    (made,) = await _INSERT_ONE.rows(session, values)
+    return add_times(object_of(row), made.prompt_id, made.created_at, made.run_at)
 
 
-async def _insert_with_keys(
+async def _insert_all(
     session: AsyncSession, rows: Sequence[Row], values: Mapping[str, Any]
 ) -> list[Generation]:
-    statement = _INSERT_WITH_KEYS["batches" in values]
+    insert = (_INSERT_ALIKE if isinstance(rows, AlikeRows) else _INSERT)["batches" in values]
+    asked = start_to_finish(insert.rows(session, values))
+    await asyncio.sleep(0)  # it begins now; while the server works, the objects are made
+    objects = [object_of(row) for row in rows]
+    wanted = [(row["prompt"], row["wanted_run_at"]) for row in rows]
+    (made,) = await asked
+    prompt_ids = dict(zip(made.texts or (), made.prompt_ids or (), strict=True))
+    return [
+        add_times(each, prompt_ids.get(prompt), made.at, run_at or made.at)
+        for each, (prompt, run_at) in zip(objects, wanted, strict=True)
+    ]
+
+
+async def _insert_those_free(
+    session: AsyncSession, rows: Sequence[Row], values: Mapping[str, Any]
+) -> list[Generation]:
+    statement = _INSERT_THOSE_FREE["batches" in values]
     made = {row.id: row for row in await statement.rows(session, values)}
     found = [(row, made[row["id"]]) for row in rows]
     raced = [(row, at) for row, at in found if at.created_at is None]
@@ -121,20 +145,20 @@ async def _insert_with_keys(
 
 
 def _insert_one_statement() -> Any:
-    """Return the INSERT of a row without a key."""
+    """Return the INSERT of a row, which fails if its key is taken."""
     counted = counted_prompt()
     run_at = func.coalesce(bindparam("wanted_run_at", type_=UtcDateTime), now())
     values = parameters(GIVEN) | {
         "prompt_id": select(counted.c.id).scalar_subquery(),
         "run_at": run_at,
     }
-    row = select(*values.values())
+    row = select(*values.values()).where(_limits_waits().is_not(None))
     statement = postgresql.insert(generations).from_select(list(values), row, False)
     return statement.returning(g.prompt_id, g.created_at, g.run_at)
 
 
 def _insert_statement(given: Callable[[], CTE], *, has_batches: bool) -> Any:
-    """Return the INSERT of the given rows, which have no keys.
+    """Return the INSERT of the given rows, which fails if a key of theirs is taken.
 
     It returns one row: ``texts`` and ``prompt_ids`` of the prompts that it counted, two arrays, and
     ``at``, the time of the database.
@@ -149,7 +173,7 @@ def _insert_statement(given: Callable[[], CTE], *, has_batches: bool) -> Any:
     return query.add_cte(added_batches()) if has_batches else query
 
 
-def _insert_with_keys_statement(*, has_batches: bool) -> Any:
+def _insert_those_free_statement(*, has_batches: bool) -> Any:
     """Return the INSERT of the given rows whose keys are free.
 
     It returns all of them: with ``prompt_id`` what was counted, with times what was inserted.
@@ -193,8 +217,18 @@ def _columns(names: Sequence[str]) -> list[Any]:
 
 
 def _clock() -> CTE:
-    """Return the time ``at`` at which the rows of a statement are created, the same for all."""
-    return select(now().label("at")).cte("clock").prefix_with("MATERIALIZED")
+    """Return the time ``at`` at which the rows of a statement are created, the same for all.
+
+    It is read before the first row is inserted.
+    """
+    once = select(now().label("at"), _limits_waits().label("lock_timeout"))
+    return once.cte("clock").prefix_with("MATERIALIZED")
+
+
+def _limits_waits() -> ColumnElement[str]:
+    """Return what sets ``lock_timeout`` for the rest of the transaction, if one is given."""
+    given = bindparam("lock_timeout", type_=Text)
+    return case((given.is_not(None), func.set_config("lock_timeout", given, true())), else_="")
 
 
 def _with_prompts(rows: CTE, counted: CTE) -> Any:
@@ -223,7 +257,7 @@ _INSERT, _INSERT_ALIKE = (
     {has: Prepared(partial(_insert_statement, given, has_batches=has)) for has in (False, True)}
     for given in (_given_rows, _given_alike)
 )
-_INSERT_WITH_KEYS = {
-    has: Prepared(partial(_insert_with_keys_statement, has_batches=has)) for has in (False, True)
+_INSERT_THOSE_FREE = {
+    has: Prepared(partial(_insert_those_free_statement, has_batches=has)) for has in (False, True)
 }
 """By whether batches are added with them, as the two before it."""

@@ -61,9 +61,14 @@ class AlikeRows(Sequence[Row]):
         return replace(self, shared={**self.shared, **values})
 
 
-def waits_for_others(rows: Sequence[Row]) -> bool:
-    """Return True if an insert of these rows may have to wait, for another's key or clip."""
-    return not isinstance(rows, AlikeRows) and any(any(_waits_for(row)) for row in rows)
+def have_keys(rows: Sequence[Row]) -> bool:
+    """Return True if any of these rows has an idempotency key."""
+    return not isinstance(rows, AlikeRows) and any(row["idempotency_key"] for row in rows)
+
+
+def have_clips(rows: Sequence[Row]) -> bool:
+    """Return True if any of these rows refers to a clip."""
+    return not isinstance(rows, AlikeRows) and any(any(_clips_of(row)) for row in rows)
 
 
 def attribute(column_name: str) -> str:
@@ -91,6 +96,6 @@ def add_times(
     return generation
 
 
-_waits_for = itemgetter("idempotency_key", *CLIP_COLUMNS)
+_clips_of = itemgetter(*CLIP_COLUMNS)
 _ATTRIBUTES = tuple(map(attribute, GIVEN))
 _values_of = itemgetter(*_ATTRIBUTES)

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from dgx_music.errors import QueueFullError
 from dgx_music.statuses import PENDING
 from dgx_music.storage.generation import Generation, g, generations
-from dgx_music.storage.insertion import find_by_key, insert_all
+from dgx_music.storage.insertion import find_by_key, insert_generations
 from dgx_music.storage.new_rows import Row
 from dgx_music.storage.prepared import Prepared
 from dgx_music.storage.schema import written
@@ -33,7 +33,10 @@ class QueueLimits:
 
 
 def inserting(
-    rows: Sequence[Row], clips: Mapping[str, tuple[bytes, float]], limits: QueueLimits | None
+    rows: Sequence[Row],
+    clips: Mapping[str, tuple[bytes, float]],
+    limits: QueueLimits | None,
+    lock_timeout: str | None = None,
 ) -> Callable[[AsyncSession], Coroutine[Any, Any, list[Generation]]]:
     """Return the work that inserts these rows if the queue has room for all of them.
 
@@ -41,14 +44,15 @@ def inserting(
     On PostgreSQL, transactions that run at the same moment do not see each other's rows: together
     they can pass a limit by the rows of all of them but one.
     """
+    insert = partial(insert_generations, rows=rows, clips=clips, lock_timeout=lock_timeout)
     if limits is None:
-        return partial(insert_all, rows, clips)
+        return insert
 
-    async def insert(session: AsyncSession) -> list[Generation]:
+    async def insert_if_room(session: AsyncSession) -> list[Generation]:
         await _check_room(session, rows, limits)
-        return await insert_all(rows, clips, session)
+        return await insert(session)
 
-    return insert
+    return insert_if_room
 
 
 async def _check_room(session: AsyncSession, rows: Sequence[Row], limits: QueueLimits) -> None:

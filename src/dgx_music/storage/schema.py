@@ -20,6 +20,7 @@ from sqlalchemy import (
     Select,
     String,
     Text,
+    bindparam,
     column,
     literal,
     literal_column,
@@ -261,6 +262,31 @@ class has_json_value(FunctionElement[bool]):  # noqa: N801 - reads as the SQL te
     def __init__(self, column: ColumnElement[Any], key: str, text: str) -> None:
         single = literal(json_of(text), Text)
         super().__init__(column, literal(key, Text), literal(text, Text), single)
+
+
+class is_among(FunctionElement[Any]):  # noqa: N801 - reads as the SQL term it is
+    """Whether a column's text is among those of a JSON array, by the column's index.
+
+    One parameter holds any number of texts, so there is one prepared statement for all of them.
+    """
+
+    type = NULLTYPE  # as in ``as_condition``
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any], parameter: str) -> None:
+        super().__init__(column, bindparam(parameter, type_=Text))
+
+
+@compiles(is_among, "sqlite")
+def _is_among_sqlite(element: is_among, compiler: SQLCompiler, **kwargs: Any) -> str:
+    column, texts = (compiler.process(each, **kwargs) for each in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({texts}))"  # noqa: S608 - compiled
+
+
+@compiles(is_among, "postgresql")
+def _is_among_postgresql(element: is_among, compiler: SQLCompiler, **kwargs: Any) -> str:
+    column, texts = (compiler.process(each, **kwargs) for each in element.clauses)
+    return f"{column} = ANY (ARRAY(SELECT jsonb_array_elements_text(({texts})::jsonb)))"
 
 
 def json_of(text: str) -> str | None:

@@ -14,7 +14,7 @@ _TRANSIENT = {
     *("57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25P04", "25006"),
 }
 """Serialisation, deadlock, timeouts, shutdown; 25006: the server has become a replica."""
-_FORBIDDEN = "42501"
+_FORBIDDEN, _NOT_UNIQUE = "42501", "23505"
 _LOCK_NOT_HAD, _IDLE_TOO_LONG = "55P03", "25P03"
 _FAREWELL = "another operation (2) is in progress"
 """asyncpg's words after the server's farewell was read, and before the connection ends."""
@@ -103,9 +103,16 @@ def is_of_one_statement(error: BaseException | None) -> bool:
     return isinstance(error, DBAPIError) and sqlstate(error) in ("57014", "55P03")
 
 
-def is_locked(error: DBAPIError) -> bool:
+def is_taken(error: DBAPIError, constraint: str) -> bool:
+    """Return True if a row was refused because this unique constraint has its value already."""
+    return sqlstate(error) == _NOT_UNIQUE and (
+        getattr(error.orig, "constraint_name", None) == constraint
+    )
+
+
+def is_locked(error: BaseException | None) -> bool:
     """Return True if a lock was not free in time."""
-    return sqlstate(error) == _LOCK_NOT_HAD
+    return isinstance(error, DBAPIError) and sqlstate(error) == _LOCK_NOT_HAD
 
 
 def known_reason(error: BaseException, idle_seconds: float) -> str | None:
