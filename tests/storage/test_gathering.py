@@ -2,9 +2,11 @@
 
 import asyncio
 from contextvars import ContextVar
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.exc import DBAPIError
 
 from dgx_music import enqueue, enqueue_many
 from dgx_music.errors import DatabaseUnavailableError, IdempotencyConflictError
@@ -285,6 +287,28 @@ async def test_a_writer_that_is_stopped_while_it_waits_for_a_key_tells_its_calle
     monkeypatch.setattr(database, "transact", stopped_if_patient)
     with pytest.raises(NoAnswerError):
         await enqueue("rain", idempotency_key="k")
+
+
+@ON_SERVERS
+async def test_one_that_waits_apart_while_others_are_tried_alone_is_not_forgotten(
+    database, rival, monkeypatch
+):
+    transact = database.transact
+
+    async def too_slow_together(work, **options):
+        if len(work.keywords["rows"]) > 1:
+            slow = SimpleNamespace(sqlstate="57014")
+            raise DatabaseUnavailableError("x", "y") from DBAPIError("", None, slow)
+        return await transact(work, **options)
+
+    monkeypatch.setattr(database, "transact", too_slow_together)
+    keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
+    others = [enqueue("sun", idempotency_key="j"), enqueue("snow")]
+    assert [row.prompt for row in await asyncio.gather(*others)] == ["sun", "snow"]
+    assert not keyed.done()
+    await rival.commit()
+
+    assert (await keyed).id == rival.generation.id
 
 
 @ON_SERVERS

@@ -55,8 +55,8 @@ async def enqueue(
     ``DGX_MUSIC_MAX_PENDING_PER_TENANT`` is set and that many wait; a repeat of a stored request is
     never refused. On SQLite the limits are exact. On PostgreSQL, transactions that run at the same
     moment do not see each other's rows: together they can pass a limit by the rows of all of them
-    but one. Requests of one process without keys and clips share its one transaction at a time, and
-    pass no limit alone.
+    but one. Most requests of one process share its one transaction at a time, and pass no limit
+    alone; those with clips, or whose key another producer is storing, have one each.
     """
     checked = await read_clips_beside([plan(prompt, cast("Mapping[str, Any]", options))])
     return (await store(checked.in_batch_if_many(), session=session))[0]

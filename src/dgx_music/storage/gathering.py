@@ -175,7 +175,8 @@ class Gathering:
         failed = 0
         for number, insert in enumerate(inserts, 1):
             await self._write([insert])
-            failed += insert.done.exception() is not None
+            has_ended = insert.done.done()  # unless it waits apart
+            failed += has_ended and insert.done.exception() is not None
             if failed == 2:
                 return inserts[number:]
         return []

@@ -18,10 +18,9 @@ from dgx_music.errors import IdempotencyConflictError
 from dgx_music.statuses import PENDING
 from dgx_music.storage.batches import add_batches, drop_batches
 from dgx_music.storage.clips import hold_clips, keep_clips
-from dgx_music.storage.connection.direct import AsyncpgSession
 from dgx_music.storage.connection.postgres_errors import is_taken
 from dgx_music.storage.generation import CLIP_COLUMNS, Generation, g, generations
-from dgx_music.storage.insertion_postgres import insert_on_postgres
+from dgx_music.storage.insertion_postgres import insert_on_postgres, is_single
 from dgx_music.storage.new_rows import (
     GIVEN,
     AlikeRows,
@@ -32,7 +31,7 @@ from dgx_music.storage.new_rows import (
 )
 from dgx_music.storage.prepared import Prepared, as_json
 from dgx_music.storage.prompts import count_on_sqlite, uncount_prompt_uses
-from dgx_music.storage.schema import dialect_of, is_among, written
+from dgx_music.storage.schema import commits_each_statement, dialect_of, is_among, written
 
 _CHUNK = 1_000
 """How many rows are read at a time."""
@@ -57,7 +56,8 @@ async def insert_generations(
     """
     if isinstance(rows, AlikeRows):
         return await _insert(session, rows, _batches_of([rows.shared]))
-    if isinstance(session, AsyncpgSession):
+    is_on_postgres = dialect_of(session) == "postgresql"
+    if is_on_postgres and is_single(rows) and commits_each_statement(session):
         return await _insert_by_one_statement(session, rows, lock_timeout)
     by_key = await find_by_key(session, rows)
     fresh = _without_repeats(rows, by_key)
@@ -66,7 +66,7 @@ async def insert_generations(
     inserted: dict[str, Generation] = {}
     while fresh:
         await _keep_clips(session, fresh, clips)
-        made = await _insert(session, _by_key(fresh), to_add, lock_timeout)
+        made = await _insert(session, _in_order_of_keys(fresh), to_add, lock_timeout)
         inserted |= {row.id: row for row in made}
         to_add = {}
         # Another producer was faster with the same key.
@@ -83,7 +83,7 @@ async def insert_generations(
 
 
 async def _insert_by_one_statement(
-    session: AsyncpgSession, rows: Sequence[Row], lock_timeout: str | None
+    session: AsyncSession, rows: Sequence[Row], lock_timeout: str | None
 ) -> list[Generation]:
     """Insert rows without clips where each statement is a transaction: all, or none if one fails.
 
@@ -94,7 +94,9 @@ async def _insert_by_one_statement(
         by_key = await find_by_key(session, rows)
         fresh = _without_repeats(rows, by_key)
         try:
-            inserted = await _insert(session, _by_key(fresh), _batches_of(fresh), lock_timeout)
+            inserted = await _insert(
+                session, _in_order_of_keys(fresh), _batches_of(fresh), lock_timeout
+            )
         except DBAPIError as error:
             if not is_taken(error, "uq_generations_idempotency_key"):
                 raise
@@ -145,8 +147,8 @@ async def find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, G
     return by_key
 
 
-def _by_key(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows in one order: two inserts must not wait for each other in a circle."""
+def _in_order_of_keys(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows in the one order: two inserts must not wait for each other in a circle."""
     return sorted(rows, key=lambda row: row["idempotency_key"] or "")
 
 

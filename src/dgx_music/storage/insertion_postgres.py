@@ -29,7 +29,6 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from dgx_music.storage.batches import added_batches
-from dgx_music.storage.connection.direct import AsyncpgSession
 from dgx_music.storage.connection.sessions import start_to_finish
 from dgx_music.storage.generation import Generation, g, generations
 from dgx_music.storage.new_rows import (
@@ -51,7 +50,7 @@ from dgx_music.storage.prompts import (
     use_of,
     uses_of,
 )
-from dgx_music.storage.schema import Id, LongText, UtcDateTime, now
+from dgx_music.storage.schema import Id, LongText, UtcDateTime, commits_each_statement, now
 
 CHUNK = 1_000
 """How many rows a statement inserts."""
@@ -73,7 +72,7 @@ async def insert_on_postgres(
     If each statement is a transaction, a key that was not free is an error, and undoes all of it.
     ``lock_timeout`` is PostgreSQL's setting for how long to wait for a rival's transaction.
     """
-    may_meet = have_keys(rows) and not isinstance(session, AsyncpgSession)
+    may_meet = have_keys(rows) and not commits_each_statement(session)
     if len(rows) == 1 and not may_meet and not batches:
         return [await _insert_one(session, rows[0], lock_timeout)]
     inserted: list[Generation] = []

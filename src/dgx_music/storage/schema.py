@@ -366,6 +366,12 @@ def dialect_of(session: AsyncSession) -> str:
     return session.get_bind().dialect.name
 
 
+def commits_each_statement(session: AsyncSession) -> bool:
+    """Return True if each statement of the session, one of our own, is a transaction."""
+    options = session.get_bind().get_execution_options()
+    return bool(options.get("isolation_level") == "AUTOCOMMIT")
+
+
 def insert(dialect: str, model: type[Any]) -> Any:
     """Return an INSERT for this kind of database, one that can say ON CONFLICT."""
     return (postgresql.insert if dialect == "postgresql" else sqlite.insert)(model)

@@ -105,9 +105,9 @@ def is_of_one_statement(error: BaseException | None) -> bool:
 
 def is_taken(error: DBAPIError, constraint: str) -> bool:
     """Return True if a row was refused because this unique constraint has its value already."""
-    return sqlstate(error) == _NOT_UNIQUE and (
-        getattr(error.orig, "constraint_name", None) == constraint
-    )
+    told = error.orig, getattr(error.orig, "diag", None), getattr(error.orig, "__cause__", None)
+    names = {getattr(each, "constraint_name", None) for each in told}  # each driver has its place
+    return sqlstate(error) == _NOT_UNIQUE and constraint in names
 
 
 def is_locked(error: BaseException | None) -> bool:
