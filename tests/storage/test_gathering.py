@@ -224,6 +224,19 @@ async def test_what_waits_for_another_producers_key_holds_up_nobody_else(databas
 
 
 @ON_SERVERS
+async def test_those_that_wait_for_a_key_leave_connections_for_others(database, rival):
+    count = 2 * database.limits.pool_size
+    keyed = [asyncio.create_task(enqueue("rain", idempotency_key="k")) for _ in range(count)]
+    await waits(database)
+    for number in range(count):
+        await enqueue("sun", idempotency_key=f"{number}")
+    assert not any(each.done() for each in keyed)
+    await rival.commit()
+
+    assert {(await each).id for each in keyed} == {rival.generation.id}
+
+
+@ON_SERVERS
 async def test_who_waits_for_a_key_gets_it_if_its_rival_gives_up(database, rival):
     keyed = asyncio.create_task(enqueue("sun", idempotency_key="k"))
     await waits(database)

@@ -218,7 +218,7 @@ class Database:
             return await self.transact(inserting(rows, clips, limits))
         here = self._connections.here()
         if here.inserts is None:
-            here.inserts = Gathering(self.transact)
+            here.inserts = Gathering(self.transact, max(1, self.limits.pool_size // 2))
         made: list[Generation] = await here.inserts.insert(rows, clips, limits)
         return made
 

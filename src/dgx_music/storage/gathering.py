@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import Context
 from dataclasses import dataclass, field
 from itertools import islice
@@ -66,10 +67,14 @@ class _Insert:
 
 
 class Gathering:
-    """The inserts of one event loop into one database."""
+    """The inserts of one event loop into one database.
 
-    def __init__(self, transact: Transact) -> None:
+    Of those that wait for a key, ``most_apart`` have a connection at a time.
+    """
+
+    def __init__(self, transact: Transact, most_apart: int) -> None:
         self._transact = transact
+        self._room_apart = asyncio.Semaphore(most_apart)
         self._waiting: list[_Insert] = []
         self._writing: asyncio.Task[None] | None = None
         self._apart = set[asyncio.Task[None]]()
@@ -118,12 +123,13 @@ class Gathering:
         finally:
             self._writing = None
 
-    def _write_apart(self, insert: _Insert) -> None:
-        """Write it alone, however long it has to wait; nobody waits for it but its caller."""
+    def _write_apart(self, insert: _Insert, *, is_patient: bool) -> None:
+        """Write it alone; nobody waits for it but its caller."""
 
         async def write() -> None:
             try:
-                await self._write([insert], is_patient=True)
+                async with self._room_apart if is_patient else nullcontext():
+                    await self._write([insert], is_patient=is_patient)
             except BaseException:
                 _tell_that_nobody_writes([insert])
                 raise
@@ -144,7 +150,11 @@ class Gathering:
         return taken
 
     async def _write(self, inserts: list[_Insert], *, is_patient: bool = False) -> None:
-        """Write them together; if one of them cannot be stored, in halves, until it is alone."""
+        """Write them together; if one of them cannot be stored, in halves, until it is alone.
+
+        Unless ``is_patient``, none waits here for a key: those that may have to are written apart,
+        and who finds its key held there as well waits for it, as long as it takes.
+        """
         is_hasty = not is_patient and any(insert.may_wait for insert in inserts)
         try:
             made = await self._insert(inserts, _LOCK_TIMEOUT if is_hasty else None)
@@ -152,7 +162,7 @@ class Gathering:
             if is_hasty and is_locked(error.__cause__):
                 for insert in inserts:
                     if insert.may_wait:
-                        self._write_apart(insert)
+                        self._write_apart(insert, is_patient=len(inserts) == 1)
                 if others := [insert for insert in inserts if not insert.may_wait]:
                     await self._write(others)
                 return
