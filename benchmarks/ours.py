@@ -106,6 +106,19 @@ class DgxMusicThroughPsycopg(DgxMusic):
     driver = "psycopg"
 
 
+class DgxMusicWithKeys(DgxMusic):
+    """The product, each request with an idempotency key."""
+
+    name = "dgx-music, with keys"
+
+    async def enqueue(self, prompt: str) -> None:
+        await enqueue(prompt, duration=DURATION, model=MODEL, idempotency_key=prompt)
+
+    async def enqueue_many(self, prompts: Sequence[str]) -> None:
+        requests = [{"prompt": prompt, "idempotency_key": prompt} for prompt in prompts]
+        await enqueue_many(requests, duration=DURATION, model=MODEL)
+
+
 def _add_finished_to_file(path: str, count: int) -> None:
     if not count:  # the recursive query has at least one row
         return

@@ -41,7 +41,7 @@ from benchmarks.comparison import NOTES, Comparison
 from benchmarks.contestants import ClaimingQueue, Queue
 from benchmarks.markdown import table
 from benchmarks.measures import Measured
-from benchmarks.ours import DgxMusic, DgxMusicThroughPsycopg
+from benchmarks.ours import DgxMusic, DgxMusicThroughPsycopg, DgxMusicWithKeys
 from benchmarks.places import Place, PostgresPlace, SqlitePlace
 from benchmarks.raw_asyncpg import RawAsyncpg
 from benchmarks.raw_sqlite import RawSqlite
@@ -95,11 +95,11 @@ def field_of(place: Place, *, with_peers: bool) -> Field:
     is_server = isinstance(place, PostgresPlace)
     names = peers.ON_POSTGRES if is_server else peers.ON_SQLITE
     floor: type[ClaimingQueue] = RawAsyncpg if is_server else RawSqlite
-    variants = (DgxMusicThroughPsycopg,) if is_server else ()
+    others = (DgxMusicThroughPsycopg,) if is_server else ()
     found = {name: peers.find(name) for name in names} if with_peers else {}
     installed = tuple(peer for peer in found.values() if peer is not None)
     missing = tuple(name.replace("_", "-") for name, peer in found.items() if peer is None)
-    return Field(floor, variants, installed, missing)
+    return Field(floor, (DgxMusicWithKeys, *others), installed, missing)
 
 
 def measurements(size: Size) -> list[Measurement]:

@@ -783,14 +783,13 @@ async def test_a_batch_gives_its_rows_in_order_with_its_defaults(database):
     assert [row.id for row in rows] == sorted(row.id for row in rows)
 
 
-@on(SQLITE)
 async def test_a_batch_is_inserted_in_the_order_of_its_keys(database):
     """Two batches of PostgreSQL would else wait for each other in a circle."""
-    await enqueue_many([{"prompt": key, "idempotency_key": key} for key in "bca"])
+    keys = [f"{number:04}" for number in range(1_000)]
+    await enqueue_many([{"prompt": key, "idempotency_key": key} for key in reversed(keys)])
 
-    assert await read_all(database, select(Generation.idempotency_key).order_by(text("rowid"))) == [
-        *"abc"
-    ]
+    place = text("rowid" if database.is_embedded else "ctid")
+    assert await read_all(database, select(Generation.idempotency_key).order_by(place)) == keys
 
 
 async def test_a_batch_may_come_from_any_iterable(database):
@@ -827,10 +826,11 @@ async def test_a_prompt_of_a_batch_is_the_request_that_it_is_alone(database):
     alone = [await enqueue(row.prompt, **options) for row in rows]
 
     assert [row.prompt for row in rows] == ["lofi rain", 'a "quoted" \\ one', "Müller\nvoilà", ""]
-    others = ("id", "batch_id", "created_at", "run_at")
     for one, other in zip(rows, alone, strict=True):
         own, same = one.to_dict(), other.to_dict()
-        assert {name for name in own if own[name] != same[name]} == {*others}
+        for name in ("id", "batch_id", "created_at", "run_at"):
+            del own[name], same[name]
+        assert own == same
         assert one.prompt_id == other.prompt_id
 
 

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError
 
 from dgx_music import enqueue, enqueue_many
@@ -181,8 +181,12 @@ ON_SERVERS = on("asyncpg", "psycopg")
 
 
 @pytest.fixture
-async def rival(database):
-    """A producer whose open transaction has the key ``k``, until it is committed or rolled back."""
+async def rival(database, monkeypatch):
+    """A producer whose open transaction has the key ``k``, until it is committed or rolled back.
+
+    Nobody waits for it in a shared transaction: what is seen to wait has been written apart.
+    """
+    monkeypatch.setattr(gathering, "_LOCK_TIMEOUT", "1ms")
     own = Database(database.url.render_as_string(hide_password=False))
     async with own.session() as session:
         session.generation = await enqueue("rain", idempotency_key="k", session=session)
@@ -230,10 +234,44 @@ async def test_those_that_wait_for_a_key_leave_connections_for_others(database, 
     await waits(database)
     for number in range(count):
         await enqueue("sun", idempotency_key=f"{number}")
+        keyed.append(asyncio.create_task(enqueue("rain", idempotency_key="k")))
+    given_up = keyed.pop()
+    given_up.cancel()  # it has not begun, so it need not wait
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
     assert not any(each.done() for each in keyed)
     await rival.commit()
 
     assert {(await each).id for each in keyed} == {rival.generation.id}
+    assert database._connections.here().inserts._ends == {}
+
+
+@ON_SERVERS
+async def test_a_key_that_is_sent_again_and_again_costs_the_others_nothing(
+    database, rival, transactions
+):
+    keyed = [asyncio.create_task(enqueue("rain", idempotency_key="k"))]
+    await waits(database)
+    transactions.clear()
+    for number in range(9):
+        keyed.append(asyncio.create_task(enqueue("rain", idempotency_key="k")))
+        await enqueue("sun", idempotency_key=f"{number}")
+
+    assert transactions == [1] * 9
+    await rival.rollback()
+    assert len({(await each).id for each in keyed}) == 1
+
+
+@ON_SERVERS
+async def test_a_short_wait_for_a_key_keeps_the_connection(database, rival):
+    dropped = []
+    event.listen(database.engine.sync_engine, "invalidate", lambda *call: dropped.append(call))
+    keyed = asyncio.create_task(enqueue("rain", idempotency_key="k"))
+    await waits(database)
+    await rival.commit()
+    await keyed
+
+    assert dropped == []
 
 
 @ON_SERVERS

@@ -3,7 +3,7 @@
 import pytest
 
 from dgx_music.client.enqueue import check_many
-from dgx_music.storage.new_rows import AlikeRows, have_clips, have_keys
+from dgx_music.storage.new_rows import AlikeRows, have_clips, keys_of
 
 ROWS = AlikeRows({"tenant": "ada", "id": "x", "prompt": "x"}, ["1", "2", "3"], ["a", "b", "c"])
 FULL = [
@@ -45,7 +45,7 @@ async def test_requests_that_share_all_options_are_rows_alike(options, is_alike)
     rows = (await check_many(["a", {"prompt": "b"}], options)).rows
 
     assert isinstance(rows, AlikeRows) == is_alike
-    assert not have_keys(rows)
+    assert keys_of(rows) == set()
     assert not have_clips(rows)
 
 
@@ -53,4 +53,4 @@ async def test_requests_with_options_of_their_own_are_not():
     rows = (await check_many(["a", {"prompt": "b", "idempotency_key": "k"}], {})).rows
 
     assert not isinstance(rows, AlikeRows)
-    assert have_keys(rows)
+    assert keys_of(rows) == {"k"}

@@ -26,6 +26,7 @@ from dgx_music.config import load_settings
 from dgx_music.errors import InvalidRequestError
 from dgx_music.storage.database import Database, ensure_database
 from dgx_music.storage.models import Generation
+from dgx_music.storage.new_rows import keys_of
 from dgx_music.storage.room import inserting
 from dgx_music.storage.schema import dialect_of
 
@@ -55,8 +56,9 @@ async def enqueue(
     ``DGX_MUSIC_MAX_PENDING_PER_TENANT`` is set and that many wait; a repeat of a stored request is
     never refused. On SQLite the limits are exact. On PostgreSQL, transactions that run at the same
     moment do not see each other's rows: together they can pass a limit by the rows of all of them
-    but one. Most requests of one process share its one transaction at a time, and pass no limit
-    alone; those with clips, or whose key another producer is storing, have one each.
+    but one. Requests of one process share its one transaction at a time, and pass no limit alone;
+    but those with clips or more than 1,000 rows have one each, and so have those with keys while
+    one of them waits for another producer with its key.
     """
     checked = await read_clips_beside([plan(prompt, cast("Mapping[str, Any]", options))])
     return (await store(checked.in_batch_if_many(), session=session))[0]
@@ -110,8 +112,7 @@ async def store(
         # ends in storage/insertion.py: insert_generations
         return await (await ensure_database()).insert(checked.rows, checked.clips, limits)
     insert = inserting(checked.rows, checked.clips, limits)
-    has_keys = any(row["idempotency_key"] for row in checked.rows)
-    if has_keys and len(checked.rows) > 1:
+    if len(checked.rows) > 1 and keys_of(checked.rows):
         insert = partial(_all_or_none, insert)
     return await transact(session, partial(_insert_and_add, insert))
 

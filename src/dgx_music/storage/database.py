@@ -143,7 +143,10 @@ class Database:
         if not self._is_unavailable(error) or (read_only and _is_refused_write(error)):
             await self._roll_back(session)
             return
-        await session.invalidate()  # on a dead connection a rollback would wait as long again
+        if postgres_errors.is_of_one_statement(error):
+            await self._roll_back(session)
+        else:  # on a dead connection a rollback would wait as long again
+            await session.invalidate()
         at_replica = (
             self.replica is not None and session.get_bind() is self.replica.engine.sync_engine
         )
@@ -218,7 +221,7 @@ class Database:
             return await self.transact(inserting(rows, clips, limits))
         here = self._connections.here()
         if here.inserts is None:
-            here.inserts = Gathering(self.transact, max(1, self.limits.pool_size // 2))
+            here.inserts = Gathering(self.transact)
         made: list[Generation] = await here.inserts.insert(rows, clips, limits)
         return made
 

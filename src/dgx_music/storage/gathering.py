@@ -1,15 +1,17 @@
 """Inserts that are called at the same time share a transaction: a group commit.
 
 While one transaction is written, those that arrive gather for the next. Nobody waits for others to
-arrive, and each caller returns only when its own rows are committed. On PostgreSQL a row with an
-idempotency key may have to wait for another open transaction with that key: then it waits apart.
+arrive, and each caller returns only when its own rows are committed.
+
+On PostgreSQL a row may have to wait for another open transaction that has its idempotency key. A
+shared transaction does so only for a moment. Then each call with a key is written alone, beside the
+others, and later calls with these keys wait until it has ended, without a connection.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
 from contextvars import Context
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,7 +22,7 @@ from dgx_music.storage.connection.postgres_errors import is_locked, is_of_one_st
 from dgx_music.storage.connection.sessions import NoAnswerError, finish, start_to_finish
 from dgx_music.storage.generation import Generation, copy_of
 from dgx_music.storage.insertion_postgres import is_single
-from dgx_music.storage.new_rows import Row, have_keys
+from dgx_music.storage.new_rows import Row, keys_of
 from dgx_music.storage.room import QueueLimits, inserting
 
 T = TypeVar("T")
@@ -48,8 +50,15 @@ class _Insert:
     woken: asyncio.Future[None] = field(default_factory=_new_future)
     """What its caller waits for; a cancelled caller cancels this one, and not ``done``."""
 
+    is_apart: bool = False
+    """Its own task writes it."""
+    has_begun: bool = True
+    """False while its own task waits for others with its keys."""
+    is_given_up: bool = False
+    """Its caller was cancelled before it began."""
+
     def __post_init__(self) -> None:
-        self.may_wait = have_keys(self.rows)
+        self.keys = keys_of(self.rows)
 
     def succeed(self, made: list[Generation]) -> None:
         """Tell the caller that these are its rows."""
@@ -67,17 +76,15 @@ class _Insert:
 
 
 class Gathering:
-    """The inserts of one event loop into one database.
+    """The inserts of one event loop into one database."""
 
-    Of those that wait for a key, ``most_apart`` have a connection at a time.
-    """
-
-    def __init__(self, transact: Transact, most_apart: int) -> None:
+    def __init__(self, transact: Transact) -> None:
         self._transact = transact
-        self._room_apart = asyncio.Semaphore(most_apart)
         self._waiting: list[_Insert] = []
         self._writing: asyncio.Task[None] | None = None
         self._apart = set[asyncio.Task[None]]()
+        self._ends = dict[str, asyncio.Event]()
+        """For each key that is written apart, what tells its end."""
 
     async def insert(
         self,
@@ -91,8 +98,11 @@ class Gathering:
         cancellation is raised when the transaction has ended.
         """
         insert = _Insert(rows, clips, limits)
-        self._waiting.append(insert)
-        if self._writing is None:
+        if insert.keys.isdisjoint(self._ends):
+            self._waiting.append(insert)
+        else:
+            self._write_apart(insert)
+        if self._waiting and self._writing is None:
             # In a context of its own: it writes for all callers, not only for this one.
             self._writing = start_to_finish(self._write_all(), Context())
         try:
@@ -100,6 +110,9 @@ class Gathering:
         except asyncio.CancelledError as cancelled:
             if insert in self._waiting:
                 self._waiting.remove(insert)
+                raise
+            if not insert.has_begun:
+                insert.is_given_up = True
                 raise
             await finish(_end_of(insert.done))
             raise cancelled from insert.done.exception()
@@ -118,25 +131,35 @@ class Gathering:
                 await self._write(taken)
         except BaseException:
             unwritten, self._waiting = [*taken, *self._waiting], []
-            _tell_that_nobody_writes(unwritten)
+            _tell_that_nobody_writes([insert for insert in unwritten if not insert.is_apart])
             raise
         finally:
             self._writing = None
 
-    def _write_apart(self, insert: _Insert, *, is_patient: bool) -> None:
-        """Write it alone; nobody waits for it but its caller."""
-
-        async def write() -> None:
-            try:
-                async with self._room_apart if is_patient else nullcontext():
-                    await self._write([insert], is_patient=is_patient)
-            except BaseException:
-                _tell_that_nobody_writes([insert])
-                raise
-
-        task = start_to_finish(write(), Context())
+    def _write_apart(self, insert: _Insert) -> None:
+        """Write it alone in a task of its own; nobody waits for it but its caller."""
+        insert.is_apart, insert.has_begun = True, False
+        task = start_to_finish(self._write_in_turn(insert), Context())
         self._apart.add(task)
         task.add_done_callback(self._apart.discard)
+
+    async def _write_in_turn(self, insert: _Insert) -> None:
+        """Write it after those that are written apart with a key of it."""
+        while ends := [self._ends[key] for key in insert.keys if key in self._ends]:
+            await ends[0].wait()
+        if insert.is_given_up:
+            return
+        insert.has_begun, end = True, asyncio.Event()
+        self._ends |= dict.fromkeys(insert.keys, end)
+        try:
+            await self._write([insert], is_patient=True)
+        except BaseException:
+            _tell_that_nobody_writes([insert])
+            raise
+        finally:
+            for key in insert.keys:
+                del self._ends[key]
+            end.set()
 
     def _take(self) -> list[_Insert]:
         """Return the next ones that may share a transaction: at least one."""
@@ -152,18 +175,17 @@ class Gathering:
     async def _write(self, inserts: list[_Insert], *, is_patient: bool = False) -> None:
         """Write them together; if one of them cannot be stored, in halves, until it is alone.
 
-        Unless ``is_patient``, none waits here for a key: those that may have to are written apart,
-        and who finds its key held there as well waits for it, as long as it takes.
+        Unless ``is_patient``, those with keys are written apart if one of them had to wait.
         """
-        is_hasty = not is_patient and any(insert.may_wait for insert in inserts)
+        is_hasty = not is_patient and any(insert.keys for insert in inserts)
         try:
             made = await self._insert(inserts, _LOCK_TIMEOUT if is_hasty else None)
         except DatabaseUnavailableError as error:
             if is_hasty and is_locked(error.__cause__):
                 for insert in inserts:
-                    if insert.may_wait:
-                        self._write_apart(insert, is_patient=len(inserts) == 1)
-                if others := [insert for insert in inserts if not insert.may_wait]:
+                    if insert.keys:
+                        self._write_apart(insert)
+                if others := [insert for insert in inserts if not insert.keys]:
                     await self._write(others)
                 return
             if len(inserts) > 1 and is_of_one_statement(error.__cause__):
@@ -185,8 +207,7 @@ class Gathering:
         failed = 0
         for number, insert in enumerate(inserts, 1):
             await self._write([insert])
-            has_ended = insert.done.done()  # unless it waits apart
-            failed += has_ended and insert.done.exception() is not None
+            failed += not insert.is_apart and insert.done.exception() is not None
             if failed == 2:
                 return inserts[number:]
         return []

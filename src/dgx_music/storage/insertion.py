@@ -51,8 +51,8 @@ async def insert_generations(
     The objects are in no session. Raises ``IdempotencyConflictError`` if an existing row belongs to
     a different request.
 
-    On PostgreSQL a key that another open transaction has inserted is waited for: until that ends,
-    or for a ``lock_timeout``.
+    On PostgreSQL it waits for another open transaction that has inserted a key of them: for a
+    ``lock_timeout``, or until that transaction ends or the statement's own timeout is over.
     """
     if isinstance(rows, AlikeRows):
         return await _insert(session, rows, _batches_of([rows.shared]))
@@ -94,8 +94,8 @@ async def _insert_by_one_statement(
         by_key = await find_by_key(session, rows)
         fresh = _without_repeats(rows, by_key)
         try:
-            inserted = await _insert(
-                session, _in_order_of_keys(fresh), _batches_of(fresh), lock_timeout
+            inserted = await insert_on_postgres(
+                session, fresh, _batches_of(fresh), lock_timeout, must_be_free=True
             )
         except DBAPIError as error:
             if not is_taken(error, "uq_generations_idempotency_key"):
@@ -137,7 +137,7 @@ def _check_same_request(row: Row, owner_id: str, request_hash: str | None) -> No
 async def find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, Generation]:
     """Return the generations that have the idempotency keys of these rows, by key."""
     keys = {row["idempotency_key"] for row in rows} - {None}
-    # Nearly always there are none, and to find that out so is quick.
+    # Usually none is stored yet, and this finds that out at little cost.
     if not keys or not (found := await _HAVE_KEYS.rows(session, {"keys": as_json([*keys])})):
         return {}
     ids, by_key = [row.id for row in found], dict[str, Generation]()

@@ -38,7 +38,7 @@ from dgx_music.storage.new_rows import (
     add_times,
     attribute,
     have_clips,
-    have_keys,
+    keys_of,
     object_of,
     parameters,
 )
@@ -50,7 +50,7 @@ from dgx_music.storage.prompts import (
     use_of,
     uses_of,
 )
-from dgx_music.storage.schema import Id, LongText, UtcDateTime, commits_each_statement, now
+from dgx_music.storage.schema import Id, LongText, UtcDateTime, now
 
 CHUNK = 1_000
 """How many rows a statement inserts."""
@@ -66,13 +66,15 @@ async def insert_on_postgres(
     rows: Sequence[Row],
     batches: Mapping[str, str | None],
     lock_timeout: str | None = None,
+    *,
+    must_be_free: bool = False,
 ) -> list[Generation]:
     """Add the batches, count the prompts, insert the rows; return those whose key was free.
 
-    If each statement is a transaction, a key that was not free is an error, and undoes all of it.
+    If the keys ``must_be_free``, one that is not is an error of the database, and undoes all.
     ``lock_timeout`` is PostgreSQL's setting for how long to wait for a rival's transaction.
     """
-    may_meet = have_keys(rows) and not commits_each_statement(session)
+    may_meet = not must_be_free and bool(keys_of(rows))
     if len(rows) == 1 and not may_meet and not batches:
         return [await _insert_one(session, rows[0], lock_timeout)]
     inserted: list[Generation] = []
@@ -151,7 +153,7 @@ def _insert_one_statement() -> Any:
         "prompt_id": select(counted.c.id).scalar_subquery(),
         "run_at": run_at,
     }
-    row = select(*values.values()).where(_limits_waits().is_not(None))
+    row = select(*values.values()).where(_set_lock_timeout().is_not(None))
     statement = postgresql.insert(generations).from_select(list(values), row, False)
     return statement.returning(g.prompt_id, g.created_at, g.run_at)
 
@@ -163,7 +165,8 @@ def _insert_statement(given: Callable[[], CTE], *, has_batches: bool) -> Any:
     ``at``, the time of the database.
     """
     rows, counted, clock = given(), counted_prompts(), _clock()
-    insert = _insert_of(rows, _with_prompts(rows, counted), counted, clock)
+    order = () if given is _given_alike else _order_of_keys(rows)
+    insert = _insert_of(rows, _with_prompts(rows, counted), counted, clock, order)
     query = select(
         func.array_agg(counted.c.text, type_=ARRAY(Text)).label("texts"),
         func.array_agg(counted.c.id, type_=ARRAY(BigInteger)).label("prompt_ids"),
@@ -179,9 +182,7 @@ def _insert_those_free_statement(*, has_batches: bool) -> Any:
     """
     rows, counted, clock = _given_rows(), counted_prompts(), _clock()
     with_prompts = _with_prompts(rows, counted)
-    # In one order: two batches must not wait for each other in a circle.
-    order = (rows.c.idempotency_key, rows.c.id)
-    insert = _insert_of(rows, with_prompts, counted, clock, order)
+    insert = _insert_of(rows, with_prompts, counted, clock, _order_of_keys(rows))
     insert = insert.on_conflict_do_nothing(index_elements=["idempotency_key"])
     inserted = insert.returning(g.id, g.created_at, g.run_at).cte("inserted")
     query = select(
@@ -215,16 +216,21 @@ def _columns(names: Sequence[str]) -> list[Any]:
     return [*given, column("wanted_run_at", UtcDateTime)]
 
 
+def _order_of_keys(rows: CTE) -> tuple[Any, Any]:
+    """Return the one order of inserts: two of them must not wait for each other in a circle."""
+    return rows.c.idempotency_key, rows.c.id
+
+
 def _clock() -> CTE:
     """Return the time ``at`` at which the rows of a statement are created, the same for all.
 
-    It is read before the first row is inserted.
+    Reading it, before the first row is inserted, also sets the statement's ``lock_timeout``.
     """
-    once = select(now().label("at"), _limits_waits().label("lock_timeout"))
+    once = select(now().label("at"), _set_lock_timeout().label("lock_timeout"))
     return once.cte("clock").prefix_with("MATERIALIZED")
 
 
-def _limits_waits() -> ColumnElement[str]:
+def _set_lock_timeout() -> ColumnElement[str]:
     """Return what sets ``lock_timeout`` for the rest of the transaction, if one is given."""
     given = bindparam("lock_timeout", type_=Text)
     return case((given.is_not(None), func.set_config("lock_timeout", given, true())), else_="")

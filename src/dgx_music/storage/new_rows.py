@@ -61,9 +61,11 @@ class AlikeRows(Sequence[Row]):
         return replace(self, shared={**self.shared, **values})
 
 
-def have_keys(rows: Sequence[Row]) -> bool:
-    """Return True if any of these rows has an idempotency key."""
-    return not isinstance(rows, AlikeRows) and any(row["idempotency_key"] for row in rows)
+def keys_of(rows: Sequence[Row]) -> set[str]:
+    """Return the idempotency keys of these rows."""
+    if isinstance(rows, AlikeRows):
+        return set()
+    return {row["idempotency_key"] for row in rows if row["idempotency_key"] is not None}
 
 
 def have_clips(rows: Sequence[Row]) -> bool:

@@ -404,8 +404,9 @@ def new_id() -> str:
 def new_ids(count: int) -> list[str]:
     """Return so many UUIDs version 7 as text (RFC 9562, 5.7), in order.
 
-    Those of a later call sort later, to a quarter of a microsecond for each. The 12 bits behind the
-    milliseconds are the fraction of the millisecond (RFC 9562, 6.2, method 3).
+    The 12 bits behind the milliseconds are the fraction of the millisecond (RFC 9562, 6.2, method
+    3). Each id is a quarter of a microsecond later than the one before: 10,000 of them reach 2.4 ms
+    into the future, and another one that is made within that time sorts between them.
     """
     ticks, random = time.time_ns() * _TICKS // 1_000_000, os.urandom(8 * count)
     return [

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session as SyncSession
 from sqlalchemy.util import greenlet_spawn
 
 from dgx_music.storage.connection.postgres import is_trusted, note_rest
-from dgx_music.storage.connection.postgres_errors import is_unavailable
+from dgx_music.storage.connection.postgres_errors import is_of_one_statement, is_unavailable
 from dgx_music.storage.connection.sessions import Session
 from dgx_music.storage.connection.warm_pool import WarmPool, give_back
 
@@ -79,7 +79,8 @@ class AsyncpgSession(DirectSession):
             told = DBAPIError(statement, None, error, connection_invalidated=is_lost)
             if is_lost:  # as SQLAlchemy does: the others are not to be trusted either
                 await greenlet_spawn(self._engine.pool._invalidate, connection, error)
-            elif is_unavailable(told):  # the server is a replica now, or forgot a statement
+            elif is_unavailable(told) and not is_of_one_statement(told):
+                # the server is a replica now, or forgot a statement
                 await greenlet_spawn(connection.invalidate)
             raise told from error
         finally:
