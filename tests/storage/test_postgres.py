@@ -197,12 +197,13 @@ async def test_a_key_that_another_transaction_is_using_is_waited_for(database, i
     assert await read_all(database, select(Generation.id)) == [second.id]
 
 
+@pytest.mark.parametrize("others", [["x1"], []])
 async def test_a_conflict_that_shows_late_leaves_nothing_of_its_call_in_the_callers_transaction(
-    database,
+    database, others
 ):
     async def enqueue_beside():
         async with database.session() as session:
-            requests = ["x1", {"prompt": "theirs", "idempotency_key": "r"}]
+            requests = [*others, {"prompt": "theirs", "idempotency_key": "r"}]
             with pytest.raises(IdempotencyConflictError):
                 await enqueue_many(requests, session=session)
             assert [row for row in session.identity_map.values() if row.prompt == "x1"] == []

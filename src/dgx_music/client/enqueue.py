@@ -112,7 +112,10 @@ async def store(
         # ends in storage/insertion.py: insert_generations
         return await (await ensure_database()).insert(checked.rows, checked.clips, limits)
     insert = inserting(checked.rows, checked.clips, limits)
-    if len(checked.rows) > 1 and keys_of(checked.rows):
+    has_more_than_a_row = len(checked.rows) > 1 or bool(
+        checked.rows and checked.rows[0]["batch_id"]
+    )
+    if has_more_than_a_row and keys_of(checked.rows):
         insert = partial(_all_or_none, insert)
     return await transact(session, partial(_insert_and_add, insert))
 
