@@ -786,7 +786,7 @@ async def test_a_batch_gives_its_rows_in_order_with_its_defaults(database):
 async def test_a_batch_is_inserted_in_the_order_of_its_keys(database):
     """Two batches of PostgreSQL would else wait for each other in a circle."""
     keys = [f"{number:04}" for number in range(1_000)]
-    await enqueue_many([{"prompt": key, "idempotency_key": key} for key in reversed(keys)])
+    await enqueue_many([{"prompt": key[::-1], "idempotency_key": key} for key in reversed(keys)])
 
     place = text("rowid" if database.is_embedded else "ctid")
     assert await read_all(database, select(Generation.idempotency_key).order_by(place)) == keys

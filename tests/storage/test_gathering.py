@@ -235,7 +235,9 @@ async def test_those_that_wait_for_a_key_leave_connections_for_others(database, 
     for number in range(count):
         await enqueue("sun", idempotency_key=f"{number}")
         keyed.append(asyncio.create_task(enqueue("rain", idempotency_key="k")))
-    given_up = keyed.pop()
+    requests = [{"prompt": "rain", "idempotency_key": "k"}, "never"]
+    given_up = asyncio.create_task(enqueue_many(requests))
+    await asyncio.sleep(0)
     given_up.cancel()  # it has not begun, so it need not wait
     with pytest.raises(asyncio.CancelledError):
         await given_up
@@ -243,7 +245,10 @@ async def test_those_that_wait_for_a_key_leave_connections_for_others(database, 
     await rival.commit()
 
     assert {(await each).id for each in keyed} == {rival.generation.id}
-    assert database._connections.here().inserts._ends == {}
+    inserts = database._connections.here().inserts
+    await inserts.close()
+    assert inserts._ends == {}
+    assert {*await prompts(database)} == {"rain", "sun"}
 
 
 @ON_SERVERS

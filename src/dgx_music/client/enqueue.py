@@ -112,10 +112,7 @@ async def store(
         # ends in storage/insertion.py: insert_generations
         return await (await ensure_database()).insert(checked.rows, checked.clips, limits)
     insert = inserting(checked.rows, checked.clips, limits)
-    has_more_than_a_row = len(checked.rows) > 1 or bool(
-        checked.rows and checked.rows[0]["batch_id"]
-    )
-    if has_more_than_a_row and keys_of(checked.rows):
+    if keys_of(checked.rows) and (len(checked.rows) > 1 or checked.rows[0]["batch_id"]):
         insert = partial(_all_or_none, insert)
     return await transact(session, partial(_insert_and_add, insert))
 

@@ -26,6 +26,7 @@ from dgx_music.storage.new_rows import (
     AlikeRows,
     Row,
     add_times,
+    keys_of,
     object_of,
     parameters,
 )
@@ -136,7 +137,7 @@ def _check_same_request(row: Row, owner_id: str, request_hash: str | None) -> No
 
 async def find_by_key(session: AsyncSession, rows: Sequence[Row]) -> dict[str, Generation]:
     """Return the generations that have the idempotency keys of these rows, by key."""
-    keys = {row["idempotency_key"] for row in rows} - {None}
+    keys = keys_of(rows)
     # Usually none is stored yet, and this finds that out at little cost.
     if not keys or not (found := await _HAVE_KEYS.rows(session, {"keys": as_json([*keys])})):
         return {}
